@@ -1,0 +1,170 @@
+"""A trained network as two files: `model.safetensors` (weights) and `model.json` (everything needed to use them).
+
+The card carries the sha256 of the weights, so a directory is either whole or refused. Nothing here is pickled.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from pipeline.config.base import Settings
+from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig
+from pipeline.config.net import UNetConfig
+from pipeline.errors import DamageError, UserError
+from pipeline.nets.unet import UNet
+
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "model.json"
+
+
+class ImageShape(Settings):
+    """The images a network makes."""
+
+    channels: int = Field(ge=1)
+    """Colour channels: 1 (grey) or 3 (RGB)."""
+
+    size: int = Field(ge=1)
+    """Height and width, pixels."""
+
+
+class TrainingData(Settings):
+    """What is worth knowing, when generating, about the data a network was trained on."""
+
+    digest: str | None = None
+    """Digest of the index of the shards; None when it is not known (an imported network)."""
+
+    channel_mean: tuple[float, ...] | None = None
+    """Mean of each channel over the training set, in uint8 levels (0..255); None when it was not measured."""
+
+    channel_std: tuple[float, ...] | None = None
+    """Standard deviation of each channel over the training set, in uint8 levels; None when it was not measured."""
+
+
+class WeightsInfo(Settings):
+    """Which weights of a training these are."""
+
+    kind: str = "ema"
+    """The kind of weights: `ema` (an exponential moving average), `raw`, or a name that training gives."""
+
+    sha256: str = ""
+    """Hex digest of the bytes of `model.safetensors`; `save_model` fills it in."""
+
+
+class TrainingInfo(Settings):
+    """Where a network comes from."""
+
+    step: int | None = None
+    """Optimiser steps taken; None when it is not known."""
+
+    run_id: str | None = None
+    """The MLflow run of the training; None when there was none."""
+
+
+class ModelCard(Settings):
+    """`model.json`: the network's shape, the process it was trained for, and its origin."""
+
+    format: Literal[1] = 1
+    """Version of this file's layout."""
+
+    net: UNetConfig
+    """The network's architecture."""
+
+    schedule: ScheduleConfig
+    """The noise schedule it was trained with."""
+
+    objective: ObjectiveConfig
+    """What its output means."""
+
+    image: ImageShape
+    """The images it makes."""
+
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes by label; None for a network without classes, or with nameless ones."""
+
+    data: TrainingData = TrainingData()
+    """The training data's identity and statistics."""
+
+    weights: WeightsInfo = WeightsInfo()
+    """Which weights lie beside this file, and their hash."""
+
+    training: TrainingInfo = TrainingInfo()
+    """The training they come from."""
+
+
+def save_model(directory: Path, net_state: Mapping[str, Tensor], card: ModelCard) -> ModelCard:
+    """Write weights and card into `directory` (made if need be); return the card with the weights' sha256.
+
+    The weights go first and the card last, each under a temporary name first: a directory that holds a card that matches
+    its weights is whole. Equal tensors give equal bytes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().to("cpu").contiguous().clone() for name, value in net_state.items()}
+    data = save_tensors(tensors, metadata={"format": "pt"})
+    sha256 = hashlib.sha256(data).hexdigest()
+    card = card.model_copy(update={"weights": card.weights.model_copy(update={"sha256": sha256})})
+    _replace(directory / WEIGHTS_FILE, data)
+    _replace(directory / CARD_FILE, (json.dumps(card.model_dump(mode="json"), indent=2) + "\n").encode())
+    return card
+
+
+def load_card(directory: Path) -> ModelCard:
+    """Read `model.json` alone. UserError when it is missing or not a card."""
+    path = directory / CARD_FILE
+    try:
+        document: Any = json.loads(path.read_bytes())
+        return ModelCard.model_validate(document)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{directory}: no {CARD_FILE} here; name a directory that training exported"
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: field {field}: {first['msg']}; export the model again") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); export the model again") from None
+
+
+def load_model(directory: Path, device: str | torch.device = "cpu") -> tuple[UNet, ModelCard]:
+    """The network with its weights, in eval mode on `device`, and its card.
+
+    UserError when a file is missing, DamageError when the weights are not the ones the card names or do not fit it.
+    """
+    card = load_card(directory)
+    path = directory / WEIGHTS_FILE
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; export the model again, or download both files") from None
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != card.weights.sha256:
+        raise DamageError(
+            f"{path}: sha256 is {sha256}, but {CARD_FILE} says {card.weights.sha256 or 'nothing'}"
+        )
+    with torch.device("meta"):
+        net = UNet(card.net)
+    try:
+        net.load_state_dict(load_tensors(data), assign=True)
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DamageError(f"{path}: the weights do not fit the network in {CARD_FILE}: {reason}") from None
+    return net.to(device).eval().requires_grad_(False), card
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
