@@ -1,6 +1,6 @@
-"""A trained network as two files: `model.safetensors` (weights) and `model.json` (everything needed to use them).
+"""A trained network as two files: `model.safetensors` (weights) and `model.json` (how to use them).
 
-The card carries the sha256 of the weights, so a directory is either whole or refused. Nothing here is pickled.
+The card carries the sha256 of the weights: a directory is either whole or refused. Nothing is pickled.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class TrainingData(Settings):
     """Mean of each channel over the training set, in uint8 levels (0..255); None when it was not measured."""
 
     channel_std: tuple[float, ...] | None = None
-    """Standard deviation of each channel over the training set, in uint8 levels; None when it was not measured."""
+    """Standard deviation of each channel over the training set, in uint8 levels; None: not measured."""
 
 
 class WeightsInfo(Settings):
@@ -104,8 +104,8 @@ class ModelCard(Settings):
 def save_model(directory: Path, net_state: Mapping[str, Tensor], card: ModelCard) -> ModelCard:
     """Write weights and card into `directory` (made if need be); return the card with the weights' sha256.
 
-    The weights go first and the card last, each under a temporary name first: a directory that holds a card that matches
-    its weights is whole. Equal tensors give equal bytes.
+    The weights go first and the card last, each written whole under a temporary name before it is renamed.
+    Equal tensors give equal bytes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().to("cpu").contiguous().clone() for name, value in net_state.items()}
@@ -124,9 +124,7 @@ def load_card(directory: Path) -> ModelCard:
         document: Any = json.loads(path.read_bytes())
         return ModelCard.model_validate(document)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{directory}: no {CARD_FILE} here; name a directory that training exported"
-        ) from None
+        raise UserError(f"{directory}: no {CARD_FILE} here; name a directory that holds a model") from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -138,7 +136,7 @@ def load_card(directory: Path) -> ModelCard:
 def load_model(directory: Path, device: str | torch.device = "cpu") -> tuple[UNet, ModelCard]:
     """The network with its weights, in eval mode on `device`, and its card.
 
-    UserError when a file is missing, DamageError when the weights are not the ones the card names or do not fit it.
+    UserError when a file is missing; DamageError when the weights are not those of the card or do not fit it.
     """
     card = load_card(directory)
     path = directory / WEIGHTS_FILE
@@ -148,13 +146,14 @@ def load_model(directory: Path, device: str | torch.device = "cpu") -> tuple[UNe
         raise UserError(f"{path}: missing; export the model again, or download both files") from None
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != card.weights.sha256:
-        raise DamageError(
-            f"{path}: sha256 is {sha256}, but {CARD_FILE} says {card.weights.sha256 or 'nothing'}"
-        )
-    with torch.device("meta"):
+        expected = card.weights.sha256 or "nothing"
+        raise DamageError(f"{path}: its sha256 is {sha256}, but {CARD_FILE} says {expected}")
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the initial weights are thrown away: leave no trace of drawing them
         net = UNet(card.net)
     try:
-        net.load_state_dict(load_tensors(data), assign=True)
+        net.load_state_dict(load_tensors(data))
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DamageError(f"{path}: the weights do not fit the network in {CARD_FILE}: {reason}") from None
