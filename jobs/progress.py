@@ -1,0 +1,120 @@
+"""Progress with rate and time left: a bar for people, lines for logs, JSON lines for a client that draws its own."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+MODE_VARIABLE = "DDPM_PROGRESS"
+MARK = "::progress "
+LINE_EVERY_SECONDS = 5.0
+
+
+class Progress(Protocol):
+    """Reports that `done` of `total` units are finished; `note` is a short free text (loss, shard, …)."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+class Rate:
+    """Units a second and seconds left, measured from the first report: what was done before does not count."""
+
+    def __init__(self) -> None:
+        self._start: tuple[float, int] | None = None
+
+    def measure(self, done: int, total: int) -> tuple[float, float | None]:
+        """Returns (units per second, seconds left or None while unknown)."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start = (now, done)
+        began, first = self._start
+        rate = (done - first) / (now - began) if now > began else 0.0
+        return rate, (total - done) / rate if rate > 0 else None
+
+
+@contextmanager
+def progress_of(what: str, unit: str = "") -> Iterator[Progress]:
+    """A reporter fitting the place it is used in: terminal, log file, or behind `ddpm submit`."""
+    if os.environ.get(MODE_VARIABLE) == "json":
+        yield _json_lines(what, unit)
+    elif sys.stderr.isatty():
+        with _bar(what, unit) as report:
+            yield report
+    else:
+        yield _plain_lines(what, unit)
+
+
+@contextmanager
+def _bar(what: str, unit: str) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None, rate="", note="")
+        rate = Rate()
+
+        def report(done: int, total: int, note: str = "") -> None:
+            speed, _ = rate.measure(done, total)
+            bar.update(task, completed=done, total=total, rate=f"{speed:,.1f} {unit}/s", note=note)
+
+        yield report
+
+
+def _plain_lines(what: str, unit: str) -> Progress:
+    rate, last = Rate(), [float("-inf")]
+
+    def report(done: int, total: int, note: str = "") -> None:
+        speed, left = rate.measure(done, total)
+        now = time.monotonic()
+        if done >= total or now - last[0] >= LINE_EVERY_SECONDS:
+            last[0] = now
+            print(progress_line(what, unit, done, total, speed, left, note), file=sys.stderr, flush=True)
+
+    return report
+
+
+def _json_lines(what: str, unit: str) -> Progress:
+    last = [float("-inf")]
+
+    def report(done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if done >= total or now - last[0] >= 0.5:
+            last[0] = now
+            fact = {"what": what, "unit": unit, "done": done, "total": total, "note": note}
+            print(MARK + json.dumps(fact), flush=True)
+
+    return report
+
+
+def progress_line(
+    what: str, unit: str, done: int, total: int, rate: float, left_seconds: float | None, note: str
+) -> str:
+    """`train 300/1500 steps (20%)  12.5 steps/s  ETA 1:36  loss 0.043`."""
+    share = f"{100 * done // total}%" if total else "–"
+    parts = [f"{what} {done}/{total} {unit} ({share})"]
+    if rate > 0:
+        parts.append(f"{rate:,.1f} {unit}/s")
+    if left_seconds is not None and done < total:
+        parts.append(f"ETA {clock(left_seconds)}")
+    if note:
+        parts.append(note)
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

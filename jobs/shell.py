@@ -1,0 +1,126 @@
+"""What every job has in common: its words on the command line, its dry run, its exit code."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+from infra.local import environment
+from jobs.progress import Progress, progress_of
+from pipeline.config.base import Settings
+from pipeline.config.load import load_settings
+from pipeline.errors import DamageError, UserError
+
+S = TypeVar("S", bound=Settings)
+
+DONE, FAILED, REFUSED = 0, 1, 2
+LOCAL = Path(".local")
+SECTIONS = ("pack", "train", "generate")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The words of one call of a job."""
+
+    preset: str | None = None
+    files: tuple[Path, ...] = ()
+    overrides: tuple[str, ...] = ()
+    dry_run: bool = False
+    as_json: bool = False
+
+    @classmethod
+    def of(
+        cls, words: Sequence[str], config: Sequence[Path] = (), dry_run: bool = False, as_json: bool = False
+    ) -> "Call":
+        """Sort free words into a preset (the first without '=') and key=value overrides."""
+        presets = [word for word in words if "=" not in word]
+        if len(presets) > 1:
+            raise UserError(f"'{presets[1]}': a second preset; give one preset, then key=value settings")
+        overrides = tuple(word for word in words if "=" in word)
+        return cls(presets[0] if presets else None, tuple(config), overrides, dry_run, as_json)
+
+    def words(self) -> list[str]:
+        """The call as words again, as `python -m jobs.<job>` takes them."""
+        flags = (
+            [f"--config={file}" for file in self.files]
+            + ["--dry-run"] * self.dry_run
+            + ["--json"] * self.as_json
+        )
+        return [*([self.preset] if self.preset else []), *self.overrides, *flags]
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the program."""
+    return sorted(file.name.removesuffix(".yaml") for file in files("jobs").joinpath("presets").iterdir())
+
+
+def preset_file(name: str) -> Path:
+    """Path of a preset. Raises UserError naming the known ones."""
+    if name not in preset_names():
+        raise UserError(f"preset '{name}': unknown; known are {', '.join(preset_names())}")
+    return Path(str(files("jobs").joinpath("presets", f"{name}.yaml")))
+
+
+def settings_of(model: type[S], section: str, call: Call) -> S:
+    """The resolved settings of a call: preset, then --config files, then overrides."""
+    layers = [*([preset_file(call.preset)] if call.preset else []), *call.files]
+    return load_settings(model, section, layers, call.overrides, sections=SECTIONS)
+
+
+def parse_words(job: str, argv: Sequence[str] | None) -> Call:
+    """The words of `python -m jobs.<job>`."""
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job}")
+    parser.add_argument("words", nargs="*", metavar="[PRESET] key=value …")
+    parser.add_argument("--config", action="append", type=Path, default=[], help="YAML file; may be repeated")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    told = parser.parse_intermixed_args(argv)
+    return Call.of(told.words, told.config, told.dry_run, told.json)
+
+
+def use_running_stack() -> None:
+    """Point this process at the local stack of the working directory; variables that are set already win."""
+    for name, value in environment(LOCAL).items():
+        os.environ.setdefault(name, value)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run `work`; a UserError becomes one line and exit code 2, damage found one line and exit code 1."""
+    try:
+        return work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    except DamageError as error:
+        print(f"damaged: {error}", file=sys.stderr)
+        return FAILED
+
+
+def run_job(section: str, model: type[S], run: Callable[[S, Progress], int], call: Call, *, unit: str) -> int:
+    """Resolve the settings of a call and run the job on them, or only print them on a dry run."""
+
+    def work() -> int:
+        use_running_stack()
+        config = settings_of(model, section, call)
+        if call.dry_run:
+            print_settings({section: config.model_dump(mode="json")}, call.as_json)
+            return DONE
+        with progress_of(section, unit) as progress:
+            return run(config, progress)
+
+    return guarded(work)
+
+
+def print_settings(content: object, as_json: bool) -> None:
+    """Settings as YAML that can be given back by --config, or as JSON."""
+    if as_json:
+        print(json.dumps(content, indent=2))
+    else:
+        print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), end="")

@@ -1,0 +1,156 @@
+"""From files and `key=value` words to one validated settings object.
+
+A settings file has one section a job (`pack:`, `train:`, `generate:` …), so one file describes a whole pipeline and
+presets are nothing but such files. Later files win over earlier ones, overrides win over all.
+"""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config.base import Settings
+from pipeline.errors import UserError
+
+S = TypeVar("S", bound=Settings)
+Tree = dict[str, Any]
+ROOT_VARIABLE = "DDPM_ROOT"
+
+
+def load_settings(
+    model: type[S],
+    section: str,
+    files: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    sections: Sequence[str] = (),
+) -> S:
+    """Merge `section` of each file, apply the overrides, validate.
+
+    `{root}` in any text stands for $DDPM_ROOT, the place where this installation keeps data, runs and outputs.
+    `sections` are the section names a file may hold besides `section`.
+    Raises UserError naming the setting, what is wrong with it, and the nearest known name for a mistyped one.
+    """
+    tree: Tree = {}
+    for file in files:
+        tree = _merged(tree, _section(file, section, {section, *sections}))
+    for word in overrides:
+        tree = _merged(tree, _override(word, model))
+    try:
+        return model.model_validate(_with_root(tree))
+    except ValidationError as error:
+        raise UserError(_one_line(error, model, section)) from None
+
+
+def read_yaml(file: Path) -> Tree:
+    """The mapping a YAML file holds. Raises UserError for a file that is absent or is no such mapping."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: not valid YAML ({reason}); correct the file") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds a {type(content).__name__}; a mapping of sections is expected")
+    return cast(Tree, content)
+
+
+def setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every setting of a model as a dotted name, groups before their members."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for group in _groups(field.annotation):
+            yield from setting_names(group, f"{prefix}{name}.")
+
+
+def _groups(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The settings groups inside a field's type: the type itself, or members of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    else:
+        for part in get_args(annotation):
+            yield from _groups(part)
+
+
+def _section(file: Path, section: str, known: set[str]) -> Tree:
+    content = read_yaml(file)
+    for name in content:
+        if name not in known:
+            raise UserError(f"{file}: unknown section '{name}'; {_suggestion(name, sorted(known))}")
+    part = content.get(section) or {}
+    if not isinstance(part, dict):
+        raise UserError(f"{file}: section '{section}' holds no settings; write 'name: value' lines below it")
+    return cast(Tree, part)
+
+
+def _override(word: str, model: type[BaseModel]) -> Tree:
+    name, equals, text = word.partition("=")
+    if not equals or not name:
+        raise UserError(
+            f"'{word}': not a setting; write key=value, for example {next(setting_names(model))}=…"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{name}: the value '{text}' is not valid YAML; quote it") from None
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return cast(Tree, value)
+
+
+def _merged(low: Tree, high: Tree) -> Tree:
+    """`high` laid over `low`: mappings merge key by key, everything else is replaced."""
+    out = dict(low)
+    for key, value in high.items():
+        below = out.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        out[key] = _merged(cast(Tree, below), cast(Tree, value)) if both else value
+    return out
+
+
+def _with_root(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_root(part) for key, part in cast(Mapping[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_with_root(part) for part in cast(list[Any], value)]
+    if isinstance(value, str) and "{root}" in value:
+        root = os.environ.get(ROOT_VARIABLE)
+        if not root:
+            raise UserError(
+                f"{ROOT_VARIABLE}: not set, but '{value}' needs it; start the local stack with `ddpm up`, "
+                f"or export {ROOT_VARIABLE}=s3://your-bucket"
+            )
+        return value.replace("{root}", root.rstrip("/"))
+    return value
+
+
+def _one_line(error: ValidationError, model: type[BaseModel], section: str) -> str:
+    faults = error.errors(include_url=False)
+    fault = faults[0]
+    name = ".".join(str(part) for part in fault["loc"])
+    where = f"{section}.{name}" if name else section
+    more = f" ({len(faults) - 1} more after this one)" if len(faults) > 1 else ""
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown setting; {_suggestion(name, list(setting_names(model)))}{more}"
+    if fault["type"] == "missing":
+        return f"{where}: required, but not given; add {name}=… or set it in a --config file{more}"
+    message = fault["msg"].removeprefix("Value error, ")
+    got = "" if fault["type"] == "value_error" else f", not {fault['input']!r}"
+    return f"{where}: {message[:1].lower()}{message[1:]}{got}{more}"
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    last = name.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or [
+        full for full in known if difflib.SequenceMatcher(None, last, full.rsplit(".", 1)[-1]).ratio() > 0.75
+    ]
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return "known here: " + ", ".join(k for k in known if "." not in k)

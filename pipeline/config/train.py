@@ -1,0 +1,164 @@
+"""Settings of a training: what determines the weights, and beside it how the work is carried out."""
+
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Settings
+from pipeline.config.data import DataConfig
+from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from pipeline.config.net import UNetConfig
+
+
+class OptimizerConfig(Settings):
+    """Adam and the learning rate over the steps."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    """adamw decouples weight decay from the gradient (Loshchilov & Hutter 2019)."""
+    lr: float = Field(2e-4, gt=0)
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running mean and the running square of the gradient."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the running square."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Per unit of learning rate. 0 = none."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    decay: Literal["none", "cosine", "linear"] = "none"
+    """Course of the learning rate from the end of warm-up to the last step; cosine and linear end at 0."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest global L2 norm of the gradient; a larger one is scaled down. None = no clipping."""
+
+
+class EMAConfig(Settings):
+    """The averaged weights that sampling uses."""
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+    """Decay per step of the exponential moving average."""
+    warmup: bool = True
+    """Start with a shorter average, or early samples show the random initial weights."""
+
+
+class CheckpointConfig(Settings):
+    """When the whole training state is written to the store."""
+
+    every_steps: int = Field(1000, ge=1)
+    """Steps between checkpoints."""
+    keep_last: int = Field(3, ge=1)
+    """Older checkpoints are deleted once this many newer, whole ones exist."""
+
+
+class GridConfig(Settings):
+    """Pictures of fixed seeds, logged while training."""
+
+    every_steps: int = Field(1000, ge=1)
+    """Steps between grids; one is also drawn before the first step and after the last."""
+    count: int = Field(64, ge=1)
+    """Images in a grid. With classes, they are dealt out evenly."""
+    sampler: SamplerConfig = SamplerConfig()
+    """How the grid is sampled; few steps suffice."""
+
+
+class WorkerConfig(Settings):
+    """The processes that train together. Their number changes the speed, not the sequence of samples."""
+
+    num_workers: int = Field(1, ge=1)
+    """DDP processes."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """Cores, and torch threads, of each."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs of each. 0 = train on the CPU with gloo; otherwise NCCL."""
+    max_failures: int = Field(3, ge=0)
+    """Lost worker groups that are replaced before the job gives up."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Samples a forward pass; the rest of a worker's share is accumulated. None = the whole share at once."""
+
+
+class TrainConfig(Settings):
+    """A training run."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)
+    """Name of the run, and of the model it registers."""
+    runs: str = "{root}/runs"
+    """Place for checkpoints: <runs>/<name>-<identity>/ is this run's."""
+    experiment: str = "training"
+    """MLflow experiment."""
+    data: DataConfig
+    net: UNetConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
+    steps: int = Field(ge=1)
+    """Optimiser steps."""
+    global_batch: int = Field(128, ge=1)
+    """Samples a step, over all workers. Does not change with their number."""
+    seed: int = Field(0, ge=0)
+    """Names the initial weights, the order of the samples, timesteps, noise, flips and dropout."""
+    label_drop: float = Field(0.0, ge=0, le=1)
+    """Share of samples trained without their label, which classifier-free guidance needs (Ho & Salimans 2022)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the network (autocast). Noising, loss and weights are float32 always."""
+    compile: bool = False
+    """Compile the network with torch.compile: a slower start, faster steps."""
+    max_skipped_steps: int = Field(10, ge=0)
+    """Steps with a non-finite gradient that are skipped before the run fails."""
+    log_every_steps: int = Field(50, ge=1)
+    """Steps in one point of a chart; a point is their mean."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    grid: GridConfig = GridConfig()
+    workers: WorkerConfig = WorkerConfig()
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        workers, batch = self.workers.num_workers, self.global_batch
+        if batch < workers:
+            raise ValueError(
+                f"global_batch {batch} is less than workers.num_workers {workers}: some would idle"
+            )
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} exceeds steps {self.steps}"
+            )
+        if self.checkpoint.every_steps % self.log_every_steps:
+            raise ValueError(
+                f"checkpoint.every_steps {self.checkpoint.every_steps} must be a multiple of log_every_steps "
+                f"{self.log_every_steps}, or a restart would log half a point twice"
+            )
+        if self.label_drop and self.net.num_classes is None:
+            raise ValueError("label_drop has no effect without net.num_classes; set one or drop the other")
+        return self
+
+    def identity(self, data_digest: str) -> dict[str, Any]:
+        """Everything that determines the weights, as plain data.
+
+        The number of steps is not in it when the learning rate does not depend on it: raising it then continues
+        the same training.
+        """
+        fields = self.model_dump(mode="json", exclude=_OPERATION)
+        fields["data"] = {"digest": data_digest, "flip": self.data.flip, "crop": self.data.crop}
+        if self.optimizer.decay == "none":
+            del fields["steps"]
+        return fields
+
+    def digest(self, data_digest: str) -> str:
+        """Name of the training: 12 hex digits of the SHA-256 of its identity."""
+        text = json.dumps(self.identity(data_digest), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+_OPERATION = {
+    "name",
+    "runs",
+    "experiment",
+    "data",
+    "workers",
+    "checkpoint",
+    "grid",
+    "log_every_steps",
+    "compile",
+}
+"""Settings of how the work is carried out; they do not change which training it is."""
