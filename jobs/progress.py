@@ -1,4 +1,4 @@
-"""Progress with rate and time left: a bar for people, lines for logs, JSON lines for a client that draws its own."""
+"""Progress with rate and time left: a bar for people, lines for logs, JSON lines for a client with its own bar."""
 
 import json
 import os
@@ -24,7 +24,7 @@ class Progress(Protocol):
 
 
 class Rate:
-    """Units a second and seconds left, measured from the first report: what was done before does not count."""
+    """Units a second and seconds left, measured from the first report: earlier work does not count."""
 
     def __init__(self) -> None:
         self._start: tuple[float, int] | None = None

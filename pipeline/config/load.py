@@ -1,7 +1,7 @@
 """From files and `key=value` words to one validated settings object.
 
-A settings file has one section a job (`pack:`, `train:`, `generate:` …), so one file describes a whole pipeline and
-presets are nothing but such files. Later files win over earlier ones, overrides win over all.
+A settings file has one section a job (`pack:`, `train:`, `generate:` …), so one file describes a whole
+pipeline and presets are nothing but such files. Later files win over earlier ones, overrides win over all.
 """
 
 import difflib
@@ -31,7 +31,7 @@ def load_settings(
 ) -> S:
     """Merge `section` of each file, apply the overrides, validate.
 
-    `{root}` in any text stands for $DDPM_ROOT, the place where this installation keeps data, runs and outputs.
+    `{root}` in any text stands for $DDPM_ROOT, where this installation keeps data, runs and outputs.
     `sections` are the section names a file may hold besides `section`.
     Raises UserError naming the setting, what is wrong with it, and the nearest known name for a mistyped one.
     """

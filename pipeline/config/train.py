@@ -99,7 +99,7 @@ class TrainConfig(Settings):
     seed: int = Field(0, ge=0)
     """Names the initial weights, the order of the samples, timesteps, noise, flips and dropout."""
     label_drop: float = Field(0.0, ge=0, le=1)
-    """Share of samples trained without their label, which classifier-free guidance needs (Ho & Salimans 2022)."""
+    """Share of samples trained without their label, as classifier-free guidance needs (Ho & Salimans 2022)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network (autocast). Noising, loss and weights are float32 always."""
     compile: bool = False
@@ -135,8 +135,8 @@ class TrainConfig(Settings):
     def identity(self, data_digest: str) -> dict[str, Any]:
         """Everything that determines the weights, as plain data.
 
-        The number of steps is not in it when the learning rate does not depend on it: raising it then continues
-        the same training.
+        The number of steps is not in it when the learning rate does not depend on it: raising it then
+        continues the same training.
         """
         fields = self.model_dump(mode="json", exclude=_OPERATION)
         fields["data"] = {"digest": data_digest, "flip": self.data.flip, "crop": self.data.crop}
