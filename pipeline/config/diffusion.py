@@ -1,0 +1,176 @@
+"""Settings of the forward process, of what the network learns, and of the reverse process."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Settings
+from pipeline.errors import UserError
+
+ScheduleKind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "given"]
+Target = Literal["eps", "x0", "v"]
+Weighting = Literal["uniform", "min-snr"]
+Variance = Literal["fixed-small", "fixed-large", "learned"]
+SamplerKind = Literal["ancestral", "ddim", "dpm++2m", "heun"]
+Spacing = Literal["trailing", "leading", "karras"]
+
+
+def refuse_idle(settings: Settings, fields: tuple[str, ...], because: str) -> None:
+    """Raise ValueError for the first of `fields` that was moved from its default although it has no effect."""
+    for name in fields:
+        if getattr(settings, name) != type(settings).model_fields[name].default:
+            raise ValueError(f"{name} has no effect {because}; leave it out")
+
+
+class ScheduleConfig(Settings):
+    """How fast the forward process turns an image into noise: the betas."""
+
+    kind: ScheduleKind = "linear"
+    """Family of the schedule. "linear" is DDPM's, "cosine" improved DDPM's; "given" takes `betas` as they are."""
+    num_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    """T, the number of forward steps; 1000 in nearly all published work. For "given", the length of `betas`."""
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    """First beta of "linear" and "scaled-linear". DDPM's value."""
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Last beta of "linear" and "scaled-linear". DDPM's value at T = 1000."""
+    cosine_offset: Annotated[float, Field(ge=0, lt=1)] = 0.008
+    """s of the cosine schedule: keeps the first betas from vanishing. Improved DDPM's value."""
+    sigmoid_start: float = -3.0
+    """Where on the logistic curve "sigmoid" begins. Chen 2023's value."""
+    sigmoid_end: float = 3.0
+    """Where on the logistic curve "sigmoid" ends. Chen 2023's value."""
+    sigmoid_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """tau of "sigmoid": below 1 steepens the middle. Chen 2023's default."""
+    max_beta: Annotated[float, Field(gt=0, le=0.999999)] = 0.999
+    """Ceiling of a beta of "cosine" and "sigmoid", whose last step would otherwise be singular."""
+    betas: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """The betas of a "given" schedule, first step first."""
+    zero_terminal_snr: bool = False
+    """Rescale so that x_T holds no trace of the image (Lin et al. 2023). Needs target "x0" or "v"."""
+
+    @model_validator(mode="after")
+    def _only_settings_that_act(self) -> Self:
+        because = f'for kind "{self.kind}"'
+        if self.kind not in ("linear", "scaled-linear"):
+            refuse_idle(self, ("beta_start", "beta_end"), because)
+        if self.kind != "cosine":
+            refuse_idle(self, ("cosine_offset",), because)
+        if self.kind != "sigmoid":
+            refuse_idle(self, ("sigmoid_start", "sigmoid_end", "sigmoid_temperature"), because)
+        if self.kind not in ("cosine", "sigmoid"):
+            refuse_idle(self, ("max_beta",), because)
+        if self.kind != "given":
+            refuse_idle(self, ("betas",), because)
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind == "given" and len(self.betas) != self.num_steps:
+            raise ValueError(
+                f"betas holds {len(self.betas)} values but num_steps is {self.num_steps}; make them equal"
+            )
+        if self.beta_start > self.beta_end:
+            raise ValueError("beta_start is above beta_end; noise must grow with the step")
+        if self.sigmoid_start >= self.sigmoid_end:
+            raise ValueError("sigmoid_start must be below sigmoid_end")
+        if self.zero_terminal_snr and self.num_steps < 2:
+            raise ValueError("zero_terminal_snr needs num_steps of at least 2")
+        return self
+
+
+class ObjectiveConfig(Settings):
+    """What the network predicts and how its errors are weighed."""
+
+    target: Target = "eps"
+    """What the network predicts: the noise (DDPM), the image, or v = sqrt(abar) eps - sqrt(1-abar) x0."""
+    weighting: Weighting = "uniform"
+    """Weight of a timestep's error. "uniform" is L_simple; "min-snr" is Hang et al. 2023."""
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """Ceiling of the signal-to-noise ratio in the "min-snr" weight. The paper's value."""
+    variance: Variance = "fixed-small"
+    """Variance of the reverse step that the likelihood bound is measured with; "learned" makes the network
+    predict it in a second half of its output channels and adds the bound to the loss (improved DDPM)."""
+    vlb_weight: Annotated[float, Field(gt=0)] = 0.001
+    """Lambda of L_hybrid = L_simple + lambda L_vlb, L_vlb being the whole bound in bits per dimension."""
+
+    @model_validator(mode="after")
+    def _only_settings_that_act(self) -> Self:
+        if self.weighting != "min-snr":
+            refuse_idle(self, ("min_snr_gamma",), f'for weighting "{self.weighting}"')
+        if self.variance != "learned":
+            refuse_idle(self, ("vlb_weight",), f'for variance "{self.variance}"')
+        return self
+
+
+class SamplerConfig(Settings):
+    """How noise becomes an image: the reverse process."""
+
+    kind: SamplerKind = "ancestral"
+    """"ancestral" is DDPM's chain; "ddim", "dpm++2m" and "heun" need far fewer steps."""
+    num_steps: Annotated[int, Field(ge=1)] = 1000
+    """Steps from noise to image. "heun" evaluates the network twice a step but the last."""
+    spacing: Spacing = "trailing"
+    """Which noise levels are visited. "trailing" starts at pure noise; "leading" (improved DDPM, DDIM) never sees
+    it; "karras" spaces by sigma^(1/rho) and asks the network for fractional timesteps."""
+    karras_rho: Annotated[float, Field(gt=0)] = 7.0
+    """rho of the "karras" spacing: larger puts more steps near the image. EDM's value."""
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Fresh noise in "ddim": 0 is deterministic, 1 has the ancestral chain's small variance."""
+    variance: Variance = "fixed-small"
+    """Variance of an "ancestral" step. "fixed-large" is DDPM's best at 1000 steps and collapses at few."""
+    clip_x0: bool = True
+    """Clip every estimate of the image to [-1, 1]; right for pixels, wrong for unbounded data."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """w of classifier-free guidance, eps = eps_uncond + w (eps_cond - eps_uncond); 1 leaves it off."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma = sqrt((1-abar)/abar), lowest and highest, between which guidance acts; None is always."""
+
+    @model_validator(mode="after")
+    def _only_settings_that_act(self) -> Self:
+        because = f'for kind "{self.kind}"'
+        if self.kind != "ddim":
+            refuse_idle(self, ("eta",), because)
+        if self.kind != "ancestral":
+            refuse_idle(self, ("variance",), because)
+        if self.spacing != "karras":
+            refuse_idle(self, ("karras_rho",), f'for spacing "{self.spacing}"')
+        if self.guidance_scale == 1.0:
+            refuse_idle(self, ("guidance_interval",), "while guidance_scale is 1")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+            raise ValueError("guidance_interval must be (lowest, highest) with 0 <= lowest < highest")
+        return self
+
+
+def check_together(
+    schedule: ScheduleConfig, objective: ObjectiveConfig, sampler: SamplerConfig | None = None
+) -> None:
+    """Refuse settings that are fine alone and wrong together.
+
+    Raises: UserError, in one line, naming the field.
+    """
+    if schedule.zero_terminal_snr and objective.target == "eps":
+        raise UserError(
+            'objective.target "eps" says nothing about the image once schedule.zero_terminal_snr leaves x_T '
+            'without signal; use target "v" or "x0"'
+        )
+    if sampler is None:
+        return
+    if sampler.spacing != "karras" and sampler.num_steps > schedule.num_steps:
+        raise UserError(
+            f"sampler.num_steps is {sampler.num_steps} but the schedule has {schedule.num_steps} steps; "
+            "use at most as many"
+        )
+    if sampler.variance == "learned" and objective.variance != "learned":
+        raise UserError(
+            'sampler.variance "learned" needs a network trained with objective.variance "learned"; '
+            'use "fixed-small"'
+        )
+    if schedule.zero_terminal_snr and (sampler.kind == "heun" or sampler.spacing == "karras"):
+        raise UserError(
+            f'sampler.{"kind" if sampler.kind == "heun" else "spacing"} works on sigma, which is infinite at the '
+            'start of a schedule with zero_terminal_snr; use "ddim" or "dpm++2m" with spacing "trailing"'
+        )
