@@ -1,0 +1,48 @@
+"""Objects under a URI: `s3://bucket/prefix` and `file:///directory` behind one small interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from pipeline.errors import UserError
+from pipeline.store.base import ObjectChanged, ObjectInfo, ObjectMissing, Store, StoreUnreachable
+from pipeline.store.files import FileStore, atomic_file
+from pipeline.store.retry import RetryPolicy
+
+__all__ = [
+    "FileStore",
+    "ObjectChanged",
+    "ObjectInfo",
+    "ObjectMissing",
+    "RetryPolicy",
+    "Store",
+    "StoreUnreachable",
+    "atomic_file",
+    "open_store",
+]
+
+
+def open_store(uri: str) -> Store:
+    """The store at `s3://bucket[/prefix]`, `file:///directory` or a local directory's path.
+
+    Nothing is contacted; `require_container` does that. Raises UserError for any other address.
+    """
+    if not uri:
+        raise UserError("store URI is empty; give s3://bucket/prefix or file:///directory")
+    parts = urlsplit(uri)
+    if parts.scheme == "s3":
+        if not parts.netloc:
+            raise UserError(f"{uri}: no bucket in it; write s3://bucket/prefix")
+        from pipeline.store.s3 import (
+            S3Store,
+        )  # boto3 takes a quarter of a second to import: only who needs it
+
+        return S3Store(parts.netloc, uri[len("s3://") + len(parts.netloc) :])
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise UserError(f"{uri}: not an absolute path; write file:///directory")
+        return FileStore(Path(unquote(parts.path)))
+    if "://" in uri:
+        raise UserError(f"{uri}: unknown scheme {parts.scheme!r}; use s3:// or file://")
+    return FileStore(Path(uri))

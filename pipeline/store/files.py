@@ -1,0 +1,179 @@
+"""`file://`: a directory as an object store, with the same promises as S3."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.errors import DamageError, UserError
+from pipeline.store.base import TEMP_PREFIX, ObjectChanged, ObjectInfo, ObjectMissing, Store, checked_key
+
+
+class FileStore(Store):
+    """Objects are files under `root`. Writes go to a hidden file beside it, are synced, then renamed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.uri = self.root.as_uri()
+
+    def path(self, key: str) -> Path:
+        """Where the object's bytes are on this machine."""
+        return self.root / checked_key(key)
+
+    def read(self, key: str) -> bytes:
+        with self._opened(key) as file:
+            return file.read()
+
+    def read_range(self, key: str, start: int, length: int, *, etag: str | None = None) -> bytes:
+        with self._opened(key) as file:
+            self._check_tag(key, file, etag)
+            file.seek(start)
+            data = file.read(length)
+        if len(data) != length:
+            raise DamageError(
+                f"{self.uri}/{key}: ends at byte {start + len(data)}, {start + length} expected"
+            )
+        return data
+
+    def open(self, key: str, *, start: int = 0, etag: str | None = None) -> BinaryIO:
+        file = self._opened(key)
+        try:
+            self._check_tag(key, file, etag)
+            file.seek(start)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        try:
+            found = self.path(key).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not self.path(key).is_file():
+            return None
+        return ObjectInfo(key, found.st_size, _tag(found))
+
+    def write(self, key: str, data: bytes) -> ObjectInfo:
+        return self._publish(key, lambda file: _write_all(file, data))
+
+    def upload(self, key: str, path: Path) -> ObjectInfo:
+        def copy(file: BinaryIO) -> None:
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
+
+        return self._publish(key, copy)
+
+    def download(self, key: str, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._opened(key) as source, atomic_file(path) as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
+        for key, entry in _walk(self.root, "", prefix, start_after):
+            with contextlib.suppress(FileNotFoundError):  # deleted since the directory was read
+                found = entry.stat()
+                yield ObjectInfo(key, found.st_size, _tag(found))
+
+    def delete(self, key: str) -> None:
+        path = self.path(key)
+        path.unlink(missing_ok=True)
+        # An object store has no empty directories: leave none behind, up to the root.
+        for parent in path.parents:
+            if parent == self.root or not parent.is_relative_to(self.root):
+                break
+            try:
+                parent.rmdir()
+            except OSError:
+                break
+
+    def require_container(self) -> None:
+        nearest = next(p for p in (self.root, *self.root.parents) if p.exists())
+        if not nearest.is_dir():
+            raise UserError(f"{self.uri}: {nearest} is a file, not a directory; choose another place")
+        if not os.access(nearest, os.R_OK | os.X_OK):
+            raise UserError(f"{self.uri}: no permission to read {nearest}; change its mode or the place")
+        if nearest != self.root and not os.access(nearest, os.W_OK):
+            raise UserError(
+                f"{self.uri}: does not exist and cannot be made in {nearest}; choose another place"
+            )
+
+    def create_container(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def _opened(self, key: str) -> BinaryIO:
+        try:
+            return self.path(key).open("rb")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise ObjectMissing(key, f"{self.uri}/{key}") from None
+        except PermissionError:
+            raise UserError(f"{self.uri}/{key}: no permission to read it; change its mode") from None
+
+    def _check_tag(self, key: str, file: BinaryIO, etag: str | None) -> None:
+        if etag is not None and _tag(os.fstat(file.fileno())) != etag:
+            raise ObjectChanged(f"{self.uri}/{key}: replaced since it was listed; index it again")
+
+    def _publish(self, key: str, fill: Callable[[BinaryIO], None]) -> ObjectInfo:
+        path = self.path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as file:
+                fill(file)
+                file.flush()
+                found = os.fstat(file.fileno())
+        except PermissionError as error:
+            raise UserError(f"{self.uri}/{key}: no permission to write ({error.strerror})") from None
+        return ObjectInfo(key, found.st_size, _tag(found))
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Generator[BinaryIO]:
+    """A file that takes its place at `path`, synced, when the block ends well; otherwise nothing is left."""
+    temp = path.parent / f"{TEMP_PREFIX}{uuid.uuid4().hex}"
+    try:
+        with temp.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself must survive a power cut
+    finally:
+        os.close(directory)
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+
+
+def _tag(found: os.stat_result) -> str:
+    return f"{found.st_mtime_ns:x}-{found.st_size:x}"
+
+
+def _walk(
+    directory: Path, base: str, prefix: str, start_after: str
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Files below `directory` in key order: a directory sorts as its name with '/', which is how S3 sorts."""
+    try:
+        with os.scandir(directory) as found:
+            entries = [(e.name + "/" if e.is_dir() else e.name, e) for e in found]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name, entry in sorted(entries, key=lambda pair: pair[0]):
+        key = base + name
+        if name.startswith(TEMP_PREFIX) or not (key.startswith(prefix) or prefix.startswith(key)):
+            continue
+        if name.endswith("/"):
+            if key > start_after or start_after.startswith(key):
+                yield from _walk(directory / entry.name, key, prefix, start_after)
+        elif key.startswith(prefix) and key > start_after:
+            yield key, entry

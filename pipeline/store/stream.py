@@ -1,0 +1,108 @@
+"""A stream over HTTP ranges that goes on after the last byte that arrived."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+from pipeline.store.retry import RetryPolicy
+
+READ_ALL_CHUNK_BYTES = 1 << 20  # io's own is 8 KiB: a hundred times the calls
+
+
+class Body(Protocol):
+    """What a range request gives: bytes until the range ends or the connection breaks."""
+
+    def read(self, amt: int) -> bytes: ...
+    def close(self) -> None: ...
+
+
+OpenRange = Callable[[int], tuple[Body, int]]
+"""From a start offset: the body, and the offset at which the whole read ends. It holds to one version."""
+
+
+class ResumingStream(io.RawIOBase):
+    """Reads one version of an object to its end, whatever the connection does.
+
+    A body that breaks, or ends before the last byte, is asked for again from the next missing one. The retry
+    budget is for failures in a row: any byte that arrives renews it, so a server that cuts every connection
+    only slows the read, and one that gives nothing ends it after `policy.attempts`. `explain` runs an action
+    and turns the transport's errors into this program's; `may_retry` sees those.
+    """
+
+    def __init__(
+        self,
+        open_range: OpenRange,
+        policy: RetryPolicy,
+        may_retry: Callable[[Exception], bool],
+        explain: Callable[[Callable[[], bytes]], bytes],
+        start: int = 0,
+    ) -> None:
+        super().__init__()
+        self._open_range, self._policy = open_range, policy
+        self._may_retry, self._explain = may_retry, explain
+        self._position, self._failures = start, 0
+        self._body: Body | None = None
+        self._end: int | None = None
+        self._attempt(self._ensure_body)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        if not len(view):
+            return 0
+        data = self._attempt(lambda: self._some(len(view)))
+        view[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        chunks: list[bytes] = []
+        while chunk := self._attempt(lambda: self._some(READ_ALL_CHUNK_BYTES)):
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    def tell(self) -> int:
+        return self._position
+
+    def close(self) -> None:
+        self._drop_body()
+        super().close()
+
+    def _ensure_body(self) -> bytes:
+        if self._body is None and (self._end is None or self._position < self._end):
+            self._body, self._end = self._open_range(self._position)
+        return b""
+
+    def _some(self, limit: int) -> bytes:
+        """At least one byte, or b'' at the true end of the object."""
+        self._ensure_body()
+        if self._body is None or self._end is None or self._position >= self._end:
+            return b""
+        data = self._body.read(min(limit, self._end - self._position))
+        if not data:
+            raise ConnectionError(f"the connection ended at byte {self._position} of {self._end}")
+        self._position += len(data)
+        self._failures = 0
+        return data
+
+    def _attempt(self, action: Callable[[], bytes]) -> bytes:
+        while True:
+            try:
+                return self._explain(action)
+            except Exception as error:
+                self._drop_body()
+                self._failures += 1
+                if self._failures >= self._policy.attempts or not self._may_retry(error):
+                    raise
+                time.sleep(self._policy.pause_seconds(self._failures))
+
+    def _drop_body(self) -> None:
+        if self._body is not None:
+            with suppress(Exception):  # the connection is being given up: how it ends does not matter
+                self._body.close()
+            self._body = None
