@@ -144,20 +144,24 @@ def load_model(directory: Path, device: str | torch.device = "cpu") -> tuple[UNe
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: missing; export the model again, or download both files") from None
+    return build_model(card, data, device, where=str(path)), card
+
+
+def build_model(card: ModelCard, data: bytes, device: str | torch.device = "cpu", *, where: str) -> UNet:
+    """The network of a card with the weights `data` (the bytes of a weights file that came from `where`)."""
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != card.weights.sha256:
         expected = card.weights.sha256 or "nothing"
-        raise DamageError(f"{path}: its sha256 is {sha256}, but {CARD_FILE} says {expected}")
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the initial weights are thrown away: leave no trace of drawing them
+        raise DamageError(f"{where}: its sha256 is {sha256}, but {CARD_FILE} says {expected}")
+    # The initial weights are thrown away: leave no trace of having drawn them.
+    with torch.random.fork_rng(devices=[]):
         net = UNet(card.net)
     try:
         net.load_state_dict(load_tensors(data))
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise DamageError(f"{path}: the weights do not fit the network in {CARD_FILE}: {reason}") from None
-    return net.to(device).eval().requires_grad_(False), card
+        raise DamageError(f"{where}: the weights do not fit the network in {CARD_FILE}: {reason}") from None
+    return net.to(device).eval().requires_grad_(False)
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -1,0 +1,116 @@
+"""The plan: a spec cut into shards and batches by arithmetic alone.
+
+Shard k holds the samples at offsets [k·S, (k+1)·S) from the first index, S being the shard size. A generation's last
+shard may hold fewer; it is then a *tail* and carries its count in its key, `000009-0500`. Raising the count later
+makes the full shard `000009` beside it, and the tail is deleted only after the new manifest stands: no object that
+a manifest names ever changes.
+
+The batches of a shard are the same whatever the count: a tail's last batch is computed whole and what lies beyond
+the count is thrown away. So each sample is always computed in the same company, and its bytes depend on the spec's
+digest and its index only.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.noise import Stream, uniform
+from pipeline.generate.spec import Spec
+
+SHARD_PREFIX = "shards/"
+DONE_PREFIX = "done/"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One unit of work: samples [first, first + count)."""
+
+    number: int
+    first: int
+    count: int
+    name: str
+
+    @property
+    def key(self) -> str:
+        """Key of the tar."""
+        return f"{SHARD_PREFIX}{self.name}.tar"
+
+    @property
+    def done_key(self) -> str:
+        """Key of the done-record."""
+        return f"{DONE_PREFIX}{self.name}.json"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples the network sees at once: [first, first + size), of which the first `keep` are wanted."""
+
+    first: int
+    size: int
+    keep: int
+
+    def index(self) -> Tensor:
+        """Sample indexes, int64 (size,)."""
+        return torch.arange(self.first, self.first + self.size, dtype=torch.int64)
+
+
+def num_shards(spec: Spec) -> int:
+    """Shards of the whole generation."""
+    return -(-spec.count // spec.shard_size)
+
+
+def shard(spec: Spec, number: int) -> Shard:
+    """Shard `number`. ValueError when the plan has no such shard."""
+    if not 0 <= number < num_shards(spec):
+        raise ValueError(f"number must be in 0..{num_shards(spec) - 1}, not {number}")
+    start = number * spec.shard_size
+    count = min(spec.shard_size, spec.count - start)
+    name = f"{number:06d}" if count == spec.shard_size else f"{number:06d}-{count:04d}"
+    return Shard(number=number, first=spec.first_index + start, count=count, name=name)
+
+
+def shards(spec: Spec) -> Iterator[Shard]:
+    """All shards in order."""
+    return (shard(spec, number) for number in range(num_shards(spec)))
+
+
+def shard_number(name: str) -> int | None:
+    """The number in a shard's name (`000009` or `000009-0500`), or None for a name that is none."""
+    number, _, count = name.partition("-")
+    whole = number.isdecimal() and len(number) >= 6 and (not count or count.isdecimal())
+    return int(number) if whole and not name.endswith("-") else None
+
+
+def batches(spec: Spec, unit: Shard) -> Iterator[Batch]:
+    """The batches of a shard, in order; the sum of their `keep` is the shard's count."""
+    nominal_end = unit.first + spec.shard_size
+    for first in range(unit.first, unit.first + unit.count, spec.batch_size):
+        size = min(spec.batch_size, nominal_end - first)
+        yield Batch(first=first, size=size, keep=min(size, unit.first + unit.count - first))
+
+
+def locate(spec: Spec, index: int) -> tuple[Shard, Batch]:
+    """The shard and the batch that hold sample `index`. ValueError when the generation does not hold it."""
+    offset = index - spec.first_index
+    if not 0 <= offset < spec.count:
+        raise ValueError(
+            f"index must be in {spec.first_index}..{spec.first_index + spec.count - 1}, not {index}"
+        )
+    unit = shard(spec, offset // spec.shard_size)
+    place = (index - unit.first) // spec.batch_size
+    return unit, next(b for number, b in enumerate(batches(spec, unit)) if number == place)
+
+
+def classes_of(spec: Spec, index: Tensor) -> Tensor | None:
+    """Class labels int64 (B,) of the samples `index` (B,): a function of (seed, index) alone. None without classes."""
+    if spec.classes is None:
+        return None
+    labels = torch.tensor(spec.classes.labels, dtype=torch.int64)
+    if spec.classes.weights is None:
+        return labels[index % len(labels)]
+    weights = torch.tensor(spec.classes.weights, dtype=torch.float64)
+    edges = torch.cumsum(weights / weights.sum(), 0)[:-1]
+    drawn = uniform(spec.seed, Stream.SAMPLE_CLASS, index).to(torch.float64)
+    return labels[torch.searchsorted(edges, drawn, right=True)]

@@ -1,0 +1,245 @@
+"""The spec: everything that determines a generation's bits, and the digest that names it."""
+
+import hashlib
+import json
+from typing import Any, Literal, cast
+
+from pydantic import ValidationError
+
+from pipeline.config.base import Settings
+from pipeline.config.diffusion import SamplerConfig, check_together
+from pipeline.config.generate import ClassChoice, SpecSettings
+from pipeline.errors import DamageError, UserError
+from pipeline.nets.artifact import ModelCard
+from pipeline.store import ObjectMissing, Store
+
+SPEC_KEY = "spec.json"
+
+
+class ModelIdentity(Settings):
+    """The network of a generation, pinned."""
+
+    name: str
+    """Registered name; `local` for a folder."""
+    version: int | None
+    """Registered version; None for a folder."""
+    sha256: str
+    """Hex digest of the weights file."""
+    weights: str
+    """Kind of weights, such as `ema`."""
+    process: str
+    """Digest of the card's network, schedule, objective and image shape: how the weights are used."""
+
+
+class ClassPlan(Settings):
+    """Which class each sample has; see `pipeline.generate.plan.classes_of`."""
+
+    labels: tuple[int, ...]
+    """The labels that occur, in order."""
+    weights: tuple[float, ...] | None
+    """Relative frequency of each label, drawn by (seed, index); None = the labels in turn."""
+
+
+class Spec(Settings):
+    """What determines a generation's bits. Two generations with one digest agree on every sample they share."""
+
+    format: Literal[1] = 1
+    """Version of the layout of a generation."""
+    model: ModelIdentity
+    """The network."""
+    channels: int
+    """Channels of an image."""
+    size: int
+    """Height and width of an image, pixels."""
+    sampler: SamplerConfig
+    """The reverse process."""
+    classes: ClassPlan | None
+    """Classes of the samples; None = the network is given none."""
+    seed: int
+    """Names the noise."""
+    first_index: int
+    """Index of the first sample."""
+    count: int
+    """Samples asked for so far. The only field that is not part of the digest, for it may be raised."""
+    image_format: Literal["png", "webp", "npy"]
+    """Encoding of a sample."""
+    shard_size: int
+    """Samples in a full shard."""
+    batch_size: int
+    """Samples the network sees at once."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Precision of the network's arithmetic."""
+    device: Literal["cpu", "cuda"]
+    """Kind of device: the same network rounds differently on another."""
+    cpu_threads: int | None
+    """Threads of a worker on the CPU; None on a GPU, where they change nothing."""
+    compile: bool
+    """Whether the network is compiled."""
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of the canonical JSON of all fields but `count`."""
+        return hashlib.sha256(canonical(self.model_dump(mode="json", exclude={"count"}))).hexdigest()
+
+
+def canonical(document: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal content, equal bytes."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def pretty(document: Any) -> bytes:
+    """JSON for people, with the same promise."""
+    return (json.dumps(document, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
+
+
+def make_spec(
+    settings: SpecSettings,
+    card: ModelCard,
+    *,
+    name: str = "local",
+    version: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> Spec:
+    """The spec that `settings` ask of the model with this card. UserError when the two do not fit."""
+    if settings.weights is not None and settings.weights != card.weights.kind:
+        raise UserError(
+            f"weights: {settings.model} holds {card.weights.kind!r} weights, not {settings.weights!r}; "
+            "name a model that was exported with them"
+        )
+    check_together(card.schedule, card.objective, settings.sampler)
+    _check_guidance(settings, card)
+    process = card.model_dump(mode="json", include={"net", "schedule", "objective", "image"})
+    return Spec(
+        model=ModelIdentity(
+            name=name,
+            version=version,
+            sha256=card.weights.sha256,
+            weights=card.weights.kind,
+            process=hashlib.sha256(canonical(process)).hexdigest(),
+        ),
+        channels=card.image.channels,
+        size=card.image.size,
+        sampler=settings.sampler,
+        classes=resolve_classes(settings.classes, card),
+        seed=settings.seed,
+        first_index=settings.first_index,
+        count=settings.count,
+        image_format=settings.image_format,
+        shard_size=settings.shard_size,
+        batch_size=settings.batch_size,
+        dtype=settings.dtype,
+        device=device,
+        cpu_threads=settings.cpu_threads if device == "cpu" else None,
+        compile=settings.compile,
+    )
+
+
+def _check_guidance(settings: SpecSettings, card: ModelCard) -> None:
+    if settings.sampler.guidance_scale == 1.0:
+        return
+    if card.net.null_label is None:
+        raise UserError(
+            "sampler.guidance_scale: the network knows no 'no class' label to guide away from; use 1.0, "
+            "or train with net.null_class"
+        )
+    if settings.classes is None:
+        raise UserError("sampler.guidance_scale: there is no class to guide towards; use 1.0, or set classes")
+
+
+def resolve_classes(choice: ClassChoice, card: ModelCard) -> ClassPlan | None:
+    """Labels for a choice that may hold names. UserError names the unknown class and lists the known ones."""
+    known = card.net.num_classes
+    if known is None and choice in (None, "auto"):
+        return None
+    if choice is None and card.net.null_label is None:
+        raise UserError('classes: the network was not trained to do without a class; use "balanced"')
+    if choice is None:
+        return None
+    if known is None:
+        raise UserError("classes: the network knows no classes; leave the setting out")
+    if isinstance(choice, str):
+        return ClassPlan(labels=tuple(range(known)), weights=None)
+    if not choice:
+        raise UserError("classes: empty; name at least one class, or leave the setting out")
+    if isinstance(choice, list):
+        return ClassPlan(labels=tuple(_label(c, known, card.class_names) for c in choice), weights=None)
+    pairs = sorted((_label(c, known, card.class_names), float(w)) for c, w in choice.items())
+    labels = tuple(label for label, _ in pairs)
+    weights = tuple(weight for _, weight in pairs)
+    if len(set(labels)) < len(labels):
+        raise UserError("classes: a class is named twice; give each one weight")
+    if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        raise UserError("classes: weights must be finite, not negative, and not all zero; correct them")
+    return ClassPlan(labels=labels, weights=weights)
+
+
+def _label(choice: int | str, known: int, names: tuple[str, ...] | None) -> int:
+    if isinstance(choice, str) and names is not None and choice in names:
+        return names.index(choice)
+    if isinstance(choice, int) and 0 <= choice < known:
+        return choice
+    listed = ", ".join(names[:20]) if names else "none has a name"
+    raise UserError(f"classes: {choice!r} is unknown; labels are 0..{known - 1}, names: {listed}")
+
+
+def read_spec(store: Store) -> Spec | None:
+    """The spec that owns a prefix, or None. DamageError when the object is not one."""
+    try:
+        data = store.read(SPEC_KEY)
+    except ObjectMissing:
+        return None
+    try:
+        return Spec.model_validate_json(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in fault["loc"])
+        raise DamageError(f"{store.uri}/{SPEC_KEY}: not a spec ({field}: {fault['msg']})") from None
+
+
+def check_prefix(store: Store, spec: Spec) -> Spec | None:
+    """The spec that already stands at the prefix, if `spec` is the same or extends it; None at an empty prefix.
+
+    UserError when the prefix holds another generation (the differing fields are named), more samples than are
+    asked for now, or something that is no generation at all. Reads two objects at most and writes none.
+    """
+    there = read_spec(store)
+    if there is None:
+        stranger = next(iter(store.list()), None)
+        if stranger is not None:
+            raise UserError(
+                f"{store.uri}: holds {stranger.key} but no {SPEC_KEY}, so it is no generation; "
+                "choose an empty output prefix"
+            )
+        return None
+    differing = differences(there, spec)
+    if differing:
+        raise UserError(
+            f"{store.uri}: already holds another generation ({'; '.join(differing)}); "
+            "choose another output prefix, or ask for the same"
+        )
+    if spec.count < there.count:
+        raise UserError(
+            f"{store.uri}: count is {there.count} there and can only be raised, not lowered to {spec.count}; "
+            "choose another output prefix, or raise count"
+        )
+    return there
+
+
+def differences(there: Spec, wanted: Spec) -> list[str]:
+    """The fields, dotted, in which two specs differ apart from `count`: `seed: 0 there, 1 asked for`."""
+    old, new = (_flat(s.model_dump(mode="json", exclude={"count"})) for s in (there, wanted))
+    return [
+        f"{field}: {json.dumps(old.get(field))} there, {json.dumps(new.get(field))} asked for"
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field) != new.get(field)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(cast(dict[str, Any], value), f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
