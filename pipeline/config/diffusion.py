@@ -16,7 +16,8 @@ Spacing = Literal["trailing", "leading", "karras"]
 
 
 def refuse_idle(settings: Settings, fields: tuple[str, ...], because: str) -> None:
-    """Raise ValueError for the first of `fields` that was moved from its default although it has no effect."""
+    """Raise ValueError for the first of `fields` that was moved from its default although it has no
+    effect."""
     for name in fields:
         if getattr(settings, name) != type(settings).model_fields[name].default:
             raise ValueError(f"{name} has no effect {because}; leave it out")
@@ -26,9 +27,11 @@ class ScheduleConfig(Settings):
     """How fast the forward process turns an image into noise: the betas."""
 
     kind: ScheduleKind = "linear"
-    """Family of the schedule. "linear" is DDPM's, "cosine" improved DDPM's; "given" takes `betas` as they are."""
+    """Family of the schedule. "linear" is DDPM's, "cosine" improved DDPM's; "given" takes `betas` as they
+    are."""
     num_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
-    """T, the number of forward steps; 1000 in nearly all published work. For "given", the length of `betas`."""
+    """T, the number of forward steps; 1000 in nearly all published work. For "given", the length of
+    `betas`."""
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     """First beta of "linear" and "scaled-linear". DDPM's value."""
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
@@ -110,8 +113,8 @@ class SamplerConfig(Settings):
     num_steps: Annotated[int, Field(ge=1)] = 1000
     """Steps from noise to image. "heun" evaluates the network twice a step but the last."""
     spacing: Spacing = "trailing"
-    """Which noise levels are visited. "trailing" starts at pure noise; "leading" (improved DDPM, DDIM) never sees
-    it; "karras" spaces by sigma^(1/rho) and asks the network for fractional timesteps."""
+    """Which noise levels are visited. "trailing" starts at pure noise; "leading" (improved DDPM, DDIM) never
+    sees it; "karras" spaces by sigma^(1/rho) and asks the network for fractional timesteps."""
     karras_rho: Annotated[float, Field(gt=0)] = 7.0
     """rho of the "karras" spacing: larger puts more steps near the image. EDM's value."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -123,7 +126,8 @@ class SamplerConfig(Settings):
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """w of classifier-free guidance, eps = eps_uncond + w (eps_cond - eps_uncond); 1 leaves it off."""
     guidance_interval: tuple[float, float] | None = None
-    """Noise levels sigma = sqrt((1-abar)/abar), lowest and highest, between which guidance acts; None is always."""
+    """Noise levels sigma = sqrt((1-abar)/abar), lowest and highest, between which guidance acts; None is
+    always."""
 
     @model_validator(mode="after")
     def _only_settings_that_act(self) -> Self:
@@ -140,7 +144,10 @@ class SamplerConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+        if (
+            self.guidance_interval is not None
+            and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]
+        ):
             raise ValueError("guidance_interval must be (lowest, highest) with 0 <= lowest < highest")
         return self
 
@@ -171,6 +178,6 @@ def check_together(
         )
     if schedule.zero_terminal_snr and (sampler.kind == "heun" or sampler.spacing == "karras"):
         raise UserError(
-            f'sampler.{"kind" if sampler.kind == "heun" else "spacing"} works on sigma, which is infinite at the '
+            f"sampler.{'kind' if sampler.kind == 'heun' else 'spacing'} works on sigma, which is infinite at the "
             'start of a schedule with zero_terminal_snr; use "ddim" or "dpm++2m" with spacing "trailing"'
         )

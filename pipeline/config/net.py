@@ -10,7 +10,8 @@ from pipeline.config.base import Settings
 
 
 class UNetConfig(Settings):
-    """A U-Net over square images. Two configs with the same digest are the same function of the same weights."""
+    """A U-Net over square images. Two configs with the same digest are the same function of the same
+    weights."""
 
     image_size: Annotated[int, Field(ge=1)] = 32
     """Height and width in pixels."""
@@ -31,15 +32,18 @@ class UNetConfig(Settings):
     num_heads: Annotated[int, Field(ge=1)] = 1
     """Attention heads; DDPM has one. Superseded by `head_dim`."""
     head_dim: Annotated[int, Field(ge=1)] | None = None
-    """Channels a head (guided diffusion: 64), the number of heads following from the width; None: `num_heads`."""
+    """Channels a head (guided diffusion: 64), the number of heads following from the width; None:
+    `num_heads`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability of zeroing an activation before a residual block's second convolution. DDPM on CIFAR-10: 0.1."""
+    """Probability of zeroing an activation before a residual block's second convolution. DDPM on CIFAR-10:
+    0.1."""
     num_classes: Annotated[int, Field(ge=1)] | None = None
     """Number of class labels the network is told; None is unconditional."""
     null_class: bool = False
     """Learn one more embedding, label `num_classes`, for "no class": what classifier-free guidance needs."""
     scale_shift_norm: bool = False
-    """The timestep scales and shifts the second normalisation (improved DDPM) instead of being added before it."""
+    """The timestep scales and shifts the second normalisation (improved DDPM) instead of being added before
+    it."""
     resblock_updown: bool = False
     """Change resolution inside a residual block (guided diffusion) instead of by a convolution."""
     downsample_padding: Annotated[int, Field(ge=0, le=1)] = 1
@@ -65,7 +69,8 @@ class UNetConfig(Settings):
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the class embedding: the classes, and "no class" where it is learned; 0 if unconditional."""
+        """Rows of the class embedding: the classes, and "no class" where it is learned; 0 if
+        unconditional."""
         return 0 if self.num_classes is None else self.num_classes + int(self.null_class)
 
     @property
@@ -85,12 +90,23 @@ class UNetConfig(Settings):
     @classmethod
     def ddpm_cifar10(cls) -> Self:
         """Ho et al. 2020, appendix B, for 32x32: 35,746,307 parameters."""
-        return cls(**_DDPM, image_size=32, multipliers=(1, 2, 2, 2), dropout=0.1)
+        return cls(image_size=32, multipliers=(1, 2, 2, 2), dropout=0.1)._as_in_ddpm()
 
     @classmethod
     def ddpm_256(cls) -> Self:
         """Ho et al. 2020, appendix B, for 256x256 (LSUN, CelebA-HQ): 113,673,219 parameters."""
-        return cls(**_DDPM, image_size=256, multipliers=(1, 1, 2, 2, 4, 4))
+        return cls(image_size=256, multipliers=(1, 1, 2, 2, 4, 4))._as_in_ddpm()
+
+    def _as_in_ddpm(self) -> Self:
+        """The same network with the conventions of the DDPM code base, which weights ported from it need."""
+        return self.model_copy(
+            update={
+                "downsample_padding": 0,
+                "norm_eps": 1e-6,
+                "time_cos_first": False,
+                "time_freq_shift": 1,
+            }
+        )
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -138,14 +154,3 @@ class UNetConfig(Settings):
                 f"out_channels must be in_channels ({self.in_channels}) or, for a learned variance, twice that"
             )
         return self
-
-
-_DDPM = {
-    "base_channels": 128,
-    "num_res_blocks": 2,
-    "attention_resolutions": (16,),
-    "downsample_padding": 0,
-    "norm_eps": 1e-6,
-    "time_cos_first": False,
-    "time_freq_shift": 1,
-}

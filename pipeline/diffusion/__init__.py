@@ -1,0 +1,18 @@
+"""Pure maths of diffusion over an immutable schedule: no hidden state, no I/O."""
+
+from pipeline.diffusion.images import from_uint8, to_uint8
+from pipeline.diffusion.noise import Stream
+from pipeline.diffusion.objective import LossTerms, training_loss
+from pipeline.diffusion.samplers import SamplerStep, sample
+from pipeline.diffusion.schedule import NoiseSchedule
+
+__all__ = [
+    "LossTerms",
+    "NoiseSchedule",
+    "SamplerStep",
+    "Stream",
+    "from_uint8",
+    "sample",
+    "to_uint8",
+    "training_loss",
+]

@@ -1,0 +1,29 @@
+"""Between the bytes of an image and the numbers of the model."""
+
+import torch
+from torch import Tensor
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 levels 0..255 to float32 in [-1, 1]: u / 127.5 - 1. Any shape.
+
+    Raises: ValueError naming images for another dtype.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, not {images.dtype}")
+    return images.to(torch.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float [-1, 1] to uint8: x * 127.5 + 128, cut to 0..255 and truncated, which rounds to the nearest
+    level.
+
+    Values outside are clipped; the inverse of `from_uint8` for every level. Any shape.
+    Raises: ValueError naming images for integers, or for NaN, which has no level.
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating point, not {images.dtype}")
+    scaled = images.to(torch.float32) * 127.5 + 128.0
+    if bool(scaled.isnan().any()):
+        raise ValueError("images holds NaN, which no pixel level stands for")
+    return scaled.clamp(0.0, 255.0).to(torch.uint8)

@@ -1,0 +1,276 @@
+"""The reverse process. Each sampler is a function from noise x_T to an image, over a grid of noise levels.
+
+A sampler needs a `Denoise`: given x and the number k of a grid level, what image, what noise? `sample` builds
+one around a network and names every random number: x_T is (seed, SAMPLE_NOISE, index, step 0), the noise
+added on leaving the k-th visited level (k = 0, 1, ...) is that of step k + 1.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, Variance
+from pipeline.diffusion.grid import Grid, make_grid
+from pipeline.diffusion.noise import Stream, normal
+from pipeline.diffusion.objective import Net, call_net, split_output
+from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.diffusion.targets import eps_of, x0_of
+
+
+class Estimate(NamedTuple):
+    """What a network makes of x at one level. All (B, C, H, W)."""
+
+    x0: Tensor
+    eps: Tensor
+    fraction: Tensor | None = None
+    """Where the variance is learned: the place of the log variance between the posterior's (0) and beta's
+    (1)."""
+
+
+class SamplerStep(NamedTuple):
+    """What a callback sees before step k of `num_steps`: x at this level and the image the network sees in
+    it."""
+
+    k: int
+    num_steps: int
+    timestep: float
+    alpha_bar: float
+    x: Tensor
+    x0: Tensor
+
+
+class Denoise(Protocol):
+    """The estimate at x (B, C, H, W) of level k of the grid in use."""
+
+    def __call__(self, x: Tensor, k: int, /) -> Estimate: ...
+
+
+NoiseOf = Callable[[int], Tensor]
+OnStep = Callable[[SamplerStep], None]
+
+
+def ancestral(
+    denoise: Denoise,
+    x: Tensor,
+    grid: Grid,
+    noise: NoiseOf,
+    variance: Variance = "fixed-small",
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """DDPM's chain (Ho et al. 2020, algorithm 2) on any subset of steps (improved DDPM, section 4).
+
+    Beta of a step is 1 - abar_t / abar_s with the levels really left (t) and entered (s), never the table's.
+    noise(k): standard normal like x for the step that leaves level k; not asked for at the last.
+    """
+    for k in range(len(grid)):
+        estimate = _look(denoise, x, k, grid, on_step)
+        now, after = grid.alpha_bars[k], grid.alpha_bars[k + 1]
+        keep = now / after
+        beta = 1 - keep
+        of_x0 = math.sqrt(after) * beta / (1 - now)
+        of_x = math.sqrt(keep) * (1 - after) / (1 - now)
+        x = of_x0 * estimate.x0 + of_x * x
+        if k + 1 < len(grid):
+            small = beta * (1 - after) / (1 - now)
+            x = x + _reverse_std(variance, small, beta, estimate) * noise(k)
+    return x
+
+
+def ddim(
+    denoise: Denoise,
+    x: Tensor,
+    grid: Grid,
+    noise: NoiseOf | None = None,
+    eta: float = 0.0,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """DDIM (Song et al. 2021, eq. 12 and 16); eta 0 is deterministic and never asks for noise."""
+    if eta > 0 and noise is None:
+        raise ValueError("noise is needed where eta is above 0")
+    for k in range(len(grid)):
+        estimate = _look(denoise, x, k, grid, on_step)
+        now, after = grid.alpha_bars[k], grid.alpha_bars[k + 1]
+        std = eta * math.sqrt((1 - after) / (1 - now)) * math.sqrt(1 - now / after)
+        x = math.sqrt(after) * estimate.x0 + math.sqrt(1 - after - std**2) * estimate.eps
+        if noise is not None and std > 0:
+            x = x + std * noise(k)
+    return x
+
+
+def dpm_solver_pp_2m(denoise: Denoise, x: Tensor, grid: Grid, on_step: OnStep | None = None) -> Tensor:
+    """DPM-Solver++(2M), data prediction (Lu et al. 2022, algorithm 2); first and last step are of first
+    order.
+
+    lambda = log(a / s), h its increase, D = x0 extrapolated over half a step from this and the previous
+    estimate. The last step ends at lambda = inf, where extrapolation has no meaning and the estimate itself
+    is the answer.
+    """
+    previous: Tensor | None = None
+    previous_h = 0.0
+    for k in range(len(grid)):
+        x0 = _look(denoise, x, k, grid, on_step).x0
+        (_, s_now), (a_after, s_after) = grid.coefficients(k), grid.coefficients(k + 1)
+        h = _half_log_snr(grid, k + 1) - _half_log_snr(grid, k)
+        data = x0
+        if previous is not None and k + 1 < len(grid):
+            # 1 / (2r), r = h_previous / h; zero after a level without signal, whose h is infinite.
+            extrapolate = h / (2 * previous_h)
+            data = (1 + extrapolate) * x0 - extrapolate * previous
+        x = (s_after / s_now) * x - a_after * math.expm1(-h) * data
+        previous, previous_h = x0, h
+    return x
+
+
+def heun(denoise: Denoise, x: Tensor, grid: Grid, on_step: OnStep | None = None) -> Tensor:
+    """Heun's second-order method on dx/dsigma = (x - D) / sigma (Karras et al. 2022, algorithm 1 without
+    churn).
+
+    Works on x / a, whose noise is sigma = s / a; the last step, to sigma 0, is Euler's.
+    Raises: ValueError naming grid if its first sigma is infinite.
+    """
+    if not math.isfinite(grid.sigma(0)):
+        raise ValueError("grid begins without signal, at infinite sigma, where Heun's method cannot start")
+    scaled = x / grid.coefficients(0)[0]
+    for k in range(len(grid)):
+        sigma, sigma_after = grid.sigma(k), grid.sigma(k + 1)
+        x0 = _look(denoise, scaled * grid.coefficients(k)[0], k, grid, on_step).x0
+        slope = (scaled - x0) / sigma
+        euler = scaled + (sigma_after - sigma) * slope
+        if k + 1 == len(grid):
+            return euler
+        x0_after = denoise(euler * grid.coefficients(k + 1)[0], k + 1).x0
+        slope_after = (euler - x0_after) / sigma_after
+        scaled = scaled + (sigma_after - sigma) * 0.5 * (slope + slope_after)
+    return scaled
+
+
+class NetDenoise:
+    """A network as a `Denoise`: its target turned into image and noise, with guidance and clipping."""
+
+    def __init__(
+        self,
+        net: Net,
+        grid: Grid,
+        objective: ObjectiveConfig,
+        sampler: SamplerConfig,
+        class_labels: Tensor | None = None,
+        null_label: int | None = None,
+    ) -> None:
+        """class_labels: int64 (B,), or None. null_label: the label of "no class", needed for guidance.
+
+        Raises: ValueError naming what the combination lacks.
+        """
+        if grid.alpha_bars[0] == 0 and objective.target == "eps":
+            raise ValueError('target "eps" cannot start at a level without signal; train for "v" or "x0"')
+        if sampler.guidance_scale != 1 and (class_labels is None or null_label is None):
+            missing = (
+                "class_labels" if class_labels is None else 'a network with a "no class" label (null_class)'
+            )
+            raise ValueError(f"guidance_scale {sampler.guidance_scale} needs {missing}")
+        if sampler.variance == "learned" and objective.variance != "learned":
+            raise ValueError('variance "learned" needs a network whose objective has it')
+        self._net, self._grid, self._objective, self._sampler = net, grid, objective, sampler
+        self._labels, self._null_label = class_labels, null_label
+        # One dtype for all levels: a compiled network is compiled once.
+        whole = all(float(t).is_integer() for t in grid.timesteps)
+        self._time_dtype = torch.int64 if whole else torch.float32
+
+    def __call__(self, x: Tensor, k: int) -> Estimate:
+        a, s = self._grid.coefficients(k)
+        target = self._objective.target
+        prediction, fraction = self._predict(x, k)
+        x0 = x0_of(target, prediction, x, a, s)
+        if not self._sampler.clip_x0:
+            return Estimate(x0, eps_of(target, prediction, x, a, s), fraction)
+        x0 = x0.clamp(-1, 1)
+        # The noise that agrees with the clipped image, else a DDIM step would leave the level it aims at.
+        return Estimate(x0, eps_of("x0", x0, x, a, s), fraction)
+
+    def _predict(self, x: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+        t = torch.full((len(x),), self._grid.timesteps[k], dtype=self._time_dtype, device=x.device)
+        scale = self._sampler.guidance_scale if self._guided(k) else 1.0
+        if self._labels is None or scale == 1:
+            output = call_net(self._net, x, t, class_labels=self._labels)
+            return split_output(output, x.shape[1], self._objective)
+        labels = torch.cat([self._labels, torch.full_like(self._labels, self._null_label or 0)])
+        both = call_net(self._net, torch.cat([x, x]), torch.cat([t, t]), class_labels=labels)
+        prediction, fraction = split_output(both, x.shape[1], self._objective)
+        with_class, without = prediction.chunk(2)
+        # x0, eps and v are affine in one another at a given x_t, so guiding any of them guides eps.
+        guided = without + scale * (with_class - without)
+        return guided, None if fraction is None else fraction[: len(x)]
+
+    def _guided(self, k: int) -> bool:
+        interval = self._sampler.guidance_interval
+        return interval is None or interval[0] <= self._grid.sigma(k) <= interval[1]
+
+
+@torch.no_grad()
+def sample(
+    net: Net,
+    schedule: NoiseSchedule,
+    sampler: SamplerConfig,
+    index: Tensor,
+    shape: tuple[int, ...],
+    seed: int,
+    class_labels: Tensor | None = None,
+    objective: ObjectiveConfig | None = None,
+    on_step: OnStep | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Images of the given sample indices: float32 (B, *shape), in [-1, 1] where the sampler clips.
+
+    index: int64 (B,), each sample's name, which with `seed` decides all its random numbers; shape: (C, H, W);
+    class_labels: int64 (B,); objective: what the network predicts, by default DDPM's; device: where to run,
+    by default index's. Guidance takes the "no class" label from the network's `null_label` attribute. Raises:
+    ValueError naming the argument.
+    """
+    index = index if device is None else index.to(device)
+    if class_labels is not None and class_labels.shape != index.shape:
+        raise ValueError(
+            f"class_labels must have shape {tuple(index.shape)}, not {tuple(class_labels.shape)}"
+        )
+    labels = None if class_labels is None else class_labels.to(index.device)
+    grid = make_grid(schedule, sampler)
+    null_label = getattr(net, "null_label", None)
+    denoise = NetDenoise(net, grid, objective or ObjectiveConfig(), sampler, labels, null_label)
+
+    def noise(k: int) -> Tensor:
+        return normal(seed, Stream.SAMPLE_NOISE, index, shape, step=k + 1)
+
+    x = normal(seed, Stream.SAMPLE_NOISE, index, shape, step=0)
+    if sampler.kind == "ancestral":
+        return ancestral(denoise, x, grid, noise, sampler.variance, on_step)
+    if sampler.kind == "ddim":
+        return ddim(denoise, x, grid, noise, sampler.eta, on_step)
+    if sampler.kind == "dpm++2m":
+        return dpm_solver_pp_2m(denoise, x, grid, on_step)
+    return heun(denoise, x, grid, on_step)
+
+
+def _look(denoise: Denoise, x: Tensor, k: int, grid: Grid, on_step: OnStep | None) -> Estimate:
+    estimate = denoise(x, k)
+    if on_step is not None:
+        on_step(SamplerStep(k, len(grid), grid.timesteps[k], grid.alpha_bars[k], x, estimate.x0))
+    return estimate
+
+
+def _reverse_std(variance: Variance, small: float, beta: float, estimate: Estimate) -> Tensor | float:
+    if variance == "fixed-small":
+        return math.sqrt(small)
+    if variance == "fixed-large":
+        return math.sqrt(beta)
+    if estimate.fraction is None:
+        raise ValueError('variance "learned" needs a network that predicts it')
+    return torch.exp(0.5 * (estimate.fraction * math.log(beta) + (1 - estimate.fraction) * math.log(small)))
+
+
+def _half_log_snr(grid: Grid, k: int) -> float:
+    """lambda = log(a / s) at level k: -inf without signal, inf at the clean image."""
+    signal = grid.alpha_bars[k]
+    if signal in (0.0, 1.0):
+        return math.inf if signal else -math.inf
+    return 0.5 * (math.log(signal) - math.log1p(-signal))
