@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TypeVar
 
 import yaml
 
-from infra.local import environment
+from infra.local import export_environment
 from jobs.progress import Progress, progress_of
 from pipeline.config.base import Settings
 from pipeline.config.load import load_settings
@@ -21,6 +20,7 @@ from pipeline.errors import DamageError, UserError
 S = TypeVar("S", bound=Settings)
 
 DONE, FAILED, REFUSED = 0, 1, 2
+STOPPED = 143  # as the shell reports a process that ended on SIGTERM
 LOCAL = Path(".local")
 SECTIONS = ("pack", "train", "generate")
 
@@ -86,9 +86,9 @@ def parse_words(job: str, argv: Sequence[str] | None) -> Call:
 
 
 def use_running_stack() -> None:
-    """Point this process at the local stack of the working directory; variables that are set already win."""
-    for name, value in environment(LOCAL).items():
-        os.environ.setdefault(name, value)
+    """Point this process at the working directory's local stack, if there is one; the user's variables win."""
+    if LOCAL.is_dir():
+        export_environment(LOCAL)
 
 
 def guarded(work: Callable[[], int]) -> int:

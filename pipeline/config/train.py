@@ -10,6 +10,7 @@ from pipeline.config.base import Settings
 from pipeline.config.data import DataConfig
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from pipeline.config.net import UNetConfig
+from pipeline.config.track import TrackConfig
 
 
 class OptimizerConfig(Settings):
@@ -84,8 +85,6 @@ class TrainConfig(Settings):
     """Name of the run, and of the model it registers."""
     runs: str = "{root}/runs"
     """Place for checkpoints: <runs>/<name>-<identity>/ is this run's."""
-    experiment: str = "training"
-    """MLflow experiment."""
     data: DataConfig
     net: UNetConfig
     schedule: ScheduleConfig = ScheduleConfig()
@@ -111,6 +110,7 @@ class TrainConfig(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     grid: GridConfig = GridConfig()
     workers: WorkerConfig = WorkerConfig()
+    track: TrackConfig = TrackConfig(experiment="training")
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -128,8 +128,10 @@ class TrainConfig(Settings):
                 f"checkpoint.every_steps {self.checkpoint.every_steps} must be a multiple of log_every_steps "
                 f"{self.log_every_steps}, or a restart would log half a point twice"
             )
-        if self.label_drop and self.net.num_classes is None:
-            raise ValueError("label_drop has no effect without net.num_classes; set one or drop the other")
+        if bool(self.label_drop) != self.net.null_class:
+            raise ValueError(
+                "label_drop above 0 and net.null_class=true belong together; set both or neither"
+            )
         return self
 
     def identity(self, data_digest: str) -> dict[str, Any]:
@@ -139,7 +141,8 @@ class TrainConfig(Settings):
         continues the same training.
         """
         fields = self.model_dump(mode="json", exclude=_OPERATION)
-        fields["data"] = {"digest": data_digest, "flip": self.data.flip, "crop": self.data.crop}
+        order = {"window_shards": self.data.window_shards, "flip": self.data.flip, "crop": self.data.crop}
+        fields["data"] = {"digest": data_digest, **order}
         if self.optimizer.decay == "none":
             del fields["steps"]
         return fields
@@ -153,7 +156,7 @@ class TrainConfig(Settings):
 _OPERATION = {
     "name",
     "runs",
-    "experiment",
+    "track",
     "data",
     "workers",
     "checkpoint",

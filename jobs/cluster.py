@@ -1,0 +1,61 @@
+"""Joining a Ray cluster as a driver."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from infra.local import check_ray
+from pipeline.errors import UserError
+
+# What workers must know to reach the same services. No keys: Ray shows a job's settings to whoever sees the
+# dashboard, so a cluster's nodes have keys of their own (the local stack's head does).
+SHARED_VARIABLES = (
+    "AWS_ENDPOINT_URL",
+    "AWS_DEFAULT_REGION",
+    "AWS_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    "DDPM_ROOT",
+    "MLFLOW_TRACKING_URI",
+)
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Connected to the cluster that RAY_ADDRESS names. Raises UserError when it cannot be reached."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise UserError(
+            "RAY_ADDRESS: not set; start the local stack with `ddpm up`, or name your cluster, as host:port"
+        )
+    check_ray()
+    known = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": known},
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"RAY_ADDRESS {address}: cannot be joined ({reason}); is the cluster up?") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def require_resources(num_workers: int, cpus_each: float, gpus_each: float, section: str) -> None:
+    """Refuse a request that the cluster, as it stands, could never fill; an autoscaling one is trusted to grow."""
+    have = ray.cluster_resources()
+    for kind, each in (("CPU", cpus_each), ("GPU", gpus_each)):
+        need = num_workers * each
+        if need > have.get(kind, 0.0) and not os.environ.get("DDPM_CLUSTER_GROWS"):
+            raise UserError(
+                f"{section}.num_workers: {num_workers} workers need {need:g} {kind}s, the cluster has "
+                f"{have.get(kind, 0.0):g}; ask for fewer, or set DDPM_CLUSTER_GROWS=1 if it scales by itself"
+            )

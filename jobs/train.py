@@ -1,0 +1,235 @@
+"""The training job: check, train on the cluster, register the model, leave a run page.
+
+    python -m jobs.train digits steps=3000
+
+Started again with the same settings it goes on from the last checkpoint, and does nothing once it is done.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+import yaml
+
+from jobs.cluster import ray_cluster, require_resources
+from jobs.progress import Progress
+from jobs.shell import DONE, STOPPED, Call, guarded, parse_words, run_job
+from pipeline.config.train import TrainConfig
+from pipeline.nets import UNet, parameter_count
+from pipeline.track import (
+    ModelVersion,
+    Run,
+    describe,
+    find_run,
+    finish,
+    log_dataset,
+    open_run,
+    register,
+    require_server,
+    set_alias,
+    set_tags,
+    source_tags,
+    versions,
+)
+from pipeline.train.checkpoint import Checkpoint, latest_checkpoint
+from pipeline.train.prepare import Plan, prepare
+from pipeline.train.result import export_model
+from pipeline.train.worker import Task
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Settings in, exit code out."""
+    return guarded(lambda: run_call(parse_words("train", argv)))
+
+
+def run_call(call: Call, alone: bool = False) -> int:
+    """Run the job a call describes; `alone` trains in this process, without Ray."""
+    return run_job("train", TrainConfig, lambda c, p: train(c, p, alone), call, unit="steps")
+
+
+def train(config: TrainConfig, progress: Progress, alone: bool = False) -> int:
+    """Check, train, register. Returns the exit code; raises UserError before any work starts."""
+    require_server()
+    plan = prepare(config)
+    key = f"train/{config.name}-{plan.identity}-{config.steps}"
+    before = find_run(config.track.experiment, key)
+    if before is not None and before.status == "FINISHED" and plan.is_trained:
+        print(f"already trained: {config.name} has all {config.steps} steps; nothing to do")
+        _say_where(before, _version_of(config.name, before.run_id))
+        return DONE
+    with _cluster(config, alone), _stop_on_signal() as stop:
+        run = _open(plan, key)
+        if plan.finished_steps:
+            print(f"goes on from step {plan.finished_steps} of {config.steps}")
+        print(f"run      {run.url}", flush=True)
+        with _closing(run):
+            _work(plan, run, progress, stop, alone)
+            checkpoint = latest_checkpoint(plan.store)
+            if checkpoint is None or checkpoint.record.step < config.steps:
+                return _stopped(run, checkpoint)
+            version = publish(plan, run, checkpoint)
+            finish(run.run_id, "FINISHED")
+    _say_where(run, version)
+    return DONE
+
+
+def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
+    """Register the averaged weights as the challenger, and as the champion where there is none yet."""
+    name, step = plan.config.name, checkpoint.record.step
+    with tempfile.TemporaryDirectory(prefix="ddpm-model-") as folder:
+        card = export_model(plan, checkpoint, run.run_id, Path(folder))
+        version = register(
+            name,
+            Path(folder),
+            run.run_id,
+            tags={"step": str(step), "data": plan.index.digest, "identity": plan.identity},
+            description=f"{card.weights.kind} weights after {step} steps on {plan.config.data.uri}",
+            logged_name=f"{name}-ema-{step:07d}",
+        )
+    set_alias(name, CHALLENGER, version.version)
+    if not any(CHAMPION in known.aliases for known in versions(name)):
+        set_alias(name, CHAMPION, version.version)
+    describe(run.run_id, _description(plan, version))
+    return version
+
+
+@contextmanager
+def _cluster(config: TrainConfig, alone: bool) -> Iterator[None]:
+    if alone:
+        yield
+        return
+    with ray_cluster():
+        workers = config.workers
+        require_resources(
+            workers.num_workers, workers.cpus_per_worker, workers.gpus_per_worker, "train.workers"
+        )
+        yield
+
+
+def _work(plan: Plan, run: Run, progress: Progress, stop: threading.Event, alone: bool) -> None:
+    if plan.is_trained:
+        return  # only the registration is missing
+    task = Task(
+        config=plan.config,
+        identity=plan.identity,
+        run_uri=plan.store.uri,
+        data_digest=plan.index.digest,
+        tracking_uri=run.tracking_uri,
+        run_id=run.run_id,
+    )
+    if alone:
+        from pipeline.train.alone import train_alone
+
+        train_alone(task, progress, stop)
+    else:
+        from pipeline.train.cluster import train_on_cluster
+
+        train_on_cluster(task, progress, stop)
+
+
+def _open(plan: Plan, key: str) -> Run:
+    config = plan.config
+    settings = yaml.safe_dump({"train": config.model_dump(mode="json")}, sort_keys=False)
+    run = open_run(
+        config.track.experiment,
+        config.name,
+        key=key,
+        params={
+            "data": config.data.uri,
+            "network_parameters": parameter_count(UNet(config.net)),
+            "steps": config.steps,
+            "global_batch": config.global_batch,
+            "workers": config.workers.num_workers,
+            "lr": config.optimizer.lr,
+            "target": config.objective.target,
+            "schedule": f"{config.schedule.kind}, T={config.schedule.num_steps}",
+        },
+        tags={"ddpm.checkpoints": plan.store.uri, **source_tags(), **_ray_tags()},
+        config_yaml=settings,
+        color=config.track.color,
+    )
+    log_dataset(
+        run.run_id, config.name, config.data.uri, plan.index.digest, num_samples=plan.index.num_samples
+    )
+    return run
+
+
+def _ray_tags() -> dict[str, str]:
+    """Ray's names for this job, so that its logs are found from the run page."""
+    if not ray.is_initialized():
+        return {}
+    tags = {"ray.job_id": ray.get_runtime_context().get_job_id()}
+    submission = os.environ.get("RAY_JOB_SUBMISSION_ID")
+    return tags | ({"ray.submission_id": submission} if submission else {})
+
+
+@contextmanager
+def _closing(run: Run) -> Iterator[None]:
+    """Whatever ends the job, the run does not stay RUNNING."""
+    try:
+        yield
+    except BaseException as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        finish(run.run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", reason)
+        raise
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """SIGTERM, as spot machines and schedulers send it, and the first Ctrl-C: save, then end."""
+    stop = threading.Event()
+
+    def ask(number: int, _: object) -> None:
+        print(f"{signal.Signals(number).name}: saving, then ending", file=sys.stderr, flush=True)
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stopped(run: Run, checkpoint: Checkpoint | None) -> int:
+    step = checkpoint.record.step if checkpoint is not None else 0
+    set_tags(run.run_id, {"ddpm.stopped_at_step": str(step)})
+    finish(run.run_id, "KILLED", f"asked to stop; checkpoint at step {step}")
+    print(f"stopped with a checkpoint at step {step}; the same command goes on from there")
+    return STOPPED
+
+
+def _description(plan: Plan, version: ModelVersion) -> str:
+    config = plan.config
+    return (
+        f"Model **{version.reference}**: {config.steps} steps of {config.global_batch} images from "
+        f"`{config.data.uri}` ({plan.index.num_samples} samples, digest `{plan.index.digest[:12]}`).\n\n"
+        f"Checkpoints: `{plan.store.uri}`. Sample grids by step are under *Model metrics* (`samples`), "
+        "the whole settings in *Artifacts* under `config/config.yaml`.\n\n"
+        f"Next: `ddpm generate {config.name} model={version.reference}`"
+    )
+
+
+def _version_of(name: str, run_id: str) -> ModelVersion | None:
+    return next((version for version in reversed(versions(name)) if version.run_id == run_id), None)
+
+
+def _say_where(run: Run, version: ModelVersion | None) -> None:
+    print(f"run      {run.url}")
+    if version is not None:
+        names = ", ".join(f"{version.name}@{alias}" for alias in version.aliases)
+        print(f"model    {version.reference}" + (f"  ({names})" if names else ""))
+        print(f"next     ddpm generate model={version.reference} output=… count=…")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

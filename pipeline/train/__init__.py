@@ -1,0 +1,1 @@
+"""Training: a plain loop, checkpoints in the store, and Ray around it."""

@@ -1,0 +1,160 @@
+"""Checkpoints in the store: written without stopping the training, whole or not there at all.
+
+    checkpoints/000000001000/state.safetensors     every tensor of the training state
+    checkpoints/000000001000/record.json           last: step, size and sha256 of the state, what it belongs to
+
+A checkpoint without its record was never finished; one whose bytes are not what the record says is damaged. Both
+are passed over for the one before, with a warning.
+"""
+
+import hashlib
+import json
+import logging
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.config.base import Settings
+from pipeline.errors import DamageError
+from pipeline.store import ObjectMissing, Store
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints/"
+STATE, RECORD = "state.safetensors", "record.json"
+
+
+class Record(Settings):
+    """The proof beside a finished checkpoint."""
+
+    step: int = Field(ge=0)
+    """Finished optimiser steps; the next one takes positions from step * global_batch on."""
+    sha256: str
+    """Of state.safetensors."""
+    size_bytes: int = Field(ge=0)
+    """Of state.safetensors."""
+    identity: str
+    """Digest of the training it belongs to."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint, read and checked."""
+
+    record: Record
+    tensors: dict[str, Tensor]
+
+
+def save_checkpoint(store: Store, step: int, tensors: Mapping[str, Tensor], identity: str) -> Record:
+    """Write a checkpoint: the state first, its record last."""
+    with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+        file = Path(folder) / STATE
+        save_file(dict(tensors), file)
+        digest, size = _sha256(file)
+        record = Record(step=step, sha256=digest, size_bytes=size, identity=identity)
+        store.upload(_key(step, STATE), file)
+    store.write(_key(step, RECORD), json.dumps(record.model_dump()).encode())
+    return record
+
+
+def load_checkpoint(store: Store, step: int) -> Checkpoint:
+    """Read one checkpoint. Raises DamageError when it is not what its record says, ObjectMissing when absent."""
+    where = f"{store.uri}/{_key(step, RECORD)}"
+    try:
+        content: Any = json.loads(store.read(_key(step, RECORD)))
+        record = Record.model_validate(content)
+    except (ValueError, ValidationError) as error:
+        raise DamageError(f"{where}: not a checkpoint record ({' '.join(str(error).split())})") from None
+    with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+        file = Path(folder) / STATE
+        store.download(_key(step, STATE), file)
+        digest, size = _sha256(file)
+        if (digest, size) != (record.sha256, record.size_bytes):
+            raise DamageError(
+                f"{store.uri}/{_key(step, STATE)}: sha256 {digest}, its record says {record.sha256}"
+            )
+        try:
+            return Checkpoint(record, load_file(file))
+        except SafetensorError as error:
+            raise DamageError(f"{store.uri}/{_key(step, STATE)}: not safetensors ({error})") from None
+
+
+def finished_steps(store: Store) -> list[int]:
+    """Steps of the checkpoints that have a record, ascending."""
+    names = (info.key.removeprefix(FOLDER).split("/") for info in store.list(FOLDER))
+    return sorted(int(step) for step, *rest in names if rest == [RECORD] and step.isdigit())
+
+
+def latest_checkpoint(store: Store) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None. A damaged one is passed over with a warning."""
+    for step in reversed(finished_steps(store)):
+        try:
+            return load_checkpoint(store, step)
+        except (DamageError, ObjectMissing) as error:
+            log.warning("checkpoint %d passed over: %s", step, error)
+    return None
+
+
+def prune_checkpoints(store: Store, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` finished checkpoints, record first, so none is ever half there."""
+    for step in finished_steps(store)[:-keep_last]:
+        store.delete(_key(step, RECORD))
+        store.delete(_key(step, STATE))
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time, from copies that training can no longer change."""
+
+    def __init__(self, store: Store, identity: str, keep_last: int) -> None:
+        self._store = store
+        self._identity = identity
+        self._keep_last = keep_last
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def submit(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors and return; waits only for a checkpoint still being written. Raises its error."""
+        self.wait()
+        staged = {
+            # safetensors wants rows; channels_last is an arrangement, not a value
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        self._thread = threading.Thread(
+            target=self._write, args=(step, staged), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises the error that the last write met."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
+        try:
+            save_checkpoint(self._store, step, tensors, self._identity)
+            prune_checkpoints(self._store, self._keep_last)
+        except Exception as error:  # noqa: BLE001  (handed to the training thread, which raises it)
+            self._error = error
+
+
+def _key(step: int, name: str) -> str:
+    return f"{FOLDER}{step:012d}/{name}"
+
+
+def _sha256(file: Path) -> tuple[str, int]:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest(), file.stat().st_size

@@ -1,0 +1,122 @@
+"""The same training on a Ray cluster: Ray Train places the workers, joins them for DDP and replaces lost groups.
+
+Nothing of the result depends on Ray: checkpoints live in our store, and a replaced group starts from the last one.
+"""
+
+import tempfile
+import threading
+import time
+import uuid
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+
+from pipeline.train.session import OnProgress
+from pipeline.train.worker import Place, Task, train_worker
+
+POLL_SECONDS = 0.5
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where rank 0 says how far it is and reads whether to stop. Lives as long as the driver."""
+
+    def __init__(self) -> None:
+        self._news: tuple[int, str] | None = None
+        self._stop = False
+
+    def note(self, step: int, text: str) -> bool:
+        """Rank 0: finished steps and a short text. Returns whether the training shall stop."""
+        self._news = (step, text)
+        return self._stop
+
+    def read(self) -> tuple[int, str] | None:
+        """Driver: the latest news, or None before the first."""
+        return self._news
+
+    def ask_to_stop(self) -> None:
+        """Driver: save and end at the close of the current window."""
+        self._stop = True
+
+
+def train_on_cluster(task: Task, on_progress: OnProgress, stop: threading.Event) -> None:
+    """Run the training to its end, or to a checkpoint once `stop` is set. Needs a connected `ray`.
+
+    Raises ray.train.TrainingFailedError when the workers failed more often than `workers.max_failures`.
+    """
+    workers = task.config.workers
+    board: Any = Board.remote()
+    resources = {"CPU": float(workers.cpus_per_worker)}
+    if workers.gpus_per_worker:
+        resources["GPU"] = workers.gpus_per_worker
+    with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as scratch:
+        trainer = TorchTrainer(
+            _on_worker,
+            train_loop_config={"task": task, "board": board},
+            scaling_config=ScalingConfig(
+                num_workers=workers.num_workers,
+                use_gpu=workers.gpus_per_worker > 0,
+                resources_per_worker=resources,
+            ),
+            # Ray's own bookkeeping; a fresh name each time, because resuming is our checkpoints' work
+            run_config=RunConfig(
+                name=f"{task.config.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=3),
+            ),
+        )
+        with _watching(board, task.config.steps, on_progress, stop):
+            trainer.fit()
+
+
+def _on_worker(payload: dict[str, Any]) -> None:
+    """The body of a Ray Train worker."""
+    task: Task = payload["task"]
+    board: Any = payload["board"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+
+    def report(step: int, text: str) -> bool:
+        return bool(ray.get(board.note.remote(step, text)))
+
+    torch.set_num_threads(task.config.workers.cpus_per_worker)
+    place = Place(rank=rank, world=context.get_world_size(), device=torch.device(get_device()))
+    train_worker(task, place, report)
+
+
+class _watching:  # noqa: N801  (reads as a phrase after `with`)
+    """Carries news from the board to the caller, and the caller's wish to stop to the board, in a thread."""
+
+    def __init__(self, board: Any, total: int, on_progress: OnProgress, stop: threading.Event) -> None:
+        self._board, self._total, self._tell, self._stop = board, total, on_progress, stop
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._look()
+
+    def _watch(self) -> None:
+        asked = False
+        while not self._over.is_set():
+            self._look()
+            if self._stop.is_set() and not asked:
+                self._board.ask_to_stop.remote()
+                asked = True
+            time.sleep(POLL_SECONDS)
+
+    def _look(self) -> None:
+        try:
+            news = ray.get(self._board.read.remote(), timeout=5)
+        except (ray.exceptions.RayError, TimeoutError):
+            return  # no news while the cluster recovers; the training itself reports failure
+        if news is not None:
+            self._tell(news[0], self._total, news[1])

@@ -1,0 +1,72 @@
+"""Rank 0's record of a training: points and pictures for MLflow, through the spool, never waited for."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config.track import TrackConfig
+from pipeline.track import Spool
+
+SPOOL_VARIABLE = "DDPM_SPOOL"
+TENSOR = "diary/undelivered"
+
+
+class Diary:
+    """Writes to the run's spool, or nowhere on a rank that has no run to write to.
+
+    Each checkpoint carries the points that MLflow has not got yet, so that they outlive this machine; the spool
+    itself outlives this process.
+    """
+
+    def __init__(self, tracking_uri: str | None, run_id: str | None, config: TrackConfig) -> None:
+        self._close_seconds = config.close_timeout_seconds
+        self._spool: Spool | None = None
+        if run_id is not None:
+            self._spool = Spool(
+                spool_folder() / run_id,
+                tracking_uri,
+                run_id,
+                send_interval_seconds=config.send_interval_seconds,
+                heartbeat_seconds=config.heartbeat_seconds,
+            )
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Points of all charts after `step` finished steps."""
+        if self._spool is not None:
+            self._spool.metrics(step, values)
+
+    def image(self, key: str, step: int, image: np.ndarray[Any, Any]) -> None:
+        """A picture, uint8 (H, W) or (H, W, 3), for the run page's slider."""
+        if self._spool is not None:
+            self._spool.image(key, step, image)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint carries of the diary: the points still under way, as bytes."""
+        records = self._spool.undelivered() if self._spool is not None else b""
+        return {TENSOR: torch.frombuffer(bytearray(records), dtype=torch.uint8)} if records else {}
+
+    def take_over(self, tensors: Mapping[str, Tensor]) -> None:
+        """Deliver the points a checkpoint carries; those MLflow has by now are not sent again."""
+        if self._spool is not None and TENSOR in tensors:
+            self._spool.absorb(tensors[TENSOR].numpy().tobytes())
+
+    def __enter__(self) -> "Diary":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._spool is not None:
+            self._spool.close(self._close_seconds)
+
+
+def spool_folder() -> Path:
+    """Where this machine keeps points that are under way: $DDPM_SPOOL, else the temporary folder."""
+    return Path(os.environ.get(SPOOL_VARIABLE) or Path(tempfile.gettempdir()) / "ddpm-spool")

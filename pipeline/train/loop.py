@@ -1,0 +1,135 @@
+"""The training loop: plain torch over a stream of batches.
+
+The document behind this program writes it in seven lines; they are the seven comments of `train_step`. The rest is
+what many workers and long runs need: each worker computes its share of the batch, and the shares are weighed so that
+the sum over all workers is the mean over the global batch, whatever the number of workers.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config.train import TrainConfig
+from pipeline.data import Batch
+from pipeline.diffusion import LossTerms, NoiseSchedule, from_uint8, training_loss
+from pipeline.diffusion.noise import Stream, normal, randint, uniform
+from pipeline.nets import DropoutKeys
+from pipeline.train.lr import learning_rate
+from pipeline.train.state import TrainState
+from pipeline.train.window import Window
+
+
+class NonFiniteError(Exception):
+    """Too many steps whose gradient was infinite or NaN; the message names the last one's positions."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a step needs besides the state: settings, schedule, the network as the workers share it."""
+
+    config: TrainConfig
+    schedule: NoiseSchedule
+    network: nn.Module
+    """The state's network, wrapped for DDP or compiled."""
+    device: torch.device
+    world: int
+
+    def steps(self, state: TrainState, batches: Iterable[Batch], window: Window) -> Iterator[int]:
+        """Take a step for every batch; yields the number of finished steps. `window` is filled on the way."""
+        for batch in batches:
+            window.wait_seconds += batch.wait_seconds
+            norm = train_step(self, state, batch, window)
+            if math.isfinite(norm):
+                window.grad_norms.append(norm)
+            else:
+                self._count_skip(state, batch, norm)
+                window.skipped_steps += 1
+            state.step += 1
+            yield state.step
+
+    def _count_skip(self, state: TrainState, batch: Batch, norm: float) -> None:
+        state.skipped_steps += 1
+        if state.skipped_steps > self.config.max_skipped_steps:
+            first = state.step * self.config.global_batch
+            raise NonFiniteError(
+                f"step {state.step}: gradient norm {norm}; {state.skipped_steps} steps were skipped, more than "
+                f"max_skipped_steps={self.config.max_skipped_steps}; the last one took positions {first} to "
+                f"{first + self.config.global_batch - 1}; lower optimizer.lr or look at these samples"
+            )
+
+
+def train_step(trainer: Trainer, state: TrainState, batch: Batch, window: Window) -> float:
+    """One optimiser step on this worker's share of the global batch. Returns the global gradient norm.
+
+    A non-finite gradient is the same on every worker once summed, so all skip the step alike.
+    """
+    config = trainer.config
+    window.open_step()
+    chunks = micro_batches(batch, config.workers.micro_batch)
+    for i, chunk in enumerate(chunks):
+        with _without_sync(trainer.network, unless=i == len(chunks) - 1):
+            terms, t = chunk_loss(trainer, chunk)
+            # DDP takes the mean over workers; this makes it the mean over the global batch (7a)
+            (terms.per_sample.sum() * (trainer.world / config.global_batch)).backward()
+            window.add(terms.per_sample, t)
+    clip = config.optimizer.clip_norm or math.inf
+    norm = float(nn.utils.clip_grad_norm_(state.net.parameters(), clip, foreach=True))
+    if math.isfinite(norm):
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, state.step, config.steps)
+        state.optimizer.step()  # 7b. update the weights
+        state.ema.update(state.net, state.step)
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def chunk_loss(trainer: Trainer, batch: Batch) -> tuple[LossTerms, Tensor]:
+    """Losses of a micro-batch, per sample, and the timesteps (n,) drawn for it.
+
+    Every random number is named by (seed, position), so a sample is trained alike in whichever batch it comes.
+    """
+    config, seed = trainer.config, trainer.config.seed
+    positions = batch.positions.to(trainer.device)
+    x0 = from_uint8(batch.images.to(trainer.device))  # 1. clean images, [-1, 1]
+    x0 = x0.contiguous(memory_format=torch.channels_last)
+    t = randint(seed, Stream.TRAIN_TIMESTEP, positions, trainer.schedule.T)  # 2. a timestep each
+    noise = normal(seed, Stream.TRAIN_NOISE, positions, tuple(x0.shape[1:]))  # 3. Gaussian noise
+    labels = _labels(config, batch, positions)
+    dropout = DropoutKeys(seed, positions) if config.net.dropout else None
+    with torch.autocast(trainer.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        # 4. noisy images by the closed form, 5. the network's prediction, 6. its squared error
+        terms = training_loss(
+            trainer.schedule, config.objective, trainer.network, x0, t, noise, labels, dropout=dropout
+        )
+    return terms, t
+
+
+def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
+    """Cut a worker's share into pieces of at most `size` samples, as equal as can be."""
+    count = len(batch.positions)
+    if size is None or count <= size:
+        return [batch]
+    return batch.split(-(-count // size))
+
+
+def _labels(config: TrainConfig, batch: Batch, positions: Tensor) -> Tensor | None:
+    """Class labels (n,), some of them replaced by "no class" so that the network learns that too."""
+    if config.net.num_classes is None or batch.labels is None:
+        return None
+    labels = batch.labels.to(positions.device)
+    if config.label_drop and config.net.null_label is not None:
+        dropped = uniform(config.seed, Stream.TRAIN_LABEL_DROP, positions) < config.label_drop
+        labels = torch.where(dropped, config.net.null_label, labels)
+    return labels
+
+
+def _without_sync(network: nn.Module, unless: bool) -> AbstractContextManager[None]:
+    """While gradients accumulate, workers need not exchange them: only the last piece of a step does."""
+    if unless or not isinstance(network, DistributedDataParallel):
+        return nullcontext()
+    return network.no_sync()

@@ -1,0 +1,36 @@
+"""From the last checkpoint to a model that others can use."""
+
+from pathlib import Path
+
+import torch
+
+from pipeline.config.train import TrainConfig
+from pipeline.nets.artifact import ImageShape, ModelCard, TrainingData, TrainingInfo, WeightsInfo, save_model
+from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.prepare import Plan
+from pipeline.train.state import initial_state
+
+
+def export_model(plan: Plan, checkpoint: Checkpoint, run_id: str | None, folder: Path) -> ModelCard:
+    """Write the averaged weights of a checkpoint, and their card, into `folder`."""
+    config = plan.config
+    state = initial_state(config, torch.device("cpu"))
+    state.load(checkpoint.record.step, checkpoint.tensors)
+    with state.ema.applied_to(state.net):
+        return save_model(folder, state.net.state_dict(), _card(config, plan, checkpoint.record.step, run_id))
+
+
+def _card(config: TrainConfig, plan: Plan, step: int, run_id: str | None) -> ModelCard:
+    index = plan.index
+    return ModelCard(
+        net=config.net,
+        schedule=config.schedule,
+        objective=config.objective,
+        image=ImageShape(channels=index.channels, size=config.net.image_size),
+        class_names=tuple(index.class_names) if index.class_names else None,
+        data=TrainingData(
+            digest=index.digest, channel_mean=index.channel_mean, channel_std=index.channel_std
+        ),
+        weights=WeightsInfo(kind="ema"),
+        training=TrainingInfo(step=step, run_id=run_id),
+    )

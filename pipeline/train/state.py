@@ -1,0 +1,80 @@
+"""What a training consists of between two steps, and its tensors by name.
+
+There is no generator state in it: every random number is named by seed and position, so the step is all that the
+future depends on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.train import OptimizerConfig, TrainConfig
+from pipeline.nets import ConstantEMA, UNet, seeded_init
+
+
+@dataclass
+class TrainState:
+    """Network, its average, the optimiser, and the count of finished steps."""
+
+    net: UNet
+    ema: ConstantEMA
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    skipped_steps: int = 0
+    """Steps whose gradient was not finite, in this process's life."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name: `net/…`, `ema/…`, `optimizer/<parameter>/<quantity>`. Not copies."""
+        out = {f"net/{name}": value for name, value in self.net.state_dict().items()}
+        out |= {f"ema/{name}": value for name, value in self.ema.state_dict().items()}
+        for name, parameter in self.net.named_parameters():
+            for quantity, value in self.optimizer.state.get(parameter, {}).items():
+                out[f"optimizer/{name}/{quantity}"] = value
+        return out
+
+    def load(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Take over a checkpoint. Raises KeyError or RuntimeError when it is of another network."""
+        self.net.load_state_dict(_below("net/", tensors))
+        self.ema.load_state_dict(_below("ema/", tensors))
+        moments = _below("optimizer/", tensors)
+        known = self.optimizer.state_dict()
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, (name, parameter) in enumerate(self.net.named_parameters()):
+            state[i] = {
+                quantity: _arranged_like(parameter, value)
+                for quantity, value in _below(f"{name}/", moments).items()
+            }
+        self.optimizer.load_state_dict(
+            {"state": state if step else {}, "param_groups": known["param_groups"]}
+        )
+        self.step = step
+
+
+def initial_state(config: TrainConfig, device: torch.device) -> TrainState:
+    """The state before the first step, a pure function of the settings."""
+    net = seeded_init(config.net, config.seed).to(device, memory_format=torch.channels_last)
+    ema = ConstantEMA(net, config.ema.decay, warmup=config.ema.warmup)
+    return TrainState(net, ema, make_optimizer(net, config.optimizer))
+
+
+def make_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW in its fused form: one pass over memory a step."""
+    kind = torch.optim.Adam if config.kind == "adam" else torch.optim.AdamW
+    return kind(
+        net.parameters(),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def _arranged_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` in the memory layout of its parameter: the fused kernel walks both as flat arrays."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

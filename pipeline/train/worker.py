@@ -1,0 +1,112 @@
+"""What one worker does, from an empty process to the last checkpoint; the same under Ray or alone."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config.train import TrainConfig
+from pipeline.data import Batch, Loader, load_index
+from pipeline.diffusion import NoiseSchedule
+from pipeline.errors import DamageError
+from pipeline.store import open_store
+from pipeline.train.checkpoint import CheckpointWriter, latest_checkpoint
+from pipeline.train.diary import Diary
+from pipeline.train.loop import Trainer, chunk_loss, micro_batches
+from pipeline.train.session import Report, Session
+from pipeline.train.state import TrainState, initial_state
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every worker is told: plain data, the same for all."""
+
+    config: TrainConfig
+    identity: str
+    """Digest that names the training."""
+    run_uri: str
+    """Place of its checkpoints."""
+    data_digest: str
+    """Digest of the index that the driver saw; a worker that sees another refuses."""
+    tracking_uri: str | None = None
+    run_id: str | None = None
+    """The MLflow run, which the driver owns; None = nothing is tracked."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the group of workers this one stands."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def train_worker(task: Task, place: Place, report: Report) -> None:
+    """Train from the last whole checkpoint to the last step, or until `report` says stop.
+
+    Raises DamageError for data that is not what the driver saw, NonFiniteError for a training gone wrong.
+    """
+    config = task.config
+    store = open_store(task.run_uri)
+    state = initial_state(config, place.device)
+    diary = Diary(task.tracking_uri, task.run_id if place.rank == 0 else None, config.track)
+    checkpoint = latest_checkpoint(store)
+    if checkpoint is not None:
+        state.load(checkpoint.record.step, checkpoint.tensors)
+        diary.take_over(checkpoint.tensors)
+    trainer = Trainer(
+        config=config,
+        schedule=NoiseSchedule.from_config(config.schedule),
+        network=_shared(state.net, config, place),
+        device=place.device,
+        world=place.world,
+    )
+    with diary, _loader(task, place) as loader:
+        _prime(trainer, state, place)
+        writer = CheckpointWriter(store, task.identity, config.checkpoint.keep_last)
+        Session(trainer, state, diary, writer, report, leads=place.rank == 0).run(loader)
+
+
+def _loader(task: Task, place: Place) -> Loader:
+    config = task.config
+    index = load_index(config.data.uri)
+    if index.digest != task.data_digest:
+        raise DamageError(f"{config.data.uri}: its index changed since the job began; start the job again")
+    return Loader(config.data, index, config.seed, config.global_batch, place.rank, place.world)
+
+
+def _shared(net: nn.Module, config: TrainConfig, place: Place) -> nn.Module:
+    """The network as the workers share it: gradients are averaged over them."""
+    if config.compile:
+        net = torch.compile(net)
+    if place.world == 1:
+        return net
+    # every rank computes the same initial weights, and GroupNorm has no running statistics to broadcast
+    devices = [place.device.index] if place.device.type == "cuda" else None
+    return DistributedDataParallel(net, device_ids=devices, init_sync=False, broadcast_buffers=False)
+
+
+def _prime(trainer: Trainer, state: TrainState, place: Place) -> None:
+    """One forward and backward pass whose gradient is thrown away.
+
+    DDP regroups the gradients it sends together after its first pass, and with three or more workers the grouping
+    decides the order of a sum. Without this pass the first step after a restart would differ in its last bits
+    from the same step of an undisturbed run.
+    """
+    if place.world == 1:
+        return
+    config = trainer.config
+    share = config.global_batch // place.world
+    edge = config.data.crop or config.net.image_size
+    blank = Batch(
+        step=0,
+        positions=torch.zeros(share, dtype=torch.int64),
+        images=torch.zeros(share, config.net.in_channels, edge, edge, dtype=torch.uint8),
+        labels=torch.zeros(share, dtype=torch.int64),
+        wait_seconds=0.0,
+    )
+    terms, _ = chunk_loss(trainer, micro_batches(blank, config.workers.micro_batch)[-1])
+    terms.per_sample.sum().backward()
+    state.optimizer.zero_grad(set_to_none=True)
