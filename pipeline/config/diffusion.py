@@ -178,6 +178,6 @@ def check_together(
         )
     if schedule.zero_terminal_snr and (sampler.kind == "heun" or sampler.spacing == "karras"):
         raise UserError(
-            f"sampler.{'kind' if sampler.kind == 'heun' else 'spacing'} works on sigma, which is infinite at the "
+            f"sampler.{'kind' if sampler.kind == 'heun' else 'spacing'} works on sigma, infinite at the "
             'start of a schedule with zero_terminal_snr; use "ddim" or "dpm++2m" with spacing "trailing"'
         )

@@ -120,13 +120,13 @@ class UNetConfig(Settings):
             channels = self.base_channels * multiplier
             if abs(channels - round(channels)) > 1e-6 or round(channels) % self.norm_groups:
                 raise ValueError(
-                    f"multipliers: {multiplier} times base_channels {self.base_channels} is not a multiple of "
+                    f"multipliers: {multiplier} times base_channels {self.base_channels} is no multiple of "
                     f"norm_groups {self.norm_groups}"
                 )
         for size in self.attention_resolutions:
             if size not in self.level_sizes:
                 raise ValueError(
-                    f"attention_resolutions: {size} has no effect, the levels are at {self.level_sizes}; drop it"
+                    f"attention_resolutions: {size} has no effect, levels are at {self.level_sizes}; drop it"
                 )
         return self
 
@@ -151,6 +151,6 @@ class UNetConfig(Settings):
             raise ValueError("downsample_padding has no effect with resblock_updown; leave it out")
         if self.out_channels not in (self.in_channels, 2 * self.in_channels):
             raise ValueError(
-                f"out_channels must be in_channels ({self.in_channels}) or, for a learned variance, twice that"
+                f"out_channels must be in_channels ({self.in_channels}) or, to learn the variance, twice that"
             )
         return self

@@ -1,0 +1,55 @@
+"""Dropout whose masks are named: a pure function of (seed, training position, layer, place in the
+activation)."""
+
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.noise import Stream, words32
+
+
+class DropoutKeys:
+    """What the masks of one batch are made from: two 32-bit words for each sample.
+
+    Positions are unique over a training, so no two samples ever share a mask, and a sample's mask is the same
+    whatever worker, batch or restart it is drawn in. Two words are drawn with Philox for each sample; within
+    an activation they seed a 32-bit mixing function, ten times cheaper, each word of which decides two
+    elements.
+    """
+
+    def __init__(self, seed: int, positions: Tensor) -> None:
+        """seed: 0..2^63-1; positions: int64 (B,), the samples' places in the global training order."""
+        # int32 (B, 1, 2): the words as torch keeps them, sign and all.
+        self.words = words32(seed, Stream.TRAIN_DROPOUT, positions)[:, None, :2].to(torch.int32)
+
+
+def keyed_dropout(x: Tensor, probability: float, keys: DropoutKeys, layer: int) -> Tensor:
+    """x (B, C, H, W) with elements zeroed with `probability` and the others scaled to keep the mean.
+
+    layer: a number of its own for each place in the network. Probability is met to 2^-17; the scale is that
+    of the probability really used. The mask does not depend on x's memory format.
+    """
+    threshold = round(probability * 65536)
+    batch, channels, height, width = x.shape
+    count = channels * height * width
+    words = _mix(keys.words ^ _signed(0x9E3779B9 * (layer + 1)))
+    place = torch.arange((count + 1) // 2, dtype=torch.int32, device=x.device)
+    bits = _mix(_mix(place[None] + words[..., 0]) ^ words[..., 1])
+    lanes = torch.cat([bits & 0xFFFF, (bits >> 16) & 0xFFFF], dim=1)[:, :count]
+    # Drawn channels-last, the layout the network runs in: the product below then reads both in memory order.
+    keep = (lanes >= threshold).view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return x * (keep.to(x.dtype) * (65536 / (65536 - threshold)))
+
+
+def _mix(word: Tensor) -> Tensor:
+    """A bijection of 32-bit words that scatters its input over all bits (Wellons 2018, "lowbias32").
+
+    int32 products wrap around; shifts are masked because those of int32 copy the sign.
+    """
+    word = (word ^ ((word >> 16) & 0xFFFF)) * _signed(0x7FEB352D)
+    word = (word ^ ((word >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return word ^ ((word >> 16) & 0xFFFF)
+
+
+def _signed(word: int) -> int:
+    """The int32 with the same bits as the low 32 of `word`."""
+    return ((word + 2**31) & 0xFFFFFFFF) - 2**31
