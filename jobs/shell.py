@@ -56,22 +56,24 @@ class Call:
         return [*([self.preset] if self.preset else []), *self.overrides, *flags]
 
 
-def preset_names() -> list[str]:
-    """Names of the presets that come with the program."""
-    return sorted(file.name.removesuffix(".yaml") for file in files("jobs").joinpath("presets").iterdir())
+def presets() -> dict[str, Path]:
+    """The presets that come with the program, by name."""
+    folder = Path(str(files("jobs").joinpath("presets")))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def preset_file(name: str) -> Path:
     """Path of a preset. Raises UserError naming the known ones."""
-    if name not in preset_names():
-        raise UserError(f"preset '{name}': unknown; known are {', '.join(preset_names())}")
-    return Path(str(files("jobs").joinpath("presets", f"{name}.yaml")))
+    known = presets()
+    if name not in known:
+        raise UserError(f"preset '{name}': unknown; known are {', '.join(known)}")
+    return known[name]
 
 
 def settings_of(model: type[S], section: str, call: Call) -> S:
     """The resolved settings of a call: preset, then --config files, then overrides."""
     layers = [*([preset_file(call.preset)] if call.preset else []), *call.files]
-    return load_settings(model, section, layers, call.overrides, sections=SECTIONS)
+    return load_settings(model, section, layers, call.overrides, sections=SECTIONS, presets=presets())
 
 
 def parse_words(job: str, argv: Sequence[str] | None) -> Call:

@@ -6,7 +6,7 @@ pipeline and presets are nothing but such files. Later files win over earlier on
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 S = TypeVar("S", bound=Settings)
 Tree = dict[str, Any]
 ROOT_VARIABLE = "DDPM_ROOT"
+BASE = "base"
 
 
 def load_settings(
@@ -28,16 +29,18 @@ def load_settings(
     overrides: Sequence[str] = (),
     *,
     sections: Sequence[str] = (),
+    presets: Mapping[str, Path] | None = None,
 ) -> S:
     """Merge `section` of each file, apply the overrides, validate.
 
+    A file that says `base: NAME` is laid over the preset of that name.
     `{root}` in any text stands for $DDPM_ROOT, where this installation keeps data, runs and outputs.
     `sections` are the section names a file may hold besides `section`.
     Raises UserError naming the setting, what is wrong with it, and the nearest known name for a mistyped one.
     """
     tree: Tree = {}
-    for file in files:
-        tree = _merged(tree, _section(file, section, {section, *sections}))
+    for content, file in _with_bases(files, presets or {}):
+        tree = _merged(tree, _section(content, file, section, {section, *sections}))
     for word in overrides:
         tree = _merged(tree, _override(word, model))
     try:
@@ -79,10 +82,21 @@ def _groups(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _groups(part)
 
 
-def _section(file: Path, section: str, known: set[str]) -> Tree:
-    content = read_yaml(file)
+def _with_bases(files: Iterable[Path], presets: Mapping[str, Path]) -> Iterator[tuple[Tree, Path]]:
+    """The content of each file, the preset it is based on first."""
+    for file in files:
+        content = read_yaml(file)
+        base = content.get(BASE)
+        if base is not None:
+            if base not in presets or presets[base] == file:
+                raise UserError(f"{file}: base '{base}' is no preset; known are {', '.join(sorted(presets))}")
+            yield from _with_bases([presets[base]], presets)
+        yield content, file
+
+
+def _section(content: Tree, file: Path, section: str, known: set[str]) -> Tree:
     for name in content:
-        if name not in known:
+        if name not in known | {BASE}:
             raise UserError(f"{file}: unknown section '{name}'; {_suggestion(name, sorted(known))}")
     part = content.get(section) or {}
     if not isinstance(part, dict):

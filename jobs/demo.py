@@ -1,0 +1,86 @@
+"""From nothing to a verified bucket: what `make run` does once everything is installed.
+
+Every part is an ordinary job with ordinary settings, so each does nothing where its work is done already.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from infra.local import LocalStack
+from infra.local.state import StoreKind
+from jobs.progress import clock
+from jobs.shell import DONE, LOCAL, Call, settings_of, use_running_stack
+from pipeline.config.data import PackConfig
+from pipeline.config.generate import GenerateConfig
+from pipeline.config.train import TrainConfig
+
+PRESET = "demo"
+
+
+def demo(store: StoreKind | None = None) -> int:
+    """Stack, data, training, generation, verification; then where to look. Returns the first exit code not 0."""
+    began = time.monotonic()
+    call = Call(preset=PRESET)
+    _headline(1, "start the local stack")
+    LocalStack(LOCAL, store=store).up(say=_say)
+    use_running_stack()
+    parts: list[tuple[str, Callable[[], int]]] = [
+        ("pack the data set", lambda: _pack(call)),
+        ("train on the Ray cluster", lambda: _submit("train", TrainConfig, call)),
+        ("generate on the Ray cluster", lambda: _submit("generate", GenerateConfig, call)),
+        ("verify every object", lambda: _verify(call)),
+    ]
+    for number, (title, part) in enumerate(parts, start=2):
+        _headline(number, title)
+        code = part()
+        if code != DONE:
+            return code
+    _say_where_to_look(call, time.monotonic() - began)
+    return DONE
+
+
+def _pack(call: Call) -> int:
+    from jobs.pack import pack_job
+    from jobs.shell import run_job
+
+    return run_job("pack", PackConfig, pack_job, call, unit="images")
+
+
+def _submit(job: str, model: type[TrainConfig] | type[GenerateConfig], call: Call) -> int:
+    from jobs.submit import submit
+
+    return submit(job, settings_of(model, job, call))
+
+
+def _verify(call: Call) -> int:
+    from jobs.verify import main
+
+    return main([settings_of(GenerateConfig, "generate", call).output])
+
+
+def _say_where_to_look(call: Call, seconds: float) -> None:
+    import os
+
+    from pipeline.store import open_store
+    from pipeline.track import find_latest_run
+
+    config = settings_of(GenerateConfig, "generate", call)
+    sheet = Path(f"{PRESET}-contact-sheet.png")
+    open_store(config.output).download("contact-sheet.png", LOCAL / sheet)
+    print(f"\ndone in {clock(seconds)}. Where to look:")
+    print(f"  contact sheet   {(LOCAL / sheet).resolve()}")
+    print(f"  samples         {config.output}")
+    print(f"  training run    {find_latest_run()}")
+    print(f"  Ray dashboard   {os.environ.get('RAY_JOB_ADDRESS', '')}")
+    print("  stop it all     make down")
+
+
+def _headline(number: int, title: str) -> None:
+    print(f"\n[{number}/5] {title}", flush=True)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"  {line}\n")
+    sys.stdout.flush()

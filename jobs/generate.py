@@ -1,0 +1,88 @@
+"""The generation job: fill an output prefix with samples of a registered model, exactly once.
+
+    python -m jobs.generate digits count=10000
+
+Started again with the same settings it makes only what is missing, and does nothing once all is done.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from jobs.cluster import ray_cluster
+from jobs.progress import Progress
+from jobs.shell import DONE, FAILED, STOPPED, guarded, parse_words, run_job
+from pipeline.config.generate import GenerateConfig
+from pipeline.generate.run import GenerationResult, Status
+from pipeline.generate.run import generate as run_generation
+
+_EXIT_CODES: dict[Status, int] = {
+    "complete": DONE,
+    "already complete": DONE,
+    "superseded": DONE,
+    "drained": STOPPED,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Settings in, exit code out: 0 complete, 1 failed, 2 refused; STOPPED when drained by SIGTERM."""
+    return guarded(
+        lambda: run_job("generate", GenerateConfig, run, parse_words("generate", argv), unit="images")
+    )
+
+
+def run(config: GenerateConfig, progress: Progress) -> int:
+    """Generate and say in words how it ended."""
+    result = generate(config, progress)
+    print("\n".join(summary(result)))
+    for key, error in list(result.failed.items())[:20]:
+        print(f"failed   {key}: {error}", file=sys.stderr)
+    return _EXIT_CODES.get(result.status, FAILED)
+
+
+def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:
+    """Generate on the cluster that RAY_ADDRESS names; SIGTERM drains."""
+    with _stop_on_sigterm() as stop:
+        return run_generation(config, progress, stop=stop, cluster=ray_cluster)
+
+
+def summary(result: GenerationResult) -> list[str]:
+    """The end of a generation, a line a fact."""
+    lines = [f"{result.status}: {result.count:,} images in {result.num_shards:,} shards at {result.output}"]
+    if result.reason:
+        lines.append(f"reason   {result.reason}")
+    if result.shards_made:
+        lines.append(
+            f"made     {result.images_made:,} images in {result.shards_made:,} shards now, "
+            f"{result.images_per_second:,.1f} images/s"
+        )
+    if result.status in ("drained", "failed"):
+        lines.append("go on    with the same command: what is done is kept")
+    if result.run_url:
+        lines.append(f"run      {result.run_url}")
+    return lines
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that a job told to end does so at a place of its own choice."""
+    stop = threading.Event()
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals are the main thread's affair
+        return
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""The packing job: pictures in, shards and their index out."""
+
+import sys
+from collections.abc import Sequence
+
+from jobs.progress import Progress
+from jobs.shell import DONE, Call, guarded, parse_words, run_job
+from pipeline.config.data import PackConfig
+from pipeline.data import pack
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Settings in, exit code out."""
+    return guarded(lambda: run_call(parse_words("pack", argv)))
+
+
+def run_call(call: Call) -> int:
+    """Run the job a call describes."""
+    return run_job("pack", PackConfig, pack_images, call, unit="images")
+
+
+def pack_images(config: PackConfig, progress: Progress) -> int:
+    """Pack, or find that it is done. Raises UserError before anything is written."""
+    report = pack(config, progress)
+    done = "already packed" if report.already_complete else "packed"
+    print(f"{done}: {report.num_samples} images in {report.num_shards} shards at {config.dest}")
+    for kind, names in (("unreadable", report.unreadable), ("duplicate", report.duplicates)):
+        if names:
+            print(f"{len(names)} {kind}: see {config.dest}/pack-report.json")
+    print(f"next     ddpm train data.uri={config.dest} …   (or a preset that names it)")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

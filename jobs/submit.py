@@ -1,0 +1,153 @@
+"""Handing a job to a Ray cluster, and watching it from here.
+
+What travels is the program itself (three packages) and the settings, resolved here, so that the cluster needs
+neither this folder nor these files. A job is named by its settings: submitting the same twice joins the first.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+import infra
+import jobs
+import pipeline
+from infra.local import check_ray
+from jobs.cluster import SHARED_VARIABLES
+from jobs.progress import MARK, MODE_VARIABLE, Progress, progress_of
+from jobs.shell import DONE, FAILED
+from pipeline.config.base import Settings
+from pipeline.errors import UserError
+
+PACKAGES = (pipeline, jobs, infra)
+SETTINGS_FILE = "settings.yaml"
+ADDRESS_VARIABLE = "RAY_JOB_ADDRESS"
+
+
+def submit(job: str, settings: Settings, detach: bool = False) -> int:
+    """Submit `python -m jobs.<job>` with these settings and follow it. Returns the job's exit code.
+
+    Raises UserError when no cluster answers, or refuses our token.
+    """
+    client = job_client()
+    content = yaml.safe_dump({job: settings.model_dump(mode="json")}, sort_keys=False)
+    name, going = _job_name(client, job, content)
+    if going:
+        print(f"joined   job {name}, which is already going on")
+    else:
+        with tempfile.TemporaryDirectory(prefix="ddpm-submit-") as folder:
+            _stage(Path(folder), content)
+            client.submit_job(
+                entrypoint=f"python -m jobs.{job} --config {SETTINGS_FILE}",
+                submission_id=name,
+                metadata={"job": job},
+                entrypoint_num_cpus=0,
+                runtime_env={"working_dir": folder, "env_vars": _variables()},
+            )
+        print(f"job      {name}  {client.get_address()}/#/jobs/{name}", flush=True)
+    if detach:
+        print(f"next     ddpm logs -f {name}")
+        return DONE
+    return follow(client, name, job)
+
+
+def job_client() -> JobSubmissionClient:
+    """A client of the job server that RAY_JOB_ADDRESS names. Raises UserError when it cannot be used."""
+    address = os.environ.get(ADDRESS_VARIABLE)
+    if not address:
+        raise UserError(
+            f"{ADDRESS_VARIABLE}: not set; start the local stack with `ddpm up`, or give your cluster's "
+            "dashboard, such as http://ray.example:8265"
+        )
+    check_ray()  # Ray's own client would retry a wrong token for minutes
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{ADDRESS_VARIABLE} {address}: {reason}; is the cluster up?") from None
+
+
+def follow(client: JobSubmissionClient, name: str, what: str) -> int:
+    """Print a job's output and draw its progress until it ends; Ctrl-C leaves it running.
+
+    Returns the job's own exit code.
+    """
+    try:
+        asyncio.run(_follow(client, name, what))
+    except KeyboardInterrupt:
+        print(f"\ndetached; the job goes on.  look again: ddpm logs -f {name}   end it: ddpm stop {name}")
+        return DONE
+    info = client.get_job_info(name)
+    if info.status == JobStatus.SUCCEEDED:
+        return DONE
+    if info.driver_exit_code is not None and info.driver_exit_code > 0:
+        return int(info.driver_exit_code)
+    print(f"error: job {name} ended {info.status}: {info.message}", file=sys.stderr)
+    return FAILED
+
+
+async def _follow(client: JobSubmissionClient, name: str, what: str) -> None:
+    with progress_of(what) as progress:
+        async for line in _lines(client, name):
+            if line.startswith(MARK):
+                _pass_on(line, progress)
+            else:
+                print(line, flush=True)
+
+
+async def _lines(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:
+    rest = ""
+    async for piece in client.tail_job_logs(name):
+        *lines, rest = (rest + piece).split("\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
+
+
+def _pass_on(line: str, progress: Progress) -> None:
+    try:
+        fact: dict[str, Any] = json.loads(line.removeprefix(MARK))
+    except json.JSONDecodeError:
+        return  # two processes wrote at once; the next line tells more
+    progress(fact["done"], fact["total"], fact["note"])
+
+
+def _job_name(client: JobSubmissionClient, job: str, content: str) -> tuple[str, bool]:
+    """A name made of the settings, and whether the job of that name is going on.
+
+    A finished job keeps its name for the life of the cluster: the next of the same settings is its `-r2`.
+    """
+    base = f"{job}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+    known = {str(info.submission_id): info.status for info in client.list_jobs()}
+    name, again = base, 1
+    while name in known:
+        if not known[name].is_terminal():
+            return name, True
+        again += 1
+        name = f"{base}-r{again}"
+    return name, False
+
+
+def _stage(folder: Path, settings: str) -> None:
+    """The program and its settings, and nothing else of the folders they lie in."""
+    for package in PACKAGES:
+        source = Path(str(package.__file__)).parent
+        hidden = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(source, folder / package.__name__, ignore=hidden)
+    (folder / SETTINGS_FILE).write_text(settings, encoding="utf-8")
+
+
+def _variables() -> dict[str, str]:
+    """Where the services are; no keys, which Ray would show on its dashboard: a cluster's nodes have their own."""
+    known = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
+    return {**known, MODE_VARIABLE: "json", "PYTHONUNBUFFERED": "1"}
