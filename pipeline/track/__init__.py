@@ -1,0 +1,54 @@
+"""Experiment tracking on MLflow: runs, a spool that loses no metric, the model registry.
+
+The only package that speaks to MLflow, whose import (over a second) happens with the first call that needs
+it.
+"""
+
+from pipeline.track.connect import TrackingError, require_server, tracking_client, tracking_uri
+from pipeline.track.janitor import ClosedRun, close_stale_runs
+from pipeline.track.lineage import link_model, log_dataset, source_tags
+from pipeline.track.redaction import redact
+from pipeline.track.registry import (
+    ModelVersion,
+    delete_alias,
+    download,
+    protected_sources,
+    register,
+    resolve,
+    set_alias,
+    versions,
+)
+from pipeline.track.run import Run, describe, find_run, finish, open_run, picture, set_tags
+from pipeline.track.spool import Spool, replay
+from pipeline.track.system import SystemSampler
+
+__all__ = [
+    "ClosedRun",
+    "ModelVersion",
+    "Run",
+    "Spool",
+    "SystemSampler",
+    "TrackingError",
+    "close_stale_runs",
+    "delete_alias",
+    "describe",
+    "download",
+    "find_run",
+    "finish",
+    "link_model",
+    "log_dataset",
+    "open_run",
+    "picture",
+    "protected_sources",
+    "redact",
+    "register",
+    "replay",
+    "require_server",
+    "resolve",
+    "set_alias",
+    "set_tags",
+    "source_tags",
+    "tracking_client",
+    "tracking_uri",
+    "versions",
+]

@@ -1,0 +1,202 @@
+"""The spool's local half: an append-only file of JSON lines with a saved read offset.
+
+Layout of the directory: `run.json` (whose points these are), `points.jsonl` (one record a line),
+`offset.json` (how far they were delivered), `files/` (images and artifacts, deleted once delivered),
+`refused.jsonl` (what the server will never take, with its reason), `lock` (held by the one process that
+delivers).
+
+What survives what: a line is in the kernel's hands when `append` returns, so it survives the death of the
+process (SIGKILL too). `sync`, called about once a second by the delivering thread, puts it on the disk; a
+power cut can cost the last second.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import threading
+import uuid
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
+_MAX_WAITING_LINES = 10_000  # held in memory while the disk is full; older ones are then lost, and counted
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record of the journal and the offset in bytes behind it."""
+
+    record: dict[str, Any]
+    end: int
+
+
+class Journal:
+    """One directory of undelivered points. Any number of threads append; at most one process delivers."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files = directory / "files"
+        self.files.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._points = directory / "points.jsonl"
+        self._fd = os.open(self._points, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        self._lock_fd: int | None = None
+        self._mutex = threading.Lock()
+        self._waiting: deque[bytes] = deque()
+        self._torn = self._ends_torn()
+        self._dirty = False
+        self.lost = 0
+        """Records given up because the disk stayed full."""
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record; when the disk refuses, keep it in memory and try again with the next one."""
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        with self._mutex:
+            self._waiting.append(line)
+            self._write_waiting()
+
+    def put_file(self, data: bytes, suffix: str) -> str:
+        """Store a file beside the lines (whole or not at all); returns its name for the record."""
+        name = uuid.uuid4().hex + suffix
+        partial = self.files / f".{name}"
+        partial.write_bytes(data)
+        partial.rename(self.files / name)
+        return name
+
+    def sync(self) -> None:
+        """Write again what the disk refused before, and put all lines on the disk."""
+        with self._mutex:
+            self._write_waiting()
+            dirty, self._dirty = self._dirty, False
+        if dirty:
+            os.fsync(self._fd)
+
+    def read(self, offset: int, max_records: int) -> list[Entry]:
+        """The next whole records from `offset` on; a damaged line is reported and passed over."""
+        entries: list[Entry] = []
+        with self._points.open("rb") as stream:
+            stream.seek(offset)
+            while len(entries) < max_records:
+                line = stream.readline()
+                if not line.endswith(b"\n"):
+                    return entries
+                record = _parse(line)
+                if record is None and line.strip():
+                    log.warning("%s: damaged line before byte %d passed over", self._points, stream.tell())
+                entries.append(Entry(record or {}, stream.tell()))
+        return entries
+
+    def offset(self) -> int:
+        """Bytes delivered so far, 0 when unknown: delivering twice is harmless, skipping is not."""
+        try:
+            saved = json.loads((self.directory / "offset.json").read_text())["offset"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+        return saved if isinstance(saved, int) and 0 <= saved <= os.fstat(self._fd).st_size else 0
+
+    def save_offset(self, offset: int) -> None:
+        """Remember, atomically, that everything before `offset` was delivered."""
+        partial = self.directory / ".offset.json"
+        partial.write_text(json.dumps({"offset": offset}))
+        partial.replace(self.directory / "offset.json")
+
+    def refuse(self, record: dict[str, Any], reason: str) -> None:
+        """Put aside a record the server will never take, so that it holds up nothing and is not lost."""
+        with (self.directory / "refused.jsonl").open("a") as stream:
+            stream.write(json.dumps({"reason": reason, "record": record}) + "\n")
+
+    def claim(self) -> bool:
+        """Become the one that delivers; False while another living process is."""
+        if self._lock_fd is not None:
+            return True
+        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        self._lock_fd = fd
+        return True
+
+    def release(self) -> None:
+        """Let another process deliver."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def undelivered(self) -> int:
+        """Points and files that wait for delivery (those in memory included)."""
+        count, offset = len(self._waiting), self.offset()
+        while entries := self.read(offset, 1000):
+            count += sum(len(e.record.get("m", ())) or int("f" in e.record) for e in entries)
+            offset = entries[-1].end
+        return count
+
+    def undelivered_lines(self) -> bytes:
+        """The undelivered point records themselves, to be carried elsewhere (files stay)."""
+        parts: list[bytes] = []
+        offset = self.offset()
+        while entries := self.read(offset, 1000):
+            parts += [
+                json.dumps(e.record, separators=(",", ":")).encode() for e in entries if "m" in e.record
+            ]
+            offset = entries[-1].end
+        return b"".join(p + b"\n" for p in parts)
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            line = self._waiting[0]
+            data = b"\n" + line if self._torn else line
+            try:
+                written = os.write(self._fd, data)
+            except OSError as error:
+                self._overflow(error)
+                return
+            self._torn = written < len(data)
+            if self._torn:
+                return  # the torn piece is closed by the newline that the next try begins with
+            self._waiting.popleft()
+            self._dirty = True
+
+    def _overflow(self, error: OSError) -> None:
+        if len(self._waiting) == 1:
+            log.warning("%s: cannot be written (%s); points wait in memory", self._points, error)
+        while len(self._waiting) > _MAX_WAITING_LINES:
+            self._waiting.popleft()
+            self.lost += 1
+
+    def _ends_torn(self) -> bool:
+        size = os.fstat(self._fd).st_size
+        return size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
+
+
+def write_identity(directory: Path, run_id: str, uri: str) -> None:
+    """Say whose points `directory` holds; UserError when it already belongs to another run."""
+    known = read_identity(directory)
+    if known is not None and known[0] != run_id:
+        raise UserError(f"{directory}: holds points of run {known[0]}, not {run_id}; replay or remove it")
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = directory / f".run-{uuid.uuid4().hex}.json"
+    partial.write_text(json.dumps({"run_id": run_id, "tracking_uri": uri}))
+    partial.replace(directory / "run.json")
+
+
+def read_identity(directory: Path) -> tuple[str, str] | None:
+    """(run id, tracking URI) of the points in `directory`, or None when it is no spool."""
+    with contextlib.suppress(FileNotFoundError):
+        known = json.loads((directory / "run.json").read_text())
+        return str(known["run_id"]), str(known["tracking_uri"])
+    return None
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

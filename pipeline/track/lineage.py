@@ -1,0 +1,82 @@
+"""What a run is made from: data sets, models, and the code that ran."""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipeline.track.connect import patiently, tracking_client
+from pipeline.track.redaction import redact
+from pipeline.track.registry import ModelVersion
+from pipeline.track.run import set_tags
+
+_MAX_DIGEST = 36  # the server's limit; the whole digest is in the profile
+
+
+def log_dataset(
+    run_id: str,
+    name: str,
+    dataset_uri: str,
+    digest: str,
+    *,
+    num_samples: int | None = None,
+    context: str = "training",
+    details: Mapping[str, str | int | float] | None = None,
+    uri: str | None = None,
+) -> None:
+    """Show a data set on the run's page with its digest; logging it again changes nothing."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    scheme = urlsplit(dataset_uri).scheme
+    profile = {"digest": digest, "num_samples": num_samples, **(details or {})}
+    dataset = Dataset(
+        name=name,
+        digest=digest.removeprefix("sha256:")[:_MAX_DIGEST],
+        source_type="s3" if scheme == "s3" else "local",
+        source=json.dumps({"uri": redact(dataset_uri)}),
+        profile=json.dumps({k: v for k, v in profile.items() if v is not None}),
+    )
+    inputs = [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])]
+    client = tracking_client(uri)
+    patiently(f"data set of run {run_id}", lambda: client.log_inputs(run_id, datasets=inputs))
+
+
+def link_model(run_id: str, version: ModelVersion, *, uri: str | None = None) -> None:
+    """Tie a run to the registered version it uses: tags that lead to it everywhere, and an input on the run's
+    page where model and run are in the same experiment (MLflow shows it only there).
+    """
+    from mlflow.entities import LoggedModelInput
+
+    tags = {"ddpm.model": version.reference, "ddpm.model_sha256": version.sha256}
+    if version.run_id:
+        tags["ddpm.training_run"] = version.run_id
+    set_tags(run_id, tags, uri=uri)
+    model_id = version.model_id
+    if model_id is not None:
+        client = tracking_client(uri)
+        patiently(
+            f"model of run {run_id}", lambda: client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
+        )
+
+
+def source_tags(directory: Path | None = None) -> dict[str, str]:
+    """Tags that name the code: the git commit, and whether files differed from it; empty outside a
+    repository.
+    """
+    here = directory or Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return {}
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"mlflow.source.git.commit": commit, "ddpm.git_dirty": "true" if changed else "false"}

@@ -1,0 +1,332 @@
+"""The model registry: versions that carry their weights' sha256, and aliases such as champion.
+
+A registered model is the directory that training exports (`model.safetensors`, `model.json`) inside MLflow's
+"models from code" package, so that no pickle is written or read. `download` fetches the two files only, never
+the code.
+"""
+
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import DamageError, UserError
+from pipeline.track.connect import patiently, require_server, tracking_client, tracking_uri
+from pipeline.track.packaging import MODEL_FOLDER, package
+from pipeline.track.redaction import redact
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+
+WEIGHTS = "model.safetensors"
+CARD = "model.json"
+SHA256_TAG = "sha256"
+CHECKPOINT_TAG = "ddpm.checkpoint_uri"
+_REFERENCE = re.compile(r"^(?:models:/)?(?P<name>[^@/:]+)(?:@(?P<alias>[\w\-]+)|/(?P<version>\d+))$")
+_UPLOAD_PATIENCE_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One immutable version of a registered model."""
+
+    name: str
+    version: int
+    sha256: str
+    """Hex digest of `model.safetensors`; empty for a version that something else registered."""
+    source: str
+    run_id: str
+    tags: Mapping[str, str] = field(default_factory=dict[str, str])
+    aliases: tuple[str, ...] = ()
+    description: str = ""
+    model_id: str | None = None
+    """MLflow's id of the logged model behind the version."""
+
+    @property
+    def reference(self) -> str:
+        """`name/version`, which `resolve` understands and which never moves."""
+        return f"{self.name}/{self.version}"
+
+
+def register(
+    name: str,
+    directory: Path,
+    run_id: str,
+    tags: Mapping[str, str],
+    description: str = "",
+    *,
+    logged_name: str | None = None,
+    checkpoint_uri: str | None = None,
+    uri: str | None = None,
+) -> ModelVersion:
+    """Register the exported model in `directory` as the next version of `name`.
+
+    `logged_name` (such as unet-ema-0012000; default: `name`) is what the run page shows; `checkpoint_uri` is
+    the checkpoint it was cut from, which retention then spares. The same weights of the same run are
+    registered once: a repeated call returns the version that is there. UserError when the directory is no
+    export.
+    """
+    sha256 = _weights_sha256(directory)
+    client = tracking_client(require_server(uri))
+    found = _registered(client, name, run_id, sha256)
+    if found is not None:
+        return found
+    model_id = _log_model(client, logged_name or name, directory, run_id, sha256, tags)
+    _make_registered_model(client, name)
+    all_tags = {**{k: str(v) for k, v in redact(tags).items()}, SHA256_TAG: sha256}
+    if checkpoint_uri is not None:
+        all_tags[CHECKPOINT_TAG] = checkpoint_uri
+
+    def create() -> ModelVersion:
+        done = _registered(client, name, run_id, sha256)  # an unanswered try may have succeeded
+        if done is not None:
+            return done
+        made = client.create_model_version(
+            name, f"models:/{model_id}", run_id, all_tags, description=redact(description), model_id=model_id
+        )
+        return _view(client, made)
+
+    return patiently(f"registering {name}", create)
+
+
+def resolve(reference: str, uri: str | None = None) -> ModelVersion:
+    """The version that `name@alias`, `name/3` or the same after `models:/` stands for now.
+
+    UserError names what is missing and lists what exists.
+    """
+    match = _REFERENCE.match(reference)
+    if match is None:
+        raise UserError(f"model {reference!r}: not a reference; write name@alias or name/version")
+    client = tracking_client(require_server(uri))
+    name = match["name"]
+    known = versions(name, uri)
+    if not known:
+        raise UserError(f"model {name!r}: not in the registry; it has {_listing(_model_names(client))}")
+    if match["version"] is not None:
+        chosen = [v for v in known if v.version == int(match["version"])]
+        missing = f"version {match['version']}: not registered; {name} has versions {_span(known)}"
+    else:
+        chosen = [v for v in known if match["alias"] in v.aliases]
+        aliases = sorted(f"{a} -> {v.version}" for v in known for a in v.aliases)
+        missing = (
+            f"alias {match['alias']!r}: not set; {name} has {_listing(aliases)}, versions {_span(known)}"
+        )
+    if not chosen:
+        raise UserError(f"model {reference!r}: {missing}")
+    return chosen[0]
+
+
+def download(version: ModelVersion, dest: Path, uri: str | None = None) -> Path:
+    """Fetch weights and card into `dest`, checked; returns `dest`. Files already there and right are kept.
+
+    UserError when the version carries no sha256; DamageError, and nothing left in place, when the weights are
+    not those that were registered.
+    """
+    if not version.sha256:
+        raise UserError(
+            f"model {version.reference}: has no sha256 tag; it was not registered by this pipeline"
+        )
+    weights = dest / WEIGHTS
+    if (dest / CARD).is_file() and weights.is_file() and file_sha256(weights) == version.sha256:
+        return dest
+    configured = tracking_client(uri)
+    dest.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=dest, prefix=".download-") as folder:
+        for name in (WEIGHTS, CARD):
+            _fetch(configured, version, name, Path(folder), tracking_uri(uri))
+        found = file_sha256(Path(folder) / WEIGHTS)
+        if found != version.sha256:
+            raise DamageError(
+                f"model {version.reference}: {WEIGHTS} has sha256 {found}, registered was {version.sha256}; "
+                "its object was changed or torn"
+            )
+        for name in (WEIGHTS, CARD):
+            (Path(folder) / name).replace(dest / name)
+    return dest
+
+
+def set_alias(name: str, alias: str, version: int, uri: str | None = None) -> None:
+    """Let `name@alias` mean this version from now on. UserError for a version that does not exist."""
+    if not any(v.version == version for v in versions(name, uri)):
+        raise UserError(
+            f"model {name}/{version}: not registered; it has versions {_span(versions(name, uri))}"
+        )
+    tracking_client(uri).set_registered_model_alias(name, alias, str(version))
+
+
+def delete_alias(name: str, alias: str, uri: str | None = None) -> None:
+    """Take `name@alias` away; the version stays. Nothing happens when there is no such alias."""
+    if any(alias in v.aliases for v in versions(name, uri)):
+        tracking_client(uri).delete_registered_model_alias(name, alias)
+
+
+def versions(name: str, uri: str | None = None) -> list[ModelVersion]:
+    """All versions of a registered model, oldest first; empty when there is no such model."""
+    client = tracking_client(uri)
+    aliases = _aliases(client, name)
+    found = [_view(client, v, aliases) for v in _search_versions(client, f"name='{_quotable(name)}'")]
+    return sorted(found, key=lambda v: v.version)
+
+
+def protected_sources(uri: str | None = None) -> frozenset[str]:
+    """Every place that some registered version needs: retention and clean-up must not touch anything below
+    these.
+
+    Holds MLflow's sources, the artifact locations behind them, and the checkpoints that versions were cut
+    from.
+    """
+    client = tracking_client(uri)
+    places: set[str] = set()
+    for version in _search_versions(client, None):
+        places.add(str(version.source))
+        if version.tags.get(CHECKPOINT_TAG):
+            places.add(version.tags[CHECKPOINT_TAG])
+        if version.model_id:
+            places.add(str(client.get_logged_model(version.model_id).artifact_location))
+    return frozenset(places)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _weights_sha256(directory: Path) -> str:
+    for name in (WEIGHTS, CARD):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory}: no {name} here; export the model before registering it")
+    return file_sha256(directory / WEIGHTS)
+
+
+def _log_model(
+    client: "MlflowClient",
+    logged_name: str,
+    directory: Path,
+    run_id: str,
+    sha256: str,
+    tags: Mapping[str, str],
+) -> str:
+    """Put the package up as a logged model of the run; returns its id. A finished one of the same weights is
+    reused.
+    """
+    experiment_id = client.get_run(run_id).info.experiment_id
+    where = f"source_run_id = '{run_id}' AND tags.`{SHA256_TAG}` = '{sha256}'"
+    for model in client.search_logged_models([experiment_id], filter_string=where):
+        if str(model.status) == "READY" and model.name == logged_name:
+            return str(model.model_id)
+    all_tags = {**{k: str(v) for k, v in redact(tags).items()}, SHA256_TAG: sha256}
+    made = client.create_logged_model(experiment_id, logged_name, run_id, all_tags, model_type="diffusion")
+    with tempfile.TemporaryDirectory() as folder:
+        package(directory, Path(folder) / "package", str(made.model_id), run_id)
+        patiently(
+            f"uploading model {logged_name}",
+            lambda: client.log_model_artifacts(made.model_id, str(Path(folder) / "package")),
+            _UPLOAD_PATIENCE_SECONDS,
+        )
+    client.finalize_logged_model(made.model_id, "READY")
+    return str(made.model_id)
+
+
+def _make_registered_model(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _registered(client: "MlflowClient", name: str, run_id: str, sha256: str) -> ModelVersion | None:
+    for version in _search_versions(client, f"name='{_quotable(name)}'"):
+        if version.run_id == run_id and version.tags.get(SHA256_TAG) == sha256:
+            return _view(client, version)
+    return None
+
+
+def _fetch(client: "MlflowClient", version: ModelVersion, name: str, folder: Path, address: str) -> None:
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    source = client.get_model_version_download_uri(version.name, str(version.version))
+    place = f"{source}/artifacts/{MODEL_FOLDER}/{name}"
+
+    def fetch() -> str:
+        return download_artifacts(
+            artifact_uri=place, dst_path=str(folder / "raw"), tracking_uri=address, registry_uri=address
+        )
+
+    try:
+        got = patiently(f"downloading {version.reference}", fetch, _UPLOAD_PATIENCE_SECONDS)
+    except (MlflowException, OSError) as error:
+        raise DamageError(
+            f"model {version.reference}: {name} cannot be read ({redact(str(error))[:200]})"
+        ) from None
+    shutil.move(got, folder / name)
+
+
+def _search_versions(client: "MlflowClient", where: str | None) -> "Iterator[MlflowVersion]":
+    token: str | None = None
+    while True:
+        page = client.search_model_versions(where, max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _aliases(client: "MlflowClient", name: str) -> dict[str, list[str]]:
+    """Aliases by version; a search for versions leaves them out."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        pairs: dict[str, Any] = dict(client.get_registered_model(name).aliases)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return {}
+        raise
+    by_version: dict[str, list[str]] = {}
+    for alias, version in sorted(pairs.items()):
+        by_version.setdefault(str(version), []).append(alias)
+    return by_version
+
+
+def _view(
+    client: "MlflowClient", version: "MlflowVersion", aliases: Mapping[str, list[str]] | None = None
+) -> ModelVersion:
+    known = _aliases(client, version.name) if aliases is None else aliases
+    return ModelVersion(
+        name=version.name,
+        version=int(version.version),
+        sha256=version.tags.get(SHA256_TAG, ""),
+        source=str(version.source),
+        run_id=str(version.run_id or ""),
+        tags=dict(version.tags),
+        aliases=tuple(known.get(str(version.version), ())),
+        description=version.description or "",
+        model_id=version.model_id or None,
+    )
+
+
+def _model_names(client: "MlflowClient") -> list[str]:
+    return [str(model.name) for model in client.search_registered_models(max_results=100)]
+
+
+def _quotable(name: str) -> str:
+    if "'" in name:
+        raise UserError(f"model name {name!r}: holds a quote, which no registry name may")
+    return name
+
+
+def _listing(items: list[str]) -> str:
+    return ", ".join(items[:20]) + (" ..." if len(items) > 20 else "") if items else "none"
+
+
+def _span(known: list[ModelVersion]) -> str:
+    return _listing([str(v.version) for v in known[-20:]])

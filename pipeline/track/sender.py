@@ -1,0 +1,220 @@
+"""The spool's remote half: delivers journal records to the server, each exactly once.
+
+Exactly once rests on two facts. The server's own key of a point is (metric, timestamp, step, value), and the
+journal fixes the timestamp, so the same record sent twice is one point. And before a metric is first sent,
+the steps that the run already has of it are fetched: a step that is there (written before a resume, by
+another process, with another timestamp) is not sent again. The first to come wins.
+"""
+
+import io
+import logging
+import re
+import tempfile
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.track.connect import is_outage
+from pipeline.track.journal import Entry, Journal
+from pipeline.track.redaction import redact
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+MAX_POINTS = 1000  # the server's limit for one batch
+_PREVIEW_PIXELS = 256
+_IMAGE_NAME = re.compile(r"(?:^|/)(?P<key>[^/+%]+)[+%]step[+%](?P<step>-?\d+)[+%]timestamp[+%].*\.png$")
+_TEXT_SUFFIXES = frozenset(
+    {".yaml", ".yml", ".json", ".txt", ".md", ".html", ".csv", ".toml", ".log", ".svg"}
+)
+
+
+class Sender:
+    """Delivers one journal to one run. Used by one thread at a time."""
+
+    def __init__(self, journal: Journal, client: "MlflowClient", run_id: str) -> None:
+        self._journal = journal
+        self._client = client
+        self._run_id = run_id
+        self._steps: dict[str, set[int]] = {}
+        self._images: set[tuple[str, int]] | None = None
+        self._offset: int | None = None
+        self.delivered = 0
+        """Points and files that this object sent."""
+
+    def send_next(self) -> bool:
+        """Deliver the next records; False when there are none. An outage raises, and nothing is then given
+        up.
+        """
+        if self._offset is None:
+            self._offset = self._journal.offset()
+        entries = _one_batch(self._journal.read(self._offset, MAX_POINTS))
+        if not entries:
+            return False
+        try:
+            self._deliver(entries)
+        except Exception:
+            # What the server has of an unanswered request is unknown: ask again before sending more.
+            self._steps.clear()
+            self._images = None
+            raise
+        self._offset = entries[-1].end
+        self._journal.save_offset(self._offset)
+        for entry in entries:
+            if "f" in entry.record:
+                (self._journal.files / entry.record["f"]).unlink(missing_ok=True)
+        return True
+
+    def beat(self, tag: str) -> None:
+        """Tell the server that this run is alive."""
+        self._client.set_tag(self._run_id, tag, str(time.time()))
+
+    def forget_offset(self) -> None:
+        """Read the offset from the disk next time (another process may have delivered meanwhile)."""
+        self._offset = None
+
+    def _deliver(self, entries: list[Entry]) -> None:
+        first = entries[0].record
+        try:
+            if "f" in first:
+                self._send_file(first)
+            else:
+                self._send_points([e.record for e in entries])
+        except Exception as error:
+            if is_outage(error) or not self._run_is_active():
+                raise
+            self._deliver_singly([e.record for e in entries])
+
+    def _deliver_singly(self, records: list[dict[str, Any]]) -> None:
+        """A batch was refused: find the records that the server will not have, and put only those aside."""
+        for record in records:
+            try:
+                if "f" in record:
+                    self._send_file(record)
+                else:
+                    self._send_points([record])
+            except Exception as error:
+                if is_outage(error):
+                    raise
+                reason = redact(str(error)).splitlines()[0][:300]
+                log.warning(
+                    "run %s: the server refuses a record, kept in refused.jsonl: %s", self._run_id, reason
+                )
+                self._journal.refuse(record, reason)
+
+    def _run_is_active(self) -> bool:
+        """Whether refusals are about the record; a deleted run may be restored, so its points wait."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_run(self._run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.get_http_status_code() == 404:
+                return False
+            raise
+
+    def _send_points(self, records: Iterable[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        new: list[Metric] = []
+        taken: set[tuple[str, int]] = set()
+        for record in records:
+            for name, value in record.get("m", {}).items():
+                point = (name, int(record["s"]))
+                if point not in taken and point[1] not in self._known_steps(name):
+                    taken.add(point)
+                    new.append(Metric(name, float(value), int(record["t"]), point[1]))
+        for start in range(0, len(new), MAX_POINTS):
+            self._client.log_batch(self._run_id, metrics=new[start : start + MAX_POINTS])
+        for name, step in taken:
+            self._steps[name].add(step)
+        self.delivered += len(new)
+
+    def _known_steps(self, name: str) -> set[int]:
+        """Steps of this metric that the run has; asked once, then kept (some 60 bytes a point)."""
+        if name not in self._steps:
+            history = self._client.get_metric_history(self._run_id, name)
+            self._steps[name] = {point.step for point in history}
+        return self._steps[name]
+
+    def _send_file(self, record: dict[str, Any]) -> None:
+        local = self._journal.files / record["f"]
+        if not local.exists():
+            log.warning("run %s: %s is gone, its record is passed over", self._run_id, local)
+            return
+        if "i" in record:
+            self._send_image(record, local.read_bytes())
+        else:
+            self._send_artifact(str(record["p"]), local.read_bytes())
+        self.delivered += 1
+
+    def _send_artifact(self, path: str, data: bytes) -> None:
+        if Path(path).suffix.lower() in _TEXT_SUFFIXES:
+            data = redact(data.decode("utf-8", errors="surrogateescape")).encode(
+                "utf-8", errors="surrogateescape"
+            )
+        self._upload({Path(path).name: data}, str(Path(path).parent))
+
+    def _send_image(self, record: dict[str, Any], data: bytes) -> None:
+        """Write the two files from which the run page makes an image with a step slider.
+
+        MLflow's `log_image` names them at random; here the name follows from the record, so that a second
+        delivery replaces the first. The preview goes first: a PNG that is there says that both are.
+        """
+        key, step = str(record["i"]).replace("/", "~"), int(record["s"])
+        if (key, step) in self._known_images():
+            return
+        unique = uuid.uuid5(uuid.NAMESPACE_URL, f"{self._run_id}/{key}/{step}")
+        stem = f"{key}+step+{step}+timestamp+{int(record['t'])}+{unique}"
+        png, preview = _encode(data, str(record["f"]))
+        self._upload({f"{stem}+compressed.webp": preview, f"{stem}.png": png}, "images")
+        self._client.set_tag(self._run_id, "mlflow.loggedImages", "True")
+        self._known_images().add((key, step))
+
+    def _known_images(self) -> set[tuple[str, int]]:
+        if self._images is None:
+            found = (_IMAGE_NAME.search(f.path) for f in self._client.list_artifacts(self._run_id, "images"))
+            self._images = {(m["key"], int(m["step"])) for m in found if m and "+compressed" not in m[0]}
+        return self._images
+
+    def _upload(self, files: dict[str, bytes], parent: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in files.items():
+                local = Path(folder) / name
+                local.write_bytes(data)
+                self._client.log_artifact(self._run_id, str(local), None if parent == "." else parent)
+
+
+def _one_batch(entries: list[Entry]) -> list[Entry]:
+    """The longest beginning that goes out in one call: one file, or records of at most MAX_POINTS points
+    together.
+    """
+    count = 0
+    for i, entry in enumerate(entries):
+        count += len(entry.record.get("m", ()))
+        if "f" in entry.record or count > MAX_POINTS:
+            return entries[: max(i, 1)]
+    return entries
+
+
+def _encode(data: bytes, name: str) -> tuple[bytes, bytes]:
+    """(PNG, small WebP preview) of a stored image: a PNG, or a raw uint8 array as .npy."""
+    import numpy as np
+    from PIL import Image
+
+    if name.endswith(".npy"):
+        image = Image.fromarray(np.load(io.BytesIO(data), allow_pickle=False))
+        out = io.BytesIO()
+        image.save(out, "PNG")
+        data = out.getvalue()
+    else:
+        image = Image.open(io.BytesIO(data))
+    scale = _PREVIEW_PIXELS / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    preview = io.BytesIO()
+    image.convert("RGB").resize(size).save(preview, "WEBP")
+    return data, preview.getvalue()

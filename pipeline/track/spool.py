@@ -1,0 +1,202 @@
+"""Metrics that never hold up training: written to a local file at once, delivered to MLflow by a thread.
+
+A call costs about a tenth of a millisecond and never waits for the network, never raises, and survives the
+death of the process; outages of any length are bridged by the file. See `journal` for what survives what,
+`sender` for why nothing arrives twice.
+"""
+
+import io
+import json
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+from pipeline.track.connect import is_outage, tracking_client, tracking_uri
+from pipeline.track.journal import Journal, read_identity, write_identity
+from pipeline.track.run import HEARTBEAT_TAG
+from pipeline.track.sender import Sender
+
+if TYPE_CHECKING:
+    import numpy as np
+
+log = logging.getLogger(__name__)
+_ILLEGAL_IN_NAME = re.compile(r"[^\w\-./ :]")
+_ILLEGAL_IN_IMAGE_KEY = re.compile(r"[^a-zA-Z0-9_\-./ ]")
+_MAX_NAME = 250
+_LONGEST_PAUSE_SECONDS = 15.0
+
+
+class Spool:
+    """Points, images and artifacts of one run from one process.
+
+    A later Spool on the same directory, or `replay`, delivers what an earlier one could not. The first value
+    of a (metric, step) wins: a resumed training may log its repeated steps again without harm. NaN is stored
+    as NaN, infinities as the largest float64 (MLflow's rule). Log means over windows, not every step.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        uri: str | None,
+        run_id: str,
+        *,
+        send_interval_seconds: float = 2.0,
+        heartbeat_seconds: float = 60.0,
+    ) -> None:
+        self.run_id = run_id
+        self.directory = directory
+        address = tracking_uri(uri)
+        write_identity(directory, run_id, address)
+        self._journal = Journal(directory)
+        self._sender = Sender(self._journal, tracking_client(address), run_id)
+        self._interval = send_interval_seconds
+        self._heartbeat = heartbeat_seconds
+        self._next_beat = 0.0
+        self._names: dict[str, str] = {}
+        self._closing = threading.Event()
+        self._deadline = math.inf
+        self._thread = threading.Thread(target=self._deliver_until_closed, name="metric-spool", daemon=True)
+        self._thread.start()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep the values of this step. What MLflow forbids in a name becomes `_`, and is reported."""
+        try:
+            clean = {self._name(name): float(value) for name, value in values.items()}
+            self._journal.append({"t": time.time_ns() // 1_000_000, "s": int(step), "m": clean})
+        except Exception:
+            self._journal.lost += 1
+            log.exception("metrics of step %s could not be kept", step)
+
+    def image(self, key: str, step: int, image: "bytes | np.ndarray[Any, Any]") -> None:
+        """Keep an image for the run page's slider: PNG bytes, or uint8 of shape (H, W), (H, W, 1) or (H, W,
+        3).
+        """
+        try:
+            data, suffix = (image, ".png") if isinstance(image, bytes) else (_as_npy(image), ".npy")
+            name = self._journal.put_file(data, suffix)
+            key = _ILLEGAL_IN_IMAGE_KEY.sub("_", key)
+            self._journal.append({"t": time.time_ns() // 1_000_000, "s": int(step), "i": key, "f": name})
+        except Exception:
+            self._journal.lost += 1
+            log.exception("image %s of step %s could not be kept", key, step)
+
+    def artifact(self, path_in_run: str, data: bytes) -> None:
+        """Keep a file for the run's artifacts; a later one at the same path replaces it."""
+        try:
+            name = self._journal.put_file(data, ".bin")
+            self._journal.append({"t": time.time_ns() // 1_000_000, "p": path_in_run, "f": name})
+        except Exception:
+            self._journal.lost += 1
+            log.exception("artifact %s could not be kept", path_in_run)
+
+    def undelivered(self) -> bytes:
+        """Point records the server does not have yet, for a checkpoint to carry past a lost machine."""
+        return self._journal.undelivered_lines()
+
+    def absorb(self, records: bytes) -> None:
+        """Take over what another machine's spool of this run could not deliver (from `undelivered`)."""
+        for line in records.splitlines():
+            self._journal.append(json.loads(line))
+
+    def close(self, timeout_seconds: float = 60.0) -> int:
+        """Deliver what is left for at most this long; returns how many points and files stay."""
+        self._deadline = time.monotonic() + timeout_seconds
+        self._closing.set()
+        self._thread.join(timeout_seconds + 1.0)
+        self._journal.sync()
+        left = self._journal.undelivered()
+        if left:
+            log.warning("%d points wait in %s for a replay", left, self.directory)
+        return left
+
+    @property
+    def lost(self) -> int:
+        """Records given up for good (disk full for long, or a value that is no number)."""
+        return self._journal.lost
+
+    def _name(self, name: str) -> str:
+        known = self._names.get(name)
+        if known is None:
+            known = self._names[name] = _ILLEGAL_IN_NAME.sub("_", name).strip("/.")[:_MAX_NAME] or "unnamed"
+            if known != name:
+                log.warning("metric name %r is not allowed by MLflow; stored as %r", name, known)
+        return known
+
+    def _deliver_until_closed(self) -> None:
+        pause = self._interval
+        while True:
+            closing = self._closing.wait(pause)
+            pause = self._deliver_round(pause)
+            done = closing and (pause == self._interval or time.monotonic() >= self._deadline)
+            if done or (closing and not self._journal.claim()):
+                self._journal.release()
+                return
+
+    def _deliver_round(self, pause: float) -> float:
+        """Send all there is; returns the pause before the next round, longer with every failure in a row."""
+        try:
+            self._journal.sync()
+            if not self._journal.claim():
+                self._sender.forget_offset()
+                return self._interval
+            while self._sender.send_next():
+                if time.monotonic() >= self._deadline:
+                    break
+            if time.monotonic() >= self._next_beat:
+                self._sender.beat(HEARTBEAT_TAG)
+                self._next_beat = time.monotonic() + self._heartbeat
+        except Exception as error:
+            if is_outage(error):
+                log.warning("run %s: MLflow is away, points wait in %s", self.run_id, self.directory)
+            else:
+                log.exception("run %s: delivery failed, points wait in %s", self.run_id, self.directory)
+            return min(max(2 * pause, 0.5), _LONGEST_PAUSE_SECONDS)
+        return self._interval
+
+
+def replay(directory: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> int:
+    """Deliver what a dead process left in `directory`; returns the points and files still left.
+
+    UserError when the directory is no spool, or another living process is delivering it.
+    """
+    identity = read_identity(directory)
+    if identity is None:
+        raise UserError(f"{directory}: no spool here (run.json is missing); name a run's spool directory")
+    run_id, address = identity
+    journal = Journal(directory)
+    if not journal.claim():
+        raise UserError(f"{directory}: a living process is delivering it; wait for it or end it")
+    sender = Sender(journal, tracking_client(uri or address), run_id)
+    deadline, pause = time.monotonic() + timeout_seconds, 0.5
+    try:
+        while time.monotonic() < deadline:
+            try:
+                if not sender.send_next():
+                    break
+            except Exception as error:
+                if not is_outage(error):
+                    raise
+                time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+    finally:
+        journal.release()
+    return journal.undelivered()
+
+
+def _as_npy(image: "np.ndarray[Any, Any]") -> bytes:
+    import numpy as np
+
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise ValueError(
+            f"image: expected uint8 of shape (H, W) or (H, W, C), got {image.dtype} {image.shape}"
+        )
+    pixels = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
+    out = io.BytesIO()
+    np.save(out, np.ascontiguousarray(pixels), allow_pickle=False)
+    return out.getvalue()
