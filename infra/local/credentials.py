@@ -1,0 +1,44 @@
+"""Secrets made once at the first start, each in a file that only its owner can read."""
+
+import os
+import secrets
+from pathlib import Path
+
+from pipeline.config.base import Settings
+
+
+class S3Keys(Settings):
+    """The gateway's one account."""
+
+    access_key: str
+    """Sent as AWS_ACCESS_KEY_ID."""
+    secret_key: str
+    """Sent as AWS_SECRET_ACCESS_KEY."""
+
+
+def s3_keys(root: Path) -> S3Keys:
+    """The gateway's keys; made at the first call."""
+    path = root / "secrets" / "s3.json"
+    if not path.exists():
+        keys = S3Keys(access_key=secrets.token_hex(10).upper(), secret_key=secrets.token_urlsafe(30))
+        _write_private(path, keys.model_dump_json(indent=2))
+    return S3Keys.model_validate_json(path.read_bytes())
+
+
+def ray_token_path(root: Path) -> Path:
+    """The file with the cluster's token; made at the first call."""
+    path = root / "secrets" / "ray-token"
+    if not path.exists():
+        _write_private(path, secrets.token_hex(32))
+    return path
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = path.with_name(path.name + ".new")
+    draft.unlink(missing_ok=True)
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

@@ -1,0 +1,42 @@
+"""The MLflow server: SQLite under the stack's root, artifacts through the server into the object store."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from infra.local import service
+from infra.local.service import Service
+
+PORTS = ("mlflow",)
+
+
+def mlflow_service(
+    root: Path, home: Path, ports: dict[str, int], artifacts: str, s3: Mapping[str, str]
+) -> Service:
+    """The tracking server and registry on 127.0.0.1.
+
+    `home` holds its database; `artifacts` is the URI it stores artifacts under; `s3` are the variables that
+    open this store. Only the server gets them from here: MLflow's clients need its URL alone.
+    """
+    url = f"http://127.0.0.1:{ports['mlflow']}"
+    argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(ports["mlflow"])]
+    argv += ["--workers", "1", "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"]
+    argv += ["--artifacts-destination", artifacts]
+    own = {
+        # The job consumers are 13 processes for features this project does not use.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    endpoint = {"MLFLOW_S3_ENDPOINT_URL": s3["AWS_ENDPOINT_URL"]} if "AWS_ENDPOINT_URL" in s3 else {}
+    return Service(
+        name="mlflow",
+        argv=tuple(argv),
+        settings={**s3, **endpoint, **own},
+        url=url,
+        log=root / "logs" / "mlflow.log",
+        ports=PORTS,
+        is_ready=lambda: service.get(f"{url}/health") == b"OK",
+        start_seconds=120,
+        prepare=lambda: home.mkdir(parents=True, exist_ok=True),
+        unset=("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"),
+    )

@@ -1,0 +1,161 @@
+"""Own processes: started to outlive their parent, recognised for certain later, ended as a whole family."""
+
+import os
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from pipeline.config.base import Settings
+
+MARK_VARIABLE = "DDPM_SERVICE_MARK"
+"""Set to a random word in everything a service starts, so that its orphans are still recognised."""
+
+
+class Identity(Settings):
+    """One process for certain: a pid alone may have been given to another program since."""
+
+    pid: int
+    """The process number; also the number of its session, because every service leads its own."""
+    born: str
+    """When it started, in the kernel's own count (exact on Linux: boot id and clock ticks)."""
+    mark: str
+    """The random word in the environment of all it starts."""
+
+
+_children: dict[int, subprocess.Popen[bytes]] = {}  # kept so that ended children of this process are reaped
+
+
+def spawn(argv: Sequence[str], environ: Mapping[str, str], log: Path, mark: str) -> Identity:
+    """Start `argv` in a session of its own, with no input, and both outputs appended to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            list(argv),
+            env={**environ, MARK_VARIABLE: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    _children[child.pid] = child
+    return Identity(pid=child.pid, born=_born(child.pid) or "ended", mark=mark)
+
+
+def is_alive(identity: Identity) -> bool:
+    """Whether this very process still runs; a zombie or another program with its pid does not count."""
+    child = _children.get(identity.pid)
+    if child is not None and child.poll() is not None:
+        del _children[identity.pid]
+        return False
+    if _born(identity.pid) != identity.born:
+        return False
+    try:
+        return psutil.Process(identity.pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end(identity: Identity, grace_seconds: float = 10.0) -> int:
+    """End the process and all that came from it; return how many there were.
+
+    The leader is asked first (SIGTERM) and may end its own children in order. What is left after
+    `grace_seconds` is killed, and looked for again, because a dying family can still have offspring.
+    """
+    members = {member.pid: member for member in family(identity)}
+    count = len(members)
+    leader = members.get(identity.pid)
+    if leader is not None:
+        _signal([leader], kill=False)
+        psutil.wait_procs([leader], timeout=grace_seconds)
+    for attempt in range(5):
+        rest = {**members, **{member.pid: member for member in family(identity)}}.values()
+        living = [member for member in rest if _runs(member)]
+        if not living:
+            break
+        _signal(living, kill=attempt > 0)
+        psutil.wait_procs(living, timeout=3.0)
+    is_alive(identity)  # reaps our own child
+    return count
+
+
+def family(identity: Identity) -> list[psutil.Process]:
+    """The leader if it lives, its session, its descendants, and whoever carries its mark."""
+    ours = is_alive(identity)
+    # While any member lives, the kernel gives the session's number to nobody else: a living process of
+    # another birth under this pid therefore means that the session is gone.
+    session_is_ours = ours or _born(identity.pid) is None
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        if process.pid == os.getpid() or not _runs(process):
+            continue
+        if (ours and process.pid == identity.pid) or (
+            (session_is_ours and _session(process.pid) == identity.pid) or _mark(process) == identity.mark
+        ):
+            found[process.pid] = process
+    for process in list(found.values()):
+        for descendant in _descendants(process):
+            found.setdefault(descendant.pid, descendant)
+    found.pop(os.getpid(), None)
+    return list(found.values())
+
+
+def wait_for_end(pid: int, poll_seconds: float = 0.5) -> None:
+    """Return when the process with this pid (the one living now) has ended."""
+    born = _born(pid)
+    while born is not None and _born(pid) == born:
+        time.sleep(poll_seconds)
+
+
+def _born(pid: int) -> str | None:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        if Path("/proc/self/stat").exists():
+            # Field 22, counted behind the program's name, which may itself hold spaces and brackets.
+            ticks = stat.read_text(errors="replace").rpartition(")")[2].split()[19]
+            return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{ticks}"
+        return f"{psutil.Process(pid).create_time():.3f}"
+    except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
+        return None
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK_VARIABLE)
+    except (psutil.Error, OSError):
+        return None
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _signal(processes: list[psutil.Process], *, kill: bool) -> None:
+    for process in processes:
+        try:
+            if kill:
+                process.kill()
+            else:
+                process.terminate()
+                process.resume()  # a stopped process would not hear the request
+        except psutil.NoSuchProcess:
+            continue

@@ -1,0 +1,152 @@
+"""The Ray head: control store, scheduler, dashboard and job server in one family of processes.
+
+The cluster asks for its token even on loopback, where any user of the machine could otherwise run code as ours.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from infra.local import service
+from infra.local.service import Service
+from pipeline.errors import UserError
+
+PORTS = (
+    "ray",
+    "ray-dashboard",
+    "ray-client",
+    "ray-object-manager",
+    "ray-node-manager",
+    "ray-agent-http",
+    "ray-agent-grpc",
+    "ray-runtime-env",
+    "ray-metrics",
+)
+OBJECT_STORE_BYTES = 512 * 2**20
+# Told 127.0.0.1, Ray on Linux looks up the machine's outward address instead and listens there (and its control
+# store on every address). This switch, meant for other systems, says "one machine": then all of Ray stays on
+# loopback. Clients need it too, to find their own node.
+LOOPBACK_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_LONGEST_TEMP_DIR = 30  # socket paths end at 107 bytes, and Ray adds 70 to its folder
+
+
+def ray_service(
+    root: Path, ports: dict[str, int], num_cpus: int, token: Path, clients: Mapping[str, str]
+) -> Service:
+    """The head on 127.0.0.1 with `num_cpus` logical CPUs; by `clients` (variables) jobs find the services."""
+    address = "127.0.0.1"
+    url = f"http://{address}:{ports['ray-dashboard']}"
+    argv = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+    ]
+    argv += [f"--node-ip-address={address}", f"--dashboard-host={address}", f"--temp-dir={temp_dir(root)}"]
+    argv += [f"--port={ports['ray']}", f"--dashboard-port={ports['ray-dashboard']}"]
+    argv += node_ports(ports)
+    argv += [f"--ray-client-server-port={ports['ray-client']}"]  # cannot be turned off
+    argv += [f"--num-cpus={num_cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    return Service(
+        name="ray",
+        argv=tuple(argv),
+        settings={**clients, **cluster_settings(token)},
+        url=url,
+        log=root / "logs" / "ray.log",
+        ports=PORTS,
+        is_ready=lambda: _has_node(url, token),
+        start_seconds=120,
+        prepare=lambda: _prepare(root),
+        # The head must not take itself for a client of the cluster it is about to be.
+        unset=("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE"),
+    )
+
+
+def node_ports(ports: Mapping[str, int], prefix: str = "ray") -> list[str]:
+    """Options that put a node's own listeners on chosen ports; its workers take what is free."""
+    return [
+        f"--object-manager-port={ports[f'{prefix}-object-manager']}",
+        f"--node-manager-port={ports[f'{prefix}-node-manager']}",
+        f"--dashboard-agent-listen-port={ports[f'{prefix}-agent-http']}",
+        f"--dashboard-agent-grpc-port={ports[f'{prefix}-agent-grpc']}",
+        f"--runtime-env-agent-port={ports[f'{prefix}-runtime-env']}",
+        f"--metrics-export-port={ports[f'{prefix}-metrics']}",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+    ]
+
+
+def cluster_settings(token: Path) -> dict[str, str]:
+    """What every process of the cluster must be told."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        **LOOPBACK_SETTINGS,
+        # A killed node refuses connections and is noticed after 5 periods (15 s by default). The time-out
+        # stays long: on a busy machine a node that answers late is not a dead one.
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "10000",
+        "RAY_health_check_failure_threshold": "5",
+    }
+
+
+def temp_dir(root: Path) -> Path:
+    """Ray's folder for sockets and logs: short, because socket paths must be, and of this root only."""
+    base = tempfile.gettempdir()
+    name = f"ddpm-{hashlib.sha256(str(root).encode()).hexdigest()[:10]}"
+    return Path(base if len(base) <= _LONGEST_TEMP_DIR - len(name) - 1 else "/tmp") / name
+
+
+def remove_temp_dir(root: Path) -> None:
+    """Remove Ray's folder; the cluster must be down."""
+    shutil.rmtree(temp_dir(root), ignore_errors=True)
+
+
+def check_cluster(url: str, token: str | None) -> None:
+    """Refuse an unreachable dashboard or a wrong token at once; Ray's own client would retry for minutes.
+
+    Raises UserError in one line.
+    """
+    headers = _headers(token) if token else {}
+    if service.get(f"{url}/api/version", headers) is not None:
+        return
+    if service.get(f"{url}/api/gcs_healthz") is None and service.get(url) is None:
+        raise UserError(
+            f"Ray's dashboard at {url} does not answer: start the stack (make up) or set RAY_ADDRESS"
+        )
+    raise UserError(
+        f"Ray at {url} refuses this token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its file"
+    )
+
+
+def _has_node(url: str, token: Path) -> bool:
+    if service.get(f"{url}/api/jobs/", _headers(token.read_text())) is None:
+        return False
+    answer = service.get(f"{url}/nodes?view=summary", _headers(token.read_text()))
+    if answer is None:
+        return False
+    nodes = json.loads(answer).get("data", {}).get("summary", [])
+    return any(node.get("raylet", {}).get("state") == "ALIVE" for node in nodes)
+
+
+def _headers(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token.strip()}"}
+
+
+def _prepare(root: Path) -> None:
+    folder = temp_dir(root)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder} belongs to another user: remove it, or put the stack under another --root")
+    # Each start leaves a folder with logs and sockets; the last one may still be wanted for its logs.
+    for session in sorted(folder.glob("session_2*"))[:-1]:
+        shutil.rmtree(session, ignore_errors=True)

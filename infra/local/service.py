@@ -1,0 +1,115 @@
+"""One service: how it is started, when it counts as ready, and what is said when it does not get there."""
+
+import hashlib
+import json
+import os
+import secrets
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infra.local import processes
+from infra.local.processes import Identity
+from infra.local.state import ServiceRecord
+from pipeline.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
+
+
+@dataclass(frozen=True)
+class Service:
+    """A server of the stack, complete with everything its start depends on."""
+
+    name: str
+    argv: tuple[str, ...]
+    settings: Mapping[str, str]
+    """Environment variables of its own; what else it sees comes from the caller's environment."""
+    url: str
+    log: Path
+    ports: tuple[str, ...]
+    """Names of the ports it listens on."""
+    is_ready: Callable[[], bool]
+    """Quick, never raises for a server that is not there yet."""
+    start_seconds: float
+    """Bound on the time from start to ready."""
+    prepare: Callable[[], None] = lambda: None
+    """Done before the process starts (checks, first-time formatting)."""
+    unset: tuple[str, ...] = field(default=())
+    """Variables of the caller that must not reach it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what it was told; the caller's environment is not part of it."""
+        told = json.dumps([self.argv, sorted(self.settings.items())])
+        return hashlib.sha256(told.encode()).hexdigest()
+
+
+def start(service: Service, environ: Mapping[str, str]) -> ServiceRecord:
+    """Start the service; `wait_until_ready` tells when it serves."""
+    service.prepare()
+    kept = {name: value for name, value in environ.items() if name not in service.unset}
+    complete = {**kept, **_paths(environ), **service.settings}
+    identity = processes.spawn(service.argv, complete, service.log, mark=secrets.token_hex(8))
+    return ServiceRecord(identity=identity, fingerprint=service.fingerprint)
+
+
+def wait_until_ready(service: Service, identity: Identity, seconds: float | None = None) -> None:
+    """Return once the service serves; otherwise a UserError that names its log and shows the last line."""
+    limit_seconds = service.start_seconds if seconds is None else seconds
+    deadline = time.monotonic() + limit_seconds
+    while not service.is_ready():
+        if not processes.is_alive(identity):
+            raise UserError(f"{service.name} ended while starting; {last_words(service.log)}")
+        if time.monotonic() > deadline:
+            waited = f"{service.name} is not ready after {limit_seconds:.0f} s"
+            raise UserError(f"{waited}; {last_words(service.log)}")
+        time.sleep(0.1)
+
+
+def last_words(log: Path) -> str:
+    """Where the log is, and its last line that says something."""
+    lines = [line.strip() for line in _tail(log).splitlines() if line.strip()]
+    return f"see {log}, which ends: {lines[-1][-300:]}" if lines else f"{log} is empty"
+
+
+def get(url: str, headers: Mapping[str, str] | None = None, timeout_seconds: float = 5.0) -> bytes | None:
+    """The body of a successful GET, or None for any answer but 200 and for no answer."""
+    request = urllib.request.Request(url, headers=dict(headers or {}))
+    try:
+        with _direct.open(request, timeout=timeout_seconds) as answer:
+            return answer.read() if answer.status == 200 else None
+    except (urllib.error.URLError, OSError):
+        return None
+
+
+def without_proxy(environ: Mapping[str, str]) -> dict[str, str]:
+    """NO_PROXY extended by loopback: a company proxy must not get to see the stack's traffic."""
+    names = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
+    hosts = [host for host in names.split(",") if host]
+    value = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))
+    return {"NO_PROXY": value, "no_proxy": value}
+
+
+def _paths(environ: Mapping[str, str]) -> dict[str, str]:
+    # Jobs are started as `python -m jobs.train`: the same Python and the same code as this one.
+    programs = [str(Path(sys.executable).parent), environ.get("PATH", os.defpath)]
+    modules = [str(REPOSITORY), *filter(None, [environ.get("PYTHONPATH")])]
+    return {
+        "PATH": os.pathsep.join(programs),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(modules)),
+        **without_proxy(environ),
+    }
+
+
+def _tail(log: Path, length_bytes: int = 8192) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - length_bytes))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""

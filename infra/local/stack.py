@@ -1,0 +1,245 @@
+"""The local stack as a whole: up, status, down."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from infra.local import clients, ports, processes, ray
+from infra.local.credentials import ray_token_path, s3_keys
+from infra.local.mlflow import PORTS as MLFLOW_PORTS
+from infra.local.mlflow import mlflow_service
+from infra.local.s3 import PORTS as S3_PORTS
+from infra.local.s3 import s3_service
+from infra.local.service import Service, start, wait_until_ready
+from infra.local.state import ServiceRecord, State, StoreKind, locked, read_state, write_state
+from pipeline.errors import UserError
+
+ALL_PORTS = (*S3_PORTS, *MLFLOW_PORTS, *ray.PORTS)
+_GRACE_SECONDS = 10.0  # for a running service to answer before it is taken for hung
+
+Progress = Callable[[int, int], None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """One row of `status`."""
+
+    service: str
+    state: str
+    """running, starting or hung (the process lives but does not answer), stopped, external."""
+    url: str
+    pid: int | None
+    log: Path | None
+
+
+class LocalStack:
+    """S3, MLflow and Ray on this machine's loopback, remembered under `root`.
+
+    `store` and `num_cpus` left at None keep what was chosen before (first: s3, and the machine's cores).
+    `environ` is the environment of the user: services it names (AWS_ENDPOINT_URL, MLFLOW_TRACKING_URI,
+    RAY_ADDRESS) are used instead of started.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        store: StoreKind | None = None,
+        num_cpus: int | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.root = root.expanduser().resolve()
+        self._store: StoreKind | None = store
+        self._num_cpus = num_cpus
+        self._environ = dict(os.environ if environ is None else environ)
+        self._writing = Lock()
+
+    def up(self, progress: Progress | None = None, say: Say | None = None) -> None:
+        """Start what does not run; return when every service answers. Raises UserError naming the log."""
+        with locked(self.root):
+            state = self._plan()
+            try:
+                self._start_all(state, progress, say)
+            except UserError:
+                # A port can be taken between its choice and its use: with other ports, once more.
+                again = self._plan()
+                if again.ports == state.ports:
+                    raise
+                self._start_all(again, progress, say)
+
+    def status(self) -> list[ServiceStatus]:
+        """A row for each service, asked now."""
+        state = read_state(self.root)
+        if state is None:
+            names = ("s3", "mlflow", "ray")
+            return [ServiceStatus(name, "stopped", "", None, None) for name in names]
+        services = self._services(state)
+        rows = [self._row(service, state.services.get(service.name)) for service in services]
+        outside = clients.external_services(self._own_environment(state))
+        urls = {"s3": "AWS_ENDPOINT_URL", "mlflow": "MLFLOW_TRACKING_URI", "ray": "RAY_ADDRESS"}
+        shown = [name for name in state.external if name in outside]
+        rows += [ServiceStatus(n, "external", self._environ.get(urls[n], ""), None, None) for n in shown]
+        return rows
+
+    def down(self, progress: Progress | None = None) -> list[str]:
+        """End what this stack started, and nothing else; data stays. Returns the names of what ran."""
+        if not self.root.exists():
+            return []
+        with locked(self.root):
+            state = read_state(self.root)
+            if state is None:
+                return []
+            records = list(state.services.items())
+            ended: list[str] = []
+            # Clients before servers, so that nobody's last words meet a closed door.
+            for done, (name, record) in enumerate(sorted(records, key=_shutdown_order)):
+                if processes.end(record.identity) > 0:
+                    ended.append(name)
+                state = self._forget(name)
+                if progress is not None:
+                    progress(done + 1, len(records))
+            return ended
+
+    def remove(self) -> None:
+        """Down, and all data, logs and secrets removed."""
+        self.down()
+        ray.remove_temp_dir(self.root)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def _own_environment(self, state: State | None) -> dict[str, str]:
+        managed = clients.client_variables(self.root, state) if state and state.ports else {}
+        return clients.users_own(self._environ, managed)
+
+    def _plan(self) -> State:
+        """The state to reach: what was remembered, ports that are free or ours, the user's choices."""
+        before = read_state(self.root)
+        own = self._own_environment(before)
+        external = clients.external_services(own)
+        state = before or State()
+        store: StoreKind = self._store or (before.store if before else "s3")
+        if store == "file":
+            external = tuple(name for name in external if name != "s3")
+        remembered = {name: port for name, port in state.ports.items() if name in ALL_PORTS}
+        ours = self._ports_of_running(state)
+        kept = {name: port for name, port in remembered.items() if name in ours or ports.is_free(port)}
+        missing = [name for name in ALL_PORTS if name not in kept]
+        plan = state.model_copy(
+            update={
+                "store": store,
+                "num_cpus": self._num_cpus or state.num_cpus,
+                "external": external,
+                "ports": {**kept, **ports.choose(missing, taken=kept.values())},
+            }
+        )
+        write_state(self.root, plan)
+        return plan
+
+    def _ports_of_running(self, state: State) -> set[str]:
+        by_service = {"s3": S3_PORTS, "mlflow": MLFLOW_PORTS, "ray": ray.PORTS}
+        alive = [name for name, record in state.services.items() if processes.is_alive(record.identity)]
+        return {port for name in alive for port in by_service.get(name, ())}
+
+    def _services(self, state: State) -> list[Service]:
+        services: list[Service] = []
+        s3 = clients.s3_variables(self.root, state)
+        if state.store == "s3" and "s3" not in state.external:
+            services.append(s3_service(self.root, state.ports, s3_keys(self.root)))
+        if "mlflow" not in state.external:
+            home = self.root / ("mlflow" if state.store == "s3" else "mlflow-file")
+            artifacts = self._artifacts(state, home)
+            services.append(mlflow_service(self.root, home, state.ports, artifacts, s3))
+        if "ray" not in state.external:
+            jobs = clients.client_variables(self.root, state)
+            jobs = {name: value for name, value in jobs.items() if name != "RAY_ADDRESS"}
+            token = ray_token_path(self.root)
+            num_cpus = state.num_cpus or default_num_cpus()
+            services.append(ray.ray_service(self.root, state.ports, num_cpus, token, jobs))
+        return services
+
+    def _artifacts(self, state: State, home: Path) -> str:
+        if state.store == "file":
+            return f"file://{home / 'artifacts'}"
+        if "s3" in state.external:  # in the user's store nothing is written outside the data root
+            return f"{self._environ.get('DDPM_ROOT', clients.data_root(self.root, state)).rstrip('/')}/mlflow"
+        return "s3://mlflow/artifacts"
+
+    def _start_all(self, state: State, progress: Progress | None, say: Say | None) -> None:
+        services = self._services(state)
+        wanted = {service.name for service in services}
+        for name in [name for name in state.services if name not in wanted]:
+            processes.end(state.services[name].identity)
+            self._forget(name)
+        done = 0
+        with ThreadPoolExecutor(max_workers=max(1, len(services))) as pool:
+            futures = [pool.submit(self._ensure, one, state.services.get(one.name), say) for one in services]
+            for future in futures:
+                future.exception()  # let all of them come to an end before one failure is told
+                done += 1
+                if progress is not None:
+                    progress(done, len(services))
+        for future in futures:
+            future.result()
+
+    def _ensure(self, service: Service, record: ServiceRecord | None, say: Say | None) -> None:
+        if record is not None and self._still_serves(service, record):
+            _tell(say, f"{service.name} runs at {service.url}")
+            return
+        if record is not None:
+            processes.end(record.identity)
+        _tell(say, f"{service.name} starts")
+        fresh = start(service, self._environ)
+        self._remember(service.name, fresh)
+        try:
+            wait_until_ready(service, fresh.identity)
+        except UserError:
+            processes.end(fresh.identity)
+            self._forget(service.name)
+            raise
+        _tell(say, f"{service.name} is ready at {service.url}")
+
+    def _still_serves(self, service: Service, record: ServiceRecord) -> bool:
+        if record.fingerprint != service.fingerprint or not processes.is_alive(record.identity):
+            return False
+        try:
+            wait_until_ready(service, record.identity, _GRACE_SECONDS)
+        except UserError:
+            return False
+        return True
+
+    def _row(self, service: Service, record: ServiceRecord | None) -> ServiceStatus:
+        if record is None or not processes.is_alive(record.identity):
+            return ServiceStatus(service.name, "stopped", service.url, None, service.log)
+        state = "running" if service.is_ready() else "not answering"
+        return ServiceStatus(service.name, state, service.url, record.identity.pid, service.log)
+
+    def _remember(self, name: str, record: ServiceRecord) -> None:
+        with self._writing:
+            state = read_state(self.root) or State()
+            write_state(self.root, state.model_copy(update={"services": {**state.services, name: record}}))
+
+    def _forget(self, name: str) -> State:
+        with self._writing:
+            state = read_state(self.root) or State()
+            rest = {key: value for key, value in state.services.items() if key != name}
+            state = state.model_copy(update={"services": rest})
+            write_state(self.root, state)
+            return state
+
+
+def default_num_cpus() -> int:
+    """The cores this process may use; at least two, the fewest for data-parallel training."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, cores)
+
+
+def _shutdown_order(item: tuple[str, ServiceRecord]) -> int:
+    return {"ray": 0, "mlflow": 1, "s3": 2}.get(item[0], 0)
+
+
+def _tell(say: Say | None, text: str) -> None:
+    if say is not None:
+        say(text)

@@ -1,0 +1,71 @@
+"""What the stack remembers between two commands: `stack.json`, written atomically, and a lock beside it."""
+
+import fcntl
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from infra.local.processes import Identity
+from pipeline.config.base import Settings
+from pipeline.errors import UserError
+
+StoreKind = Literal["s3", "file"]
+
+
+class ServiceRecord(Settings):
+    """One started service."""
+
+    identity: Identity
+    """Its leading process."""
+    fingerprint: str
+    """Digest of the command and settings it was started with; another digest means: start it again."""
+
+
+class State(Settings):
+    """Everything that is remembered."""
+
+    store: StoreKind = "s3"
+    """Where data goes: an S3 gateway, or plain files."""
+    num_cpus: int | None = None
+    """Logical CPUs of the Ray head; None is as many as the machine has, at least two."""
+    ports: dict[str, int] = Field(default_factory=dict)
+    """Port by its name, kept over restarts."""
+    external: tuple[str, ...] = ()
+    """Services that are the user's own (by environment variables) and that the stack does not run."""
+    services: dict[str, ServiceRecord] = Field(default_factory=dict)
+    """What was started, by service name."""
+
+
+def read_state(root: Path) -> State | None:
+    """The remembered state, or None where no stack has ever been."""
+    path = root / "stack.json"
+    try:
+        return State.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise UserError(f"{path} cannot be read ({error.error_count()} errors): move it away") from error
+
+
+def write_state(root: Path, state: State) -> None:
+    """Replace the remembered state in one step."""
+    path = root / "stack.json"
+    draft = path.with_suffix(".json.new")
+    with draft.open("w") as file:
+        file.write(state.model_dump_json(indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+@contextmanager
+def locked(root: Path) -> Generator[None]:
+    """Hold the stack's lock, so that two commands at once do not start everything twice."""
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (root / "stack.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

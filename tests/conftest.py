@@ -1,0 +1,76 @@
+"""What every test may use: the real local stack, started once, and a place of its own in the object store."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.local import LocalStack, export_environment
+from infra.local.ray import remove_temp_dir
+from pipeline.errors import UserError
+
+# Set before a test imports torch. Several processes share the cores in the tests of distributed training.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+_OF_SERVICES = ("AWS_", "MLFLOW_", "RAY_", "DDPM_")
+LOGICAL_CPUS = 4  # more than the cores of a small machine: jobs and their workers must fit side by side
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: what can fail in seconds should not wait for servers."""
+    items.sort(key=lambda item: item.get_closest_marker("stack") is not None)
+
+
+@pytest.fixture(scope="session")
+def bare_environ() -> dict[str, str]:
+    """The environment without any setting of a service: tests never reach a server of the user's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OF_SERVICES)}
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]) -> Iterator[LocalStack]:
+    """The real stack on fresh ports in a temporary folder; its variables stand in os.environ from here on."""
+    before = dict(os.environ)
+    local = LocalStack(tmp_path_factory.mktemp("stack"), "s3", LOGICAL_CPUS, environ=bare_environ)
+    guard = guarded(local)
+    try:
+        try:
+            local.up()
+        except UserError as error:
+            pytest.exit(f"the local stack cannot start: {error}", returncode=3)
+        os.environ.clear()
+        os.environ.update(bare_environ)
+        export_environment(local.root)
+        yield local
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        local.down()
+        remove_temp_dir(local.root)
+        guard.terminate()
+        guard.wait()
+
+
+@pytest.fixture
+def prefix(stack: LocalStack, tmp_path: Path) -> str:
+    """A URI prefix in the stack's bucket that no other test writes to."""
+    return f"s3://ddpm/tests/{tmp_path.parent.name}/{tmp_path.name}"
+
+
+def guarded(local: LocalStack) -> subprocess.Popen[bytes]:
+    """A process that ends the stack should this one be killed before it can do so itself."""
+    command = [
+        sys.executable,
+        "-m",
+        "infra.local",
+        "guard",
+        "--root",
+        str(local.root),
+        "--pid",
+        str(os.getpid()),
+    ]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
