@@ -8,7 +8,7 @@ Started again with the same settings it makes only what is missing, and does not
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -67,7 +67,7 @@ def summary(result: GenerationResult) -> list[str]:
 
 
 @contextmanager
-def _stop_on_sigterm() -> Iterator[threading.Event]:
+def _stop_on_sigterm() -> Generator[threading.Event]:
     """An event that SIGTERM sets, so that a job told to end does so at a place of its own choice."""
     stop = threading.Event()
 

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.base import Settings
 from pipeline.config.diffusion import SamplerConfig
+from pipeline.config.track import TrackConfig
 
 ClassChoice = Literal["auto", "balanced"] | list[int | str] | dict[int | str, float] | None
 INDEX_LIMIT = 10**12  # sample keys have twelve digits
@@ -16,13 +17,13 @@ class GuardConfig(Settings):
 
     enabled: bool = True
     """False judges nothing but NaN and infinity."""
-    min_images: int = Field(64, ge=1)
+    min_images: int = Field(default=64, ge=1)
     """Images to see before fractions and means are judged; fewer say too little."""
-    max_constant_fraction: float = Field(0.05, ge=0, le=1)
+    max_constant_fraction: float = Field(default=0.05, ge=0, le=1)
     """Largest share of images of one flat colour."""
-    max_saturated_fraction: float = Field(0.5, ge=0, le=1)
+    max_saturated_fraction: float = Field(default=0.5, ge=0, le=1)
     """Largest share of images made of nothing but the darkest and the brightest value."""
-    max_mean_drift: float = Field(0.75, gt=0)
+    max_mean_drift: float = Field(default=0.75, gt=0)
     """Largest distance of a channel's mean from the training data's, in the training data's standard
     deviations. Judged where the model's card carries those statistics and classes are not chosen by hand."""
 
@@ -36,28 +37,28 @@ class SpecSettings(Settings):
     """The kind of weights the model must hold, such as `ema`; another kind is refused. None accepts any."""
     count: int = Field(ge=1)
     """Images to make, exactly. May be raised later: the same generation is then extended."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Names the noise: the same seed and index give the same image."""
-    first_index: int = Field(0, ge=0)
+    first_index: int = Field(default=0, ge=0)
     """Index of the first image; a second prefix can go on where another ended."""
     classes: ClassChoice = "auto"
     """Classes of the images. `balanced`: every class in turn; a list of labels or names: those in turn; a
-    mapping from label or name to weight: drawn at random by (seed, index); None: the network is told no class.
+    mapping from label or name to weight: drawn at random by (seed, index); None: no class is told.
     `auto` is balanced for a network with classes and None for one without."""
     sampler: SamplerConfig = SamplerConfig()
     """The reverse process: kind, steps, guidance."""
     image_format: Literal["png", "webp", "npy"] = "png"
     """png and webp are lossless; npy is the plain array (height, width, channels) of uint8."""
-    shard_size: int = Field(1000, ge=1)
+    shard_size: int = Field(default=1000, ge=1)
     """Images in a shard. A shard is what a failure costs, so keep one within a few minutes of work."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Images the network sees at once. Part of the bits: a network's rounding depends on its batch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network's arithmetic; the schedule's arithmetic is always full."""
-    cpu_threads: int = Field(1, ge=1)
+    cpu_threads: int = Field(default=1, ge=1)
     """Threads of a worker without GPU. Part of the bits: a sum split differently rounds differently."""
     compile: bool = False
-    """Compile the network with torch.compile: faster after a warm-up of a minute or so; rounds differently."""
+    """Compile the network with torch.compile: faster after a minute of warm-up, but it rounds differently."""
 
     @model_validator(mode="after")
     def _indexes_fit_their_keys(self) -> Self:
@@ -73,22 +74,22 @@ class GenerateConfig(SpecSettings):
 
     output: str = Field(min_length=1)
     """Prefix to fill, `s3://bucket/path` or `file:///path`. One prefix holds one generation."""
-    num_workers: int = Field(2, ge=1)
+    num_workers: int = Field(default=2, ge=1)
     """Workers to begin with and never to fall below."""
-    max_workers: int | None = Field(None, ge=1)
+    max_workers: int | None = Field(default=None, ge=1)
     """Workers to grow to while the cluster has room and shards wait. None = num_workers."""
-    cpus_per_worker: float = Field(1, ge=0)
+    cpus_per_worker: float = Field(default=1, ge=0)
     """Logical CPUs a worker reserves."""
-    gpus_per_worker: float = Field(0, ge=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs a worker reserves; 0.5 puts two workers on one. 0 = the CPU does the work."""
-    max_attempts: int = Field(3, ge=1)
+    max_attempts: int = Field(default=3, ge=1)
     """Times a shard is tried, on other workers each time, before it is reported as failed."""
-    drain_seconds: float = Field(20.0, ge=0)
-    """Time for shards under way to be finished after SIGTERM; what is not done by then is abandoned, cleanly."""
+    drain_seconds: float = Field(default=20.0, ge=0)
+    """Time to finish shards under way after SIGTERM; what is not done by then is given up, cleanly."""
     guards: GuardConfig = GuardConfig()
     """When to stop a generation that makes nothing worth keeping."""
-    experiment: str | None = "generate"
-    """MLflow experiment of the run. None = no tracking."""
+    track: TrackConfig | None = TrackConfig(experiment="generation")
+    """The MLflow run of this generation. None = no tracking."""
     name: str | None = None
     """Name of the MLflow run. None = made from the model and the output."""
 
@@ -108,11 +109,11 @@ class SampleConfig(Settings):
     """`name@alias`, `name/version`, or a folder that holds model.safetensors and model.json."""
     output: str = "samples"
     """Folder for the images and grid.png; made if need be."""
-    count: int = Field(16, ge=1, le=10_000)
+    count: int = Field(default=16, ge=1, le=10_000)
     """Images to draw."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Names the noise."""
-    first_index: int = Field(0, ge=0)
+    first_index: int = Field(default=0, ge=0)
     """Index of the first image."""
     classes: ClassChoice = "auto"
     """Classes of the images, as for a generation."""
@@ -120,5 +121,5 @@ class SampleConfig(Settings):
     """The reverse process: kind, steps, guidance."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network's arithmetic."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Images the network sees at once."""

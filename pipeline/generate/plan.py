@@ -1,13 +1,13 @@
 """The plan: a spec cut into shards and batches by arithmetic alone.
 
-Shard k holds the samples at offsets [k·S, (k+1)·S) from the first index, S being the shard size. A generation's last
-shard may hold fewer; it is then a *tail* and carries its count in its key, `000009-0500`. Raising the count later
-makes the full shard `000009` beside it, and the tail is deleted only after the new manifest stands: no object that
-a manifest names ever changes.
+Shard k holds the samples at offsets [k·S, (k+1)·S) from the first index, S being the shard size. The last shard
+may hold fewer; it is then a *tail* and carries its count in its key, `000009-0500`. Raising the count later
+makes the full shard `000009` beside it, and the tail is deleted only after the new manifest stands: no object
+that a manifest names ever changes.
 
-The batches of a shard are the same whatever the count: a tail's last batch is computed whole and what lies beyond
-the count is thrown away. So each sample is always computed in the same company, and its bytes depend on the spec's
-digest and its index only.
+The batches of a shard are the same whatever the count: a tail's last batch is computed whole, and what lies
+beyond the count is thrown away. So each sample is always computed in the same company, and its bytes depend on
+the spec's digest and its index only.
 """
 
 from collections.abc import Iterator
@@ -104,7 +104,7 @@ def locate(spec: Spec, index: int) -> tuple[Shard, Batch]:
 
 
 def classes_of(spec: Spec, index: Tensor) -> Tensor | None:
-    """Class labels int64 (B,) of the samples `index` (B,): a function of (seed, index) alone. None without classes."""
+    """Class labels int64 (B,) of the samples `index` (B,), functions of (seed, index); None without classes."""
     if spec.classes is None:
         return None
     labels = torch.tensor(spec.classes.labels, dtype=torch.int64)

@@ -41,7 +41,7 @@ class ClassPlan(Settings):
 
 
 class Spec(Settings):
-    """What determines a generation's bits. Two generations with one digest agree on every sample they share."""
+    """What determines a generation's bits. Equal digests: equal bytes of every sample both have."""
 
     format: Literal[1] = 1
     """Version of the layout of a generation."""
@@ -197,7 +197,7 @@ def read_spec(store: Store) -> Spec | None:
 
 
 def check_prefix(store: Store, spec: Spec) -> Spec | None:
-    """The spec that already stands at the prefix, if `spec` is the same or extends it; None at an empty prefix.
+    """The spec that stands at the prefix, if `spec` is the same or extends it; None at an empty prefix.
 
     UserError when the prefix holds another generation (the differing fields are named), more samples than are
     asked for now, or something that is no generation at all. Reads two objects at most and writes none.

@@ -1,0 +1,120 @@
+"""The engine: a network, its process and a device, turned into a function from sample indexes to uint8 images."""
+
+import os
+import platform
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor, nn
+
+from pipeline.diffusion.images import to_uint8
+from pipeline.diffusion.samplers import OnStep, sample
+from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.generate.guards import GuardTripped
+from pipeline.generate.pixels import Pixels
+from pipeline.generate.plan import classes_of
+from pipeline.generate.spec import Spec
+from pipeline.nets.artifact import ModelCard
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Engine:
+    """Samples batches of one generation. Not for several threads at once."""
+
+    def __init__(self, spec: Spec, net: nn.Module, card: ModelCard) -> None:
+        """`net` is on the spec's device and in eval mode."""
+        self.spec = spec
+        self.card = card
+        self.micro_batch = spec.batch_size
+        self._schedule = NoiseSchedule.from_config(card.schedule)
+        self._device = torch.device(spec.device)
+        self._net = _LowPrecision(net, spec) if spec.dtype != "float32" else net
+        if spec.compile:
+            self._net.compile(dynamic=False)
+
+    def images(self, index: Tensor, on_step: OnStep | None = None) -> Pixels:
+        """Images uint8 (B, H, W, C) of the samples `index` int64 (B,). GuardTripped at NaN or infinity.
+
+        When the device runs out of memory the batch is halved, for this call and all later ones. A sample's
+        noise is a function of its index, so it stays; only the network's rounding may differ.
+        """
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(index):
+            part = index[start : start + self.micro_batch]
+            try:
+                parts.append(self._sample(part, on_step))
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error) or len(part) == 1:
+                    raise
+                self.micro_batch = max(1, len(part) // 2)
+            else:
+                start += len(part)
+                continue
+            # Outside the handler, for the exception's traceback holds the tensors that filled the memory.
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+        return np.ascontiguousarray(torch.cat(parts).permute(0, 2, 3, 1).numpy())
+
+    def _sample(self, index: Tensor, on_step: OnStep | None) -> Tensor:
+        spec = self.spec
+        labels = classes_of(spec, index)
+        if labels is None and self.card.net.null_label is not None:
+            labels = torch.full_like(index, self.card.net.null_label)
+        with torch.inference_mode():
+            x0 = sample(
+                self._net,
+                self._schedule,
+                spec.sampler,
+                index.to(self._device),
+                (spec.channels, spec.size, spec.size),
+                spec.seed,
+                class_labels=None if labels is None else labels.to(self._device),
+                objective=self.card.objective,
+                on_step=on_step,
+                device=self._device,
+            )
+            finite = torch.isfinite(x0).flatten(1).all(1).cpu()
+            if not finite.all():
+                bad = index[~finite]
+                raise GuardTripped(f"sample {int(bad[0])} holds NaN or infinity ({len(bad)} of its batch do)")
+            return to_uint8(x0).cpu()
+
+
+def prepare_process(spec: Spec) -> None:
+    """Make this process compute as the spec says: fixed threads, no choice of algorithm by speed."""
+    if spec.cpu_threads is not None:
+        torch.set_num_threads(spec.cpu_threads)
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+
+def software(spec: Spec) -> str:
+    """What a sample's bytes may depend on beside the spec, for the records."""
+    chip = torch.cuda.get_device_name() if spec.device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    versions = f"torch {torch.__version__}, numpy {np.__version__}, Pillow {PIL.__version__}"
+    return f"{versions}, {platform.machine()} {chip}"
+
+
+class _LowPrecision(nn.Module):
+    """A network whose arithmetic runs in the spec's precision and whose answer is float32."""
+
+    def __init__(self, net: nn.Module, spec: Spec) -> None:
+        super().__init__()
+        self.net = net
+        self.null_label = getattr(net, "null_label", None)
+        self._device_type = spec.device
+        self._dtype = DTYPES[spec.dtype]
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        with torch.autocast(self._device_type, self._dtype):
+            return self.net(*args, **kwargs).float()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # The CPU's allocator raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

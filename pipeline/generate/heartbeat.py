@@ -1,0 +1,127 @@
+"""Heartbeats: a job's word, beside its output, on how it is doing; gone when the generation is complete."""
+
+import socket
+import time
+import uuid
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from pipeline.config.base import Settings
+from pipeline.errors import DamageError
+from pipeline.generate.board import UnderWay
+from pipeline.generate.plan import shard
+from pipeline.generate.spec import Spec, canonical
+from pipeline.store import ObjectMissing, Store
+
+JOBS_PREFIX = "jobs/"
+EVERY_SECONDS = 10.0
+STALE_AFTER_SECONDS = 60.0
+
+
+class ShardUnderWay(Settings):
+    """A shard that a worker is at."""
+
+    shard: str
+    """Name of the shard."""
+    worker: str
+    """Host and process."""
+    seconds: float
+    """Time since it was begun."""
+    images: int
+    """Samples of it that are sampled."""
+
+
+class Heartbeat(Settings):
+    """How one job at a prefix is doing."""
+
+    job: str
+    """Identifies the job."""
+    spec_digest: str
+    """The generation it works on."""
+    state: str
+    """`running`, or how the job ended, in the words of GenerationResult.status."""
+    host: str
+    """Where the job's driver runs."""
+    began_at: float
+    """Seconds since 1970 (UTC)."""
+    updated_at: float
+    """Seconds since 1970 (UTC)."""
+    images_made: int
+    """Images in shards that this job has finished."""
+    images_per_second: float
+    """Mean over the job's life."""
+    under_way: tuple[ShardUnderWay, ...]
+    """Shards its workers are at."""
+    failed: dict[str, str]
+    """Shards given up or to be tried again, with the last error."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the job says it runs and has said so lately."""
+        return self.state == "running" and time.time() - self.updated_at < STALE_AFTER_SECONDS
+
+
+def new_job_id() -> str:
+    """A name that no other job has, in order of time."""
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+
+
+def make_heartbeat(
+    job: str,
+    spec: Spec,
+    state: str,
+    *,
+    began_at: float,
+    images_made: int,
+    under_way: Sequence[UnderWay],
+    failed: dict[str, str],
+) -> Heartbeat:
+    """What a driver has to say at this moment."""
+    now = time.time()
+    units = [
+        ShardUnderWay(
+            shard=shard(spec, unit.shard).name,
+            worker=unit.worker,
+            seconds=max(0.0, now - unit.began_at),
+            images=unit.images,
+        )
+        for unit in under_way
+    ]
+    return Heartbeat(
+        job=job,
+        spec_digest=spec.digest,
+        state=state,
+        host=socket.gethostname(),
+        began_at=began_at,
+        updated_at=now,
+        images_made=images_made,
+        images_per_second=images_made / max(1e-9, now - began_at),
+        under_way=tuple(units),
+        failed=failed,
+    )
+
+
+def write_heartbeat(store: Store, beat: Heartbeat) -> None:
+    """Replace the job's heartbeat."""
+    store.write(f"{JOBS_PREFIX}{beat.job}.json", canonical(beat.model_dump(mode="json")))
+
+
+def read_heartbeats(store: Store) -> list[Heartbeat]:
+    """Heartbeats of all jobs at the prefix, oldest first."""
+    beats: list[Heartbeat] = []
+    for info in list(store.list(JOBS_PREFIX)):
+        try:
+            beats.append(Heartbeat.model_validate_json(store.read(info.key)))
+        except ObjectMissing:
+            continue  # its job has just completed the generation
+        except ValidationError as error:
+            raise DamageError(f"{store.uri}/{info.key}: no heartbeat ({error.errors()[0]['msg']})") from None
+    return beats
+
+
+def clear_heartbeats(store: Store, only_ended: bool = False) -> None:
+    """Delete the heartbeats of all jobs, or of those that have ended."""
+    for beat in read_heartbeats(store):
+        if not (only_ended and beat.alive):
+            store.delete(f"{JOBS_PREFIX}{beat.job}.json")

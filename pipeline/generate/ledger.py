@@ -1,0 +1,124 @@
+"""The ledger: what a prefix holds against what the plan wants, read from listings alone.
+
+A shard counts as done when its record and its object are both listed. Memory is a few bytes a shard, so a million
+records fit beside anything.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+
+from pipeline.errors import DamageError
+from pipeline.generate.pixels import Tally
+from pipeline.generate.plan import DONE_PREFIX, SHARD_PREFIX, num_shards, shard, shard_number
+from pipeline.generate.records import DoneRecord, read_record
+from pipeline.generate.spec import Spec
+from pipeline.store import ObjectMissing, Store
+
+_ABSENT = -1
+_READERS = 16
+
+
+@dataclass
+class Survey:
+    """One look at the listings of done/ and shards/."""
+
+    sizes: "array[int]"
+    """Size of each shard's object, by number; -1 where there is none."""
+    recorded: bytearray
+    """1 for each shard that has a done-record, by number."""
+    superseded: list[str] = field(default_factory=list)
+    """Keys of earlier, smaller counts' tails, records before objects."""
+    strange: list[str] = field(default_factory=list)
+    """Keys under done/ and shards/ that belong to no plan of this spec."""
+
+    def is_done(self, number: int) -> bool:
+        """Whether a shard has both record and object."""
+        return bool(self.recorded[number]) and self.sizes[number] != _ABSENT
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards still to be made, ascending."""
+        return [number for number in range(len(self.sizes)) if not self.is_done(number)]
+
+
+def survey(store: Store, spec: Spec) -> Survey:
+    """List the prefix. Takes two listings and no object reads."""
+    total = num_shards(spec)
+    found = Survey(array("q", [_ABSENT]) * total, bytearray(total))
+    tail = shard(spec, total - 1).name
+    for prefix, suffix in ((DONE_PREFIX, ".json"), (SHARD_PREFIX, ".tar")):
+        for info in store.list(prefix):
+            name = info.key[len(prefix) :].removesuffix(suffix)
+            number = shard_number(name) if info.key.endswith(suffix) else None
+            if number is None or number >= total:
+                found.strange.append(info.key)
+            elif name != (tail if number == total - 1 else f"{number:06d}"):
+                (found.superseded if "-" in name else found.strange).append(info.key)
+            elif prefix == DONE_PREFIX:
+                found.recorded[number] = 1
+            else:
+                found.sizes[number] = info.size_bytes
+    return found
+
+
+@dataclass
+class Harvest:
+    """The done-records seen so far, condensed."""
+
+    rows: dict[int, tuple[int, str]] = field(default_factory=dict)
+    """Size and sha256 of each shard, by number."""
+    tally: Tally = field(default_factory=Tally)
+    """Sums over all shards."""
+    classes: Counter[int] = field(default_factory=Counter[int])
+    """Samples of each label."""
+    seconds: float = 0.0
+    """Device time of all shards, added up."""
+
+    def add(self, number: int, record: DoneRecord) -> None:
+        """Count a shard's record in, once."""
+        if number in self.rows:
+            return
+        self.rows[number] = (record.bytes, record.sha256)
+        self.tally = self.tally + record.tally
+        self.classes.update(record.classes or {})
+        self.seconds += record.times.seconds
+
+    @property
+    def images(self) -> int:
+        """Samples in the shards seen."""
+        return self.tally.images
+
+
+def gather(store: Store, spec: Spec, found: Survey, harvest: Harvest) -> list[tuple[int, str]]:
+    """Read the records of done shards that the harvest lacks; check every object's size against its record.
+
+    Returns the numbers of shards that turn out not to be done after all, each with the reason.
+    """
+    unread = [n for n in range(len(found.sizes)) if found.is_done(n) and n not in harvest.rows]
+    undone: list[tuple[int, str]] = []
+    for number, record in _read_all(store, spec, unread):
+        if isinstance(record, DoneRecord):
+            harvest.add(number, record)
+        else:
+            undone.append((number, record))
+    for number, (size, _) in harvest.rows.items():
+        if found.is_done(number) and found.sizes[number] != size:
+            key = shard(spec, number).key
+            undone.append((number, f"{key} has {found.sizes[number]} bytes, its record says {size}"))
+    return undone
+
+
+def _read_all(store: Store, spec: Spec, numbers: Iterable[int]) -> Iterator[tuple[int, DoneRecord | str]]:
+    def read(number: int) -> tuple[int, DoneRecord | str]:
+        try:
+            return number, read_record(store, spec, shard(spec, number))
+        except (DamageError, ObjectMissing) as error:
+            return number, str(error)
+
+    left = iter(numbers)
+    with ThreadPoolExecutor(_READERS) as pool:
+        while chunk := list(islice(left, 1000)):
+            yield from pool.map(read, chunk)

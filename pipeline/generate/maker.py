@@ -1,0 +1,142 @@
+"""Making one shard: sample, encode and upload, record last. Knows nothing of the cluster."""
+
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from pipeline.config.generate import GuardConfig
+from pipeline.data.shards import write_shard
+from pipeline.generate.engine import Engine, software
+from pipeline.generate.guards import GuardTripped, judge
+from pipeline.generate.pixels import Pixels, Tally, encode, tally
+from pipeline.generate.plan import Batch, Shard, batches, classes_of
+from pipeline.generate.records import DoneRecord, Times, read_record
+from pipeline.generate.spec import Spec, canonical
+from pipeline.nets.artifact import TrainingData
+from pipeline.store import Store
+
+Member = tuple[str, dict[str, bytes]]
+OnImages = Callable[[int], None]
+
+
+class Abandoned(Exception):  # noqa: N818 - asked for, not an error
+    """The shard was given up between two batches because the job is being drained. Nothing was written."""
+
+
+class ShardMaker:
+    """Makes shards of one generation. Several threads may call `make`: one has the device, the others encode."""
+
+    def __init__(self, engine: Engine, store: Store, guards: GuardConfig) -> None:
+        self.engine = engine
+        self.spec = engine.spec
+        self.store = store
+        self.guards = guards
+        self._device = threading.Lock()
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._worker = f"{socket.gethostname()}:{os.getpid()}"
+        self._software = software(engine.spec)
+        self._digest = engine.spec.digest
+
+    def make(
+        self,
+        unit: Shard,
+        attempt: int = 1,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_images: OnImages = lambda done: None,
+    ) -> DoneRecord:
+        """Make a shard, or find it made by another job at the same prefix, and return its record.
+
+        `on_images` is told how many of its images are sampled so far. Raises GuardTripped for images not worth
+        keeping, Abandoned when `should_stop` says so between two batches; both leave nothing behind.
+        """
+        if self.store.stat(unit.done_key) is not None:
+            return read_record(self.store, self.spec, unit)
+        with self._device:
+            began = time.monotonic()
+            parts: list[Future[tuple[list[Member], Tally]]] = []
+            done = 0
+            for batch in batches(self.spec, unit):
+                if should_stop():
+                    raise Abandoned(unit.key)
+                images = self.engine.images(batch.index())[: batch.keep]
+                parts.append(self._encoder.submit(self._encode, batch, images))
+                done += batch.keep
+                on_images(done)
+            sampled = time.monotonic()
+        members = [member for part in parts for member in part.result()[0]]
+        total = sum((part.result()[1] for part in parts), Tally())
+        fault = judge(total, self.guards, reference(self.spec, self.engine.card.data))
+        if fault is not None:
+            raise GuardTripped(f"{unit.key}: {fault}")
+        data = write_shard(members)
+        self.store.write(unit.key, data)
+        times = Times(
+            finished_at=time.time(),
+            seconds=sampled - began,
+            upload_seconds=time.monotonic() - sampled,
+            attempt=attempt,
+            worker=self._worker,
+            micro_batch=self.engine.micro_batch,
+            software=self._software,
+        )
+        return self._record(unit, data, total, times)
+
+    def _record(self, unit: Shard, data: bytes, total: Tally, times: Times) -> DoneRecord:
+        record = DoneRecord(
+            spec_digest=self._digest,
+            key=unit.key,
+            first_index=unit.first,
+            count=unit.count,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            tally=total,
+            classes=class_counts(self.spec, unit),
+            times=times,
+        )
+        self.store.write(unit.done_key, canonical(record.model_dump(mode="json")))
+        return record
+
+    def _encode(self, batch: Batch, images: Pixels) -> tuple[list[Member], Tally]:
+        return members_of(self.spec, self._digest, batch, images), tally(images)
+
+
+def members_of(spec: Spec, digest: str, batch: Batch, images: Pixels) -> list[Member]:
+    """The tar members of a batch's wanted images uint8 (keep, H, W, C)."""
+    labels = classes_of(spec, batch.index())
+    out: list[Member] = []
+    for place, image in enumerate(images):
+        index = batch.first + place
+        label = None if labels is None else int(labels[place])
+        facts = {"index": index, "seed": spec.seed, "class": label, "spec": digest}
+        out.append(
+            (f"{index:012d}", {spec.image_format: encode(image, spec.image_format), "json": _json(facts)})
+        )
+    return out
+
+
+def class_counts(spec: Spec, unit: Shard) -> dict[int, int] | None:
+    """Samples of each label in a shard, labels ascending; None without classes."""
+    labels = classes_of(spec, Batch(unit.first, unit.count, unit.count).index())
+    if labels is None:
+        return None
+    found, counts = np.unique(labels.numpy(), return_counts=True)
+    return {int(label): int(count) for label, count in zip(found, counts, strict=True)}
+
+
+def reference(spec: Spec, data: TrainingData) -> TrainingData | None:
+    """The training data's statistics where they are a measure of this generation: all classes, evenly, or none."""
+    chosen = spec.classes is not None and (
+        spec.classes.weights is not None or spec.classes.labels != tuple(range(len(spec.classes.labels)))
+    )
+    return None if chosen else data
+
+
+def _json(facts: dict[str, int | str | None]) -> bytes:
+    return json.dumps(facts, separators=(",", ":")).encode()

@@ -1,0 +1,59 @@
+"""Finding the network of a generation: a folder, or a version in the registry, pinned once by the driver."""
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import DamageError, UserError
+from pipeline.nets.artifact import CARD_FILE, WEIGHTS_FILE, ModelCard, load_card
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A network, pinned: its card, its weights' bytes, and where it comes from."""
+
+    card: ModelCard
+    weights: bytes
+    name: str
+    """Registered name; `local` for a folder."""
+    version: int | None
+    run_id: str | None
+    """MLflow run of the training, if known."""
+
+
+def find_model(reference: str) -> FoundModel:
+    """Resolve `name@alias`, `name/version` or a folder. UserError: there is none; DamageError: it is torn."""
+    folder = Path(reference)
+    if (folder / CARD_FILE).exists():
+        return _read(folder, "local", None, None)
+    if folder.is_dir():
+        raise UserError(f"model: {reference} is a folder without {CARD_FILE}; name one that holds a model")
+    if reference.startswith((".", "/", "~")) or not ("@" in reference or "/" in reference):
+        raise UserError(
+            f"model: {reference} is no folder with {CARD_FILE}; write name@alias, name/version or such a folder"
+        )
+    return _from_registry(reference)
+
+
+def _from_registry(reference: str) -> FoundModel:
+    from pipeline.track.registry import download, resolve  # MLflow takes seconds to import
+
+    version = resolve(reference)
+    with tempfile.TemporaryDirectory(prefix="ddpm-model-") as scratch:
+        folder = download(version, Path(scratch))
+        return _read(folder, version.name, version.version, version.run_id)
+
+
+def _read(folder: Path, name: str, version: int | None, run_id: str | None) -> FoundModel:
+    card = load_card(folder)
+    path = folder / WEIGHTS_FILE
+    try:
+        weights = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; export the model again") from None
+    sha256 = hashlib.sha256(weights).hexdigest()
+    if sha256 != card.weights.sha256:
+        expected = card.weights.sha256 or "nothing"
+        raise DamageError(f"{path}: its sha256 is {sha256}, but {CARD_FILE} says {expected}")
+    return FoundModel(card, weights, name, version, run_id or card.training.run_id)

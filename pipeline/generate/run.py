@@ -1,0 +1,272 @@
+"""A generation from settings to manifest: plan, pool, retries, reconciliation, and the proof at the very end."""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from pipeline.config.generate import GenerateConfig
+from pipeline.generate import heartbeat as beats
+from pipeline.generate.board import UnderWay
+from pipeline.generate.cluster import Crew, Stream, hire, require_room
+from pipeline.generate.diary import Diary, require_tracking
+from pipeline.generate.finish import publish, tidy
+from pipeline.generate.guards import judge
+from pipeline.generate.ledger import Harvest, gather, survey
+from pipeline.generate.maker import reference
+from pipeline.generate.manifest import read_manifest
+from pipeline.generate.model import FoundModel, find_model
+from pipeline.generate.plan import num_shards, shard
+from pipeline.generate.spec import SPEC_KEY, Spec, check_prefix, make_spec, pretty, read_spec
+from pipeline.generate.worker import Outcome, WorkOrder
+from pipeline.store import Store, open_store
+
+Status = Literal["complete", "already complete", "failed", "stopped by a guard", "drained", "superseded"]
+TICK_SECONDS = 0.5
+_DRAIN_MARGIN_SECONDS = 5.0
+
+
+class Progress(Protocol):
+    """Told that `done` of `total` images are sampled; `note` says more in a few words."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """How a generation ended."""
+
+    status: Status
+    """`drained`: ended on request, go on with the same command; `superseded`: another job raised the count."""
+    output: str
+    spec_digest: str
+    count: int
+    num_shards: int
+    shards_made: int
+    """By this call."""
+    images_made: int
+    """By this call."""
+    seconds: float
+    """From the first look at the plan to the end."""
+    failed: dict[str, str] = field(default_factory=dict[str, str])
+    """Shards given up, with the last error of each."""
+    reason: str | None = None
+    """What the guard said."""
+    run_url: str | None = None
+
+    @property
+    def images_per_second(self) -> float:
+        """Over this call, starting and finishing included."""
+        return self.images_made / self.seconds if self.seconds > 0 else 0.0
+
+
+def silent(done: int, total: int, note: str = "") -> None:
+    """Progress for those who do not want any."""
+
+
+def generate(
+    config: GenerateConfig,
+    progress: Progress = silent,
+    *,
+    stop: threading.Event | None = None,
+    cluster: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> GenerationResult:
+    """Fill the output prefix; safe to repeat after any interruption, and quick when all is done already.
+
+    `cluster` connects to Ray for as long as its context lasts; by default Ray must be connected. Once `stop` is set,
+    shards under way are finished or given up and the call returns. UserError, before anything is written, for what
+    the user can put right; RuntimeError when Ray itself gives up.
+    """
+    began = time.monotonic()
+    model = find_model(config.model)
+    device = "cuda" if config.gpus_per_worker else "cpu"
+    spec = make_spec(config, model.card, name=model.name, version=model.version, device=device)
+    store = open_store(config.output)
+    store.require_container()
+    there = check_prefix(store, spec)
+    manifest = read_manifest(store) if there is not None else None
+    if manifest is not None and manifest.count == spec.count:
+        tidy(store, spec)
+        progress(spec.count, spec.count, "already complete")
+        return GenerationResult(
+            "already complete", config.output, spec.digest, spec.count, num_shards(spec), 0, 0, 0.0
+        )
+    require_tracking(config)
+    with cluster():
+        require_room(config)
+        if there is None or there.count != spec.count:
+            store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
+        diary = Diary(config, spec, model)
+        job = Job(config, spec, model, store, diary, progress, stop or threading.Event(), began)
+        return job.run()
+
+
+class Job:
+    """The driver's side of a generation: hands out what is missing until nothing is, then publishes."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        spec: Spec,
+        model: FoundModel,
+        store: Store,
+        diary: Diary,
+        progress: Progress,
+        stop: threading.Event,
+        began: float,
+    ) -> None:
+        self.config = config
+        self.spec = spec
+        self.model = model
+        self.store = store
+        self.diary = diary
+        self.stop = stop
+        self._progress = progress
+        self._began = began
+        self._began_at = time.time()
+        self._id = beats.new_job_id()
+        self._next_beat = 0.0
+        self._harvest = Harvest()
+        self._made: set[int] = set()
+        self._images_made = 0
+        self._images_before = 0
+        self._errors: dict[int, str] = {}
+        self._guard: str | None = None
+
+    def run(self) -> GenerationResult:
+        """Work until complete, drained, stopped or out of attempts."""
+        status: Status = "failed"
+        try:
+            beats.clear_heartbeats(self.store, only_ended=True)
+            status = self._work()
+            return self._result(status)
+        finally:
+            if status not in ("complete", "superseded"):
+                self._beat(status, [])
+            self.diary.end(status == "complete", killed=status == "drained", reason=self._reason(status))
+
+    def _work(self) -> Status:
+        crew: Crew | None = None
+        for _ in range(self.config.max_attempts):
+            pending = self._pending()
+            if not pending:
+                return self._publish()
+            if crew is None:
+                order = WorkOrder(
+                    self.spec,
+                    self.model.card,
+                    self.config.output,
+                    self.config.guards,
+                    self.config.max_attempts,
+                )
+                crew = hire(order, self.model.weights)
+            if not self._round(crew, pending):
+                return "drained" if self._guard is None else "stopped by a guard"
+        return "failed" if self._pending() else self._publish()
+
+    def _pending(self) -> list[int]:
+        """Shards still to be made, by the listings; once nothing else is missing, by the records too."""
+        found = survey(self.store, self.spec)
+        missing = found.missing()
+        if not missing:
+            for number, reason in gather(self.store, self.spec, found, self._harvest):
+                self._errors[number] = reason
+                self._harvest = Harvest()  # its sums cannot be taken apart; the records are read again
+                self.store.delete(shard(self.spec, number).done_key)
+                missing.append(number)
+        done = self.spec.count - sum(shard(self.spec, number).count for number in missing)
+        self._images_before = done - self._images_made
+        return missing
+
+    def _round(self, crew: Crew, pending: list[int]) -> bool:
+        """Try each pending shard once. False when the job is to end: drained, or stopped by a guard."""
+        stream = Stream(self.config, crew, pending)
+        deadline: float | None = None
+        try:
+            while (outcomes := stream.poll(TICK_SECONDS)) is not None:
+                for outcome in outcomes:
+                    self._take(outcome)
+                under_way = crew.under_way()
+                self._tick(under_way)
+                if self._guard is not None:
+                    crew.drain(0)
+                    return False
+                if self.stop.is_set() and deadline is None:
+                    crew.drain(self.config.drain_seconds)
+                    deadline = time.monotonic() + self.config.drain_seconds + _DRAIN_MARGIN_SECONDS
+                elif deadline is not None and (not under_way or time.monotonic() > deadline):
+                    return False
+        finally:
+            stream.close()
+        return deadline is None
+
+    def _take(self, outcome: Outcome) -> None:
+        number = outcome.shard
+        if outcome.status == "done" and outcome.record is not None:
+            self._errors.pop(number, None)
+            if number not in self._made:
+                self._made.add(number)
+                self._images_made += outcome.record.count
+            self._harvest.add(number, outcome.record)
+            data = reference(self.spec, self.model.card.data)
+            self._guard = judge(self._harvest.tally, self.config.guards, data)
+        elif outcome.status == "failed":
+            self._errors[number] = f"{outcome.error} (on {outcome.worker})"
+        elif outcome.status == "guard":
+            self._guard = outcome.error
+
+    def _tick(self, under_way: list[UnderWay]) -> None:
+        inside = sum(unit.images for unit in under_way if unit.shard not in self._made)
+        done = min(self.spec.count, self._images_before + self._images_made + inside)
+        rate = (self._images_made + inside) / max(1e-9, time.monotonic() - self._began)
+        notes = [f"{len(under_way)} shards under way"] + [f"{len(self._errors)} failed"] * bool(self._errors)
+        self._progress(done, self.spec.count, ", ".join(notes))
+        self.diary.progress(done, rate, len(self._errors), len(under_way))
+        if time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + beats.EVERY_SECONDS
+            self._beat("running", under_way)
+
+    def _publish(self) -> Status:
+        latest = read_spec(self.store)
+        if latest is not None and latest.count > self.spec.count:
+            return "superseded"
+        manifest, sheet, report = publish(self.store, self.spec, self._harvest, self.model.card.class_names)
+        self.diary.complete(manifest, sheet, report)
+        self._progress(self.spec.count, self.spec.count, "complete")
+        return "complete"
+
+    def _beat(self, status: Status | Literal["running"], under_way: list[UnderWay]) -> None:
+        beats.write_heartbeat(
+            self.store,
+            beats.make_heartbeat(
+                self._id,
+                self.spec,
+                status,
+                began_at=self._began_at,
+                images_made=self._images_made,
+                under_way=under_way,
+                failed={shard(self.spec, n).name: text for n, text in sorted(self._errors.items())},
+            ),
+        )
+
+    def _reason(self, status: Status) -> str | None:
+        if status == "failed":
+            return f"{len(self._errors)} shards failed" if self._errors else "the driver failed"
+        return self._guard if status == "stopped by a guard" else None if status == "complete" else status
+
+    def _result(self, status: Status) -> GenerationResult:
+        return GenerationResult(
+            status=status,
+            output=self.config.output,
+            spec_digest=self.spec.digest,
+            count=self.spec.count,
+            num_shards=num_shards(self.spec),
+            shards_made=len(self._made),
+            images_made=self._images_made,
+            seconds=time.monotonic() - self._began,
+            failed={shard(self.spec, n).key: text for n, text in sorted(self._errors.items())},
+            reason=self._guard,
+            run_url=self.diary.url,
+        )
