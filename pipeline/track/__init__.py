@@ -18,8 +18,8 @@ from pipeline.track.registry import (
     set_alias,
     versions,
 )
-from pipeline.track.run import Run, describe, find_run, finish, open_run, picture, set_tags
-from pipeline.track.spool import Spool, replay
+from pipeline.track.run import Run, describe, find_latest_run, find_run, finish, open_run, picture, set_tags
+from pipeline.track.spool import Spool, replay, replay_all
 from pipeline.track.system import SystemSampler
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "delete_alias",
     "describe",
     "download",
+    "find_latest_run",
     "find_run",
     "finish",
     "link_model",
@@ -43,6 +44,7 @@ __all__ = [
     "redact",
     "register",
     "replay",
+    "replay_all",
     "require_server",
     "resolve",
     "set_alias",

@@ -29,6 +29,7 @@ SHA256_TAG = "sha256"
 CHECKPOINT_TAG = "ddpm.checkpoint_uri"
 _REFERENCE = re.compile(r"^(?:models:/)?(?P<name>[^@/:]+)(?:@(?P<alias>[\w\-]+)|/(?P<version>\d+))$")
 _UPLOAD_PATIENCE_SECONDS = 300.0
+_LOGGED_MODEL = "models:/"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,13 @@ def register(
         if done is not None:
             return done
         made = client.create_model_version(
-            name, f"models:/{model_id}", run_id, all_tags, description=redact(description), model_id=model_id
+            name,
+            f"{_LOGGED_MODEL}{model_id}",
+            run_id,
+            all_tags,
+            description=redact(description),
+            await_creation_for=0,
+            model_id=model_id,
         )
         return _view(client, made)
 
@@ -186,8 +193,9 @@ def protected_sources(uri: str | None = None) -> frozenset[str]:
         places.add(str(version.source))
         if version.tags.get(CHECKPOINT_TAG):
             places.add(version.tags[CHECKPOINT_TAG])
-        if version.model_id:
-            places.add(str(client.get_logged_model(version.model_id).artifact_location))
+        model_id = _model_id(version)
+        if model_id is not None:
+            places.add(str(client.get_logged_model(model_id).artifact_location))
     return frozenset(places)
 
 
@@ -310,8 +318,14 @@ def _view(
         tags=dict(version.tags),
         aliases=tuple(known.get(str(version.version), ())),
         description=version.description or "",
-        model_id=version.model_id or None,
+        model_id=_model_id(version),
     )
+
+
+def _model_id(version: "MlflowVersion") -> str | None:
+    """A search for versions leaves the id out, but the source names it."""
+    source = str(version.source).removeprefix(_LOGGED_MODEL)
+    return version.model_id or (source if source.startswith("m-") and "/" not in source else None)
 
 
 def _model_names(client: "MlflowClient") -> list[str]:

@@ -45,6 +45,10 @@ class Run:
     tracking_uri: str
     resumed: bool = False
 
+    def __str__(self) -> str:
+        """Where to look."""
+        return self.url
+
 
 def open_run(
     experiment: str,
@@ -95,6 +99,23 @@ def find_run(experiment: str, key: str, uri: str | None = None) -> Run | None:
         client, found.experiment_id, key
     )
     return None if run is None else _view(run, tracking_uri(uri), key)
+
+
+def find_latest_run(
+    experiment: str | None = None, *, key_prefix: str = "", uri: str | None = None
+) -> Run | None:
+    """The pipeline's most recently started run, in one experiment or in all, whose key begins so; None if none."""
+    client = tracking_client(uri)
+    if experiment is not None:
+        found = client.get_experiment_by_name(experiment)
+        experiments = [] if found is None else [found.experiment_id]
+    else:
+        experiments = [e.experiment_id for e in client.search_experiments(max_results=10_000)]
+    if not experiments:
+        return None
+    where = f"tags.`{KEY_TAG}` LIKE '{key_prefix}%'"
+    page = client.search_runs(experiments, where, max_results=1, order_by=["attributes.start_time DESC"])
+    return _view(page[0], tracking_uri(uri), page[0].data.tags[KEY_TAG]) if page else None
 
 
 def finish(

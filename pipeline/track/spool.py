@@ -129,25 +129,33 @@ class Spool:
         return known
 
     def _deliver_until_closed(self) -> None:
-        pause = self._interval
+        failures = 0
         while True:
-            closing = self._closing.wait(pause)
-            pause = self._deliver_round(pause)
-            done = closing and (pause == self._interval or time.monotonic() >= self._deadline)
-            if done or (closing and not self._journal.claim()):
+            self._wait(failures)
+            closing = (
+                self._closing.is_set()
+            )  # asked before the round, which then sees all that came before close()
+            failures = 0 if self._deliver_all() else failures + 1
+            if closing and (failures == 0 or time.monotonic() >= self._deadline):
                 self._journal.release()
                 return
 
-    def _deliver_round(self, pause: float) -> float:
-        """Send all there is; returns the pause before the next round, longer with every failure in a row."""
+    def _wait(self, failures: int) -> None:
+        """Pause before a round: the interval, longer with every failure in a row, short once closing."""
+        pause = self._interval if failures == 0 else min(0.5 * 2**failures, _LONGEST_PAUSE_SECONDS)
+        if not self._closing.wait(pause) or failures == 0:
+            return
+        time.sleep(max(0.0, min(pause, 1.0, self._deadline - time.monotonic())))
+
+    def _deliver_all(self) -> bool:
+        """Send all there is; False when it could not be done now."""
         try:
             self._journal.sync()
             if not self._journal.claim():
                 self._sender.forget_offset()
-                return self._interval
-            while self._sender.send_next():
-                if time.monotonic() >= self._deadline:
-                    break
+                return True  # another process delivers this directory; when it dies, this one takes over
+            while self._sender.send_next() and time.monotonic() < self._deadline:
+                pass
             if time.monotonic() >= self._next_beat:
                 self._sender.beat(HEARTBEAT_TAG)
                 self._next_beat = time.monotonic() + self._heartbeat
@@ -156,8 +164,8 @@ class Spool:
                 log.warning("run %s: MLflow is away, points wait in %s", self.run_id, self.directory)
             else:
                 log.exception("run %s: delivery failed, points wait in %s", self.run_id, self.directory)
-            return min(max(2 * pause, 0.5), _LONGEST_PAUSE_SECONDS)
-        return self._interval
+            return False
+        return True
 
 
 def replay(directory: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> int:
@@ -187,6 +195,18 @@ def replay(directory: Path, timeout_seconds: float = 60.0, uri: str | None = Non
     finally:
         journal.release()
     return journal.undelivered()
+
+
+def replay_all(root: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> dict[Path, int]:
+    """Replay every spool below `root` that no living process delivers; what is left, by directory."""
+    left: dict[Path, int] = {}
+    deadline = time.monotonic() + timeout_seconds
+    for directory in sorted(p.parent for p in root.glob("*/run.json")):
+        try:
+            left[directory] = replay(directory, max(0.0, deadline - time.monotonic()), uri)
+        except UserError as error:
+            log.info("%s", error)
+    return left
 
 
 def _as_npy(image: "np.ndarray[Any, Any]") -> bytes:
