@@ -108,15 +108,8 @@ def make_spec(
         )
     check_together(card.schedule, card.objective, settings.sampler)
     _check_guidance(settings, card)
-    process = card.model_dump(mode="json", include={"net", "schedule", "objective", "image"})
     return Spec(
-        model=ModelIdentity(
-            name=name,
-            version=version,
-            sha256=card.weights.sha256,
-            weights=card.weights.kind,
-            process=hashlib.sha256(canonical(process)).hexdigest(),
-        ),
+        model=make_model_identity(card, name, version),
         channels=card.image.channels,
         size=card.image.size,
         sampler=settings.sampler,
@@ -131,6 +124,18 @@ def make_spec(
         device=device,
         cpu_threads=settings.cpu_threads if device == "cpu" else None,
         compile=settings.compile,
+    )
+
+
+def make_model_identity(card: ModelCard, name: str, version: int | None) -> ModelIdentity:
+    """The identity of the network with this card under a registered name, or `local`."""
+    process = card.model_dump(mode="json", include={"net", "schedule", "objective", "image"})
+    return ModelIdentity(
+        name=name,
+        version=version,
+        sha256=card.weights.sha256,
+        weights=card.weights.kind,
+        process=hashlib.sha256(canonical(process)).hexdigest(),
     )
 
 
