@@ -1,0 +1,95 @@
+"""Settings of the data layer: packing images into shards, and reading shards for training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.config.base import Settings
+
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+class PackConfig(Settings):
+    """How pictures become shards."""
+
+    source: str
+    """Where the pictures are: `digits` (scikit-learn's 8x8 digits), or the path of a folder (with a
+    sub-folder for each class, or none), of a zip or tar of such a folder, or of a parquet file or folder
+    of parquet files in the Hugging Face image layout."""
+
+    dest: str
+    """URI of the data set to make; shards go to `<dest>/shards/`, the index beside them."""
+
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Edge in pixels: the shorter side is scaled to it with anti-aliasing and the middle square is kept.
+    None keeps pictures as they are, which then must all have one size."""
+
+    channels: Literal[1, 3] = 3
+    """1 stores grey, 3 stores red, green, blue."""
+
+    resize_filter: Literal["box", "bilinear", "bicubic", "lanczos"] = "lanczos"
+    """Kernel of the scaling. Lanczos keeps most detail; box is the mean of the covered pixels."""
+
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    """Red, green, blue that transparent pixels are laid on. White, as most such pictures are drawn for it."""
+
+    shard_size: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    """Most samples in a shard. Shards differ by at most one sample. 10,000 of 32x32 are about 30 MB."""
+
+    payload: Literal["png", "npy"] = "png"
+    """png: lossless and small. npy: raw uint8, several times the bytes and several times faster to read."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Names the order in which pictures are dealt to shards, so that no shard holds one class only."""
+
+    on_unreadable: Literal["fail", "skip"] = "fail"
+    """fail: a picture that cannot be read ends the job before anything is written. skip: it is left out and
+    listed in pack-report.json."""
+
+    num_threads: Annotated[int, Field(ge=1, le=256)] = 4
+    """Pictures and shards worked on at a time. Changes no byte of the result."""
+
+
+class DataConfig(Settings):
+    """How shards are read."""
+
+    uri: str
+    """The data set: a prefix holding tars, or a pattern of them such as `s3://b/set/train-{000..099}.tar`."""
+
+    window_shards: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Shards mixed with each other at a time. More mix better and need more cache; all shards = a full
+    shuffle.
+    """
+
+    flip: bool = False
+    """Mirror each sample left-right with probability 1/2, drawn for its position. Wrong for digits and
+    text.
+    """
+
+    crop: Annotated[int, Field(ge=1)] | None = None
+    """Edge in pixels of a square cut at a place drawn for the sample's position. None takes the whole
+    image.
+    """
+
+    num_workers: Annotated[int, Field(ge=0, le=128)] = 0
+    """Processes that decode, for each training worker. 0 decodes in the training process, which is
+    fastest for a data set that fits `memory_bytes`."""
+
+    prefetch: Annotated[int, Field(ge=1, le=64)] = 4
+    """Batches made ahead of use, for each loader process."""
+
+    cache_dir: str | None = None
+    """Directory of a shard cache shared by all processes of a machine. None: no cache; what fits
+    `memory_bytes` is held in memory, other remote samples are read one by one, which is slow."""
+
+    cache_bytes: Annotated[int, Field(ge=1)] = 20_000_000_000
+    """Most bytes in the cache directory. Must hold two windows of shards. No effect without cache_dir."""
+
+    memory_bytes: Annotated[int, Field(ge=0)] = 512_000_000
+    """Memory a training worker and its loader processes may together hold decoded samples or shards in."""
+
+    on_damage: Literal["fail", "skip"] = "fail"
+    """fail: a damaged sample ends the run and is named. skip: another takes its place, always the same one,
+    and is counted."""

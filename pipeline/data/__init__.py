@@ -1,0 +1,27 @@
+"""Shards of samples: packing, indexing, and reading them in an order that knows nothing of workers."""
+
+from pipeline.config.data import DataConfig, PackConfig
+from pipeline.data.build import build_index, shards_to_index
+from pipeline.data.index import Index, ShardEntry, assemble_index, load_index
+from pipeline.data.loader import Batch, Loader
+from pipeline.data.pack import PackReport, pack
+from pipeline.data.scan import index_shard
+from pipeline.data.shards import read_shard, write_shard
+
+__all__ = [
+    "Batch",
+    "DataConfig",
+    "Index",
+    "Loader",
+    "PackConfig",
+    "PackReport",
+    "ShardEntry",
+    "assemble_index",
+    "build_index",
+    "index_shard",
+    "load_index",
+    "pack",
+    "read_shard",
+    "shards_to_index",
+    "write_shard",
+]

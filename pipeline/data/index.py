@@ -1,0 +1,289 @@
+"""The index: which shards there are, what is in them, and where in each shard every sample lies.
+
+Two objects. `index.json` (or `index-<pattern hash>.json` for a pattern of tars) lists the shards; it is
+small and written last. The member tables it points to hold 20 bytes a sample and are read a shard at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.data.images import ImageShape
+from pipeline.data.location import Location
+from pipeline.errors import DamageError, UserError
+from pipeline.store import ObjectMissing, Store, open_store
+
+FORMAT = 1
+
+MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")])
+"""A sample's image: where its bytes lie in the (decompressed) tar, their CRC-32, and its class or -1."""
+
+MemberTable = np.ndarray[tuple[int], np.dtype[np.void]]
+
+
+class ShardEntry(BaseModel):
+    """What one pass over a shard tells."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """Key below the data set's URI."""
+    num_samples: int
+    size_bytes: int
+    """Of the object as it is stored."""
+    plain_bytes: int
+    """Of the tar once decompressed; the same as size_bytes for a plain tar."""
+    compressed: bool
+    sha256: str
+    """Of the object as it is stored."""
+    etag: str
+    """The store's own tag, by which a replaced shard is noticed without reading it."""
+    table_sha256: str
+    """Of this shard's rows of the member table."""
+    shapes: tuple[ImageShape, ...]
+    """Which image shapes occur, sorted; at most scan.MAX_SHAPES of them."""
+    num_labelled: int
+    max_label: int
+    """-1 when there are no labels."""
+    ignored_members: int = 0
+    """Files that belong to no sample by the naming rule."""
+    channel_sums: tuple[int, ...] | None = None
+    """Exact sums of the uint8 values of each channel, if the pixels were looked at."""
+    channel_squares: tuple[int, ...] | None = None
+
+
+class Index(BaseModel):
+    """A data set: its shards in order, and what all its samples have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
+
+    uri: str
+    """Where it was loaded from. Not part of the digest: a copy in another store is the same data."""
+    name: str
+    """Key of this index below the URI."""
+    format: int = FORMAT
+    digest: str
+    """SHA-256 over everything but places and store tags: equal digests, equal samples in equal order."""
+    made_at: str
+    """The URI the shards' tags were taken at; tags of a copy elsewhere may differ and are not compared."""
+    tables: str
+    """Key of the member tables."""
+    tables_offset: int
+    """Where their first row begins in that object."""
+    image: ImageShape | None
+    """The shape all images share; None when sizes differ. Mixed grey and colour count as colour."""
+    class_names: tuple[str, ...] | None
+    labelled: bool
+    shards: tuple[ShardEntry, ...]
+
+    @cached_property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Samples of each shard, int64 (num_shards,)."""
+        return np.array([shard.num_samples for shard in self.shards], np.int64)
+
+    @cached_property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Rows before each shard in the member tables, int64 (num_shards + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes labels may name, or None without labels."""
+        if not self.labelled:
+            return None
+        highest = max(shard.max_label for shard in self.shards) + 1
+        return max(highest, len(self.class_names or ()))
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def channel_mean(self) -> list[float] | None:
+        """Mean of each channel in uint8 units (0..255), if every shard's pixels were looked at."""
+        moments = self._moments()
+        return None if moments is None else [float(m) for m in moments[0]]
+
+    @property
+    def channel_std(self) -> list[float] | None:
+        """Standard deviation of each channel in uint8 units, over all pixels."""
+        moments = self._moments()
+        return None if moments is None else [float(np.sqrt(v)) for v in moments[1]]
+
+    def _moments(self) -> tuple[list[float], list[float]] | None:
+        if self.image is None or any(
+            s.channel_sums is None or s.channel_squares is None for s in self.shards
+        ):
+            return None
+        pixels = self.num_samples * self.image.height * self.image.width
+        columns = range(self.image.channels)
+        sums = [sum((s.channel_sums or ())[c] for s in self.shards) for c in columns]
+        squares = [sum((s.channel_squares or ())[c] for s in self.shards) for c in columns]
+        means = [total / pixels for total in sums]
+        # Integers up to the last division: the difference of two near numbers is taken exactly.
+        variances = [(squares[c] * pixels - sums[c] ** 2) / pixels**2 for c in columns]
+        return means, variances
+
+
+def content_digest(
+    shards: Sequence[ShardEntry], image: ImageShape | None, class_names: Sequence[str] | None
+) -> str:
+    """Hash over what the samples are and in which order, and not over where they are kept."""
+    content = {
+        "format": FORMAT,
+        "image": None if image is None else [image.channels, image.height, image.width],
+        "class_names": None if class_names is None else list(class_names),
+        "shards": [[s.name, s.num_samples, s.size_bytes, s.sha256, s.table_sha256] for s in shards],
+    }
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+
+def assemble_index(
+    location: Location,
+    scans: Iterable[tuple[ShardEntry, MemberTable]],
+    class_names: Sequence[str] | None = None,
+) -> Index:
+    """Put the scanned shards, in this order, together; write the tables and then the index.
+
+    Raises UserError for no samples, for labels on some samples only, and for labels without a class name.
+    """
+    pairs = list(scans)
+    shards = tuple(entry for entry, _ in pairs)
+    if not sum(shard.num_samples for shard in shards):
+        raise UserError(f"{location.uri}: the shards hold no samples")
+    labelled = _labelled(location.uri, shards)
+    highest = max(shard.max_label for shard in shards)
+    if labelled and class_names is not None and highest >= len(class_names):
+        raise UserError(
+            f"{location.uri}: label {highest} occurs, but only {len(class_names)} classes have names"
+        )
+    shapes = {shape for shard in shards for shape in shard.shapes}
+    sizes = {(shape.height, shape.width) for shape in shapes}
+    image = ImageShape(max(s.channels for s in shapes), *sizes.pop()) if len(sizes) == 1 else None
+    digest = content_digest(shards, image, class_names)
+    header, rows = _npy_parts(np.concatenate([table for _, table in pairs]))
+    store = open_store(location.root)
+    tables = f"{location.index_name.removesuffix('.json')}-{digest[:16]}.members.npy"
+    store.write(tables, header + rows)
+    index = Index(
+        uri=location.uri,
+        name=location.index_name,
+        digest=digest,
+        made_at=location.root,
+        tables=tables,
+        tables_offset=len(header),
+        image=image,
+        class_names=None if class_names is None else tuple(class_names),
+        labelled=labelled,
+        shards=shards,
+    )
+    text = index.model_dump_json(exclude={"uri", "name"}, indent=1)
+    store.write(location.index_name, text.encode() + b"\n")
+    return index
+
+
+def load_index(uri: str, *, check: bool = True) -> Index:
+    """The index of a data set. `check` compares the shards' sizes and tags with the store's listing.
+
+    Raises UserError when there is no index, or a shard is missing, new or replaced since it was made
+    (each case names the shard and says to run `ddpm index` again); DamageError when the index
+    contradicts itself.
+    """
+    location = Location.of(uri)
+    store = open_store(location.root)
+    where = f"{location.root}/{location.index_name}"
+    try:
+        data = store.read(location.index_name)
+    except ObjectMissing:
+        store.require_container()
+        raise UserError(
+            f"{uri}: no index there ({location.index_name}); make one with: ddpm index {uri}"
+        ) from None
+    try:
+        content = json.loads(data)
+        index = Index.model_validate({**content, "uri": uri, "name": location.index_name})
+    except (ValueError, TypeError, ValidationError, DamageError) as error:
+        raise DamageError(
+            f"{where}: not an index: {str(error).splitlines()[0]}; run ddpm index {uri}"
+        ) from None
+    if index.format != FORMAT:
+        raise UserError(f"{where}: format {index.format}, this program reads {FORMAT}; run ddpm index {uri}")
+    if content_digest(index.shards, index.image, index.class_names) != index.digest:
+        raise DamageError(
+            f"{where}: its digest does not fit its content: it was edited; run ddpm index {uri}"
+        )
+    if check:
+        _require_fresh(index, location, store)
+    return index
+
+
+def read_table(index: Index, shard: int, store: Store | None = None) -> MemberTable:
+    """The member rows of a shard, (num_samples,) of MEMBER. Raises DamageError when they are not those
+    indexed.
+    """
+    store = store or open_store(Location.of(index.uri).root)
+    entry = index.shards[shard]
+    start = index.tables_offset + int(index.starts[shard]) * MEMBER.itemsize
+    data = store.read_range(index.tables, start, entry.num_samples * MEMBER.itemsize)
+    if hashlib.sha256(data).hexdigest() != entry.table_sha256:
+        raise DamageError(
+            f"{index.uri}: {index.tables}: the rows of {entry.name} are damaged; run ddpm index"
+        )
+    return np.frombuffer(data, MEMBER)
+
+
+def table_hash(table: MemberTable) -> str:
+    """SHA-256 of a member table's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(table, MEMBER).tobytes()).hexdigest()
+
+
+def _npy_parts(table: MemberTable) -> tuple[bytes, bytes]:
+    """Header and values of the table's npy file."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(table))
+    return out.getvalue(), table.tobytes()
+
+
+def _labelled(uri: str, shards: Sequence[ShardEntry]) -> bool:
+    total = sum(shard.num_labelled for shard in shards)
+    if total == 0:
+        return False
+    for shard in shards:
+        if shard.num_labelled != shard.num_samples:
+            missing = shard.num_samples - shard.num_labelled
+            raise UserError(
+                f"{uri}: {shard.name}: {missing} of {shard.num_samples} samples have no label, others do"
+            )
+    return True
+
+
+def _require_fresh(index: Index, location: Location, store: Store) -> None:
+    again = f"run ddpm index {index.uri}"
+    found = {info.key: info for info in location.shard_objects(store)}
+    for shard in index.shards:
+        info = found.pop(shard.name, None)
+        if info is None:
+            raise UserError(
+                f"{index.uri}: shard {shard.name} is in the index but not there; restore it or {again}"
+            )
+        if info.size_bytes != shard.size_bytes:
+            raise UserError(
+                f"{index.uri}: shard {shard.name} has {info.size_bytes} bytes, {shard.size_bytes} when indexed: "
+                f"it was replaced; {again}"
+            )
+        if index.made_at == location.root and info.etag != shard.etag:
+            raise UserError(f"{index.uri}: shard {shard.name} was replaced since it was indexed; {again}")
+    if found:
+        raise UserError(f"{index.uri}: shard {min(found)} is not in the index ({len(found)} such); {again}")

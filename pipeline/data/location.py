@@ -1,0 +1,81 @@
+"""Which tars a URI means: all below a prefix, or those of a pattern."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+from pipeline.store import ObjectInfo, Store
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
+MAX_EXPANDED = 1_000_000
+
+
+@dataclass(frozen=True)
+class Location:
+    """A data set's URI, split into the store that holds it and the pattern of its shards, if it has one."""
+
+    uri: str
+    root: str
+    pattern: str | None
+
+    @classmethod
+    def of(cls, uri: str) -> Location:
+        """`s3://b/set` is every tar below it; `s3://b/set/train-{000..099}.tar` and `…/*.tar` are
+        patterns.
+        """
+        last = uri.rstrip("/")
+        if not any(mark in uri for mark in "{*?") and not last.endswith(SUFFIXES):
+            return cls(uri, last, None)
+        fixed = re.split(r"[{*?]", last, maxsplit=1)[0]
+        root, _, _ = fixed.rpartition("/")
+        if not root or root.endswith(":/") or root in ("s3:/", "file:/"):
+            raise UserError(f"{uri}: the pattern must come after a bucket or directory and a '/'")
+        return cls(uri, root, last[len(root) + 1 :])
+
+    @property
+    def index_name(self) -> str:
+        """Key of the index. A pattern has its own, so that train and validation tars may share a
+        directory.
+        """
+        if self.pattern is None:
+            return "index.json"
+        return f"index-{hashlib.sha256(self.pattern.encode()).hexdigest()[:16]}.json"
+
+    def shard_objects(self, store: Store) -> Iterator[ObjectInfo]:
+        """The shards there are now, sorted by key."""
+        if self.pattern is None:
+            yield from (info for info in store.list() if info.key.endswith(SUFFIXES))
+            return
+        names = expand(self.pattern)
+        plain = {name for name in names if not set(name) & set("*?[")}
+        globs = [re.compile(fnmatch.translate(name)) for name in names if name not in plain]
+        fixed = re.split(r"[{*?\[]", self.pattern, maxsplit=1)[0]
+        for info in store.list(fixed):
+            if info.key in plain or any(glob.fullmatch(info.key) for glob in globs):
+                yield info
+
+
+def expand(pattern: str) -> list[str]:
+    """`a-{00..02}.{x,y}` written out; numbers keep their width. Raises UserError beyond a million names."""
+    match = _RANGE.search(pattern) or _CHOICE.search(pattern)
+    if match is None:
+        return [pattern]
+    if match.re is _RANGE:
+        low, high = match[1], match[2]
+        if int(high) - int(low) >= MAX_EXPANDED:
+            raise UserError(f"{pattern}: stands for more than {MAX_EXPANDED} names")
+        options = [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
+    else:
+        options = match[1].split(",")
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    names = [name for option in options for name in expand(before + option + after)]
+    if len(names) > MAX_EXPANDED:
+        raise UserError(f"{pattern}: stands for more than {MAX_EXPANDED} names")
+    return names

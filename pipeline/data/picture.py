@@ -1,0 +1,72 @@
+"""A picture as it comes from outside, brought to the size and channels a data set has."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pipeline.config.data import PackConfig
+from pipeline.data.images import ImageShape, UInt8, open_image, read_npy, to_array
+from pipeline.errors import DamageError
+
+_FILTERS = {
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a look at a picture found: its bytes' hash, and the shape it will have or why it cannot be used."""
+
+    sha256: str
+    shape: ImageShape | None
+    problem: str | None
+
+
+def examine(config: PackConfig, data: bytes) -> Fact:
+    """Decode a picture to its end and say what it is; what is wrong with it is an answer, not an exception."""
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        height, width, _ = _decoded(config, data).shape
+    except DamageError as error:
+        return Fact(digest, None, str(error))
+    if config.image_size is not None:
+        height = width = config.image_size
+    return Fact(digest, ImageShape(config.channels, height, width), None)
+
+
+def to_pixels(config: PackConfig, data: bytes) -> UInt8:
+    """The picture as it will be stored, uint8 (height, width, channels). Raises DamageError.
+
+    With `image_size`, the largest middle square, scaled by a filter as wide as the reduction (anti-aliased).
+    """
+    pixels = _decoded(config, data)
+    if config.image_size is None:
+        return pixels
+    height, width, channels = pixels.shape
+    edge = min(height, width)
+    left, top = (width - edge) / 2, (height - edge) / 2
+    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    size = (config.image_size, config.image_size)
+    # Cutting and scaling in one step keeps half pixels where the margin is odd.
+    scaled = image.resize(size, _FILTERS[config.resize_filter], box=(left, top, left + edge, top + edge))
+    out = np.asarray(scaled)
+    return out[:, :, None] if out.ndim == 2 else out
+
+
+def _decoded(config: PackConfig, data: bytes) -> UInt8:
+    if (raw := read_npy(data)) is not None:
+        image = Image.fromarray(raw[:, :, 0] if raw.shape[2] == 1 else raw)
+        return to_array(image, config.channels, config.background)
+    with open_image(data) as image:
+        try:
+            upright = ImageOps.exif_transpose(image)
+        except (OSError, SyntaxError, ValueError, EOFError, KeyError) as error:
+            raise DamageError(f"image does not decode: {error}") from error
+        return to_array(upright, config.channels, config.background)

@@ -1,0 +1,193 @@
+"""From positions to pixels: look up, read, check, decode, flip, crop. A pure function of (index, seed, positions)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.config.data import DataConfig
+from pipeline.data.access import Access, open_access
+from pipeline.data.images import ImageShape, UInt8, decode
+from pipeline.data.index import Index, MemberTable, read_table
+from pipeline.data.location import Location
+from pipeline.data.order import GlobalOrder, Int64
+from pipeline.diffusion import noise
+from pipeline.errors import DamageError, UserError
+from pipeline.store import ObjectChanged, open_store
+
+MOST_SUBSTITUTES = 1000
+"""Damaged neighbours passed over before giving up: beyond this the data set, not a sample, is broken."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images uint8 (n, C, H, W), labels int64 (n,) or None, and one line for each damaged sample replaced."""
+
+    images: Tensor
+    labels: Tensor | None
+    damage: tuple[str, ...]
+
+
+class SampleSource:
+    """Samples by position. Cheap to pickle: connections, descriptors and tables are opened on first use."""
+
+    def __init__(self, config: DataConfig, index: Index, seed: int) -> None:
+        self.config, self.index, self.seed = config, index, seed
+        self.shape = require_one_shape(index)
+        if config.crop is not None and config.crop > min(self.shape.height, self.shape.width):
+            raise UserError(
+                f"data.crop: {config.crop} is larger than the images ({self.shape}); make it smaller"
+            )
+        self.limit_bytes = config.memory_bytes // max(1, config.num_workers)
+        decoded_bytes = index.num_samples * self.shape.channels * self.shape.height * self.shape.width
+        self.holds_all = decoded_bytes <= self.limit_bytes // 2
+        self._opened: _Opened | None = None
+
+    def get(self, positions: Int64) -> Samples:
+        """The samples of int64 (n,) positions. Raises DamageError naming shard, sample, offset and cause."""
+        opened = self._opened or self._open()
+        shards, members = opened.order.lookup(positions)
+        rows = self.index.starts[shards] + members
+        pixels, labels, damage = opened.pixels(rows)
+        images = self._augmented(pixels, torch.from_numpy(positions))
+        return Samples(images, torch.from_numpy(labels) if self.index.labelled else None, damage)
+
+    def close(self) -> None:
+        """Give back descriptors and memory; the next `get` opens them again."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_opened": None}
+
+    def _open(self) -> _Opened:
+        self._opened = _Opened(self)
+        return self._opened
+
+    def _augmented(self, pixels: UInt8, positions: Tensor) -> Tensor:
+        """Flips and crops, drawn for each position, so that they are the same on any rank and after any restart."""
+        if self.config.crop is not None:
+            edge, count = self.config.crop, len(positions)
+            tops = noise.randint(self.seed, noise.Stream.CROP, positions, self.shape.height - edge + 1, 0)
+            lefts = noise.randint(self.seed, noise.Stream.CROP, positions, self.shape.width - edge + 1, 1)
+            cut = np.empty((count, self.shape.channels, edge, edge), np.uint8)
+            for i, (top, left) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True)):
+                cut[i] = pixels[i, :, top : top + edge, left : left + edge]
+            pixels = cut
+        images = torch.from_numpy(pixels)
+        if self.config.flip:
+            mirrored = noise.uniform(self.seed, noise.Stream.FLIP, positions) < 0.5
+            images[mirrored] = images[mirrored].flip(-1)
+        return images
+
+
+class _Opened:
+    """What a process holds while it reads."""
+
+    def __init__(self, source: SampleSource) -> None:
+        self.index, self.shape = source.index, source.shape
+        self.skips = source.config.on_damage == "skip"
+        self.order = GlobalOrder(source.index.counts, source.seed, source.config.window_shards)
+        limit_bytes = source.limit_bytes // 2 if source.holds_all else source.limit_bytes
+        self.access: Access = open_access(source.config, source.index, limit_bytes)
+        store = open_store(Location.of(source.index.uri).root)
+        # Two windows of tables: a batch may lie across the seam of two.
+
+        def table(shard: int) -> MemberTable:
+            return read_table(self.index, shard, store)
+
+        self.table = lru_cache(maxsize=2 * self.order.window_shards)(table)
+        self.pool = ThreadPoolExecutor(self.access.reads_at_once) if self.access.reads_at_once > 1 else None
+        self.held = _Held(source.index.num_samples, self.shape) if source.holds_all else None
+
+    def pixels(self, rows: Int64) -> tuple[UInt8, Int64, tuple[str, ...]]:
+        """Pixels uint8 (n, C, H, W) and labels int64 (n,) of rows of the whole data set."""
+        if self.held is not None and self.held.known[rows].all():
+            return self.held.pixels[rows], self.held.labels[rows], ()
+        out = np.empty((len(rows), self.shape.channels, self.shape.height, self.shape.width), np.uint8)
+        labels, damage = np.empty(len(rows), np.int64), list[str]()
+        # In order of place: neighbouring rows are neighbours on disk.
+        order = np.argsort(rows, kind="stable")
+        for i, (pixels, label, problems) in zip(order, self._each(rows[order]), strict=True):
+            out[i], labels[i] = pixels, label
+            damage += problems
+        if self.held is not None and not damage:
+            self.held.keep(rows, out, labels)
+        return out, labels, tuple(damage)
+
+    def close(self) -> None:
+        self.access.close()
+        if self.pool is not None:
+            self.pool.shutdown()
+
+    def _each(self, rows: Int64) -> Iterator[tuple[UInt8, int, list[str]]]:
+        return (map if self.pool is None else self.pool.map)(self._one, rows.tolist())
+
+    def _one(self, row: int) -> tuple[UInt8, int, list[str]]:
+        """A sample, or, where damage is skipped, the nearest whole one after it: the same one every time."""
+        problems: list[str] = []
+        for candidate in range(row, row + MOST_SUBSTITUTES):
+            try:
+                pixels, label = self._read(candidate % self.index.num_samples)
+                return pixels, label, problems
+            except ObjectChanged:
+                raise
+            except DamageError as error:
+                if not self.skips:
+                    raise
+                problems.append(str(error))
+        raise DamageError(f"{problems[0]} (and so are the {MOST_SUBSTITUTES - 1} samples after it)")
+
+    def _read(self, row: int) -> tuple[UInt8, int]:
+        shard = int(np.searchsorted(self.index.starts, row, side="right")) - 1
+        member = self.table(shard)[row - self.index.starts[shard]]
+        offset, size = int(member["offset"]), int(member["size"])
+        data = self.access.read(shard, offset, size)
+        try:
+            if zlib.crc32(data) != member["crc"]:
+                raise DamageError("its bytes are not the indexed ones (CRC-32)")
+            return decode(data, self.shape).transpose(2, 0, 1), int(member["label"])
+        except DamageError as error:
+            entry = self.index.shards[shard]
+            name = self._name(shard, offset)
+            raise DamageError(f"{self.index.uri}: {entry.name}: {name} at byte {offset}: {error}") from error
+
+    def _name(self, shard: int, offset: int) -> str:
+        """The member's name from its tar header, as far as that can still be read."""
+        try:
+            header = self.access.read(shard, offset - 512, 100)
+        except DamageError:
+            return "a sample"
+        return repr(header.split(b"\0", 1)[0].decode(errors="replace"))
+
+
+class _Held:
+    """All samples of a small data set, decoded once."""
+
+    def __init__(self, num_samples: int, shape: ImageShape) -> None:
+        self.pixels: UInt8 = np.empty((num_samples, shape.channels, shape.height, shape.width), np.uint8)
+        self.labels: Int64 = np.empty(num_samples, np.int64)
+        self.known: npt.NDArray[np.bool_] = np.zeros(num_samples, np.bool_)
+
+    def keep(self, rows: Int64, pixels: UInt8, labels: Int64) -> None:
+        self.pixels[rows], self.labels[rows], self.known[rows] = pixels, labels, True
+
+
+def require_one_shape(index: Index) -> ImageShape:
+    """The shape of all images. Raises UserError when sizes differ."""
+    if index.image is None:
+        shapes = sorted({shape for shard in index.shards for shape in shard.shapes})
+        raise UserError(
+            f"{index.uri}: images differ in size ({shapes[0]} to {shapes[-1]}); "
+            "bring them to one with: ddpm pack source=… image_size=…"
+        )
+    return index.image

@@ -1,0 +1,179 @@
+"""One pass over a shard: is it whole, what is in it, and where."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from pipeline.data.images import EXTENSIONS, ImageShape, UInt8, decode, probe
+from pipeline.data.index import MEMBER, MemberTable, ShardEntry, table_hash
+from pipeline.data.shards import GZIP_MAGIC, Parts, plain_stream, read_samples
+from pipeline.errors import DamageError
+from pipeline.store import ObjectMissing, Store
+
+MAX_SHAPES = 64
+"""Shapes listed for a shard; a set of photographs of all sizes would otherwise fill the index with them."""
+LABEL_FIELDS = ("label", "class", "cls", "class_id", "target")
+MAX_EXPANSION = 256
+"""Plain bytes a gzip may give for each of its own: pictures hardly compress; a bomb does 1000-fold."""
+
+
+def index_shard(
+    store: Store, key: str, *, label_field: str | None = None, pixels: bool = False
+) -> tuple[ShardEntry, MemberTable]:
+    """The entry and member table of one shard, read in one forward pass.
+
+    `label_field` names the label in samples that carry a json instead of a cls; by default the first of
+    LABEL_FIELDS. `pixels` decodes every image as well, for channel statistics and to find damage inside
+    images. Raises DamageError naming shard, key and offset; ObjectMissing.
+    """
+    info = store.stat(key)
+    label = f"{store.uri}/{key}"
+    if info is None:
+        raise ObjectMissing(key, label)
+    facts = _Facts(label, label_field, pixels)
+    ignored: list[str] = []
+    with store.open(key, etag=info.etag) as stream:
+        hashed = _Hashed(stream)
+        with plain_stream(cast(BinaryIO, hashed), label) as plain:
+            counted = _Counted(plain, MAX_EXPANSION * max(info.size_bytes, 1 << 20), label)
+            for name, parts in read_samples(counted, label, ignored):
+                facts.add(name, parts)
+    table = np.array(facts.rows, MEMBER)
+    entry = ShardEntry(
+        name=key,
+        num_samples=len(table),
+        size_bytes=info.size_bytes,
+        plain_bytes=counted.total,
+        compressed=hashed.head == GZIP_MAGIC,
+        sha256=hashed.hash.hexdigest(),
+        etag=info.etag,
+        table_sha256=table_hash(table),
+        shapes=tuple(sorted(facts.shapes)[:MAX_SHAPES]),
+        num_labelled=int((table["label"] >= 0).sum()),
+        max_label=int(table["label"].max(initial=-1)),
+        ignored_members=len(ignored),
+        channel_sums=facts.sums if pixels else None,
+        channel_squares=facts.squares if pixels else None,
+    )
+    return entry, table
+
+
+@dataclass
+class _Facts:
+    """What gathers while a shard goes by."""
+
+    shard: str
+    label_field: str | None
+    pixels: bool
+    rows: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
+    shapes: set[ImageShape] = field(default_factory=set[ImageShape])
+    sums: tuple[int, ...] | None = None
+    squares: tuple[int, ...] | None = None
+
+    def add(self, key: str, parts: Parts) -> None:
+        extension = image_extension(parts, f"{self.shard}: sample {key!r}")
+        member, data = parts[extension]
+        try:
+            shape = probe(data)
+            if self.pixels:
+                self._count(decode(data, shape))
+        except DamageError as error:
+            raise DamageError(f"{self.shard}: {member.name!r} at byte {member.offset}: {error}") from error
+        if member.size_bytes >= 1 << 32:
+            raise DamageError(f"{self.shard}: {member.name!r}: larger than 4 GiB")
+        self.shapes.add(shape)
+        number = label_of(parts, self.label_field, f"{self.shard}: sample {key!r}")
+        self.rows.append((member.offset, member.size_bytes, zlib.crc32(data), number))
+
+    def _count(self, pixels: UInt8) -> None:
+        sums, squares = channel_moments(pixels)
+        self.sums = add_moments(self.sums, sums)
+        self.squares = add_moments(self.squares, squares)
+
+
+def image_extension(parts: Any, where: str) -> str:
+    """The extension of a sample's one image. Raises DamageError for none or several."""
+    found = [extension for extension in parts if extension.rpartition(".")[2] in EXTENSIONS]
+    if len(found) != 1:
+        raise DamageError(f"{where}: {len(found)} images (of {sorted(parts)}); exactly one is expected")
+    return found[0]
+
+
+def label_of(parts: Parts, label_field: str | None, where: str) -> int:
+    """The class of a sample from its cls, or its json's label; -1 if it has none.
+
+    Raises DamageError for a label that is not a number from 0 to 2^31 - 1.
+    """
+    if "cls" in parts:
+        text = parts["cls"][1].strip()
+        if not text.isdigit() or int(text) >= 1 << 31:
+            raise DamageError(f"{where}: its .cls holds {text[:40]!r}; a class number is expected")
+        return int(text)
+    if "json" not in parts:
+        return -1
+    try:
+        content = json.loads(parts["json"][1])
+    except ValueError as error:
+        raise DamageError(f"{where}: its .json is damaged: {error}") from error
+    fields = (label_field,) if label_field else LABEL_FIELDS
+    value: Any = next((content[f] for f in fields if isinstance(content, dict) and f in content), None)
+    if value is None:
+        return -1
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+        raise DamageError(f"{where}: its .json has the label {value!r}; a class number is expected")
+    return value
+
+
+def channel_moments(pixels: UInt8) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Exact sums, and sums of squares, of each channel of uint8 (height, width, channels)."""
+    counts = [np.bincount(pixels[:, :, c].ravel(), minlength=256) for c in range(pixels.shape[2])]
+    values = np.arange(256)
+    return tuple(int(n @ values) for n in counts), tuple(int(n @ values**2) for n in counts)
+
+
+def add_moments(total: tuple[int, ...] | None, more: tuple[int, ...]) -> tuple[int, ...]:
+    """Sums by channel; grey among colour counts in each of the three."""
+    if total is None:
+        return more
+    width = max(len(total), len(more))
+    spread = [t * width if len(t) == 1 else t for t in (total, more)]
+    return tuple(a + b for a, b in zip(*spread, strict=True))
+
+
+class _Hashed(io.RawIOBase):
+    """Hashes what is read through it, and keeps the first two bytes."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__()
+        self.stream, self.hash, self.head = stream, hashlib.sha256(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self.hash.update(data)
+        self.head = (self.head + data[:2])[:2]
+        return len(data)
+
+
+class _Counted:
+    """Counts plain bytes, and stops a stream that gives absurdly many."""
+
+    def __init__(self, stream: BinaryIO, limit: int, label: str) -> None:
+        self.stream, self.limit, self.label, self.total = stream, limit, label, 0
+
+    def read(self, size: int, /) -> bytes:
+        data = self.stream.read(size)
+        self.total += len(data)
+        if self.total > self.limit:
+            raise DamageError(f"{self.label}: expands beyond {self.limit} bytes: a decompression bomb")
+        return data

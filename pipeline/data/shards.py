@@ -1,0 +1,100 @@
+"""Shards: tars of samples by WebDataset's naming rule, written byte-reproducibly and read without leniency.
+
+A sample is a run of neighbouring members with one key. Of `a/b.seg.png` the key is `a/b` and the extension
+`seg.png`: the base name is cut at its first dot.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from pipeline.data.tar import END, Member, Reader, member_bytes, read_members
+from pipeline.errors import DamageError
+
+_KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+GZIP_MAGIC = b"\x1f\x8b"
+
+Parts = dict[str, tuple[Member, bytes]]
+"""A sample's files by lower-case extension."""
+
+
+def write_shard(samples: Iterable[tuple[str, dict[str, bytes]]]) -> bytes:
+    """The tar of (key, {extension: bytes}) samples: the same samples give the same bytes, on any machine.
+
+    Raises ValueError for a key or extension that a reader would not find again, and for a repeated key.
+    """
+    out = bytearray()
+    seen: set[str] = set()
+    for key, files in samples:
+        if key in seen:
+            raise ValueError(f"key {key!r} occurs twice")
+        seen.add(key)
+        for extension, data in files.items():
+            name = f"{key}.{extension}"
+            if split_name(name) != (key, extension.lower()) or extension != extension.lower():
+                raise ValueError(f"{name!r}: a reader would not split it into {key!r} and {extension!r}")
+            out += member_bytes(name, data)
+    return bytes(out + END)
+
+
+def read_shard(source: bytes | Path, label: str | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, {extension: bytes}) of every sample of a tar or gzipped tar, in order.
+
+    Raises DamageError, naming `label` (by default the path) and the offset, for anything torn or changed.
+    """
+    name = label or (str(source) if isinstance(source, Path) else "shard")
+    file = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
+    with file, plain_stream(file, name) as plain:
+        for key, parts in read_samples(plain, name):
+            yield key, {extension: data for extension, (_, data) in parts.items()}
+
+
+def read_samples(plain: Reader, label: str, ignored: list[str] | None = None) -> Iterator[tuple[str, Parts]]:
+    """Samples of a plain tar, with the place of each file. Names outside the naming rule go to `ignored`."""
+    key, parts = "", cast(Parts, {})
+    for member, data in read_members(plain, label):
+        split = split_name(member.name)
+        if split is None:
+            if ignored is not None:
+                ignored.append(member.name)
+            continue
+        if split[0] != key and parts:
+            yield key, parts
+            parts = {}
+        key = split[0]
+        if split[1] in parts:
+            raise DamageError(f"{label}: sample {key!r} has two files .{split[1]} (byte {member.offset})")
+        parts[split[1]] = (member, data)
+    if parts:
+        yield key, parts
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, lower-case extension) of a member's name; None for names that belong to no sample."""
+    match = _KEY_AND_EXTENSION.fullmatch(name)
+    if match is None or (name.startswith("__") and name.endswith("__")):
+        return None
+    return match[1], match[2].lower()
+
+
+@contextmanager
+def plain_stream(stream: BinaryIO, label: str) -> Generator[BinaryIO]:
+    """`stream`, decompressed if it is gzip; damage in the compression is DamageError."""
+    buffered = (
+        stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, stream))
+    )
+    if buffered.peek(2)[:2] != GZIP_MAGIC:
+        yield cast(BinaryIO, buffered)
+        return
+    try:
+        with gzip.GzipFile(fileobj=buffered) as plain:
+            yield cast(BinaryIO, plain)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DamageError(f"{label}: damaged gzip: {error}") from error
