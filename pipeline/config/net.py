@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Settings
 
@@ -21,7 +21,12 @@ class UNetConfig(Settings):
     """Channels of the prediction: those of the image, or twice as many when the variance is learned too."""
     base_channels: Annotated[int, Field(ge=2, multiple_of=2)] = 128
     """Width that the multipliers scale; also the size of the timestep's sinusoidal embedding."""
-    multipliers: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1, 2, 2, 2)
+    multipliers: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
+        1.0,
+        2.0,
+        2.0,
+        2.0,
+    )
     """Width of each level over `base_channels`, finest first; each level halves the resolution."""
     num_res_blocks: Annotated[int, Field(ge=1)] = 2
     """Residual blocks a level on the way down; the way up has one more."""
@@ -107,6 +112,12 @@ class UNetConfig(Settings):
                 "time_freq_shift": 1,
             }
         )
+
+    @field_validator("attention_resolutions")
+    @classmethod
+    def _in_one_order(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Finest first, each once: the digest must not depend on how the set was written."""
+        return tuple(sorted(set(sizes), reverse=True))
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
