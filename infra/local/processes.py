@@ -81,6 +81,12 @@ def end(identity: Identity, grace_seconds: float = 10.0) -> int:
     return count
 
 
+def kill(identity: Identity) -> None:
+    """Kill the whole family at one stroke, as a machine that loses its power would."""
+    _signal(family(identity), kill=True)
+    end(identity)
+
+
 def family(identity: Identity) -> list[psutil.Process]:
     """The leader if it lives, its session, its descendants, and whoever carries its mark."""
     ours = is_alive(identity)

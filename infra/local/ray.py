@@ -16,17 +16,8 @@ from infra.local import service
 from infra.local.service import Service
 from pipeline.errors import UserError
 
-PORTS = (
-    "ray",
-    "ray-dashboard",
-    "ray-client",
-    "ray-object-manager",
-    "ray-node-manager",
-    "ray-agent-http",
-    "ray-agent-grpc",
-    "ray-runtime-env",
-    "ray-metrics",
-)
+_NODE_PORTS = ("object-manager", "node-manager", "agent-http", "agent-grpc", "runtime-env", "metrics")
+PORTS = ("ray", "ray-dashboard", "ray-client", *(f"ray-{end}" for end in _NODE_PORTS))
 OBJECT_STORE_BYTES = 512 * 2**20
 # Told 127.0.0.1, Ray on Linux looks up the machine's outward address instead and listens there (and its control
 # store on every address). This switch, meant for other systems, says "one machine": then all of Ray stays on
@@ -68,6 +59,33 @@ def ray_service(
         # The head must not take itself for a client of the cluster it is about to be.
         unset=("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE"),
     )
+
+
+def node_service(
+    root: Path, name: str, address: str, ports: Mapping[str, int], num_cpus: int, head: Service
+) -> Service:
+    """One more node of the cluster that `head` leads, on its own loopback `address` (127.0.0.2 and up; Linux)."""
+    token = Path(head.settings["RAY_AUTH_TOKEN_PATH"])
+    argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    argv += [f"--address=127.0.0.1:{ports['ray']}", f"--node-ip-address={address}", f"--num-cpus={num_cpus}"]
+    argv += [*node_ports(ports, prefix=name), f"--object-store-memory={OBJECT_STORE_BYTES // 4}"]
+    return Service(
+        name=name,
+        argv=tuple(argv),
+        # A node joins only where clusters are allowed; it is told a loopback address that Ray leaves alone.
+        settings={**head.settings, **dict.fromkeys(LOOPBACK_SETTINGS, "1")},
+        url=f"{address}:{ports[f'{name}-node-manager']}",
+        log=root / "logs" / f"{name}.log",
+        ports=(),
+        is_ready=lambda: _has_node(head.url, token, address),
+        start_seconds=120,
+        unset=head.unset,
+    )
+
+
+def node_port_names(prefix: str) -> list[str]:
+    """Names of the ports that `node_ports` asks for."""
+    return [f"{prefix}-{end}" for end in _NODE_PORTS]
 
 
 def node_ports(ports: Mapping[str, int], prefix: str = "ray") -> list[str]:
@@ -128,14 +146,14 @@ def check_cluster(url: str, token: str | None) -> None:
     )
 
 
-def _has_node(url: str, token: Path) -> bool:
+def _has_node(url: str, token: Path, address: str = "127.0.0.1") -> bool:
     if service.get(f"{url}/api/jobs/", _headers(token.read_text())) is None:
         return False
     answer = service.get(f"{url}/nodes?view=summary", _headers(token.read_text()))
     if answer is None:
         return False
     nodes = json.loads(answer).get("data", {}).get("summary", [])
-    return any(node.get("raylet", {}).get("state") == "ALIVE" for node in nodes)
+    return any(node.get("ip") == address and node.get("raylet", {}).get("state") == "ALIVE" for node in nodes)
 
 
 def _headers(token: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from infra.local.state import ServiceRecord, State, StoreKind, locked, read_stat
 from pipeline.errors import UserError
 
 ALL_PORTS = (*S3_PORTS, *MLFLOW_PORTS, *ray.PORTS)
+_NODE = "ray-node-"
 _GRACE_SECONDS = 10.0  # for a running service to answer before it is taken for hung
 
 Progress = Callable[[int, int], None]
@@ -35,6 +36,16 @@ class ServiceStatus:
     url: str
     pid: int | None
     log: Path | None
+
+
+@dataclass(frozen=True)
+class Node:
+    """An added Ray node."""
+
+    name: str
+    address: str
+    """Its own loopback address, by which Ray lists it."""
+    identity: processes.Identity
 
 
 class LocalStack:
@@ -104,6 +115,28 @@ class LocalStack:
                     progress(done + 1, len(records))
             return ended
 
+    def add_node(self, num_cpus: int = 1) -> Node:
+        """Add one more Ray node to the running cluster, as another machine would be; `down` ends it too."""
+        with locked(self.root):
+            state = read_state(self.root)
+            heads = [one for one in self._services(state) if one.name == "ray"] if state else []
+            if state is None or not heads or "ray" not in state.services:
+                raise UserError(f"no Ray head of this stack runs under {self.root}: start it first")
+            taken = {self._node_number(name) for name in state.services}
+            number = next(n for n in range(1, 250) if n not in taken)
+            name, address = f"{_NODE}{number}", f"127.0.0.{number + 1}"
+            chosen = ports.choose(ray.node_port_names(name), taken=state.ports.values())
+            node = ray.node_service(self.root, name, address, {**state.ports, **chosen}, num_cpus, heads[0])
+            self._ensure(node, None, None)
+            identity = (read_state(self.root) or state).services[name].identity
+            return Node(name, address, identity)
+
+    def remove_node(self, node: Node, *, suddenly: bool = False) -> None:
+        """End a node; `suddenly` kills everything on it at once, as a lost machine."""
+        with locked(self.root):
+            (processes.kill if suddenly else processes.end)(node.identity)
+            self._forget(node.name)
+
     def remove(self) -> None:
         """Down, and all data, logs and secrets removed."""
         self.down()
@@ -170,6 +203,9 @@ class LocalStack:
     def _start_all(self, state: State, progress: Progress | None, say: Say | None) -> None:
         services = self._services(state)
         wanted = {service.name for service in services}
+        wanted |= {
+            n for n, r in state.services.items() if n.startswith(_NODE) and processes.is_alive(r.identity)
+        }
         for name in [name for name in state.services if name not in wanted]:
             processes.end(state.services[name].identity)
             self._forget(name)
@@ -210,6 +246,10 @@ class LocalStack:
             return False
         return True
 
+    @staticmethod
+    def _node_number(name: str) -> int | None:
+        return int(name.removeprefix(_NODE)) if name.startswith(_NODE) else None
+
     def _row(self, service: Service, record: ServiceRecord | None) -> ServiceStatus:
         if record is None or not processes.is_alive(record.identity):
             return ServiceStatus(service.name, "stopped", service.url, None, service.log)
@@ -237,7 +277,7 @@ def default_num_cpus() -> int:
 
 
 def _shutdown_order(item: tuple[str, ServiceRecord]) -> int:
-    return {"ray": 0, "mlflow": 1, "s3": 2}.get(item[0], 0)
+    return {"ray": 1, "mlflow": 2, "s3": 3}.get(item[0], 0)
 
 
 def _tell(say: Say | None, text: str) -> None:
