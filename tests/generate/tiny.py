@@ -1,5 +1,6 @@
 """A network small enough for tests, with weights that make images worth counting."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,8 +8,17 @@ import torch
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from pipeline.config.generate import GenerateConfig, GuardConfig
 from pipeline.config.net import UNetConfig
-from pipeline.nets.artifact import ImageShape, ModelCard, TrainingData, save_model
+from pipeline.generate.engine import Engine
+from pipeline.generate.finish import publish
+from pipeline.generate.ledger import Harvest
+from pipeline.generate.maker import ShardMaker
+from pipeline.generate.manifest import MANIFEST_KEY
+from pipeline.generate.model import FoundModel, find_model
+from pipeline.generate.plan import DONE_PREFIX, shards
+from pipeline.generate.spec import SPEC_KEY, Spec, make_spec, pretty
+from pipeline.nets.artifact import ImageShape, ModelCard, TrainingData, build_model, save_model
 from pipeline.nets.unet import seeded_init
+from pipeline.store import Store, open_store
 
 NAMES = ("nought", "one", "two")
 
@@ -65,3 +75,41 @@ def settings(model: Path, output: str, **more: object) -> GenerateConfig:
         "cpus_per_worker": 1,
     }
     return GenerateConfig.model_validate(chosen | more)
+
+
+def plan_of(config: GenerateConfig) -> tuple[Spec, FoundModel]:
+    """The spec that settings ask of their model, and the model."""
+    model = find_model(config.model)
+    return make_spec(config, model.card), model
+
+
+def maker_of(config: GenerateConfig) -> ShardMaker:
+    """A maker of the shards of `config`, in this process."""
+    spec, model = plan_of(config)
+    net = build_model(model.card, model.weights, where="tiny")
+    return ShardMaker(Engine(spec, net, model.card), open_store(config.output), config.guards)
+
+
+def fill(config: GenerateConfig) -> Spec:
+    """Make a whole generation in this process, without a cluster."""
+    maker = maker_of(config)
+    store, spec = maker.store, maker.spec
+    store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
+    harvest = Harvest()
+    for unit in shards(spec):
+        harvest.add(unit.number, maker.make(unit))
+    publish(store, spec, harvest, maker.engine.card.class_names)
+    return spec
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    """Every object of a store, with the times and circumstances of records and manifest taken out."""
+    found: dict[str, bytes] = {}
+    for info in store.list():
+        data = store.read(info.key)
+        if info.key.startswith(DONE_PREFIX) or info.key == MANIFEST_KEY:
+            document = json.loads(data)
+            del document["times"]
+            data = json.dumps(document).encode()
+        found[info.key] = data
+    return found

@@ -1,0 +1,94 @@
+"""Encodings give images back exactly; sums are exact and add up over any split."""
+
+import numpy as np
+import pytest
+
+from pipeline.config.generate import GuardConfig
+from pipeline.errors import DamageError
+from pipeline.generate.contact import grid
+from pipeline.generate.guards import judge
+from pipeline.generate.pixels import ImageFormat, Pixels, Tally, decode, encode, tally
+from pipeline.nets.artifact import TrainingData
+
+
+def noise(count: int, channels: int = 3, size: int = 6) -> Pixels:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp", "npy"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_comes_back_exactly(image_format: ImageFormat, channels: int) -> None:
+    image = noise(1, channels)[0]
+    data = encode(image, image_format)
+    assert data == encode(image, image_format)
+    assert np.array_equal(decode(data, image_format, channels), image)
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp", "npy"])
+def test_a_torn_image_is_damage(image_format: ImageFormat) -> None:
+    data = encode(noise(1, 3, 16)[0], image_format)
+    with pytest.raises(DamageError):
+        decode(data[: len(data) // 2], image_format, 3)
+
+
+def test_a_tally_is_what_numpy_computes() -> None:
+    images = noise(50)
+    found = tally(images)
+    assert np.allclose(found.mean, images.mean(axis=(0, 1, 2)))
+    assert np.allclose(found.std, images.std(axis=(0, 1, 2)))
+
+
+def test_tallies_add_up_over_any_split() -> None:
+    images = noise(50)
+    images[3] = 7
+    images[4] = np.where(images[4] > 100, 255, 0)
+    whole = tally(images)
+    assert (whole.constant, whole.saturated) == (1, 1)
+    parts = [tally(part) for part in np.split(images, [1, 4, 30])]
+    assert sum(parts, Tally()) == whole
+    assert sum(reversed(parts), Tally()) == whole
+
+
+def test_sums_do_not_overflow() -> None:
+    white = np.full((3, 600, 600, 1), 255, dtype=np.uint8)
+    assert tally(white).squares == (3 * 600 * 600 * 255 * 255,)
+
+
+GUARDS = GuardConfig(min_images=10, max_constant_fraction=0.1, max_saturated_fraction=0.1, max_mean_drift=0.5)
+
+
+def test_good_images_pass_the_guards() -> None:
+    data = TrainingData(channel_mean=(127.0, 127.0, 127.0), channel_std=(70.0, 70.0, 70.0))
+    assert judge(tally(noise(50)), GUARDS, data) is None
+
+
+def test_constant_saturated_and_drifting_images_are_told_apart() -> None:
+    flat = np.full((50, 4, 4, 1), 9, dtype=np.uint8)
+    assert "50 of 50 images are constant" in (judge(tally(flat), GUARDS, None) or "")
+    binary = np.where(noise(50, 1) > 100, 255, 0).astype(np.uint8)
+    assert "50 of 50 images are saturated" in (judge(tally(binary), GUARDS, None) or "")
+    dark = TrainingData(channel_mean=(20.0,), channel_std=(70.0,))
+    assert "channel 0 has mean" in (judge(tally(noise(50, 1)), GUARDS, dark) or "")
+
+
+def test_a_few_images_are_not_judged_and_neither_is_anything_when_guards_are_off() -> None:
+    flat = np.full((9, 4, 4, 1), 9, dtype=np.uint8)
+    assert judge(tally(flat), GUARDS, None) is None
+    assert judge(tally(np.repeat(flat, 9, 0)), GUARDS.model_copy(update={"enabled": False}), None) is None
+
+
+def test_a_contact_sheet_shows_each_image_enlarged_in_its_place() -> None:
+    images = list(noise(3, 1, 8))
+    sheet = grid([images[:2], images[2:]], cell=32)
+    assert sheet.dtype == np.uint8
+    for row, column, image in ((0, 0, images[0]), (0, 1, images[1]), (1, 0, images[2])):
+        top, left = 8 + row * 34, 8 + column * 34
+        shown = sheet[top : top + 32 : 4, left : left + 32 : 4, :1]
+        assert np.array_equal(shown, image)
+
+
+def test_labels_make_room_beside_the_rows() -> None:
+    rows = [list(noise(2, 3, 8))] * 2
+    assert grid(rows, ["a", "a long name"]).shape[1] > grid(rows).shape[1] + 40
+    with pytest.raises(ValueError, match="rows holds no image"):
+        grid([[]])
