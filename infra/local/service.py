@@ -52,6 +52,8 @@ class Service:
 def start(service: Service, environ: Mapping[str, str]) -> ServiceRecord:
     """Start the service; `wait_until_ready` tells when it serves."""
     service.prepare()
+    if service.log.exists():
+        service.log.replace(f"{service.log}.1")  # the log before this one; older ones go
     kept = {name: value for name, value in environ.items() if name not in service.unset}
     complete = {**kept, **_paths(environ), **service.settings}
     identity = processes.spawn(service.argv, complete, service.log, mark=secrets.token_hex(8))

@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pytest
+
+from infra.local import check_ray, clients, environment, export_environment
+from infra.local.stack import ALL_PORTS, LocalStack
+from infra.local.state import State, StoreKind, write_state
+from pipeline.errors import UserError
+
+
+def remembered(root: Path, store: StoreKind = "s3", external: tuple[str, ...] = ()) -> State:
+    numbers = {name: 20_000 + number for number, name in enumerate(ALL_PORTS)}
+    state = State(store=store, ports=numbers, external=external)
+    write_state(root, state)
+    return state
+
+
+def test_all_services_of_the_stack_are_pointed_at(tmp_path: Path) -> None:
+    state = remembered(tmp_path)
+    variables = environment(tmp_path)
+    assert variables["AWS_ENDPOINT_URL"] == f"http://127.0.0.1:{state.ports['s3']}"
+    assert variables["MLFLOW_TRACKING_URI"] == f"http://127.0.0.1:{state.ports['mlflow']}"
+    assert variables["RAY_ADDRESS"] == f"127.0.0.1:{state.ports['ray']}"
+    assert variables["RAY_JOB_ADDRESS"] == f"http://127.0.0.1:{state.ports['ray-dashboard']}"
+    assert Path(variables["RAY_AUTH_TOKEN_PATH"]).stat().st_size == 64
+    assert variables["DDPM_ROOT"] == "s3://ddpm"
+
+
+def test_on_plain_files_there_is_no_s3(tmp_path: Path) -> None:
+    remembered(tmp_path, store="file")
+    variables = environment(tmp_path)
+    assert not [name for name in variables if name.startswith("AWS_")]
+    assert variables["DDPM_ROOT"] == f"file://{tmp_path}/files"
+
+
+def test_without_a_stack_the_command_that_starts_one_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no local stack under .*make up"):
+        environment(tmp_path)
+
+
+def test_the_stacks_keys_replace_a_users_profile_and_session(tmp_path: Path) -> None:
+    remembered(tmp_path)
+    environ = {"AWS_PROFILE": "work", "AWS_SESSION_TOKEN": "t", "AWS_ACCESS_KEY_ID": "AKIA", "HOME": "/h"}
+    export_environment(tmp_path, environ)
+    assert environ["AWS_ACCESS_KEY_ID"] == clients.s3_keys(tmp_path).access_key
+    assert {"AWS_PROFILE", "AWS_SESSION_TOKEN"}.isdisjoint(environ)
+    assert environ["HOME"] == "/h"
+
+
+def test_a_users_own_s3_keeps_its_endpoint_keys_and_profile(tmp_path: Path) -> None:
+    remembered(tmp_path)
+    own = {"AWS_ENDPOINT_URL": "https://s3.example", "AWS_ACCESS_KEY_ID": "AKIA", "AWS_PROFILE": "work"}
+    environ = dict(own)
+    export_environment(tmp_path, environ)
+    assert own.items() <= environ.items()
+    assert environ["MLFLOW_TRACKING_URI"].startswith("http://127.0.0.1:")
+
+
+def test_a_users_own_data_root_stays(tmp_path: Path) -> None:
+    remembered(tmp_path)
+    environ = {"DDPM_ROOT": "file:///big/disk"}
+    export_environment(tmp_path, environ)
+    assert environ["DDPM_ROOT"] == "file:///big/disk"
+
+
+@pytest.mark.parametrize(
+    ("named", "external"),
+    [
+        ({"AWS_ENDPOINT_URL": "https://s3.example"}, ("s3",)),
+        ({"DDPM_ROOT": "s3://my-bucket/ddpm"}, ("s3",)),
+        ({"MLFLOW_TRACKING_URI": "https://mlflow.example"}, ("mlflow",)),
+        ({"RAY_ADDRESS": "10.0.0.1:6379"}, ("ray",)),
+        ({"AWS_ACCESS_KEY_ID": "AKIA", "MLFLOW_TRACKING_URI": ""}, ()),
+    ],
+)
+def test_a_service_the_user_names_is_not_the_stacks(named: dict[str, str], external: tuple[str, ...]) -> None:
+    assert clients.external_services(named) == external
+
+
+def test_the_stacks_own_variables_in_the_shell_are_not_taken_for_the_users(tmp_path: Path) -> None:
+    remembered(tmp_path)
+    variables = environment(tmp_path)
+    shell = {**variables, "HOME": "/h"}
+    assert clients.users_own(shell, variables) == {"HOME": "/h"}
+    rows = LocalStack(tmp_path, environ=shell).status()
+    assert [(row.service, row.state) for row in rows] == [(s, "stopped") for s in ("s3", "mlflow", "ray")]
+
+
+def test_services_of_the_users_own_are_shown_as_such(tmp_path: Path) -> None:
+    remembered(tmp_path, external=("s3", "mlflow"))
+    own = {"AWS_ENDPOINT_URL": "https://s3.example", "MLFLOW_TRACKING_URI": "https://mlflow.example"}
+    rows = LocalStack(tmp_path, environ=own).status()
+    assert {row.service: (row.state, row.url) for row in rows if row.state == "external"} == {
+        "s3": ("external", "https://s3.example"),
+        "mlflow": ("external", "https://mlflow.example"),
+    }
+
+
+def test_an_unreachable_cluster_is_told_at_once() -> None:
+    with pytest.raises(UserError, match=r"Ray's dashboard at http://127\.0\.0\.1:9 does not answer"):
+        check_ray({"RAY_JOB_ADDRESS": "http://127.0.0.1:9"})
+
+
+def test_a_token_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match="RAY_AUTH_TOKEN_PATH=/no/such cannot be read: No such file"):
+        check_ray({"RAY_JOB_ADDRESS": "http://127.0.0.1:9", "RAY_AUTH_TOKEN_PATH": "/no/such"})

