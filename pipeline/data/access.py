@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
+import io
 import os
-import zlib
 from collections import OrderedDict
-from typing import Protocol
+from typing import BinaryIO, Protocol, cast
 
-from pipeline.config.data import DataConfig
+from pipeline.data.hashing import HashingReader
 from pipeline.data.index import Index, ShardEntry
 from pipeline.data.location import Location
-from pipeline.data.order import GlobalOrder
-from pipeline.errors import DamageError, UserError
-from pipeline.store import FileStore, ObjectChanged, Store, open_store
+from pipeline.data.shards import plain_stream
+from pipeline.errors import DamageError
+from pipeline.store import FileStore, ObjectChanged, Store
 
 REQUESTS_AT_ONCE = 16
+COPY_BYTES = 1 << 20
 
 
 class Access(Protocol):
@@ -84,9 +83,9 @@ class MemoryAccess:
         entry = self.index.shards[shard]
         while self.held and sum(map(len, self.held.values())) + entry.plain_bytes > self.limit_bytes:
             self.held.popitem(last=False)
-        with self.store.open(entry.name, etag=trusted_tag(self.index, entry)) as stream:
-            stored = stream.read()
-        self.held[shard] = admitted(stored, entry, f"{self.store.uri}/{entry.name}", self.lenient)
+        file = io.BytesIO()
+        bring(self.index, self.store, shard, file, self.lenient)
+        self.held[shard] = file.getvalue()
         return self.held[shard]
 
 
@@ -130,24 +129,6 @@ class OpenFiles:
             os.close(self.open.popitem()[1])
 
 
-def open_access(config: DataConfig, index: Index, limit_bytes: int) -> Access:
-    """The fastest way the settings allow. Raises UserError when there is none for these shards."""
-    store = open_store(Location.of(index.uri).root)
-    compressed = next((shard.name for shard in index.shards if shard.compressed), None)
-    if isinstance(store, FileStore) and compressed is None:
-        return FileAccess(index, store, 2 * config.window_shards)
-    largest = max(shard.plain_bytes for shard in index.shards)
-    needed = min(2 * config.window_shards * largest, sum(shard.plain_bytes for shard in index.shards))
-    if needed <= limit_bytes:
-        return MemoryAccess(index, store, limit_bytes, config.on_damage == "skip")
-    if compressed is not None:
-        raise UserError(
-            f"data.cache_dir: {compressed} is compressed, and two windows of shards ({needed} bytes) are more than "
-            f"memory_bytes allows each process ({limit_bytes}); name a cache directory"
-        )
-    return RangeAccess(index, store)
-
-
 def read_exactly(fd: int, offset: int, size: int, where: str) -> bytes:
     """Bytes at a place of an open file. Raises DamageError when it ends before."""
     data = os.pread(fd, size, offset)
@@ -158,19 +139,46 @@ def read_exactly(fd: int, offset: int, size: int, where: str) -> bytes:
     return data
 
 
-def admitted(stored: bytes, entry: ShardEntry, where: str, lenient: bool) -> bytes:
-    """The plain bytes of a shard as it came from the store, if they are the ones that were indexed.
+def bring(index: Index, store: Store, shard: int, file: BinaryIO, lenient: bool) -> None:
+    """Fill a file with a shard's plain bytes, checked against the index.
 
-    `lenient` lets a changed shard through, whose damaged samples their own CRCs will then tell.
+    A wrong hash is tried once more, as the way here may be to blame. Then it is DamageError, or, if `lenient`, the
+    bytes are taken as far as they go, and the samples' own CRCs will tell which of them are damaged.
     """
-    if not lenient and hashlib.sha256(stored).hexdigest() != entry.sha256:
-        raise changed(where, len(stored), entry)
-    if not entry.compressed:
-        return stored
+    entry = index.shards[shard]
+    where = f"{store.uri}/{entry.name}"
+    for last_try in (False, True):
+        file.seek(0)
+        with store.open(entry.name, etag=trusted_tag(index, entry)) as stream:
+            hashed = HashingReader(stream)
+            size, problem = _copy_plain(hashed, file, entry.plain_bytes, where)
+        file.truncate()  # not before: until now its size stands for the room it was promised
+        if problem is None and hashed.hash.hexdigest() == entry.sha256:
+            return
+        if last_try and not lenient:
+            raise problem or changed(where, size, entry)
+
+
+def _copy_plain(
+    hashed: HashingReader, file: BinaryIO, most_bytes: int, where: str
+) -> tuple[int, DamageError | None]:
+    """Decompress a stream into a file, never beyond what was indexed; how many bytes, and what stopped it."""
+    size = 0
     try:
-        return gzip.decompress(stored)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DamageError(f"{where}: damaged gzip: {error}") from error
+        with plain_stream(cast(BinaryIO, hashed), where) as plain:
+            while chunk := plain.read(COPY_BYTES):
+                if size + len(chunk) > most_bytes:
+                    file.write(chunk[: most_bytes - size])
+                    return most_bytes, DamageError(
+                        f"{where}: longer than the {most_bytes} bytes that were indexed"
+                    )
+                size += len(chunk)
+                file.write(chunk)
+    except ObjectChanged:
+        raise
+    except DamageError as error:
+        return size, error
+    return size, None
 
 
 def trusted_tag(index: Index, entry: ShardEntry) -> str | None:
@@ -189,12 +197,3 @@ def changed(where: str, size_bytes: int, entry: ShardEntry) -> DamageError:
 def cut_short(where: str, end: int, wanted: int) -> DamageError:
     """What to say of a shard that ends too early."""
     return DamageError(f"{where}: ends at byte {end}, {wanted} expected: it is cut short")
-
-
-def largest_window_bytes(index: Index, order: GlobalOrder) -> int:
-    """An upper bound on the plain bytes of the shards of any window."""
-    sizes = sorted((shard.plain_bytes for shard in index.shards), reverse=True)
-    return sum(sizes[: order.window_shards])
-
-
-__all__ = ["Access", "FileAccess", "MemoryAccess", "ObjectChanged", "RangeAccess", "open_access"]

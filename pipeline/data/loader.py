@@ -14,9 +14,11 @@ import torch.utils.data
 from torch import Tensor
 
 from pipeline.config.data import DataConfig
+from pipeline.data.cache import Prefetcher
 from pipeline.data.index import Index
-from pipeline.data.order import rank_slice
+from pipeline.data.order import GlobalOrder, rank_slice
 from pipeline.data.samples import SampleSource
+from pipeline.data.ways import open_cache
 from pipeline.errors import DamageError, UserError
 
 
@@ -53,23 +55,38 @@ class Loader:
             raise UserError(
                 f"global batch {global_batch} is less than one sample for each of {world} workers"
             )
-        self.config = config
+        self.config, self.index, self.seed = config, index, seed
+        self.global_batch = global_batch
+        open_cache(config, index)  # a limit that is too small is said now
         self._dataset = _Steps(SampleSource(config, index, seed), global_batch, rank, world)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Batches of steps start_step .. stop_step - 1. Raises DamageError (see `on_damage`), StoreUnreachable."""
         steps = range(start_step, stop_step)
         made = map(self._dataset.__getitem__, steps) if self.config.num_workers == 0 else self._workers(steps)
-        began = time.perf_counter()
-        for result in made:
-            if isinstance(result, Exception):
-                raise result
-            yield replace(result, wait_seconds=time.perf_counter() - began)
+        ahead = self._prefetcher()
+        try:
             began = time.perf_counter()
+            for step, result in zip(steps, made, strict=True):
+                if isinstance(result, Exception):
+                    raise result
+                if ahead is not None:
+                    ahead.at((step + 1) * self.global_batch)
+                yield replace(result, wait_seconds=time.perf_counter() - began)
+                began = time.perf_counter()
+        finally:
+            if ahead is not None:
+                ahead.close()
 
     def close(self) -> None:
         """Give back descriptors and memory."""
         self._dataset.source.close()
+
+    def _prefetcher(self) -> Prefetcher | None:
+        cache = open_cache(self.config, self.index)
+        if cache is None:
+            return None
+        return Prefetcher(cache, GlobalOrder(self.index.counts, self.seed, self.config.window_shards))
 
     def _workers(self, steps: range) -> Iterator[Batch | Exception]:
         # forkserver: a fork of a process with CUDA, gloo or gRPC threads may hang; its server imports once for all.

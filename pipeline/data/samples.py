@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from pipeline.config.data import DataConfig
-from pipeline.data.access import Access, open_access
+from pipeline.data.access import Access
 from pipeline.data.images import ImageShape, UInt8, decode
 from pipeline.data.index import Index, MemberTable, read_table
 from pipeline.data.location import Location
 from pipeline.data.order import GlobalOrder, Int64
+from pipeline.data.ways import open_access
 from pipeline.diffusion import noise
 from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectChanged, open_store

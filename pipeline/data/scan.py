@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import zlib
 from dataclasses import dataclass, field
@@ -11,6 +9,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from pipeline.data.hashing import HashingReader
 from pipeline.data.images import EXTENSIONS, ImageShape, UInt8, decode, probe
 from pipeline.data.index import MEMBER, MemberTable, ShardEntry, table_hash
 from pipeline.data.shards import GZIP_MAGIC, Parts, plain_stream, read_samples
@@ -40,7 +39,7 @@ def index_shard(
     facts = _Facts(label, label_field, pixels)
     ignored: list[str] = []
     with store.open(key, etag=info.etag) as stream:
-        hashed = _Hashed(stream)
+        hashed = HashingReader(stream)
         with plain_stream(cast(BinaryIO, hashed), label) as plain:
             counted = _Counted(plain, MAX_EXPANSION * max(info.size_bytes, 1 << 20), label)
             for name, parts in read_samples(counted, label, ignored):
@@ -145,24 +144,6 @@ def add_moments(total: tuple[int, ...] | None, more: tuple[int, ...]) -> tuple[i
     width = max(len(total), len(more))
     spread = [t * width if len(t) == 1 else t for t in (total, more)]
     return tuple(a + b for a, b in zip(*spread, strict=True))
-
-
-class _Hashed(io.RawIOBase):
-    """Hashes what is read through it, and keeps the first two bytes."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        super().__init__()
-        self.stream, self.hash, self.head = stream, hashlib.sha256(), b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        data = self.stream.read(len(buffer))
-        buffer[: len(data)] = data
-        self.hash.update(data)
-        self.head = (self.head + data[:2])[:2]
-        return len(data)
 
 
 class _Counted:
