@@ -1,0 +1,147 @@
+"""An unusable tracking server is named in one line within seconds."""
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.track.connect import TrackingError, patiently, require_server, tracking_uri
+
+
+class _Answers(BaseHTTPRequestHandler):
+    health, search, kind, seen = 200, 200, "application/json", ""
+
+    def do_GET(self) -> None:
+        type(self).seen = self.headers.get("Authorization", "")
+        self.send_response(self.health if self.path == "/health" else self.search)
+        self.send_header("Content-Type", self.kind)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def answers() -> Iterator[type[_Answers]]:
+    """A server whose answers a test chooses; `address` is where it listens."""
+    handler = type("Handler", (_Answers,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    handler.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def _refusal(uri: str | None) -> str:
+    with pytest.raises(UserError) as refused:
+        require_server(uri, timeout_seconds=1.0)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_an_unset_address_says_which_variable_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert "MLFLOW_TRACKING_URI is not set" in _refusal(None)
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/x", "sqlite:///a.db", "http://"])
+def test_an_address_that_is_no_server_is_refused(uri: str) -> None:
+    assert "not an http(s) address" in _refusal(uri)
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
+    line = _refusal("http://someone:correct-horse@127.0.0.1:5000")
+    assert "MLFLOW_TRACKING_PASSWORD" in line
+    assert "correct-horse" not in line
+
+
+def test_a_server_that_is_down_is_named_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    start = time.monotonic()
+    assert f"127.0.0.1:{port}: no answer (connection refused)" in _refusal(f"http://127.0.0.1:{port}")
+    assert time.monotonic() - start < 2
+
+
+def test_a_server_that_hangs_is_named_within_seconds() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        assert "no answer (timed out)" in _refusal(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert time.monotonic() - start < 3
+
+
+def test_wrong_credentials_and_a_refused_host_are_told_apart_from_an_outage(answers: type[_Answers]) -> None:
+    answers.search = 401
+    assert "MLFLOW_TRACKING_USERNAME" in _refusal(answers.address)
+    answers.health = 403
+    assert "--allowed-hosts" in _refusal(answers.address)
+
+
+def test_an_unwell_server_is_refused(answers: type[_Answers]) -> None:
+    answers.health = 503
+    assert "503" in _refusal(answers.address)
+
+
+def test_another_program_on_that_port_is_refused(answers: type[_Answers]) -> None:
+    answers.kind = "text/html"
+    assert "no MLflow server" in _refusal(answers.address)
+
+
+def test_credentials_come_from_mlflows_own_variables(
+    answers: type[_Answers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pw")
+    assert require_server(answers.address + "/") == answers.address
+    assert answers.seen == "Basic bWU6cHc="
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "abc")
+    require_server(answers.address)
+    assert answers.seen == "Bearer abc"
+
+
+def test_the_address_in_the_call_comes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1/")
+    assert tracking_uri() == "http://127.0.0.1:1"
+    assert tracking_uri("http://127.0.0.1:2/") == "http://127.0.0.1:2"
+
+
+def test_patience_outlasts_an_outage_and_has_an_end() -> None:
+    tries: list[int] = []
+
+    def second_time_lucky() -> str:
+        tries.append(1)
+        if len(tries) < 2:
+            raise ConnectionError("away")
+        return "here"
+
+    def always_away() -> str:
+        raise ConnectionError("away")
+
+    assert patiently("a call", second_time_lucky, 10.0) == "here"
+    with pytest.raises(TrackingError, match="a call: MLflow stayed away"):
+        patiently("a call", always_away, 0.1)
+
+
+def test_patience_is_not_for_mistakes() -> None:
+    def mistaken() -> str:
+        raise ValueError("wrong")
+
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="wrong"):
+        patiently("a call", mistaken, 60.0)
+    assert time.monotonic() - start < 1
+
+
+def test_importing_the_package_does_not_import_mlflow() -> None:
+    program = "import sys, pipeline.track; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,150 @@
+"""What is written stays written, and damage is passed over, not spread."""
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.track import journal as journal_module
+from pipeline.track.journal import Journal, read_identity, write_identity
+
+
+def _steps(journal: Journal, offset: int = 0) -> list[int]:
+    return [e.record["s"] for e in journal.read(offset, 10_000) if "s" in e.record]
+
+
+def _point(step: int) -> dict[str, object]:
+    return {"t": 1000 + step, "s": step, "m": {"loss": 0.5}}
+
+
+def test_records_come_back_in_order_and_from_any_offset(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for step in range(5):
+        journal.append(_point(step))
+    entries = journal.read(0, 2)
+    assert [e.record["s"] for e in entries] == [0, 1]
+    assert _steps(journal, entries[-1].end) == [2, 3, 4]
+
+
+def test_a_torn_last_line_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Journal(tmp_path).append(_point(0))
+    with (tmp_path / "points.jsonl").open("ab") as stream:
+        stream.write(b'{"t": 1, "s": 1, "m"')
+    journal = Journal(tmp_path)
+    journal.append(_point(2))
+    with caplog.at_level(logging.WARNING):
+        assert _steps(journal) == [0, 2]
+    assert "damaged line" in caplog.text
+
+
+def test_a_line_still_being_written_is_not_read_yet(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append(_point(0))
+    with (tmp_path / "points.jsonl").open("ab") as stream:
+        stream.write(b'{"t": 1, "s": 1')
+        stream.flush()
+        assert _steps(journal) == [0]
+        stream.write(b', "m": {"loss": 1}}\n')
+    assert _steps(journal) == [0, 1]
+
+
+def test_a_full_disk_loses_nothing_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path)
+    journal.append(_point(0))
+    real_write, refusals = os.write, iter([True] * 3)
+
+    def write(fd: int, data: bytes) -> int:
+        if next(refusals, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real_write(fd, data)
+
+    monkeypatch.setattr(journal_module.os, "write", write)
+    for step in (1, 2, 3):
+        journal.append(_point(step))
+    assert _steps(journal) == [0]
+    assert journal.undelivered() == 4
+    journal.sync()
+    assert _steps(journal) == [0, 1, 2, 3]
+    assert journal.lost == 0
+
+
+def test_a_half_written_line_is_written_again_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path)
+    real_write, cuts = os.write, iter([10])
+    monkeypatch.setattr(journal_module.os, "write", lambda fd, data: real_write(fd, data[: next(cuts, None)]))
+    journal.append(_point(0))
+    journal.append(_point(1))
+    assert _steps(journal) == [0, 1]
+
+
+def test_memory_stays_bounded_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    journal = Journal(tmp_path)
+    monkeypatch.setattr(journal_module.os, "write", full)
+    monkeypatch.setattr(journal_module, "_MAX_WAITING_LINES", 10)
+    for step in range(25):
+        journal.append(_point(step))
+    assert journal.lost == 15
+    assert journal.undelivered() == 10
+
+
+@pytest.mark.parametrize(
+    "saved", ["", "nonsense", '{"offset": -4}', '{"offset": 999999}', '{"offset": "5"}', "[]"]
+)
+def test_an_unusable_offset_means_from_the_start(tmp_path: Path, saved: str) -> None:
+    journal = Journal(tmp_path)
+    journal.append(_point(0))
+    (tmp_path / "offset.json").write_text(saved)
+    assert journal.offset() == 0
+
+
+def test_what_waits_is_counted_in_points_and_files(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append({"t": 1, "s": 0, "m": {"a": 1.0, "b": 2.0}})
+    journal.append({"t": 1, "s": 0, "i": "samples", "f": journal.put_file(b"png", ".png")})
+    assert journal.undelivered() == 3
+    journal.save_offset(journal.read(0, 1)[-1].end)
+    assert journal.undelivered() == 1
+
+
+def test_only_one_process_delivers_and_death_frees_the_place(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from pipeline.track.journal import Journal\n"
+        "print(Journal(Path(sys.argv[1])).claim(), flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == "True"
+        journal = Journal(tmp_path)
+        assert not journal.claim()
+    finally:
+        holder.kill()
+        holder.wait()
+    assert journal.claim()
+
+
+def test_a_directory_belongs_to_one_run(tmp_path: Path) -> None:
+    write_identity(tmp_path, "run-a", "http://127.0.0.1:1")
+    write_identity(tmp_path, "run-a", "http://127.0.0.1:2")
+    assert read_identity(tmp_path) == ("run-a", "http://127.0.0.1:2")
+    with pytest.raises(UserError, match="run-a, not run-b"):
+        write_identity(tmp_path, "run-b", "http://127.0.0.1:1")
+
+
+def test_refused_records_are_kept_with_their_reason(tmp_path: Path) -> None:
+    Journal(tmp_path).refuse(_point(3), "too long")
+    kept = json.loads((tmp_path / "refused.jsonl").read_text())
+    assert kept == {"reason": "too long", "record": _point(3)}
