@@ -1,0 +1,205 @@
+"""Verification finds each kind of damage and names the object; a sound generation passes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.verify import main
+from pipeline.data.shards import read_shard, write_shard
+from pipeline.errors import UserError
+from pipeline.generate.regenerate import regenerate
+from pipeline.generate.spec import pretty, read_spec
+from pipeline.generate.verify import VerifyReport, verify
+from pipeline.store import Store, open_store
+from tests.generate.tiny import fill, settings, tiny_model
+
+SHARD = "shards/000001.tar"
+RECORD = "done/000001.json"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def uri(model: Path, tmp_path: Path) -> str:
+    found = f"file://{tmp_path}/out"
+    fill(settings(model, found, count=23))
+    return found
+
+
+def found_in(report: VerifyReport, key: str) -> str:
+    return " | ".join(problem.what for problem in report.problems if problem.object.startswith(key))
+
+
+def test_a_sound_generation_passes_and_everything_is_counted(uri: str) -> None:
+    seen: list[tuple[int, int]] = []
+    report = verify(uri, lambda done, total: seen.append((done, total)))
+    assert report.ok, report.problems
+    assert (report.shards_checked, report.samples_checked, report.duplicates) == (3, 23, 0)
+    assert seen[-1] == (3, 3)
+
+
+def flip_a_byte(store: Store) -> None:
+    data = bytearray(store.read(SHARD))
+    data[len(data) // 2] ^= 1
+    store.write(SHARD, bytes(data))
+
+
+def drop_a_sample(store: Store) -> None:
+    samples = list(read_shard(store.read(SHARD)))
+    store.write(SHARD, write_shard(samples[:3] + samples[4:]))
+
+
+def swap_two_samples(store: Store) -> None:
+    samples = list(read_shard(store.read(SHARD)))
+    (a, first), (b, second), *rest = samples
+    store.write(SHARD, write_shard([(a, second), (b, first), *rest]))
+
+
+def copy_a_sample(store: Store) -> None:
+    samples = list(read_shard(store.read(SHARD)))
+    samples[2] = (samples[2][0], {"png": samples[3][1]["png"], "json": samples[2][1]["json"]})
+    store.write(SHARD, write_shard(samples))
+
+
+def flatten_an_image(store: Store) -> None:
+    import numpy as np
+
+    from pipeline.generate.pixels import encode
+
+    samples = list(read_shard(store.read(SHARD)))
+    samples[2][1]["png"] = encode(np.zeros((4, 4, 1), np.uint8), "png")
+    store.write(SHARD, write_shard(samples))
+
+
+def tear_an_image(store: Store) -> None:
+    samples = list(read_shard(store.read(SHARD)))
+    samples[2][1]["png"] = samples[2][1]["png"][:30]
+    store.write(SHARD, write_shard(samples))
+
+
+def change_the_record(store: Store) -> None:
+    document = json.loads(store.read(RECORD))
+    document["tally"]["sums"][0] += 1
+    store.write(RECORD, json.dumps(document).encode())
+
+
+def foreign_record(store: Store) -> None:
+    document = json.loads(store.read(RECORD))
+    store.write(RECORD, json.dumps(document | {"spec_digest": "0" * 64}).encode())
+
+
+def change_the_manifest(store: Store) -> None:
+    document = json.loads(store.read("manifest.json"))
+    document["shards"][1]["sha256"] = "0" * 64
+    store.write("manifest.json", json.dumps(document).encode())
+
+
+def write(key: str) -> Callable[[Store], None]:
+    return lambda store: store.write(key, b"x") and None
+
+
+DAMAGE: dict[str, tuple[Callable[[Store], None], str, str]] = {
+    "flipped byte": (flip_a_byte, SHARD, "sha256 is"),
+    "lost object": (lambda store: store.delete(SHARD), SHARD, "missing, though"),
+    "lost record": (lambda store: store.delete(RECORD), RECORD, "missing, though"),
+    "torn shard": (lambda store: store.write(SHARD, store.read(SHARD)[:700]) and None, SHARD, "bytes"),
+    "lost sample": (drop_a_sample, SHARD, "9 samples where the plan has 10; missing 000000000013"),
+    "swapped samples": (swap_two_samples, f"{SHARD} sample 000000000010", "its json says"),
+    "copied sample": (copy_a_sample, "shards/", "1 images equal another one"),
+    "flat image": (flatten_an_image, f"{SHARD} sample 000000000012", "one flat colour"),
+    "torn image": (tear_an_image, f"{SHARD} sample 000000000012", "not a png image"),
+    "changed sums": (change_the_record, SHARD, "the sums over its images"),
+    "foreign record": (foreign_record, SHARD, "spec_digest is 0000"),
+    "changed manifest": (change_the_manifest, "manifest.json", "its entry of shards/000001.tar"),
+    "torn manifest": (
+        lambda store: store.write("manifest.json", b"{") and None,
+        "manifest.json",
+        "no manifest",
+    ),
+    "foreign shard": (write("shards/000009.tar"), "shards/000009.tar", "belongs to no shard"),
+    "foreign object": (write("notes.txt"), "notes.txt", "is no part of a generation"),
+    "foreign object at the end": (write("zzz/notes.txt"), "zzz/notes.txt", "is no part of a generation"),
+    "left-over tail": (
+        write("done/000001-0004.json"),
+        "done/000001-0004.json",
+        "left over from a smaller count",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_the_object_named(kind: str, uri: str) -> None:
+    harm, key, what = DAMAGE[kind]
+    harm(open_store(uri))
+    report = verify(uri)
+    assert not report.ok
+    assert what in found_in(report, key), report.problems
+
+
+def test_samples_made_again_have_the_same_bytes(uri: str, model: Path) -> None:
+    report = verify(uri)
+    regenerate(report, 23, str(model))
+    assert report.regenerated == 23
+    assert report.ok, report.problems
+
+
+def test_an_altered_sample_is_found_when_made_again(uri: str, model: Path) -> None:
+    copy_a_sample(open_store(uri))
+    report = verify(uri)
+    before = report.num_problems
+    regenerate(report, 23, str(model))
+    assert report.num_problems == before + 1
+    assert "differs when made again" in found_in(report, f"{SHARD} sample 000000000012")
+
+
+def test_samples_are_not_made_again_with_another_network(uri: str, tmp_path: Path) -> None:
+    other = tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="is not the network of this generation"):
+        regenerate(verify(uri), 1, str(other))
+    with pytest.raises(UserError, match="name the folder with --model"):
+        regenerate(verify(uri), 1)
+
+
+def test_an_unfinished_generation_is_not_sound_but_not_damaged_either(uri: str) -> None:
+    store = open_store(uri)
+    for key in ("manifest.json", RECORD):
+        store.delete(key)
+    report = verify(uri)
+    assert (report.ok, report.complete, report.num_problems) == (False, False, 0)
+    assert any("1 of 3 shards are still to be made" in note for note in report.notes)
+
+
+def test_a_raised_count_leaves_the_old_manifest_valid_and_says_so(uri: str) -> None:
+    store = open_store(uri)
+    spec = read_spec(store)
+    assert spec is not None
+    raised = spec.model_copy(update={"count": 40})
+    store.write("spec.json", pretty(raised.model_dump(mode="json")))
+    report = verify(uri)
+    assert not report.complete
+    assert any("the manifest is that of 23 samples" in note for note in report.notes)
+
+
+def test_a_prefix_without_generation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no spec\.json there"):
+        verify(f"file://{tmp_path}/none")
+
+
+def test_the_command_answers_with_its_exit_code(
+    uri: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([uri, "--regenerate", "4", "--model", str(model)]) == 0
+    assert "sound and complete" in capsys.readouterr().out
+    drop_a_sample(open_store(uri))
+    assert main([uri, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["ok"] is False
+    assert any(problem["object"] == SHARD for problem in document["problems"])
+    assert main([f"file://{tmp_path}/none"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
