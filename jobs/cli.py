@@ -1,14 +1,24 @@
 """`ddpm`: the command line over the jobs and the local stack."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from infra.local.state import StoreKind
-from jobs.shell import DONE, FAILED, LOCAL, Call, guarded, settings_of, use_running_stack
-from pipeline.errors import UserError
+from jobs.shell import (
+    DONE,
+    LOCAL,
+    REFUSED,
+    Call,
+    guarded,
+    print_settings,
+    run_job,
+    settings_of,
+    use_running_stack,
+)
+from pipeline.config.base import Settings
 
 app = typer.Typer(
     name="ddpm",
@@ -29,10 +39,14 @@ Config = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the job.")]
-Store = Annotated[StoreKind | None, typer.Option(help="Object store of the stack; default: as before, first s3.")]
+Store = Annotated[
+    StoreKind | None, typer.Option(help="Object store of the stack; default: as before, first s3.")
+]
 
 
-@app.command(epilog="Example:  ddpm pack digits   ·   ddpm pack source=photos.zip dest=s3://b/photos image_size=64")
+@app.command(
+    epilog="Example:  ddpm pack digits   ·   ddpm pack source=photos.zip dest=s3://b/photos image_size=64"
+)
 def pack(words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False) -> None:
     """Pack images (a folder, a zip, or the built-in digits) into shards."""
     from jobs.pack import run_call
@@ -54,12 +68,21 @@ def train(
     _end(lambda: run_call(Call.of(words or [], config or [], dry_run, json), alone=local))
 
 
-@app.command(epilog="Example:  ddpm generate digits model=digits/3 count=5000 output=s3://ddpm/samples/five-thousand")
-def generate(words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False) -> None:
+@app.command(
+    epilog="Example:  ddpm generate digits model=digits/3 count=5000 output=s3://ddpm/samples/five-thousand"
+)
+def generate(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
+) -> None:
     """Fill an output prefix with samples of a registered model. Redoes only what is missing."""
-    from jobs.generate import run_call
+    from jobs.generate import run
+    from pipeline.config.generate import GenerateConfig
 
-    _end(lambda: run_call(Call.of(words or [], config or [], dry_run, json)))
+    def work() -> int:
+        call = Call.of(words or [], config or [], dry_run, json)
+        return run_job("generate", GenerateConfig, run, call, unit="images")
+
+    _end(work)
 
 
 @submit_app.command("train", epilog="Example:  ddpm submit train digits")
@@ -69,7 +92,7 @@ def submit_train(
     """Submit a training and follow it; Ctrl-C detaches."""
     from pipeline.config.train import TrainConfig
 
-    _submit("train", TrainConfig, Call.of(words or [], config or [], dry_run), detach)
+    _submit("train", TrainConfig, lambda: Call.of(words or [], config or [], dry_run), detach)
 
 
 @submit_app.command("generate", epilog="Example:  ddpm submit generate digits count=10000")
@@ -79,4 +102,167 @@ def submit_generate(
     """Submit a generation and follow it; Ctrl-C detaches."""
     from pipeline.config.generate import GenerateConfig
 
-    _submit("generate", GenerateConfig, Call.of(words or [], config or [], dry_run), detach)
+    _submit("generate", GenerateConfig, lambda: Call.of(words or [], config or [], dry_run), detach)
+
+
+@app.command()
+def verify(
+    prefix: Annotated[str, typer.Argument(help="Output prefix of a generation.")],
+    regenerate: Annotated[int, typer.Option(help="Sample this many again and compare bytes.")] = 0,
+    json: AsJson = False,
+) -> None:
+    """Recount, rehash and decode everything a generation says it made."""
+    from jobs.verify import main as run
+
+    flags = ["--json"] if json else []
+    _end(lambda: run([prefix, "--regenerate", str(regenerate), *flags]))
+
+
+@app.command()
+def up(store: Store = None) -> None:
+    """Start the local stack (S3, MLflow, Ray) on loopback, or find it running."""
+    from infra.local import LocalStack
+
+    def work() -> int:
+        LocalStack(LOCAL, store=store).up(say=_say)
+        print("next     ddpm pack digits   (or, all at once: ddpm demo)")
+        return DONE
+
+    _end(work)
+
+
+@app.command()
+def status(
+    prefix: Annotated[str | None, typer.Argument(help="Output prefix; without it, the local stack.")] = None,
+    json: AsJson = False,
+) -> None:
+    """What runs: the local stack, or how far the generation at PREFIX is."""
+    from jobs.status import generation_status, stack_status
+
+    _end(lambda: stack_status(json) if prefix is None else generation_status(prefix, json))
+
+
+@app.command()
+def down() -> None:
+    """Stop what `ddpm up` started, and nothing else. Data stays."""
+    from infra.local import LocalStack
+
+    def work() -> int:
+        print(f"stopped: {', '.join(LocalStack(LOCAL).down()) or 'nothing was running'}")
+        return DONE
+
+    _end(work)
+
+
+@app.command()
+def clean() -> None:
+    """Stop the local stack and remove its data, logs and keys."""
+    from infra.local import LocalStack
+
+    def work() -> int:
+        LocalStack(LOCAL).remove()
+        print(f"removed: {LOCAL}")
+        return DONE
+
+    _end(work)
+
+
+@app.command()
+def demo(store: Store = None) -> None:
+    """From nothing to a verified bucket: stack, data, training, generation, verification."""
+    from jobs.demo import demo as run
+
+    _end(lambda: run(store))
+
+
+@app.command()
+def logs(
+    job: Annotated[str, typer.Argument(help="Name of the job, as `ddpm submit` printed it.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it ends; Ctrl-C detaches.")] = False,
+) -> None:
+    """Output of a submitted job."""
+
+    def work() -> int:
+        from jobs import submit
+
+        use_running_stack()
+        client = submit.job_client()
+        submit.require_job(client, job)
+        if follow:
+            return submit.follow(client, job, job)
+        print(client.get_job_logs(job), end="")
+        return DONE
+
+    _end(work)
+
+
+@app.command("jobs")
+def list_jobs() -> None:
+    """The cluster's jobs, newest first."""
+
+    def work() -> int:
+        from jobs import submit
+
+        use_running_stack()
+        for line in submit.job_table(submit.job_client()):
+            print(line)
+        return DONE
+
+    _end(work)
+
+
+@app.command()
+def stop(job: Annotated[str, typer.Argument(help="Name of the job.")]) -> None:
+    """Ask a submitted job to save and end."""
+
+    def work() -> int:
+        from jobs import submit
+
+        use_running_stack()
+        client = submit.job_client()
+        submit.require_job(client, job)
+        client.stop_job(job)
+        print(f"asked {job} to end; the same command starts it again where it was")
+        return DONE
+
+    _end(work)
+
+
+def main() -> None:
+    """The `ddpm` program."""
+    if guarded(_with_stack) != DONE:
+        raise SystemExit(REFUSED)
+    app()
+
+
+def _with_stack() -> int:
+    use_running_stack()
+    return DONE
+
+
+def _submit(job: str, model: type[Settings], called: Callable[[], Call], detach: bool) -> None:
+    def work() -> int:
+        from jobs.submit import submit as run
+
+        call = called()
+        use_running_stack()
+        settings = settings_of(model, job, call)
+        if call.dry_run:
+            print_settings({job: settings.model_dump(mode="json")}, call.as_json)
+            return DONE
+        return run(job, settings, detach)
+
+    _end(work)
+
+
+def _end(work: Callable[[], int]) -> NoReturn:
+    """Run a command's work and leave with its exit code; what a user can put right is one line."""
+    raise typer.Exit(guarded(work))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

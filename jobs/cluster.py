@@ -1,11 +1,14 @@
-"""Joining a Ray cluster as a driver."""
+"""Joining a Ray cluster as a driver.
+
+Ray reads its way of authentication when it is imported. Jobs therefore import it inside functions only, after the
+local stack's variables have been set.
+"""
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-
-import ray
+from typing import Any
 
 from infra.local import check_ray
 from pipeline.errors import UserError
@@ -23,8 +26,11 @@ SHARED_VARIABLES = (
 )
 
 
+SUBMITTED = "DDPM_SUBMITTED"  # set for jobs that `ddpm submit` starts
+
+
 @contextmanager
-def ray_cluster() -> Iterator[None]:
+def ray_cluster() -> Generator[None]:
     """Connected to the cluster that RAY_ADDRESS names. Raises UserError when it cannot be reached."""
     address = os.environ.get("RAY_ADDRESS")
     if not address:
@@ -32,11 +38,12 @@ def ray_cluster() -> Iterator[None]:
             "RAY_ADDRESS: not set; start the local stack with `ddpm up`, or name your cluster, as host:port"
         )
     check_ray()
-    known = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
+    import ray
+
     try:
         ray.init(
             address=address,
-            runtime_env={"env_vars": known},
+            runtime_env=_environment(),
             logging_level=logging.WARNING,
             log_to_driver=True,
         )
@@ -49,8 +56,20 @@ def ray_cluster() -> Iterator[None]:
         ray.shutdown()
 
 
+def shared_variables() -> dict[str, str]:
+    """Where the services are, as far as this process knows."""
+    return {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
+
+
+def _environment() -> dict[str, Any] | None:
+    """What a driver adds to its workers' environment; a submitted job has been given it already."""
+    return None if SUBMITTED in os.environ else {"env_vars": shared_variables()}
+
+
 def require_resources(num_workers: int, cpus_each: float, gpus_each: float, section: str) -> None:
     """Refuse a request that the cluster, as it stands, could never fill; an autoscaling one is trusted to grow."""
+    import ray
+
     have = ray.cluster_resources()
     for kind, each in (("CPU", cpus_each), ("GPU", gpus_each)):
         need = num_workers * each

@@ -12,7 +12,6 @@ from infra.local import LocalStack
 from infra.local.state import StoreKind
 from jobs.progress import clock
 from jobs.shell import DONE, LOCAL, Call, settings_of, use_running_stack
-from pipeline.config.data import PackConfig
 from pipeline.config.generate import GenerateConfig
 from pipeline.config.train import TrainConfig
 
@@ -42,10 +41,9 @@ def demo(store: StoreKind | None = None) -> int:
 
 
 def _pack(call: Call) -> int:
-    from jobs.pack import pack_job
-    from jobs.shell import run_job
+    from jobs.pack import run_call
 
-    return run_job("pack", PackConfig, pack_job, call, unit="images")
+    return run_call(call)
 
 
 def _submit(job: str, model: type[TrainConfig] | type[GenerateConfig], call: Call) -> int:

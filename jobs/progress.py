@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -40,7 +40,7 @@ class Rate:
 
 
 @contextmanager
-def progress_of(what: str, unit: str = "") -> Iterator[Progress]:
+def progress_of(what: str, unit: str = "") -> Generator[Progress]:
     """A reporter fitting the place it is used in: terminal, log file, or behind `ddpm submit`."""
     if os.environ.get(MODE_VARIABLE) == "json":
         yield _json_lines(what, unit)
@@ -52,7 +52,7 @@ def progress_of(what: str, unit: str = "") -> Iterator[Progress]:
 
 
 @contextmanager
-def _bar(what: str, unit: str) -> Iterator[Progress]:
+def _bar(what: str, unit: str) -> Generator[Progress]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -5,12 +5,14 @@ neither this folder nor these files. A job is named by its settings: submitting 
 """
 
 import asyncio
+import difflib
 import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,8 @@ import infra
 import jobs
 import pipeline
 from infra.local import check_ray
-from jobs.cluster import SHARED_VARIABLES
-from jobs.progress import MARK, MODE_VARIABLE, Progress, progress_of
+from jobs.cluster import SUBMITTED, shared_variables
+from jobs.progress import MARK, MODE_VARIABLE, Progress, clock, progress_of
 from jobs.shell import DONE, FAILED
 from pipeline.config.base import Settings
 from pipeline.errors import UserError
@@ -95,6 +97,33 @@ def follow(client: JobSubmissionClient, name: str, what: str) -> int:
     return FAILED
 
 
+def require_job(client: JobSubmissionClient, name: str) -> None:
+    """Raises UserError when the cluster knows no job of this name."""
+    known = [str(info.submission_id) for info in client.list_jobs()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "list them with `ddpm jobs`"
+        raise UserError(f"job '{name}': unknown to this cluster; {hint}")
+
+
+def job_table(client: JobSubmissionClient) -> list[str]:
+    """A line for each job, newest first."""
+    jobs_there = [info for info in client.list_jobs() if info.submission_id]
+    jobs_there.sort(key=lambda info: info.start_time or 0, reverse=True)
+    if not jobs_there:
+        return ["no jobs yet   (ddpm submit train digits)"]
+    rows = [("JOB", "STATUS", "STARTED", "TOOK")]
+    for info in jobs_there:
+        start, end = (info.start_time or 0) / 1000, (info.end_time or 0) / 1000
+        took = clock((end or time.time()) - start) if start else ""
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start)) if start else ""
+        rows.append((str(info.submission_id), str(info.status), when, took))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
 async def _follow(client: JobSubmissionClient, name: str, what: str) -> None:
     with progress_of(what) as progress:
         async for line in _lines(client, name):
@@ -149,5 +178,4 @@ def _stage(folder: Path, settings: str) -> None:
 
 def _variables() -> dict[str, str]:
     """Where the services are; no keys, which Ray would show on its dashboard: a cluster's nodes have their own."""
-    known = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
-    return {**known, MODE_VARIABLE: "json", "PYTHONUNBUFFERED": "1"}
+    return {**shared_variables(), SUBMITTED: "1", MODE_VARIABLE: "json", "PYTHONUNBUFFERED": "1"}

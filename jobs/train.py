@@ -10,11 +10,10 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import ray
 import yaml
 
 from jobs.cluster import ray_cluster, require_resources
@@ -102,7 +101,7 @@ def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
 
 
 @contextmanager
-def _cluster(config: TrainConfig, alone: bool) -> Iterator[None]:
+def _cluster(config: TrainConfig, alone: bool) -> Generator[None]:
     if alone:
         yield
         return
@@ -164,6 +163,8 @@ def _open(plan: Plan, key: str) -> Run:
 
 def _ray_tags() -> dict[str, str]:
     """Ray's names for this job, so that its logs are found from the run page."""
+    import ray
+
     if not ray.is_initialized():
         return {}
     tags = {"ray.job_id": ray.get_runtime_context().get_job_id()}
@@ -172,7 +173,7 @@ def _ray_tags() -> dict[str, str]:
 
 
 @contextmanager
-def _closing(run: Run) -> Iterator[None]:
+def _closing(run: Run) -> Generator[None]:
     """Whatever ends the job, the run does not stay RUNNING."""
     try:
         yield
@@ -183,7 +184,7 @@ def _closing(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
+def _stop_on_signal() -> Generator[threading.Event]:
     """SIGTERM, as spot machines and schedulers send it, and the first Ctrl-C: save, then end."""
     stop = threading.Event()
 

@@ -1,7 +1,6 @@
 """The variables that point programs at the stack, and the respect for those a user has set."""
 
 import os
-import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
@@ -46,18 +45,7 @@ def export_environment(root: Path, environ: MutableMapping[str, str] = os.enviro
         environ.pop(name, None)
     environ.update(chosen)
     environ.update(service.without_proxy(environ))
-    if environ is os.environ:
-        _tell_ray()
     return chosen
-
-
-def _tell_ray() -> None:
-    """Let an already imported Ray see the new settings: it reads its way of authentication once, when imported."""
-    if "ray" in sys.modules:
-        from ray._raylet import AuthenticationTokenLoader, Config
-
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def client_variables(root: Path, state: State) -> dict[str, str]:

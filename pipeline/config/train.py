@@ -18,26 +18,26 @@ class OptimizerConfig(Settings):
 
     kind: Literal["adam", "adamw"] = "adam"
     """adamw decouples weight decay from the gradient (Loshchilov & Hutter 2019)."""
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(default=2e-4, gt=0)
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running mean and the running square of the gradient."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the running square."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Per unit of learning rate. 0 = none."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     decay: Literal["none", "cosine", "linear"] = "none"
     """Course of the learning rate from the end of warm-up to the last step; cosine and linear end at 0."""
-    clip_norm: float | None = Field(1.0, gt=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global L2 norm of the gradient; a larger one is scaled down. None = no clipping."""
 
 
 class EMAConfig(Settings):
     """The averaged weights that sampling uses."""
 
-    decay: float = Field(0.9999, ge=0, lt=1)
+    decay: float = Field(default=0.9999, ge=0, lt=1)
     """Decay per step of the exponential moving average."""
     warmup: bool = True
     """Start with a shorter average, or early samples show the random initial weights."""
@@ -46,18 +46,18 @@ class EMAConfig(Settings):
 class CheckpointConfig(Settings):
     """When the whole training state is written to the store."""
 
-    every_steps: int = Field(1000, ge=1)
+    every_steps: int = Field(default=1000, ge=1)
     """Steps between checkpoints."""
-    keep_last: int = Field(3, ge=1)
+    keep_last: int = Field(default=3, ge=1)
     """Older checkpoints are deleted once this many newer, whole ones exist."""
 
 
 class GridConfig(Settings):
     """Pictures of fixed seeds, logged while training."""
 
-    every_steps: int = Field(1000, ge=1)
+    every_steps: int = Field(default=1000, ge=1)
     """Steps between grids; one is also drawn before the first step and after the last."""
-    count: int = Field(64, ge=1)
+    count: int = Field(default=64, ge=1)
     """Images in a grid. With classes, they are dealt out evenly."""
     sampler: SamplerConfig = SamplerConfig()
     """How the grid is sampled; few steps suffice."""
@@ -66,15 +66,15 @@ class GridConfig(Settings):
 class WorkerConfig(Settings):
     """The processes that train together. Their number changes the speed, not the sequence of samples."""
 
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = Field(default=1, ge=1)
     """DDP processes."""
-    cpus_per_worker: int = Field(1, ge=1)
+    cpus_per_worker: int = Field(default=1, ge=1)
     """Cores, and torch threads, of each."""
-    gpus_per_worker: float = Field(0, ge=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs of each. 0 = train on the CPU with gloo; otherwise NCCL."""
-    max_failures: int = Field(3, ge=0)
+    max_failures: int = Field(default=3, ge=0)
     """Lost worker groups that are replaced before the job gives up."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
     """Samples a forward pass; the rest of a worker's share is accumulated. None = the whole share at once."""
 
 
@@ -93,19 +93,19 @@ class TrainConfig(Settings):
     ema: EMAConfig = EMAConfig()
     steps: int = Field(ge=1)
     """Optimiser steps."""
-    global_batch: int = Field(128, ge=1)
+    global_batch: int = Field(default=128, ge=1)
     """Samples a step, over all workers. Does not change with their number."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Names the initial weights, the order of the samples, timesteps, noise, flips and dropout."""
-    label_drop: float = Field(0.0, ge=0, le=1)
+    label_drop: float = Field(default=0.0, ge=0, le=1)
     """Share of samples trained without their label, as classifier-free guidance needs (Ho & Salimans 2022)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network (autocast). Noising, loss and weights are float32 always."""
     compile: bool = False
     """Compile the network with torch.compile: a slower start, faster steps."""
-    max_skipped_steps: int = Field(10, ge=0)
+    max_skipped_steps: int = Field(default=10, ge=0)
     """Steps with a non-finite gradient that are skipped before the run fails."""
-    log_every_steps: int = Field(50, ge=1)
+    log_every_steps: int = Field(default=50, ge=1)
     """Steps in one point of a chart; a point is their mean."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     grid: GridConfig = GridConfig()

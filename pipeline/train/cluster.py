@@ -10,6 +10,7 @@ import uuid
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -115,7 +116,7 @@ class _watching:  # noqa: N801  (reads as a phrase after `with`)
 
     def _look(self) -> None:
         try:
-            news = ray.get(self._board.read.remote(), timeout=5)
+            news: tuple[int, str] | None = ray.get(self._board.read.remote(), timeout=5)
         except (ray.exceptions.RayError, TimeoutError):
             return  # no news while the cluster recovers; the training itself reports failure
         if news is not None:

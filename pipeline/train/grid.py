@@ -16,28 +16,21 @@ SHORTEST_EDGE = 256
 
 
 def draw_grid(trainer: Trainer, state: TrainState) -> np.ndarray[Any, Any]:
-    """A grid of images from the averaged weights, uint8 (H, W) or (H, W, 3). The network is left as it was."""
+    """A grid of images from the averaged weights, uint8 (H, W) or (H, W, 3)."""
     config = trainer.config
     index = torch.arange(config.grid.count, device=trainer.device)
     labels = index % config.net.num_classes if config.net.num_classes is not None else None
-    net = state.net
-    shape = (net.config.in_channels, net.config.image_size, net.config.image_size)
-    training = net.training
-    net.eval()
-    try:
-        with state.ema.applied_to(net):
-            x0 = sample(
-                net,
-                trainer.schedule,
-                config.grid.sampler,
-                index,
-                shape,
-                config.seed,
-                class_labels=labels,
-                objective=config.objective,
-            )
-    finally:
-        net.train(training)
+    net = state.averaged()
+    x0 = sample(
+        net,
+        trainer.schedule,
+        config.grid.sampler,
+        index,
+        (net.config.in_channels, net.config.image_size, net.config.image_size),
+        config.seed,
+        class_labels=labels,
+        objective=config.objective,
+    )
     return tile(to_uint8(x0), columns=config.net.num_classes)
 
 

@@ -8,7 +8,7 @@ the sum over all workers is the mean over the global batch, whatever the number 
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch, window: Window
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, state.step, config.steps)
         state.optimizer.step()  # 7b. update the weights
-        state.ema.update(state.net, state.step)
+        state.ema.update(state.net, state.step + 1)
     state.optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -114,7 +114,10 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
     count = len(batch.positions)
     if size is None or count <= size:
         return [batch]
-    return batch.split(-(-count // size))
+    pieces = -(-count // size)
+    labels = [None] * pieces if batch.labels is None else batch.labels.tensor_split(pieces)
+    parts = zip(batch.positions.tensor_split(pieces), batch.images.tensor_split(pieces), labels, strict=True)
+    return [replace(batch, positions=p, images=i, labels=c) for p, i, c in parts]
 
 
 def _labels(config: TrainConfig, batch: Batch, positions: Tensor) -> Tensor | None:

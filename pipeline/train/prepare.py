@@ -48,20 +48,31 @@ def prepare(config: TrainConfig) -> Plan:
 
 
 def _check_images(config: TrainConfig, index: Index) -> None:
-    size = config.data.crop or index.image_size
+    image = index.image
+    if image is None:
+        raise UserError(f"{config.data.uri}: its images differ in size; pack them with image_size=…")
+    if image.height != image.width:
+        raise UserError(
+            f"{config.data.uri}: its images are {image.width}x{image.height}; pack them with image_size=…"
+        )
+    size = config.data.crop or image.height
     if config.net.image_size != size:
         source = "train.data.crop" if config.data.crop else config.data.uri
         raise UserError(
             f"train.net.image_size: {config.net.image_size}, but {source} gives {size}; set it to {size}"
         )
-    if config.net.in_channels != index.channels:
+    channels = image.channels
+    if config.net.in_channels != channels:
         raise UserError(
-            f"train.net.in_channels: {config.net.in_channels}, but {config.data.uri} has {index.channels}; "
-            f"set in_channels and out_channels to {index.channels}"
+            f"train.net.in_channels: {config.net.in_channels}, but {config.data.uri} has {channels}; "
+            f"set in_channels and out_channels to {channels}"
         )
-    expected = index.channels * (2 if config.objective.variance == "learned" else 1)
+    expected = channels * (2 if config.objective.variance == "learned" else 1)
     if config.net.out_channels != expected:
-        raise UserError(f"train.net.out_channels: {config.net.out_channels}; set it to {expected}")
+        raise UserError(
+            f"train.net.out_channels: {config.net.out_channels}, but objective.variance "
+            f"{config.objective.variance} needs {expected}; set it to {expected}"
+        )
 
 
 def _check_classes(config: TrainConfig, index: Index) -> None:

@@ -16,8 +16,9 @@ def export_model(plan: Plan, checkpoint: Checkpoint, run_id: str | None, folder:
     config = plan.config
     state = initial_state(config, torch.device("cpu"))
     state.load(checkpoint.record.step, checkpoint.tensors)
-    with state.ema.applied_to(state.net):
-        return save_model(folder, state.net.state_dict(), _card(config, plan, checkpoint.record.step, run_id))
+    return save_model(
+        folder, state.averaged().state_dict(), _card(config, plan, checkpoint.record.step, run_id)
+    )
 
 
 def _card(config: TrainConfig, plan: Plan, step: int, run_id: str | None) -> ModelCard:
@@ -26,10 +27,12 @@ def _card(config: TrainConfig, plan: Plan, step: int, run_id: str | None) -> Mod
         net=config.net,
         schedule=config.schedule,
         objective=config.objective,
-        image=ImageShape(channels=index.channels, size=config.net.image_size),
-        class_names=tuple(index.class_names) if index.class_names else None,
+        image=ImageShape(channels=config.net.in_channels, size=config.net.image_size),
+        class_names=index.class_names,
         data=TrainingData(
-            digest=index.digest, channel_mean=index.channel_mean, channel_std=index.channel_std
+            digest=index.digest,
+            channel_mean=None if index.channel_mean is None else tuple(index.channel_mean),
+            channel_std=None if index.channel_std is None else tuple(index.channel_std),
         ),
         weights=WeightsInfo(kind="ema"),
         training=TrainingInfo(step=step, run_id=run_id),

@@ -4,6 +4,7 @@ There is no generator state in it: every random number is named by seed and posi
 future depends on.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,17 @@ class TrainState:
         )
         self.step = step
 
+    def averaged(self) -> UNet:
+        """A network of its own with the averaged weights, for sampling; this one is left as it is."""
+        net = copy.deepcopy(self.net)
+        self.ema.copy_to(net)
+        return net.eval()
+
 
 def initial_state(config: TrainConfig, device: torch.device) -> TrainState:
     """The state before the first step, a pure function of the settings."""
-    net = seeded_init(config.net, config.seed).to(device, memory_format=torch.channels_last)
+    net = seeded_init(config.net, config.seed).to(device)
+    net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks this form
     ema = ConstantEMA(net, config.ema.decay, warmup=config.ema.warmup)
     return TrainState(net, ema, make_optimizer(net, config.optimizer))
 

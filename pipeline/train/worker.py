@@ -1,5 +1,6 @@
 """What one worker does, from an empty process to the last checkpoint; the same under Ray or alone."""
 
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,7 @@ def train_worker(task: Task, place: Place, report: Report) -> None:
         device=place.device,
         world=place.world,
     )
-    with diary, _loader(task, place) as loader:
+    with diary, closing(_loader(task, place)) as loader:
         _prime(trainer, state, place)
         writer = CheckpointWriter(store, task.identity, config.checkpoint.keep_last)
         Session(trainer, state, diary, writer, report, leads=place.rank == 0).run(loader)
@@ -80,7 +81,7 @@ def _loader(task: Task, place: Place) -> Loader:
 def _shared(net: nn.Module, config: TrainConfig, place: Place) -> nn.Module:
     """The network as the workers share it: gradients are averaged over them."""
     if config.compile:
-        net = torch.compile(net)
+        net.compile()
     if place.world == 1:
         return net
     # every rank computes the same initial weights, and GroupNorm has no running statistics to broadcast

@@ -1,0 +1,55 @@
+"""What runs: the local stack, or a generation, told from its bucket alone."""
+
+import dataclasses
+import json
+
+from infra.local import LocalStack
+from jobs.progress import clock
+from jobs.shell import DONE, FAILED, LOCAL, use_running_stack
+from pipeline.generate.status import GenerationStatus
+from pipeline.generate.status import generation_status as look
+
+
+def stack_status(as_json: bool) -> int:
+    """A line for each service; exit code 1 when one that should run does not."""
+    rows = LocalStack(LOCAL).status()
+    if as_json:
+        facts = [{"service": r.service, "state": r.state, "url": r.url, "pid": r.pid} for r in rows]
+        print(json.dumps(facts, indent=2))
+    else:
+        for row in rows:
+            print(
+                f"{row.service:<8} {row.state:<14} {row.pid or '-':<8} {row.url:<28} {row.log or ''}".rstrip()
+            )
+    healthy = all(row.state in ("running", "external") for row in rows)
+    if not healthy and not as_json:
+        print("next     ddpm up")
+    return DONE if healthy else FAILED
+
+
+def generation_status(prefix: str, as_json: bool) -> int:
+    """How far the generation at a prefix is. Raises UserError where there is none."""
+    use_running_stack()
+    found = look(prefix)
+    if as_json:
+        facts = dataclasses.asdict(dataclasses.replace(found, jobs=()))
+        print(json.dumps(facts | {"spec": found.spec.model_dump(mode="json")}, indent=2, default=str))
+    else:
+        print("\n".join(_lines(found)))
+    return DONE
+
+
+def _lines(found: GenerationStatus) -> list[str]:
+    """The status, a line a fact."""
+    lines = [
+        f"{found.state}: {found.output}",
+        f"images   {found.images_done:,} of {found.spec.count:,}",
+        f"shards   {found.shards_done:,} of {found.num_shards:,}, {found.shards_under_way} under way",
+    ]
+    if found.images_per_second:
+        left = f", ETA {clock(found.eta_seconds)}" if found.eta_seconds is not None else ""
+        lines.append(f"speed    {found.images_per_second:,.1f} images/s{left}")
+    lines += [f"failed   {shard}: {error}" for shard, error in found.failed.items()]
+    if found.state == "not complete":
+        lines.append("next     the same `ddpm generate` command makes what is missing")
+    return lines

@@ -1,0 +1,114 @@
+"""Settings come together from presets, files and words; what is wrong is named in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.shell import Call, preset_file, presets, settings_of
+from pipeline.config.load import load_settings, setting_names
+from pipeline.config.train import TrainConfig
+from pipeline.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDPM_ROOT", "s3://here")
+
+
+def digits(*overrides: str) -> TrainConfig:
+    return load_settings(TrainConfig, "train", [preset_file("digits")], overrides, sections=["pack", "generate"])
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        digits(*overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_preset_resolves_to_valid_settings_of_every_section_it_has() -> None:
+    assert {"demo", "digits"} <= set(presets())
+    for name in presets():
+        assert settings_of(TrainConfig, "train", Call(preset=name)).steps > 0
+
+
+def test_overrides_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: digits\ntrain:\n  steps: 7000\n  seed: 5\n")
+    config = load_settings(
+        TrainConfig, "train", [file], ["seed=6"], sections=["pack", "generate"], presets=presets()
+    )
+    assert (config.steps, config.seed, config.net.image_size) == (7000, 6, 8)
+
+
+def test_root_stands_for_the_installation() -> None:
+    assert digits().data.uri == "s3://here/data/digits"
+
+
+def test_a_missing_root_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DDPM_ROOT")
+    assert "ddpm up" in refusal()
+
+
+def test_a_mistyped_setting_is_answered_with_the_nearest_name() -> None:
+    assert "train.optimizer.lrr: unknown setting; did you mean 'optimizer.lr'?" in refusal("optimizer.lrr=1")
+    assert "did you mean 'steps'?" in refusal("stesp=1")
+
+
+def test_an_ill_typed_setting_is_named_with_what_was_given() -> None:
+    assert refusal("steps=many").startswith("train.steps: input should be a valid integer")
+    assert "'many'" in refusal("steps=many")
+    assert "train.steps" in refusal("steps=1.5")
+
+
+def test_a_word_that_is_no_setting_is_refused() -> None:
+    assert "key=value" in refusal("=3")
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    assert "global_batch 1 is less than workers.num_workers 2" in refusal("global_batch=1")
+    assert "multiple of log_every_steps" in refusal("checkpoint.every_steps=75")
+    assert "label_drop" in refusal("label_drop=0")
+
+
+def test_a_file_that_is_absent_or_no_mapping_or_has_an_unknown_section_is_named(tmp_path: Path) -> None:
+    for content, said in [(None, "cannot be read"), ("- 1", "a mapping"), ("trian: {}", "did you mean 'train'")]:
+        file = tmp_path / "f.yaml"
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(UserError, match=said) as caught:
+            load_settings(TrainConfig, "train", [file])
+        assert str(file) in str(caught.value)
+
+
+def test_numbers_written_as_people_write_them_are_numbers() -> None:
+    assert digits("optimizer.lr=1e-4").optimizer.lr == 1e-4
+
+
+def test_identity_names_what_determines_the_weights_and_nothing_else() -> None:
+    same = digits().digest("d")
+    for word in ("workers.num_workers=1", "checkpoint.every_steps=1000", "name=x", "track.experiment=e", "runs=r"):
+        assert digits(word).digest("d") == same, word
+    for word in ("seed=1", "optimizer.lr=0.1", "data.window_shards=2", "net.base_channels=64", "steps=4000"):
+        assert digits(word).digest("d") != same, word
+    assert digits().digest("other data") != same
+
+
+def test_more_steps_continue_a_training_whose_learning_rate_does_not_depend_on_them() -> None:
+    constant = "optimizer.decay=none"
+    assert digits(constant, "steps=9000").digest("d") == digits(constant).digest("d")
+
+
+def test_every_setting_is_documented() -> None:
+    undocumented = [name for name in setting_names(TrainConfig) if not _described(name)]
+    assert undocumented == []
+
+
+def _described(dotted: str) -> bool:
+    model: type = TrainConfig
+    *groups, last = dotted.split(".")
+    for group in groups:
+        model = model.model_fields[group].annotation
+    field = model.model_fields[last]
+    return bool(field.description or getattr(field.annotation, "__doc__", None))
