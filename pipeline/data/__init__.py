@@ -2,7 +2,9 @@
 
 from pipeline.config.data import DataConfig, PackConfig
 from pipeline.data.build import build_index, shards_to_index
+from pipeline.data.forward import ForwardSample, read_forward
 from pipeline.data.index import Index, ShardEntry, assemble_index, load_index
+from pipeline.data.inspection import Inspection, inspect
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.pack import PackReport, pack
 from pipeline.data.scan import index_shard
@@ -11,7 +13,9 @@ from pipeline.data.shards import read_shard, write_shard
 __all__ = [
     "Batch",
     "DataConfig",
+    "ForwardSample",
     "Index",
+    "Inspection",
     "Loader",
     "PackConfig",
     "PackReport",
@@ -19,8 +23,10 @@ __all__ = [
     "assemble_index",
     "build_index",
     "index_shard",
+    "inspect",
     "load_index",
     "pack",
+    "read_forward",
     "read_shard",
     "shards_to_index",
     "write_shard",

@@ -1,0 +1,58 @@
+"""Reading a data set once, forward, shard after shard: no cache, no random access, memory of one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+from pipeline.data.access import changed, trusted_tag
+from pipeline.data.hashing import HashingReader
+from pipeline.data.images import UInt8, decode
+from pipeline.data.index import Index
+from pipeline.data.location import Location
+from pipeline.data.samples import require_one_shape
+from pipeline.data.scan import image_extension, label_of
+from pipeline.data.shards import plain_stream, read_samples
+from pipeline.errors import DamageError
+from pipeline.store import open_store
+
+
+@dataclass(frozen=True)
+class ForwardSample:
+    """A sample as it lies in the data set: pixels uint8 (height, width, channels), label or -1."""
+
+    shard: int
+    key: str
+    pixels: UInt8
+    label: int
+
+
+def read_forward(
+    index: Index, shards: Iterable[int] | None = None, *, label_field: str | None = None
+) -> Iterator[ForwardSample]:
+    """Every sample of the given shards (by default all), in stored order, each exactly once.
+
+    Connections that break are resumed. Raises DamageError when a sample does not decode, and, after its last sample,
+    when a shard's hash or count is not the indexed one; ObjectChanged when a shard is replaced meanwhile.
+    """
+    shape = require_one_shape(index)
+    store = open_store(Location.of(index.uri).root)
+    for number in range(len(index.shards)) if shards is None else shards:
+        entry = index.shards[number]
+        where = f"{store.uri}/{entry.name}"
+        count = 0
+        with store.open(entry.name, etag=trusted_tag(index, entry)) as stream:
+            hashed = HashingReader(stream)
+            with plain_stream(cast(BinaryIO, hashed), where) as plain:
+                for key, parts in read_samples(plain, where):
+                    place = f"{where}: sample {key!r}"
+                    member, data = parts[image_extension(parts, place)]
+                    try:
+                        pixels = decode(data, shape)
+                    except DamageError as error:
+                        raise DamageError(f"{place} at byte {member.offset}: {error}") from error
+                    yield ForwardSample(number, key, pixels, label_of(parts, label_field, place))
+                    count += 1
+        if hashed.hash.hexdigest() != entry.sha256 or count != entry.num_samples:
+            raise changed(where, entry.size_bytes, entry)
