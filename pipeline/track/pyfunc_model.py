@@ -5,6 +5,7 @@
 0). An image depends on the seed and its index alone, as in a generation.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.nets.artifact import load_model
 
 _KNOWN = ("seed", "count", "class", "steps", "first_index")
+
+# MLflow derives a schema from hints that are lists of records, and warns of every other one; a request is one record.
+warnings.filterwarnings("ignore", message=".*type hint", category=UserWarning, module="mlflow")
 
 
 class ImageSampler(PythonModel):

@@ -1,0 +1,283 @@
+"""A version is registered once, found by what people write, and refused when its bytes are not its own."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from pipeline.config.net import UNetConfig
+from pipeline.diffusion.images import to_uint8
+from pipeline.diffusion.samplers import sample
+from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.errors import DamageError, UserError
+from pipeline.nets.artifact import ImageShape, ModelCard, load_model, save_model
+from pipeline.nets.unet import UNet
+from pipeline.track import (
+    Run,
+    delete_alias,
+    download,
+    link_model,
+    protected_sources,
+    register,
+    resolve,
+    set_alias,
+    versions,
+)
+from pipeline.track.registry import file_sha256
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+pytestmark = pytest.mark.stack
+NewRun = Callable[..., Run]
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """A registered model's name of this test alone."""
+    return request.node.name.replace("[", "-").replace("]", "")[:60]
+
+
+def _export(folder: Path, seed: int = 0) -> Path:
+    """A small class-conditional network as training exports it."""
+    torch.manual_seed(seed)
+    net = UNetConfig(
+        image_size=8,
+        in_channels=1,
+        out_channels=1,
+        base_channels=8,
+        multipliers=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        mid_attention=False,
+        norm_groups=4,
+        num_classes=10,
+    )
+    card = ModelCard(
+        net=net, schedule=ScheduleConfig(), objective=ObjectiveConfig(), image=ImageShape(channels=1, size=8)
+    )
+    weights = {name: torch.randn_like(value) * 0.05 for name, value in UNet(net).state_dict().items()}
+    save_model(folder, weights, card)
+    return folder
+
+
+def test_what_was_registered_comes_back_byte_for_byte(
+    server: str, name: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    run, source = new_run(), _export(tmp_path / "export")
+    version = register(name, source, run.run_id, {"step": "12000"}, "the first", uri=server)
+    assert (version.name, version.version, version.run_id) == (name, 1, run.run_id)
+    assert version.sha256 == version.tags["sha256"] == file_sha256(source / "model.safetensors")
+    assert version.tags["step"] == "12000"
+    assert version.description == "the first"
+    folder = download(version, tmp_path / "download", uri=server)
+    assert sorted(p.name for p in folder.iterdir()) == ["model.json", "model.safetensors"]
+    for file in folder.iterdir():
+        assert file.read_bytes() == (source / file.name).read_bytes()
+
+
+def test_the_same_weights_of_the_same_run_are_one_version(
+    server: str, client: "MlflowClient", name: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    run, source = new_run(), _export(tmp_path / "a")
+    first = register(name, source, run.run_id, {}, logged_name="unet-ema-0012000", uri=server)
+    assert register(name, source, run.run_id, {}, logged_name="unet-ema-0012000", uri=server) == first
+    second = register(name, _export(tmp_path / "b", seed=1), run.run_id, {}, uri=server)
+    third = register(name, source, new_run("another").run_id, {}, uri=server)
+    assert [v.version for v in versions(name, uri=server)] == [1, 2, 3]
+    assert (second.version, third.version) == (2, 3)
+    logged = client.search_logged_models([run.experiment_id], filter_string=f"source_run_id = '{run.run_id}'")
+    assert sorted(model.name for model in logged) == sorted(["unet-ema-0012000", name])
+
+
+def test_a_crash_between_upload_and_registration_uploads_nothing_twice(
+    server: str, client: "MlflowClient", name: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    run, source = new_run(), _export(tmp_path / "a")
+    version = register(name, source, run.run_id, {}, uri=server)
+    client.delete_model_version(name, str(version.version))
+    again = register(name, source, run.run_id, {}, uri=server)
+    assert again.version == 2
+    assert again.model_id == version.model_id
+
+
+def test_a_reference_may_be_an_alias_a_number_or_mlflows_own_spelling(
+    server: str, name: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    run = new_run()
+    register(name, _export(tmp_path / "a"), run.run_id, {}, uri=server)
+    register(name, _export(tmp_path / "b", seed=1), run.run_id, {}, uri=server)
+    set_alias(name, "champion", 2, uri=server)
+    for reference in (f"{name}@champion", f"{name}/2", f"models:/{name}@champion", f"models:/{name}/2"):
+        found = resolve(reference, uri=server)
+        assert (found.version, found.aliases) == (2, ("champion",))
+        assert resolve(found.reference, uri=server) == found
+    set_alias(name, "champion", 1, uri=server)
+    assert resolve(f"{name}@champion", uri=server).version == 1
+    delete_alias(name, "champion", uri=server)
+    delete_alias(name, "champion", uri=server)
+    assert resolve(f"{name}/1", uri=server).aliases == ()
+
+
+def test_a_reference_to_nothing_names_what_exists(
+    server: str, name: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    register(name, _export(tmp_path / "a"), new_run().run_id, {}, uri=server)
+    set_alias(name, "champion", 1, uri=server)
+    refusals = {
+        f"{name}@challenger": rf"alias 'challenger': not set; {name} has champion -> 1, versions 1",
+        f"{name}/7": rf"version 7: not registered; {name} has versions 1",
+        "no-such-model@champion": rf"model 'no-such-model': not in the registry; it has .*{name}",
+        "just-a-name": "not a reference; write name@alias or name/version",
+    }
+    for reference, message in refusals.items():
+        with pytest.raises(UserError, match=message):
+            resolve(reference, uri=server)
+    with pytest.raises(UserError, match="not registered"):
+        set_alias(name, "champion", 7, uri=server)
+
+
+def test_tampered_weights_are_refused_and_not_left_behind(
+    server: str, client: "MlflowClient", name: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    version = register(name, _export(tmp_path / "a"), new_run().run_id, {}, uri=server)
+    forged = tmp_path / "forged" / "model.safetensors"
+    forged.parent.mkdir()
+    data = bytearray((tmp_path / "a" / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    forged.write_bytes(data)
+    assert version.model_id is not None
+    client.log_model_artifact(version.model_id, str(forged), "artifacts/model")
+    with pytest.raises(DamageError, match=rf"{name}/1: model.safetensors has sha256"):
+        download(version, tmp_path / "download", uri=server)
+    assert list((tmp_path / "download").iterdir()) == []
+
+
+def test_a_download_keeps_what_is_right_and_replaces_what_is_not(
+    server: str, name: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    version = register(name, _export(tmp_path / "a"), new_run().run_id, {}, uri=server)
+    folder = download(version, tmp_path / "download", uri=server)
+    weights = folder / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    download(version, folder, uri=server)
+    assert weights.stat().st_mtime_ns == before
+    weights.write_bytes(b"torn")
+    download(version, folder, uri=server)
+    assert file_sha256(weights) == version.sha256
+
+
+def test_versions_of_other_programs_are_listed_but_not_downloaded(
+    server: str, client: "MlflowClient", name: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    client.create_registered_model(name)
+    run = new_run()
+    client.create_model_version(name, f"runs:/{run.run_id}/elsewhere", run.run_id, await_creation_for=0)
+    version = resolve(f"{name}/1", uri=server)
+    assert version.sha256 == ""
+    with pytest.raises(UserError, match="has no sha256 tag"):
+        download(version, tmp_path, uri=server)
+
+
+def test_an_incomplete_export_is_refused_before_anything_is_made(
+    server: str, name: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no model\.safetensors here"):
+        register(name, tmp_path, new_run().run_id, {}, uri=server)
+    assert versions(name, uri=server) == []
+
+
+def test_everything_a_version_needs_is_protected(
+    server: str, name: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    checkpoint = "s3://ddpm/runs/x/checkpoints/0012000"
+    version = register(
+        name, _export(tmp_path / "a"), new_run().run_id, {}, checkpoint_uri=checkpoint, uri=server
+    )
+    places = protected_sources(uri=server)
+    assert {version.source, checkpoint} <= places
+    assert any(place.endswith(f"/models/{version.model_id}/artifacts") for place in places)
+
+
+def test_a_run_leads_to_the_model_it_used(
+    server: str, client: "MlflowClient", name: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    training, generation = new_run("training"), new_run("generation")
+    version = register(name, _export(tmp_path / "a"), training.run_id, {}, uri=server)
+    link_model(generation.run_id, version, uri=server)
+    seen = client.get_run(generation.run_id)
+    assert seen.data.tags["ddpm.model"] == f"{name}/1"
+    assert seen.data.tags["ddpm.model_sha256"] == version.sha256
+    assert seen.data.tags["ddpm.training_run"] == training.run_id
+    assert [model.model_id for model in seen.inputs.model_inputs] == [version.model_id]
+
+
+def test_the_package_holds_no_pickle_no_path_of_this_machine_and_no_secret(
+    server: str,
+    client: "MlflowClient",
+    name: str,
+    new_run: NewRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "zebra-crossing-secret")
+    tags = {"note": "zebra-crossing-secret"}
+    version = register(
+        name, _export(tmp_path / "a"), new_run().run_id, tags, "zebra-crossing-secret", uri=server
+    )
+    assert "zebra" not in repr(version)
+    from mlflow.artifacts import download_artifacts
+
+    folder = Path(download_artifacts(version.source, dst_path=str(tmp_path / "all"), tracking_uri=server))
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    files.remove("registered_model_meta")  # the download's own note
+    assert files == [
+        "MLmodel",
+        "artifacts/model/model.json",
+        "artifacts/model/model.safetensors",
+        "pyfunc_model.py",
+        "python_env.yaml",
+        "requirements.txt",
+    ]
+    for file in ("MLmodel", "python_env.yaml", "requirements.txt"):
+        text = (folder / file).read_text()
+        assert str(tmp_path) not in text
+        assert os.getcwd() not in text
+
+
+def test_mlflow_itself_can_load_the_model_and_draw_the_same_images(
+    server: str, name: str, new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = register(name, _export(tmp_path / "a"), new_run().run_id, {}, uri=server)
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+    import pandas as pd
+
+    mlflow.set_tracking_uri(server)
+    loaded = mlflow.pyfunc.load_model(f"models:/{version.reference}")
+    images = loaded.predict({"seed": 3, "count": 2, "class": 5, "steps": 4})
+    assert images.shape == (2, 8, 8, 1)
+    assert images.dtype == np.uint8
+    net, card = load_model(tmp_path / "a")
+    with torch.inference_mode():
+        expected = sample(
+            net,
+            NoiseSchedule.from_config(card.schedule),
+            SamplerConfig(kind="ddim", num_steps=4),
+            index=torch.arange(2),
+            shape=(1, 8, 8),
+            seed=3,
+            class_labels=torch.full((2,), 5),
+            objective=card.objective,
+        )
+    np.testing.assert_array_equal(images, to_uint8(expected).permute(0, 2, 3, 1).numpy())
+    second = loaded.predict(pd.DataFrame([{"seed": 3, "count": 1, "class": 5, "steps": 4, "first_index": 1}]))
+    np.testing.assert_allclose(second[0].astype(int), images[1].astype(int), atol=1)
+    with pytest.raises(ValueError, match="colour: unknown; known are seed"):
+        loaded.predict({"colour": 1})
