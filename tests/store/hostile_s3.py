@@ -1,0 +1,96 @@
+"""An S3 endpoint that behaves badly on purpose."""
+
+import random
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class Hostile:
+    """One object's versions, and what to do to those who ask for it."""
+
+    versions: list[bytes]
+    cut: Callable[[int], int] = lambda size: size
+    """From the bytes due to the bytes sent before the connection is cut."""
+    failures_first: int = 0
+    """How many requests are answered 503 SlowDown before each success."""
+    swap_after: int | None = None
+    """After how many good answers the next version takes the object's place."""
+    requests: list[str] = field(default_factory=list)
+    answered: int = 0
+    refused: int = 0
+
+    @property
+    def data(self) -> bytes:
+        swapped = self.swap_after is not None and self.answered >= self.swap_after
+        return self.versions[1 if swapped else 0]
+
+    @property
+    def etag(self) -> str:
+        return f'"v{self.versions.index(self.data)}"'
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hostile: Hostile
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        hostile = self.hostile
+        hostile.requests.append(self.headers.get("Range", ""))
+        if hostile.refused < hostile.failures_first:
+            hostile.refused += 1
+            return self._error(503, "SlowDown")
+        hostile.refused = 0
+        wanted = self.headers.get("If-Match")
+        if wanted is not None and wanted != hostile.etag:
+            return self._error(412, "PreconditionFailed")
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start = int(match[1]) if match else 0
+        stop = int(match[2]) + 1 if match and match[2] else len(hostile.data)
+        body = hostile.data[start:stop]
+        self.send_response(206)
+        self.send_header("ETag", hostile.etag)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(hostile.data)}")
+        self.end_headers()
+        sent = hostile.cut(len(body))
+        hostile.answered += 1
+        self.wfile.write(body[:sent])
+        if sent < len(body):
+            self.close_connection = True
+        return None
+
+    def _error(self, status: int, code: str) -> None:
+        body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@contextmanager
+def serving(hostile: Hostile) -> Iterator[str]:
+    """Its address, while it runs."""
+    handler = type("Handler", (_Handler,), {"hostile": hostile})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def cut_at_random(seed: int, most: int) -> Callable[[int], int]:
+    """Sends from one to `most` bytes, then cuts."""
+    source = random.Random(seed)
+    return lambda size: min(size, source.randint(1, most))
