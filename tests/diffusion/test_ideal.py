@@ -1,0 +1,73 @@
+"""With a perfect denoiser every sampler must draw from the data's own distribution, at its method's order."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from pipeline.config.diffusion import SamplerConfig
+from pipeline.diffusion import NoiseSchedule, sample
+from pipeline.diffusion.grid import karras_grid
+from pipeline.diffusion.ideal import Mixture, three_blobs
+from pipeline.diffusion.noise import Stream, normal
+from pipeline.diffusion.samplers import ddim, dpm_solver_pp_2m, heun
+
+SCHEDULE = NoiseSchedule.linear()
+BLOBS = three_blobs()
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SamplerConfig(kind="ancestral", num_steps=1000, clip_x0=False),
+        SamplerConfig(kind="ancestral", num_steps=1000, variance="fixed-large", clip_x0=False),
+        SamplerConfig(kind="ancestral", num_steps=250, clip_x0=False),
+        SamplerConfig(kind="ddim", num_steps=200, clip_x0=False),
+        SamplerConfig(kind="ddim", num_steps=200, eta=1.0, clip_x0=False),
+        SamplerConfig(kind="ddim", num_steps=200, spacing="leading", clip_x0=False),
+        SamplerConfig(kind="dpm++2m", num_steps=50, clip_x0=False),
+        SamplerConfig(kind="dpm++2m", num_steps=30, spacing="karras", clip_x0=False),
+        SamplerConfig(kind="heun", num_steps=50, clip_x0=False),
+        SamplerConfig(kind="heun", num_steps=30, spacing="karras", clip_x0=False),
+    ],
+    ids=lambda s: f"{s.kind}-{s.num_steps}-{s.spacing}-eta{s.eta:g}-{s.variance}",
+)
+def test_samples_have_the_mean_and_covariance_of_the_data(sampler: SamplerConfig) -> None:
+    net, count = BLOBS.net(SCHEDULE), 1_000_000 // max(sampler.num_steps, 50)
+    index = torch.arange(count)
+    x = sample(net, SCHEDULE, sampler, index, (2, 1, 1), seed=0).flatten(1).double()
+    covariance = BLOBS.covariance()
+    largest = float(covariance.diagonal().max())
+    assert bool(((x.mean(0) - BLOBS.mean()).abs() < 4 * math.sqrt(largest / count) + 0.005).all())
+    assert torch.allclose(torch.cov(x.T), covariance, atol=largest * (4 * math.sqrt(2 / count) + 0.01))
+
+
+def errors(method: str, steps: list[int]) -> list[float]:
+    """Mean distance of the samples from those of the exact flow, float64, for each number of steps."""
+    x = normal(0, Stream.SAMPLE_NOISE, torch.arange(256), (2,)).double()
+
+    def run(num_steps: int, name: str) -> torch.Tensor:
+        grid = karras_grid(SCHEDULE, num_steps)
+        denoise = BLOBS.denoise(grid)
+        if name == "ddim":
+            return ddim(denoise, x, grid)
+        return (dpm_solver_pp_2m if name == "dpm++2m" else heun)(denoise, x, grid)
+
+    exact = run(2000, "heun")
+    return [float((run(n, method) - exact).norm(dim=1).mean()) for n in steps]
+
+
+@pytest.mark.parametrize(("method", "order"), [("ddim", 1), ("dpm++2m", 2), ("heun", 2)])
+def test_the_error_falls_at_the_methods_order(method: str, order: int) -> None:
+    at = errors(method, [40, 80, 160])
+    for coarse, fine in itertools.pairwise(at):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
+
+
+def test_the_perfect_denoiser_of_one_gaussian_is_linear_regression() -> None:
+    one = Mixture(torch.ones(1).double(), torch.tensor([[0.3]]).double(), torch.tensor([0.5]).double())
+    x, signal = torch.tensor([[-1.0], [2.0]]).double(), 0.7
+    slope = math.sqrt(signal) * 0.25 / (signal * 0.25 + 0.3)
+    expected = 0.3 + slope * (x - math.sqrt(signal) * 0.3)
+    assert torch.allclose(one.expected_x0(x, signal), expected, atol=1e-12)
