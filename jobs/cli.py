@@ -189,7 +189,7 @@ def logs(
         client = submit.job_client()
         submit.require_job(client, job)
         if follow:
-            return submit.follow(client, job, job)
+            return submit.follow(client, job)
         print(client.get_job_logs(job), end="")
         return DONE
 

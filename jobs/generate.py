@@ -5,21 +5,25 @@
 Started again with the same settings it makes only what is missing, and does nothing once all is done.
 """
 
+from __future__ import annotations
+
 import signal
 import sys
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from jobs.cluster import ray_cluster
 from jobs.progress import Progress
 from jobs.shell import DONE, FAILED, STOPPED, guarded, parse_words, run_job
 from pipeline.config.generate import GenerateConfig
-from pipeline.generate.run import GenerationResult, Status
-from pipeline.generate.run import generate as run_generation
 
-_EXIT_CODES: dict[Status, int] = {
+if TYPE_CHECKING:
+    from pipeline.generate.run import GenerationResult
+
+_EXIT_CODES: dict[str, int] = {
     "complete": DONE,
     "already complete": DONE,
     "superseded": DONE,
@@ -45,6 +49,8 @@ def run(config: GenerateConfig, progress: Progress) -> int:
 
 def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:
     """Generate on the cluster that RAY_ADDRESS names; SIGTERM drains."""
+    from pipeline.generate.run import generate as run_generation  # imports Ray; see jobs.cluster
+
     with _stop_on_sigterm() as stop:
         return run_generation(config, progress, stop=stop, cluster=ray_cluster)
 

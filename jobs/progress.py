@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 MODE_VARIABLE = "DDPM_PROGRESS"
 MARK = "::progress "
 LINE_EVERY_SECONDS = 5.0
+JSON_EVERY_SECONDS = 0.5
 
 
 class Progress(Protocol):
@@ -73,29 +74,39 @@ def _bar(what: str, unit: str) -> Generator[Progress]:
 
 
 def _plain_lines(what: str, unit: str) -> Progress:
-    rate, last = Rate(), [float("-inf")]
+    rate, due = Rate(), _Due(LINE_EVERY_SECONDS)
 
     def report(done: int, total: int, note: str = "") -> None:
         speed, left = rate.measure(done, total)
-        now = time.monotonic()
-        if done >= total or now - last[0] >= LINE_EVERY_SECONDS:
-            last[0] = now
+        if due(done, total):
             print(progress_line(what, unit, done, total, speed, left, note), file=sys.stderr, flush=True)
 
     return report
 
 
 def _json_lines(what: str, unit: str) -> Progress:
-    last = [float("-inf")]
+    due = _Due(JSON_EVERY_SECONDS)
 
     def report(done: int, total: int, note: str = "") -> None:
-        now = time.monotonic()
-        if done >= total or now - last[0] >= 0.5:
-            last[0] = now
+        if due(done, total):
             fact = {"what": what, "unit": unit, "done": done, "total": total, "note": note}
             print(MARK + json.dumps(fact), flush=True)
 
     return report
+
+
+class _Due:
+    """Whether a line is worth printing: there is news, and the last line is some time ago or the end is reached."""
+
+    def __init__(self, every_seconds: float) -> None:
+        self._every, self._next, self._shown = every_seconds, 0.0, -1
+
+    def __call__(self, done: int, total: int) -> bool:
+        now = time.monotonic()
+        if done == self._shown or (done < total and now < self._next):
+            return False
+        self._shown, self._next = done, now + self._every
+        return True
 
 
 def progress_line(

@@ -8,16 +8,21 @@ import asyncio
 import difflib
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import yaml
+from ray.dashboard.modules import dashboard_sdk
+from ray.dashboard.modules.job import sdk
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import infra
@@ -33,6 +38,7 @@ from pipeline.errors import UserError
 PACKAGES = (pipeline, jobs, infra)
 SETTINGS_FILE = "settings.yaml"
 ADDRESS_VARIABLE = "RAY_JOB_ADDRESS"
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def submit(job: str, settings: Settings, detach: bool = False) -> int:
@@ -59,7 +65,7 @@ def submit(job: str, settings: Settings, detach: bool = False) -> int:
     if detach:
         print(f"next     ddpm logs -f {name}")
         return DONE
-    return follow(client, name, job)
+    return follow(client, name)
 
 
 def job_client() -> JobSubmissionClient:
@@ -71,6 +77,8 @@ def job_client() -> JobSubmissionClient:
             "dashboard, such as http://ray.example:8265"
         )
     check_ray()  # Ray's own client would retry a wrong token for minutes
+    for module in (sdk, dashboard_sdk):  # they set their own level to INFO when imported
+        logging.getLogger(module.__name__).setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
@@ -78,13 +86,13 @@ def job_client() -> JobSubmissionClient:
         raise UserError(f"{ADDRESS_VARIABLE} {address}: {reason}; is the cluster up?") from None
 
 
-def follow(client: JobSubmissionClient, name: str, what: str) -> int:
+def follow(client: JobSubmissionClient, name: str) -> int:
     """Print a job's output and draw its progress until it ends; Ctrl-C leaves it running.
 
     Returns the job's own exit code.
     """
     try:
-        asyncio.run(_follow(client, name, what))
+        asyncio.run(_follow(client, name))
     except KeyboardInterrupt:
         print(f"\ndetached; the job goes on.  look again: ddpm logs -f {name}   end it: ddpm stop {name}")
         return DONE
@@ -124,13 +132,19 @@ def job_table(client: JobSubmissionClient) -> list[str]:
     ]
 
 
-async def _follow(client: JobSubmissionClient, name: str, what: str) -> None:
-    with progress_of(what) as progress:
+async def _follow(client: JobSubmissionClient, name: str) -> None:
+    """Print the job's lines; draw a bar from those that tell its progress, one for each thing it counts."""
+    with ExitStack() as bars:
+        reports: dict[str, Progress] = {}
         async for line in _lines(client, name):
-            if line.startswith(MARK):
-                _pass_on(line, progress)
-            else:
-                print(line, flush=True)
+            fact = _progress_fact(line)
+            if fact is None:
+                print(line if sys.stdout.isatty() else ANSI.sub("", line), flush=True)
+                continue
+            what = fact["what"]
+            if what not in reports:
+                reports[what] = bars.enter_context(progress_of(what, fact["unit"]))
+            reports[what](fact["done"], fact["total"], fact["note"])
 
 
 async def _lines(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:
@@ -143,12 +157,13 @@ async def _lines(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:
         yield rest
 
 
-def _pass_on(line: str, progress: Progress) -> None:
+def _progress_fact(line: str) -> dict[str, Any] | None:
+    if not line.startswith(MARK):
+        return None
     try:
-        fact: dict[str, Any] = json.loads(line.removeprefix(MARK))
+        return json.loads(line.removeprefix(MARK))
     except json.JSONDecodeError:
-        return  # two processes wrote at once; the next line tells more
-    progress(fact["done"], fact["total"], fact["note"])
+        return None  # two processes wrote at once: shown as it is
 
 
 def _job_name(client: JobSubmissionClient, job: str, content: str) -> tuple[str, bool]:

@@ -113,7 +113,7 @@ def _override(word: str, model: type[BaseModel]) -> Tree:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"{name}: the value '{text}' is not valid YAML; quote it") from None
+        value = text  # such as {root}/data: plain text, and refused below where a number belongs
     for part in reversed(name.split(".")):
         value = {part: value}
     return cast(Tree, value)

@@ -3,6 +3,7 @@
 Nothing of the result depends on Ray: checkpoints live in our store, and a replaced group starts from the last one.
 """
 
+import logging
 import tempfile
 import threading
 import time
@@ -84,6 +85,7 @@ def _on_worker(payload: dict[str, Any]) -> None:
     def report(step: int, text: str) -> bool:
         return bool(ray.get(board.note.remote(step, text)))
 
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # or it tells where it found its keys
     torch.set_num_threads(task.config.workers.cpus_per_worker)
     place = Place(rank=rank, world=context.get_world_size(), device=torch.device(get_device()))
     train_worker(task, place, report)

@@ -84,9 +84,9 @@ def _shared(net: nn.Module, config: TrainConfig, place: Place) -> nn.Module:
         net.compile()
     if place.world == 1:
         return net
-    # every rank computes the same initial weights, and GroupNorm has no running statistics to broadcast
+    # every rank computes the same initial weights, so none has to be told them
     devices = [place.device.index] if place.device.type == "cuda" else None
-    return DistributedDataParallel(net, device_ids=devices, init_sync=False, broadcast_buffers=False)
+    return DistributedDataParallel(net, device_ids=devices, init_sync=False)
 
 
 def _prime(trainer: Trainer, state: TrainState, place: Place) -> None:
