@@ -53,7 +53,7 @@ def is_alive(identity: Identity) -> bool:
     if _born(identity.pid) != identity.born:
         return False
     try:
-        return psutil.Process(identity.pid).status() != psutil.STATUS_ZOMBIE
+        return _runs(psutil.Process(identity.pid))
     except psutil.NoSuchProcess:
         return False
 
@@ -69,14 +69,14 @@ def end(identity: Identity, grace_seconds: float = 10.0) -> int:
     leader = members.get(identity.pid)
     if leader is not None:
         _signal([leader], kill=False)
-        psutil.wait_procs([leader], timeout=grace_seconds)
+        _wait([leader], grace_seconds)
     for attempt in range(5):
         rest = {**members, **{member.pid: member for member in family(identity)}}.values()
         living = [member for member in rest if _runs(member)]
         if not living:
             break
         _signal(living, kill=attempt > 0)
-        psutil.wait_procs(living, timeout=3.0)
+        _wait(living, 3.0)
     is_alive(identity)  # reaps our own child
     return count
 
@@ -149,10 +149,20 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _runs(process: psutil.Process) -> bool:
+    """Whether anything of it runs; a zombie does not, once its last thread has gone and its ports are closed."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        if not process.is_running():
+            return False
+        return process.status() != psutil.STATUS_ZOMBIE or len(os.listdir(f"/proc/{process.pid}/task")) > 1
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return False
+
+
+def _wait(waited_for: list[psutil.Process], seconds: float) -> None:
+    # Not psutil.wait_procs: where nobody reaps orphans (a container without an init), it waits for zombies.
+    deadline = time.monotonic() + seconds
+    while any(_runs(process) for process in waited_for) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _signal(processes: list[psutil.Process], *, kill: bool) -> None:

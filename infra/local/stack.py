@@ -149,7 +149,7 @@ class LocalStack:
 
     def _plan(self) -> State:
         """The state to reach: what was remembered, ports that are free or ours, the user's choices."""
-        before = read_state(self.root)
+        before = self._without_dead()
         own = self._own_environment(before)
         external = clients.external_services(own)
         state = before or State()
@@ -170,6 +170,15 @@ class LocalStack:
         )
         write_state(self.root, plan)
         return plan
+
+    def _without_dead(self) -> State | None:
+        """What is remembered, less the services that died: their orphans would still hold the ports."""
+        state = read_state(self.root)
+        for name, record in (state.services if state else {}).items():
+            if not processes.is_alive(record.identity):
+                processes.end(record.identity)
+                state = self._forget(name)
+        return state
 
     def _ports_of_running(self, state: State) -> set[str]:
         by_service = {"s3": S3_PORTS, "mlflow": MLFLOW_PORTS, "ray": ray.PORTS}
@@ -203,9 +212,7 @@ class LocalStack:
     def _start_all(self, state: State, progress: Progress | None, say: Say | None) -> None:
         services = self._services(state)
         wanted = {service.name for service in services}
-        wanted |= {
-            n for n, r in state.services.items() if n.startswith(_NODE) and processes.is_alive(r.identity)
-        }
+        wanted |= {name for name in state.services if name.startswith(_NODE)}
         for name in [name for name in state.services if name not in wanted]:
             processes.end(state.services[name].identity)
             self._forget(name)

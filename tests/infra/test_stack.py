@@ -1,0 +1,209 @@
+"""The real stack, on a root of its own: these tests kill its services."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from infra.local import LocalStack, check_ray, environment, processes
+from infra.local.ray import remove_temp_dir, temp_dir
+from infra.local.state import State, read_state, write_state
+from pipeline.errors import UserError
+from pipeline.store import open_store
+from tests.conftest import guarded
+
+SERVICES = ("s3", "mlflow", "ray")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]) -> Iterator[LocalStack]:
+    local = LocalStack(tmp_path_factory.mktemp("own"), "s3", num_cpus=1, environ=bare_environ)
+    guard = guarded(local)
+    try:
+        local.up()
+        yield local
+    finally:
+        local.down()
+        remove_temp_dir(local.root)
+        guard.terminate()
+        guard.wait()
+
+
+@pytest.fixture
+def pointed(own: LocalStack, bare_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """This process's environment, pointed at the module's stack."""
+    variables = environment(own.root)
+    for name in set(os.environ) - set(bare_environ):
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return {**bare_environ, **variables}
+
+
+def remembered(local: LocalStack) -> State:
+    state = read_state(local.root)
+    assert state is not None
+    return state
+
+
+def members(local: LocalStack) -> dict[str, list[psutil.Process]]:
+    return {name: processes.family(record.identity) for name, record in remembered(local).services.items()}
+
+
+def is_at_work(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def on_the_cluster(environ: dict[str, str], code: str) -> str:
+    """What `code` prints as a driver of the cluster, in a process of its own."""
+    command = [sys.executable, "-c", f"import ray; ray.init(log_to_driver=False)\n{code}"]
+    return subprocess.run(command, env=environ, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.mark.stack
+def test_up_again_keeps_every_process(own: LocalStack) -> None:
+    before = remembered(own)
+    began = time.monotonic()
+    own.up()
+    assert remembered(own) == before
+    assert time.monotonic() - began < 5
+    assert [(row.service, row.state) for row in own.status()] == [(name, "running") for name in SERVICES]
+
+
+@pytest.mark.stack
+def test_nothing_listens_beyond_loopback(own: LocalStack) -> None:
+    listening: dict[str, str] = {}
+    for process in (one for family in members(own).values() for one in family):
+        for connection in process.net_connections(kind="inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                listening[f"{connection.laddr.ip}:{connection.laddr.port}"] = process.name()
+    assert len(listening) > 5
+    strangers = {
+        at: who for at, who in listening.items() if not at.startswith(("127.", "::1:", "::ffff:127."))
+    }
+    assert strangers == {}
+
+
+@pytest.mark.stack
+def test_killed_services_come_back_with_their_data_on_their_ports(
+    own: LocalStack, pointed: dict[str, str]
+) -> None:
+    from mlflow import MlflowClient
+
+    open_store("s3://ddpm/kept").write("object", b"still here")
+    client = MlflowClient(pointed["MLFLOW_TRACKING_URI"])
+    run = client.create_run(client.create_experiment("kept"))
+    client.log_text(run.info.run_id, "and this", "note.txt")
+    before = remembered(own)
+    for name in SERVICES:
+        psutil.Process(before.services[name].identity.pid).kill()
+    own.up()
+    after = remembered(own)
+    assert after.ports == before.ports
+    for name in SERVICES:
+        assert after.services[name].identity.pid != before.services[name].identity.pid
+    assert open_store("s3://ddpm/kept").read("object") == b"still here"
+    assert [one.info.run_id for one in client.search_runs([run.info.experiment_id])] == [run.info.run_id]
+    assert (
+        open_store("s3://mlflow/artifacts").read(
+            f"{run.info.experiment_id}/{run.info.run_id}/artifacts/note.txt"
+        )
+        == b"and this"
+    )
+
+
+@pytest.mark.stack
+def test_a_job_finds_every_service_and_our_code(own: LocalStack, pointed: dict[str, str]) -> None:
+    code = (
+        "@ray.remote\n"
+        "def found():\n"
+        "    import os, jobs, pipeline\n"
+        "    return [os.environ[n] for n in ('AWS_ENDPOINT_URL', 'MLFLOW_TRACKING_URI', 'DDPM_ROOT')]\n"
+        "print(*ray.get(found.remote()))"
+    )
+    wanted = [pointed[name] for name in ("AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "DDPM_ROOT")]
+    assert on_the_cluster(pointed, code).split() == wanted
+
+
+@pytest.mark.stack
+def test_an_added_node_works_and_can_be_lost(own: LocalStack, pointed: dict[str, str]) -> None:
+    node = own.add_node(num_cpus=2)
+    code = (
+        "@ray.remote(num_cpus=2)\n"
+        "def where():\n"
+        "    return ray.util.get_node_ip_address()\n"
+        "print(ray.get(where.remote()))"
+    )
+    assert on_the_cluster(pointed, code).strip() == node.address
+    head = remembered(own).services["ray"]
+    own.up()
+    assert processes.is_alive(node.identity)
+    own.remove_node(node, suddenly=True)
+    assert processes.family(node.identity) == []
+    assert remembered(own).services["ray"] == head
+
+
+@pytest.mark.stack
+def test_a_wrong_token_is_refused_at_once(own: LocalStack, pointed: dict[str, str]) -> None:
+    check_ray(pointed)
+    for wrong in ({"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_TOKEN_PATH": ""}):
+        with pytest.raises(UserError, match="refuses this token"):
+            check_ray({**pointed, **wrong})
+
+
+@pytest.mark.stack
+def test_down_ends_all_of_its_own_and_nobody_else_and_a_taken_port_is_replaced(own: LocalStack) -> None:
+    bystander = subprocess.Popen([sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1"])
+    try:
+        mine = [process for family in members(own).values() for process in family]
+        before = remembered(own)
+        assert len(mine) > 8
+        assert sorted(own.down()) == sorted(SERVICES)
+        assert [process for process in mine if is_at_work(process)] == []
+        assert bystander.poll() is None
+        assert [row.state for row in own.status()] == ["stopped"] * 3
+        assert own.down() == []
+        with socket.create_server(("127.0.0.1", before.ports["s3"])):
+            own.up()
+        after = remembered(own)
+        changed = {name for name in after.ports if after.ports[name] != before.ports[name]}
+        assert changed == {"s3"}
+        assert [row.state for row in own.status()] == ["running"] * 3
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_stack_whose_keeper_was_killed_is_removed(tmp_path: Path, bare_environ: dict[str, str]) -> None:
+    from infra.local.state import ServiceRecord
+
+    local = LocalStack(tmp_path / "kept", environ=bare_environ)
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    served = processes.spawn(sleep, os.environ, local.root / "logs" / "s3.log", mark=tmp_path.name)
+    write_state(local.root, State(services={"s3": ServiceRecord(identity=served, fingerprint="")}))
+    keeper = subprocess.Popen(sleep)
+    command = [
+        sys.executable,
+        "-m",
+        "infra.local",
+        "guard",
+        "--root",
+        str(local.root),
+        "--pid",
+        str(keeper.pid),
+    ]
+    guard = subprocess.Popen(command)
+    time.sleep(1)
+    assert processes.is_alive(served)
+    keeper.kill()
+    keeper.wait()
+    assert guard.wait(timeout=20) == 0
+    assert not processes.is_alive(served)
+    assert not local.root.exists()
+    assert not temp_dir(local.root).exists()
