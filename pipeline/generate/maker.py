@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.config.generate import GuardConfig
 from pipeline.data.shards import write_shard
+from pipeline.errors import DamageError
 from pipeline.generate.engine import Engine, software
 from pipeline.generate.guards import GuardTripped, judge
 from pipeline.generate.pixels import Pixels, Tally, encode, tally
@@ -20,7 +21,7 @@ from pipeline.generate.plan import Batch, Shard, batches, classes_of
 from pipeline.generate.records import DoneRecord, Times, read_record
 from pipeline.generate.spec import Spec, canonical
 from pipeline.nets.artifact import TrainingData
-from pipeline.store import Store
+from pipeline.store import ObjectMissing, Store
 
 Member = tuple[str, dict[str, bytes]]
 OnImages = Callable[[int], None]
@@ -56,8 +57,9 @@ class ShardMaker:
         `on_images` is told how many of its images are sampled so far. Raises GuardTripped for images not worth
         keeping, Abandoned when `should_stop` says so between two batches; both leave nothing behind.
         """
-        if self.store.stat(unit.done_key) is not None:
-            return read_record(self.store, self.spec, unit)
+        found = self._made_already(unit)
+        if found is not None:
+            return found
         with self._device:
             began = time.monotonic()
             parts: list[Future[tuple[list[Member], Tally]]] = []
@@ -87,6 +89,17 @@ class ShardMaker:
             software=self._software,
         )
         return self._record(unit, data, total, times)
+
+    def _made_already(self, unit: Shard) -> DoneRecord | None:
+        """The record of a shard that is whole as far as a look at it tells; a damaged one is made again."""
+        there = self.store.stat(unit.key) if self.store.stat(unit.done_key) is not None else None
+        if there is None:
+            return None
+        try:
+            record = read_record(self.store, self.spec, unit)
+        except (DamageError, ObjectMissing):
+            return None
+        return record if record.bytes == there.size_bytes else None
 
     def _record(self, unit: Shard, data: bytes, total: Tally, times: Times) -> DoneRecord:
         record = DoneRecord(

@@ -78,6 +78,17 @@ def test_a_shard_that_another_job_has_made_is_not_made_again(model: Path, tmp_pa
     assert maker.make(unit) == first
 
 
+def test_a_shard_whose_record_or_object_is_damaged_is_made_again(model: Path, tmp_path: Path) -> None:
+    maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
+    unit = shard(maker.spec, 0)
+    maker.make(unit)
+    sound = contents(maker.store)
+    for key, data in ((unit.done_key, b"{"), (unit.key, b"short")):
+        maker.store.write(key, data)
+        maker.make(unit)
+        assert contents(maker.store) == sound
+
+
 def test_an_abandoned_shard_leaves_nothing(model: Path, tmp_path: Path) -> None:
     maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
     seen: list[int] = []

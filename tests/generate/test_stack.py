@@ -1,0 +1,183 @@
+"""Generations on the real stack: S3, Ray and MLflow, undisturbed, extended, refused and by several at once."""
+
+import io
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from infra.local import LocalStack
+from jobs.cluster import ray_cluster
+from jobs.generate import main
+from pipeline.config.generate import GenerateConfig, GuardConfig
+from pipeline.generate.manifest import read_manifest
+from pipeline.generate.run import GenerationResult, generate
+from pipeline.generate.status import generation_status
+from pipeline.generate.verify import verify
+from pipeline.nets.artifact import TrainingData
+from pipeline.store import open_store
+from pipeline.track import find_run, register, set_alias, tracking_client
+from pipeline.track.run import open_run
+from tests.generate.tiny import contents, fill, settings, tiny_card, tiny_model
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(180)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def run(config: GenerateConfig) -> GenerationResult:
+    with ray_cluster():
+        return generate(config, cluster=nullcontext)
+
+
+def words(config: GenerateConfig, folder: Path) -> list[str]:
+    """A command line that asks for `config`."""
+    file = folder / "config.yaml"
+    file.write_text(json.dumps({"generate": config.model_dump(mode="json")}))
+    return [f"--config={file}"]
+
+
+def test_the_command_fills_a_prefix_and_then_has_nothing_to_do(
+    model: Path,
+    prefix: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = settings(model, prefix, count=47)
+    assert main(words(config, tmp_path)) == 0
+    assert "complete: 47 images in 5 shards" in capsys.readouterr().out
+    assert verify(prefix).ok
+    before = contents(open_store(prefix))
+    assert main(words(config, tmp_path)) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert contents(open_store(prefix)) == before
+    # Another request at the same prefix is refused before anything is written.
+    assert main([*words(config, tmp_path), "seed=5"]) == 2
+    assert "seed: 0 there, 5 asked for" in capsys.readouterr().err
+    assert contents(open_store(prefix)) == before
+
+
+def test_one_two_and_three_workers_and_none_make_the_same_bytes(model: Path, prefix: str) -> None:
+    fill(settings(model, f"{prefix}/none", count=47))
+    expected = contents(open_store(f"{prefix}/none"))
+    for workers in (1, 2, 3):
+        result = run(settings(model, f"{prefix}/{workers}", count=47, num_workers=workers))
+        assert (result.status, result.images_made, result.shards_made) == ("complete", 47, 5)
+        assert contents(open_store(f"{prefix}/{workers}")) == expected
+
+
+def test_a_raised_count_extends_to_the_bytes_of_one_that_was_large_at_once(model: Path, prefix: str) -> None:
+    fill(settings(model, f"{prefix}/once", count=41))
+    small, large = settings(model, f"{prefix}/grown", count=23), settings(model, f"{prefix}/grown", count=41)
+    assert run(small).images_made == 23
+    grown = run(large)
+    assert (grown.status, grown.shards_made) == ("complete", 3)
+    assert contents(open_store(f"{prefix}/grown")) == contents(open_store(f"{prefix}/once"))
+    assert run(large).status == "already complete"
+
+
+def test_two_jobs_at_one_prefix_do_no_harm(model: Path, prefix: str) -> None:
+    fill(settings(model, f"{prefix}/alone"))
+    config = settings(model, f"{prefix}/both", num_workers=1)
+    with ray_cluster(), ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: generate(config, cluster=nullcontext), range(2)))
+    assert {result.status for result in results} <= {"complete", "already complete"}
+    assert contents(open_store(f"{prefix}/both")) == contents(open_store(f"{prefix}/alone"))
+
+
+def test_a_shard_that_keeps_failing_is_reported_while_the_rest_completes(
+    model: Path, stack: LocalStack, tmp_path: Path
+) -> None:
+    config = settings(model, f"file://{tmp_path}/out", max_attempts=2)
+    store = open_store(config.output)
+    with ray_cluster():
+        hindered = threading.Thread(target=_hinder, args=(tmp_path / "out",))
+        hindered.start()
+        result = generate(config, cluster=nullcontext)
+        hindered.join()
+    assert result.status == "failed"
+    assert list(result.failed) == ["shards/000003.tar"]
+    assert "IsADirectoryError" in result.failed["shards/000003.tar"]
+    assert read_manifest(store) is None
+    status = generation_status(config.output)
+    assert (status.state, status.images_done) == ("not complete", 40)
+    assert list(status.failed) == ["000003"]
+    (tmp_path / "out/shards/000003.tar").rmdir()
+    assert run(config).status == "complete"
+    assert verify(config.output).ok
+
+
+def _hinder(out: Path) -> None:
+    """Put a directory in the way of shard 3 as soon as the job has claimed the prefix."""
+    while not (out / "spec.json").exists():
+        time.sleep(0.01)
+    (out / "shards/000003.tar").mkdir(parents=True)
+
+
+def test_a_bad_model_is_stopped_before_it_fills_the_bucket(tmp_path: Path, prefix: str) -> None:
+    data = TrainingData(channel_mean=(5.0,), channel_std=(10.0,))
+    model = tiny_model(tmp_path / "model", tiny_card(data=data))
+    result = run(
+        settings(model, prefix, count=400, guards=GuardConfig(min_images=10, max_saturated_fraction=1))
+    )
+    assert result.status == "stopped by a guard"
+    assert result.reason is not None
+    assert "channel 0 has mean" in result.reason
+    assert list(open_store(prefix).list("shards/")) == []
+
+
+def test_a_worker_that_fits_no_node_is_refused(
+    model: Path,
+    prefix: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words(settings(model, prefix, cpus_per_worker=64), tmp_path)) == 2
+    assert "cpus_per_worker: a worker asks for 64" in capsys.readouterr().err
+    assert list(open_store(prefix).list()) == []
+
+
+def test_a_generation_of_a_registered_model_is_tracked_and_linked(
+    stack: LocalStack, model: Path, prefix: str
+) -> None:
+    training = open_run("generate-test", "training", key="t", params={}, tags={}, config_yaml="")
+    version = register("tiny", model, training.run_id, {}, "a tiny network")
+    set_alias("tiny", "champion", version.version)
+    config = settings(Path("tiny@champion"), prefix, track={"experiment": "generate-test"})
+    result = run(config)
+    assert result.status == "complete"
+    manifest = read_manifest(open_store(prefix))
+    assert manifest is not None
+    assert (manifest.spec.model.name, manifest.spec.model.version) == ("tiny", version.version)
+    found = find_run("generate-test", f"generate/{result.spec_digest[:16]}/{prefix}")
+    assert found is not None
+    assert (found.status, found.url) == ("FINISHED", result.run_url)
+    client = tracking_client()
+    seen = client.get_run(found.run_id)
+    assert seen.data.metrics["progress/images"] == 50
+    assert seen.data.tags["ddpm.training_run"] == training.run_id
+    names = {item.path for item in client.list_artifacts(found.run_id)}
+    assert {"contact-sheet.png", "report.html", "summary.json", "config"} <= names
+
+
+def test_the_contact_sheet_and_the_report_lie_beside_the_manifest(model: Path, prefix: str) -> None:
+    fill(settings(model, prefix, count=47))
+    store = open_store(prefix)
+    with Image.open(io.BytesIO(store.read("contact-sheet.png"))) as sheet:
+        assert sheet.height > 3 * 64
+    page = store.read("report.html").decode()
+    assert page.count("data:image/png;base64,") == 1 + 3
+    assert "nought" in page
+    assert "<script" not in page
