@@ -3,8 +3,10 @@
 import os
 import random
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
@@ -13,6 +15,7 @@ from pipeline.track.redaction import redact
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 # Waiting is done here and in the spool, where it can be bounded and shown, not inside one HTTP call (whose
@@ -96,27 +99,35 @@ def tracking_client(uri: str | None = None) -> "MlflowClient":
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether waiting may help: the server is away, overloaded, restarting, or does not know us for now."""
+    """Whether waiting may help: the server is away, overloaded or restarting."""
     import requests
-    from mlflow.exceptions import MlflowException
 
-    if isinstance(error, MlflowException):
-        return error.get_http_status_code() in (401, 403, 408, 429) or error.get_http_status_code() >= 500
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        return error.response.status_code in (401, 403, 408, 429) or error.response.status_code >= 500
+    status = _status(error)
+    if status is not None:
+        return status in (408, 429) or status >= 500
     return isinstance(error, (requests.RequestException, ConnectionError, TimeoutError))
+
+
+def is_denied(error: BaseException) -> bool:
+    """Whether the server does not let us in (which it may again, once somebody renews the credentials)."""
+    return _status(error) in (401, 403)
 
 
 def patiently(what: str, action: Callable[[], T], wait_seconds: float = 60.0) -> T:
     """`action()`, tried again with growing pauses while the server is away; it must be idempotent.
 
-    Raises TrackingError, naming `what`, when the server stayed away for `wait_seconds`.
+    Raises TrackingError, naming `what`, when the server stayed away for `wait_seconds`, and UserError when it does
+    not let us in.
     """
     deadline, pause = time.monotonic() + wait_seconds, 0.5
     while True:
         try:
             return action()
         except Exception as error:
+            if is_denied(error):
+                raise UserError(
+                    f"{what}: MLflow refuses it ({_brief(error)}); check MLFLOW_TRACKING_*"
+                ) from error
             if not is_outage(error):
                 raise
             if time.monotonic() + pause > deadline:
@@ -125,6 +136,49 @@ def patiently(what: str, action: Callable[[], T], wait_seconds: float = 60.0) ->
                 ) from error
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(pause * 2, 10.0)
+
+
+def patient(what: str, wait_seconds: float = 60.0) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator: the whole function is idempotent and is run by `patiently`."""
+
+    def wrap(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def waiting(*args: P.args, **kwargs: P.kwargs) -> T:
+            return patiently(what, lambda: function(*args, **kwargs), wait_seconds)
+
+        return waiting
+
+    return wrap
+
+
+@contextmanager
+def long_transfers(timeout_seconds: int = 600) -> Generator[None]:
+    """Give the server this long to answer: it takes a whole model before it stores it and says so.
+
+    The setting is the process's, so a spool's thread may meanwhile also wait longer for a frozen server.
+    """
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name)
+    os.environ[name] = str(max(timeout_seconds, int(before or 0)))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status a failed call ended with, if the server answered at all."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code())
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return int(error.response.status_code)
+    return None
 
 
 def _require_ok(uri: str, status: int, what: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.track.connect import patiently, tracking_client
+from pipeline.track.connect import patient, tracking_client
 from pipeline.track.redaction import redact
 from pipeline.track.registry import ModelVersion
 from pipeline.track.run import set_tags
@@ -14,6 +14,7 @@ from pipeline.track.run import set_tags
 _MAX_DIGEST = 36  # the server's limit; the whole digest is in the profile
 
 
+@patient("data set of a run")
 def log_dataset(
     run_id: str,
     name: str,
@@ -38,10 +39,10 @@ def log_dataset(
         profile=json.dumps({k: v for k, v in profile.items() if v is not None}),
     )
     inputs = [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])]
-    client = tracking_client(uri)
-    patiently(f"data set of run {run_id}", lambda: client.log_inputs(run_id, datasets=inputs))
+    tracking_client(uri).log_inputs(run_id, datasets=inputs)
 
 
+@patient("model of a run")
 def link_model(run_id: str, version: ModelVersion, *, uri: str | None = None) -> None:
     """Tie a run to the registered version it uses: tags that lead to it everywhere, and an input on the run's
     page where model and run are in the same experiment (MLflow shows it only there).
@@ -52,12 +53,8 @@ def link_model(run_id: str, version: ModelVersion, *, uri: str | None = None) ->
     if version.run_id:
         tags["ddpm.training_run"] = version.run_id
     set_tags(run_id, tags, uri=uri)
-    model_id = version.model_id
-    if model_id is not None:
-        client = tracking_client(uri)
-        patiently(
-            f"model of run {run_id}", lambda: client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
-        )
+    if version.model_id is not None:
+        tracking_client(uri).log_inputs(run_id, models=[LoggedModelInput(version.model_id)])
 
 
 def source_tags(directory: Path | None = None) -> dict[str, str]:

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DamageError, UserError
-from pipeline.track.connect import patiently, require_server, tracking_client, tracking_uri
+from pipeline.track.connect import (
+    long_transfers,
+    patient,
+    patiently,
+    require_server,
+    tracking_client,
+    tracking_uri,
+)
 from pipeline.track.packaging import MODEL_FOLDER, package
 from pipeline.track.redaction import redact
 
@@ -73,32 +80,54 @@ def register(
     export.
     """
     sha256 = _weights_sha256(directory)
-    client = tracking_client(require_server(uri))
-    found = _registered(client, name, run_id, sha256)
-    if found is not None:
-        return found
-    model_id = _log_model(client, logged_name or name, directory, run_id, sha256, tags)
-    _make_registered_model(client, name)
+    client = tracking_client(uri)
     all_tags = {**{k: str(v) for k, v in redact(tags).items()}, SHA256_TAG: sha256}
     if checkpoint_uri is not None:
         all_tags[CHECKPOINT_TAG] = checkpoint_uri
 
-    def create() -> ModelVersion:
-        done = _registered(client, name, run_id, sha256)  # an unanswered try may have succeeded
-        if done is not None:
-            return done
+    def attempt() -> ModelVersion:
+        # Registered by an earlier call, or by a try that got no answer.
+        found = _registered(client, name, run_id, sha256)
+        if found is not None:
+            return found
+        model_id = log_model(directory, run_id, tags, logged_name=logged_name or name, uri=uri)
+        _make_registered_model(client, name)
+        source = f"{_LOGGED_MODEL}{model_id}"
         made = client.create_model_version(
-            name,
-            f"{_LOGGED_MODEL}{model_id}",
-            run_id,
-            all_tags,
-            description=redact(description),
-            await_creation_for=0,
-            model_id=model_id,
+            name, source, run_id, all_tags, None, redact(description), await_creation_for=0, model_id=model_id
         )
         return _view(client, made)
 
-    return patiently(f"registering {name}", create)
+    return patiently(f"registering {name}", attempt, _UPLOAD_PATIENCE_SECONDS)
+
+
+def log_model(
+    directory: Path, run_id: str, tags: Mapping[str, str], *, logged_name: str, uri: str | None = None
+) -> str:
+    """Show an exported model on its run's page without registering it; returns MLflow's id of the logged model.
+
+    The same weights of the same run under the same name are uploaded once.
+    """
+    sha256 = _weights_sha256(directory)
+    client = tracking_client(uri)
+
+    def attempt() -> str:
+        experiment_id = client.get_run(run_id).info.experiment_id
+        where = f"source_run_id = '{run_id}' AND tags.`{SHA256_TAG}` = '{sha256}'"
+        for model in client.search_logged_models([experiment_id], filter_string=where):
+            if str(model.status) == "READY" and model.name == logged_name:
+                return str(model.model_id)
+        all_tags = {**{k: str(v) for k, v in redact(tags).items()}, SHA256_TAG: sha256}
+        made = client.create_logged_model(
+            experiment_id, logged_name, run_id, all_tags, model_type="diffusion"
+        )
+        with tempfile.TemporaryDirectory() as folder, long_transfers():
+            package(directory, Path(folder) / "package", str(made.model_id), run_id)
+            client.log_model_artifacts(made.model_id, str(Path(folder) / "package"))
+        client.finalize_logged_model(made.model_id, "READY")
+        return str(made.model_id)
+
+    return patiently(f"uploading model {logged_name}", attempt, _UPLOAD_PATIENCE_SECONDS)
 
 
 def resolve(reference: str, uri: str | None = None) -> ModelVersion:
@@ -157,6 +186,7 @@ def download(version: ModelVersion, dest: Path, uri: str | None = None) -> Path:
     return dest
 
 
+@patient("the model registry")
 def set_alias(name: str, alias: str, version: int, uri: str | None = None) -> None:
     """Let `name@alias` mean this version from now on. UserError for a version that does not exist."""
     if not any(v.version == version for v in versions(name, uri)):
@@ -166,12 +196,14 @@ def set_alias(name: str, alias: str, version: int, uri: str | None = None) -> No
     tracking_client(uri).set_registered_model_alias(name, alias, str(version))
 
 
+@patient("the model registry")
 def delete_alias(name: str, alias: str, uri: str | None = None) -> None:
     """Take `name@alias` away; the version stays. Nothing happens when there is no such alias."""
     if any(alias in v.aliases for v in versions(name, uri)):
         tracking_client(uri).delete_registered_model_alias(name, alias)
 
 
+@patient("the model registry")
 def versions(name: str, uri: str | None = None) -> list[ModelVersion]:
     """All versions of a registered model, oldest first; empty when there is no such model."""
     client = tracking_client(uri)
@@ -180,6 +212,7 @@ def versions(name: str, uri: str | None = None) -> list[ModelVersion]:
     return sorted(found, key=lambda v: v.version)
 
 
+@patient("the model registry")
 def protected_sources(uri: str | None = None) -> frozenset[str]:
     """Every place that some registered version needs: retention and clean-up must not touch anything below
     these.
@@ -210,35 +243,6 @@ def _weights_sha256(directory: Path) -> str:
         if not (directory / name).is_file():
             raise UserError(f"{directory}: no {name} here; export the model before registering it")
     return file_sha256(directory / WEIGHTS)
-
-
-def _log_model(
-    client: "MlflowClient",
-    logged_name: str,
-    directory: Path,
-    run_id: str,
-    sha256: str,
-    tags: Mapping[str, str],
-) -> str:
-    """Put the package up as a logged model of the run; returns its id. A finished one of the same weights is
-    reused.
-    """
-    experiment_id = client.get_run(run_id).info.experiment_id
-    where = f"source_run_id = '{run_id}' AND tags.`{SHA256_TAG}` = '{sha256}'"
-    for model in client.search_logged_models([experiment_id], filter_string=where):
-        if str(model.status) == "READY" and model.name == logged_name:
-            return str(model.model_id)
-    all_tags = {**{k: str(v) for k, v in redact(tags).items()}, SHA256_TAG: sha256}
-    made = client.create_logged_model(experiment_id, logged_name, run_id, all_tags, model_type="diffusion")
-    with tempfile.TemporaryDirectory() as folder:
-        package(directory, Path(folder) / "package", str(made.model_id), run_id)
-        patiently(
-            f"uploading model {logged_name}",
-            lambda: client.log_model_artifacts(made.model_id, str(Path(folder) / "package")),
-            _UPLOAD_PATIENCE_SECONDS,
-        )
-    client.finalize_logged_model(made.model_id, "READY")
-    return str(made.model_id)
 
 
 def _make_registered_model(client: "MlflowClient", name: str) -> None:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import UserError
-from pipeline.track.connect import TrackingError, patiently, require_server, tracking_client, tracking_uri
+from pipeline.track.connect import (
+    TrackingError,
+    patient,
+    patiently,
+    require_server,
+    tracking_client,
+    tracking_uri,
+)
 from pipeline.track.redaction import redact
 
 if TYPE_CHECKING:
@@ -74,18 +81,23 @@ def open_run(
     _check_key(key)
     address = require_server(uri)
     client = tracking_client(address)
-    experiment_id = _experiment_id(client, experiment)
-    found = _search(client, experiment_id, key, unfinished_only=True)
-    all_tags = _run_tags(key, tags, description, color, parent_run_id)
-    if found is None:
-        made = client.create_run(experiment_id, tags=all_tags, run_name=redact(name))
-    else:
-        made = _resume(client, found, all_tags)
-    _log_missing_params(client, made, params)
-    put_text(client, made.info.run_id, CONFIG_PATH, redact(config_yaml))
-    return _view(made, address, key, status="RUNNING", resumed=found is not None)
+
+    def attempt() -> Run:
+        experiment_id = _experiment_id(client, experiment)
+        found = _search(client, experiment_id, key, unfinished_only=True)
+        all_tags = _run_tags(key, tags, description, color, parent_run_id)
+        if found is None:
+            made = client.create_run(experiment_id, tags=all_tags, run_name=redact(name))
+        else:
+            made = _resume(client, found, all_tags)
+        _log_missing_params(client, made, params)
+        put_text(client, made.info.run_id, CONFIG_PATH, redact(config_yaml))
+        return _view(made, address, key, status="RUNNING", resumed=found is not None)
+
+    return patiently(f"opening run {name}", attempt)
 
 
+@patient("looking for a run")
 def find_run(experiment: str, key: str, uri: str | None = None) -> Run | None:
     """The newest run with this key, in whatever state it ended, or None; a finished one wins over later
     failures.
@@ -101,6 +113,7 @@ def find_run(experiment: str, key: str, uri: str | None = None) -> Run | None:
     return None if run is None else _view(run, tracking_uri(uri), key)
 
 
+@patient("looking for a run")
 def find_latest_run(
     experiment: str | None = None, *, key_prefix: str = "", uri: str | None = None
 ) -> Run | None:
@@ -142,6 +155,7 @@ def finish(
     return True
 
 
+@patient("describing a run")
 def describe(run_id: str, markdown: str, *, uri: str | None = None) -> None:
     """Set the run's description; `picture(run_id, path)` makes a picture of one of its artifacts for it."""
     tracking_client(uri).set_tag(run_id, "mlflow.note.content", redact(markdown))
@@ -152,14 +166,13 @@ def picture(run_id: str, path: str, text: str = "") -> str:
     return f"![{text}](get-artifact?path={path}&run_uuid={run_id})"
 
 
-def set_tags(
-    run_id: str, tags: Mapping[str, str], *, uri: str | None = None, wait_seconds: float = 60.0
-) -> None:
-    """Set tags (lineage, links) on a run; TrackingError when the server stayed away."""
+@patient("tags of a run")
+def set_tags(run_id: str, tags: Mapping[str, str], *, uri: str | None = None) -> None:
+    """Set tags (lineage, links) on a run."""
     from mlflow.entities import RunTag
 
-    client, clean = tracking_client(uri), [RunTag(k, str(v)) for k, v in redact(tags).items()]
-    patiently(f"tags of run {run_id}", lambda: client.log_batch(run_id, tags=clean), wait_seconds)
+    clean = [RunTag(k, str(v)) for k, v in redact(tags).items()]
+    tracking_client(uri).log_batch(run_id, tags=clean)
 
 
 def put_text(client: "MlflowClient", run_id: str, path: str, text: str) -> None:
@@ -168,10 +181,7 @@ def put_text(client: "MlflowClient", run_id: str, path: str, text: str) -> None:
         local = Path(folder) / Path(path).name
         local.write_text(text, encoding="utf-8")
         parent = str(Path(path).parent)
-        patiently(
-            f"artifact {path}",
-            lambda: client.log_artifact(run_id, str(local), None if parent == "." else parent),
-        )
+        client.log_artifact(run_id, str(local), None if parent == "." else parent)
 
 
 def run_url(address: str, experiment_id: str, run_id: str) -> str:
@@ -237,9 +247,9 @@ def _resume(client: "MlflowClient", run: "MlflowRun", tags: dict[str, str]) -> "
     resumes = int(run.data.tags.get(RESUMES_TAG, "0")) + 1
     again = [RunTag(k, v) for k, v in {**tags, RESUMES_TAG: str(resumes)}.items()]
     client.log_batch(run.info.run_id, tags=again)
+    client.update_run(run.info.run_id, status="RUNNING")
     if REASON_TAG in run.data.tags:
         client.delete_tag(run.info.run_id, REASON_TAG)
-    client.update_run(run.info.run_id, status="RUNNING")
     return run
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.track.connect import is_outage
+from pipeline.track.connect import is_denied, is_outage
 from pipeline.track.journal import Entry, Journal
 from pipeline.track.redaction import redact
 
@@ -85,7 +85,7 @@ class Sender:
             else:
                 self._send_points([e.record for e in entries])
         except Exception as error:
-            if is_outage(error) or not self._run_is_active():
+            if is_outage(error) or is_denied(error) or not self._run_is_active():
                 raise
             self._deliver_singly([e.record for e in entries])
 
@@ -98,7 +98,7 @@ class Sender:
                 else:
                     self._send_points([record])
             except Exception as error:
-                if is_outage(error):
+                if is_outage(error) or is_denied(error):
                     raise
                 reason = redact(str(error)).splitlines()[0][:300]
                 log.warning(

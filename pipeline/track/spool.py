@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.track.connect import is_outage, tracking_client, tracking_uri
+from pipeline.track.connect import is_denied, is_outage, tracking_client, tracking_uri
 from pipeline.track.journal import Journal, read_identity, write_identity
 from pipeline.track.run import HEARTBEAT_TAG
 from pipeline.track.sender import Sender
@@ -160,8 +160,9 @@ class Spool:
                 self._sender.beat(HEARTBEAT_TAG)
                 self._next_beat = time.monotonic() + self._heartbeat
         except Exception as error:
-            if is_outage(error):
-                log.warning("run %s: MLflow is away, points wait in %s", self.run_id, self.directory)
+            if is_outage(error) or is_denied(error):
+                state = "refuses us" if is_denied(error) else "is away"
+                log.warning("run %s: MLflow %s, points wait in %s", self.run_id, state, self.directory)
             else:
                 log.exception("run %s: delivery failed, points wait in %s", self.run_id, self.directory)
             return False

@@ -1,5 +1,6 @@
 """An unusable tracking server is named in one line within seconds."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.track.connect import TrackingError, patiently, require_server, tracking_uri
+from pipeline.track.connect import TrackingError, long_transfers, patiently, require_server, tracking_uri
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -22,7 +23,7 @@ class _Answers(BaseHTTPRequestHandler):
         self.send_response(self.health if self.path == "/health" else self.search)
         self.send_header("Content-Type", self.kind)
         self.end_headers()
-        self.wfile.write(b"{}")
+        self.wfile.write(b"{}" if self.search == 200 else b"no entry")
 
     def log_message(self, format: str, *args: object) -> None:
         """Quiet."""
@@ -145,3 +146,20 @@ def test_patience_is_not_for_mistakes() -> None:
 def test_importing_the_package_does_not_import_mlflow() -> None:
     program = "import sys, pipeline.track; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_refused_credentials_are_not_waited_for(answers: type[_Answers]) -> None:
+    from pipeline.track import versions
+
+    answers.search = 401
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"the model registry: MLflow refuses it .*check MLFLOW_TRACKING_"):
+        versions("m", uri=answers.address)
+    assert time.monotonic() - start < 10
+
+
+def test_a_long_transfer_leaves_the_time_limit_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    with long_transfers(600):
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "600"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7"

@@ -1,6 +1,8 @@
 """A version is registered once, found by what people write, and refused when its bytes are not its own."""
 
 import os
+import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +31,7 @@ from pipeline.track import (
     versions,
 )
 from pipeline.track.registry import file_sha256
+from tests.track.relay import Relay
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,9 +41,9 @@ NewRun = Callable[..., Run]
 
 
 @pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
+def name() -> str:
     """A registered model's name of this test alone."""
-    return request.node.name.replace("[", "-").replace("]", "")[:60]
+    return f"m-{uuid.uuid4().hex[:12]}"
 
 
 def _export(folder: Path, seed: int = 0) -> Path:
@@ -104,6 +107,19 @@ def test_a_crash_between_upload_and_registration_uploads_nothing_twice(
     again = register(name, source, run.run_id, {}, uri=server)
     assert again.version == 2
     assert again.model_id == version.model_id
+
+
+@pytest.mark.parametrize("mode", ["refuse", "deaf"])
+def test_a_registration_outlasts_an_outage_and_makes_one_version(
+    mode: str, relay: Relay, server: str, name: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    run, source = new_run(), _export(tmp_path / "a")
+    relay.switch(mode)  # type: ignore[arg-type]
+    back = threading.Timer(1.5, relay.switch, ["open"])
+    back.start()
+    version = register(name, source, run.run_id, {}, uri=relay.uri)
+    back.join()
+    assert [v.version for v in versions(name, uri=server)] == [version.version] == [1]
 
 
 def test_a_reference_may_be_an_alias_a_number_or_mlflows_own_spelling(

@@ -1,0 +1,108 @@
+"""Whatever fails and whenever the process dies, the server ends up with the first value of every step, once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.track.journal import Journal
+from pipeline.track.sender import Sender
+
+
+class _Server:
+    """MLflow's rules for points, in memory: a point's key is (metric, timestamp, step, value)."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[str, int, int, float]] = []
+        self.faults: list[str] = []
+
+    def _faulty(self, action: Callable[[], Any]) -> Any:
+        fault = self.faults.pop() if self.faults else "none"
+        if fault == "before":
+            raise ConnectionError("lost the request")
+        result = action()
+        if fault == "after":
+            raise ConnectionError("lost the answer")
+        return result
+
+    def get_metric_history(self, run_id: str, name: str) -> list[SimpleNamespace]:
+        found = [SimpleNamespace(step=p[2]) for p in self.points if p[0] == name]
+        return self._faulty(lambda: found)
+
+    def log_batch(self, run_id: str, metrics: list[Any]) -> None:
+        new = [(m.key, m.timestamp, m.step, m.value) for m in metrics]
+        self._faulty(lambda: self.points.extend(p for p in dict.fromkeys(new) if p not in self.points))
+
+
+class _Process:
+    """One life of a logging process on one directory."""
+
+    def __init__(self, folder: Path, server: _Server) -> None:
+        self.journal = Journal(folder)
+        self.sender = Sender(self.journal, server, "run")  # type: ignore[arg-type]
+
+    def deliver(self) -> None:
+        while self.sender.send_next():
+            continue
+
+
+operation = st.one_of(
+    st.tuples(st.just("log"), st.integers(0, 12)),
+    st.tuples(st.just("deliver"), st.lists(st.sampled_from(["none", "before", "after"]), max_size=6)),
+    st.tuples(st.just("die"), st.booleans()),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(operation, max_size=40))
+def test_every_step_arrives_once_with_its_first_value(story: list[tuple[str, Any]]) -> None:
+    server, clock, first = _Server(), 0, {}
+    with TemporaryDirectory() as folder:
+        process = _Process(Path(folder), server)
+        for what, detail in story:
+            clock += 1
+            if what == "log":
+                first.setdefault(detail, float(clock))
+                process.journal.append({"t": clock, "s": detail, "m": {"loss": float(clock)}})
+            elif what == "deliver":
+                server.faults = list(detail)
+                try:
+                    process.deliver()
+                except ConnectionError:
+                    assert not set(detail) <= {"none"}
+            else:
+                process = _Process(Path(folder), server)
+                if detail:  # the disk has the lines, but the note how far they were sent is gone
+                    (Path(folder) / "offset.json").unlink(missing_ok=True)
+        server.faults = []
+        process.deliver()
+        assert process.journal.undelivered() == 0
+    assert sorted((step, value) for _, _, step, value in server.points) == sorted(first.items())
+
+
+def test_a_lost_answer_is_asked_about_before_more_is_sent(tmp_path: Path) -> None:
+    server = _Server()
+    process = _Process(tmp_path, server)
+    process.journal.append({"t": 1, "s": 1, "m": {"loss": 1.0}})
+    server.faults = ["after", "none"]
+    with pytest.raises(ConnectionError):
+        process.deliver()
+    # Meanwhile a resumed process, with a directory of its own, sent step 2 with its own timestamp.
+    server.points.append(("loss", 50, 2, 2.0))
+    process.journal.append({"t": 2, "s": 2, "m": {"loss": 2.0}})
+    process.deliver()
+    assert server.points == [("loss", 1, 1, 1.0), ("loss", 50, 2, 2.0)]
+
+
+def test_one_record_of_more_points_than_a_batch_holds_is_sent_whole(tmp_path: Path) -> None:
+    server = _Server()
+    process = _Process(tmp_path, server)
+    process.journal.append({"t": 1, "s": 0, "m": {f"m{i}": float(i) for i in range(1500)}})
+    process.journal.append({"t": 2, "s": 1, "m": {"m0": 1.0}})
+    process.deliver()
+    assert len(server.points) == 1501
