@@ -67,12 +67,17 @@ def node_service(
     """One more node of the cluster that `head` leads, on its own loopback `address` (127.0.0.2 and up; Linux)."""
     token = Path(head.settings["RAY_AUTH_TOKEN_PATH"])
     argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-    argv += [f"--address=127.1:{ports['ray']}", f"--node-ip-address={address}", f"--num-cpus={num_cpus}"]
+    argv += [
+        f"--address=[::ffff:127.0.0.1]:{ports['ray']}",
+        f"--node-ip-address={address}",
+        f"--num-cpus={num_cpus}",
+    ]
     argv += [*node_ports(ports, prefix=name), f"--object-store-memory={OBJECT_STORE_BYTES // 4}"]
     return Service(
         name=name,
         argv=tuple(argv),
-        # A node joins only where clusters are allowed; it is told loopback addresses in forms that Ray leaves alone.
+        # A node joins only where clusters are allowed; it is told loopback addresses in
+        # forms that Ray does not replace by the outward one.
         settings={**head.settings, **dict.fromkeys(LOOPBACK_SETTINGS, "1")},
         url=f"{address}:{ports[f'{name}-node-manager']}",
         log=root / "logs" / f"{name}.log",

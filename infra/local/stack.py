@@ -251,7 +251,7 @@ class LocalStack:
             wait_until_ready(service, record.identity, _GRACE_SECONDS)
         except UserError:
             return False
-        return True
+        return processes.is_alive(record.identity)  # what answered may have been its orphan
 
     @staticmethod
     def _node_number(name: str) -> int | None:

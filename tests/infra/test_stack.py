@@ -103,6 +103,8 @@ def test_killed_services_come_back_with_their_data_on_their_ports(
     before = remembered(own)
     for name in SERVICES:
         psutil.Process(before.services[name].identity.pid).kill()
+    while any(processes.is_alive(before.services[name].identity) for name in SERVICES):
+        time.sleep(0.01)
     own.up()
     after = remembered(own)
     assert after.ports == before.ports
