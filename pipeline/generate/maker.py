@@ -16,6 +16,7 @@ from pipeline.data.shards import write_shard
 from pipeline.errors import DamageError
 from pipeline.generate.engine import Engine, software
 from pipeline.generate.guards import GuardTripped, judge
+from pipeline.generate.patience import patiently
 from pipeline.generate.pixels import Pixels, Tally, encode, tally
 from pipeline.generate.plan import Batch, Shard, batches, classes_of
 from pipeline.generate.records import DoneRecord, Times, read_record
@@ -78,7 +79,7 @@ class ShardMaker:
         if fault is not None:
             raise GuardTripped(f"{unit.key}: {fault}")
         data = write_shard(members)
-        self.store.write(unit.key, data)
+        patiently(lambda: self.store.write(unit.key, data))
         times = Times(
             finished_at=time.time(),
             seconds=sampled - began,
@@ -113,7 +114,8 @@ class ShardMaker:
             classes=class_counts(self.spec, unit),
             times=times,
         )
-        self.store.write(unit.done_key, canonical(record.model_dump(mode="json")))
+        proof = canonical(record.model_dump(mode="json"))
+        patiently(lambda: self.store.write(unit.done_key, proof))
         return record
 
     def _encode(self, batch: Batch, images: Pixels) -> tuple[list[Member], Tally]:

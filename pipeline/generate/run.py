@@ -1,5 +1,6 @@
 """A generation from settings to manifest: plan, pool, retries, reconciliation, and the proof at the very end."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -18,10 +19,13 @@ from pipeline.generate.ledger import Harvest, gather, survey
 from pipeline.generate.maker import reference
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.model import FoundModel, find_model
+from pipeline.generate.patience import patiently
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.spec import SPEC_KEY, Spec, check_prefix, make_spec, pretty, read_spec
 from pipeline.generate.worker import Outcome, WorkOrder
-from pipeline.store import Store, open_store
+from pipeline.store import Store, StoreUnreachable, open_store
+
+_log = logging.getLogger(__name__)
 
 Status = Literal["complete", "already complete", "failed", "stopped by a guard", "drained", "superseded"]
 TICK_SECONDS = 0.5
@@ -96,9 +100,9 @@ def generate(
     require_tracking(config)
     with cluster():
         require_room(config)
+        diary = Diary(config, spec, model)
         if there is None or there.count != spec.count:
             store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
-        diary = Diary(config, spec, model)
         job = Job(config, spec, model, store, diary, progress, stop or threading.Event(), began)
         return job.run()
 
@@ -143,16 +147,18 @@ class Job:
             status = self._work()
             return self._result(status)
         finally:
-            if status not in ("complete", "superseded"):
-                self._beat(status, [])
-            self.diary.end(status == "complete", killed=status == "drained", reason=self._reason(status))
+            try:
+                if status not in ("complete", "superseded"):
+                    self._beat(status, [])
+            finally:
+                self.diary.end(status == "complete", killed=status == "drained", reason=self._reason(status))
 
     def _work(self) -> Status:
         crew: Crew | None = None
         for _ in range(self.config.max_attempts):
-            pending = self._pending()
+            pending = patiently(self._pending)
             if not pending:
-                return self._publish()
+                return patiently(self._publish)
             if crew is None:
                 order = WorkOrder(
                     self.spec,
@@ -164,7 +170,7 @@ class Job:
                 crew = hire(order, self.model.weights)
             if not self._round(crew, pending):
                 return "drained" if self._guard is None else "stopped by a guard"
-        return "failed" if self._pending() else self._publish()
+        return "failed" if patiently(self._pending) else patiently(self._publish)
 
     def _pending(self) -> list[int]:
         """Shards still to be made, by the listings; once nothing else is missing, by the records too."""
@@ -238,18 +244,19 @@ class Job:
         return "complete"
 
     def _beat(self, status: Status | Literal["running"], under_way: list[UnderWay]) -> None:
-        beats.write_heartbeat(
-            self.store,
-            beats.make_heartbeat(
-                self._id,
-                self.spec,
-                status,
-                began_at=self._began_at,
-                images_made=self._images_made,
-                under_way=under_way,
-                failed={shard(self.spec, n).name: text for n, text in sorted(self._errors.items())},
-            ),
+        beat = beats.make_heartbeat(
+            self._id,
+            self.spec,
+            status,
+            began_at=self._began_at,
+            images_made=self._images_made,
+            under_way=under_way,
+            failed={shard(self.spec, n).name: text for n, text in sorted(self._errors.items())},
         )
+        try:
+            beats.write_heartbeat(self.store, beat)
+        except StoreUnreachable as error:
+            _log.warning("no heartbeat: %s", error)  # the workers wait for the store, so the driver does too
 
     def _reason(self, status: Status) -> str | None:
         if status == "failed":
