@@ -36,7 +36,7 @@ def mlflow_service(
         log=root / "logs" / "mlflow.log",
         ports=PORTS,
         is_ready=lambda: service.get(f"{url}/health") == b"OK",
-        start_seconds=120,
+        start_seconds=180,
         prepare=lambda: home.mkdir(parents=True, exist_ok=True),
         unset=("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"),
     )

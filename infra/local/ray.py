@@ -54,7 +54,7 @@ def ray_service(
         log=root / "logs" / "ray.log",
         ports=PORTS,
         is_ready=lambda: _has_node(url, token),
-        start_seconds=120,
+        start_seconds=180,
         prepare=lambda: _prepare(root),
         # The head must not take itself for a client of the cluster it is about to be.
         unset=("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE"),
@@ -83,7 +83,7 @@ def node_service(
         log=root / "logs" / f"{name}.log",
         ports=(),
         is_ready=lambda: _has_node(head.url, token, address),
-        start_seconds=120,
+        start_seconds=180,
         unset=head.unset,
     )
 

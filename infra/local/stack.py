@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 
 ALL_PORTS = (*S3_PORTS, *MLFLOW_PORTS, *ray.PORTS)
 _NODE = "ray-node-"
-_GRACE_SECONDS = 10.0  # for a running service to answer before it is taken for hung
+_GRACE_SECONDS = 30.0  # for a running service to answer: on a busy machine late is not hung
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
