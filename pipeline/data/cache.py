@@ -24,6 +24,7 @@ from pipeline.data.order import GlobalOrder, Window
 from pipeline.errors import DamageError, UserError
 from pipeline.store import Store
 
+ADMISSION = "admission.lock"
 POLL_SECONDS = 0.05
 TOUCH_SECONDS = 5.0
 
@@ -77,7 +78,8 @@ class ShardCache:
                 file.flush()
                 os.fsync(file.fileno())
             fd = os.open(part, os.O_RDONLY)
-            os.replace(part, path)
+            with _locked(self.directory / ADMISSION):  # a count that is under way must find it under one name
+                os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
@@ -86,7 +88,7 @@ class ShardCache:
     def _reserve(self, part: Path, size_bytes: int) -> None:
         """Make room and take it. Waits while the rest of the room is taken by shards still on their way."""
         while True:
-            with _locked(self.directory / "admission.lock"):
+            with _locked(self.directory / ADMISSION):
                 if self._evict(size_bytes, part):
                     with part.open("wb") as file:
                         file.truncate(size_bytes)

@@ -153,8 +153,8 @@ class _Counted:
         self.stream, self.limit, self.label, self.total = stream, limit, label, 0
 
     def read(self, size: int, /) -> bytes:
+        if self.total + size > self.limit:  # before reading: the whole of a bomb might not fit in memory
+            raise DamageError(f"{self.label}: expands beyond {self.limit} bytes: a decompression bomb")
         data = self.stream.read(size)
         self.total += len(data)
-        if self.total > self.limit:
-            raise DamageError(f"{self.label}: expands beyond {self.limit} bytes: a decompression bomb")
         return data

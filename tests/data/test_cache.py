@@ -1,0 +1,210 @@
+"""The shard cache: one download a machine, a limit that holds, nothing wrong admitted."""
+
+import fcntl
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import Index, load_index
+from pipeline.data.cache import ADMISSION, CacheAccess, Prefetcher, ShardCache, require_room
+from pipeline.data.order import GlobalOrder
+from pipeline.errors import DamageError, UserError
+from pipeline.store import FileStore, open_store
+from tests.data.making import batches, by_position, small_set
+
+SHARDS = (12,) * 12
+
+
+class Counting(FileStore):
+    """Writes a line for every download, where all processes can see it."""
+
+    def open(self, key: str, *, start: int = 0, etag: str | None = None):
+        with (self.root / "opened.log").open("a") as log:
+            log.write(f"{key}\n")
+        time.sleep(0.01)
+        return super().open(key, start=start, etag=etag)
+
+
+def used_bytes(directory: Path) -> int:
+    """What the limit is about: finished shards, and those on their way at their full size, at one moment."""
+    with (directory / ADMISSION).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sum(path.stat().st_size for path in directory.iterdir() if path.suffix in (".shard", ".part"))
+
+
+def use_cache(uri: str, root: str, directory: str, limit: int, number: int, start: Barrier) -> None:
+    """One of many processes: reads the first bytes of every shard, several times, in an order of its own."""
+    cache = ShardCache(load_index(uri, check=False), Counting(Path(root)), Path(directory), limit, False)
+    access = CacheAccess(cache, 3)
+    start.wait()
+    for _ in range(2):
+        for shard in random.Random(number).sample(range(len(SHARDS)), len(SHARDS)):
+            assert access.read(shard, 0, 6) == b"%06d" % (shard * 12)
+    access.close()
+
+
+def run_many(processes: int, uri: str, directory: Path, limit: int) -> int:
+    """Let them loose together; the most bytes the cache held meanwhile."""
+    context = multiprocessing.get_context("fork")
+    start, root = context.Barrier(processes + 1), uri.removeprefix("file://")
+    arguments = [(uri, root, str(directory), limit, number, start) for number in range(processes)]
+    crowd = [context.Process(target=use_cache, args=each) for each in arguments]
+    for process in crowd:
+        process.start()
+    start.wait()
+    most = 0
+    while any(process.is_alive() for process in crowd):
+        most = max(most, used_bytes(directory))
+        time.sleep(0.002)
+    assert [process.exitcode for process in crowd] == [0] * processes
+    return max(most, used_bytes(directory))
+
+
+def test_64_processes_download_each_shard_once(uri: str, tmp_path: Path) -> None:
+    index = small_set(uri, SHARDS)
+    directory = tmp_path / "cache"
+    directory.mkdir()
+    assert run_many(64, uri, directory, index.size_bytes) <= index.size_bytes
+    log = (Path(uri.removeprefix("file://")) / "opened.log").read_text().split()
+    assert sorted(log) == sorted(shard.name for shard in index.shards)
+
+
+def test_64_processes_never_pass_a_limit_that_holds_a_third(uri: str, tmp_path: Path) -> None:
+    index = small_set(uri, SHARDS)
+    directory = tmp_path / "cache"
+    directory.mkdir()
+    limit = index.size_bytes // 3
+    most = run_many(64, uri, directory, limit)
+    assert limit // 2 < most <= limit
+
+
+def cache_of(uri: str, directory: Path, shards: int = 100, lenient: bool = False) -> tuple[Index, ShardCache]:
+    index = load_index(uri, check=False)
+    limit = shards * max(shard.plain_bytes for shard in index.shards)
+    return index, ShardCache(index, open_store(uri), directory, limit, lenient)
+
+
+def test_the_longest_unused_shard_goes_first(uri: str, tmp_path: Path) -> None:
+    small_set(uri, SHARDS)
+    _, cache = cache_of(uri, tmp_path / "cache", shards=3)
+    for second, shard in enumerate((0, 1, 2)):
+        os.close(cache.open(shard))
+        os.utime(cache.path(shard), (1000 + second, 1000 + second))
+    os.close(cache.open(0))
+    os.close(cache.open(3))
+    assert [shard for shard in range(4) if cache.path(shard).exists()] == [0, 2, 3]
+
+
+def test_a_shard_removed_while_it_is_read_stays_readable(uri: str, tmp_path: Path) -> None:
+    small_set(uri, SHARDS)
+    _, cache = cache_of(uri, tmp_path / "cache", shards=2)
+    access = CacheAccess(cache, 2)
+    assert access.read(0, 0, 6) == b"000000"
+    for shard in (1, 2, 3):
+        os.close(cache.open(shard))
+    assert not cache.path(0).exists()
+    assert access.read(0, 0, 6) == b"000000"
+    access.close()
+
+
+def test_what_is_not_what_was_indexed_is_not_admitted(uri: str, tmp_path: Path) -> None:
+    small_set(uri, SHARDS)
+    store = open_store(uri)
+    data = bytearray(store.read("005.tar"))
+    data[700] ^= 1
+    store.write("005.tar", bytes(data))
+    index = load_index(uri, check=False).model_copy(update={"made_at": "elsewhere"})
+    cache = ShardCache(index, store, tmp_path / "cache", 10**9, False)
+    with pytest.raises(DamageError, match=r"005\.tar: its SHA-256 is not the indexed one"):
+        cache.open(5)
+    assert used_bytes(tmp_path / "cache") == 0
+    lenient = ShardCache(index, store, tmp_path / "cache", 10**9, True)
+    os.close(lenient.open(5))
+    assert lenient.path(5).read_bytes() == bytes(data)
+
+
+def test_a_download_damaged_on_the_way_is_tried_once_more(uri: str, tmp_path: Path) -> None:
+    small_set(uri, SHARDS)
+
+    class FlipsOnce(FileStore):
+        times = 0
+
+        def open(self, key: str, *, start: int = 0, etag: str | None = None):
+            self.times += 1
+            stream = super().open(key, start=start, etag=etag)
+            if self.times == 1:
+                stream.seek(512)
+            return stream
+
+    store = FlipsOnce(Path(uri.removeprefix("file://")))
+    cache = ShardCache(load_index(uri), store, tmp_path / "cache", 10**9, False)
+    os.close(cache.open(0))
+    assert cache.path(0).read_bytes() == store.read("000.tar")
+
+
+def killed_halfway(uri: str, directory: str) -> None:
+    class Stuck(FileStore):
+        def open(self, key: str, *, start: int = 0, etag: str | None = None):
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError
+
+    ShardCache(
+        load_index(uri, check=False), Stuck(Path(uri.removeprefix("file://"))), Path(directory), 10**9, False
+    ).open(0)
+
+
+def test_a_process_killed_while_downloading_keeps_neither_room_nor_lock(uri: str, tmp_path: Path) -> None:
+    small_set(uri, SHARDS)
+    child = multiprocessing.get_context("fork").Process(
+        target=killed_halfway, args=(uri, str(tmp_path / "cache"))
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert used_bytes(tmp_path / "cache") > 0
+    _, cache = cache_of(uri, tmp_path / "cache", shards=1)
+    os.close(cache.open(1))
+    os.close(cache.open(0))
+
+
+def test_the_next_window_is_there_before_it_is_asked_for(uri: str, tmp_path: Path) -> None:
+    index = small_set(uri, SHARDS)
+    _, cache = cache_of(uri, tmp_path / "cache")
+    order = GlobalOrder(index.counts, 0, 2)
+    ahead = Prefetcher(cache, order)
+    ahead.at(0)
+    window = order.window_at(0)
+    wanted = {*window.shards.tolist(), *order.next_window(window).shards.tolist()}
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not all(cache.path(shard).exists() for shard in wanted):
+        time.sleep(0.01)
+    ahead.close()
+    assert {shard for shard in range(len(SHARDS)) if cache.path(shard).exists()} == wanted
+    assert not any(thread.name == "shard-prefetch" for thread in threading.enumerate())
+
+
+def test_a_limit_below_two_windows_is_refused_with_the_number_to_set(uri: str) -> None:
+    index = small_set(uri, SHARDS)
+    largest = max(shard.plain_bytes for shard in index.shards)
+    with pytest.raises(UserError, match=rf"data\.cache_bytes: 1000 .* set it to {4 * largest} or more"):
+        require_room(index, 2, 1000)
+    require_room(index, 2, 4 * largest)
+
+
+@pytest.mark.stack
+def test_a_cache_in_front_of_the_gateway_changes_nothing(prefix: str, tmp_path: Path) -> None:
+    index = small_set(prefix, SHARDS)
+    room = 4 * max(shard.plain_bytes for shard in index.shards)
+    plain = by_position(batches(index, 0, 150))
+    cached = batches(
+        index, 0, 150, cache_dir=str(tmp_path / "cache"), cache_bytes=room, memory_bytes=0, world=2
+    )
+    assert by_position(cached) == plain
+    assert used_bytes(tmp_path / "cache") <= room

@@ -1,0 +1,230 @@
+"""Indexes: of any tars, noticed when stale, the same wherever the data lies."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.data import build_index, index_shard, load_index, scan, write_shard
+from pipeline.data.index import read_table
+from pipeline.data.location import Location, expand
+from pipeline.errors import DamageError, UserError
+from pipeline.store import open_store
+from tests.data.making import batches, by_position, encoded, picture, sample, small_set
+
+
+def test_an_index_counts_what_is_there(any_uri: str) -> None:
+    index = small_set(any_uri)
+    assert [shard.num_samples for shard in index.shards] == [13, 7, 20, 11, 9]
+    assert (index.num_samples, index.num_classes, index.labelled) == (60, 10, True)
+    assert str(index.image) == "8x8x3"
+    assert load_index(any_uri) == index
+    rows = np.concatenate([read_table(index, i) for i in range(5)])
+    assert rows["label"].tolist() == [i % 10 for i in range(60)]
+
+
+def test_the_digest_does_not_depend_on_the_store(tmp_path: Path, any_uri: str) -> None:
+    assert small_set(any_uri).digest == small_set((tmp_path / "elsewhere").as_uri()).digest
+    assert small_set((tmp_path / "other").as_uri(), (13, 7, 20, 12, 8)).digest != load_index(any_uri).digest
+
+
+def test_an_index_copied_with_its_data_is_good_there(tmp_path: Path, uri: str) -> None:
+    index = small_set(uri)
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
+    copy = (tmp_path / "copy").as_uri()
+    assert load_index(copy).digest == index.digest
+    assert by_position(batches(load_index(copy), 0, 9)) == by_position(batches(index, 0, 9))
+
+
+def test_an_index_made_shard_by_shard_is_the_one_made_at_once(uri: str) -> None:
+    from pipeline.data import assemble_index, shards_to_index
+
+    whole = small_set(uri)
+    location, keys = shards_to_index(uri)
+    scans = [index_shard(open_store(uri), key) for key in keys]
+    assert assemble_index(location, scans) == whole
+
+
+def test_statistics_are_exact(uri: str) -> None:
+    small_set(uri)
+    index = build_index(uri, pixels=True)
+    values = np.stack([picture(i) for i in range(60)]).reshape(-1, 3).astype(np.float64)
+    assert index.channel_mean == pytest.approx(values.mean(0), rel=1e-12)
+    assert index.channel_std == pytest.approx(values.std(0), rel=1e-12)
+    assert index.digest == load_index(uri).digest == small_set(uri).digest
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("png", {}), ("npy", {}), ("webp", {"lossless": True}), ("jpeg", {"quality": 100})]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_third_party_tars_work_as_they_are(
+    uri: str, kind: str, options: dict[str, object], packed: bool
+) -> None:
+    extension = "jpg" if kind == "jpeg" else kind
+    shard = write_shard(
+        (
+            f"deep/er/{i}",
+            {"json": json.dumps({"label": i % 3}).encode(), extension: encoded(picture(i), kind, **options)},
+        )
+        for i in range(10)
+    )
+    name = "train-007.tar.gz" if packed else "train-007.tar"
+    open_store(uri).write(name, gzip.compress(shard, mtime=0) if packed else shard)
+    open_store(uri).write("notes.txt", b"not a shard")
+    index = build_index(f"{uri}/train-{{000..009}}.tar{'.gz' if packed else ''}")
+    assert index.num_classes == 3
+    assert index.shards[0].compressed == packed
+    found = by_position(batches(index, 0, 5, batch=2))
+    labels = sorted(label for _, label in found.values())
+    assert labels == sorted(i % 3 for i in range(10))
+    if kind != "jpeg":
+        assert {pixels for pixels, _ in found.values()} == {
+            picture(i).transpose(2, 0, 1).tobytes() for i in range(10)
+        }
+
+
+def test_train_and_validation_patterns_share_a_directory(uri: str) -> None:
+    store = open_store(uri)
+    store.write("train-0.tar", write_shard([sample(0)]))
+    store.write("train-1.tar", write_shard([sample(1)]))
+    store.write("val-0.tar", write_shard([sample(2), sample(3)]))
+    assert build_index(f"{uri}/train-{{0..1}}.tar").num_samples == 2
+    assert build_index(f"{uri}/val-*.tar").num_samples == 2
+    assert build_index(f"{uri}/{{train,val}}-0.tar").num_samples == 3
+    assert build_index(uri).num_samples == 4
+    assert load_index(f"{uri}/train-{{0..1}}.tar").num_samples == 2
+
+
+def test_braces_are_written_out_with_their_zeros() -> None:
+    assert expand("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand("{a,b}{0..1}") == ["a0", "a1", "b0", "b1"] or sorted(expand("{a,b}{0..1}")) == [
+        "a0",
+        "a1",
+        "b0",
+        "b1",
+    ]
+    with pytest.raises(UserError, match="more than"):
+        expand("{0..9999999}")
+    with pytest.raises(UserError, match="must come after a bucket"):
+        Location.of("s3://{a,b}/x.tar")
+
+
+def test_grey_and_colour_of_one_size_are_a_colour_set(uri: str) -> None:
+    shard = write_shard(
+        [("a", {"png": encoded(picture(0))}), ("b", {"png": encoded(picture(1, channels=1))})]
+    )
+    open_store(uri).write("0.tar", shard)
+    index = build_index(uri)
+    assert str(index.image) == "8x8x3"
+    assert index.num_classes is None
+    images = batches(index, 0, 1, batch=2)[0][0].images
+    assert any((image[0] == image[1]).all() for image in images)
+
+
+def test_images_of_different_sizes_are_refused_by_the_loader_with_the_remedy(uri: str) -> None:
+    shard = write_shard([("a", {"png": encoded(picture(0))}), ("b", {"png": encoded(picture(1, (9, 8)))})])
+    open_store(uri).write("0.tar", shard)
+    index = build_index(uri)
+    assert index.image is None
+    with pytest.raises(UserError, match=r"images differ in size \(8x8x3 to 9x8x3\).*ddpm pack"):
+        batches(index, 0, 1, batch=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            lambda store: store.write("001.tar", write_shard([sample(0)])),
+            "shard 001.tar has .* when indexed: it was replaced",
+        ),
+        (lambda store: store.delete("002.tar"), "shard 002.tar is in the index but not there"),
+        (lambda store: store.write("009.tar", write_shard([sample(0)])), "shard 009.tar is not in the index"),
+        (
+            lambda store: store.write("003.tar", store.read("003.tar")[:-2048] + bytes(2048)),
+            "shard 003.tar was replaced",
+        ),
+    ],
+)
+def test_a_stale_index_is_noticed_and_the_shard_named(any_uri: str, change, complaint: str) -> None:
+    small_set(any_uri)
+    change(open_store(any_uri))
+    with pytest.raises(UserError, match=complaint + r".*ddpm index"):
+        load_index(any_uri)
+
+
+def test_a_missing_index_says_how_to_make_one(any_uri: str) -> None:
+    with pytest.raises(UserError, match=r"no index there.*ddpm index"):
+        load_index(any_uri)
+    with pytest.raises(UserError, match=r"no \.tar or \.tar\.gz there"):
+        build_index(any_uri)
+
+
+def test_an_edited_or_torn_index_is_refused(uri: str) -> None:
+    small_set(uri)
+    store = open_store(uri)
+    text = store.read("index.json")
+    store.write("index.json", text.replace(b'"num_samples": 13', b'"num_samples": 12'))
+    with pytest.raises(DamageError, match="it was edited"):
+        load_index(uri)
+    store.write("index.json", text[: len(text) // 2])
+    with pytest.raises(DamageError, match="not an index"):
+        load_index(uri)
+    store.write("index.json", text.replace(b'"format": 1', b'"format": 99'))
+    with pytest.raises(UserError, match="format 99"):
+        load_index(uri)
+
+
+def test_damaged_tables_are_noticed(uri: str) -> None:
+    index = small_set(uri)
+    store = open_store(uri)
+    data = bytearray(store.read(index.tables))
+    data[-3] ^= 1
+    store.write(index.tables, bytes(data))
+    with pytest.raises(DamageError, match=r"rows of 004\.tar are damaged"):
+        read_table(index, 4)
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({"cls": b"1"}, "0 images"),
+        ({"png": encoded(picture(0)), "jpg": b""}, "2 images"),
+        ({"png": b"\x89PNG no"}, "not a PNG"),
+        ({"png": encoded(picture(0)), "cls": b"cat"}, r"\.cls holds b'cat'"),
+        ({"png": encoded(picture(0)), "json": b"{"}, r"\.json is damaged"),
+        ({"png": encoded(picture(0)), "json": b'{"label": -1}'}, "label -1"),
+        ({"npy": encoded(picture(0).astype(np.float32), "npy")}, "npy holds float32"),
+        ({"npy": encoded(picture(0), "npy")[:-1]}, "bytes of pixels"),
+    ],
+)
+def test_what_is_wrong_with_a_sample_is_named(uri: str, files: dict[str, bytes], complaint: str) -> None:
+    open_store(uri).write("a/0.tar", write_shard([sample(0), ("the-key", files)]))
+    with pytest.raises(DamageError, match=rf"a/0\.tar: .*the-key.*{complaint}"):
+        build_index(uri)
+
+
+def test_labels_on_some_samples_only_are_refused(uri: str) -> None:
+    open_store(uri).write("0.tar", write_shard([sample(0), ("x", {"png": encoded(picture(1))})]))
+    with pytest.raises(UserError, match=r"0\.tar: 1 of 2 samples have no label"):
+        build_index(uri)
+
+
+def test_a_picture_that_claims_to_be_huge_is_refused(uri: str) -> None:
+    bomb = bytearray(encoded(picture(0)))
+    bomb[16:24] = (100_000).to_bytes(4, "big") * 2
+    open_store(uri).write("0.tar", write_shard([("bomb", {"png": bytes(bomb)})]))
+    with pytest.raises(DamageError, match=r"bomb.*claims 100000x100000 pixels"):
+        build_index(uri)
+
+
+def test_a_gzip_bomb_is_stopped(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        scan, "MAX_EXPANSION", 4
+    )  # of at least 1 MiB: what is below it may expand as it likes
+    open_store(uri).write("0.tar.gz", gzip.compress(write_shard([("zeros", {"png": bytes(5 << 20)})])))
+    with pytest.raises(DamageError, match="decompression bomb"):
+        build_index(uri)
