@@ -142,6 +142,17 @@ def status(
     _end(lambda: stack_status(json) if prefix is None else generation_status(prefix, json))
 
 
+@app.command(epilog="Example:  ddpm doctor --write")
+def doctor(
+    json: AsJson = False,
+    write: Annotated[bool, typer.Option("--write", help="Also try writing to the data root.")] = False,
+) -> None:
+    """Check credentials, buckets, MLflow, Ray, GPUs, versions, clock and disk, and say what to fix."""
+    from jobs.doctor import doctor as run
+
+    _end(lambda: run(json, write))
+
+
 @app.command()
 def down() -> None:
     """Stop what `ddpm up` started, and nothing else. Data stays."""

@@ -1,0 +1,35 @@
+"""`ddpm doctor`: is everything there that a job needs, and if not, what to do about it."""
+
+import dataclasses
+import json
+
+from jobs.checks import Finding, all_checks
+from jobs.shell import DONE, FAILED, use_running_stack
+
+
+def doctor(as_json: bool = False, write: bool = False) -> int:
+    """Make every check, print a line for each; exit code 1 when one found a problem.
+
+    `write` also writes, reads back and deletes a small object in the data root, which some roles may not.
+    """
+    use_running_stack()
+    findings: list[Finding] = []
+    for check in all_checks(write):
+        finding = check()
+        findings.append(finding)
+        if not as_json:
+            print("\n".join(_lines(finding)), flush=True)
+    problems = sum(not finding.ok for finding in findings)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    elif problems:
+        print(f"{problems} problem{'s' * (problems != 1)}")
+    else:
+        print("next     ddpm pack digits   (or, all at once: ddpm demo)")
+    return FAILED if problems else DONE
+
+
+def _lines(finding: Finding) -> list[str]:
+    """A finding as it is printed: the fact, and below it the remedy."""
+    head = f"{'ok' if finding.ok else 'PROBLEM':<8} {finding.name:<14} {finding.found}"
+    return [head, f"{'':<8} {'do':<14} {finding.remedy}"] if finding.remedy else [head]
