@@ -20,6 +20,7 @@ S = TypeVar("S", bound=Settings)
 Tree = dict[str, Any]
 ROOT_VARIABLE = "DDPM_ROOT"
 BASE = "base"
+ROOT = "{root}"
 
 
 def load_settings(
@@ -44,7 +45,8 @@ def load_settings(
     for word in overrides:
         tree = _merged(tree, _override(word, model))
     try:
-        return model.model_validate(_with_root(tree))
+        plain = model.model_validate(tree).model_dump()  # with the defaults, which may speak of {root} too
+        return model.model_validate(_with_root(plain))
     except ValidationError as error:
         raise UserError(_one_line(error, model, section)) from None
 
@@ -111,9 +113,9 @@ def _override(word: str, model: type[BaseModel]) -> Tree:
             f"'{word}': not a setting; write key=value, for example {next(setting_names(model))}=…"
         )
     try:
-        value = yaml.safe_load(text)
+        value = text if ROOT in text else yaml.safe_load(text)
     except yaml.YAMLError:
-        value = text  # such as {root}/data: plain text, and refused below where a number belongs
+        value = text  # plain text with YAML's signs in it; refused below where a number belongs
     for part in reversed(name.split(".")):
         value = {part: value}
     return cast(Tree, value)
@@ -134,14 +136,14 @@ def _with_root(value: Any) -> Any:
         return {key: _with_root(part) for key, part in cast(Mapping[str, Any], value).items()}
     if isinstance(value, list):
         return [_with_root(part) for part in cast(list[Any], value)]
-    if isinstance(value, str) and "{root}" in value:
+    if isinstance(value, str) and ROOT in value:
         root = os.environ.get(ROOT_VARIABLE)
         if not root:
             raise UserError(
                 f"{ROOT_VARIABLE}: not set, but '{value}' needs it; start the local stack with `ddpm up`, "
                 f"or export {ROOT_VARIABLE}=s3://your-bucket"
             )
-        return value.replace("{root}", root.rstrip("/"))
+        return value.replace(ROOT, root.rstrip("/"))
     return value
 
 

@@ -31,9 +31,12 @@ class Board:
         self._news: tuple[int, str] | None = None
         self._stop = False
 
-    def note(self, step: int, text: str) -> bool:
-        """Rank 0: finished steps and a short text. Returns whether the training shall stop."""
+    def note(self, step: int, text: str) -> None:
+        """Rank 0: finished steps and a short text."""
         self._news = (step, text)
+
+    def stop_asked(self) -> bool:
+        """Rank 0: whether the training shall stop."""
         return self._stop
 
     def read(self) -> tuple[int, str] | None:
@@ -41,7 +44,7 @@ class Board:
         return self._news
 
     def ask_to_stop(self) -> None:
-        """Driver: save and end at the close of the current window."""
+        """Driver: save and end."""
         self._stop = True
 
 
@@ -81,14 +84,34 @@ def _on_worker(payload: dict[str, Any]) -> None:
     board: Any = payload["board"]
     context = ray.train.get_context()
     rank = context.get_world_rank()
-
-    def report(step: int, text: str) -> bool:
-        return bool(ray.get(board.note.remote(step, text)))
-
     logging.getLogger("botocore").setLevel(logging.WARNING)  # or it tells where it found its keys
     torch.set_num_threads(task.config.workers.cpus_per_worker)
     place = Place(rank=rank, world=context.get_world_size(), device=torch.device(get_device()))
-    train_worker(task, place, report)
+    train_worker(task, place, _Remote(board) if rank == 0 else None)
+
+
+class _Remote:
+    """The driver as rank 0 sees it, through the board; a thread asks, so that no step waits for an answer."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._stop = threading.Event()
+        threading.Thread(target=self._listen, name="driver", daemon=True).start()
+
+    def tell(self, step: int, note: str) -> None:
+        self._board.note.remote(step, note)
+
+    def asks_to_stop(self) -> bool:
+        return self._stop.is_set()
+
+    def _listen(self) -> None:
+        while not self._stop.is_set():
+            time.sleep(POLL_SECONDS)
+            try:
+                if ray.get(self._board.stop_asked.remote(), timeout=5):
+                    self._stop.set()
+            except (ray.exceptions.RayError, TimeoutError):
+                continue  # the cluster recovers, or the driver is gone and Ray ends this process
 
 
 class _watching:  # noqa: N801  (reads as a phrase after `with`)

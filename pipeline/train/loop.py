@@ -44,15 +44,14 @@ class Trainer:
         for batch in batches:
             window.wait_seconds += batch.wait_seconds
             norm = train_step(self, state, batch, window)
-            if math.isfinite(norm):
-                window.grad_norms.append(norm)
-            else:
-                self._count_skip(state, batch, norm)
-                window.skipped_steps += 1
+            finite = math.isfinite(norm)
+            window.close_step(norm if finite else None)
+            if not finite:
+                self._count_skip(state, norm)
             state.step += 1
             yield state.step
 
-    def _count_skip(self, state: TrainState, batch: Batch, norm: float) -> None:
+    def _count_skip(self, state: TrainState, norm: float) -> None:
         state.skipped_steps += 1
         if state.skipped_steps > self.config.max_skipped_steps:
             first = state.step * self.config.global_batch

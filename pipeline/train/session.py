@@ -1,7 +1,9 @@
 """A training from one step to another: takes the steps, and at their marks logs, draws, saves and asks to go on."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from torch import Tensor
 
 from pipeline.data import Loader
 from pipeline.train.checkpoint import CheckpointWriter
@@ -10,72 +12,92 @@ from pipeline.train.grid import draw_grid
 from pipeline.train.loop import Trainer
 from pipeline.train.lr import learning_rate
 from pipeline.train.state import TrainState
-from pipeline.train.window import Window, close_window
-
-Report = Callable[[int, str], bool]
-"""Rank 0 tells (finished steps, a short text) and hears whether to stop."""
+from pipeline.train.vote import StopVote
+from pipeline.train.window import Window
 
 OnProgress = Callable[[int, int, str], None]
-"""The driver's caller hears (finished steps, all steps, a short text)."""
+"""Hears (finished steps, all steps, a short text)."""
 
 GRID = "samples"
 
 
-@dataclass
+class Driver(Protocol):
+    """Whoever runs the training, as rank 0 sees it. Neither call may wait."""
+
+    def tell(self, step: int, note: str) -> None:
+        """Hear how far the training is, and a short text."""
+        ...
+
+    def asks_to_stop(self) -> bool:
+        """Whether the training shall save and end."""
+        ...
+
+
 class Session:
-    """One worker's way through the steps. All that only rank 0 does, it does without collective calls."""
+    """One worker's way through the steps. What only rank 0 does, it does without collective calls."""
 
-    trainer: Trainer
-    state: TrainState
-    diary: Diary
-    writer: CheckpointWriter
-    report: Report
-    leads: bool
-    """Whether this is rank 0, which draws, saves and reports."""
-    window: Window = field(init=False)
+    def __init__(
+        self,
+        trainer: Trainer,
+        state: TrainState,
+        diary: Diary,
+        writer: CheckpointWriter,
+        driver: Driver | None,
+    ) -> None:
+        """`driver`: given on rank 0, which draws, saves and reports; None on the others."""
+        self._trainer, self._state, self._diary, self._writer = trainer, state, diary, writer
+        self._driver = driver
+        self._window = Window(trainer.schedule.T, trainer.device)
+        self._vote = StopVote()
 
-    def __post_init__(self) -> None:
-        self.window = Window(self.trainer.schedule.T, self.trainer.device)
+    def run(self, loader: Loader, tensors: Mapping[str, Tensor]) -> None:
+        """Take the steps that are left; ends early, with a checkpoint, when the driver asks.
 
-    def run(self, loader: Loader) -> None:
-        """Take the steps that are left; ends early, with a checkpoint, when asked to stop."""
-        config, state = self.trainer.config, self.state
-        stop = self.leads and self.report(state.step, "")
+        `tensors`: of the checkpoint this goes on from, which may hold the beginning of a window.
+        """
+        config, state = self._trainer.config, self._state
+        if self._driver is not None:
+            self._driver.tell(state.step, "")
+            self._window.load(tensors)
         if state.step == 0:
             self._draw()
-        self.window.reset()
-        batches = loader.batches(state.step, config.steps)
-        for step in self.trainer.steps(state, batches, self.window):
+        for step in self._trainer.steps(state, loader.batches(state.step, config.steps), self._window):
             last = step == config.steps
-            stopping = False
-            if last or step % config.log_every_steps == 0:
-                stopping, stop = self._close_window(step, stop)
+            stopping = (
+                self._vote.decide(self._driver is not None and self._driver.asks_to_stop()) and not last
+            )
+            window_ends = last or step % config.log_every_steps == 0
+            if window_ends:
+                self._close_window(step)
+            elif stopping:
+                self._window.reduce()
             if last or step % config.grid.every_steps == 0:
                 self._draw()
             if last or stopping or step % config.checkpoint.every_steps == 0:
-                self._save()
+                self._save({} if window_ends else self._window.tensors())
             if stopping:
                 break
-        self.writer.wait()
+        self._writer.wait()
 
-    def _close_window(self, step: int, stop: bool) -> tuple[bool, bool]:
-        """Log the window. Returns (whether all ranks stop now, whether rank 0 has been asked to)."""
-        config = self.trainer.config
-        metrics, stopping = close_window(self.window, config.global_batch, stop)
+    def _close_window(self, step: int) -> None:
+        config = self._trainer.config
+        self._window.reduce()
+        metrics = self._window.metrics(config.global_batch)
         metrics["train/lr"] = learning_rate(config.optimizer, step - 1, config.steps)
-        if self.leads:
-            # the first point of a training would flatten every chart: the loss falls from 1, caches are cold
-            if step > config.log_every_steps or step == config.steps:
-                self.diary.metrics(step, metrics)
-            text = f"loss {metrics['train/loss']:.4f}  {metrics['perf/images_per_s']:,.0f} images/s"
-            stop = self.report(step, text)
-        self.window.reset()
-        return stopping, stop
+        self._window.reset()
+        if self._driver is None:
+            return
+        # the first point of a training would flatten every chart: the loss falls from 1, caches are cold
+        if step > config.log_every_steps or step == config.steps:
+            self._diary.metrics(step, metrics)
+        speed = f"{metrics['perf/images_per_s']:,.0f} images/s"
+        self._driver.tell(step, f"loss {metrics['train/loss']:.4f}  {speed}")
 
     def _draw(self) -> None:
-        if self.leads:
-            self.diary.image(GRID, self.state.step, draw_grid(self.trainer, self.state))
+        if self._driver is not None:
+            self._diary.image(GRID, self._state.step, draw_grid(self._trainer, self._state))
 
-    def _save(self) -> None:
-        if self.leads:
-            self.writer.submit(self.state.step, self.state.tensors() | self.diary.tensors())
+    def _save(self, window: Mapping[str, Tensor]) -> None:
+        if self._driver is not None:
+            tensors = self._state.tensors() | self._diary.tensors() | dict(window)
+            self._writer.submit(self._state.step, tensors)

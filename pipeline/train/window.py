@@ -1,9 +1,10 @@
-"""What the ranks measure between two points of a chart, and the one collective call that brings it together.
+"""What the workers measure between two points of a chart, and the one collective call that brings it together.
 
-Every rank closes the window at the same step, so no rank ever waits for a call that another does not make.
+Every rank calls `reduce` at the same step, so no rank ever waits for a call that another does not make.
 """
 
 import time
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,69 +14,93 @@ QUARTILES = 4
 
 
 class Window:
-    """Sums over the steps since the last point, of this rank's samples."""
+    """Sums over the steps since the last point: of this rank's samples, after `reduce` of everyone's."""
 
     def __init__(self, num_timesteps: int, device: torch.device) -> None:
         """`num_timesteps`: T; quartile q holds the timesteps in [q T/4, (q+1) T/4). The sums live on `device`, so
-        that counting does not wait for it."""
+        that counting does not wait for it.
+        """
         self._num_timesteps = num_timesteps
-        self.device = device
+        self._device = device
         self.reset()
 
     def reset(self) -> None:
         """Begin the next point."""
-        self.losses: list[Tensor] = []  # of each step, the sum of this rank's per-sample losses
-        self.quartile_loss = torch.zeros(QUARTILES, dtype=torch.float64, device=self.device)
-        self.quartile_count = torch.zeros_like(self.quartile_loss)
-        self.grad_norms: list[float] = []
+        self._losses: list[Tensor] = []  # of each step, the sum of per-sample losses
+        self._quartiles = torch.zeros(2, QUARTILES, dtype=torch.float64, device=self._device)  # sums, counts
+        self._grad_norms: list[float] = []  # the same on every rank
+        self._timed_steps = 0
+        self._began = time.monotonic()
+        self._seconds = 0.0
         self.wait_seconds = 0.0
         self.skipped_steps = 0
-        self.began = time.monotonic()
 
     def open_step(self) -> None:
         """Begin counting a step."""
-        self.losses.append(torch.zeros((), dtype=torch.float64, device=self.device))
+        self._losses.append(torch.zeros((), dtype=torch.float64, device=self._device))
+        self._timed_steps += 1
 
     def add(self, per_sample: Tensor, timesteps: Tensor) -> None:
         """Count the samples of a micro-batch: `per_sample` losses (n,) and their timesteps (n,)."""
         loss = per_sample.detach().double()
         quartile = timesteps * QUARTILES // self._num_timesteps
-        self.quartile_loss.index_add_(0, quartile, loss)
-        self.quartile_count.index_add_(0, quartile, torch.ones_like(loss))
-        self.losses[-1] += loss.sum()
+        self._quartiles[0].index_add_(0, quartile, loss)
+        self._quartiles[1].index_add_(0, quartile, torch.ones_like(loss))
+        self._losses[-1] += loss.sum()
 
+    def close_step(self, grad_norm: float | None) -> None:
+        """End counting a step; None for a gradient that was not finite."""
+        if grad_norm is None:
+            self.skipped_steps += 1
+        else:
+            self._grad_norms.append(grad_norm)
 
-def close_window(window: Window, global_batch: int, stop: bool) -> tuple[dict[str, float], bool]:
-    """Metrics of the window over all ranks, and whether any rank was asked to stop.
-
-    A collective call: every rank makes it at the same step.
-    """
-    seconds = time.monotonic() - window.began
-    steps = len(window.losses)
-    own = torch.cat(
-        [
-            torch.stack(window.losses),
-            window.quartile_loss,
-            window.quartile_count,
-            torch.tensor([window.wait_seconds, float(stop)], dtype=torch.float64, device=window.device),
-        ]
-    )
-    world = 1
-    if dist.is_initialized():
+    def reduce(self) -> None:
+        """Turn this rank's sums into everyone's. A collective call."""
+        self._seconds = time.monotonic() - self._began
+        if not dist.is_initialized():
+            return
+        wait = torch.tensor([self.wait_seconds], dtype=torch.float64, device=self._device)
+        own = torch.cat([torch.stack(self._losses), self._quartiles.flatten(), wait])
         dist.all_reduce(own)
-        world = dist.get_world_size()
-    losses, quartile_loss, quartile_count, rest = own.cpu().split([steps, QUARTILES, QUARTILES, 2])
-    losses = losses / global_batch
-    metrics = {
-        "train/loss": float(losses.mean()),
-        "train/loss_max": float(losses.max()),
-        "train/grad_norm": sum(window.grad_norms) / max(1, len(window.grad_norms)),
-        "train/skipped_steps": float(window.skipped_steps),
-        "perf/images_per_s": steps * global_batch / seconds,
-        "perf/step_seconds": seconds / steps,
-        "perf/data_wait_share": float(rest[0]) / world / seconds,
-    }
-    for q in range(QUARTILES):
-        if quartile_count[q] > 0:
-            metrics[f"train/loss_t_quartile_{q + 1}"] = float(quartile_loss[q] / quartile_count[q])
-    return metrics, bool(rest[1] > 0)
+        steps = len(self._losses)
+        losses, quartiles, wait = own.split([steps, 2 * QUARTILES, 1])
+        self._losses = list(losses)
+        self._quartiles = quartiles.view(2, QUARTILES)
+        self.wait_seconds = float(wait) / dist.get_world_size()
+
+    def metrics(self, global_batch: int) -> dict[str, float]:
+        """The point: means over the window's steps. To be called after `reduce`."""
+        losses = torch.stack(self._losses).cpu() / global_batch
+        sums, counts = self._quartiles.cpu()
+        seconds = max(self._seconds, 1e-9)
+        metrics = {
+            "train/loss": float(losses.mean()),
+            "train/loss_max": float(losses.max()),
+            "train/grad_norm": sum(self._grad_norms) / max(1, len(self._grad_norms)),
+            "train/skipped_steps": float(self.skipped_steps),
+            "perf/images_per_s": self._timed_steps * global_batch / seconds,
+            "perf/step_seconds": seconds / max(1, self._timed_steps),
+            "perf/data_wait_share": self.wait_seconds / seconds,
+        }
+        for q in range(QUARTILES):
+            if counts[q] > 0:
+                metrics[f"train/loss_t_quartile_{q + 1}"] = float(sums[q] / counts[q])
+        return metrics
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums, for the checkpoint of a training that stops inside a window. To be called after `reduce`."""
+        return {
+            "window/losses": torch.stack(self._losses),
+            "window/quartiles": self._quartiles,
+            "window/grad_norms": torch.tensor(self._grad_norms, dtype=torch.float64),
+            "window/skipped_steps": torch.tensor(self.skipped_steps),
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on inside a window. Only rank 0 does, because these are everyone's sums; times begin anew."""
+        if "window/losses" in tensors:
+            self._losses = list(tensors["window/losses"].to(self._device))
+            self._quartiles = tensors["window/quartiles"].to(self._device)
+            self._grad_norms = tensors["window/grad_norms"].tolist()
+            self.skipped_steps = int(tensors["window/skipped_steps"])

@@ -15,7 +15,7 @@ from pipeline.store import open_store
 from pipeline.train.checkpoint import CheckpointWriter, latest_checkpoint
 from pipeline.train.diary import Diary
 from pipeline.train.loop import Trainer, chunk_loss, micro_batches
-from pipeline.train.session import Report, Session
+from pipeline.train.session import Driver, Session
 from pipeline.train.state import TrainState, initial_state
 
 
@@ -44,8 +44,8 @@ class Place:
     device: torch.device
 
 
-def train_worker(task: Task, place: Place, report: Report) -> None:
-    """Train from the last whole checkpoint to the last step, or until `report` says stop.
+def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
+    """Train from the last whole checkpoint to the last step, or until `driver`, given on rank 0, says stop.
 
     Raises DamageError for data that is not what the driver saw, NonFiniteError for a training gone wrong.
     """
@@ -67,7 +67,8 @@ def train_worker(task: Task, place: Place, report: Report) -> None:
     with diary, closing(_loader(task, place)) as loader:
         _prime(trainer, state, place)
         writer = CheckpointWriter(store, task.identity, config.checkpoint.keep_last)
-        Session(trainer, state, diary, writer, report, leads=place.rank == 0).run(loader)
+        tensors = checkpoint.tensors if checkpoint is not None else {}
+        Session(trainer, state, diary, writer, driver).run(loader, tensors)
 
 
 def _loader(task: Task, place: Place) -> Loader:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.shell import Call, preset_file, presets, settings_of
+from jobs.shell import SECTIONS, Call, preset_file, presets, settings_of
 from pipeline.config.load import load_settings, setting_names
 from pipeline.config.train import TrainConfig
 from pipeline.errors import UserError
@@ -16,7 +16,7 @@ def _root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def digits(*overrides: str) -> TrainConfig:
-    return load_settings(TrainConfig, "train", [preset_file("digits")], overrides, sections=["pack", "generate"])
+    return load_settings(TrainConfig, "train", [preset_file("digits")], overrides, sections=SECTIONS)
 
 
 def refusal(*overrides: str) -> str:
@@ -36,13 +36,18 @@ def test_overrides_win_over_files_and_files_over_presets(tmp_path: Path) -> None
     file = tmp_path / "mine.yaml"
     file.write_text("base: digits\ntrain:\n  steps: 7000\n  seed: 5\n")
     config = load_settings(
-        TrainConfig, "train", [file], ["seed=6"], sections=["pack", "generate"], presets=presets()
+        TrainConfig, "train", [file], ["seed=6"], sections=SECTIONS, presets=presets()
     )
     assert (config.steps, config.seed, config.net.image_size) == (7000, 6, 8)
 
 
-def test_root_stands_for_the_installation() -> None:
-    assert digits().data.uri == "s3://here/data/digits"
+def test_root_stands_for_the_installation_in_files_words_and_defaults_alike() -> None:
+    config = digits("track.experiment={root}")
+    assert (config.data.uri, config.track.experiment, config.runs) == (
+        "s3://here/data/digits",
+        "s3://here",
+        "s3://here/runs",
+    )
 
 
 def test_a_missing_root_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
