@@ -3,7 +3,8 @@
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.generate.worker import Outcome, SampleWorker, WorkOrder
 WAVE_SHARDS = 5_000
 # One shard on the device, one encoding and uploading.
 SHARDS_PER_WORKER = 2
+CLOSE_SECONDS = 30.0
 
 
 def require_room(config: GenerateConfig) -> None:
@@ -103,23 +105,29 @@ class Stream:
                 return outcomes
 
     def close(self) -> None:
-        """Take no more outcomes; Ray ends the workers at the next one that comes."""
+        """Take no more outcomes and let Ray end the workers, which it does at the next outcome that comes.
+
+        Call it after `Crew.drain`, so that one comes soon: Ray Data's own thread must not outlive the connection.
+        """
         self._closed.set()
+        self._thread.join(CLOSE_SECONDS)
 
     def _pump(self) -> None:
         try:
             for start in range(0, len(self._numbers), WAVE_SHARDS):
-                for outcome in _wave(self._config, self._crew, self._numbers[start : start + WAVE_SHARDS]):
-                    self._queue.put(outcome)
-                    if self._closed.is_set():
-                        return
+                wave = self._numbers[start : start + WAVE_SHARDS]
+                with closing(_wave(self._config, self._crew, wave)) as outcomes:
+                    for outcome in outcomes:
+                        self._queue.put(outcome)
+                        if self._closed.is_set():
+                            return
         except Exception as error:  # noqa: BLE001 - handed to the thread that polls
             self._queue.put(error)
         finally:
             self._queue.put(None)
 
 
-def _wave(config: GenerateConfig, crew: Crew, numbers: list[int]) -> Iterator[Outcome]:
+def _wave(config: GenerateConfig, crew: Crew, numbers: list[int]) -> Generator[Outcome]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
