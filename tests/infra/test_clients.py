@@ -96,6 +96,27 @@ def test_services_of_the_users_own_are_shown_as_such(tmp_path: Path) -> None:
     }
 
 
+def test_up_starts_nothing_where_every_service_is_the_users_own(tmp_path: Path) -> None:
+    own = {
+        "AWS_ENDPOINT_URL": "https://s3.example",
+        "MLFLOW_TRACKING_URI": "https://mlflow.example",
+        "RAY_ADDRESS": "10.0.0.1:6379",
+    }
+    stack = LocalStack(tmp_path, environ=own)
+    stack.up()
+    assert {(row.service, row.state) for row in stack.status()} == {
+        (s, "external") for s in ("s3", "mlflow", "ray")
+    }
+    assert environment(tmp_path) == {"DDPM_ROOT": "s3://ddpm"}
+    assert stack.down() == []
+
+
+def test_on_plain_files_only_mlflow_and_ray_run(tmp_path: Path) -> None:
+    remembered(tmp_path, store="file")
+    rows = LocalStack(tmp_path, environ={"AWS_ENDPOINT_URL": "https://s3.example"}).status()
+    assert [row.service for row in rows] == ["mlflow", "ray"]
+
+
 def test_an_unreachable_cluster_is_told_at_once() -> None:
     with pytest.raises(UserError, match=r"Ray's dashboard at http://127\.0\.0\.1:9 does not answer"):
         check_ray({"RAY_JOB_ADDRESS": "http://127.0.0.1:9"})
