@@ -68,9 +68,12 @@ def open_run(
     description: str | None = None,
     color: str | None = None,
     parent_run_id: str | None = None,
+    reopen_finished: bool = False,
     uri: str | None = None,
 ) -> Run:
     """Open the run that `key` identifies: go on with the unfinished one, or make a new one.
+
+    With `reopen_finished` a run that has ended well is gone on with too, as when a generation is extended.
 
     Safe to repeat after a crash at any point: what is missing is added, what is there stays as it was first
     written (params) or is written again with the same content (config). Raises UserError for an unusable
@@ -84,7 +87,7 @@ def open_run(
 
     def attempt() -> Run:
         experiment_id = _experiment_id(client, experiment)
-        found = _search(client, experiment_id, key, unfinished_only=True)
+        found = _search(client, experiment_id, key, unfinished_only=not reopen_finished)
         all_tags = _run_tags(key, tags, description, color, parent_run_id)
         if found is None:
             made = client.create_run(experiment_id, tags=all_tags, run_name=redact(name))

@@ -90,6 +90,13 @@ def test_a_finished_run_is_not_reopened_but_found(server: str, new_run: NewRun) 
     assert (found.run_id, found.status) == (run.run_id, "FINISHED")
 
 
+def test_a_finished_run_is_gone_on_with_when_asked_for(server: str, new_run: NewRun) -> None:
+    run = new_run()
+    assert finish(run.run_id, "FINISHED", uri=server)
+    again = new_run(reopen_finished=True)
+    assert (again.run_id, again.resumed, again.status) == (run.run_id, True, "RUNNING")
+
+
 def test_other_keys_and_other_experiments_are_other_runs(server: str, new_run: NewRun) -> None:
     run = new_run("a")
     assert new_run("b").run_id != run.run_id
