@@ -239,6 +239,34 @@ def stop(job: Annotated[str, typer.Argument(help="Name of the job.")]) -> None:
     _end(work)
 
 
+features_app = typer.Typer(help="Feature networks, by which images are judged.", no_args_is_help=True)
+app.add_typer(features_app, name="features")
+
+
+@features_app.command("train", epilog="Example:  ddpm features train digits")
+def features_train(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
+) -> None:
+    """Train a small classifier on a labelled data set; its inner layer becomes the feature network."""
+    from jobs.features import run_call
+
+    _end(lambda: run_call(Call.of(words or [], config or [], dry_run, json)))
+
+
+@app.command(epilog="Example:  ddpm evaluate digits   ·   ddpm evaluate digits --prefix s3://ddpm/samples/five")
+def evaluate(
+    words: Words = None,
+    config: Config = None,
+    prefix: Annotated[str | None, typer.Option(help="Generation; without it, the preset's.")] = None,
+    dry_run: DryRun = False,
+    json: AsJson = False,
+) -> None:
+    """Measure a complete generation against its reference data: distances, accuracy, near-copies."""
+    from jobs.evaluate import run_call
+
+    _end(lambda: run_call(Call.of(words or [], config or [], dry_run, json), prefix))
+
+
 def main() -> None:
     """The `ddpm` program."""
     if guarded(_with_stack) != DONE:

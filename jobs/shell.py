@@ -22,7 +22,7 @@ S = TypeVar("S", bound=Settings)
 DONE, FAILED, REFUSED = 0, 1, 2
 STOPPED = 143  # as the shell reports a process that ended on SIGTERM
 LOCAL = Path(".local")
-SECTIONS = ("pack", "train", "generate")
+SECTIONS = ("pack", "train", "generate", "features", "evaluate", "promote", "nightly")
 
 
 @dataclass(frozen=True)

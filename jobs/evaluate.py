@@ -1,0 +1,222 @@
+"""Evaluation of a finished generation: `python -m jobs.evaluate digits prefix=s3://bucket/samples/digits`.
+
+The figures are printed and kept beside the prefix, as `<prefix>.evaluation.json`, never inside it: a generation
+holds nothing but itself.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+
+from jobs.progress import Progress
+from jobs.shell import DONE, Call, guarded, parse_words, run_job, settings_of, use_running_stack
+from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.generate import GenerateConfig
+from pipeline.data import load_index
+from pipeline.data.shards import read_shard
+from pipeline.errors import DamageError, UserError
+from pipeline.evaluate.evaluation import Evaluation, Terms, read_evaluation, table
+from pipeline.evaluate.figures import figures
+from pipeline.evaluate.measured import Measured, Picture, join, measure
+from pipeline.evaluate.networks import FeatureNetwork, open_network
+from pipeline.evaluate.reference import Pool, ShardWork, data_root, in_process, reference
+from pipeline.generate.manifest import Manifest, read_manifest
+from pipeline.generate.pixels import decode
+from pipeline.store import ObjectMissing, open_store
+
+OPERATION = {"reference", "network", "batch_size", "num_workers"}
+"""Settings that change no figure, or stand in the terms by themselves."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Settings in, exit code out."""
+    return guarded(lambda: run_call(parse_words("evaluate", argv)))
+
+
+def run_call(call: Call, prefix: str | None = None) -> int:
+    """Evaluate `prefix`, or the one that the preset's generation fills."""
+    output = prefix or _output_of(call)
+    return run_job(
+        "evaluate",
+        EvaluateConfig,
+        lambda config, progress: run(config, output, progress),
+        call,
+        unit="shards",
+    )
+
+
+def run(config: EvaluateConfig, output: str, progress: Progress) -> int:
+    """Evaluate, print, keep."""
+    evaluation = evaluate(config, output, progress)
+    print("\n".join(table(evaluation)))
+    print(f"kept       {evaluation_uri(output)}")
+    return DONE
+
+
+def evaluate(config: EvaluateConfig, output: str, progress: Progress) -> Evaluation:
+    """The figures of the generation at `output`, kept beside it. UserError when it is not complete."""
+    import torch
+
+    torch.set_num_threads(1)
+    store = open_store(output)
+    store.require_container()
+    manifest = read_manifest(store)
+    if manifest is None:
+        raise UserError(f"{output}: no manifest, so no complete generation; end it first with: ddpm generate")
+    index = load_index(config.reference)
+    network = open_network(config.network, data_root(config.reference))
+    with pool_of(config) as pool:
+        real = reference(index, config.network, config.batch_size, pool)
+        samples = measure_generation(manifest, output, config, pool, progress)
+    found = Evaluation(
+        subject=output,
+        model=_model_of(manifest),
+        model_sha256=manifest.spec.model.sha256,
+        spec_digest=manifest.spec_digest,
+        sampler=describe_sampler(manifest),
+        reference=config.reference,
+        network_label=network.label,
+        terms=terms_of(config, samples, real, index.digest),
+        metrics=figures(samples, real, config),
+        made_at=time.time(),
+    )
+    parent, name = evaluation_place(output)
+    open_store(parent).write(name, (json.dumps(found.model_dump(mode="json"), indent=2) + "\n").encode())
+    return found
+
+
+class GenerationShard:
+    """Measures one shard of a generation; opens the network once in each process it travels to."""
+
+    def __init__(self, manifest: Manifest, output: str, config: EvaluateConfig) -> None:
+        self.manifest, self.output, self.config = manifest, output, config
+        self._network: FeatureNetwork | None = None
+
+    def __call__(self, number: int) -> bytes:
+        """Measured samples of shard `number`, in the order of their indexes."""
+        if self._network is None:
+            self._network = open_network(self.config.network, data_root(self.config.reference))
+        return measure(self._network, self._pictures(number), self.config.batch_size).to_bytes()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_network": None}
+
+    def _pictures(self, number: int) -> Iterator[Picture]:
+        entry, spec = self.manifest.shards[number], self.manifest.spec
+        data = open_store(self.output).read(entry.key)
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise DamageError(f"{self.output}/{entry.key}: its sha256 is not the manifest's; run ddpm verify")
+        for _, files in read_shard(data, entry.key):
+            label = json.loads(files["json"])["class"]
+            yield decode(files[spec.image_format], spec.image_format, spec.channels), label
+
+
+def measure_generation(
+    manifest: Manifest, output: str, config: EvaluateConfig, pool: Pool, progress: Progress
+) -> Measured:
+    """The samples of a complete generation as the feature network sees them."""
+    total = len(manifest.shards)
+    parts: list[Measured] = []
+    for data in pool(GenerationShard(manifest, output, config), range(total)):
+        parts.append(Measured.from_bytes(data, output))
+        progress(len(parts), total)
+    return join(parts)
+
+
+@contextmanager
+def pool_of(config: EvaluateConfig) -> Generator[Pool]:
+    """This process, or `num_workers` cores of the Ray cluster."""
+    if config.num_workers == 0:
+        yield in_process
+        return
+    from jobs.cluster import ray_cluster, require_resources
+
+    with ray_cluster():
+        require_resources(config.num_workers, 1, 0, "evaluate")
+        yield _RayPool(config.num_workers)
+
+
+class _RayPool:
+    """Shards as Ray tasks, a few at a time; results in order. Ray tries a task again when its node is lost."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+
+    def __call__(self, work: ShardWork, shards: Sequence[int]) -> Iterator[bytes]:
+        import ray
+
+        task = ray.remote(num_cpus=1, max_retries=3)(_measure_alone)
+        there = ray.put(work)
+        waiting = list(shards)
+        under_way = [task.remote(there, number) for number in waiting[: self._num_workers]]
+        del waiting[: self._num_workers]
+        while under_way:
+            yield ray.get(under_way.pop(0))
+            if waiting:
+                under_way.append(task.remote(there, waiting.pop(0)))
+
+
+def _measure_alone(work: ShardWork, number: int) -> bytes:
+    """The body of a Ray task. One thread, as in the driver, so that both round alike."""
+    import torch
+
+    torch.set_num_threads(1)
+    return work(number)
+
+
+def terms_of(config: EvaluateConfig, samples: Measured, real: Measured, digest: str) -> Terms:
+    """What another evaluation must share to be compared with this one."""
+    chosen = json.dumps(config.model_dump(mode="json", exclude=OPERATION), sort_keys=True)
+    return Terms(
+        count=len(samples),
+        reference_digest=digest,
+        reference_count=len(real),
+        network=samples.network,
+        settings=hashlib.sha256(chosen.encode()).hexdigest()[:16],
+    )
+
+
+def describe_sampler(manifest: Manifest) -> str:
+    """The sampler of a generation in a few words."""
+    sampler = manifest.spec.sampler
+    guidance = f", guidance {sampler.guidance_scale:g}" if sampler.guidance_scale != 1 else ""
+    return f"{sampler.kind}, {sampler.num_steps} steps{guidance}"
+
+
+def evaluation_place(output: str) -> tuple[str, str]:
+    """The store's URI and the key of the evaluation of a prefix."""
+    parent, _, name = output.rstrip("/").rpartition("/")
+    return parent, f"{name}.evaluation.json"
+
+
+def evaluation_uri(output: str) -> str:
+    """Where the evaluation of a prefix lies."""
+    return "/".join(evaluation_place(output))
+
+
+def kept_evaluation(output: str) -> Evaluation | None:
+    """The evaluation of a prefix that was made before, or None."""
+    parent, name = evaluation_place(output)
+    try:
+        return read_evaluation(open_store(parent).read(name), evaluation_uri(output))
+    except ObjectMissing:
+        return None
+
+
+def _model_of(manifest: Manifest) -> str | None:
+    model = manifest.spec.model
+    return None if model.version is None else f"{model.name}/{model.version}"
+
+
+def _output_of(call: Call) -> str:
+    if call.preset is None:
+        raise UserError("prefix: name the output prefix of a generation, or a preset that generates one")
+    use_running_stack()
+    return settings_of(GenerateConfig, "generate", Call(preset=call.preset, files=call.files)).output
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""An evaluation: figures, and everything that must be equal before two of them may be compared."""
+
+from typing import Literal
+
+from pydantic import ValidationError
+
+from pipeline.config.base import Settings
+from pipeline.errors import DamageError, UserError
+from pipeline.evaluate.figures import Figure
+
+
+class Terms(Settings):
+    """What figures depend on besides the samples' quality."""
+
+    count: int
+    """Samples."""
+    reference_digest: str
+    """Digest of the reference data set."""
+    reference_count: int
+    """Its images."""
+    network: str
+    """Identity of the feature network."""
+    settings: str
+    """Digest of the settings that change figures."""
+
+
+class Evaluation(Settings):
+    """The figures of one set of samples."""
+
+    format: Literal[1] = 1
+    """Version of this document's layout."""
+    subject: str
+    """What was evaluated, such as a generation's prefix."""
+    model: str | None
+    """`name/version` of the model that made the samples; None when it is not known."""
+    model_sha256: str | None
+    """Of its weights."""
+    spec_digest: str | None
+    """Of the generation; None when the samples are no generation's."""
+    sampler: str | None
+    """Kind, steps and guidance, for people."""
+    reference: str
+    """URI of the reference data set."""
+    network_label: str
+    """The feature network, for people."""
+    terms: Terms
+    """What must be equal in evaluations that are compared."""
+    metrics: dict[str, Figure]
+    """Figures by name."""
+    made_at: float
+    """Seconds since 1970 (UTC)."""
+
+    def __getitem__(self, name: str) -> float:
+        """The value of a figure. KeyError names it."""
+        return self.metrics[name].value
+
+
+def require_comparable(a: Evaluation, b: Evaluation) -> None:
+    """UserError, naming the term, unless the two evaluations were made on equal terms."""
+    for name in Terms.model_fields:
+        one, other = getattr(a.terms, name), getattr(b.terms, name)
+        if one != other:
+            raise UserError(
+                f"{a.subject} and {b.subject} cannot be compared: {name} is {one} and {other}; "
+                "evaluate both on equal terms"
+            )
+
+
+def read_evaluation(data: bytes, where: str) -> Evaluation:
+    """An evaluation from its JSON. DamageError naming `where`."""
+    try:
+        return Evaluation.model_validate_json(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise DamageError(f"{where}: not an evaluation ({fault['loc']}: {fault['msg']})") from None
+
+
+_GOOD = {
+    "class_accuracy": "higher is better",
+    "exact_copies": "0 is right",
+    "duplicates": "0 is right",
+    "frechet": "lower is better",
+    "frechet_between_halves": "what the data reaches against itself",
+    "frechet_ratio": "1 is as good as real data",
+    "frechet_ratio_logits": "the same on the classifier's logits",
+    "frechet_to_half": "lower is better",
+    "inception_score": "higher is better",
+    "kernel": "0 is as good as real data",
+    "near_copies": "no more than near_copies_real",
+    "near_copies_real": "what held-out real images have",
+    "nearest_ratio": "1 is as far from the data as real images are",
+    "precision": "share of samples that look real",
+    "recall": "share of the data that is covered",
+}
+
+
+def table(evaluation: Evaluation) -> list[str]:
+    """The figures, a line each, with the numbers they rest on."""
+    lines = [
+        f"subject    {evaluation.subject}" + (f"  (model {evaluation.model})" if evaluation.model else ""),
+        f"reference  {evaluation.reference}, {evaluation.terms.reference_count:,} images, "
+        f"digest {evaluation.terms.reference_digest[:12]}",
+        f"network    {evaluation.network_label}",
+        f"{'measure':<24}{'value':>12}{'N':>9}{'N ref':>9}",
+    ]
+    for name, figure in evaluation.metrics.items():
+        value = f"{figure.value:.5g}"
+        lines.append(
+            f"{name:<24}{value:>12}{figure.n:>9,}{figure.n_reference:>9,}   {_GOOD.get(name, '')}".rstrip()
+        )
+    return lines

@@ -1,0 +1,134 @@
+"""From two measured sets to figures, each with the number of images it rests on."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config.base import Settings
+from pipeline.config.evaluate import EvaluateConfig
+from pipeline.diffusion.noise import Stream, permutation
+from pipeline.errors import UserError
+from pipeline.evaluate.measured import Measured
+from pipeline.evaluate.metrics import (
+    class_accuracy,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    nearest_distances,
+    precision_recall,
+)
+from pipeline.evaluate.sums import sums_of
+
+Rows = npt.NDArray[np.int64]
+
+
+class Figure(Settings):
+    """One number."""
+
+    value: float
+    """The number itself."""
+    n: int
+    """Samples it was computed from."""
+    n_reference: int
+    """Reference images it was computed from; 0 where none were."""
+
+
+class Halves(NamedTuple):
+    """Rows of the reference in two halves of equal size."""
+
+    a: Rows
+    b: Rows
+
+
+def figures(samples: Measured, reference: Measured, config: EvaluateConfig) -> dict[str, Figure]:
+    """Every measure that the two sets admit. UserError for sets of different networks or image sizes."""
+    if samples.network != reference.network:
+        raise UserError("network: samples and reference were measured by different networks; measure again")
+    if samples.thumbs.shape[1] != reference.thumbs.shape[1]:
+        raise UserError("reference: its images have another shape than the samples; name the right data set")
+    out = _distances(samples, reference, config) | _pairwise(samples, reference, config)
+    out |= _copies(samples, reference, config)
+    if samples.logits is not None:
+        out["inception_score"] = Figure(value=inception_score(samples.logits), n=len(samples), n_reference=0)
+        if samples.labels is not None:
+            accuracy = class_accuracy(samples.logits, samples.labels)
+            out["class_accuracy"] = Figure(value=accuracy, n=len(samples), n_reference=0)
+    return dict(sorted(out.items()))
+
+
+def halves(count: int, config: EvaluateConfig) -> Iterator[Halves]:
+    """The named ways to cut `count` rows into two halves; an odd row is left out."""
+    half = count // 2
+    for number in range(config.num_splits):
+        order = permutation(config.seed, Stream.ORDER_SAMPLES, count, step=number).numpy()
+        yield Halves(order[:half], order[half : 2 * half])
+
+
+def frechet_ratio(
+    samples: npt.NDArray[np.float32], reference: npt.NDArray[np.float32], config: EvaluateConfig
+) -> tuple[float, float]:
+    """The samples' distance to halves of the reference, and the halves' to each other: means over the splits.
+
+    Distances grow as sets shrink, so all are taken between sets of one size, that of a half. ValueError when there
+    are fewer samples.
+    """
+    size = len(reference) // 2
+    if len(samples) < size:
+        raise ValueError(f"samples holds {len(samples)} vectors, a half {size}")
+    own: list[float] = []
+    real: list[float] = []
+    for number, (a, b) in enumerate(halves(len(reference), config)):
+        rows = permutation(config.seed, Stream.ORDER_SHARDS, len(samples), step=number).numpy()[:size]
+        moments = [sums_of(vectors).moments() for vectors in (samples[rows], reference[a], reference[b])]
+        own += [frechet_distance(moments[0], moments[1]), frechet_distance(moments[0], moments[2])]
+        real.append(frechet_distance(moments[1], moments[2]))
+    return float(np.mean(own)), float(np.mean(real))
+
+
+def _distances(samples: Measured, reference: Measured, config: EvaluateConfig) -> dict[str, Figure]:
+    n, m = len(samples), len(reference)
+    whole = frechet_distance(sums_of(samples.vectors).moments(), sums_of(reference.vectors).moments())
+    out = {"frechet": Figure(value=whole, n=n, n_reference=m)}
+    half = m // 2
+    if n < half or half < 2:
+        return out
+    own, real = frechet_ratio(samples.vectors, reference.vectors, config)
+    out["frechet_to_half"] = Figure(value=own, n=half, n_reference=half)
+    out["frechet_between_halves"] = Figure(value=real, n=0, n_reference=half)
+    out["frechet_ratio"] = Figure(value=own / real, n=half, n_reference=half)
+    if samples.logits is not None and reference.logits is not None:
+        own, real = frechet_ratio(samples.logits, reference.logits, config)
+        out["frechet_ratio_logits"] = Figure(value=own / real, n=half, n_reference=half)
+    return out
+
+
+def _pairwise(samples: Measured, reference: Measured, config: EvaluateConfig) -> dict[str, Figure]:
+    x, y = samples.vectors[: config.max_images], reference.vectors[: config.max_images]
+    sizes: dict[str, Any] = {"n": len(x), "n_reference": len(y)}
+    out = {"kernel": Figure(value=kernel_distance(x, y), **sizes)}
+    if min(len(x), len(y)) > config.neighbours:
+        precision, recall = precision_recall(x, y, config.neighbours)
+        out["precision"] = Figure(value=precision, **sizes)
+        out["recall"] = Figure(value=recall, **sizes)
+    return out
+
+
+def _copies(samples: Measured, reference: Measured, config: EvaluateConfig) -> dict[str, Figure]:
+    """How near samples come to reference images, on the scale of how near real images come to other real ones."""
+    x = samples.thumbs[: config.max_images].astype(np.float32)
+    y = reference.thumbs[: config.max_images].astype(np.float32)
+    sizes: dict[str, Any] = {"n": len(x), "n_reference": len(y)}
+    own, real = nearest_distances(x, y), nearest_distances(y, y, same=True)
+    limit = float(np.quantile(real, config.copy_quantile))
+    every: dict[str, Any] = {"n": len(samples), "n_reference": len(reference)}
+    return {
+        "near_copies": Figure(value=float((own < limit).mean()), **sizes),
+        "near_copies_real": Figure(value=float((real < limit).mean()), n=0, n_reference=len(y)),
+        "nearest_ratio": Figure(value=float(np.median(own) / np.median(real)), **sizes),
+        "exact_copies": Figure(value=float(np.isin(samples.prints, reference.prints).sum()), **every),
+        "duplicates": Figure(
+            value=float(len(samples) - len(np.unique(samples.prints))), n=len(samples), n_reference=0
+        ),
+    }

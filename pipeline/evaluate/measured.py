@@ -1,0 +1,124 @@
+"""What evaluation keeps of a set of images, and how it is made and stored. Never the images themselves."""
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.errors import DamageError
+from pipeline.evaluate.networks import FeatureNetwork
+
+THUMB_EDGE = 32
+_ARRAYS = ("vectors", "logits", "labels", "thumbs", "prints")
+Picture = tuple[npt.NDArray[np.uint8], int | None]
+"""Pixels (H, W, C) and label."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """N images as a feature network and the eye's coarse look see them, in the images' order."""
+
+    network: str
+    """Identity of the feature network."""
+    vectors: npt.NDArray[np.float32]
+    """(N, F)."""
+    logits: npt.NDArray[np.float32] | None
+    """(N, K); None for a network without classes."""
+    labels: npt.NDArray[np.int64] | None
+    """(N,): what was asked for, or what the data set says; None without labels."""
+    thumbs: npt.NDArray[np.uint8]
+    """(N, P): pixels, in images scaled to an edge of at most 32."""
+    prints: npt.NDArray[np.uint64]
+    """(N,): fingerprints of all pixels; equal images have equal ones."""
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def part(self, rows: npt.NDArray[np.int64] | slice) -> "Measured":
+        """Some of the images."""
+        chosen = {name: None if (array := getattr(self, name)) is None else array[rows] for name in _ARRAYS}
+        return Measured(self.network, **chosen)
+
+    def to_bytes(self) -> bytes:
+        """As an .npz file without pickle."""
+        arrays = {name: array for name in _ARRAYS if (array := getattr(self, name)) is not None}
+        buffer = io.BytesIO()
+        np.savez(buffer, network=np.array(self.network), **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "Measured":
+        """Back from `to_bytes`. DamageError naming `where`."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                found: dict[str, Any] = {name: file[name] for name in file.files}
+            return cls(str(found["network"]), *(found.get(name) for name in _ARRAYS))  # pyright: ignore[reportArgumentType]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise DamageError(f"{where}: not a set of features ({' '.join(str(error).split())})") from None
+
+
+def measure(network: FeatureNetwork, pictures: Iterable[Picture], batch_size: int) -> Measured:
+    """Measure pictures of one size. ValueError when there are none."""
+    parts = [_measure_batch(network, batch) for batch in _batches(pictures, batch_size)]
+    return join(parts)
+
+
+def join(parts: Sequence[Measured]) -> Measured:
+    """Several sets as one, in order. ValueError for none, or for unequal networks."""
+    if not parts or len({part.network for part in parts}) > 1:
+        raise ValueError("parts must be sets of one feature network, at least one")
+
+    def joined(name: str) -> Any:
+        arrays = [getattr(part, name) for part in parts]
+        return None if any(array is None for array in arrays) else np.concatenate(arrays)
+
+    return Measured(parts[0].network, *(joined(name) for name in _ARRAYS))
+
+
+def _measure_batch(network: FeatureNetwork, batch: list[Picture]) -> Measured:
+    pixels = np.stack([picture for picture, _ in batch]).transpose(0, 3, 1, 2)
+    images = torch.from_numpy(np.ascontiguousarray(pixels))
+    vectors, logits = network(images)
+    labels = [label for _, label in batch]
+    return Measured(
+        network.identity,
+        vectors.numpy(),
+        None if logits is None else logits.numpy(),
+        None if any(label is None for label in labels) else np.array(labels, np.int64),
+        thumbnails(images).numpy(),
+        np.array([fingerprint(picture) for picture, _ in batch], np.uint64),
+    )
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """Pixel vectors uint8 (B, P) of images uint8 (B, C, H, W), averaged down to an edge of at most 32."""
+    height, width = images.shape[2:]
+    if max(height, width) > THUMB_EDGE:
+        edges = (min(height, THUMB_EDGE), min(width, THUMB_EDGE))
+        images = F.adaptive_avg_pool2d(images.float(), edges).round().to(torch.uint8)
+    return images.flatten(1)
+
+
+def fingerprint(pixels: npt.NDArray[np.uint8]) -> int:
+    """64 bits of the SHA-256 of an image's pixels."""
+    digest = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def _batches(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
+    batch: list[Picture] = []
+    for picture in pictures:
+        batch.append(picture)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

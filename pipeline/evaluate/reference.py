@@ -1,0 +1,107 @@
+"""Measured data sets: once for each digest and feature network, kept beside the index."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config.evaluate import FeatureNetworkConfig
+from pipeline.data import Index, read_forward
+from pipeline.data.location import Location
+from pipeline.evaluate.measured import Measured, Picture, join, measure
+from pipeline.evaluate.networks import FeatureNetwork, features_folder, open_network
+from pipeline.store import ObjectMissing, Store, open_store
+
+OnShard = Callable[[int, int], None]
+ShardWork = Callable[[int], bytes]
+"""Number of a shard to its measured images, as `Measured.to_bytes`."""
+
+
+class Pool(Protocol):
+    """Does work shard by shard, in this process or on a cluster; results in the shards' order."""
+
+    def __call__(self, work: ShardWork, shards: Sequence[int]) -> Iterator[bytes]: ...
+
+
+def in_process(work: ShardWork, shards: Sequence[int]) -> Iterator[bytes]:
+    """The pool that is this process."""
+    return map(work, shards)
+
+
+def reference_key(index: Index, network: FeatureNetwork) -> str:
+    """Key, below the features folder, of a data set as a network sees it."""
+    return f"reference-{index.digest[:16]}-{network.identity[:16]}.npz"
+
+
+def data_root(uri: str) -> str:
+    """The prefix that holds a data set, also for one that is named by a pattern."""
+    return Location.of(uri).root
+
+
+def reference(
+    index: Index,
+    config: FeatureNetworkConfig,
+    batch_size: int,
+    pool: Pool = in_process,
+    on_shard: OnShard = lambda done, total: None,
+) -> Measured:
+    """The measured data set: read if it was measured before, else measured now and kept.
+
+    The batches of a shard are cut within it, so the result does not depend on who measures what.
+    """
+    network = open_network(config, data_root(index.uri))
+    store = open_store(features_folder(data_root(index.uri)))
+    key = reference_key(index, network)
+    kept = _kept(store, key)
+    if kept is not None:
+        return kept
+    work = DatasetShard(index, config, batch_size)
+    total = len(index.shards)
+    parts: list[Measured] = []
+    for number, data in enumerate(pool(work, range(total))):
+        parts.append(Measured.from_bytes(data, index.shards[number].name))
+        on_shard(number + 1, total)
+    whole = join(parts)
+    store.write(key, whole.to_bytes())
+    return whole
+
+
+class DatasetShard:
+    """Measures one shard of a data set; travels to workers as settings, opens the network once in each."""
+
+    def __init__(self, index: Index, config: FeatureNetworkConfig, batch_size: int) -> None:
+        self.index, self.config, self.batch_size = index, config, batch_size
+        self._network: FeatureNetwork | None = None
+
+    def __call__(self, number: int) -> bytes:
+        """Measured images of shard `number`, in stored order."""
+        if self._network is None:
+            self._network = open_network(self.config, data_root(self.index.uri))
+        return measure(self._network, self._pictures(number), self.batch_size).to_bytes()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_network": None}
+
+    def _pictures(self, number: int) -> Iterator[Picture]:
+        for sample in read_forward(self.index, [number]):
+            yield sample.pixels, sample.label if sample.label >= 0 else None
+
+
+def load_images(index: Index, on_image: OnShard = lambda done, total: None) -> tuple[Tensor, Tensor]:
+    """A whole, small data set: images uint8 (N, C, H, W) and labels int64 (N,), in stored order."""
+    pixels: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = []
+    labels: list[int] = []
+    for sample in read_forward(index):
+        pixels.append(sample.pixels.transpose(2, 0, 1))
+        labels.append(sample.label)
+        on_image(len(pixels), index.num_samples)
+    return torch.from_numpy(np.ascontiguousarray(np.stack(pixels))), torch.tensor(labels)
+
+
+def _kept(store: Store, key: str) -> Measured | None:
+    try:
+        return Measured.from_bytes(store.read(key), f"{store.uri}/{key}")
+    except ObjectMissing:
+        return None
