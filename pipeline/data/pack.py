@@ -21,10 +21,11 @@ import numpy as np
 
 from pipeline.config.data import PackConfig
 from pipeline.data.archives import ParquetSource, TarSource
-from pipeline.data.images import ImageShape, encode_npy, encode_png
+from pipeline.data.images import ImageShape, encode_npy
 from pipeline.data.index import MEMBER, MemberTable, ShardEntry, assemble_index, load_index
 from pipeline.data.location import SUFFIXES, Location
 from pipeline.data.picture import Fact, examine, to_pixels
+from pipeline.data.png import encode_png
 from pipeline.data.scan import add_moments, channel_moments, index_shard
 from pipeline.data.shards import write_shard
 from pipeline.data.sources import DigitsSource, FolderSource, Source, ZipSource

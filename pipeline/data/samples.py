@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +93,17 @@ class SampleSource:
         return images
 
 
+class _Place(NamedTuple):
+    """A sample's row in the whole data set, and what the index says of it."""
+
+    row: int
+    shard: int
+    offset: int
+    size: int
+    crc: int
+    label: int
+
+
 class _Opened:
     """What a process holds while it reads."""
 
@@ -131,15 +144,31 @@ class _Opened:
             self.pool.shutdown()
 
     def _each(self, rows: Int64) -> Iterator[tuple[UInt8, int, list[str]]]:
-        return (map if self.pool is None else self.pool.map)(self._one, rows.tolist())
+        return (map if self.pool is None else self.pool.map)(self._one, self._places(rows))
 
-    def _one(self, row: int) -> tuple[UInt8, int, list[str]]:
+    def _places(self, rows: Int64) -> list[_Place]:
+        """Where rows lie; rows must be in order."""
+        shards = np.searchsorted(self.index.starts, rows, side="right") - 1
+        places: list[_Place] = []
+        edges = np.flatnonzero(np.diff(shards, prepend=-1, append=-1))
+        for first, last in itertools.pairwise(edges):
+            shard = int(shards[first])
+            members = self.table(shard)[rows[first:last] - self.index.starts[shard]]
+            columns = (members[name].tolist() for name in ("offset", "size", "crc", "label"))
+            places += [
+                _Place(row, shard, *member)
+                for row, *member in zip(rows[first:last].tolist(), *columns, strict=True)
+            ]
+        return places
+
+    def _one(self, place: _Place) -> tuple[UInt8, int, list[str]]:
         """A sample, or, where damage is skipped, the nearest whole one after it: the same one every time."""
         problems: list[str] = []
-        for candidate in range(row, row + MOST_SUBSTITUTES):
+        for distance in range(MOST_SUBSTITUTES):
+            if distance:
+                (place,) = self._places(np.array([(place.row + 1) % self.index.num_samples]))
             try:
-                pixels, label = self._read(candidate % self.index.num_samples)
-                return pixels, label, problems
+                return self._read(place), place.label, problems
             except ObjectChanged:
                 raise
             except DamageError as error:
@@ -148,19 +177,18 @@ class _Opened:
                 problems.append(str(error))
         raise DamageError(f"{problems[0]} (and so are the {MOST_SUBSTITUTES - 1} samples after it)")
 
-    def _read(self, row: int) -> tuple[UInt8, int]:
-        shard = int(np.searchsorted(self.index.starts, row, side="right")) - 1
-        member = self.table(shard)[row - self.index.starts[shard]]
-        offset, size = int(member["offset"]), int(member["size"])
-        data = self.access.read(shard, offset, size)
+    def _read(self, place: _Place) -> UInt8:
+        data = self.access.read(place.shard, place.offset, place.size)
         try:
-            if zlib.crc32(data) != member["crc"]:
+            if zlib.crc32(data) != place.crc:
                 raise DamageError("its bytes are not the indexed ones (CRC-32)")
-            return decode(data, self.shape).transpose(2, 0, 1), int(member["label"])
+            return decode(data, self.shape).transpose(2, 0, 1)
         except DamageError as error:
-            entry = self.index.shards[shard]
-            name = self._name(shard, offset)
-            raise DamageError(f"{self.index.uri}: {entry.name}: {name} at byte {offset}: {error}") from error
+            entry = self.index.shards[place.shard]
+            name = self._name(place.shard, place.offset)
+            raise DamageError(
+                f"{self.index.uri}: {entry.name}: {name} at byte {place.offset}: {error}"
+            ) from error
 
     def _name(self, shard: int, offset: int) -> str:
         """The member's name from its tar header, as far as that can still be read."""
