@@ -17,6 +17,7 @@ from pipeline.errors import DamageError
 from pipeline.evaluate.networks import FeatureNetwork
 
 THUMB_EDGE = 32
+_ALWAYS = ("vectors", "thumbs", "prints")
 _ARRAYS = ("vectors", "logits", "labels", "thumbs", "prints")
 Picture = tuple[npt.NDArray[np.uint8], int | None]
 """Pixels (H, W, C) and label."""
@@ -44,8 +45,9 @@ class Measured:
 
     def part(self, rows: npt.NDArray[np.int64] | slice) -> "Measured":
         """Some of the images."""
-        chosen = {name: None if (array := getattr(self, name)) is None else array[rows] for name in _ARRAYS}
-        return Measured(self.network, **chosen)
+        there: list[Any] = [getattr(self, name) for name in _ARRAYS]
+        chosen: list[Any] = [None if array is None else array[rows] for array in there]
+        return Measured(self.network, *chosen)
 
     def to_bytes(self) -> bytes:
         """As an .npz file without pickle."""
@@ -60,7 +62,8 @@ class Measured:
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 found: dict[str, Any] = {name: file[name] for name in file.files}
-            return cls(str(found["network"]), *(found.get(name) for name in _ARRAYS))  # pyright: ignore[reportArgumentType]
+            optional: dict[str, Any] = {name: found.get(name) for name in ("logits", "labels")}
+            return cls(str(found["network"]), **{name: found[name] for name in _ALWAYS}, **optional)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise DamageError(f"{where}: not a set of features ({' '.join(str(error).split())})") from None
 
@@ -80,7 +83,8 @@ def join(parts: Sequence[Measured]) -> Measured:
         arrays = [getattr(part, name) for part in parts]
         return None if any(array is None for array in arrays) else np.concatenate(arrays)
 
-    return Measured(parts[0].network, *(joined(name) for name in _ARRAYS))
+    arrays: list[Any] = [joined(name) for name in _ARRAYS]
+    return Measured(parts[0].network, *arrays)
 
 
 def _measure_batch(network: FeatureNetwork, batch: list[Picture]) -> Measured:

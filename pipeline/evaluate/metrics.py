@@ -1,7 +1,7 @@
 """Measures on feature vectors. All in float64; all pure functions of their arrays."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +10,8 @@ Array = npt.NDArray[np.float64]
 _CHUNK = 1024
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """A set of feature vectors as a Gaussian."""
 
     count: int
