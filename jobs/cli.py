@@ -253,7 +253,9 @@ def features_train(
     _end(lambda: run_call(Call.of(words or [], config or [], dry_run, json)))
 
 
-@app.command(epilog="Example:  ddpm evaluate digits   ·   ddpm evaluate digits --prefix s3://ddpm/samples/five")
+@app.command(
+    epilog="Example:  ddpm evaluate digits   ·   ddpm evaluate digits --prefix s3://ddpm/samples/five"
+)
 def evaluate(
     words: Words = None,
     config: Config = None,
@@ -265,6 +267,53 @@ def evaluate(
     from jobs.evaluate import run_call
 
     _end(lambda: run_call(Call.of(words or [], config or [], dry_run, json), prefix))
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path | None, typer.Argument(help="A spool; default: this machine's.")] = None,
+) -> None:
+    """Deliver metrics to MLflow that ended jobs could not."""
+
+    def work() -> int:
+        from pipeline.track import replay_all
+        from pipeline.train.diary import spool_folder
+
+        left = replay_all(folder or spool_folder())
+        for place, points in left.items():
+            print(f"{place}: {'delivered' if points == 0 else f'{points} points still wait'}")
+        print(f"{len(left)} spools looked at")
+        return FAILED if any(left.values()) else DONE
+
+    _end(work)
+
+
+@app.command()
+def janitor(
+    idle_minutes: Annotated[float, typer.Option(help="Without a sign of life for this long.")] = 30.0,
+) -> None:
+    """Close runs that say RUNNING although their job is dead."""
+
+    def work() -> int:
+        from pipeline.track import close_stale_runs
+
+        closed = close_stale_runs(idle_minutes=idle_minutes)
+        for run in closed:
+            print(f"closed   {run}")
+        print(f"{len(closed)} runs closed")
+        return DONE
+
+    _end(work)
+
+
+@app.command("tune-sampler", epilog="Example:  ddpm tune-sampler digits steps=[10,20] kinds=[ddim,dpm++2m]")
+def tune_sampler(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
+) -> None:
+    """Measure samplers, steps and guidance for a model: table, plot, and a recommended preset."""
+    from jobs.tune import run_call
+
+    _end(lambda: run_call(Call.of(words or [], config or [], dry_run, json)))
 
 
 def main() -> None:

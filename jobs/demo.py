@@ -70,7 +70,7 @@ def _say_where_to_look(call: Call, seconds: float) -> None:
     print(f"\ndone in {clock(seconds)}. Where to look:")
     print(f"  contact sheet   {(LOCAL / sheet).resolve()}")
     print(f"  samples         {config.output}")
-    print(f"  training run    {find_latest_run()}")
+    print(f"  training run    {find_latest_run(key_prefix='train/')}")
     print(f"  Ray dashboard   {os.environ.get('RAY_JOB_ADDRESS', '')}")
     print("  stop it all     make down")
 

@@ -16,13 +16,14 @@ from jobs.progress import Progress, progress_of
 from pipeline.config.base import Settings
 from pipeline.config.load import load_settings
 from pipeline.errors import DamageError, UserError
+from pipeline.track import TrackingError
 
 S = TypeVar("S", bound=Settings)
 
 DONE, FAILED, REFUSED = 0, 1, 2
 STOPPED = 143  # as the shell reports a process that ended on SIGTERM
 LOCAL = Path(".local")
-SECTIONS = ("pack", "train", "generate", "features", "evaluate", "promote", "nightly")
+SECTIONS = ("pack", "train", "generate", "features", "evaluate", "tune", "promote", "nightly")
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,14 @@ def use_running_stack() -> None:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run `work`; a UserError becomes one line and exit code 2, damage found one line and exit code 1."""
+    """Run `work`; a UserError becomes one line and exit code 2, damage or a lost MLflow one line and exit code 1."""
     try:
         return work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    except DamageError as error:
-        print(f"damaged: {error}", file=sys.stderr)
+    except (DamageError, TrackingError) as error:
+        print(f"failed: {error}", file=sys.stderr)
         return FAILED
 
 

@@ -29,14 +29,16 @@ from pipeline.track import (
     finish,
     log_dataset,
     open_run,
+    protected_sources,
     register,
     require_server,
+    resolve,
     set_alias,
     set_tags,
     source_tags,
     versions,
 )
-from pipeline.train.checkpoint import Checkpoint, latest_checkpoint
+from pipeline.train.checkpoint import Checkpoint, checkpoint_uri, latest_checkpoint
 from pipeline.train.prepare import Plan, prepare
 from pipeline.train.result import export_model
 from pipeline.train.worker import Task
@@ -92,12 +94,13 @@ def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
             tags={"step": str(step), "data": plan.index.digest, "identity": plan.identity},
             description=f"{card.weights.kind} weights after {step} steps on {plan.config.data.uri}",
             logged_name=f"{name}-ema-{step:07d}",
+            checkpoint_uri=checkpoint_uri(plan.store, step),
         )
     set_alias(name, CHALLENGER, version.version)
     if not any(CHAMPION in known.aliases for known in versions(name)):
         set_alias(name, CHAMPION, version.version)
     describe(run.run_id, _description(plan, version))
-    return version
+    return resolve(version.reference)
 
 
 @contextmanager
@@ -123,6 +126,7 @@ def _work(plan: Plan, run: Run, progress: Progress, stop: threading.Event, alone
         data_digest=plan.index.digest,
         tracking_uri=run.tracking_uri,
         run_id=run.run_id,
+        spared=protected_sources(),
     )
     if alone:
         from pipeline.train.alone import train_alone

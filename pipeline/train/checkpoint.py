@@ -12,7 +12,7 @@ import json
 import logging
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,19 @@ def latest_checkpoint(store: Store) -> Checkpoint | None:
     return None
 
 
-def prune_checkpoints(store: Store, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` finished checkpoints, record first, so none is ever half there."""
+def checkpoint_uri(store: Store, step: int) -> str:
+    """Where a checkpoint lies, as the registry remembers it."""
+    return f"{store.uri.rstrip('/')}/{FOLDER}{step:012d}"
+
+
+def prune_checkpoints(store: Store, keep_last: int, spared: Collection[str] = ()) -> None:
+    """Delete all but the newest `keep_last` finished checkpoints, record first, so none is ever half there.
+
+    `spared`: URIs of checkpoints that registered models were cut from; they stay.
+    """
     for step in finished_steps(store)[:-keep_last]:
+        if checkpoint_uri(store, step) in spared:
+            continue
         store.delete(_key(step, RECORD))
         store.delete(_key(step, STATE))
 
@@ -114,8 +124,10 @@ def prune_checkpoints(store: Store, keep_last: int) -> None:
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time, from copies that training can no longer change."""
 
-    def __init__(self, store: Store, identity: str, keep_last: int) -> None:
+    def __init__(self, store: Store, identity: str, keep_last: int, spared: Collection[str] = ()) -> None:
+        """`spared`: URIs of checkpoints that are kept however old they are."""
         self._store = store
+        self._spared = spared
         self._identity = identity
         self._keep_last = keep_last
         self._thread: threading.Thread | None = None
@@ -146,7 +158,7 @@ class CheckpointWriter:
     def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
         try:
             save_checkpoint(self._store, step, tensors, self._identity)
-            prune_checkpoints(self._store, self._keep_last)
+            prune_checkpoints(self._store, self._keep_last, self._spared)
         except Exception as error:  # noqa: BLE001  (handed to the training thread, which raises it)
             self._error = error
 

@@ -33,6 +33,8 @@ class Task:
     tracking_uri: str | None = None
     run_id: str | None = None
     """The MLflow run, which the driver owns; None = nothing is tracked."""
+    spared: frozenset[str] = frozenset()
+    """Places that registered models need: checkpoints there are never deleted."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
     )
     with diary, closing(_loader(task, place)) as loader:
         _prime(trainer, state, place)
-        writer = CheckpointWriter(store, task.identity, config.checkpoint.keep_last)
+        writer = CheckpointWriter(store, task.identity, config.checkpoint.keep_last, task.spared)
         tensors = checkpoint.tensors if checkpoint is not None else {}
         Session(trainer, state, diary, writer, driver).run(loader, tensors)
 

@@ -35,9 +35,7 @@ def test_every_preset_resolves_to_valid_settings_of_every_section_it_has() -> No
 def test_overrides_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("base: digits\ntrain:\n  steps: 7000\n  seed: 5\n")
-    config = load_settings(
-        TrainConfig, "train", [file], ["seed=6"], sections=SECTIONS, presets=presets()
-    )
+    config = load_settings(TrainConfig, "train", [file], ["seed=6"], sections=SECTIONS, presets=presets())
     assert (config.steps, config.seed, config.net.image_size) == (7000, 6, 8)
 
 
@@ -77,7 +75,11 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
 
 
 def test_a_file_that_is_absent_or_no_mapping_or_has_an_unknown_section_is_named(tmp_path: Path) -> None:
-    for content, said in [(None, "cannot be read"), ("- 1", "a mapping"), ("trian: {}", "did you mean 'train'")]:
+    for content, said in [
+        (None, "cannot be read"),
+        ("- 1", "a mapping"),
+        ("trian: {}", "did you mean 'train'"),
+    ]:
         file = tmp_path / "f.yaml"
         file.unlink(missing_ok=True)
         if content is not None:
@@ -93,7 +95,13 @@ def test_numbers_written_as_people_write_them_are_numbers() -> None:
 
 def test_identity_names_what_determines_the_weights_and_nothing_else() -> None:
     same = digits().digest("d")
-    for word in ("workers.num_workers=1", "checkpoint.every_steps=1000", "name=x", "track.experiment=e", "runs=r"):
+    for word in (
+        "workers.num_workers=1",
+        "checkpoint.every_steps=1000",
+        "name=x",
+        "track.experiment=e",
+        "runs=r",
+    ):
         assert digits(word).digest("d") == same, word
     for word in ("seed=1", "optimizer.lr=0.1", "data.window_shards=2", "net.base_channels=64", "steps=4000"):
         assert digits(word).digest("d") != same, word

@@ -1,0 +1,216 @@
+"""The loop: the learning rate, the sums of a window, and steps that do not depend on how work is cut up."""
+
+import math
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config.train import OptimizerConfig, TrainConfig
+from pipeline.data import Loader, load_index
+from pipeline.diffusion import NoiseSchedule
+from pipeline.errors import UserError
+from pipeline.train.alone import train_alone
+from pipeline.train.checkpoint import latest_checkpoint
+from pipeline.train.loop import NonFiniteError, Trainer, chunk_loss, micro_batches, train_step
+from pipeline.train.lr import learning_rate
+from pipeline.train.prepare import prepare
+from pipeline.train.state import TrainState, initial_state
+from pipeline.train.window import Window
+from pipeline.train.worker import Task
+from tests.train.tiny import tiny
+
+CPU = torch.device("cpu")
+
+
+def trainer_of(config: TrainConfig, world: int = 1) -> tuple[Trainer, TrainState]:
+    state = initial_state(config, CPU)
+    return Trainer(config, NoiseSchedule.from_config(config.schedule), state.net, CPU, world), state
+
+
+def gradients(config: TrainConfig, rank: int, world: int, step: int = 3) -> tuple[list[torch.Tensor], Window]:
+    """What one rank would hand to the exchange of gradients."""
+    trainer, state = trainer_of(config, world)
+    for parameter in state.net.parameters():  # zero-initialised outputs would hide most gradients
+        with torch.no_grad():
+            parameter.add_(0.05)
+    window = Window(trainer.schedule.T, CPU)
+    loader = Loader(config.data, load_index(config.data.uri), config.seed, config.global_batch, rank, world)
+    batch = next(iter(loader.batches(step, step + 1)))
+    found: list[torch.Tensor] = []
+    state.optimizer.step = lambda: found.extend(p.grad.clone() for p in state.net.parameters())  # type: ignore[method-assign]
+    train_step(trainer, state, batch, window)
+    return found, window
+
+
+@given(st.integers(0, 500), st.integers(501, 2000), st.sampled_from(["none", "cosine", "linear"]))
+def test_the_learning_rate_rises_to_its_peak_and_never_exceeds_it(
+    warmup: int, steps: int, decay: str
+) -> None:
+    config = OptimizerConfig(lr=0.5, warmup_steps=warmup, decay=decay)  # type: ignore[arg-type]
+    rates = [learning_rate(config, step, steps) for step in range(steps)]
+    assert all(0 < rate <= 0.5 for rate in rates)
+    assert rates[max(0, warmup - 1)] == 0.5
+    assert all(a < b for a, b in zip(rates[: warmup - 1], rates[1:warmup], strict=False))
+    assert rates[-1] == 0.5 if decay == "none" else rates[-1] <= 0.5 / (steps - warmup) * 2
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_shares_of_any_number_of_workers_average_to_the_gradient_of_the_whole_batch(
+    digits: str, runs: str, world: int
+) -> None:
+    config = tiny(digits, runs, optimizer={"clip_norm": None})
+    whole, window = gradients(config, 0, 1)
+    shares = [gradients(config, rank, world) for rank in range(world)]
+    for i, expected in enumerate(whole):
+        mean = torch.stack([share[0][i] for share in shares]).mean(0)
+        torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-6)
+    total = sum(float(torch.stack(share[1]._losses).sum()) for share in shares)
+    assert total == pytest.approx(float(torch.stack(window._losses).sum()), rel=1e-5)
+
+
+def test_accumulating_micro_batches_gives_the_same_gradient(digits: str, runs: str) -> None:
+    config = tiny(digits, runs, optimizer={"clip_norm": None})
+    cut = config.model_copy(update={"workers": config.workers.model_copy(update={"micro_batch": 4})})
+    for whole, pieces in zip(gradients(config, 0, 1)[0], gradients(cut, 0, 1)[0], strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_hold_every_sample_once_and_none_is_too_large(digits: str, runs: str) -> None:
+    config = tiny(digits, runs)
+    loader = Loader(config.data, load_index(digits), 0, 14)
+    batch = next(iter(loader.batches(0, 1)))
+    for size in range(1, 16):
+        pieces = micro_batches(batch, size)
+        assert max(len(piece.positions) for piece in pieces) <= size
+        assert torch.equal(torch.cat([piece.positions for piece in pieces]), batch.positions)
+        assert torch.equal(torch.cat([piece.images for piece in pieces]), batch.images)
+
+
+def test_clipping_bounds_the_gradient_that_the_optimiser_sees(digits: str, runs: str) -> None:
+    found, _ = gradients(tiny(digits, runs, optimizer={"clip_norm": 0.01}), 0, 1)
+    assert math.sqrt(sum(float(g.square().sum()) for g in found)) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_step_with_an_infinite_gradient_changes_nothing_and_too_many_end_the_run(
+    digits: str, runs: str
+) -> None:
+    config = tiny(digits, runs, max_skipped_steps=1)
+    trainer, state = trainer_of(config)
+    with torch.no_grad():
+        state.net.head.bias.fill_(math.inf)
+    before = {name: value.clone() for name, value in state.tensors().items()}
+    window = Window(trainer.schedule.T, CPU)
+    batches = Loader(config.data, load_index(digits), 0, config.global_batch).batches(0, 3)
+    steps = trainer.steps(state, batches, window)
+    assert next(steps) == 1
+    assert (window.skipped_steps, state.skipped_steps) == (1, 1)
+    assert all(torch.equal(value, before[name]) for name, value in state.tensors().items())
+    with pytest.raises(NonFiniteError, match="positions 14 to 27"):
+        next(steps)
+
+
+def run_alone(config: TrainConfig, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+    """Train here and give back the tensors of the last checkpoint."""
+    plan = prepare(config)
+    stop = threading.Event()
+
+    def on_progress(step: int, total: int, note: str) -> None:
+        if stop_at is not None and step >= stop_at:
+            stop.set()
+
+    task = Task(config, plan.identity, plan.store.uri, plan.index.digest)
+    train_alone(task, on_progress, stop)
+    checkpoint = latest_checkpoint(plan.store)
+    assert checkpoint is not None
+    assert stop_at is not None or checkpoint.record.step == config.steps
+    return checkpoint.tensors
+
+
+def test_the_loss_falls(digits: str, runs: str) -> None:
+    seen: list[float] = []
+    config = tiny(digits, runs, steps=120, global_batch=64)
+    plan = prepare(config)
+    task = Task(config, plan.identity, plan.store.uri, plan.index.digest)
+    train_alone(
+        task, lambda s, t, note: seen.append(float(note.split()[1])) if note else None, threading.Event()
+    )
+    assert seen[-1] < 0.6 * seen[0]
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 9])
+def test_a_training_stopped_anywhere_and_started_again_ends_in_the_same_bits(
+    digits: str, runs: str, stop_at: int
+) -> None:
+    undisturbed = run_alone(tiny(digits, f"{runs}/a"))
+    run_alone(tiny(digits, f"{runs}/b"), stop_at=stop_at)
+    resumed = run_alone(tiny(digits, f"{runs}/b"))
+    assert undisturbed.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
+
+
+def test_a_window_cut_in_two_by_a_stop_gives_the_same_point() -> None:
+    steps = [(torch.rand(6), torch.randint(0, 50, (6,))) for _ in range(5)]
+
+    def filled(window: Window, part: list[tuple[torch.Tensor, torch.Tensor]]) -> Window:
+        for losses, timesteps in part:
+            window.open_step()
+            window.add(losses, timesteps)
+            window.close_step(float(losses.max()))
+        window.reduce()
+        return window
+
+    whole = filled(Window(50, CPU), steps).metrics(6)
+    first = filled(Window(50, CPU), steps[:2])
+    second = Window(50, CPU)
+    second.load(first.tensors())
+    rest = filled(second, steps[2:]).metrics(6)
+    for name, value in whole.items():
+        if name.startswith("train/"):
+            assert rest[name] == pytest.approx(value, rel=1e-12)
+
+
+def test_more_steps_go_on_where_a_constant_rate_training_ended(digits: str, runs: str) -> None:
+    longer = run_alone(tiny(digits, f"{runs}/a"))
+    run_alone(tiny(digits, f"{runs}/b", steps=16))
+    extended = run_alone(tiny(digits, f"{runs}/b"))
+    assert all(torch.equal(value, extended[name]) for name, value in longer.items())
+
+
+def test_fewer_steps_than_are_trained_are_refused(digits: str, runs: str) -> None:
+    run_alone(tiny(digits, runs))
+    with pytest.raises(UserError, match="already at step 24"):
+        prepare(tiny(digits, runs, steps=16))
+
+
+def test_settings_that_do_not_fit_the_data_are_refused_by_name(digits: str, runs: str) -> None:
+    good = tiny(digits, runs)
+    for field, value in [("image_size", 16), ("num_classes", 3), ("in_channels", 3)]:
+        net = good.net.model_dump() | {field: value} | ({"out_channels": 3} if field == "in_channels" else {})
+        with pytest.raises(UserError, match=rf"train\.net\.{field}"):
+            prepare(tiny(digits, runs, net=net))
+    with pytest.raises(UserError, match=r"index\.json"):
+        prepare(tiny(digits + "-absent", runs))
+
+
+def test_a_batch_of_noise_is_named_by_position_not_by_the_batch_it_comes_in(digits: str, runs: str) -> None:
+    config = tiny(digits, runs)
+    trainer, state = trainer_of(config)
+    batch = next(iter(Loader(config.data, load_index(digits), 0, 14).batches(0, 1)))
+    state.net.train()
+    with torch.no_grad():
+        for parameter in state.net.parameters():
+            parameter.add_(0.05)
+        together, t = chunk_loss(trainer, batch)
+        one = replace(
+            batch,
+            positions=batch.positions[5:6],
+            images=batch.images[5:6],
+            labels=batch.labels[5:6],  # type: ignore[index]
+        )
+        alone, t_alone = chunk_loss(trainer, one)
+    assert t_alone.item() == t[5].item()
+    torch.testing.assert_close(alone.per_sample[0], together.per_sample[5], rtol=1e-5, atol=1e-6)
