@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.config.base import Settings
+from pipeline.config.diffusion import SamplerKind
 
 
 class FeaturesConfig(Settings):
@@ -81,3 +82,32 @@ class EvaluateConfig(Settings):
     """Names the splits."""
     num_workers: int = Field(default=0, ge=0)
     """Shards measured at a time on the Ray cluster, a core each. 0 = in this process. Changes no figure."""
+
+
+class TuneConfig(Settings):
+    """A search for the sampler of a model: every kind with every number of steps and every guidance."""
+
+    model: str
+    """`name@alias`, `name/version` or a folder."""
+    evaluate: EvaluateConfig
+    """The measure."""
+    kinds: tuple[SamplerKind, ...] = ("ddim", "dpm++2m", "heun")
+    """Samplers to try."""
+    steps: tuple[int, ...] = (5, 10, 20, 50)
+    """Numbers of steps to try."""
+    guidance: tuple[float, ...] = (1.0,)
+    """Guidance scales to try; other than 1 needs a network trained with net.null_class."""
+    count: int = Field(default=1000, ge=2)
+    """Images of each candidate; all candidates draw from the same noise."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Names the noise."""
+    batch_size: int = Field(default=125, ge=1)
+    """Images the network sees at once."""
+    metric: str = "frechet"
+    """The figure that is quality; lower is better."""
+    tolerance: float = Field(default=0.05, ge=0)
+    """The recommended sampler is the cheapest whose metric is within this share of the best."""
+    output: str = "{root}/tuning"
+    """URI of the folder for the table and the plot: `<output>/<model>/`."""
+    num_workers: int = Field(default=0, ge=0)
+    """Candidates tried at a time on the Ray cluster, a core each. 0 = in this process."""

@@ -1,0 +1,233 @@
+"""Search for a model's sampler: `python -m jobs.tune digits model=digits@champion`.
+
+Quality against cost for every candidate, as a table (JSON, and printed), a plot, and a recommended preset.
+"""
+
+import io
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import yaml
+
+from jobs.progress import Progress
+from jobs.shell import DONE, Call, guarded, parse_words, run_job
+from pipeline.config.base import Settings
+from pipeline.config.diffusion import SamplerConfig, check_together
+from pipeline.config.evaluate import TuneConfig
+from pipeline.config.generate import SpecSettings
+from pipeline.data import load_index
+from pipeline.errors import UserError
+from pipeline.evaluate.figures import Figure, figures
+from pipeline.evaluate.measured import Measured, Picture, measure
+from pipeline.evaluate.networks import open_network
+from pipeline.evaluate.reference import data_root, reference
+from pipeline.generate.model import FoundModel, find_model
+from pipeline.store import open_store
+
+
+class Candidate(Settings):
+    """One sampler with what it costs and yields."""
+
+    sampler: SamplerConfig
+    """The reverse process."""
+    evaluations: int
+    """Times the network is evaluated for an image."""
+    seconds: float
+    """Time of all images on one core, measuring included."""
+    metrics: dict[str, Figure]
+    """Figures by name."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Settings in, exit code out."""
+    return guarded(lambda: run_call(parse_words("tune", argv)))
+
+
+def run_call(call: Call) -> int:
+    """Run the job that a call describes."""
+    return run_job("tune", TuneConfig, run, call, unit="samplers")
+
+
+def run(config: TuneConfig, progress: Progress) -> int:
+    """Try every candidate, print the table, keep table, plot and preset."""
+    model = find_model(config.model)
+    asked = samplers(config, model)
+    index = load_index(config.evaluate.reference)
+    real = reference(index, config.evaluate.network, config.evaluate.batch_size)
+    tried: list[Candidate] = []
+    for candidate in _try_all(config, model, asked, real):
+        tried.append(candidate)
+        progress(len(tried), len(asked), _name(candidate.sampler))
+    best = recommended(tried, config)
+    print("\n".join(table(tried, best, config.metric)))
+    folder = f"{config.output.rstrip('/')}/{model.name}" + (f"-{model.version}" if model.version else "")
+    store = open_store(folder)
+    document = [c.model_dump(mode="json") for c in tried]
+    store.write("samplers.json", (json.dumps(document, indent=2) + "\n").encode())
+    store.write("samplers.png", plot(tried, best, config.metric))
+    store.write("preset.yaml", preset(best).encode())
+    print(f"kept     {folder}/samplers.json, samplers.png, preset.yaml")
+    print(f"next     ddpm generate … --config preset.yaml:\n{preset(best)}", end="")
+    return DONE
+
+
+def samplers(config: TuneConfig, model: FoundModel) -> list[SamplerConfig]:
+    """Every candidate, cheapest first. UserError for one that the model cannot do."""
+    card = model.card
+    if set(config.guidance) != {1.0} and card.net.null_label is None:
+        raise UserError("tune.guidance: the network was trained without net.null_class; use [1.0]")
+    found = [
+        SamplerConfig(kind=kind, num_steps=steps, guidance_scale=scale)
+        for kind in config.kinds
+        for steps in config.steps
+        for scale in config.guidance
+    ]
+    for sampler in found:
+        check_together(card.schedule, card.objective, sampler)
+    return sorted(found, key=lambda s: (evaluations(s), s.kind))
+
+
+def evaluations(sampler: SamplerConfig) -> int:
+    """Times the network is evaluated for an image; guidance doubles them."""
+    once = 2 * sampler.num_steps - 1 if sampler.kind == "heun" else sampler.num_steps
+    return once * (1 if sampler.guidance_scale == 1.0 else 2)
+
+
+def recommended(tried: Sequence[Candidate], config: TuneConfig) -> Candidate:
+    """The cheapest candidate that is nearly as good as the best."""
+    limit = min(c.metrics[config.metric].value for c in tried) * (1 + config.tolerance)
+    return min(
+        (c for c in tried if c.metrics[config.metric].value <= limit),
+        key=lambda c: (c.evaluations, c.seconds),
+    )
+
+
+def front(tried: Sequence[Candidate], metric: str) -> list[Candidate]:
+    """The candidates that nothing cheaper beats, cheapest first."""
+    out: list[Candidate] = []
+    for candidate in sorted(tried, key=lambda c: (c.evaluations, c.metrics[metric].value)):
+        if not out or candidate.metrics[metric].value < out[-1].metrics[metric].value:
+            out.append(candidate)
+    return out
+
+
+def table(tried: Sequence[Candidate], best: Candidate, metric: str) -> list[str]:
+    """A line for each candidate: * on the front, > recommended."""
+    ahead = front(tried, metric)
+    columns = [metric] + [
+        c for c in ("frechet_ratio", "class_accuracy", "precision", "recall") if c != metric
+    ]
+    columns = [c for c in columns if c in tried[0].metrics]
+    lines = [f"   {'sampler':<26}{'evals':>7}{'seconds':>9}" + "".join(f"{c:>16}" for c in columns)]
+    for candidate in tried:
+        mark = (">" if candidate is best else " ") + ("*" if candidate in ahead else " ")
+        values = "".join(f"{candidate.metrics[c].value:>16.4f}" for c in columns)
+        cost = f"{candidate.evaluations:>7}{candidate.seconds:>9.1f}"
+        lines.append(f"{mark} {_name(candidate.sampler):<26}{cost}{values}")
+    return lines
+
+
+def plot(tried: Sequence[Candidate], best: Candidate, metric: str) -> bytes:
+    """The quality/cost front as PNG."""
+    from matplotlib.figure import Figure as Drawing
+
+    drawing = Drawing(figsize=(7, 4.5), layout="constrained")
+    axes = drawing.subplots()
+    for kind in sorted({c.sampler.kind for c in tried}):
+        own = [c for c in tried if c.sampler.kind == kind]
+        axes.scatter([c.evaluations for c in own], [c.metrics[metric].value for c in own], label=kind)
+    ahead = front(tried, metric)
+    axes.plot(
+        [c.evaluations for c in ahead], [c.metrics[metric].value for c in ahead], "k--", lw=1, label="front"
+    )
+    axes.annotate(
+        "recommended", (best.evaluations, best.metrics[metric].value), (10, 15), textcoords="offset points"
+    )
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations per image", ylabel=metric)
+    axes.legend()
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def preset(best: Candidate) -> str:
+    """The recommendation as settings of a generation."""
+    sampler = best.sampler.model_dump(mode="json", exclude_defaults=True)
+    return yaml.safe_dump({"generate": {"sampler": sampler}}, sort_keys=False)
+
+
+def try_sampler(config: TuneConfig, model: FoundModel, sampler: SamplerConfig, real: Measured) -> Candidate:
+    """Sample, measure, compare: a function of its arguments but for the seconds."""
+    import torch
+
+    from pipeline.generate.engine import Engine
+    from pipeline.generate.plan import classes_of
+    from pipeline.generate.spec import make_spec
+    from pipeline.nets.artifact import build_model
+
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    settings = SpecSettings(
+        model=config.model,
+        count=config.count,
+        seed=config.seed,
+        sampler=sampler,
+        shard_size=config.count,
+        batch_size=min(config.batch_size, config.count),
+    )
+    spec = make_spec(settings, model.card, name=model.name, version=model.version)
+    engine = Engine(spec, build_model(model.card, model.weights, where=config.model), model.card)
+
+    def pictures() -> Iterator[Picture]:
+        for index in torch.arange(config.count).split(spec.batch_size):
+            labels = classes_of(spec, index)
+            for place, image in enumerate(engine.images(index)):
+                yield image, None if labels is None else int(labels[place])
+
+    network = open_network(config.evaluate.network, data_root(config.evaluate.reference))
+    samples = measure(network, pictures(), config.evaluate.batch_size)
+    return Candidate(
+        sampler=sampler,
+        evaluations=evaluations(sampler),
+        seconds=time.perf_counter() - began,
+        metrics=figures(samples, real, config.evaluate),
+    )
+
+
+def _try_all(
+    config: TuneConfig, model: FoundModel, asked: Sequence[SamplerConfig], real: Measured
+) -> Iterator[Candidate]:
+    if config.num_workers == 0:
+        for sampler in asked:
+            yield try_sampler(config, model, sampler, real)
+        return
+    from jobs.cluster import ray_cluster, require_resources
+
+    with ExitStack() as stack:
+        stack.enter_context(ray_cluster())
+        require_resources(config.num_workers, 1, 0, "tune")
+        import ray
+
+        task: Any = ray.remote(num_cpus=1, max_retries=3)(try_sampler)
+        shared: list[Any] = [ray.put(config), ray.put(model)]
+        measured = ray.put(real)
+        waiting = list(asked)
+        under_way = [task.remote(*shared, s, measured) for s in waiting[: config.num_workers]]
+        del waiting[: config.num_workers]
+        while under_way:
+            yield ray.get(under_way.pop(0))
+            if waiting:
+                under_way.append(task.remote(*shared, waiting.pop(0), measured))
+
+
+def _name(sampler: SamplerConfig) -> str:
+    guidance = f" w={sampler.guidance_scale:g}" if sampler.guidance_scale != 1.0 else ""
+    return f"{sampler.kind} {sampler.num_steps}{guidance}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
