@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Settings
+from pipeline.config.net import UNetConfig
 from pipeline.errors import UserError
 
 ScheduleKind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "given"]
@@ -153,9 +154,12 @@ class SamplerConfig(Settings):
 
 
 def check_together(
-    schedule: ScheduleConfig, objective: ObjectiveConfig, sampler: SamplerConfig | None = None
+    schedule: ScheduleConfig,
+    objective: ObjectiveConfig,
+    sampler: SamplerConfig | None = None,
+    net: UNetConfig | None = None,
 ) -> None:
-    """Refuse settings that are fine alone and wrong together.
+    """Refuse settings that are fine alone and wrong together. What is not given is not checked.
 
     Raises: UserError, in one line, naming the field.
     """
@@ -164,8 +168,27 @@ def check_together(
             'objective.target "eps" says nothing about the image once schedule.zero_terminal_snr leaves x_T '
             'without signal; use target "v" or "x0"'
         )
-    if sampler is None:
-        return
+    if net is not None:
+        _check_net(net, objective, sampler)
+    if sampler is not None:
+        _check_sampler(schedule, objective, sampler)
+
+
+def _check_net(net: UNetConfig, objective: ObjectiveConfig, sampler: SamplerConfig | None) -> None:
+    expected = net.in_channels * (2 if objective.variance == "learned" else 1)
+    if net.out_channels != expected:
+        raise UserError(
+            f'net.out_channels is {net.out_channels}, but with objective.variance "{objective.variance}" a network '
+            f"for {net.in_channels} channels has {expected}; change one of the two"
+        )
+    if sampler is not None and sampler.guidance_scale != 1 and net.null_label is None:
+        raise UserError(
+            f"sampler.guidance_scale {sampler.guidance_scale:g} needs a network with net.num_classes and "
+            "net.null_class; leave guidance_scale at 1"
+        )
+
+
+def _check_sampler(schedule: ScheduleConfig, objective: ObjectiveConfig, sampler: SamplerConfig) -> None:
     if sampler.spacing != "karras" and sampler.num_steps > schedule.num_steps:
         raise UserError(
             f"sampler.num_steps is {sampler.num_steps} but the schedule has {schedule.num_steps} steps; "

@@ -94,7 +94,9 @@ def ddim(
         estimate = _look(denoise, x, k, grid, on_step)
         now, after = grid.alpha_bars[k], grid.alpha_bars[k + 1]
         std = eta * math.sqrt((1 - after) / (1 - now)) * math.sqrt(1 - now / after)
-        x = math.sqrt(after) * estimate.x0 + math.sqrt(1 - after - std**2) * estimate.eps
+        # Where all noise is fresh, rounding could leave the rest an ulp below zero.
+        rest = math.sqrt(max(0.0, 1 - after - std**2))
+        x = math.sqrt(after) * estimate.x0 + rest * estimate.eps
         if noise is not None and std > 0:
             x = x + std * noise(k)
     return x

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig, check_together
+from pipeline.config.net import UNetConfig
 from pipeline.diffusion import NoiseSchedule, SamplerStep, sample
 from pipeline.diffusion.grid import (
     Grid,
@@ -117,11 +118,16 @@ def test_clipping_rederives_the_noise() -> None:
         assert torch.allclose(a * estimate.x0 + s * estimate.eps, x, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["ancestral", "ddim", "dpm++2m"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"kind": "ddim"}, {"kind": "ddim", "eta": 1.0}, {"kind": "dpm++2m"}]
+)
+@pytest.mark.parametrize("num_steps", [1, 10, 333])
 @pytest.mark.parametrize("target", ["x0", "v"])
-def test_sampling_starts_without_signal_under_zero_terminal_snr(kind: str, target: str) -> None:
+def test_sampling_starts_without_signal_under_zero_terminal_snr(
+    settings: dict[str, object], num_steps: int, target: str
+) -> None:
     schedule = SCHEDULE.with_zero_terminal_snr()
-    sampler, objective = SamplerConfig(kind=kind, num_steps=10), ObjectiveConfig(target=target)
+    sampler, objective = SamplerConfig(num_steps=num_steps, **settings), ObjectiveConfig(target=target)
     x = sample(
         lambda x, t: 0.5 * torch.tanh(x), schedule, sampler, torch.arange(2), SHAPE, 0, objective=objective
     )
@@ -256,6 +262,22 @@ def test_settings_that_clash_are_refused_in_one_line(
     with pytest.raises(UserError, match=field) as error:
         check_together(ScheduleConfig(**schedule), ObjectiveConfig(**objective), SamplerConfig(**sampler))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("net", "objective", "sampler", "field"),
+    [
+        ({}, {"variance": "learned"}, {}, "net.out_channels"),
+        ({"out_channels": 6}, {}, {}, "net.out_channels"),
+        ({"num_classes": 10}, {}, {"guidance_scale": 2.0}, "sampler.guidance_scale"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused(
+    net: dict, objective: dict, sampler: dict, field: str
+) -> None:
+    settings = ScheduleConfig(), ObjectiveConfig(**objective), SamplerConfig(**sampler), UNetConfig(**net)
+    with pytest.raises(UserError, match=field):
+        check_together(*settings)
 
 
 def test_settings_survive_json() -> None:
