@@ -1,0 +1,1 @@
+"""Manifests for KubeRay, and the two small programs that run inside them."""

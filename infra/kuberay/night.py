@@ -1,0 +1,136 @@
+"""Create tonight's RayJob: a dated copy of a suspended one, `python -m infra.kuberay.night PATTERN PREFIX`.
+
+Runs in the CronJob's pod with an account that may read this one pattern and create RayJobs, nothing else. The date
+is the scheduled one, also when the pod starts after midnight, and a second start on the same night finds the job
+there and is content.
+"""
+
+import copy
+import json
+import os
+import re
+import ssl
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from pipeline.errors import UserError
+
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+TIMEOUT_SECONDS = 30.0
+_FIRST_MINUTE = 26_297_280  # 2020: a job name may end in digits of its own
+
+
+@dataclass(frozen=True)
+class Api:
+    """The RayJobs of a namespace, as an account sees them."""
+
+    url: str
+    token: str
+    context: ssl.SSLContext | None = None
+
+    @classmethod
+    def of_pod(cls, environ: Mapping[str, str] = os.environ, account: Path = ACCOUNT) -> "Api":
+        """The API server as a pod finds it. Raises UserError outside of a cluster."""
+        host, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT", "443")
+        if not host or not account.is_dir():
+            raise UserError("KUBERNETES_SERVICE_HOST: not set; this program runs inside a Kubernetes pod")
+        namespace = (account / "namespace").read_text().strip()
+        return cls(
+            f"https://{f'[{host}]' if ':' in host else host}:{port}/apis/ray.io/v1/namespaces/{namespace}/rayjobs",
+            (account / "token").read_text().strip(),
+            ssl.create_default_context(cafile=str(account / "ca.crt")),
+        )
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A RayJob. Raises UserError when it is absent or not ours to read."""
+        return self._ask(f"{self.url}/{name}", None)
+
+    def create(self, job: Mapping[str, Any]) -> bool:
+        """Create a RayJob; False when one of its name is there already."""
+        try:
+            self._ask(self.url, json.dumps(job).encode())
+        except FileExistsError:
+            return False
+        return True
+
+    def _ask(self, url: str, body: bytes | None) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        request = urllib.request.Request(url, data=body, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS, context=self.context) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code == 409:
+                raise FileExistsError(url) from None
+            raise UserError(f"{url}: the API server answers {error.code}; {_reason(error)}") from None
+        except OSError as error:
+            raise UserError(
+                f"{url}: the API server does not answer ({error}); check the egress rule"
+            ) from None
+
+
+def scheduled_time(cron_job_pod: str, now: datetime) -> datetime:
+    """When a CronJob's job was due: its name ends in the minutes since 1970 (kept by Kubernetes since 1.21).
+
+    A job made by hand has no such name and is due now.
+    """
+    digits = re.search(r"-(\d{8,})$", cron_job_pod)
+    minutes = int(digits.group(1)) if digits else 0
+    return datetime.fromtimestamp(minutes * 60, UTC) if minutes > _FIRST_MINUTE else now
+
+
+def dated(pattern: Mapping[str, Any], prefix: str, night: datetime) -> dict[str, Any]:
+    """The pattern as a job of its own: named and dated, and no longer suspended.
+
+    In its entrypoint {date} becomes 2026-01-31 and {number} 20260131.
+    """
+    spec = copy.deepcopy(dict(pattern["spec"]))
+    number = f"{night:%Y%m%d}"
+    spec["entrypoint"] = spec["entrypoint"].replace("{date}", f"{night:%Y-%m-%d}").replace("{number}", number)
+    spec["suspend"] = False
+    return {
+        "apiVersion": pattern["apiVersion"],
+        "kind": pattern["kind"],
+        "metadata": {"name": f"{prefix}-{number}", "labels": dict(pattern["metadata"].get("labels", {}))},
+        "spec": spec,
+    }
+
+
+def launch(api: Api, pattern: str, prefix: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Create tonight's job from the pattern of that name; say in a line what happened."""
+    zone = ZoneInfo(environ.get("NIGHT_TIME_ZONE", "Etc/UTC"))
+    due = scheduled_time(environ.get("JOB_NAME", ""), datetime.now(UTC))
+    job = dated(api.read(pattern), prefix, due.astimezone(zone))
+    name = job["metadata"]["name"]
+    return f"created {name}" if api.create(job) else f"{name} is there already: nothing to do"
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error).get("message", "no reason given"))[:300]
+    except ValueError:
+        return "no reason given"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0 when the night's job is there, 2 when it could not be created."""
+    if len(argv) != 2:
+        print("usage: python -m infra.kuberay.night PATTERN PREFIX", file=sys.stderr)
+        return 2
+    try:
+        print(launch(Api.of_pod(), argv[0], argv[1]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

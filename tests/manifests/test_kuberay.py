@@ -1,0 +1,281 @@
+"""The manifests for KubeRay: valid to the letter, hardened everywhere, and fitting the program they run."""
+
+import copy
+import importlib.util
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from jobs.shell import Call, settings_of
+from pipeline.config.generate import GenerateConfig
+from pipeline.config.train import TrainConfig
+from tests.manifests.kustomize import Object
+from tests.manifests.objects import KUBERAY, VARIANTS, label, named, pods, rendered, validate, validate_pod
+
+REPOSITORY = KUBERAY.parents[1]
+everywhere = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def clusters(variant: str) -> list[tuple[str, Object]]:
+    """The spec of every Ray cluster that a variant describes."""
+    found = [o for o in rendered(variant) if o["kind"] in ("RayJob", "RayCluster")]
+    return [
+        (label(o), o["spec"] if o["kind"] == "RayCluster" else o["spec"]["rayClusterSpec"]) for o in found
+    ]
+
+
+def containers(template: Object) -> list[Object]:
+    return [*template["spec"]["containers"], *template["spec"].get("initContainers", [])]
+
+
+@everywhere
+def test_every_object_is_what_its_schema_describes_and_nothing_else(variant: str) -> None:
+    for found in rendered(variant):
+        try:
+            validate(found)
+        except (jsonschema.ValidationError, kubernetes_validate.ValidationError) as error:
+            pytest.fail(f"{variant} {label(found)}: {error.message}")
+    for where, template in pods(variant):
+        try:
+            validate_pod(template)
+        except kubernetes_validate.ValidationError as error:
+            pytest.fail(f"{variant} {where}: {error.message}")
+
+
+@pytest.mark.parametrize("kind", ["RayJob", "RayCluster"])
+def test_a_mistyped_field_of_a_ray_object_is_refused(kind: str) -> None:
+    found = copy.deepcopy(next(o for o in rendered("base") if o["kind"] == kind))
+    cluster = found["spec"] if kind == "RayCluster" else found["spec"]["rayClusterSpec"]
+    cluster["enableInTreeAutoscalling"] = True
+    with pytest.raises(jsonschema.ValidationError, match="enableInTreeAutoscalling"):
+        validate(found)
+
+
+def test_a_mistyped_field_of_a_kubernetes_object_is_refused() -> None:
+    found = copy.deepcopy(named("base", "CronJob", "ddpm-nightly"))
+    found["spec"]["concurencyPolicy"] = "Forbid"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        validate(found)
+
+
+@everywhere
+@pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="kubectl, whose kustomize is the judge, is not installed"
+)
+def test_kustomize_renders_the_same_objects(variant: str) -> None:
+    folder = str(KUBERAY / VARIANTS[variant])
+    told = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True)
+    theirs = {label(o): o for o in yaml.safe_load_all(told.stdout)}
+    assert theirs == {label(o): o for o in rendered(variant)}
+
+
+@everywhere
+def test_every_pod_is_hardened(variant: str) -> None:
+    for where, template in pods(variant):
+        spec = template["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True, where
+        assert spec["securityContext"]["runAsUser"] >= 900, where
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec), where
+        assert not [v for v in spec.get("volumes", []) if "hostPath" in v], where
+        assert spec["serviceAccountName"] != "default", where
+        assert isinstance(spec["automountServiceAccountToken"], bool), where
+
+
+def test_only_what_speaks_to_the_api_server_has_a_token_for_it() -> None:
+    with_token = {
+        where for where, template in pods("base") if template["spec"]["automountServiceAccountToken"]
+    }
+    heads = {f"{where} head" for where, _ in clusters("base")}
+    assert with_token == heads | {"CronJob/ddpm-nightly"}
+
+
+@everywhere
+def test_every_container_is_hardened_and_bounded(variant: str) -> None:
+    found = [(where, c) for where, template in pods(variant) for c in containers(template)]
+    found += [(f"{where} autoscaler", cluster["autoscalerOptions"]) for where, cluster in clusters(variant)]
+    for where, container in found:
+        context = container["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False, where
+        assert context["readOnlyRootFilesystem"] is True, where
+        assert context["capabilities"] == {"drop": ["ALL"]}, where
+        assert context["runAsNonRoot"] is True, where
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, where
+        assert not context.get("privileged"), where
+        assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"]["limits"]), where
+        assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"]["requests"]), where
+
+
+@everywhere
+def test_with_a_read_only_root_every_place_that_is_written_is_a_volume(variant: str) -> None:
+    for where, template in pods(variant):
+        mounts = {m["mountPath"] for c in containers(template) for m in c.get("volumeMounts", [])}
+        if "CronJob" not in where:
+            assert "/tmp" in mounts, where
+        if "head" in where or "workers" in where:
+            assert "/dev/shm" in mounts, where
+        for volume in template["spec"].get("volumes", []):
+            assert volume.get("emptyDir", {"sizeLimit": 1}).get("sizeLimit"), f"{where} {volume['name']}"
+    for where, cluster in clusters(variant):
+        assert {"name": "tmp", "mountPath": "/tmp"} in cluster["autoscalerOptions"]["volumeMounts"], where
+
+
+@everywhere
+def test_images_are_of_this_version_and_never_of_none(variant: str) -> None:
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    kind = "cuda" if variant == "gpu" else "cpu"
+    for where, template in pods(variant):
+        for container in containers(template):
+            if container["name"] == "redis":
+                assert re.fullmatch(r"redis:\d+\.\d+\.\d+-alpine", container["image"])
+            else:
+                assert container["image"] == f"ddpm:{version}-{kind}", where
+
+
+@everywhere
+def test_no_secret_is_written_out(variant: str) -> None:
+    assert not [o for o in rendered(variant) if o["kind"] == "Secret"]
+    for where, template in pods(variant):
+        for variable in [v for c in containers(template) for v in c.get("env", [])]:
+            if re.search("PASSWORD|SECRET|TOKEN|KEY|USERNAME", variable["name"]):
+                assert "secretKeyRef" in variable.get("valueFrom", {}), f"{where} {variable['name']}"
+    for where, cluster in clusters(variant):
+        assert "secretKeyRef" in cluster["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"], where
+
+
+@everywhere
+def test_every_cluster_asks_for_a_token_scales_by_version_2_and_keeps_its_state_outside(variant: str) -> None:
+    ray = next(
+        line.partition("==")[2]
+        for line in (REPOSITORY / "requirements.lock").read_text().splitlines()
+        if line.startswith("ray==")
+    )
+    assert len(clusters(variant)) == 4
+    for where, cluster in clusters(variant):
+        assert cluster["authOptions"] == {"mode": "token"}, where
+        assert cluster["enableInTreeAutoscaling"] is True, where
+        assert cluster["autoscalerOptions"]["version"] == "v2", where
+        assert cluster["gcsFaultToleranceOptions"]["redisAddress"] == "redis:6379", where
+        assert cluster["rayVersion"] == ray, where
+        groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+        assert all(g["template"]["spec"]["restartPolicy"] == "Never" for g in groups), where
+        for group in cluster["workerGroupSpecs"]:
+            assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"], where
+
+
+@everywhere
+def test_a_head_that_must_go_has_time_for_the_save_and_asks_for_it(variant: str) -> None:
+    drain_seconds = GenerateConfig.model_fields["drain_seconds"].default
+    for where, cluster in clusters(variant):
+        spec = cluster["headGroupSpec"]["template"]["spec"]
+        (head,) = spec["containers"]
+        wait = next(int(v["value"]) for v in head["env"] if v["name"] == "RAY_JOB_STOP_WAIT_TIME_S")
+        command = head["lifecycle"]["preStop"]["exec"]["command"]
+        assert command[:3] == ["python", "-m", "infra.kuberay.drain"], where
+        assert importlib.util.find_spec(command[2])
+        assert drain_seconds + 5 < wait < float(command[3]) < spec["terminationGracePeriodSeconds"], where
+
+
+@everywhere
+def test_the_settings_are_such_as_the_jobs_accept_and_their_workers_fit_their_pods(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DDPM_ROOT", "s3://b")
+    models: dict[str, Any] = {"train": TrainConfig, "generate": GenerateConfig, "nightly": GenerateConfig}
+    for name, text in named(variant, "ConfigMap", "ddpm-settings")["data"].items():
+        (tmp_path / name).write_text(text)
+    for name, model in models.items():
+        job = named(variant, "RayJob", f"ddpm-{name}")["spec"]
+        words = job["entrypoint"].split()
+        module, section = words[2], words[2].removeprefix("jobs.")
+        assert words[:2] == ["python", "-m"]
+        assert importlib.util.find_spec(module)
+        file = tmp_path / Path(words[words.index("--config") + 1]).name
+        overrides = [w.replace("{number}", "20260131") for w in words if "=" in w]
+        config = settings_of(model, section, Call(files=(file,), overrides=tuple(overrides)))
+        group = job["rayClusterSpec"]["workerGroupSpecs"][0]
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        wanted = config.workers if isinstance(config, TrainConfig) else config
+        assert wanted.cpus_per_worker <= float(limits["cpu"]), name
+        assert wanted.gpus_per_worker <= int(limits.get("nvidia.com/gpu", 0)), name
+        room = group["maxReplicas"] * float(limits["cpu"])
+        assert wanted.num_workers * wanted.cpus_per_worker <= room, name
+
+
+def test_gpus_are_asked_for_by_workers_only_and_tolerated_there() -> None:
+    for where, template in pods("gpu"):
+        limits = template["spec"]["containers"][0].get("resources", {}).get("limits", {})
+        is_worker = where.endswith("workers")
+        assert ("nvidia.com/gpu" in limits) is is_worker, where
+        tolerated = [t["key"] for t in template["spec"].get("tolerations", [])]
+        assert tolerated == (["nvidia.com/gpu"] if is_worker else []), where
+
+
+def test_on_spot_machines_workers_may_be_lost_and_heads_may_not() -> None:
+    for where, cluster in clusters("spot"):
+        head = cluster["headGroupSpec"]["template"]
+        worker = cluster["workerGroupSpecs"][0]["template"]
+        assert head["spec"]["nodeSelector"] == {"karpenter.sh/capacity-type": "on-demand"}, where
+        assert worker["spec"]["nodeSelector"] == {"karpenter.sh/capacity-type": "spot"}, where
+        assert head["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] == "true", where
+
+
+def test_a_budget_guards_the_head_of_each_kind_of_job_and_no_other_pod() -> None:
+    for component in ("train", "generate", "nightly"):
+        selector = named("base", "PodDisruptionBudget", f"ddpm-{component}-head")["spec"]["selector"]
+        chosen: list[str] = []
+        for where, template in pods("base"):
+            node_type = {"ray.io/node-type": "head" if where.endswith("head") else "worker"}  # the operator's
+            labels = {**template["metadata"]["labels"], **node_type}
+            if selector["matchLabels"].items() <= labels.items():
+                chosen.append(where)
+        assert chosen == [f"RayJob/ddpm-{component} head"]
+
+
+def test_jobs_end_give_their_machines_back_and_start_again_by_themselves() -> None:
+    for name in ("train", "generate", "nightly"):
+        spec = named("base", "RayJob", f"ddpm-{name}")["spec"]
+        assert spec["shutdownAfterJobFinishes"] is True
+        assert spec["backoffLimit"] >= 1
+        assert spec["activeDeadlineSeconds"] > 0
+        assert spec["ttlSecondsAfterFinished"] > 0
+
+
+def test_the_night_starts_once_in_time_and_by_an_account_that_can_do_nothing_else() -> None:
+    cron = named("base", "CronJob", "ddpm-nightly")["spec"]
+    assert cron["concurrencyPolicy"] == "Forbid"
+    assert cron["startingDeadlineSeconds"] > 0
+    pod = cron["jobTemplate"]["spec"]["template"]["spec"]
+    (launcher,) = pod["containers"]
+    zone = next(v["value"] for v in launcher["env"] if v["name"] == "NIGHT_TIME_ZONE")
+    assert cron["timeZone"] == zone
+    assert launcher["command"][:3] == ["python", "-m", "infra.kuberay.night"]
+    pattern = named("base", "RayJob", launcher["command"][3])
+    assert pattern["spec"]["suspend"] is True
+    role = named("base", "Role", "ddpm-night-launcher")
+    rules = {
+        (tuple(r["resources"]), tuple(r["verbs"]), tuple(r.get("resourceNames", ()))) for r in role["rules"]
+    }
+    assert rules == {(("rayjobs",), ("create",), ()), (("rayjobs",), ("get",), (launcher["command"][3],))}
+    bound = [o for o in rendered("base") if o["kind"] in ("RoleBinding", "ClusterRoleBinding", "ClusterRole")]
+    assert [label(o) for o in bound] == ["RoleBinding/ddpm-night-launcher"]
+    assert [s["name"] for s in bound[0]["subjects"]] == [pod["serviceAccountName"]]
+
+
+def test_every_account_that_reaches_a_bucket_is_a_role_with_a_policy() -> None:
+    annotated = [
+        o["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].rpartition("-")[2]
+        for o in rendered("base")
+        if o["kind"] == "ServiceAccount" and o["metadata"].get("annotations")
+    ]
+    assert sorted(annotated) == ["generator", "nightly", "trainer"]
+    for role in annotated:
+        assert (REPOSITORY / "infra" / "policies" / f"{role}.json").is_file()

@@ -1,0 +1,169 @@
+"""The night's launcher against an API server of the test's own, and the head's drain against the real job server."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from infra.kuberay import drain, night
+from infra.local import LocalStack
+from infra.local.ports import choose
+from pipeline.errors import UserError
+from tests.manifests.objects import named, validate
+
+DUE = datetime(2026, 1, 31, 1, 0, tzinfo=UTC)
+JOB_NAME = f"ddpm-nightly-{int(DUE.timestamp()) // 60}"
+
+
+class FakeApi(BaseHTTPRequestHandler):
+    """RayJobs as the API server keeps them: read by name, created once."""
+
+    jobs: ClassVar[dict[str, Any]] = {}
+
+    def do_GET(self) -> None:
+        self._answer(self.jobs.get(self.path.rpartition("/")[2]))
+
+    def do_POST(self) -> None:
+        job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        name = job["metadata"]["name"]
+        if name in self.jobs:
+            self._send(409, {"message": "already exists"})
+        else:
+            self.jobs[name] = job
+            self._answer(job)
+
+    def _answer(self, job: Any) -> None:
+        if self.headers["Authorization"] != "Bearer right":
+            self._send(403, {"message": "rayjobs is forbidden"})
+        elif job is None:
+            self._send(404, {"message": "not found"})
+        else:
+            self._send(200, job)
+
+    def _send(self, code: int, body: Any) -> None:
+        self.send_response_only(code)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def api() -> Iterator[tuple[night.Api, dict[str, Any]]]:
+    class Own(FakeApi):
+        jobs: ClassVar[dict[str, Any]] = {"ddpm-nightly": named("base", "RayJob", "ddpm-nightly")}
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield night.Api(f"http://127.0.0.1:{server.server_port}/rayjobs", "right"), Own.jobs
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_the_night_gets_a_dated_valid_copy_that_is_not_suspended(
+    api: tuple[night.Api, dict[str, Any]],
+) -> None:
+    client, jobs = api
+    assert night.launch(client, "ddpm-nightly", "ddpm-nightly", {"JOB_NAME": JOB_NAME}) == (
+        "created ddpm-nightly-20260131"
+    )
+    made = jobs["ddpm-nightly-20260131"]
+    validate(made)
+    assert made["spec"]["suspend"] is False
+    assert made["spec"]["entrypoint"] == (
+        "python -m jobs.generate --config /etc/ddpm/nightly.yaml "
+        "output={root}/samples/nightly/2026-01-31 seed=20260131 name=nightly-2026-01-31"
+    )
+    pattern = jobs["ddpm-nightly"]
+    assert pattern["spec"]["suspend"] is True
+    assert {**made["spec"], "suspend": True, "entrypoint": ""} == {**pattern["spec"], "entrypoint": ""}
+
+
+def test_a_second_start_on_the_same_night_changes_nothing(api: tuple[night.Api, dict[str, Any]]) -> None:
+    client, jobs = api
+    environ = {"JOB_NAME": JOB_NAME}
+    night.launch(client, "ddpm-nightly", "ddpm-nightly", environ)
+    before = json.dumps(jobs)
+    assert "nothing to do" in night.launch(client, "ddpm-nightly", "ddpm-nightly", environ)
+    assert json.dumps(jobs) == before
+
+
+def test_the_date_is_the_scheduled_one_in_the_zone_of_the_schedule(
+    api: tuple[night.Api, dict[str, Any]],
+) -> None:
+    client, jobs = api
+    late = {"JOB_NAME": JOB_NAME, "NIGHT_TIME_ZONE": "America/Los_Angeles"}  # still the evening before there
+    night.launch(client, "ddpm-nightly", "ddpm-nightly", late)
+    assert "ddpm-nightly-20260130" in jobs
+
+
+@pytest.mark.parametrize("name", ["by-hand", "by-hand-12345678", ""])
+def test_a_job_made_by_hand_is_due_now(name: str) -> None:
+    now = datetime.now(UTC)
+    assert night.scheduled_time(name, now) == now
+    assert night.scheduled_time(JOB_NAME, now) == DUE
+
+
+def test_an_absent_pattern_and_a_refused_account_are_told_in_one_line(
+    api: tuple[night.Api, dict[str, Any]],
+) -> None:
+    client, _ = api
+    with pytest.raises(UserError, match=r"answers 404; not found"):
+        night.launch(client, "absent", "x", {"JOB_NAME": JOB_NAME})
+    with pytest.raises(UserError, match=r"answers 403; rayjobs is forbidden"):
+        night.launch(night.Api(client.url, "wrong"), "ddpm-nightly", "x", {"JOB_NAME": JOB_NAME})
+    nobody = f"http://127.0.0.1:{choose(['nobody'])['nobody']}"
+    with pytest.raises(UserError, match="does not answer"):
+        night.launch(night.Api(nobody, "right"), "ddpm-nightly", "x", {})
+
+
+def test_outside_of_a_cluster_the_launcher_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="KUBERNETES_SERVICE_HOST"):
+        night.Api.of_pod({}, tmp_path)
+
+
+def test_a_head_without_a_job_server_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_ADDRESS", f"http://127.0.0.1:{choose(['nobody'])['nobody']}")
+    began = time.monotonic()
+    assert drain.main(["30"]) == 1
+    assert time.monotonic() - began < 10
+
+
+SAVING = """
+import signal, time
+def save(*_):
+    time.sleep(1)
+    print("saved", flush=True)
+    raise SystemExit(143)
+signal.signal(signal.SIGTERM, save)
+print("working", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.stack
+def test_draining_lets_every_running_job_save(stack: LocalStack, tmp_path: Path) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    script = tmp_path / "saving.py"
+    script.write_text(SAVING)
+    url = os.environ["RAY_JOB_ADDRESS"]
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+    client = JobSubmissionClient(url)
+    name = client.submit_job(entrypoint=f"python -u {script}", entrypoint_num_cpus=0)
+    deadline = time.monotonic() + 60
+    while "working" not in client.get_job_logs(name) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert drain.drain(url, token, limit_seconds=30) == []
+    assert "saved" in client.get_job_logs(name)
+    assert client.get_job_status(name) == "STOPPED"
