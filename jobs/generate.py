@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ _EXIT_CODES: dict[str, int] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Settings in, exit code out: 0 complete, 1 failed, 2 refused; STOPPED when drained by SIGTERM."""
+    """Settings in, exit code out: 0 complete, 1 failed, 2 refused; STOPPED when drained by SIGTERM or Ctrl-C."""
     return guarded(
         lambda: run_job("generate", GenerateConfig, run, parse_words("generate", argv), unit="images")
     )
@@ -48,11 +48,18 @@ def run(config: GenerateConfig, progress: Progress) -> int:
 
 
 def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:
-    """Generate on the cluster that RAY_ADDRESS names; SIGTERM drains."""
+    """Generate on the cluster that RAY_ADDRESS names; SIGTERM or Ctrl-C drains."""
     from pipeline.generate.run import generate as run_generation  # imports Ray; see jobs.cluster
 
-    with _stop_on_sigterm() as stop:
-        return run_generation(config, progress, stop=stop, cluster=ray_cluster)
+    stop = threading.Event()
+
+    @contextmanager
+    def cluster() -> Generator[None]:
+        # The handler goes in after Ray's own, which would end the process where it stands.
+        with ray_cluster(), _on_signal(stop.set):
+            yield
+
+    return run_generation(config, progress, stop=stop, cluster=cluster)
 
 
 def summary(result: GenerationResult) -> list[str]:
@@ -73,21 +80,23 @@ def summary(result: GenerationResult) -> list[str]:
 
 
 @contextmanager
-def _stop_on_sigterm() -> Generator[threading.Event]:
-    """An event that SIGTERM sets, so that a job told to end does so at a place of its own choice."""
-    stop = threading.Event()
-
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
+def _on_signal(ask: Callable[[], None]) -> Generator[None]:
+    """Call `ask` on SIGTERM and the first Ctrl-C instead of ending: the job ends at a place of its own choice."""
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals are the main thread's affair
+        yield  # signals are the main thread's affair
         return
-    before = signal.signal(signal.SIGTERM, ask)
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        print(f"{signal.Signals(number).name}: finishing or giving up what is under way", file=sys.stderr)
+        ask()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

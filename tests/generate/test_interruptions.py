@@ -22,7 +22,7 @@ from pipeline.generate.status import generation_status
 from pipeline.store import Store, open_store
 from tests.generate.tiny import contents, fill, settings, tiny_model
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 NUM_SHARDS = 64
