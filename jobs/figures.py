@@ -43,14 +43,16 @@ def figures(
     schedule: NoiseSchedule | None = None,
     objective: ObjectiveConfig | None = None,
     shape: tuple[int, int, int] = (1, 8, 8),
+    class_labels: Tensor | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Draw all pictures into `out_dir` (made if need be) and return their paths.
 
-    image: uint8 (H, W, 3) for the forward process; None takes scikit-learn's photograph of a Chinese palace. net: a
-    network for the reverse process, with the `schedule` and `objective` it was trained for and its images' `shape`;
-    None takes the perfect denoiser of the 1,797 digits of scikit-learn, which needs no training.
+    image: uint8 (H, W, 3) for the forward process; None takes scikit-learn's photograph of a Chinese palace.
+    net: a network for the reverse process, with the `schedule` and `objective` it was trained for, its images'
+    `shape` and, where it has classes, the labels to draw, int64 (8,). None takes the perfect denoiser of the 1,797
+    digits of scikit-learn, which needs no training.
     Raises: UserError naming image if it is not uint8 RGB.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,9 @@ def figures(
     net = net or digits_net(schedule)
     steps: list[Callable[[], list[Path]]] = [
         lambda: [_save(forward_strip(photograph(image), schedule, seed), out_dir / "forward.png")],
-        lambda: draw_reverse(net, schedule, objective or ObjectiveConfig(), shape, seed, out_dir),
+        lambda: draw_reverse(
+            net, schedule, objective or ObjectiveConfig(), shape, seed, out_dir, class_labels
+        ),
         lambda: [draw_schedules(out_dir / "schedules.png")],
         lambda: [draw_orders(out_dir / "orders.png", seed)],
     ]
@@ -121,12 +125,13 @@ def draw_reverse(
     shape: tuple[int, int, int],
     seed: int,
     out_dir: Path,
+    class_labels: Tensor | None = None,
 ) -> list[Path]:
     """The ancestral chain as a strip (x_t above, the network's image below) and as an animation."""
     seen: list[SamplerStep] = []
     sampler = SamplerConfig(num_steps=min(_REVERSE_STEPS, schedule.T))
     index = torch.arange(8)
-    image = sample(net, schedule, sampler, index, shape, seed, objective=objective, on_step=seen.append)
+    image = sample(net, schedule, sampler, index, shape, seed, class_labels, objective, on_step=seen.append)
     scale = max(1, 64 // shape[1])
     states = [*[step.x for step in seen], image]
     guesses = [*[step.x0 for step in seen], image]

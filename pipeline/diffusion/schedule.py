@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.diffusion import ScheduleConfig
+from pipeline.errors import UserError
 
 Timestep = Tensor | int
 FixedVariance = Literal["fixed-small", "fixed-large"]
@@ -98,20 +99,29 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> Self:
-        """The schedule that `config` describes."""
+        """The schedule that `config` describes.
+
+        Raises: UserError if its numbers leave a step without noise, as a very steep sigmoid does.
+        """
+        try:
+            schedule = cls._of_kind(config)
+            return schedule.with_zero_terminal_snr() if config.zero_terminal_snr else schedule
+        except ValueError as error:
+            raise UserError(f'schedule of kind "{config.kind}": {error}; choose gentler settings') from error
+
+    @classmethod
+    def _of_kind(cls, config: ScheduleConfig) -> Self:
         T = config.num_steps
         if config.kind == "linear":
-            schedule = cls.linear(T, config.beta_start, config.beta_end)
-        elif config.kind == "scaled-linear":
-            schedule = cls.scaled_linear(T, config.beta_start, config.beta_end)
-        elif config.kind == "cosine":
-            schedule = cls.cosine(T, config.cosine_offset, config.max_beta)
-        elif config.kind == "sigmoid":
+            return cls.linear(T, config.beta_start, config.beta_end)
+        if config.kind == "scaled-linear":
+            return cls.scaled_linear(T, config.beta_start, config.beta_end)
+        if config.kind == "cosine":
+            return cls.cosine(T, config.cosine_offset, config.max_beta)
+        if config.kind == "sigmoid":
             ends = (config.sigmoid_start, config.sigmoid_end, config.sigmoid_temperature)
-            schedule = cls.sigmoid(T, *ends, config.max_beta)
-        else:
-            schedule = cls.given(config.betas)
-        return schedule.with_zero_terminal_snr() if config.zero_terminal_snr else schedule
+            return cls.sigmoid(T, *ends, config.max_beta)
+        return cls.given(config.betas)
 
     def with_zero_terminal_snr(self) -> Self:
         """Shift and scale sqrt(abar) so that its last entry is 0 and its first stays (Lin et al. 2023,

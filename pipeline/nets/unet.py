@@ -100,6 +100,11 @@ class UNet(nn.Module):
         """
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
             raise ValueError(f"x must be (B, {self.config.in_channels}, H, W), not {tuple(x.shape)}")
+        coarsest = 2 ** (len(self.config.multipliers) - 1)
+        if x.shape[2] % coarsest or x.shape[3] % coarsest:
+            raise ValueError(
+                f"x must have height and width that are multiples of {coarsest}, not {tuple(x.shape)}"
+            )
         if self.training and self.config.dropout > 0 and dropout is None:
             raise ValueError(
                 "dropout keys are needed in training mode: masks are named, not drawn by history"

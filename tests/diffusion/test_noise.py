@@ -116,6 +116,15 @@ def test_bits_do_not_depend_on_threads_or_on_the_cut_into_chunks() -> None:
     assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU; there is none here")
+def test_a_gpu_draws_the_same_bits_as_the_cpu() -> None:
+    index = torch.tensor([0, 7, 2**40])
+    ours, theirs = (normal(3, N, index.to(device), (3, 32, 32), step=5).cpu() for device in ("cpu", "cuda"))
+    assert torch.equal(ours, theirs)
+    for draw in (lambda i: randint(3, N, i, 1000), lambda i: uniform(3, N, i)):
+        assert torch.equal(draw(index), draw(index.cuda()).cpu())
+
+
 def test_normals_have_the_moments_and_the_distribution_of_normals() -> None:
     z = normal(0, N, torch.arange(500), (2000,)).double().numpy().ravel()
     count = len(z)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.diffusion import ScheduleConfig
 from pipeline.diffusion import NoiseSchedule
+from pipeline.errors import UserError
 
 FAMILIES: dict[str, Callable[[int], NoiseSchedule]] = {
     "linear": NoiseSchedule.linear,
@@ -162,6 +163,18 @@ def test_a_step_has_the_posteriors_mean_and_the_chosen_variance(variance: str) -
 def test_tables_move_to_a_device_and_stay_the_same() -> None:
     moved = DDPM.to("cpu")
     assert torch.equal(moved.alpha_bars, DDPM.alpha_bars)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ScheduleConfig(kind="sigmoid", sigmoid_temperature=0.001),
+        ScheduleConfig(kind="given", num_steps=3, betas=(0.1, 1.0, 0.5), zero_terminal_snr=True),
+    ],
+)
+def test_settings_that_leave_a_step_without_noise_are_the_users_to_put_right(config: ScheduleConfig) -> None:
+    with pytest.raises(UserError, match="schedule"):
+        NoiseSchedule.from_config(config)
 
 
 X = torch.zeros(2, 3)

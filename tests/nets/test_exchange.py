@@ -5,13 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig
 from pipeline.config.net import UNetConfig
+from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import DamageError, UserError
-from pipeline.nets.diffusers_config import net_from_diffusers, net_to_diffusers
+from pipeline.nets.diffusers_config import (
+    net_from_diffusers,
+    net_to_diffusers,
+    objective_from_diffusers,
+    schedule_from_diffusers,
+    scheduler_to_diffusers,
+)
 from pipeline.nets.exchange import (
     export_diffusers,
     import_diffusers,
@@ -205,6 +212,52 @@ def test_a_scale_shift_net_without_a_middle_norm_is_refused() -> None:
     theirs = net_to_diffusers(SMALL.model_copy(update={"scale_shift_norm": True}))
     with pytest.raises(UserError, match="attn_norm_num_groups"):
         net_from_diffusers({**theirs, "attn_norm_num_groups": None}, "config.json")
+
+
+SCHEDULES = [
+    ScheduleConfig(num_steps=300, beta_end=0.03),
+    ScheduleConfig(kind="scaled-linear", zero_terminal_snr=True),
+    ScheduleConfig(kind="cosine", num_steps=50),
+    ScheduleConfig(kind="cosine", num_steps=50, cosine_offset=0.02),
+    ScheduleConfig(kind="sigmoid", zero_terminal_snr=True),
+    ScheduleConfig(kind="given", num_steps=3, betas=(0.1, 0.2, 0.4)),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.kind}-{s.num_steps}-{s.zero_terminal_snr}")
+@pytest.mark.parametrize("variance", ["fixed-small", "fixed-large", "learned"])
+def test_the_process_is_the_same_on_both_sides(schedule: ScheduleConfig, variance: str) -> None:
+    objective = ObjectiveConfig(target="v", variance=variance)
+    theirs = scheduler_to_diffusers(schedule, objective)
+    exact = NoiseSchedule.from_config(schedule).alpha_bars
+    # Theirs is made in float32, and where betas near 1 are cut that is all the agreement there can be.
+    assert torch.allclose(
+        DDPMScheduler.from_config(theirs).alphas_cumprod.double(), exact, rtol=1e-3, atol=1e-6
+    )
+    back = NoiseSchedule.from_config(schedule_from_diffusers(theirs, "file")).alpha_bars
+    assert torch.allclose(back, exact, rtol=1e-9, atol=1e-15)
+    net = SMALL.model_copy(update={"out_channels": 6 if variance == "learned" else 3})
+    assert objective_from_diffusers(theirs, "file", net) == objective
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("beta_schedule", "sigmoid"),
+        ("prediction_type", "flow"),
+        ("thresholding", True),
+        ("variance_type", "learned_range"),
+    ],
+)
+def test_schedulers_we_cannot_express_are_refused_by_name(name: str, value: object) -> None:
+    theirs = {**scheduler_to_diffusers(ScheduleConfig(), ObjectiveConfig()), name: value}
+
+    def read() -> None:
+        schedule_from_diffusers(theirs, "file")
+        objective_from_diffusers(theirs, "file", SMALL)
+
+    with pytest.raises(UserError, match=f"file: {name}"):
+        read()
 
 
 def export_small(directory: Path) -> None:

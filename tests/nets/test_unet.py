@@ -105,6 +105,7 @@ def test_no_labels_mean_no_class_where_the_network_has_that_label() -> None:
         ({"num_classes": 3}, {"class_labels": torch.zeros(3, dtype=torch.int64)}, "class_labels"),
         ({}, {"t": torch.zeros(3)}, "t must"),
         ({}, {"x": torch.zeros(4, 1, 8, 8)}, "x must"),
+        ({}, {"x": torch.zeros(4, 3, 8, 7)}, "x must"),
         ({"dropout": 0.1}, {}, "dropout keys"),
     ],
 )
