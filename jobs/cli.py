@@ -9,6 +9,7 @@ import typer
 from infra.local.state import StoreKind
 from jobs.shell import (
     DONE,
+    FAILED,
     LOCAL,
     REFUSED,
     Call,
@@ -314,6 +315,24 @@ def tune_sampler(
     from jobs.tune import run_call
 
     _end(lambda: run_call(Call.of(words or [], config or [], dry_run, json)))
+
+
+@app.command(epilog="Example:  ddpm promote digits   ·   ddpm promote digits gate.count=2000")
+def promote(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
+) -> None:
+    """Compare the challenger with the champion on equal terms; it takes over only if it is better."""
+    from jobs.promote import run_call
+
+    _end(lambda: run_call(Call.of(words or [], config or [], dry_run, json)))
+
+
+@app.command()
+def rollback(name: Annotated[str, typer.Argument(help="Registered model.")]) -> None:
+    """Make the champion's predecessor champion again."""
+    from jobs.promote import rollback as run
+
+    _end(lambda: run(name))
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ def test_the_learning_rate_rises_to_its_peak_and_never_exceeds_it(
     rates = [learning_rate(config, step, steps) for step in range(steps)]
     assert all(0 < rate <= 0.5 for rate in rates)
     assert rates[max(0, warmup - 1)] == 0.5
-    assert all(a < b for a, b in zip(rates[: warmup - 1], rates[1:warmup], strict=False))
+    assert rates[:warmup] == sorted(set(rates[:warmup]))
     assert rates[-1] == 0.5 if decay == "none" else rates[-1] <= 0.5 / (steps - warmup) * 2
 
 
