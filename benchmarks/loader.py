@@ -117,7 +117,7 @@ def webdataset_epoch(urls: list[str]) -> int:
 def open_s3_for_webdataset() -> None:
     """webdataset has no s3 scheme of its own."""
     import boto3
-    import webdataset.gopen
+    from webdataset.gopen import gopen_schemes
 
     client = boto3.client("s3")
 
@@ -125,7 +125,7 @@ def open_s3_for_webdataset() -> None:
         bucket, _, key = url.removeprefix("s3://").partition("/")
         return client.get_object(Bucket=bucket, Key=key)["Body"]
 
-    webdataset.gopen.gopen_schemes["s3"] = opened
+    gopen_schemes["s3"] = opened
 
 
 def litdata_set(folder: Path, files: list[bytes]) -> Callable[[], int]:
