@@ -1,6 +1,7 @@
 """The ledger: what a prefix holds against what the plan wants, read from listings alone.
 
-A shard counts as done when its record and its object are both listed. Memory is a few bytes a shard, so a million
+A shard counts as done when its record is listed, for the object is written first; before a generation is called
+complete, the objects are listed too. Memory is a few bytes a shard, so a million
 records fit beside anything.
 """
 
@@ -19,6 +20,7 @@ from pipeline.generate.spec import Spec
 from pipeline.store import ObjectMissing, Store
 
 _ABSENT = -1
+_NOT_LISTED = -2
 _READERS = 16
 
 
@@ -27,7 +29,7 @@ class Survey:
     """One look at the listings of done/ and shards/."""
 
     sizes: "array[int]"
-    """Size of each shard's object, by number; -1 where there is none."""
+    """Size of each shard's object, by number; -1 where there is none, -2 where objects were not listed."""
     recorded: bytearray
     """1 for each shard that has a done-record, by number."""
     superseded: list[str] = field(default_factory=list)
@@ -36,7 +38,7 @@ class Survey:
     """Keys under done/ and shards/ that belong to no plan of this spec."""
 
     def is_done(self, number: int) -> bool:
-        """Whether a shard has both record and object."""
+        """Whether a shard has a record and, if objects were listed, its object."""
         return bool(self.recorded[number]) and self.sizes[number] != _ABSENT
 
     def missing(self) -> list[int]:
@@ -44,12 +46,13 @@ class Survey:
         return [number for number in range(len(self.sizes)) if not self.is_done(number)]
 
 
-def survey(store: Store, spec: Spec) -> Survey:
-    """List the prefix. Takes two listings and no object reads."""
+def survey(store: Store, spec: Spec, objects: bool = True) -> Survey:
+    """List the records and, if `objects`, the shards themselves. Reads no object."""
     total = num_shards(spec)
-    found = Survey(array("q", [_ABSENT]) * total, bytearray(total))
+    found = Survey(array("q", [_ABSENT if objects else _NOT_LISTED]) * total, bytearray(total))
     tail = shard(spec, total - 1).name
-    for prefix, suffix in ((DONE_PREFIX, ".json"), (SHARD_PREFIX, ".tar")):
+    folders = [(DONE_PREFIX, ".json"), (SHARD_PREFIX, ".tar")]
+    for prefix, suffix in folders if objects else folders[:1]:
         for info in store.list(prefix):
             name = info.key[len(prefix) :].removesuffix(suffix)
             number = shard_number(name) if info.key.endswith(suffix) else None

@@ -173,18 +173,26 @@ class Job:
         return "failed" if patiently(self._pending) else patiently(self._publish)
 
     def _pending(self) -> list[int]:
-        """Shards still to be made, by the listings; once nothing else is missing, by the records too."""
-        found = survey(self.store, self.spec)
-        missing = found.missing()
+        """Shards still to be made: by the records' listing; once none is missing there, by all that can be checked."""
+        missing = survey(self.store, self.spec, objects=False).missing()
         if not missing:
-            for number, reason in gather(self.store, self.spec, found, self._harvest):
-                self._errors[number] = reason
-                self._harvest = Harvest()  # its sums cannot be taken apart; the records are read again
-                self.store.delete(shard(self.spec, number).done_key)
-                missing.append(number)
+            missing = self._undone()
         done = self.spec.count - sum(shard(self.spec, number).count for number in missing)
         self._images_before = done - self._images_made
         return missing
+
+    def _undone(self) -> list[int]:
+        """Shards that have a record but no sound object, or no sound record. Each one's record is deleted."""
+        found = survey(self.store, self.spec)
+        undone = [(number, "its object is missing") for number in found.missing()]
+        undone += gather(self.store, self.spec, found, self._harvest)
+        for number, reason in undone:
+            self._errors[number] = reason
+            self._made.discard(number)
+            self.store.delete(shard(self.spec, number).done_key)
+        if undone:
+            self._harvest = Harvest()  # its sums cannot be taken apart; the records are read again
+        return sorted(number for number, _ in undone)
 
     def _round(self, crew: Crew, pending: list[int]) -> bool:
         """Try each pending shard once. False when the job is to end: drained, or stopped by a guard."""

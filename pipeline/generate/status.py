@@ -46,7 +46,7 @@ def generation_status(uri: str) -> GenerationStatus:
         raise UserError(f"{uri}: no {SPEC_KEY} there, so no generation; check the prefix")
     manifest = read_manifest(store)
     complete = manifest is not None and manifest.count == spec.count
-    found = survey(store, spec)
+    found = survey(store, spec, objects=False)
     missing = found.missing()
     images_done = spec.count - sum(shard(spec, number).count for number in missing)
     jobs = tuple(read_heartbeats(store))

@@ -34,6 +34,7 @@ def test_a_shard_is_done_only_with_both_object_and_record(spec: Spec, tmp_path: 
         store.write(key, b"x")
     found = survey(store, spec)
     assert found.missing() == [1, 2, 3, 4]
+    assert survey(store, spec, objects=False).missing() == [1, 3, 4]
     assert (found.strange, found.superseded) == ([], [])
 
 

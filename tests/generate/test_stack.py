@@ -86,6 +86,18 @@ def test_a_raised_count_extends_to_the_bytes_of_one_that_was_large_at_once(model
     assert run(large).status == "already complete"
 
 
+def test_a_lost_object_is_noticed_at_the_end_and_made_again(model: Path, prefix: str) -> None:
+    config = settings(model, prefix, count=47)
+    fill(config)
+    store = open_store(prefix)
+    sound = contents(store)
+    for key in ("manifest.json", "shards/000002.tar"):
+        store.delete(key)
+    result = run(config)
+    assert (result.status, result.shards_made) == ("complete", 1)
+    assert contents(store) == sound
+
+
 def test_two_jobs_at_one_prefix_do_no_harm(model: Path, prefix: str) -> None:
     fill(settings(model, f"{prefix}/alone"))
     config = settings(model, f"{prefix}/both", num_workers=1)

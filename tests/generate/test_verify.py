@@ -13,7 +13,7 @@ from pipeline.generate.regenerate import regenerate
 from pipeline.generate.spec import pretty, read_spec
 from pipeline.generate.verify import VerifyReport, verify
 from pipeline.store import Store, open_store
-from tests.generate.tiny import fill, settings, tiny_model
+from tests.generate.tiny import fill, settings, tiny_card, tiny_model
 
 SHARD = "shards/000001.tar"
 RECORD = "done/000001.json"
@@ -41,6 +41,21 @@ def test_a_sound_generation_passes_and_everything_is_counted(uri: str) -> None:
     assert report.ok, report.problems
     assert (report.shards_checked, report.samples_checked, report.duplicates) == (3, 23, 0)
     assert seen[-1] == (3, 3)
+
+
+def test_ten_thousand_samples_are_exactly_ten_thousand(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", tiny_card(size=8))
+    sampler = {"kind": "ddim", "num_steps": 1}
+    ten_thousand = f"file://{tmp_path}/out"
+    fill(settings(model, ten_thousand, count=10_000, shard_size=999, batch_size=333, sampler=sampler))
+    keys = [
+        key
+        for info in open_store(ten_thousand).list("shards/")
+        for key, _ in read_shard(open_store(ten_thousand).read(info.key))
+    ]
+    assert keys == [f"{index:012d}" for index in range(10_000)]
+    report = verify(ten_thousand)
+    assert (report.ok, report.samples_checked) == (True, 10_000), report.problems[:5]
 
 
 def flip_a_byte(store: Store) -> None:
