@@ -335,6 +335,36 @@ def rollback(name: Annotated[str, typer.Argument(help="Registered model.")]) -> 
     _end(lambda: run(name))
 
 
+@app.command(
+    epilog="Example:  ddpm nightly digits   ·   ddpm nightly digits --from 2026-03-01 --to 2026-03-03"
+)
+def nightly(
+    words: Words = None,
+    config: Config = None,
+    first: Annotated[str | None, typer.Option("--from", help="First night, YYYY-MM-DD.")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="Last night, YYYY-MM-DD.")] = None,
+    dry_run: DryRun = False,
+    json: AsJson = False,
+) -> None:
+    """Let the champion fill the nights that are due, measure them, file them. Does nothing when all is done."""
+    from jobs.nightly import run_call
+
+    _end(lambda: run_call(Call.of(words or [], config or [], dry_run, json), first, last))
+
+
+@app.command(epilog="Example:  ddpm schedule digits --at 02:00 --now")
+def schedule(
+    words: Words = None,
+    config: Config = None,
+    at: Annotated[str, typer.Option(help="Time of day, HH:MM in UTC.")] = "02:00",
+    now: Annotated[bool, typer.Option("--now", help="Run once at the start, too.")] = False,
+) -> None:
+    """Run the nightly job every night, in the foreground, until it is ended."""
+    from jobs.schedule import schedule as run
+
+    _end(lambda: run(Call.of(words or [], config or []), at, now))
+
+
 def main() -> None:
     """The `ddpm` program."""
     if guarded(_with_stack) != DONE:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from jobs.progress import Progress
 from jobs.shell import DONE, Call, guarded, parse_words, run_job, settings_of, use_running_stack
 from pipeline.config.evaluate import EvaluateConfig
-from pipeline.config.generate import GenerateConfig
+from pipeline.config.generate import GenerateConfig, SpecSettings
 from pipeline.data import load_index
 from pipeline.data.shards import read_shard
 from pipeline.errors import DamageError, UserError
@@ -24,7 +24,11 @@ from pipeline.evaluate.measured import Measured, Picture, join, measure
 from pipeline.evaluate.networks import FeatureNetwork, open_network
 from pipeline.evaluate.reference import Pool, ShardWork, data_root, in_process, reference
 from pipeline.generate.manifest import Manifest, read_manifest
+from pipeline.generate.model import FoundModel
 from pipeline.generate.pixels import decode
+from pipeline.generate.plan import classes_of
+from pipeline.generate.spec import make_spec
+from pipeline.nets.artifact import build_model
 from pipeline.store import ObjectMissing, open_store
 
 OPERATION = {"reference", "network", "batch_size", "num_workers"}
@@ -124,6 +128,26 @@ def measure_generation(
         parts.append(Measured.from_bytes(data, output))
         progress(len(parts), total)
     return join(parts)
+
+
+def measure_model(model: FoundModel, asked: SpecSettings, config: EvaluateConfig) -> Measured:
+    """Samples of a model as the feature network sees them, made in this process and not kept."""
+    import torch
+
+    from pipeline.generate.engine import Engine
+
+    torch.set_num_threads(1)
+    spec = make_spec(asked, model.card, name=model.name, version=model.version)
+    engine = Engine(spec, build_model(model.card, model.weights, where=asked.model), model.card)
+
+    def pictures() -> Iterator[Picture]:
+        for index in torch.arange(asked.first_index, asked.first_index + asked.count).split(spec.batch_size):
+            labels = classes_of(spec, index)
+            for place, image in enumerate(engine.images(index)):
+                yield image, None if labels is None else int(labels[place])
+
+    network = open_network(config.network, data_root(config.reference))
+    return measure(network, pictures(), config.batch_size)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from jobs.evaluate import measure_model
 from jobs.progress import Progress
 from jobs.shell import DONE, Call, guarded, parse_words, run_job
 from pipeline.config.base import Settings
@@ -22,9 +23,8 @@ from pipeline.config.generate import SpecSettings
 from pipeline.data import load_index
 from pipeline.errors import UserError
 from pipeline.evaluate.figures import Figure, figures
-from pipeline.evaluate.measured import Measured, Picture, measure
-from pipeline.evaluate.networks import open_network
-from pipeline.evaluate.reference import data_root, reference
+from pipeline.evaluate.measured import Measured
+from pipeline.evaluate.reference import reference
 from pipeline.generate.model import FoundModel, find_model
 from pipeline.store import open_store
 
@@ -162,16 +162,8 @@ def preset(best: Candidate) -> str:
 
 def try_sampler(config: TuneConfig, model: FoundModel, sampler: SamplerConfig, real: Measured) -> Candidate:
     """Sample, measure, compare: a function of its arguments but for the seconds."""
-    import torch
-
-    from pipeline.generate.engine import Engine
-    from pipeline.generate.plan import classes_of
-    from pipeline.generate.spec import make_spec
-    from pipeline.nets.artifact import build_model
-
-    torch.set_num_threads(1)
     began = time.perf_counter()
-    settings = SpecSettings(
+    asked = SpecSettings(
         model=config.model,
         count=config.count,
         seed=config.seed,
@@ -179,17 +171,7 @@ def try_sampler(config: TuneConfig, model: FoundModel, sampler: SamplerConfig, r
         shard_size=config.count,
         batch_size=min(config.batch_size, config.count),
     )
-    spec = make_spec(settings, model.card, name=model.name, version=model.version)
-    engine = Engine(spec, build_model(model.card, model.weights, where=config.model), model.card)
-
-    def pictures() -> Iterator[Picture]:
-        for index in torch.arange(config.count).split(spec.batch_size):
-            labels = classes_of(spec, index)
-            for place, image in enumerate(engine.images(index)):
-                yield image, None if labels is None else int(labels[place])
-
-    network = open_network(config.evaluate.network, data_root(config.evaluate.reference))
-    samples = measure(network, pictures(), config.evaluate.batch_size)
+    samples = measure_model(model, asked, config.evaluate)
     return Candidate(
         sampler=sampler,
         evaluations=evaluations(sampler),

@@ -1,11 +1,12 @@
 """Settings of evaluation: the feature network, the measures, the gate, the night."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pipeline.config.base import Settings
-from pipeline.config.diffusion import SamplerKind
+from pipeline.config.diffusion import SamplerConfig, SamplerKind
+from pipeline.config.generate import GenerateConfig
 
 
 class FeaturesConfig(Settings):
@@ -111,3 +112,94 @@ class TuneConfig(Settings):
     """URI of the folder for the table and the plot: `<output>/<model>/`."""
     num_workers: int = Field(default=0, ge=0)
     """Candidates tried at a time on the Ray cluster, a core each. 0 = in this process."""
+
+
+class Rule(Settings):
+    """What the gate asks of one figure."""
+
+    better: Literal["lower", "higher"]
+    """Which way is good."""
+    must: Literal["improve", "keep"] = "keep"
+    """improve: the interval of the improvement lies above 0. keep: the figure may not be worse by more than
+    `tolerance` with the same certainty."""
+    tolerance: float = Field(default=0.0, ge=0)
+    """Loss that is overlooked, in the figure's own unit."""
+
+
+def _default_rules() -> dict[str, Rule]:
+    return {
+        "frechet": Rule(better="lower", must="improve"),
+        "class_accuracy": Rule(better="higher", tolerance=0.01),
+        "near_copies": Rule(better="lower", tolerance=0.01),
+    }
+
+
+class GateConfig(Settings):
+    """How a challenger is compared with the champion: the same noise, classes, sampler, reference and network."""
+
+    evaluate: EvaluateConfig
+    """The measure."""
+    rules: dict[str, Rule] = Field(default_factory=_default_rules)
+    """What is asked, by figure: frechet, kernel, precision, near_copies, class_accuracy. One that the models do not
+    have, such as the accuracy of a model without classes, is left out."""
+    count: int = Field(default=1000, ge=2)
+    """Images of each model."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Names the noise, and the draws of the bootstrap."""
+    sampler: SamplerConfig = SamplerConfig(kind="dpm++2m", num_steps=20)
+    """The reverse process of both."""
+    batch_size: int = Field(default=125, ge=1)
+    """Images the network sees at once."""
+    resamples: int = Field(default=200, ge=20)
+    """Draws of the bootstrap."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Share of the draws inside an interval."""
+
+
+class PromoteConfig(Settings):
+    """One turn of the gate."""
+
+    model: str
+    """Registered name."""
+    challenger: str = "challenger"
+    """Alias of the version that wants to be champion."""
+    champion: str = "champion"
+    """Alias of the version in office; it moves if the challenger passes."""
+    gate: GateConfig
+    """How they are compared."""
+
+
+class DriftConfig(Settings):
+    """When a night differs too much from those before it."""
+
+    nights: int = Field(default=7, ge=2)
+    """Trailing nights that make the yardstick; fewer than three judge nothing."""
+    metrics: tuple[str, ...] = ("frechet", "class_accuracy", "near_copies")
+    """Figures that are watched, where they exist."""
+    max_deviations: float = Field(default=4.0, gt=0)
+    """Largest distance from the trailing mean, in the trailing standard deviations."""
+    min_share: float = Field(default=0.1, ge=0)
+    """A change below this share of the trailing mean is never drift, however steady the nights were."""
+
+
+class NightlyConfig(Settings):
+    """Every night's generation, evaluated and filed."""
+
+    generate: GenerateConfig
+    """What a night makes. `output` is the prefix of all nights; a night fills `<output>/date=YYYY-MM-DD/`. Its seed
+    is `seed * 10^8 + YYYYMMDD`, so that no two nights make the same images."""
+    evaluate: EvaluateConfig
+    """The measure."""
+    drift: DriftConfig = DriftConfig()
+    """When to raise the alarm."""
+    keep_nights: int | None = Field(default=30, ge=1)
+    """Nights whose samples are kept; older ones are deleted, but never the one that latest.json names. Their records
+    stay. None = all."""
+    keep_days: int | None = Field(default=None, ge=1)
+    """Age, in days, from which samples are deleted, under the same exception. None = no limit."""
+    catch_up_nights: int = Field(default=7, ge=1)
+    """Without dates, nights since the last complete one are made too, at most so many."""
+    webhook: str | None = None
+    """URL that is sent a JSON document when a night fails or drifts. None = the exit code alone tells."""
+    max_shown: int = Field(default=14, ge=1)
+    """Contact sheets on the history page, newest first."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Vectors = npt.NDArray[np.floating[Any]] | npt.NDArray[np.integer[Any]]
 _CHUNK = 1024
 
 
@@ -21,7 +23,7 @@ class Moments:
     """(F, F), unbiased."""
 
 
-def moments_of(vectors: npt.NDArray[np.floating]) -> Moments:
+def moments_of(vectors: Vectors) -> Moments:
     """Mean and unbiased covariance of (N, F). ValueError for fewer than two vectors."""
     x = _float64(vectors)
     if len(x) < 2:
@@ -49,7 +51,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     )
 
 
-def kernel_distance(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
+def kernel_distance(a: Vectors, b: Vectors) -> float:
     """Unbiased squared maximum mean discrepancy under (x.y / F + 1)^3 (Bińkowski et al. 2018), over all pairs.
 
     May be negative by chance. The same array twice gives 0. ValueError for fewer than two vectors in a set.
@@ -63,18 +65,18 @@ def kernel_distance(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) ->
     return _mean_of_pairs(x) + _mean_of_pairs(y) - 2 * cross
 
 
-def precision_recall(
-    samples: npt.NDArray[np.floating], real: npt.NDArray[np.floating], neighbours: int = 3
-) -> tuple[float, float]:
+def precision_recall(samples: Vectors, real: Vectors, neighbours: int = 3) -> tuple[float, float]:
     """Share of samples inside the real manifold, and of real ones inside the samples' (Kynkäänniemi et al. 2019).
 
     A manifold is the union of balls around its vectors, each reaching to its k-th nearest fellow.
     """
     x, y = _float64(samples), _float64(real)
-    return _covered(x, y, neighbours), _covered(y, x, neighbours)
+    precise = within(x, y, manifold_radii(y, neighbours))
+    recalled = within(y, x, manifold_radii(x, neighbours))
+    return float(precise.mean()), float(recalled.mean())
 
 
-def inception_score(logits: npt.NDArray[np.floating]) -> float:
+def inception_score(logits: Vectors) -> float:
     """exp of the mean divergence of each image's classes from all images' (Salimans et al. 2016), one split."""
     values = _float64(logits)
     log_p = values - values.max(1, keepdims=True)
@@ -84,14 +86,12 @@ def inception_score(logits: npt.NDArray[np.floating]) -> float:
     return float(np.exp((p * (log_p - np.log(marginal))).sum(1).mean()))
 
 
-def class_accuracy(logits: npt.NDArray[np.floating], labels: npt.NDArray[np.integer]) -> float:
+def class_accuracy(logits: Vectors, labels: npt.NDArray[np.integer[Any]]) -> float:
     """Share of images whose largest logit is that of their label."""
     return float((np.asarray(logits).argmax(1) == labels).mean())
 
 
-def nearest_distances(
-    queries: npt.NDArray[np.floating], others: npt.NDArray[np.floating], *, same: bool = False
-) -> Array:
+def nearest_distances(queries: Vectors, others: Vectors, *, same: bool = False) -> Array:
     """Euclidean distance of each query (N, D) to its nearest of `others` (M, D): (N,).
 
     `same`: the two are one set, and no vector is its own neighbour.
@@ -106,19 +106,31 @@ def nearest_distances(
     return np.sqrt(out)
 
 
-def _covered(queries: Array, members: Array, neighbours: int) -> float:
-    """Share of queries within the k-th-neighbour ball of some member."""
-    if len(members) <= neighbours:
-        raise ValueError(f"a manifold of {neighbours} neighbours needs more than {len(members)} vectors")
-    radii = np.empty(len(members))
-    for start in range(0, len(members), _CHUNK):
-        squares = _square_distances(members[start : start + _CHUNK], members)
+def manifold_radii(members: Vectors, neighbours: int) -> Array:
+    """Squared distance of each vector (M, F) to its k-th nearest fellow: (M,). ValueError for too few vectors."""
+    x = _float64(members)
+    if len(x) <= neighbours:
+        raise ValueError(f"a manifold of {neighbours} neighbours needs more than {len(x)} vectors")
+    radii = np.empty(len(x))
+    for start in range(0, len(x), _CHUNK):
+        squares = _square_distances(x[start : start + _CHUNK], x)
         # The vector itself is among them, at distance 0.
         radii[start : start + _CHUNK] = np.partition(squares, neighbours, axis=1)[:, neighbours]
-    inside = 0
-    for start in range(0, len(queries), _CHUNK):
-        inside += int((_square_distances(queries[start : start + _CHUNK], members) <= radii).any(1).sum())
-    return inside / len(queries)
+    return radii
+
+
+def within(queries: Vectors, members: Vectors, radii: Array) -> npt.NDArray[np.bool_]:
+    """Which queries (N, F) lie within the squared radius of some member: (N,)."""
+    x, y = _float64(queries), _float64(members)
+    out = np.empty(len(x), np.bool_)
+    for start in range(0, len(x), _CHUNK):
+        out[start : start + _CHUNK] = (_square_distances(x[start : start + _CHUNK], y) <= radii).any(1)
+    return out
+
+
+def pair_kernel(a: Vectors, b: Vectors) -> Array:
+    """(x.y / F + 1)^3 of every pair: (N, M)."""
+    return (_float64(a) @ _float64(b).T / a.shape[1] + 1) ** 3
 
 
 def _square_distances(x: Array, y: Array) -> Array:
@@ -128,7 +140,7 @@ def _square_distances(x: Array, y: Array) -> Array:
 
 def _kernel_blocks(x: Array, y: Array) -> Iterator[Array]:
     for start in range(0, len(x), _CHUNK):
-        yield (x[start : start + _CHUNK] @ y.T / x.shape[1] + 1) ** 3
+        yield pair_kernel(x[start : start + _CHUNK], y)
 
 
 def _mean_of_pairs(x: Array) -> float:
@@ -137,5 +149,5 @@ def _mean_of_pairs(x: Array) -> float:
     return (total - float(own.sum())) / (len(x) * (len(x) - 1))
 
 
-def _float64(values: npt.NDArray[np.floating]) -> Array:
+def _float64(values: Vectors) -> Array:
     return np.ascontiguousarray(values, dtype=np.float64)

@@ -1,0 +1,102 @@
+"""A scheduler for one machine: `ddpm schedule digits --at 02:00` runs the nightly job every night until it is ended.
+
+The nightly job runs as a process of its own, so a crash of one night never ends the schedule. What was missed, because
+the machine slept or the last night took too long, is caught up: the job itself makes every night that is due.
+"""
+
+import datetime as dt
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.schedulers.blocking import BlockingScheduler
+from apscheduler.triggers.cron import CronTrigger
+
+from jobs.shell import DONE, Call, settings_of, use_running_stack
+from pipeline.config.evaluate import NightlyConfig
+from pipeline.errors import UserError
+
+_STOP_SECONDS = 60.0
+_AT = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
+
+
+def schedule(call: Call, at: str, now: bool = False) -> int:
+    """Run the nightly job of `call` daily at `at` (HH:MM, UTC) until SIGTERM or Ctrl-C; with `now`, also at once.
+
+    UserError for a time that is none, and for settings that the nightly job would refuse.
+    """
+    use_running_stack()
+    settings_of(NightlyConfig, "nightly", call)
+    trigger = daily(at)
+    runner = Runner([sys.executable, "-m", "jobs.nightly", *call.words()])
+    # One thread and one instance: a night that takes longer than a day delays the next instead of meeting it.
+    scheduler = BlockingScheduler(timezone=dt.UTC, executors={"default": ThreadPoolExecutor(1)})
+    first: dict[str, Any] = {"next_run_time": dt.datetime.now(dt.UTC)} if now else {}
+    scheduler.add_job(
+        runner, trigger, id="nightly", max_instances=1, coalesce=True, misfire_grace_time=None, **first
+    )
+    _on_signals(lambda: threading.Thread(target=_end, args=(scheduler, runner)).start())
+    print(f"schedule: every night at {at} UTC: jobs.nightly {' '.join(call.words())}", flush=True)
+    scheduler.start()
+    return DONE
+
+
+def daily(at: str) -> CronTrigger:
+    """The trigger of a time of day, HH:MM in UTC. UserError for anything else."""
+    match = _AT.fullmatch(at)
+    if match is None:
+        raise UserError(f"--at: {at!r} is no time of day; write HH:MM, in UTC")
+    return CronTrigger(hour=int(match[1]), minute=int(match[2]), timezone=dt.UTC)
+
+
+class Runner:
+    """Runs a command to its end, one at a time, and can end it early."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = list(command)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ended = threading.Event()
+
+    def __call__(self) -> int:
+        """Run the command; returns its exit code and says one that is not 0."""
+        if self._ended.is_set():
+            return DONE
+        began = dt.datetime.now(dt.UTC)
+        print(f"{began:%F %T}Z nightly begins", flush=True)
+        self._process = subprocess.Popen(self._command)
+        code = self._process.wait()
+        minutes = (dt.datetime.now(dt.UTC) - began).total_seconds() / 60
+        print(
+            f"{dt.datetime.now(dt.UTC):%F %T}Z nightly ended with {code} after {minutes:.1f} min", flush=True
+        )
+        return code
+
+    def end(self) -> None:
+        """Ask a running command to end, and wait for it; no other is begun."""
+        self._ended.set()
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+def _end(scheduler: BlockingScheduler, runner: Runner) -> None:
+    runner.end()
+    scheduler.shutdown(wait=False)
+
+
+def _on_signals(act: Callable[[], None]) -> None:
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        act()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)

@@ -1,0 +1,106 @@
+"""How sure a comparison is: figures under samples drawn again, with replacement, from those there are.
+
+A draw is a weight for each sample, so what does not depend on the draw is computed once.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.config.evaluate import EvaluateConfig
+from pipeline.diffusion.noise import Stream, randint
+from pipeline.evaluate.measured import Measured
+from pipeline.evaluate.metrics import (
+    Array,
+    Moments,
+    Vectors,
+    frechet_distance,
+    manifold_radii,
+    moments_of,
+    nearest_distances,
+    pair_kernel,
+    within,
+)
+
+Statistic = Callable[[Array], float]
+"""Weights (N,) of the samples, whole numbers that add up to N, to a figure."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with the middle share of its values over the draws."""
+
+    value: float
+    low: float
+    high: float
+
+
+def statistics(samples: Measured, real: Measured, config: EvaluateConfig) -> dict[str, Statistic]:
+    """The figures that can be weighed, for samples (N) against a reference. Reference images are not drawn again."""
+    reference = moments_of(real.vectors)
+    vectors = samples.vectors.astype(np.float64)
+    out: dict[str, Statistic] = {
+        "frechet": lambda weights: frechet_distance(weighted_moments(vectors, weights), reference),
+        "kernel": _kernel(samples.vectors, real.vectors[: config.max_images]),
+    }
+    near = real.vectors[: config.max_images]
+    if len(near) > config.neighbours:
+        out["precision"] = _share(within(samples.vectors, near, manifold_radii(near, config.neighbours)))
+    thumbs = real.thumbs[: config.max_images]
+    limit = np.quantile(nearest_distances(thumbs, thumbs, same=True), config.copy_quantile)
+    out["near_copies"] = _share(nearest_distances(samples.thumbs, thumbs) < limit)
+    if samples.logits is not None and samples.labels is not None:
+        out["class_accuracy"] = _share(samples.logits.argmax(1) == samples.labels)
+    return out
+
+
+def draws(count: int, resamples: int, seed: int) -> Iterator[Array]:
+    """Weights (count,) of each draw, named by (seed, draw): the same for every set of `count` samples, so that
+    sets made from the same noise are compared sample by sample."""
+    index = torch.arange(count)
+    for draw in range(resamples):
+        rows = randint(seed, Stream.ORDER_SAMPLES, index, count, step=draw)
+        yield torch.bincount(rows, minlength=count).double().numpy()
+
+
+def interval(value: float, values: Array, confidence: float) -> Interval:
+    """The middle `confidence` of the values."""
+    tail = (1 - confidence) / 2
+    low, high = (float(q) for q in np.quantile(values, [tail, 1 - tail]))
+    return Interval(value, low, high)
+
+
+def weighted_moments(vectors: Array, weights: Array) -> Moments:
+    """Mean and unbiased covariance of vectors (N, F), each counted as often as its weight says."""
+    total = float(weights.sum())
+    mean = weights @ vectors / total
+    centred = vectors - mean
+    return Moments(int(total), mean, (centred * weights[:, None]).T @ centred / (total - 1))
+
+
+def _share(hits: npt.NDArray[np.bool_]) -> Statistic:
+    values = hits.astype(np.float64)
+    return lambda weights: float(weights @ values / weights.sum())
+
+
+def _kernel(samples: Vectors, real: Vectors) -> Statistic:
+    """The kernel distance under weights; pairs of a sample with itself are left out, however often it is drawn."""
+    own, across, reference = (
+        pair_kernel(samples, samples),
+        pair_kernel(samples, real),
+        pair_kernel(real, real),
+    )
+    np.fill_diagonal(own, 0.0)
+    np.fill_diagonal(reference, 0.0)
+    towards = across.mean(1)
+    constant = float(reference.sum() / (len(reference) * (len(reference) - 1)))
+
+    def statistic(weights: Array) -> float:
+        total = float(weights.sum())
+        pairs = total * total - float((weights * weights).sum())
+        return float(weights @ own @ weights / pairs + constant - 2 * (weights @ towards) / total)
+
+    return statistic
