@@ -28,7 +28,7 @@ from pipeline.data.picture import Fact, examine, to_pixels
 from pipeline.data.png import encode_png
 from pipeline.data.scan import add_moments, channel_moments, index_shard
 from pipeline.data.shards import write_shard
-from pipeline.data.sources import DigitsSource, FolderSource, Source, ZipSource
+from pipeline.data.sources import DigitsSource, FolderSource, Source, ZipSource, read_item
 from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectMissing, Store, open_store
 
@@ -103,7 +103,7 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
     steps = _Steps(2 * len(source.items), progress)
 
     def look(item: int) -> Fact:
-        return examine(config, source.read(item))
+        return examine_item(config, source, item)
 
     def write(unit: PackUnit) -> int:
         return pack_shard(config, plan, unit, source).num_samples
@@ -139,6 +139,14 @@ def open_source(source: str) -> Source:
     if path.suffix.lower() == ".parquet":
         return ParquetSource(path)
     raise UserError(f"source: {source} is of no known kind; give a folder, zip, tar or parquet, or `digits`")
+
+
+def examine_item(config: PackConfig, source: Source, item: int) -> Fact:
+    """The first look at one picture. May run anywhere the source can be opened."""
+    try:
+        return examine(config, read_item(source, item))
+    except DamageError as error:
+        return Fact("", None, str(error))
 
 
 def plan_pack(config: PackConfig, source: Source, facts: Sequence[Fact]) -> PackPlan:
@@ -221,7 +229,7 @@ def pack_shard(config: PackConfig, plan: PackPlan, unit: PackUnit, source: Sourc
     samples: list[tuple[str, dict[str, bytes]]] = []
     for number, item in enumerate(unit.items, unit.first_sample):
         try:
-            pixels = to_pixels(config, source.read(item))
+            pixels = to_pixels(config, read_item(source, item))
         except DamageError as error:
             raise DamageError(f"{source.items[item].name}: {error}; it changed while being packed") from error
         moments = channel_moments(pixels)

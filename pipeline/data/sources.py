@@ -7,6 +7,7 @@ source gives the same list wherever it is opened, so that units of work may trav
 from __future__ import annotations
 
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.images import encode_npy
-from pipeline.errors import UserError
+from pipeline.errors import DamageError, UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PICTURE_BYTES = 1 << 28
@@ -43,6 +44,15 @@ class Source(ABC):
     @abstractmethod
     def read(self, number: int) -> bytes:
         """Encoded bytes of item `number`."""
+
+
+def read_item(source: Source, number: int) -> bytes:
+    """Encoded bytes of an item. Raises DamageError when the file or its place in an archive cannot be read."""
+    try:
+        return source.read(number)
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        # RuntimeError and NotImplementedError are how zipfile refuses encryption and unknown compression.
+        raise DamageError(f"cannot be read: {error}") from error
 
 
 class DigitsSource(Source):

@@ -32,7 +32,6 @@ def test_every_number_of_loader_processes_gives_the_same_batches(any_uri: str) -
     one = by_position(batches(index, 0, 12, flip=True))
     for workers in range(1, 4):
         assert by_position(batches(index, 0, 12, flip=True, num_workers=workers)) == one
-    assert by_position(batches(index, 0, 12, flip=True, num_workers=2, world=2)) == one
 
 
 def test_stopping_anywhere_and_going_on_at_another_world_size_changes_nothing(uri: str) -> None:

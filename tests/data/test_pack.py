@@ -246,6 +246,17 @@ def test_a_broken_zip_is_named(uri: str, tmp_path: Path) -> None:
         pack(PackConfig(source=str(tmp_path / "x.zip"), dest=uri))
 
 
+def test_a_damaged_member_of_a_zip_is_an_unreadable_picture(uri: str, tmp_path: Path) -> None:
+    archive = zipped(folder(tmp_path / "in", {"cat": 3}), tmp_path / "x")
+    data = bytearray(archive.read_bytes())
+    data[data.index(b"IDAT") + 20] ^= 1
+    archive.write_bytes(bytes(data))
+    with pytest.raises(
+        UserError, match=r"1 of 3 pictures cannot be read: cat/0\.png: cannot be read: Bad CRC-32"
+    ):
+        pack(PackConfig(source=str(archive), dest=uri))
+
+
 def test_packing_again_does_nothing_and_says_so(any_uri: str) -> None:
     first = pack(sixty(any_uri))
     assert first.already_complete
