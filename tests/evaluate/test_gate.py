@@ -1,0 +1,85 @@
+"""The gate on made-up models whose order is known."""
+
+import numpy as np
+import pytest
+
+from pipeline.config.evaluate import GateConfig, Rule
+from pipeline.errors import UserError
+from pipeline.evaluate.bootstrap import draws, statistics
+from pipeline.evaluate.figures import figures
+from pipeline.evaluate.gate import judge, verdict
+from tests.evaluate.made import config, measured
+
+REAL = measured(400, seed=50)
+
+
+def gate(**changes: object) -> GateConfig:
+    return GateConfig.model_validate({"evaluate": config(), "count": 200, "resamples": 40} | changes)
+
+
+def test_a_better_model_passes() -> None:
+    passes, reason = verdict(judge(measured(seed=1), measured(seed=2, shift=0.8), REAL, gate()))
+    assert passes
+    assert "frechet" in reason
+
+
+def test_a_worse_model_is_refused_with_its_numbers() -> None:
+    judgements = judge(measured(seed=1, shift=0.8), measured(seed=2), REAL, gate())
+    passes, reason = verdict(judgements)
+    assert not passes
+    assert "frechet improves by -" in reason
+    assert judgements["frechet"].improvement_interval[1] < 0
+
+
+def test_the_same_model_again_is_no_improvement() -> None:
+    one = measured(seed=1)
+    judgements = judge(one, one, REAL, gate())
+    assert not verdict(judgements)[0]
+    assert judgements["frechet"].improvement_interval == (0, 0)
+
+
+def test_a_better_distance_does_not_buy_a_worse_accuracy() -> None:
+    judgements = judge(measured(seed=1, wrong=30), measured(seed=2, shift=0.8), REAL, gate())
+    assert judgements["frechet"].passed
+    assert not judgements["class_accuracy"].passed
+    assert not verdict(judgements)[0]
+
+
+def test_a_tolerated_loss_passes() -> None:
+    rules = {"class_accuracy": Rule(better="higher", tolerance=0.3)}
+    assert verdict(judge(measured(wrong=30), measured(), REAL, gate(rules=rules)))[0]
+
+
+def test_unequal_terms_are_refused() -> None:
+    with pytest.raises(UserError, match="equally many"):
+        judge(measured(200), measured(150), REAL, gate())
+    with pytest.raises(UserError, match="different networks"):
+        judge(measured(network="m" * 64), measured(), REAL, gate())
+
+
+def test_a_figure_that_the_gate_does_not_know_is_named() -> None:
+    with pytest.raises(UserError, match="beauty"):
+        judge(measured(), measured(), REAL, gate(rules={"beauty": Rule(better="higher")}))
+
+
+def test_weights_of_one_give_the_figures_themselves() -> None:
+    samples = measured(seed=3, shift=0.2, wrong=7)
+    found, once = figures(samples, REAL, config()), np.ones(len(samples))
+    for name, statistic in statistics(samples, REAL, config()).items():
+        assert statistic(once) == pytest.approx(found[name].value, rel=1e-4, abs=1e-9), name
+
+
+def test_weights_count_samples_as_often_as_they_are_drawn() -> None:
+    samples = measured(60, seed=3, shift=0.2, wrong=9)
+    weights = next(draws(60, 1, seed=4))
+    again = samples.part(np.repeat(np.arange(60), weights.astype(int)))
+    for name in ("frechet", "class_accuracy", "precision", "near_copies"):
+        ours = statistics(samples, REAL, config())[name](weights)
+        assert ours == pytest.approx(statistics(again, REAL, config())[name](np.ones(60)), rel=1e-9), name
+
+
+def test_draws_are_named_and_whole() -> None:
+    one, again, other = (list(draws(50, 3, seed)) for seed in (1, 1, 2))
+    assert all((a == b).all() for a, b in zip(one, again, strict=True))
+    assert not all((a == b).all() for a, b in zip(one, other, strict=True))
+    assert all(weights.sum() == 50 for weights in one)

@@ -1,0 +1,70 @@
+"""Feature sums: exact, whoever adds them up, in whatever order."""
+
+import functools
+import operator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import DamageError
+from pipeline.evaluate.metrics import frechet_distance, moments_of
+from pipeline.evaluate.sums import Sums, sums_of
+from tests.evaluate.made import vectors
+
+
+@pytest.mark.parametrize("workers", [2, 7])
+def test_any_number_of_workers_gives_the_same_bits(workers: int) -> None:
+    x = vectors(1001, 20)
+    parts = [sums_of(part) for part in np.array_split(x, workers)]
+    there = functools.reduce(operator.add, parts)
+    back = functools.reduce(operator.add, reversed(parts))
+    whole = sums_of(x)
+    assert there.to_text() == back.to_text() == whole.to_text()
+    assert there.moments().covariance.tobytes() == whole.moments().covariance.tobytes()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(30)), st.integers(1, 29))
+def test_order_and_place_of_the_cut_change_nothing(order: list[int], cut: int) -> None:
+    x = vectors(30, 4)
+    shuffled = x[np.array(order)]
+    assert sums_of(shuffled[:cut]) + sums_of(shuffled[cut:]) == sums_of(x)
+
+
+def test_sums_are_those_of_whole_numbers() -> None:
+    x = np.round(vectors(50, 3) * 2**22) / 2**22
+    exact = [[sum(int(a * 2**22) * int(b * 2**22) for a, b in zip(x[:, i], x[:, j], strict=True)) for j in range(3)]
+             for i in range(3)]  # fmt: skip
+    found = sums_of(x)
+    for i in range(3):
+        for j in range(3):
+            total = (int(found.high[i, j]) << 36) + (int(found.cross[i, j]) << 18) + int(found.low[i, j])
+            assert total == exact[i][j]
+
+
+def test_moments_are_those_of_numpy() -> None:
+    x = vectors(700, 12, shift=3.0)
+    ours, theirs = sums_of(x).moments(), moments_of(x)
+    np.testing.assert_allclose(ours.mean, theirs.mean, atol=1e-6)
+    np.testing.assert_allclose(ours.covariance, theirs.covariance, rtol=1e-6, atol=1e-6)
+    assert frechet_distance(ours, theirs) < 1e-6
+
+
+def test_sums_travel_as_text() -> None:
+    found = sums_of(vectors(40, 9))
+    assert Sums.from_text(found.to_text()) == found
+    with pytest.raises(DamageError, match="feature sums"):
+        Sums.from_text(found.to_text()[:-8])
+
+
+def test_what_cannot_be_added_is_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        sums_of(np.array([[np.nan, 1.0]]))
+    with pytest.raises(ValueError, match="beyond"):
+        sums_of(np.array([[1e5, 1.0]]))
+    with pytest.raises(ValueError, match="features"):
+        _ = sums_of(vectors(5, 3)) + sums_of(vectors(5, 4))
+    with pytest.raises(ValueError, match="two"):
+        sums_of(vectors(1)).moments()
