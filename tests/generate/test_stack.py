@@ -70,17 +70,20 @@ def test_the_command_fills_a_prefix_and_then_has_nothing_to_do(
 def test_one_two_and_three_workers_and_none_make_the_same_bytes(model: Path, prefix: str) -> None:
     fill(settings(model, f"{prefix}/none", count=47))
     expected = contents(open_store(f"{prefix}/none"))
-    for workers in (1, 2, 3):
-        result = run(settings(model, f"{prefix}/{workers}", count=47, num_workers=workers))
-        assert (result.status, result.images_made, result.shards_made) == ("complete", 47, 5)
-        assert contents(open_store(f"{prefix}/{workers}")) == expected
+    with ray_cluster():
+        for workers in (1, 2, 3):
+            config = settings(model, f"{prefix}/{workers}", count=47, num_workers=workers)
+            result = generate(config, cluster=nullcontext)
+            assert (result.status, result.images_made, result.shards_made) == ("complete", 47, 5)
+            assert contents(open_store(f"{prefix}/{workers}")) == expected
 
 
 def test_a_raised_count_extends_to_the_bytes_of_one_that_was_large_at_once(model: Path, prefix: str) -> None:
     fill(settings(model, f"{prefix}/once", count=41))
     small, large = settings(model, f"{prefix}/grown", count=23), settings(model, f"{prefix}/grown", count=41)
-    assert run(small).images_made == 23
-    grown = run(large)
+    with ray_cluster():
+        assert generate(small, cluster=nullcontext).images_made == 23
+        grown = generate(large, cluster=nullcontext)
     assert (grown.status, grown.shards_made) == ("complete", 3)
     assert contents(open_store(f"{prefix}/grown")) == contents(open_store(f"{prefix}/once"))
     assert run(large).status == "already complete"
