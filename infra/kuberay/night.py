@@ -5,7 +5,6 @@ is the scheduled one, also when the pod starts after midnight, and a second star
 there and is content.
 """
 
-import copy
 import json
 import os
 import re
@@ -87,19 +86,15 @@ def scheduled_time(cron_job_pod: str, now: datetime) -> datetime:
 
 
 def dated(pattern: Mapping[str, Any], prefix: str, night: datetime) -> dict[str, Any]:
-    """The pattern as a job of its own: named and dated, and no longer suspended.
-
-    In its entrypoint {date} becomes 2026-01-31 and {number} 20260131.
-    """
-    spec = copy.deepcopy(dict(pattern["spec"]))
-    number = f"{night:%Y%m%d}"
-    spec["entrypoint"] = spec["entrypoint"].replace("{date}", f"{night:%Y-%m-%d}").replace("{number}", number)
-    spec["suspend"] = False
+    """The pattern as a job of its own: named by its date, such as ddpm-nightly-20260131, and not suspended."""
     return {
         "apiVersion": pattern["apiVersion"],
         "kind": pattern["kind"],
-        "metadata": {"name": f"{prefix}-{number}", "labels": dict(pattern["metadata"].get("labels", {}))},
-        "spec": spec,
+        "metadata": {
+            "name": f"{prefix}-{night:%Y%m%d}",
+            "labels": dict(pattern["metadata"].get("labels", {})),
+        },
+        "spec": {**pattern["spec"], "suspend": False},
     }
 
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from jobs.shell import Call, settings_of
+from pipeline.config.evaluate import NightlyConfig
 from pipeline.config.generate import GenerateConfig
 from pipeline.config.train import TrainConfig
 from tests.manifests.kustomize import Object
@@ -189,7 +190,7 @@ def test_the_settings_are_such_as_the_jobs_accept_and_their_workers_fit_their_po
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDPM_ROOT", "s3://b")
-    models: dict[str, Any] = {"train": TrainConfig, "generate": GenerateConfig, "nightly": GenerateConfig}
+    models: dict[str, Any] = {"train": TrainConfig, "generate": GenerateConfig, "nightly": NightlyConfig}
     for name, text in named(variant, "ConfigMap", "ddpm-settings")["data"].items():
         (tmp_path / name).write_text(text)
     for name, model in models.items():
@@ -199,11 +200,11 @@ def test_the_settings_are_such_as_the_jobs_accept_and_their_workers_fit_their_po
         assert words[:2] == ["python", "-m"]
         assert importlib.util.find_spec(module)
         file = tmp_path / Path(words[words.index("--config") + 1]).name
-        overrides = [w.replace("{number}", "20260131") for w in words if "=" in w]
-        config = settings_of(model, section, Call(files=(file,), overrides=tuple(overrides)))
+        config = settings_of(model, section, Call(files=(file,)))
         group = job["rayClusterSpec"]["workerGroupSpecs"][0]
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        wanted = config.workers if isinstance(config, TrainConfig) else config
+        wanted = {"train": "workers", "nightly": "generate"}.get(name)
+        wanted = config if wanted is None else getattr(config, wanted)
         assert wanted.cpus_per_worker <= float(limits["cpu"]), name
         assert wanted.gpus_per_worker <= int(limits.get("nvidia.com/gpu", 0)), name
         room = group["maxReplicas"] * float(limits["cpu"])

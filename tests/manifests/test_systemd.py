@@ -1,12 +1,15 @@
 """The units of a server without containers, judged by systemd itself. None is started here."""
 
 import configparser
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from jobs.cli import app
+from jobs.nightly import DRIFTED
+from jobs.shell import REFUSED, STOPPED
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "infra" / "systemd"
 UNITS = sorted(SYSTEMD.iterdir())
@@ -70,19 +73,16 @@ def test_every_timer_starts_a_service_that_is_there() -> None:
         assert timer.with_suffix(".service") in SERVICES
 
 
-def test_the_night_hands_its_date_to_the_settings(tmp_path: Path) -> None:
-    command = section(SYSTEMD / "ddpm-nightly.service", "Service")["ExecStart"]
-    script = re.fullmatch(r"/bin/sh -ec '(.*)'", command)
-    assert script
-    shell = script.group(1).replace("%%", "%").replace("exec /srv/ddpm/.venv/bin/ddpm", "printf '%s\\n'")
-    environ = {
-        "PATH": "/usr/bin:/bin",
-        "DDPM_NIGHT_PRESET": "digits",
-        "DDPM_NIGHT_SETTINGS": "count=5 seed=7",
+def test_the_night_shares_the_stacks_tmp_where_rays_sockets_are() -> None:
+    night, stack = (SYSTEMD / f"ddpm-{name}.service" for name in ("nightly", "stack"))
+    assert section(night, "Unit")["JoinsNamespaceOf"] == stack.name
+    assert section(night, "Service")["PrivateTmp"] == section(stack, "Service")["PrivateTmp"] == "yes"
+
+
+def test_a_night_is_not_tried_again_for_ends_that_trying_does_not_change() -> None:
+    service = section(SYSTEMD / "ddpm-nightly.service", "Service")
+    assert service["RestartPreventExitStatus"].split() == [str(code) for code in (REFUSED, DRIFTED, STOPPED)]
+    commands = {
+        command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands
     }
-    told = subprocess.run(["sh", "-ec", shell], env=environ, capture_output=True, text=True, check=True)
-    words = told.stdout.split()
-    assert words[:3] == ["submit", "generate", "digits"]
-    assert re.fullmatch(r"output=\{root\}/samples/nightly/\d{4}-\d\d-\d\d", words[3])
-    assert re.fullmatch(r"seed=\d{8}", words[4])
-    assert words[5:] == ["count=5", "seed=7"]
+    assert service["ExecStart"].split()[1] in commands

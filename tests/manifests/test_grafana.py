@@ -1,0 +1,61 @@
+"""The dashboard and the alerts ask for what is really exported, and each alert says what to do."""
+
+import json
+import re
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.local import LocalStack
+from infra.local.state import read_state
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DASHBOARD: dict[str, Any] = json.loads((REPOSITORY / "infra" / "grafana" / "dashboard.json").read_text())
+ALERTS: list[dict[str, Any]] = [
+    rule
+    for group in yaml.safe_load((REPOSITORY / "infra" / "grafana" / "alerts.yaml").read_text())["groups"]
+    for rule in group["rules"]
+]
+QUERIES = [t["expr"] for panel in DASHBOARD["panels"] for t in panel["targets"]] + [a["expr"] for a in ALERTS]
+
+
+def asked_for() -> set[str]:
+    """Ray's metrics that the dashboard and the alerts name."""
+    without_labels = [re.sub(r"\{[^}]*\}|\bby ?\([^)]*\)", "", query) for query in QUERIES]
+    return {name for query in without_labels for name in re.findall(r"\bray_[a-z_]+", query)}
+
+
+def test_every_alert_has_its_paragraph_in_the_runbook() -> None:
+    runbook = (REPOSITORY / "docs" / "operations.md").read_text()
+    for alert in ALERTS:
+        heading = f"### {alert['alert']}\n"
+        assert heading in runbook, alert["alert"]
+        assert alert["annotations"]["runbook"] == f"docs/operations.md#{alert['alert'].lower()}"
+        assert alert["for"]
+        assert alert["labels"]["severity"] in ("page", "warn")
+    told = re.findall(r"^### ([A-Z][A-Za-z]+)$", runbook, re.M)
+    assert sorted(told) == sorted(alert["alert"] for alert in ALERTS)
+
+
+def test_every_panel_asks_something_and_says_what_it_shows() -> None:
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(ids)) == len(ids) >= 8
+    for panel in DASHBOARD["panels"]:
+        assert panel["title"]
+        assert panel["description"].endswith(".")
+        assert all(target["expr"].count("(") == target["expr"].count(")") for target in panel["targets"])
+
+
+@pytest.mark.stack
+def test_every_metric_that_is_asked_for_is_exported_by_ray(stack: LocalStack) -> None:
+    state = read_state(stack.root)
+    assert state is not None
+    url = f"http://127.0.0.1:{state.ports['ray-metrics']}/metrics"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=20) as answer:
+        exported = set(re.findall(r"^# TYPE (\S+)", answer.read().decode(), re.M))
+    assert asked_for() - exported == set()
+    assert len(asked_for()) >= 12
