@@ -365,6 +365,84 @@ def schedule(
     _end(lambda: run(Call.of(words or [], config or []), at, now))
 
 
+@app.command(epilog="Example:  ddpm index 's3://bucket/set/train-{000..099}.tar'")
+def index(
+    uri: Annotated[str, typer.Argument(help="Prefix or brace pattern of .tar or .tar.gz shards.")],
+    label_field: Annotated[
+        str | None, typer.Option(help="Field of a sample's json that holds its class.")
+    ] = None,
+    pixels: Annotated[
+        bool, typer.Option("--pixels", help="Decode every image, for channel statistics.")
+    ] = False,
+) -> None:
+    """Make the index of WebDataset tars that are already there."""
+    from jobs.dataset import index as run
+
+    _end(lambda: run(uri, label_field, pixels))
+
+
+@app.command(epilog="Example:  ddpm inspect s3://ddpm/data/digits --sheet digits.png")
+def inspect(
+    uri: Annotated[str, typer.Argument(help="Prefix or brace pattern of shards.")],
+    sheet: Annotated[Path, typer.Option(help="Where to put a contact sheet.")] = Path("inspection.png"),
+    label_field: Annotated[
+        str | None, typer.Option(help="Field of a sample's json that holds its class.")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Say what a data set holds, and what is damaged in it."""
+    from jobs.dataset import look
+
+    _end(lambda: look(uri, sheet, label_field, json))
+
+
+@app.command(epilog="Example:  ddpm sample model=demo@champion count=30 output=look")
+def sample(words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False) -> None:
+    """Draw a few images into a local folder, without a cluster."""
+    from jobs.sample import run
+    from pipeline.config.generate import SampleConfig
+
+    def work() -> int:
+        call = Call.of(words or [], config or [], dry_run, json)
+        return run_job("sample", SampleConfig, run, call, unit="steps")
+
+    _end(work)
+
+
+@app.command("export", epilog="Example:  ddpm export demo@champion ./demo-diffusers")
+def export_model(
+    model: Annotated[str, typer.Argument(help="name@alias, name/version, or a model folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    form: Annotated[str, typer.Option("--format", help="Software to write for.")] = "diffusers",
+) -> None:
+    """Write a model as a folder that other software loads."""
+    from jobs.exchange import export
+
+    _end(lambda: export(model, folder, form))
+
+
+@app.command("import", epilog="Example:  ddpm import ./ddpm-cifar10-32 ./cifar10")
+def import_model(
+    source: Annotated[Path, typer.Argument(help="A diffusers directory: config JSON and safetensors.")],
+    folder: Annotated[Path, typer.Argument(help="Model folder to write; new or empty.")],
+) -> None:
+    """Read a diffusers directory into a model folder, which `model=` accepts."""
+    from jobs.exchange import take_in
+
+    _end(lambda: take_in(source, folder))
+
+
+@app.command(epilog="Example:  ddpm figures ./pictures --image photo.png")
+def figures(
+    folder: Annotated[Path, typer.Argument(help="Folder for the pictures; made if need be.")],
+    image: Annotated[Path | None, typer.Option(help="RGB image for the forward process.")] = None,
+) -> None:
+    """Draw the forward and reverse process, the schedules, and the samplers' order."""
+    from jobs.figures import run
+
+    _end(lambda: run(image, folder))
+
+
 def main() -> None:
     """The `ddpm` program."""
     if guarded(_with_stack) != DONE:

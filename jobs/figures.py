@@ -17,6 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
 
+from jobs.progress import progress_of
+from jobs.shell import DONE
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
 from pipeline.diffusion import NoiseSchedule, SamplerStep, Stream, from_uint8, sample, to_uint8
 from pipeline.diffusion.grid import Grid, karras_grid
@@ -72,6 +74,24 @@ def figures(
         if progress is not None:
             progress(done, len(steps))
     return paths
+
+
+def run(image: Path | None, out_dir: Path) -> int:
+    """Draw everything and say where it is. Raises UserError for an image that cannot be read."""
+    pixels = None if image is None else _read(image)
+    with progress_of("figures", "pictures") as progress:
+        paths = figures(pixels, out_dir, progress=progress)
+    for path in paths:
+        print(f"drew     {path}")
+    return DONE
+
+
+def _read(image: Path) -> Pixels:
+    try:
+        with Image.open(image) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"--image {image}: cannot be read as an image ({error})") from None
 
 
 def photograph(image: Pixels | None, size: int = 128) -> Pixels:

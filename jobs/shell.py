@@ -23,7 +23,7 @@ S = TypeVar("S", bound=Settings)
 DONE, FAILED, REFUSED = 0, 1, 2
 STOPPED = 143  # as the shell reports a process that ended on SIGTERM
 LOCAL = Path(".local")
-SECTIONS = ("pack", "train", "generate", "features", "evaluate", "tune", "promote", "nightly")
+SECTIONS = ("pack", "train", "generate", "sample", "features", "evaluate", "tune", "promote", "nightly")
 
 
 @dataclass(frozen=True)

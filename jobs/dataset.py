@@ -1,0 +1,55 @@
+"""Looking at data sets: making the index of tars that are there, and inspecting what they hold."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from jobs.progress import progress_of
+from jobs.shell import DONE, FAILED
+from pipeline.data import build_index, inspect
+
+_SHOWN = 20
+
+
+def index(uri: str, label_field: str | None, pixels: bool) -> int:
+    """Index the tars at a prefix or pattern, in one pass over each."""
+    with progress_of("index", "shards") as progress:
+        made = build_index(uri, label_field=label_field, pixels=pixels, progress=progress)
+    print(f"indexed: {made.num_samples:,} samples in {len(made.shards):,} shards, digest {made.digest[:12]}")
+    print(f"next     ddpm train data.uri={uri} …   or   ddpm inspect {uri}")
+    return DONE
+
+
+def look(uri: str, sheet: Path, label_field: str | None, as_json: bool) -> int:
+    """Read a data set whole and say what is in it; exit code 1 when something is damaged."""
+    with progress_of("inspect", "shards") as progress:
+        found = inspect(uri, label_field=label_field, progress=progress)
+    Image.fromarray(found.contact_sheet).save(sheet)
+    if as_json:
+        facts = dataclasses.asdict(dataclasses.replace(found, contact_sheet=found.contact_sheet[:0]))
+        del facts["contact_sheet"]
+        print(json.dumps(facts, indent=2))
+        return FAILED if found.damage else DONE
+    print(f"samples  {found.num_samples:,} in {found.num_shards:,} shards, {found.size_bytes:,} bytes")
+    print(f"index    {found.index_digest or 'none'}")
+    print(f"shapes   {_counts(found.shapes)}")
+    print(f"classes  {_counts(found.classes) if found.classes else 'none'}")
+    if found.channel_mean and found.channel_std:
+        print(f"mean     {_rounded(found.channel_mean)}   std {_rounded(found.channel_std)}   (0..255)")
+    for line in found.damage[:_SHOWN]:
+        print(f"damaged  {line}")
+    if len(found.damage) > _SHOWN:
+        print(f"         … {len(found.damage) - _SHOWN:,} more")
+    print(f"picture  {sheet}")
+    return FAILED if found.damage else DONE
+
+
+def _counts(counts: dict[str, int]) -> str:
+    shown = [f"{name}: {count:,}" for name, count in list(counts.items())[:_SHOWN]]
+    return ", ".join(shown) + (" …" if len(counts) > _SHOWN else "")
+
+
+def _rounded(values: list[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)
