@@ -1,0 +1,44 @@
+"""The scheduler: its time of day, its one process at a time, its end."""
+
+import datetime as dt
+import sys
+import threading
+import time
+
+import pytest
+
+from jobs.schedule import Runner, daily
+from pipeline.errors import UserError
+
+
+def test_the_time_of_day_is_utc_and_comes_every_day() -> None:
+    after = dt.datetime(2026, 3, 1, 2, 30, tzinfo=dt.UTC)
+    first = daily("02:15").get_next_fire_time(None, after)
+    assert first == dt.datetime(2026, 3, 2, 2, 15, tzinfo=dt.UTC)
+    assert daily("02:15").get_next_fire_time(first, first + dt.timedelta(seconds=1)) - first == dt.timedelta(
+        1
+    )
+
+
+@pytest.mark.parametrize("at", ["24:00", "2", "02:60", "noon", ""])
+def test_a_time_that_is_none_is_refused(at: str) -> None:
+    with pytest.raises(UserError, match="HH:MM"):
+        daily(at)
+
+
+def test_a_night_runs_to_its_end_and_tells_its_code(capfd: pytest.CaptureFixture[str]) -> None:
+    assert Runner([sys.executable, "-c", "print('made'); raise SystemExit(3)"])() == 3
+    assert "ended with 3" in capfd.readouterr().out
+
+
+def test_ending_the_schedule_ends_the_night_and_begins_no_other() -> None:
+    runner = Runner([sys.executable, "-c", "import time; time.sleep(60)"])
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(runner()))
+    thread.start()
+    while runner._process is None:
+        time.sleep(0.01)
+    runner.end()
+    thread.join(10)
+    assert codes == [-15]
+    assert runner() == 0
