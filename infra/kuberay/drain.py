@@ -1,42 +1,47 @@
-"""Ask this node's running jobs to save and end, and wait for them: `python -m infra.kuberay.drain SECONDS`.
+"""Before a pod ends, let the jobs of its cluster save: `python -m infra.kuberay.drain head|worker SECONDS`.
 
-The head's preStop hook. Kubernetes' own SIGTERM would reach Ray, which takes its jobs down with it; through the job
-server each driver gets the SIGTERM that it answers with a checkpoint.
+The preStop hook of every Ray pod. Kubernetes' own SIGTERM would reach Ray, which takes its jobs down with it. So the
+head stops them through the job server, whose SIGTERM drivers answer with a checkpoint; and since a save needs the
+workers, these stay until no job runs or the head is gone, when a whole cluster ends at once.
 """
 
 import json
 import os
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-ADDRESS = "http://127.0.0.1:8265"
+PORT = 8265
 _ENDED = {"STOPPED", "SUCCEEDED", "FAILED"}
 
 
-def drain(address: str, token: str, limit_seconds: float, poll_seconds: float = 0.5) -> list[str]:
-    """Stop every running job and wait; return the names of those still running after `limit_seconds`.
+def drain(
+    address: str, token: str, limit_seconds: float, *, stop: bool = True, poll_seconds: float = 0.5
+) -> list[str]:
+    """Wait until no job runs, with `stop` after asking each to end; return those still running at the limit.
 
     Raises OSError when the job server does not answer.
     """
     deadline = time.monotonic() + limit_seconds
     asked: set[str] = set()
     while True:
-        running = [
-            job["submission_id"]
-            for job in _ask(f"{address}/api/jobs/", token)
-            if job.get("submission_id") and job.get("status") not in _ENDED
-        ]
-        for name in running:
+        running = _running(address, token)
+        for name in running if stop else ():
             if name not in asked:
                 _ask(f"{address}/api/jobs/{name}/stop", token, b"")
                 asked.add(name)
         if not running or time.monotonic() > deadline:
             return running
         time.sleep(poll_seconds)
+
+
+def _running(address: str, token: str) -> list[str]:
+    found = _ask(f"{address}/api/jobs/", token)
+    return [
+        job["submission_id"] for job in found if job.get("submission_id") and job.get("status") not in _ENDED
+    ]
 
 
 def _ask(url: str, token: str, body: bytes | None = None) -> Any:
@@ -46,14 +51,19 @@ def _ask(url: str, token: str, body: bytes | None = None) -> Any:
         return json.load(answer)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit code 0 when all jobs ended, 1 when some did not or nobody answers."""
-    seconds = float(argv[0]) if argv else 35.0
+def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+    """Exit code 0 when all jobs ended (for a worker also: when the head is gone), 1 otherwise, 2 for wrong words."""
+    if len(argv) != 2 or argv[0] not in ("head", "worker"):
+        print("usage: python -m infra.kuberay.drain head|worker SECONDS", file=sys.stderr)
+        return 2
+    is_head, seconds = argv[0] == "head", float(argv[1])
+    host = "127.0.0.1" if is_head else environ.get("FQ_RAY_IP", "127.0.0.1")  # KubeRay's name of the head
+    address = environ.get("RAY_JOB_ADDRESS", f"http://{host}:{PORT}")
     try:
-        left = drain(
-            os.environ.get("RAY_JOB_ADDRESS", ADDRESS), os.environ.get("RAY_AUTH_TOKEN", ""), seconds
-        )
-    except (OSError, urllib.error.URLError) as error:
+        left = drain(address, environ.get("RAY_AUTH_TOKEN", ""), seconds, stop=is_head)
+    except OSError as error:
+        if not is_head:
+            return 0
         print(f"error: the job server does not answer ({error})", file=sys.stderr)
         return 1
     for name in left:

@@ -173,16 +173,21 @@ def test_every_cluster_asks_for_a_token_scales_by_version_2_and_keeps_its_state_
 
 
 @everywhere
-def test_a_head_that_must_go_has_time_for_the_save_and_asks_for_it(variant: str) -> None:
+def test_a_cluster_that_must_go_has_time_for_the_save_and_asks_for_it(variant: str) -> None:
     drain_seconds = GenerateConfig.model_fields["drain_seconds"].default
     for where, cluster in clusters(variant):
-        spec = cluster["headGroupSpec"]["template"]["spec"]
-        (head,) = spec["containers"]
-        wait = next(int(v["value"]) for v in head["env"] if v["name"] == "RAY_JOB_STOP_WAIT_TIME_S")
-        command = head["lifecycle"]["preStop"]["exec"]["command"]
-        assert command[:3] == ["python", "-m", "infra.kuberay.drain"], where
-        assert importlib.util.find_spec(command[2])
-        assert drain_seconds + 5 < wait < float(command[3]) < spec["terminationGracePeriodSeconds"], where
+        seconds: dict[str, float] = {}
+        for role, group in (("head", cluster["headGroupSpec"]), ("worker", cluster["workerGroupSpecs"][0])):
+            spec = group["template"]["spec"]
+            (container,) = spec["containers"]
+            *command, limit = container["lifecycle"]["preStop"]["exec"]["command"]
+            assert command == ["python", "-m", "infra.kuberay.drain", role], where
+            assert importlib.util.find_spec(command[2])
+            seconds[role] = float(limit)
+            assert seconds[role] < spec["terminationGracePeriodSeconds"], where
+        environment = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+        wait = next(int(v["value"]) for v in environment if v["name"] == "RAY_JOB_STOP_WAIT_TIME_S")
+        assert drain_seconds + 5 < wait < seconds["head"] < seconds["worker"], where
 
 
 @everywhere

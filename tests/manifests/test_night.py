@@ -128,11 +128,16 @@ def test_outside_of_a_cluster_the_launcher_says_so(tmp_path: Path) -> None:
         night.Api.of_pod({}, tmp_path)
 
 
-def test_a_head_without_a_job_server_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_JOB_ADDRESS", f"http://127.0.0.1:{choose(['nobody'])['nobody']}")
+def test_without_a_job_server_a_head_says_so_and_a_worker_ends_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    nobody = {"RAY_JOB_ADDRESS": f"http://127.0.0.1:{choose(['nobody'])['nobody']}"}
     began = time.monotonic()
-    assert drain.main(["30"]) == 1
+    assert drain.main(["head", "30"], nobody) == 1
+    assert "does not answer" in capsys.readouterr().err
+    assert drain.main(["worker", "30"], nobody) == 0
     assert time.monotonic() - began < 10
+    assert drain.main(["everybody"], nobody) == 2
 
 
 SAVING = """
@@ -160,6 +165,10 @@ def test_draining_lets_every_running_job_save(stack: LocalStack, tmp_path: Path)
     deadline = time.monotonic() + 60
     while "working" not in client.get_job_logs(name) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert drain.drain(url, token, limit_seconds=30) == []
+    environ = {"RAY_JOB_ADDRESS": url, "RAY_AUTH_TOKEN": token}
+    assert drain.main(["worker", "1"], environ) == 1  # only waits
+    assert client.get_job_status(name) == "RUNNING"
+    assert drain.main(["head", "30"], environ) == 0
+    assert drain.main(["worker", "1"], environ) == 0
     assert "saved" in client.get_job_logs(name)
     assert client.get_job_status(name) == "STOPPED"
