@@ -26,7 +26,7 @@ SHARED_VARIABLES = (
 )
 
 
-SUBMITTED = "DDPM_SUBMITTED"  # set for jobs that `ddpm submit` starts
+SUBMITTED = "DDPM_SUBMITTED_AS"  # the name of a job that `ddpm submit` started
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ray._private.runtime_env import packaging
 from ray.dashboard.modules import dashboard_sdk
 from ray.dashboard.modules.job import sdk
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -34,6 +35,7 @@ from jobs.progress import MARK, MODE_VARIABLE, Progress, clock, progress_of
 from jobs.shell import DONE, FAILED
 from pipeline.config.base import Settings
 from pipeline.errors import UserError
+from pipeline.track.lineage import SOURCE_VARIABLE, source_tags
 
 PACKAGES = (pipeline, jobs, infra)
 SETTINGS_FILE = "settings.yaml"
@@ -59,7 +61,7 @@ def submit(job: str, settings: Settings, detach: bool = False) -> int:
                 submission_id=name,
                 metadata={"job": job},
                 entrypoint_num_cpus=0,
-                runtime_env={"working_dir": folder, "env_vars": _variables()},
+                runtime_env={"working_dir": folder, "env_vars": _variables(name)},
             )
         print(f"job      {name}  {client.get_address()}/#/jobs/{name}", flush=True)
     if detach:
@@ -77,7 +79,7 @@ def job_client() -> JobSubmissionClient:
             "dashboard, such as http://ray.example:8265"
         )
     check_ray()  # Ray's own client would retry a wrong token for minutes
-    for module in (sdk, dashboard_sdk):  # they set their own level to INFO when imported
+    for module in (sdk, dashboard_sdk, packaging):  # they set their own level to INFO when imported
         logging.getLogger(module.__name__).setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
@@ -186,11 +188,17 @@ def _stage(folder: Path, settings: str) -> None:
     """The program and its settings, and nothing else of the folders they lie in."""
     for package in PACKAGES:
         source = Path(str(package.__file__)).parent
-        hidden = shutil.ignore_patterns("__pycache__", "*.pyc")
+        hidden = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
         shutil.copytree(source, folder / package.__name__, ignore=hidden)
     (folder / SETTINGS_FILE).write_text(settings, encoding="utf-8")
 
 
-def _variables() -> dict[str, str]:
+def _variables(name: str) -> dict[str, str]:
     """Where the services are; no keys, which Ray would show on its dashboard: a cluster's nodes have their own."""
-    return {**shared_variables(), SUBMITTED: "1", MODE_VARIABLE: "json", "PYTHONUNBUFFERED": "1"}
+    return {
+        **shared_variables(),
+        SUBMITTED: name,
+        SOURCE_VARIABLE: json.dumps(source_tags()),
+        MODE_VARIABLE: "json",
+        "PYTHONUNBUFFERED": "1",
+    }

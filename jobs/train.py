@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from jobs.cluster import ray_cluster, require_resources
+from jobs.cluster import SUBMITTED, ray_cluster, require_resources
 from jobs.progress import Progress
 from jobs.shell import DONE, STOPPED, Call, guarded, parse_words, run_job
 from pipeline.config.train import TrainConfig
@@ -29,6 +29,7 @@ from pipeline.track import (
     finish,
     log_dataset,
     open_run,
+    picture,
     protected_sources,
     register,
     require_server,
@@ -39,6 +40,7 @@ from pipeline.track import (
     versions,
 )
 from pipeline.train.checkpoint import Checkpoint, checkpoint_uri, latest_checkpoint
+from pipeline.train.diary import FINAL_GRID
 from pipeline.train.prepare import Plan, prepare
 from pipeline.train.result import export_model
 from pipeline.train.worker import Task
@@ -99,7 +101,7 @@ def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
     set_alias(name, CHALLENGER, version.version)
     if not any(CHAMPION in known.aliases for known in versions(name)):
         set_alias(name, CHAMPION, version.version)
-    describe(run.run_id, _description(plan, version))
+    describe(run.run_id, _description(plan, run, version))
     return resolve(version.reference)
 
 
@@ -172,7 +174,7 @@ def _ray_tags() -> dict[str, str]:
     if not ray.is_initialized():
         return {}
     tags = {"ray.job_id": ray.get_runtime_context().get_job_id()}
-    submission = os.environ.get("RAY_JOB_SUBMISSION_ID")
+    submission = os.environ.get(SUBMITTED)
     return tags | ({"ray.submission_id": submission} if submission else {})
 
 
@@ -213,9 +215,10 @@ def _stopped(run: Run, checkpoint: Checkpoint | None) -> int:
     return STOPPED
 
 
-def _description(plan: Plan, version: ModelVersion) -> str:
+def _description(plan: Plan, run: Run, version: ModelVersion) -> str:
     config = plan.config
     return (
+        f"{picture(run.run_id, FINAL_GRID, 'samples')}\n\n"
         f"Model **{version.reference}**: {config.steps} steps of {config.global_batch} images from "
         f"`{config.data.uri}` ({plan.index.num_samples} samples, digest `{plan.index.digest[:12]}`).\n\n"
         f"Checkpoints: `{plan.store.uri}`. Sample grids by step are under *Model metrics* (`samples`), "

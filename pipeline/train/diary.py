@@ -1,5 +1,6 @@
 """Rank 0's record of a training: points and pictures for MLflow, through the spool, never waited for."""
 
+import io
 import os
 import tempfile
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipeline.config.track import TrackConfig
@@ -16,6 +18,7 @@ from pipeline.track import Spool
 
 SPOOL_VARIABLE = "DDPM_SPOOL"
 TENSOR = "diary/undelivered"
+FINAL_GRID = "figures/final.png"
 
 
 class Diary:
@@ -46,6 +49,13 @@ class Diary:
         """A picture, uint8 (H, W) or (H, W, 3), for the run page's slider."""
         if self._spool is not None:
             self._spool.image(key, step, image)
+
+    def final_image(self, image: np.ndarray[Any, Any]) -> None:
+        """The picture that the run's description shows."""
+        if self._spool is not None:
+            out = io.BytesIO()
+            Image.fromarray(image).save(out, format="PNG")
+            self._spool.artifact(FINAL_GRID, out.getvalue())
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint carries of the diary: the points still under way, as bytes."""

@@ -95,7 +95,10 @@ class Session:
 
     def _draw(self) -> None:
         if self._driver is not None:
-            self._diary.image(GRID, self._state.step, draw_grid(self._trainer, self._state))
+            grid = draw_grid(self._trainer, self._state)
+            self._diary.image(GRID, self._state.step, grid)
+            if self._state.step == self._trainer.config.steps:
+                self._diary.final_image(grid)
 
     def _save(self, window: Mapping[str, Tensor]) -> None:
         if self._driver is not None:
