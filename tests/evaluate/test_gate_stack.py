@@ -1,0 +1,88 @@
+"""The gate on the real registry, with real trainings on the digits: half the training is refused, twice is promoted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import jobs.features
+import jobs.promote
+import jobs.train
+from infra.local import LocalStack
+from jobs.shell import Call
+from pipeline.config.data import PackConfig
+from pipeline.data import pack
+from pipeline.track import resolve, versions
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def preset(stack: LocalStack, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Settings of a model that trains in seconds, on the digits."""
+    monkeypatch.chdir(tmp_path)
+    pack(PackConfig(source="digits", dest=f"{prefix}/data", channels=1), lambda done, total: None)
+    file = tmp_path / "small.yaml"
+    net = {
+        "base_channels": 16,
+        "multipliers": [1, 2],
+        "num_res_blocks": 1,
+        "attention_resolutions": [],
+        "norm_groups": 8,
+    }
+    content = {
+        "base": "digits",
+        "train": {
+            "name": "gated",
+            "runs": f"{prefix}/runs",
+            "data": {"uri": f"{prefix}/data"},
+            "net": net,
+            "global_batch": 64,
+            "optimizer": {"lr": 2e-3, "warmup_steps": 20},
+            "ema": {"decay": 0.98},
+            "grid": {"count": 10},
+            "workers": {"num_workers": 1},
+        },
+        "features": {"data": f"{prefix}/data", "steps": 200, "channels": 16, "min_accuracy": 0.9},
+        "promote": {"model": "gated", "gate": {"evaluate": {"reference": f"{prefix}/data"}, "count": 300}},
+    }
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def train(preset: Path, steps: int) -> None:
+    assert jobs.train.run_call(Call(files=(preset,), overrides=(f"steps={steps}",)), alone=True) == 0
+
+
+def champion() -> int:
+    return resolve("gated@champion").version
+
+
+def test_half_the_training_is_refused_and_twice_is_promoted_and_can_be_taken_back(
+    preset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jobs.features.run_call(Call(files=(preset,))) == 0
+    call = Call(files=(preset,))
+    train(preset, 120)
+    assert champion() == 1
+    assert jobs.promote.run_call(call) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+    train(preset, 60)
+    assert jobs.promote.run_call(call) == 1
+    assert champion() == 1
+    refused = next(v for v in versions("gated") if v.version == 2)
+    assert refused.tags[jobs.promote.VERDICT_TAG] == "refused"
+    numbers = json.loads(refused.tags[jobs.promote.DECISION_TAG])["judgements"]["frechet"]
+    assert numbers["challenger"] > numbers["champion"]
+    assert numbers["improvement_interval"][0] < 0
+
+    train(preset, 300)
+    assert jobs.promote.run_call(call) == 0
+    assert champion() == 3
+    assert "promoted: gated/3" in capsys.readouterr().out
+    assert jobs.promote.rollback("gated") == 0
+    assert champion() == 1
+    assert jobs.promote.main(["--rollback", "gated"]) == 2
+    assert "replaced no one" in capsys.readouterr().err

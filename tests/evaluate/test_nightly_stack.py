@@ -1,0 +1,84 @@
+"""A night on the real stack, killed outright in the middle and started again."""
+
+import datetime as dt
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import jobs.evaluate
+import jobs.nightly
+from infra.local import LocalStack
+from jobs.shell import Call
+from pipeline.config.data import PackConfig
+from pipeline.config.evaluate import FeaturesConfig
+from pipeline.data import pack
+from pipeline.evaluate.evaluation import require_comparable
+from pipeline.evaluate.history import read_latest
+from pipeline.evaluate.train_features import train_features
+from pipeline.generate.verify import verify
+from pipeline.store import open_store
+from tests.generate.tiny import settings, tiny_card, tiny_model
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def preset(stack: LocalStack, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    data = f"{prefix}/data"
+    pack(PackConfig(source="digits", dest=data, channels=1, shard_size=900), lambda done, total: None)
+    train_features(FeaturesConfig(data=data, steps=20, channels=8, min_accuracy=0), lambda *_: None)
+    model = tiny_model(tmp_path / "model", tiny_card(size=8))
+    generate = settings(model, f"{prefix}/nights", count=400, shard_size=20, num_workers=1)
+    file = tmp_path / "nights.yaml"
+    sections = {
+        "nightly": {"generate": generate.model_dump(mode="json"), "evaluate": {"reference": data}},
+        "evaluate": {"reference": data},
+    }
+    file.write_text(yaml.safe_dump(sections))
+    return file
+
+
+def test_a_killed_night_is_completed_by_the_next_start(preset: Path, prefix: str) -> None:
+    nights = f"{prefix}/nights"
+    date = dt.datetime.now(dt.UTC).date()
+    place = open_store(f"{nights}/date={date}")
+    command = [sys.executable, "-m", "jobs.nightly", f"--config={preset}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    night = subprocess.Popen(command, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 150
+    while not any(place.list("done/")):
+        assert night.poll() is None, "the night ended before it could be killed"
+        assert time.monotonic() < deadline, "no shard was made"
+        time.sleep(0.05)
+    os.kill(night.pid, signal.SIGKILL)
+    assert night.wait() == -signal.SIGKILL
+    assert read_latest(open_store(nights)) is None
+
+    assert jobs.nightly.run_call(Call(files=(preset,))) == 0
+    latest = read_latest(open_store(nights))
+    assert latest is not None
+    assert (latest.date, latest.count) == (date, 400)
+    assert verify(latest.prefix).ok
+
+
+def test_the_cluster_measures_what_this_process_measures(preset: Path, prefix: str) -> None:
+    date = str(dt.date(2026, 3, 1))
+    assert jobs.nightly.run_call(Call(files=(preset,)), date, date) == 0
+    output = f"{prefix}/nights/date={date}"
+    here = jobs.evaluate.kept_evaluation(output)
+    assert here is not None
+    call = Call(files=(preset,), overrides=("num_workers=2",))
+    assert jobs.evaluate.run_call(call, output) == 0
+    there = jobs.evaluate.kept_evaluation(output)
+    assert there is not None
+    assert there.made_at > here.made_at
+    require_comparable(here, there)
+    assert there.metrics == here.metrics
