@@ -23,6 +23,7 @@ from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
 from pipeline.diffusion import NoiseSchedule, SamplerStep, Stream, from_uint8, sample, to_uint8
 from pipeline.diffusion.grid import Grid, karras_grid
 from pipeline.diffusion.ideal import Mixture, three_blobs
+from pipeline.diffusion.images import tile
 from pipeline.diffusion.noise import normal
 from pipeline.diffusion.objective import Net
 from pipeline.diffusion.samplers import Denoise, ddim, dpm_solver_pp_2m, heun
@@ -113,7 +114,7 @@ def forward_strip(image: Pixels, schedule: NoiseSchedule, seed: int) -> Pixels:
     noise = normal(seed, Stream.GRID, torch.zeros(1, dtype=torch.int64), tuple(x0.shape[1:]))
     times = [round(t / 999 * (schedule.T - 1)) for t in _FORWARD_TIMES[1:]]
     noisy = [schedule.add_noise(x0, noise, t) for t in times]
-    return tile(torch.cat([x0, *noisy]), columns=len(noisy) + 1)
+    return panel(torch.cat([x0, *noisy]), columns=len(noisy) + 1)
 
 
 def digits_net(schedule: NoiseSchedule, std: float = 0.12) -> Net:
@@ -124,18 +125,11 @@ def digits_net(schedule: NoiseSchedule, std: float = 0.12) -> Net:
     return Mixture(weights, pixels, torch.full((count,), std, dtype=torch.float64)).net(schedule)
 
 
-def tile(images: Tensor, columns: int, scale: int = 1) -> Pixels:
+def panel(images: Tensor, columns: int, scale: int = 1) -> Pixels:
     """Float images (B, C, H, W) in [-1, 1] side by side on white, `columns` a row; uint8 (H', W', 3)."""
-    pixels = to_uint8(images).permute(0, 2, 3, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    count, height, width, _ = pixels.shape
-    rows = -(-count // columns)
-    canvas = torch.full(
-        (rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), 255, dtype=torch.uint8
-    )
-    for place, one in enumerate(pixels):
-        top, left = place // columns * (height + _GAP), place % columns * (width + _GAP)
-        canvas[top : top + height, left : left + width] = one
-    return canvas.numpy()
+    large = to_uint8(images).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    canvas = tile(large, columns, _GAP)
+    return canvas.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
 
 
 def draw_reverse(
@@ -157,9 +151,9 @@ def draw_reverse(
     guesses = [*[step.x0 for step in seen], image]
     chosen = np.linspace(0, len(states) - 1, _REVERSE_STRIP).round().astype(int).tolist()
     strip = torch.cat([states[k][:1] for k in chosen] + [guesses[k][:1] for k in chosen])
-    strip_path = _save(tile(strip, _REVERSE_STRIP, scale), out_dir / "reverse.png")
+    strip_path = _save(panel(strip, _REVERSE_STRIP, scale), out_dir / "reverse.png")
     frames = [
-        tile(torch.cat([x, g]), len(index), scale // 2 or 1) for x, g in zip(states, guesses, strict=True)
+        panel(torch.cat([x, g]), len(index), scale // 2 or 1) for x, g in zip(states, guesses, strict=True)
     ]
     return [strip_path, _animate(frames, out_dir / "reverse.gif")]
 

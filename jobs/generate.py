@@ -7,17 +7,16 @@ Started again with the same settings it makes only what is missing, and does not
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from jobs.cluster import ray_cluster
 from jobs.progress import Progress
 from jobs.shell import DONE, FAILED, STOPPED, guarded, parse_words, run_job
+from jobs.signals import on_stop_signal
 from pipeline.config.generate import GenerateConfig
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:
     @contextmanager
     def cluster() -> Generator[None]:
         # The handler goes in after Ray's own, which would end the process where it stands.
-        with ray_cluster(), _on_signal(stop.set):
+        with ray_cluster(), on_stop_signal(stop.set, "finishing or giving up what is under way"):
             yield
 
     return run_generation(config, progress, stop=stop, cluster=cluster)
@@ -77,26 +76,6 @@ def summary(result: GenerationResult) -> list[str]:
     if result.run_url:
         lines.append(f"run      {result.run_url}")
     return lines
-
-
-@contextmanager
-def _on_signal(ask: Callable[[], None]) -> Generator[None]:
-    """Call `ask` on SIGTERM and the first Ctrl-C instead of ending: the job ends at a place of its own choice."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's affair
-        return
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        print(f"{signal.Signals(number).name}: finishing or giving up what is under way", file=sys.stderr)
-        ask()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

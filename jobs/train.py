@@ -6,7 +6,6 @@ Started again with the same settings it goes on from the last checkpoint, and do
 """
 
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -19,6 +18,7 @@ import yaml
 from jobs.cluster import SUBMITTED, ray_cluster, require_resources
 from jobs.progress import Progress
 from jobs.shell import DONE, STOPPED, Call, guarded, parse_words, run_job
+from jobs.signals import on_stop_signal
 from pipeline.config.train import TrainConfig
 from pipeline.nets import UNet, parameter_count
 from pipeline.track import (
@@ -68,7 +68,8 @@ def train(config: TrainConfig, progress: Progress, alone: bool = False) -> int:
         print(f"already trained: {config.name} has all {config.steps} steps; nothing to do")
         _say_where(before, _version_of(config.name, before.run_id))
         return DONE
-    with _cluster(config, alone), _stop_on_signal() as stop:
+    stop = threading.Event()
+    with _cluster(config, alone), on_stop_signal(stop.set, "saving, then ending"):
         run = _open(plan, key)
         if plan.finished_steps:
             print(f"goes on from step {plan.finished_steps} of {config.steps}")
@@ -187,24 +188,6 @@ def _closing(run: Run) -> Generator[None]:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         finish(run.run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", reason)
         raise
-
-
-@contextmanager
-def _stop_on_signal() -> Generator[threading.Event]:
-    """SIGTERM, as spot machines and schedulers send it, and the first Ctrl-C: save, then end."""
-    stop = threading.Event()
-
-    def ask(number: int, _: object) -> None:
-        print(f"{signal.Signals(number).name}: saving, then ending", file=sys.stderr, flush=True)
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _stopped(run: Run, checkpoint: Checkpoint | None) -> int:

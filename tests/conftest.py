@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from infra.local import LocalStack, export_environment
-from infra.local.ray import remove_temp_dir
+from infra.local.ray import LOOPBACK_SETTINGS, remove_temp_dir
 from pipeline.errors import UserError
+
+# Ray reads these when it is first imported, which is before the stack is there to say so.
+os.environ.update(LOOPBACK_SETTINGS)
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 # Set before a test imports torch. Several processes share the cores in the tests of distributed training.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion import sample, to_uint8
+from pipeline.diffusion.images import tile
 from pipeline.train.loop import Trainer
 from pipeline.train.state import TrainState
 
@@ -31,21 +32,12 @@ def draw_grid(trainer: Trainer, state: TrainState) -> np.ndarray[Any, Any]:
         class_labels=labels,
         objective=config.objective,
     )
-    return tile(to_uint8(x0), columns=config.net.num_classes)
+    columns = config.net.num_classes or math.ceil(math.sqrt(config.grid.count))
+    return enlarged(tile(to_uint8(x0), columns).cpu())
 
 
-def tile(images: Tensor, columns: int | None = None) -> np.ndarray[Any, Any]:
-    """Lay images, uint8 (B, C, H, W), out in rows of `columns` (by default about a square), enlarged by whole
-    pixels to a picture with no edge under 256, uint8 (H', W') or (H', W', 3)."""
-    count, channels, height, width = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = -(-count // columns)
-    canvas = torch.full(
-        (channels, rows * (height + 1) + 1, columns * (width + 1) + 1), 255, dtype=torch.uint8
-    )
-    for i, image in enumerate(images.cpu()):
-        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
-        canvas[:, top : top + height, left : left + width] = image
-    scale = max(1, -(-SHORTEST_EDGE // min(canvas.shape[1:])))
-    canvas = canvas.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    return canvas.squeeze(0).numpy() if channels == 1 else canvas.permute(1, 2, 0).numpy()
+def enlarged(picture: Tensor) -> np.ndarray[Any, Any]:
+    """A picture, uint8 (C, H, W), by whole pixels until no edge is short: uint8 (H', W') or (H', W', 3)."""
+    scale = max(1, -(-SHORTEST_EDGE // min(picture.shape[1:])))
+    large = picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return large.squeeze(0).numpy() if len(large) == 1 else large.permute(1, 2, 0).numpy()

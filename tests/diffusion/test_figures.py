@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jobs.figures import digits_net, draw_reverse, draw_schedules, forward_strip, photograph, tile
+from jobs.figures import digits_net, draw_reverse, draw_schedules, forward_strip, panel, photograph
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
 from pipeline.diffusion import NoiseSchedule, sample
 from pipeline.errors import UserError
@@ -45,7 +45,7 @@ def test_schedules_are_drawn(tmp_path: Path) -> None:
 
 
 def test_tiles_stand_in_rows_on_white() -> None:
-    canvas = tile(-torch.ones(3, 1, 2, 2), columns=2, scale=3)
+    canvas = panel(-torch.ones(3, 1, 2, 2), columns=2, scale=3)
     assert canvas.shape == (16, 16, 3)
     assert canvas[0, 0].tolist() == [0, 0, 0]
     assert canvas[-1, -1].tolist() == [255, 255, 255]
