@@ -113,6 +113,8 @@ def cluster_settings(token: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # A job that is told to end saves first; Ray's default would kill it after 3 s.
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
         **LOOPBACK_SETTINGS,
         # A killed node refuses connections and is noticed after 5 periods (15 s by default). The time-out
         # stays long: on a busy machine a node that answers late is not a dead one.
