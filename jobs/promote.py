@@ -54,6 +54,22 @@ def run(config: PromoteConfig, progress: Progress) -> int:
     return DONE if decision.verdict == "promoted" else FAILED
 
 
+def after_training(gate: GateConfig, challenger: ModelVersion) -> str:
+    """Run the gate on a model that was just registered; returns a line that says how it went.
+
+    What keeps the gate from judging, such as a missing feature network, is said and fails no finished training.
+    """
+    champion = champion_of(challenger.name)
+    if champion is not None and champion.version == challenger.version:
+        return f"gate     {challenger.reference} is the champion already"
+    try:
+        decision = decide(gate, challenger, champion, lambda done, total, note="": None)
+        keep(decision, challenger, champion, "champion")
+    except UserError as error:
+        return f"gate     not run: {error}; then: ddpm promote"
+    return f"gate     {decision.verdict}: {decision.reason}"
+
+
 def champion_of(name: str, alias: str = "champion") -> ModelVersion | None:
     """The version in office, or None."""
     return next((version for version in versions(name) if alias in version.aliases), None)

@@ -86,7 +86,7 @@ def train(config: TrainConfig, progress: Progress, alone: bool = False) -> int:
 
 
 def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
-    """Register the averaged weights as the challenger, and as the champion where there is none yet."""
+    """Register the averaged weights as the challenger; champion it becomes where there is none, or by the gate."""
     name, step = plan.config.name, checkpoint.record.step
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as folder:
         card = export_model(plan, checkpoint, run.run_id, Path(folder))
@@ -102,6 +102,10 @@ def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
     set_alias(name, CHALLENGER, version.version)
     if not any(CHAMPION in known.aliases for known in versions(name)):
         set_alias(name, CHAMPION, version.version)
+    elif plan.config.gate is not None:
+        from jobs.promote import after_training  # what a first model never needs
+
+        print(after_training(plan.config.gate, version), flush=True)
     describe(run.run_id, _description(plan, run, version))
     return resolve(version.reference)
 

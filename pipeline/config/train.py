@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pipeline.config.base import Settings
 from pipeline.config.data import DataConfig
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from pipeline.config.evaluate import GateConfig
 from pipeline.config.net import UNetConfig
 from pipeline.config.track import TrackConfig
 
@@ -109,6 +110,9 @@ class TrainConfig(Settings):
     """Steps in one point of a chart; a point is their mean."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     grid: GridConfig = GridConfig()
+    gate: GateConfig | None = None
+    """How the finished model is compared with the champion, which it replaces if it passes. None = it stays the
+    challenger until `ddpm promote`. The first model of a name is champion without a contest."""
     workers: WorkerConfig = WorkerConfig()
     track: TrackConfig = TrackConfig(experiment="training")
 
@@ -161,6 +165,7 @@ _OPERATION = {
     "workers",
     "checkpoint",
     "grid",
+    "gate",
     "log_every_steps",
     "compile",
 }

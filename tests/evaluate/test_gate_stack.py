@@ -86,3 +86,17 @@ def test_half_the_training_is_refused_and_twice_is_promoted_and_can_be_taken_bac
     assert champion() == 1
     assert jobs.promote.main(["--rollback", "gated"]) == 2
     assert "replaced no one" in capsys.readouterr().err
+
+
+def test_a_training_ends_with_the_gate(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(preset.read_text())
+    content["train"] |= {"name": "judged", "gate": content["promote"]["gate"]}
+    preset.write_text(yaml.safe_dump(content))
+    train(preset, 20)
+    assert "gate" not in capsys.readouterr().out
+    train(preset, 40)
+    assert "gate     not run: network.uri" in capsys.readouterr().out
+    assert jobs.features.run_call(Call(files=(preset,))) == 0
+    train(preset, 200)
+    assert "gate     promoted" in capsys.readouterr().out
+    assert resolve("judged@champion").version == 3
