@@ -67,12 +67,19 @@ def read_yaml(file: Path) -> Tree:
     return cast(Tree, content)
 
 
-def setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def setting_names(model: type[BaseModel]) -> Iterator[str]:
     """Every setting of a model as a dotted name, groups before their members."""
+    return (name for name, _ in described_settings(model))
+
+
+def described_settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting as (dotted name, its description; a group's is its type's)."""
     for name, field in model.model_fields.items():
-        yield prefix + name
-        for group in _groups(field.annotation):
-            yield from setting_names(group, f"{prefix}{name}.")
+        groups = list(_groups(field.annotation))
+        own = field.description or " ".join(group.__doc__ or "" for group in groups)
+        yield prefix + name, own
+        for group in groups:
+            yield from described_settings(group, f"{prefix}{name}.")
 
 
 def _groups(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from jobs.shell import SECTIONS, Call, preset_file, presets, settings_of
-from pipeline.config.load import load_settings, setting_names
+from pipeline.config.base import Settings
+from pipeline.config.data import PackConfig
+from pipeline.config.generate import GenerateConfig, SampleConfig
+from pipeline.config.load import described_settings, load_settings
 from pipeline.config.train import TrainConfig
 from pipeline.errors import UserError
 
@@ -113,15 +116,6 @@ def test_more_steps_continue_a_training_whose_learning_rate_does_not_depend_on_t
     assert digits(constant, "steps=9000").digest("d") == digits(constant).digest("d")
 
 
-def test_every_setting_is_documented() -> None:
-    undocumented = [name for name in setting_names(TrainConfig) if not _described(name)]
-    assert undocumented == []
-
-
-def _described(dotted: str) -> bool:
-    model: type = TrainConfig
-    *groups, last = dotted.split(".")
-    for group in groups:
-        model = model.model_fields[group].annotation
-    field = model.model_fields[last]
-    return bool(field.description or getattr(field.annotation, "__doc__", None))
+@pytest.mark.parametrize("model", [PackConfig, TrainConfig, GenerateConfig, SampleConfig])
+def test_every_setting_is_documented(model: type[Settings]) -> None:
+    assert [name for name, description in described_settings(model) if not description.strip()] == []
