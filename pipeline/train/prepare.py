@@ -30,7 +30,7 @@ class Plan:
 
 def prepare(config: TrainConfig) -> Plan:
     """Check settings against data and store. Raises UserError for the first thing a user must put right."""
-    check_together(config.schedule, config.objective, config.grid.sampler)
+    check_together(config.schedule, config.objective, config.grid.sampler, config.net)
     index = load_index(config.data.uri)
     _check_images(config, index)
     _check_classes(config, index)

@@ -3,14 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.shell import SECTIONS, Call, preset_file, presets, settings_of
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
+from pipeline.config.diffusion import check_together
 from pipeline.config.generate import GenerateConfig, SampleConfig
 from pipeline.config.load import described_settings, load_settings
+from pipeline.config.net import UNetConfig
 from pipeline.config.train import TrainConfig
 from pipeline.errors import UserError
+from pipeline.nets import UNet, parameter_count
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +33,26 @@ def refusal(*overrides: str) -> str:
     return str(caught.value)
 
 
-def test_every_preset_resolves_to_valid_settings_of_every_section_it_has() -> None:
-    assert {"demo", "digits"} <= set(presets())
-    for name in presets():
-        assert settings_of(TrainConfig, "train", Call(preset=name)).steps > 0
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_every_preset_resolves_to_valid_settings_that_fit_together(name: str) -> None:
+    call = Call(preset=name)
+    train = settings_of(TrainConfig, "train", call)
+    generate = settings_of(GenerateConfig, "generate", call)
+    assert settings_of(PackConfig, "pack", call).dest == train.data.uri
+    assert generate.model == f"{train.name}@champion"
+    check_together(train.schedule, train.objective, train.grid.sampler, train.net)
+    check_together(train.schedule, train.objective, generate.sampler, train.net)
+
+
+def test_the_papers_networks_have_the_papers_sizes() -> None:
+    for name, config, count in [
+        ("ddpm-cifar10", UNetConfig.ddpm_cifar10(), 35_746_307),
+        ("ddpm-256", UNetConfig.ddpm_256(), 113_673_219),
+    ]:
+        train = settings_of(TrainConfig, "train", Call(preset=name))
+        assert train.net == config
+        with torch.device("meta"):
+            assert parameter_count(UNet(train.net)) == count
 
 
 def test_overrides_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
