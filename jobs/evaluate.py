@@ -19,19 +19,23 @@ from pipeline.data import load_index
 from pipeline.data.shards import read_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.evaluate.evaluation import Evaluation, Terms, read_evaluation, table
-from pipeline.evaluate.figures import figures
+from pipeline.evaluate.figures import Figure, figures
 from pipeline.evaluate.measured import Measured, Picture, join, measure
+from pipeline.evaluate.metrics import frechet_distance
 from pipeline.evaluate.networks import FeatureNetwork, open_network
+from pipeline.evaluate.record import add_records, parse_record
 from pipeline.evaluate.reference import Pool, ShardWork, data_root, in_process, reference
+from pipeline.evaluate.sums import Sums, sums_of
 from pipeline.generate.manifest import Manifest, read_manifest
 from pipeline.generate.model import FoundModel
 from pipeline.generate.pixels import decode
-from pipeline.generate.plan import classes_of
+from pipeline.generate.plan import classes_of, shards
+from pipeline.generate.records import read_record
 from pipeline.generate.spec import make_spec
 from pipeline.nets.artifact import build_model
 from pipeline.store import ObjectMissing, open_store
 
-OPERATION = {"reference", "network", "batch_size", "num_workers"}
+OPERATION = {"reference", "network", "batch_size", "num_workers", "records_only"}
 """Settings that change no figure, or stand in the terms by themselves."""
 
 
@@ -74,7 +78,11 @@ def evaluate(config: EvaluateConfig, output: str, progress: Progress) -> Evaluat
     network = open_network(config.network, data_root(config.reference))
     with pool_of(config) as pool:
         real = reference(index, config.network, config.batch_size, pool)
-        samples = measure_generation(manifest, output, config, pool, progress)
+        if config.records_only:
+            count, metrics = from_records(manifest, output, config, real)
+        else:
+            samples = measure_generation(manifest, output, config, pool, progress)
+            count, metrics = len(samples), figures(samples, real, config)
     found = Evaluation(
         subject=output,
         model=_model_of(manifest),
@@ -83,8 +91,8 @@ def evaluate(config: EvaluateConfig, output: str, progress: Progress) -> Evaluat
         sampler=describe_sampler(manifest),
         reference=config.reference,
         network_label=network.label,
-        terms=terms_of(config, samples, real, index.digest),
-        metrics=figures(samples, real, config),
+        terms=terms_of(config, count, real, index.digest),
+        metrics=metrics,
         made_at=time.time(),
     )
     parent, name = evaluation_place(output)
@@ -128,6 +136,23 @@ def measure_generation(
         parts.append(Measured.from_bytes(data, output))
         progress(len(parts), total)
     return join(parts)
+
+
+def from_records(
+    manifest: Manifest, output: str, config: EvaluateConfig, real: Measured
+) -> tuple[int, dict[str, Figure]]:
+    """Number of samples and figures by the feature sums of the done-records alone. UserError where these lack."""
+    store, spec = open_store(output), manifest.spec
+    records = [read_record(store, spec, unit) for unit in shards(spec)]
+    total = add_records(parse_record(record.features, f"{output}/{record.key}") for record in records)
+    if total.network != real.network:
+        raise UserError(f"{output}: its feature sums are another network's; evaluate without records_only")
+    sums = Sums.from_text(total.sums)
+    distance = frechet_distance(sums.moments(), sums_of(real.vectors).moments())
+    metrics = {"frechet": Figure(value=distance, n=sums.count, n_reference=len(real))}
+    if total.right is not None:
+        metrics["class_accuracy"] = Figure(value=total.right / sums.count, n=sums.count, n_reference=0)
+    return sums.count, metrics
 
 
 def measure_model(model: FoundModel, asked: SpecSettings, config: EvaluateConfig) -> Measured:
@@ -191,14 +216,14 @@ def _measure_alone(work: ShardWork, number: int) -> bytes:
     return work(number)
 
 
-def terms_of(config: EvaluateConfig, samples: Measured, real: Measured, digest: str) -> Terms:
+def terms_of(config: EvaluateConfig, count: int, real: Measured, digest: str) -> Terms:
     """What another evaluation must share to be compared with this one."""
     chosen = json.dumps(config.model_dump(mode="json", exclude=OPERATION), sort_keys=True)
     return Terms(
-        count=len(samples),
+        count=count,
         reference_digest=digest,
         reference_count=len(real),
-        network=samples.network,
+        network=real.network,
         settings=hashlib.sha256(chosen.encode()).hexdigest()[:16],
     )
 

@@ -24,8 +24,8 @@ from jobs.evaluate import evaluate, evaluation_place, kept_evaluation
 from jobs.generate import generate
 from jobs.progress import Progress
 from jobs.shell import DONE, FAILED, STOPPED, Call, guarded, run_job
-from pipeline.config.evaluate import NightlyConfig
 from pipeline.config.generate import GenerateConfig
+from pipeline.config.nightly import NightlyConfig
 from pipeline.errors import UserError
 from pipeline.evaluate.history import (
     PAGE_KEY,

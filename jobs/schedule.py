@@ -19,7 +19,7 @@ from apscheduler.schedulers.blocking import BlockingScheduler
 from apscheduler.triggers.cron import CronTrigger
 
 from jobs.shell import DONE, Call, settings_of, use_running_stack
-from pipeline.config.evaluate import NightlyConfig
+from pipeline.config.nightly import NightlyConfig
 from pipeline.errors import UserError
 
 _STOP_SECONDS = 60.0

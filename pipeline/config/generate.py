@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.base import Settings
 from pipeline.config.diffusion import SamplerConfig
+from pipeline.config.evaluate import FeatureNetworkConfig
 from pipeline.config.track import TrackConfig
 
 ClassChoice = Literal["auto", "balanced"] | list[int | str] | dict[int | str, float] | None
@@ -88,6 +89,9 @@ class GenerateConfig(SpecSettings):
     """Time to finish shards under way after SIGTERM; what is not done by then is given up, cleanly."""
     guards: GuardConfig = GuardConfig()
     """When to stop a generation that makes nothing worth keeping."""
+    features: FeatureNetworkConfig | None = None
+    """A feature network, named by its uri, whose sums workers add to the done-records, so that evaluating takes no
+    second pass over the samples. Changes no sample. None = no sums."""
     track: TrackConfig | None = TrackConfig(experiment="generation")
     """The MLflow run of this generation. None = no tracking."""
     name: str | None = None

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from pipeline.config.base import Settings
-from pipeline.config.evaluate import DriftConfig
+from pipeline.config.nightly import DriftConfig
 from pipeline.errors import DamageError
 from pipeline.evaluate.evaluation import Evaluation
 from pipeline.store import ObjectMissing, Store

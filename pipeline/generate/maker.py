@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.config.generate import GuardConfig
 from pipeline.data.shards import write_shard
 from pipeline.errors import DamageError
+from pipeline.evaluate.record import FeatureRecord, FeatureTally, add_records
 from pipeline.generate.engine import Engine, software
 from pipeline.generate.guards import GuardTripped, judge
 from pipeline.generate.patience import patiently
@@ -28,6 +30,14 @@ Member = tuple[str, dict[str, bytes]]
 OnImages = Callable[[int], None]
 
 
+class Encoded(NamedTuple):
+    """A batch on its way into a shard."""
+
+    members: list[Member]
+    tally: Tally
+    features: FeatureRecord | None
+
+
 class Abandoned(Exception):  # noqa: N818 - asked for, not an error
     """The shard was given up between two batches because the job is being drained. Nothing was written."""
 
@@ -35,7 +45,11 @@ class Abandoned(Exception):  # noqa: N818 - asked for, not an error
 class ShardMaker:
     """Makes shards of one generation. Several threads may call `make`: one has the device, the others encode."""
 
-    def __init__(self, engine: Engine, store: Store, guards: GuardConfig) -> None:
+    def __init__(
+        self, engine: Engine, store: Store, guards: GuardConfig, features: FeatureTally | None = None
+    ) -> None:
+        """`features` adds the sums of a feature network to the done-records."""
+        self.features = features
         self.engine = engine
         self.spec = engine.spec
         self.store = store
@@ -63,7 +77,7 @@ class ShardMaker:
             return found
         with self._device:
             began = time.monotonic()
-            parts: list[Future[tuple[list[Member], Tally]]] = []
+            parts: list[Future[Encoded]] = []
             done = 0
             for batch in batches(self.spec, unit):
                 if should_stop():
@@ -73,8 +87,10 @@ class ShardMaker:
                 done += batch.keep
                 on_images(done)
             sampled = time.monotonic()
-        members = [member for part in parts for member in part.result()[0]]
-        total = sum((part.result()[1] for part in parts), Tally())
+        encoded = [part.result() for part in parts]
+        members = [member for part in encoded for member in part.members]
+        total = sum((part.tally for part in encoded), Tally())
+        features = [part.features for part in encoded if part.features is not None]
         fault = judge(total, self.guards, reference(self.spec, self.engine.card.data))
         if fault is not None:
             raise GuardTripped(f"{unit.key}: {fault}")
@@ -89,7 +105,7 @@ class ShardMaker:
             micro_batch=self.engine.micro_batch,
             software=self._software,
         )
-        return self._record(unit, data, total, times)
+        return self._record(unit, data, total, add_records(features) if features else None, times)
 
     def _made_already(self, unit: Shard) -> DoneRecord | None:
         """The record of a shard that is whole as far as a look at it tells; a damaged one is made again."""
@@ -102,7 +118,9 @@ class ShardMaker:
             return None
         return record if record.bytes == there.size_bytes else None
 
-    def _record(self, unit: Shard, data: bytes, total: Tally, times: Times) -> DoneRecord:
+    def _record(
+        self, unit: Shard, data: bytes, total: Tally, features: FeatureRecord | None, times: Times
+    ) -> DoneRecord:
         record = DoneRecord(
             spec_digest=self._digest,
             key=unit.key,
@@ -112,14 +130,19 @@ class ShardMaker:
             sha256=hashlib.sha256(data).hexdigest(),
             tally=total,
             classes=class_counts(self.spec, unit),
+            features=None if features is None else features.model_dump(mode="json"),
             times=times,
         )
         proof = canonical(record.model_dump(mode="json"))
         patiently(lambda: self.store.write(unit.done_key, proof))
         return record
 
-    def _encode(self, batch: Batch, images: Pixels) -> tuple[list[Member], Tally]:
-        return members_of(self.spec, self._digest, batch, images), tally(images)
+    def _encode(self, batch: Batch, images: Pixels) -> Encoded:
+        features = None
+        if self.features is not None:
+            labels = classes_of(self.spec, batch.index())
+            features = self.features.batch(images, None if labels is None else labels[: batch.keep].numpy())
+        return Encoded(members_of(self.spec, self._digest, batch, images), tally(images), features)
 
 
 def members_of(spec: Spec, digest: str, batch: Batch, images: Pixels) -> list[Member]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pipeline.config.generate import GenerateConfig
+from pipeline.evaluate.networks import open_network
 from pipeline.generate import heartbeat as beats
 from pipeline.generate.board import UnderWay
 from pipeline.generate.cluster import Crew, Stream, hire, require_room
@@ -98,6 +99,8 @@ def generate(
             "already complete", config.output, spec.digest, spec.count, num_shards(spec), 0, 0, 0.0
         )
     require_tracking(config)
+    if config.features is not None:
+        open_network(config.features, "")  # what is wrong with it is said now
     with cluster():
         require_room(config)
         diary = Diary(config, spec, model)
@@ -166,6 +169,7 @@ class Job:
                     self.config.output,
                     self.config.guards,
                     self.config.max_attempts,
+                    self.config.features,
                 )
                 crew = hire(order, self.model.weights)
             if not self._round(crew, pending):

@@ -13,8 +13,11 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from pipeline.config.base import Settings
+from pipeline.config.evaluate import FeatureNetworkConfig
 from pipeline.config.generate import GuardConfig
 from pipeline.errors import DamageError, UserError
+from pipeline.evaluate.networks import open_network
+from pipeline.evaluate.record import FeatureTally
 from pipeline.generate.board import Orders
 from pipeline.generate.engine import Engine, prepare_process
 from pipeline.generate.guards import GuardTripped
@@ -56,6 +59,7 @@ class WorkOrder:
     output: str
     guards: GuardConfig
     max_attempts: int
+    features: FeatureNetworkConfig | None = None
 
 
 class SampleWorker:
@@ -82,7 +86,9 @@ class SampleWorker:
         order = self.order
         prepare_process(order.spec)
         net = build_model(order.card, weights, order.spec.device, where=f"model {order.spec.model.name}")
-        return ShardMaker(Engine(order.spec, net, order.card), open_store(order.output), order.guards)
+        network = None if order.features is None else FeatureTally(open_network(order.features, ""))
+        engine = Engine(order.spec, net, order.card)
+        return ShardMaker(engine, open_store(order.output), order.guards, network)
 
     def __call__(self, rows: Rows) -> Rows:
         """Numbers of shards in column `shard`; outcomes as JSON in column `outcome`."""

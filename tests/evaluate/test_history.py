@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.evaluate import DriftConfig
+from pipeline.config.nightly import DriftConfig
 from pipeline.errors import DamageError, UserError
 from pipeline.evaluate.evaluation import Evaluation, Terms, require_comparable
 from pipeline.evaluate.figures import Figure

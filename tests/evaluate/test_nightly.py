@@ -13,8 +13,9 @@ import torch
 import jobs.nightly
 from jobs.nightly import DRIFTED, alert, only_one, run
 from pipeline.config.data import PackConfig
-from pipeline.config.evaluate import FeaturesConfig, NightlyConfig
+from pipeline.config.evaluate import FeaturesConfig
 from pipeline.config.generate import GenerateConfig
+from pipeline.config.nightly import NightlyConfig
 from pipeline.data import pack
 from pipeline.errors import UserError
 from pipeline.evaluate.history import read_latest, read_nights

@@ -1,0 +1,77 @@
+"""Feature sums in done-records: the second pass over the samples that is not needed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.evaluate import evaluate
+from pipeline.config.data import PackConfig
+from pipeline.config.evaluate import EvaluateConfig, FeatureNetworkConfig, FeaturesConfig
+from pipeline.data import pack
+from pipeline.errors import DamageError, UserError
+from pipeline.evaluate.networks import Features, open_network
+from pipeline.evaluate.record import FeatureTally, add_records, parse_record
+from pipeline.evaluate.train_features import train_features
+from pipeline.generate.finish import publish
+from pipeline.generate.ledger import Harvest
+from pipeline.generate.plan import shard, shards
+from pipeline.generate.records import read_record
+from pipeline.generate.spec import SPEC_KEY, pretty
+from pipeline.store import open_store
+from tests.generate.tiny import fill, maker_of, settings, tiny_card, tiny_model
+
+
+def silent(done: int, total: int, note: str = "") -> None:
+    """Progress for no one."""
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    uri = str(tmp_path_factory.mktemp("digits"))
+    pack(PackConfig(source="digits", dest=uri, channels=1, shard_size=900), lambda done, total: None)
+    torch.set_num_threads(1)
+    train_features(FeaturesConfig(data=uri, steps=20, channels=8, min_accuracy=0), lambda *_: None)
+    return uri
+
+
+def test_the_records_alone_give_what_the_samples_give(digits: str, tmp_path: Path) -> None:
+    config = settings(tiny_model(tmp_path / "model", tiny_card(size=8)), str(tmp_path / "out"), count=95)
+    maker = maker_of(config)
+    maker.features = FeatureTally(open_network(FeatureNetworkConfig(), digits))
+    store, spec, harvest = maker.store, maker.spec, Harvest()
+    store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
+    for unit in shards(spec):
+        harvest.add(unit.number, maker.make(unit))
+    publish(store, spec, harvest, None)
+    whole = evaluate(EvaluateConfig(reference=digits), config.output, silent)
+    quick = evaluate(EvaluateConfig(reference=digits, records_only=True), config.output, silent)
+    assert quick.terms == whole.terms
+    assert quick["frechet"] == pytest.approx(whole["frechet"], rel=1e-5)
+    assert quick["class_accuracy"] == whole["class_accuracy"]
+    parts = [parse_record(read_record(store, spec, unit).features, "here") for unit in shards(spec)]
+    assert add_records(parts) == add_records([add_records(parts[:3]), add_records(parts[:2:-1])])
+
+
+def test_a_generation_without_sums_says_how_to_get_them(digits: str, tmp_path: Path) -> None:
+    config = settings(tiny_model(tmp_path / "model", tiny_card(size=8)), str(tmp_path / "out"))
+    spec = fill(config)
+    assert read_record(open_store(config.output), spec, shard(spec, 0)).features is None
+    with pytest.raises(UserError, match="holds no feature sums"):
+        evaluate(EvaluateConfig(reference=digits, records_only=True), config.output, silent)
+
+
+def test_damaged_sums_and_vectors_too_long_are_refused() -> None:
+    class Long:
+        identity = label = "long"
+
+        def __call__(self, images: torch.Tensor) -> Features:
+            return Features(torch.zeros(len(images), 300), None)
+
+    with pytest.raises(UserError, match="too long"):
+        FeatureTally(Long()).batch(np.zeros((2, 4, 4, 1), np.uint8), None)
+    with pytest.raises(DamageError, match="not feature sums"):
+        parse_record({"network": 3}, "here")
+    with pytest.raises(ValueError, match="at least one"):
+        add_records([])
