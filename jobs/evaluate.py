@@ -13,13 +13,14 @@ from contextlib import contextmanager
 
 from jobs.progress import Progress
 from jobs.shell import DONE, Call, guarded, parse_words, run_job, settings_of, use_running_stack
-from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.evaluate import EvaluateConfig, LikelihoodConfig
 from pipeline.config.generate import GenerateConfig, SpecSettings
 from pipeline.data import load_index
 from pipeline.data.shards import read_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.evaluate.evaluation import Evaluation, Terms, read_evaluation, table
 from pipeline.evaluate.figures import Figure, figures
+from pipeline.evaluate.likelihood import held_out_bits
 from pipeline.evaluate.measured import Measured, Picture, join, measure
 from pipeline.evaluate.metrics import frechet_distance
 from pipeline.evaluate.networks import FeatureNetwork, open_network
@@ -27,7 +28,7 @@ from pipeline.evaluate.record import add_records, parse_record
 from pipeline.evaluate.reference import Pool, ShardWork, data_root, in_process, reference
 from pipeline.evaluate.sums import Sums, sums_of
 from pipeline.generate.manifest import Manifest, read_manifest
-from pipeline.generate.model import FoundModel
+from pipeline.generate.model import FoundModel, find_model
 from pipeline.generate.pixels import decode
 from pipeline.generate.plan import classes_of, shards
 from pipeline.generate.records import read_record
@@ -83,6 +84,8 @@ def evaluate(config: EvaluateConfig, output: str, progress: Progress) -> Evaluat
         else:
             samples = measure_generation(manifest, output, config, pool, progress)
             count, metrics = len(samples), figures(samples, real, config)
+    if config.likelihood is not None:
+        metrics["bits_per_dim"] = _held_out(config, config.likelihood, manifest, progress)
     found = Evaluation(
         subject=output,
         model=_model_of(manifest),
@@ -253,6 +256,20 @@ def kept_evaluation(output: str) -> Evaluation | None:
         return read_evaluation(open_store(parent).read(name), evaluation_uri(output))
     except ObjectMissing:
         return None
+
+
+def _held_out(
+    config: EvaluateConfig, likelihood: LikelihoodConfig, manifest: Manifest, progress: Progress
+) -> Figure:
+    """bits_per_dim of the model that made a generation."""
+    reference = _model_of(manifest)
+    if reference is None:
+        raise UserError(
+            "likelihood: the samples' model is in no registry, so it cannot be asked; leave it out"
+        )
+    model = find_model(reference)
+    net = build_model(model.card, model.weights, where=reference)
+    return held_out_bits(net, model.card, load_index(likelihood.data), likelihood, config.seed, progress)
 
 
 def _model_of(manifest: Manifest) -> str | None:

@@ -59,6 +59,17 @@ class FeatureNetworkConfig(Settings):
     """Repeat a grey image's channel three times first."""
 
 
+class LikelihoodConfig(Settings):
+    """The bound on the negative log-likelihood of images that the model never saw."""
+
+    data: str
+    """A packed data set that is not the training data; that one is refused."""
+    count: int = Field(default=64, ge=1)
+    """Its first so many images. Each costs as many network evaluations as the schedule has steps."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images the network sees at once."""
+
+
 class EvaluateConfig(Settings):
     """One set of images against a reference data set."""
 
@@ -82,6 +93,9 @@ class EvaluateConfig(Settings):
     """Names the splits."""
     num_workers: int = Field(default=0, ge=0)
     """Shards measured at a time on the Ray cluster, a core each. 0 = in this process. Changes no figure."""
+    likelihood: LikelihoodConfig | None = None
+    """Held-out data for `bits_per_dim`; it needs the model, so it is for generations of a registered one. None = it is
+    not measured."""
     records_only: bool = False
     """Take the feature sums of the done-records, which a generation with `features` leaves there, and read no sample:
     quick for any size, and gives the Fréchet distance and the class accuracy only."""

@@ -76,6 +76,7 @@ def read_evaluation(data: bytes, where: str) -> Evaluation:
 
 
 _GOOD = {
+    "bits_per_dim": "lower is better",
     "class_accuracy": "higher is better",
     "exact_copies": "0 is right",
     "duplicates": "0 is right",

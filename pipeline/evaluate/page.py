@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pipeline.evaluate.history import Night
 
-_WIDTH, _HEIGHT, _LEFT, _TOP = 460, 150, 52, 12
+_WIDTH, _HEIGHT, _LEFT, _TOP = 460, 150, 60, 12
 _STYLE = """
 :root { color-scheme: light dark; --ink: #222; --line: #3b6ea5; --grid: #ddd; --bad: #b3261e; --back: #fff }
 @media (prefers-color-scheme: dark) {

@@ -1,0 +1,50 @@
+"""Bits per dimension on data that the model never saw."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.data import PackConfig
+from pipeline.config.evaluate import LikelihoodConfig
+from pipeline.config.generate import SampleConfig
+from pipeline.data import Index, load_index, pack
+from pipeline.errors import UserError
+from pipeline.evaluate.likelihood import held_out_bits
+from pipeline.generate.model import find_model
+from pipeline.nets import UNet
+from pipeline.nets.artifact import ModelCard, TrainingData, build_model
+from tests.generate.tiny import tiny_card, tiny_model
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    uri = str(tmp_path_factory.mktemp("digits"))
+    pack(PackConfig(source="digits", dest=uri, channels=1), lambda done, total: None)
+    return load_index(uri)
+
+
+def loaded(folder: Path, card: ModelCard) -> tuple[UNet, ModelCard]:
+    model = find_model(SampleConfig(model=str(tiny_model(folder, card))).model)
+    return build_model(model.card, model.weights, where="tiny"), model.card
+
+
+def test_the_bound_is_finite_and_does_not_depend_on_the_batch(index: Index, tmp_path: Path) -> None:
+    net, card = loaded(tmp_path, tiny_card(classes=False, size=8))
+    whole = held_out_bits(net, card, index, LikelihoodConfig(data=index.uri, count=6), 0)
+    parts = held_out_bits(net, card, index, LikelihoodConfig(data=index.uri, count=6, batch_size=4), 0)
+    assert whole.n_reference == 6
+    assert 0 < whole.value < math.inf  # large: these weights were drawn at random
+    assert parts.value == pytest.approx(whole.value, rel=1e-5)
+
+
+def test_the_training_data_is_refused(index: Index, tmp_path: Path) -> None:
+    net, card = loaded(tmp_path, tiny_card(classes=False, size=8, data=TrainingData(digest=index.digest)))
+    with pytest.raises(UserError, match="trained on"):
+        held_out_bits(net, card, index, LikelihoodConfig(data=index.uri), 0)
+
+
+def test_images_of_another_shape_are_refused(index: Index, tmp_path: Path) -> None:
+    net, card = loaded(tmp_path, tiny_card(classes=False, size=4))
+    with pytest.raises(UserError, match="holds no images"):
+        held_out_bits(net, card, index, LikelihoodConfig(data=index.uri), 0)
