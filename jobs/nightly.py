@@ -41,7 +41,9 @@ from pipeline.evaluate.history import (
     write_latest,
     write_night,
 )
+from pipeline.evaluate.networks import open_network
 from pipeline.evaluate.page import render
+from pipeline.evaluate.reference import data_root
 from pipeline.generate.manifest import MANIFEST_KEY, Manifest, read_manifest
 from pipeline.generate.report import CONTACT_KEY
 from pipeline.generate.spec import read_spec
@@ -84,6 +86,9 @@ def run(
         )
         if not asked:
             raise UserError("--from: is after --to; swap them")
+        open_network(
+            config.evaluate.network, data_root(config.evaluate.reference)
+        )  # before the work, not after
         codes: list[int] = []
         for date in asked:
             codes.append(one_night(config, store, date, today, progress))

@@ -188,3 +188,10 @@ def test_two_jobs_at_one_prefix_are_impossible() -> None:
 def test_dates_the_wrong_way_round_are_refused(nights: Change) -> None:
     with pytest.raises(UserError, match="swap them"):
         run(nights(), silent, D3, D1)
+
+
+def test_a_night_without_a_feature_network_is_refused_before_any_work(nights: Change, tmp_path: Path) -> None:
+    config = nights(evaluate={"reference": str(tmp_path)})
+    with pytest.raises(UserError, match="ddpm features train"):
+        run(config, silent, D1, D1)
+    assert objects(config) == {}
