@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 from jobs.progress import Progress
-from jobs.shell import DONE, Call, guarded, parse_words, run_job, settings_of, use_running_stack
+from jobs.shell import DONE, Call, guarded, parse_words, run_job, settings_of
 from pipeline.config.evaluate import EvaluateConfig, LikelihoodConfig
 from pipeline.config.generate import GenerateConfig, SpecSettings
 from pipeline.data import load_index
@@ -47,21 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_call(call: Call, prefix: str | None = None) -> int:
     """Evaluate `prefix`, or the one that the preset's generation fills."""
-    output = prefix or _output_of(call)
-    return run_job(
-        "evaluate",
-        EvaluateConfig,
-        lambda config, progress: run(config, output, progress),
-        call,
-        unit="shards",
-    )
+
+    def work(config: EvaluateConfig, progress: Progress) -> int:
+        return run(config, prefix or _output_of(call), progress, call.as_json)
+
+    return run_job("evaluate", EvaluateConfig, work, call, unit="shards")
 
 
-def run(config: EvaluateConfig, output: str, progress: Progress) -> int:
+def run(config: EvaluateConfig, output: str, progress: Progress, as_json: bool = False) -> int:
     """Evaluate, print, keep."""
     evaluation = evaluate(config, output, progress)
-    print("\n".join(table(evaluation)))
-    print(f"kept       {evaluation_uri(output)}")
+    if as_json:
+        print(json.dumps(evaluation.model_dump(mode="json"), indent=2))
+    else:
+        print("\n".join(table(evaluation)))
+        print(f"kept       {evaluation_uri(output)}")
     return DONE
 
 
@@ -280,7 +280,6 @@ def _model_of(manifest: Manifest) -> str | None:
 def _output_of(call: Call) -> str:
     if call.preset is None:
         raise UserError("prefix: name the output prefix of a generation, or a preset that generates one")
-    use_running_stack()
     return settings_of(GenerateConfig, "generate", Call(preset=call.preset, files=call.files)).output
 
 

@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_call(call: Call) -> int:
     """Run the job that a call describes."""
-    return run_job("promote", PromoteConfig, run, call, unit="models")
+    return run_job("promote", PromoteConfig, lambda c, p: run(c, p, call.as_json), call, unit="models")
 
 
-def run(config: PromoteConfig, progress: Progress) -> int:
+def run(config: PromoteConfig, progress: Progress, as_json: bool = False) -> int:
     """Compare, decide, and say so."""
     challenger = resolve(f"{config.model}@{config.challenger}")
     champion = champion_of(config.model, config.champion)
@@ -49,8 +49,11 @@ def run(config: PromoteConfig, progress: Progress) -> int:
         return DONE
     decision = decide(config.gate, challenger, champion, progress)
     keep(decision, challenger, champion, config.champion)
-    print("\n".join(table(decision)))
-    print(f"{decision.verdict}: {decision.challenger}: {decision.reason}")
+    if as_json:
+        print(json.dumps(decision.model_dump(mode="json"), indent=2))
+    else:
+        print("\n".join(table(decision)))
+        print(f"{decision.verdict}: {decision.challenger}: {decision.reason}")
     return DONE if decision.verdict == "promoted" else FAILED
 
 
