@@ -56,9 +56,9 @@ class Session:
         `tensors`: of the checkpoint this goes on from, which may hold the beginning of a window.
         """
         config, state = self._trainer.config, self._state
+        self._window.load(tensors, leads=self._driver is not None)
         if self._driver is not None:
             self._driver.tell(state.step, "")
-            self._window.load(tensors)
         if state.step == 0:
             self._draw()
         for step in self._trainer.steps(state, loader.batches(state.step, config.steps), self._window):

@@ -97,10 +97,15 @@ class Window:
             "window/skipped_steps": torch.tensor(self.skipped_steps),
         }
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on inside a window. Only rank 0 does, because these are everyone's sums; times begin anew."""
+    def load(self, tensors: Mapping[str, Tensor], leads: bool) -> None:
+        """Go on inside a window; times begin anew.
+
+        These are everyone's sums, so only rank 0 (`leads`) takes them up. The others count zeros for the same steps:
+        all must bring the same number of values to `reduce`.
+        """
         if "window/losses" in tensors:
-            self._losses = list(tensors["window/losses"].to(self._device))
-            self._quartiles = tensors["window/quartiles"].to(self._device)
+            share = 1.0 if leads else 0.0
+            self._losses = list(tensors["window/losses"].to(self._device) * share)
+            self._quartiles = tensors["window/quartiles"].to(self._device) * share
             self._grad_norms = tensors["window/grad_norms"].tolist()
             self.skipped_steps = int(tensors["window/skipped_steps"])

@@ -166,11 +166,24 @@ def test_a_window_cut_in_two_by_a_stop_gives_the_same_point() -> None:
     whole = filled(Window(50, CPU), steps).metrics(6)
     first = filled(Window(50, CPU), steps[:2])
     second = Window(50, CPU)
-    second.load(first.tensors())
+    second.load(first.tensors(), leads=True)
     rest = filled(second, steps[2:]).metrics(6)
     for name, value in whole.items():
         if name.startswith("train/"):
             assert rest[name] == pytest.approx(value, rel=1e-12)
+
+
+def test_every_rank_brings_as_many_values_to_a_window_cut_in_two() -> None:
+    before = Window(50, CPU)
+    for _ in range(3):
+        before.open_step()
+        before.add(torch.rand(4), torch.randint(0, 50, (4,)))
+        before.close_step(1.0)
+    leader, other = Window(50, CPU), Window(50, CPU)
+    leader.load(before.tensors(), leads=True)
+    other.load(before.tensors(), leads=False)
+    assert len(leader._losses) == len(other._losses) == 3
+    assert float(torch.stack(other._losses).sum()) == float(other._quartiles.sum()) == 0.0
 
 
 def test_more_steps_go_on_where_a_constant_rate_training_ended(digits: str, runs: str) -> None:
