@@ -19,7 +19,7 @@ PRESET = "demo"
 
 
 def demo(store: StoreKind | None = None) -> int:
-    """Stack, data, training, generation, verification; then where to look. Returns the first exit code not 0."""
+    """Stack, data, training, generation, verification, evaluation; then where to look. Returns the first bad exit code."""
     began = time.monotonic()
     call = Call(preset=PRESET)
     _headline(1, "start the local stack")
@@ -30,6 +30,7 @@ def demo(store: StoreKind | None = None) -> int:
         ("train on the Ray cluster", lambda: _submit("train", TrainConfig, call)),
         ("generate on the Ray cluster", lambda: _submit("generate", GenerateConfig, call)),
         ("verify every object", lambda: _verify(call)),
+        ("judge the samples by a classifier of the real data", lambda: _evaluate(call)),
     ]
     for number, (title, part) in enumerate(parts, start=2):
         _headline(number, title)
@@ -58,6 +59,12 @@ def _verify(call: Call) -> int:
     return main([settings_of(GenerateConfig, "generate", call).output])
 
 
+def _evaluate(call: Call) -> int:
+    from jobs import evaluate, features
+
+    return features.run_call(call) or evaluate.run_call(call)
+
+
 def _say_where_to_look(call: Call, seconds: float) -> None:
     import os
 
@@ -76,7 +83,7 @@ def _say_where_to_look(call: Call, seconds: float) -> None:
 
 
 def _headline(number: int, title: str) -> None:
-    print(f"\n[{number}/5] {title}", flush=True)
+    print(f"\n[{number}/6] {title}", flush=True)
 
 
 def _say(line: str) -> None:

@@ -129,7 +129,14 @@ def test_a_training_that_is_killed_ends_in_the_same_weights_and_the_same_charts(
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
-    assert series_of(killed) == pytest.approx(series_of(plan), rel=1e-12)
+    points, expected_points = series_of(killed), series_of(plan)
+    assert points.keys() == expected_points.keys()
+    for name, series in expected_points.items():
+        # a point cut in two by the stop is summed in another order: equal to the last digits of a float64
+        assert [step for step, _ in points[name]] == [step for step, _ in series], name
+        assert [value for _, value in points[name]] == pytest.approx(
+            [value for _, value in series], rel=1e-12
+        )
 
     done = Job(config, tmp_path / "b").end()
     assert "already trained: killed has all 480 steps; nothing to do" in done
