@@ -16,10 +16,11 @@ from pipeline.config.generate import GenerateConfig
 from pipeline.config.train import TrainConfig
 
 PRESET = "demo"
+NUM_PARTS = 7
 
 
 def demo(store: StoreKind | None = None) -> int:
-    """Stack, data, training, generation, verification, evaluation; then where to look. Returns the first bad exit code."""
+    """Stack, data, training, samples, proof, figures; then where to look. Returns the first exit code that is not 0."""
     began = time.monotonic()
     call = Call(preset=PRESET)
     _headline(1, "start the local stack")
@@ -27,10 +28,11 @@ def demo(store: StoreKind | None = None) -> int:
     use_running_stack()
     parts: list[tuple[str, Callable[[], int]]] = [
         ("pack the data set", lambda: _pack(call)),
+        ("train the classifier that will judge the samples", lambda: _features(call)),
         ("train on the Ray cluster", lambda: _submit("train", TrainConfig, call)),
         ("generate on the Ray cluster", lambda: _submit("generate", GenerateConfig, call)),
         ("verify every object", lambda: _verify(call)),
-        ("judge the samples by a classifier of the real data", lambda: _evaluate(call)),
+        ("judge the samples", lambda: _evaluate(call)),
     ]
     for number, (title, part) in enumerate(parts, start=2):
         _headline(number, title)
@@ -59,10 +61,16 @@ def _verify(call: Call) -> int:
     return main([settings_of(GenerateConfig, "generate", call).output])
 
 
-def _evaluate(call: Call) -> int:
-    from jobs import evaluate, features
+def _features(call: Call) -> int:
+    from jobs.features import run_call
 
-    return features.run_call(call) or evaluate.run_call(call)
+    return run_call(call)
+
+
+def _evaluate(call: Call) -> int:
+    from jobs.evaluate import run_call
+
+    return run_call(call)
 
 
 def _say_where_to_look(call: Call, seconds: float) -> None:
@@ -83,7 +91,7 @@ def _say_where_to_look(call: Call, seconds: float) -> None:
 
 
 def _headline(number: int, title: str) -> None:
-    print(f"\n[{number}/6] {title}", flush=True)
+    print(f"\n[{number}/{NUM_PARTS}] {title}", flush=True)
 
 
 def _say(line: str) -> None:
