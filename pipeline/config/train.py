@@ -60,8 +60,8 @@ class GridConfig(Settings):
     """Steps between grids; one is also drawn before the first step and after the last."""
     count: int = Field(default=64, ge=1)
     """Images in a grid. With classes, they are dealt out evenly."""
-    sampler: SamplerConfig = SamplerConfig()
-    """How the grid is sampled; few steps suffice."""
+    sampler: SamplerConfig = SamplerConfig(kind="dpm++2m", num_steps=20)
+    """How the grid is sampled; few steps suffice for a look."""
 
 
 class WorkerConfig(Settings):
