@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from jobs.shell import Call, settings_of
-from pipeline.config.evaluate import NightlyConfig
 from pipeline.config.generate import GenerateConfig
+from pipeline.config.nightly import NightlyConfig
 from pipeline.config.train import TrainConfig
 from tests.manifests.kustomize import Object
 from tests.manifests.objects import KUBERAY, VARIANTS, label, named, pods, rendered, validate, validate_pod

@@ -1,0 +1,120 @@
+"""What a user can get wrong is refused before work starts: one line, exit code 2, nothing written."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from infra.local import LocalStack
+from jobs.cli import app
+from pipeline.config.data import PackConfig
+from pipeline.data import pack
+from pipeline.store import open_store
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+def refused(*words: str) -> str:
+    """Run `ddpm` with these words; the one line it refuses them with."""
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 2, (result.output, result.exception)
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith(("pack ", "train "))]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root of plain files; the working directory holds no stack."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDPM_ROOT", f"file://{tmp_path}/root")
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+def test_help_shows_every_command_with_what_it_does() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    words = "pack index inspect train generate verify submit up status down sample export import"
+    for command in words.split(" "):
+        assert f" {command} " in result.output
+    assert "--dry-run" in CliRunner().invoke(app, ["train", "--help"]).output
+
+
+def test_a_dry_run_prints_settings_that_can_be_given_back(root: Path, tmp_path: Path) -> None:
+    first = CliRunner().invoke(app, ["train", "digits", "seed=7", "--dry-run"])
+    assert first.exit_code == 0
+    file = tmp_path / "again.yaml"
+    file.write_text(first.stdout)
+    again = CliRunner().invoke(app, ["train", "--config", str(file), "--dry-run"])
+    assert again.stdout == first.stdout
+    as_json = CliRunner().invoke(app, ["train", "digits", "seed=7", "--dry-run", "--json"])
+    assert json.loads(as_json.stdout)["train"]["seed"] == 7
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "nope"), "preset 'nope': unknown; known are"),
+        (("train", "digits", "demo"), "'demo': a second preset"),
+        (("train", "digits", "setps=3"), "train.setps: unknown setting; did you mean 'steps'?"),
+        (("train", "digits", "steps=many"), "train.steps: input should be a valid integer"),
+        (("submit", "train", "digits", "optimizer.lr=-1"), "train.optimizer.lr"),
+        (("generate", "digits", "count=0"), "generate.count"),
+        (("pack", "source=absent", "dest={root}/x"), "absent"),
+        (("train", "--config", "absent.yaml"), "absent.yaml: cannot be read"),
+    ],
+)
+def test_wrong_words_are_refused_by_name(root: Path, words: tuple[str, ...], said: str) -> None:
+    assert said in refused(*words)
+    assert list(root.iterdir()) == []
+
+
+def test_an_empty_folder_and_an_unreadable_image_are_refused_and_nothing_is_packed(
+    root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused("pack", f"source={tmp_path}/empty", "dest={root}/data")
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("cat/1.png", b"\x89PNG\r\n\x1a\n, but no more")
+    assert "cat/1.png" in refused("pack", f"source={tmp_path}/bad.zip", "dest={root}/data")
+    assert [path for path in root.rglob("*") if path.is_file()] == []
+
+
+def test_without_any_service_named_the_remedy_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "RAY_JOB_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert "MLFLOW_TRACKING_URI is not set: start the local stack" in refused("train", "digits")
+    assert "RAY_JOB_ADDRESS: not set; start the local stack" in refused("submit", "train", "digits")
+
+
+@pytest.mark.stack
+def test_missing_buckets_data_models_and_servers_are_refused_by_name(
+    stack: LocalStack, prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = f"data.uri={prefix}/data"
+    assert "no bucket 'absent'" in refused("train", "digits", "data.uri=s3://absent/data")
+    assert "no index there" in refused("train", "digits", data)
+    assert "no bucket 'absent'" in refused("pack", "digits", "dest=s3://absent/data")
+    assert "'nobody'" in refused("generate", "digits", "model=nobody@champion", f"output={prefix}/out")
+    assert "no spec.json there" in refused("verify", f"{prefix}/out")
+    assert "no spec.json there" in refused("status", f"{prefix}/out")
+    pack(PackConfig(source="digits", dest=f"{prefix}/data", channels=1), None)
+    runs = f"runs={prefix}/runs"
+    with monkeypatch.context() as wrong:
+        wrong.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+        assert f"MLflow at {NOWHERE}: no answer" in refused("train", "digits", data, runs)
+    with monkeypatch.context() as wrong:
+        wrong.setenv("RAY_JOB_ADDRESS", NOWHERE)
+        assert NOWHERE in refused("train", "digits", data, runs)
+        assert NOWHERE in refused("submit", "train", "digits", data, runs)
+    with monkeypatch.context() as wrong:
+        wrong.setenv("RAY_AUTH_TOKEN", "wrong")
+        assert "refuses this token" in refused("submit", "train", "digits", data, runs)
+    assert list(open_store(f"{prefix}/runs").list()) == []

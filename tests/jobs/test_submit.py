@@ -1,0 +1,57 @@
+"""Handing jobs to a cluster: what travels, how a job is named, and whose exit code comes back."""
+
+from pathlib import Path
+
+import pytest
+
+from infra.local import LocalStack
+from pipeline.config.data import PackConfig
+from pipeline.data import pack
+from tests.train.tiny import tiny
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
+
+
+def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_name(
+    stack: LocalStack, prefix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from jobs.submit import (  # imports Ray, which reads the stack's settings
+        job_client,
+        job_table,
+        require_job,
+        submit,
+    )
+    from pipeline.errors import UserError
+
+    pack(PackConfig(source="digits", dest=f"{prefix}/data", channels=1), None)
+    config = tiny(f"{prefix}/data", f"{prefix}/runs", name="handed", track={"experiment": "tests-submit"})
+    assert submit("train", config, detach=True) == 0
+    name = capfd.readouterr().out.split()[1]
+    assert submit("train", config) == 0  # the same settings: the job that is going on
+    said = capfd.readouterr()
+    assert f"joined   job {name}" in said.out
+    assert "handed/1" in said.out
+    assert "24/24 steps (100%)" in said.err
+
+    assert submit("train", config) == 0
+    again = capfd.readouterr().out
+    assert f"job      {name}-r2" in again
+    assert "already trained" in again
+
+    assert submit("train", tiny(f"{prefix}/absent", f"{prefix}/runs", name="handed")) == 2
+    assert "no index there" in capfd.readouterr().out
+
+    client = job_client()
+    assert sum(name in line for line in job_table(client)) == 2
+    with pytest.raises(UserError, match="did you mean"):
+        require_job(client, name + "x")
+
+
+def test_only_the_program_and_its_settings_travel(tmp_path: Path) -> None:
+    from jobs.submit import _stage  # pyright: ignore[reportPrivateUsage]
+
+    _stage(tmp_path, "train: {}\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"pipeline", "jobs", "infra", "settings.yaml"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix == ".pyc" or path.name.startswith(".")]
+    assert sum(path.stat().st_size for path in files) < 2_000_000
