@@ -5,6 +5,7 @@ what many workers and long runs need: each worker computes its share of the batc
 the sum over all workers is the mean over the global batch, whatever the number of workers.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,8 @@ from pipeline.nets import DropoutKeys
 from pipeline.train.lr import learning_rate
 from pipeline.train.state import TrainState
 from pipeline.train.window import Window
+
+log = logging.getLogger(__name__)
 
 
 class NonFiniteError(Exception):
@@ -43,6 +46,9 @@ class Trainer:
         """Take a step for every batch; yields the number of finished steps. `window` is filled on the way."""
         for batch in batches:
             window.wait_seconds += batch.wait_seconds
+            window.replaced_samples += len(batch.damage)
+            for line in batch.damage:
+                log.warning("step %d: %s", state.step, line)
             norm = train_step(self, state, batch, window)
             finite = math.isfinite(norm)
             window.close_step(norm if finite else None)

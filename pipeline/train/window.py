@@ -33,6 +33,7 @@ class Window:
         self._began = time.monotonic()
         self._seconds = 0.0
         self.wait_seconds = 0.0
+        self.replaced_samples = 0
         self.skipped_steps = 0
 
     def open_step(self) -> None:
@@ -60,14 +61,15 @@ class Window:
         self._seconds = time.monotonic() - self._began
         if not dist.is_initialized():
             return
-        wait = torch.tensor([self.wait_seconds], dtype=torch.float64, device=self._device)
-        own = torch.cat([torch.stack(self._losses), self._quartiles.flatten(), wait])
+        rest = [self.wait_seconds, float(self.replaced_samples)]
+        rest = torch.tensor(rest, dtype=torch.float64, device=self._device)
+        own = torch.cat([torch.stack(self._losses), self._quartiles.flatten(), rest])
         dist.all_reduce(own)
-        steps = len(self._losses)
-        losses, quartiles, wait = own.split([steps, 2 * QUARTILES, 1])
+        losses, quartiles, rest = own.split([len(self._losses), 2 * QUARTILES, len(rest)])
         self._losses = list(losses)
         self._quartiles = quartiles.view(2, QUARTILES)
-        self.wait_seconds = float(wait) / dist.get_world_size()
+        self.wait_seconds = float(rest[0]) / dist.get_world_size()
+        self.replaced_samples = int(rest[1])
 
     def metrics(self, global_batch: int) -> dict[str, float]:
         """The point: means over the window's steps. To be called after `reduce`."""
@@ -79,6 +81,7 @@ class Window:
             "train/loss_max": float(losses.max()),
             "train/grad_norm": sum(self._grad_norms) / max(1, len(self._grad_norms)),
             "train/skipped_steps": float(self.skipped_steps),
+            "train/replaced_samples": float(self.replaced_samples),
             "perf/images_per_s": self._timed_steps * global_batch / seconds,
             "perf/step_seconds": seconds / max(1, self._timed_steps),
             "perf/data_wait_share": self.wait_seconds / seconds,
@@ -94,7 +97,7 @@ class Window:
             "window/losses": torch.stack(self._losses),
             "window/quartiles": self._quartiles,
             "window/grad_norms": torch.tensor(self._grad_norms, dtype=torch.float64),
-            "window/skipped_steps": torch.tensor(self.skipped_steps),
+            "window/counts": torch.tensor([self.skipped_steps, self.replaced_samples]),
         }
 
     def load(self, tensors: Mapping[str, Tensor], leads: bool) -> None:
@@ -108,4 +111,5 @@ class Window:
             self._losses = list(tensors["window/losses"].to(self._device) * share)
             self._quartiles = tensors["window/quartiles"].to(self._device) * share
             self._grad_norms = tensors["window/grad_norms"].tolist()
-            self.skipped_steps = int(tensors["window/skipped_steps"])
+            self.skipped_steps, replaced = tensors["window/counts"].tolist()
+            self.replaced_samples = replaced if leads else 0

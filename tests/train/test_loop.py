@@ -113,6 +113,19 @@ def test_a_step_with_an_infinite_gradient_changes_nothing_and_too_many_end_the_r
         next(steps)
 
 
+def test_samples_that_were_replaced_are_counted_and_named(
+    digits: str, runs: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny(digits, runs)
+    trainer, state = trainer_of(config)
+    batch = next(iter(Loader(config.data, load_index(digits), 0, config.global_batch).batches(0, 1)))
+    window = Window(trainer.schedule.T, CPU)
+    list(trainer.steps(state, [replace(batch, damage=("000001.tar, sample 7: torn",))], window))
+    window.reduce()
+    assert window.metrics(config.global_batch)["train/replaced_samples"] == 1.0
+    assert "step 0: 000001.tar, sample 7: torn" in caplog.text
+
+
 def run_alone(config: TrainConfig, stop_at: int | None = None) -> dict[str, torch.Tensor]:
     """Train here and give back the tensors of the last checkpoint."""
     plan = prepare(config)
