@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -100,6 +101,7 @@ class Loader:
                 num_workers=self.config.num_workers,
                 prefetch_factor=self.config.prefetch,
                 collate_fn=_as_it_is,
+                worker_init_fn=_Environment(dict(os.environ)),
                 multiprocessing_context=context,
             )
         )
@@ -119,6 +121,16 @@ class _Steps(torch.utils.data.Dataset["Batch | Exception"]):
         except (UserError, DamageError) as error:
             return error  # as a value: raised in a loader process it would come out wrapped in its traceback
         return Batch(step, torch.from_numpy(positions), found.images, found.labels, 0.0, found.damage)
+
+
+class _Environment:
+    """Gives a loader process this process's variables: a fork server keeps those of the moment it was started."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self._variables = variables
+
+    def __call__(self, worker: int) -> None:
+        os.environ.update(self._variables)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -123,7 +123,7 @@ def test_killed_at_ten_places_it_ends_byte_identical(stack: LocalStack, prefix: 
     after = {info.key for info in open_store("s3://ddpm").list()}
     inside = config.output.removeprefix("s3://ddpm/")
     assert {key for key in after - before if not key.startswith(inside)} == set()
-    client = boto3.client("s3")
+    client = boto3.Session().client("s3")  # the default session may remember other keys
     assert "Uploads" not in client.list_multipart_uploads(Bucket="ddpm", Prefix=inside)
     assert generation_status(config.output).state == "complete"
 
