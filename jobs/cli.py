@@ -197,7 +197,6 @@ def logs(
     def work() -> int:
         from jobs import submit
 
-        use_running_stack()
         client = submit.job_client()
         submit.require_job(client, job)
         if follow:
@@ -215,7 +214,6 @@ def list_jobs() -> None:
     def work() -> int:
         from jobs import submit
 
-        use_running_stack()
         for line in submit.job_table(submit.job_client()):
             print(line)
         return DONE
@@ -230,7 +228,6 @@ def stop(job: Annotated[str, typer.Argument(help="Name of the job.")]) -> None:
     def work() -> int:
         from jobs import submit
 
-        use_running_stack()
         client = submit.job_client()
         submit.require_job(client, job)
         client.stop_job(job)
@@ -460,7 +457,6 @@ def _submit(job: str, model: type[Settings], called: Callable[[], Call], detach:
         from jobs.submit import submit as run
 
         call = called()
-        use_running_stack()
         settings = settings_of(model, job, call)
         if call.dry_run:
             print_settings({job: settings.model_dump(mode="json")}, call.as_json)

@@ -1,12 +1,11 @@
 """Finding the network of a generation: a folder, or a version in the registry, pinned once by the driver."""
 
-import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import DamageError, UserError
-from pipeline.nets.artifact import CARD_FILE, WEIGHTS_FILE, ModelCard, load_card
+from pipeline.errors import UserError
+from pipeline.nets.artifact import CARD_FILE, ModelCard, read_model
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,5 @@ def _from_registry(reference: str) -> FoundModel:
 
 
 def _read(folder: Path, name: str, version: int | None, run_id: str | None) -> FoundModel:
-    card = load_card(folder)
-    path = folder / WEIGHTS_FILE
-    try:
-        weights = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; export the model again") from None
-    sha256 = hashlib.sha256(weights).hexdigest()
-    if sha256 != card.weights.sha256:
-        expected = card.weights.sha256 or "nothing"
-        raise DamageError(f"{path}: its sha256 is {sha256}, but {CARD_FILE} says {expected}")
+    card, weights = read_model(folder)
     return FoundModel(card, weights, name, version, run_id or card.training.run_id)

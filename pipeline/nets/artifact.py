@@ -138,21 +138,39 @@ def load_model(directory: Path, device: str | torch.device = "cpu") -> tuple[UNe
 
     UserError when a file is missing; DamageError when the weights are not those of the card or do not fit it.
     """
+    card, data = read_model(directory)
+    return _built(card, data, device, where=str(directory / WEIGHTS_FILE)), card
+
+
+def read_model(directory: Path) -> tuple[ModelCard, bytes]:
+    """A model's card and the bytes of its weights, which are those of the card.
+
+    UserError when a file is missing; DamageError when the weights are others.
+    """
     card = load_card(directory)
     path = directory / WEIGHTS_FILE
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: missing; export the model again, or download both files") from None
-    return build_model(card, data, device, where=str(path)), card
+    _check(card, data, where=str(path))
+    return card, data
 
 
 def build_model(card: ModelCard, data: bytes, device: str | torch.device = "cpu", *, where: str) -> UNet:
     """The network of a card with the weights `data` (the bytes of a weights file that came from `where`)."""
+    _check(card, data, where)
+    return _built(card, data, device, where)
+
+
+def _check(card: ModelCard, data: bytes, where: str) -> None:
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != card.weights.sha256:
         expected = card.weights.sha256 or "nothing"
         raise DamageError(f"{where}: its sha256 is {sha256}, but {CARD_FILE} says {expected}")
+
+
+def _built(card: ModelCard, data: bytes, device: str | torch.device, where: str) -> UNet:
     # The initial weights are thrown away: leave no trace of having drawn them.
     with torch.random.fork_rng(devices=[]):
         net = UNet(card.net)

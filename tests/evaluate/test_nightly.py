@@ -8,18 +8,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 
 import jobs.nightly
 from jobs.nightly import DRIFTED, alert, only_one, run
-from pipeline.config.data import PackConfig
-from pipeline.config.evaluate import FeaturesConfig
 from pipeline.config.generate import GenerateConfig
 from pipeline.config.nightly import NightlyConfig
-from pipeline.data import pack
 from pipeline.errors import UserError
 from pipeline.evaluate.history import read_latest, read_nights
-from pipeline.evaluate.train_features import train_features
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.run import GenerationResult
 from pipeline.store import open_store
@@ -31,15 +26,6 @@ Change = Callable[..., NightlyConfig]
 
 def silent(done: int, total: int, note: str = "") -> None:
     """Progress for no one."""
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
-    uri = str(tmp_path_factory.mktemp("digits"))
-    pack(PackConfig(source="digits", dest=uri, channels=1, shard_size=900), lambda done, total: None)
-    torch.set_num_threads(1)
-    train_features(FeaturesConfig(data=uri, steps=20, channels=8, min_accuracy=0), lambda *_: None)
-    return uri
 
 
 @pytest.fixture

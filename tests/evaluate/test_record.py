@@ -7,13 +7,10 @@ import pytest
 import torch
 
 from jobs.evaluate import evaluate
-from pipeline.config.data import PackConfig
-from pipeline.config.evaluate import EvaluateConfig, FeatureNetworkConfig, FeaturesConfig
-from pipeline.data import pack
+from pipeline.config.evaluate import EvaluateConfig, FeatureNetworkConfig
 from pipeline.errors import DamageError, UserError
 from pipeline.evaluate.networks import Features, open_network
 from pipeline.evaluate.record import FeatureTally, add_records, parse_record
-from pipeline.evaluate.train_features import train_features
 from pipeline.generate.finish import publish
 from pipeline.generate.ledger import Harvest
 from pipeline.generate.plan import shard, shards
@@ -25,15 +22,6 @@ from tests.generate.tiny import fill, maker_of, settings, tiny_card, tiny_model
 
 def silent(done: int, total: int, note: str = "") -> None:
     """Progress for no one."""
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
-    uri = str(tmp_path_factory.mktemp("digits"))
-    pack(PackConfig(source="digits", dest=uri, channels=1, shard_size=900), lambda done, total: None)
-    torch.set_num_threads(1)
-    train_features(FeaturesConfig(data=uri, steps=20, channels=8, min_accuracy=0), lambda *_: None)
-    return uri
 
 
 def test_the_records_alone_give_what_the_samples_give(digits: str, tmp_path: Path) -> None:

@@ -1,0 +1,18 @@
+"""The digits, packed, with a feature network trained just long enough to be one."""
+
+import pytest
+import torch
+
+from pipeline.config.data import PackConfig
+from pipeline.config.evaluate import FeaturesConfig
+from pipeline.data import pack
+from pipeline.evaluate.train_features import train_features
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    uri = str(tmp_path_factory.mktemp("digits"))
+    pack(PackConfig(source="digits", dest=uri, channels=1, shard_size=900), lambda done, total: None)
+    torch.set_num_threads(1)
+    train_features(FeaturesConfig(data=uri, steps=20, channels=8, min_accuracy=0), lambda *_: None)
+    return uri
