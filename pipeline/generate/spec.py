@@ -205,17 +205,20 @@ def check_prefix(store: Store, spec: Spec) -> Spec | None:
     """The spec that stands at the prefix, if `spec` is the same or extends it; None at an empty prefix.
 
     UserError when the prefix holds another generation (the differing fields are named), more samples than are
-    asked for now, or something that is no generation at all. Reads two objects at most and writes none.
+    asked for now, or something that is no generation at all. Reads and writes no sample.
     """
     there = read_spec(store)
     if there is None:
         stranger = next(iter(store.list()), None)
-        if stranger is not None:
+        if stranger is None:
+            return None
+        # Another job may have claimed the prefix between the two requests: only a second look tells it from a stranger.
+        there = read_spec(store)
+        if there is None:
             raise UserError(
                 f"{store.uri}: holds {stranger.key} but no {SPEC_KEY}, so it is no generation; "
                 "choose an empty output prefix"
             )
-        return None
     differing = differences(there, spec)
     if differing:
         raise UserError(

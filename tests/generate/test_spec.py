@@ -1,5 +1,6 @@
 """A spec names a generation; whatever else is asked for at its prefix is refused."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pipeline.errors import DamageError, UserError
 from pipeline.generate.model import find_model
 from pipeline.generate.spec import SPEC_KEY, check_prefix, make_spec, pretty, read_spec, resolve_classes
 from pipeline.nets.artifact import load_card, load_model
-from pipeline.store import Store, open_store
+from pipeline.store import ObjectInfo, Store, open_store
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model
 
 
@@ -94,6 +95,20 @@ def test_a_prefix_with_foreign_objects_is_refused(model: Path, store: Store) -> 
     store.write("shards/000000.tar", b"mine")
     with pytest.raises(UserError, match=r"holds shards/000000\.tar but no spec\.json"):
         check_prefix(store, plan_of(config(model))[0])
+
+
+def test_a_prefix_that_another_job_claims_during_the_look_is_joined(
+    model: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, _ = plan_of(config(model))
+    plain_list = store.list
+
+    def claimed_meanwhile() -> Iterator[ObjectInfo]:
+        store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
+        return plain_list()
+
+    monkeypatch.setattr(store, "list", claimed_meanwhile)
+    assert check_prefix(store, spec) == spec
 
 
 def test_a_spec_reads_back_equal_and_a_torn_one_is_damage(model: Path, store: Store) -> None:
