@@ -9,7 +9,7 @@ import pytest
 
 from infra.local import LocalStack
 from pipeline.track import Run, open_run, tracking_client
-from tests.track.relay import Relay
+from tests.relay import Relay
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

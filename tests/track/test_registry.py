@@ -31,7 +31,7 @@ from pipeline.track import (
     versions,
 )
 from pipeline.track.registry import file_sha256
-from tests.track.relay import Relay
+from tests.relay import Relay
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

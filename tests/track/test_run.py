@@ -21,7 +21,7 @@ from pipeline.track import (
     set_tags,
     source_tags,
 )
-from tests.track.relay import Relay
+from tests.relay import Relay
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.track import Run, Spool, SystemSampler, replay, replay_all
-from tests.track.relay import Relay
+from tests.relay import Relay
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
