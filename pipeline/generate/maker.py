@@ -18,13 +18,12 @@ from pipeline.errors import DamageError
 from pipeline.evaluate.record import FeatureRecord, FeatureTally, add_records
 from pipeline.generate.engine import Engine, software
 from pipeline.generate.guards import GuardTripped, judge
-from pipeline.generate.patience import patiently
 from pipeline.generate.pixels import Pixels, Tally, encode, tally
 from pipeline.generate.plan import Batch, Shard, batches, classes_of
 from pipeline.generate.records import DoneRecord, Times, read_record
 from pipeline.generate.spec import Spec, canonical
 from pipeline.nets.artifact import TrainingData
-from pipeline.store import ObjectMissing, Store
+from pipeline.store import ObjectMissing, Store, patiently
 
 Member = tuple[str, dict[str, bytes]]
 OnImages = Callable[[int], None]

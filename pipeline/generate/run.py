@@ -20,11 +20,10 @@ from pipeline.generate.ledger import Harvest, gather, survey
 from pipeline.generate.maker import reference
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.model import FoundModel, find_model
-from pipeline.generate.patience import patiently
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.spec import SPEC_KEY, Spec, check_prefix, make_spec, pretty, read_spec
 from pipeline.generate.worker import Outcome, WorkOrder
-from pipeline.store import Store, StoreUnreachable, open_store
+from pipeline.store import Store, StoreUnreachable, open_store, patiently
 
 _log = logging.getLogger(__name__)
 

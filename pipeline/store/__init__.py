@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 from pipeline.errors import UserError
 from pipeline.store.base import ObjectChanged, ObjectInfo, ObjectMissing, Store, StoreUnreachable
 from pipeline.store.files import FileStore, atomic_file
+from pipeline.store.patience import patiently
 from pipeline.store.retry import RetryPolicy
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "StoreUnreachable",
     "atomic_file",
     "open_store",
+    "patiently",
 ]
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipeline.store import StoreUnreachable
+from pipeline.store.base import StoreUnreachable
 
 T = TypeVar("T")
 OUTAGE_SECONDS = 300.0

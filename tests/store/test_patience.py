@@ -2,9 +2,7 @@
 
 import pytest
 
-from pipeline.generate import patience
-from pipeline.generate.patience import patiently
-from pipeline.store import StoreUnreachable
+from pipeline.store import StoreUnreachable, patience, patiently
 
 
 @pytest.fixture(autouse=True)
