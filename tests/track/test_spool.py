@@ -146,7 +146,8 @@ def test_points_carried_by_a_checkpoint_outlive_their_machine(
     run = new_run()
     lost = _spool(tmp_path / "lost", relay.uri, run)
     lost.metrics(0, {"train/loss": 9.0})
-    _wait_until(lambda: len(_series(client, run)) == 1)
+    _wait_until(lambda: not lost.undelivered())  # acknowledged, not only arrived
+    assert len(_series(client, run)) == 1
     relay.switch("refuse")
     for step in range(1, 5):
         lost.metrics(step, {"train/loss": 9.0 - step})
