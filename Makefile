@@ -6,7 +6,7 @@ BIN := .venv/bin
 STORE_OPTION := $(if $(STORE),--store $(STORE))
 
 .DEFAULT_GOAL := help
-.PHONY: help run install install-dev test lint up status down clean distclean lock
+.PHONY: help run install install-dev test lint up status down clean distclean lock docs
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,3 +47,6 @@ test: lint ## lint, then all tests: fast ones first, then those on the real stac
 
 lock: install-dev ## write the lock files anew from what is installed
 	@$(BIN)/python -m infra.lock
+
+docs: install ## write docs/configuration.md and the settings' JSON schema anew
+	@$(BIN)/python -m jobs.reference

@@ -13,9 +13,10 @@ import yaml
 
 from infra.local import export_environment
 from jobs.progress import Progress, progress_of
+from jobs.sections import SECTIONS
 from pipeline.config.base import Settings
 from pipeline.config.load import load_settings
-from pipeline.errors import DamageError, UserError
+from pipeline.errors import DamageError, UserError, WorkFailed
 from pipeline.track import TrackingError
 
 S = TypeVar("S", bound=Settings)
@@ -23,7 +24,6 @@ S = TypeVar("S", bound=Settings)
 DONE, FAILED, REFUSED = 0, 1, 2
 STOPPED = 143  # as the shell reports a process that ended on SIGTERM
 LOCAL = Path(".local")
-SECTIONS = ("pack", "train", "generate", "sample", "features", "evaluate", "tune", "promote", "nightly")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def preset_file(name: str) -> Path:
 def settings_of(model: type[S], section: str, call: Call) -> S:
     """The resolved settings of a call: preset, then --config files, then overrides."""
     layers = [*([preset_file(call.preset)] if call.preset else []), *call.files]
-    return load_settings(model, section, layers, call.overrides, sections=SECTIONS, presets=presets())
+    return load_settings(model, section, layers, call.overrides, sections=tuple(SECTIONS), presets=presets())
 
 
 def parse_words(job: str, argv: Sequence[str] | None) -> Call:
@@ -101,7 +101,7 @@ def guarded(work: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    except (DamageError, TrackingError) as error:
+    except (DamageError, TrackingError, WorkFailed) as error:
         print(f"failed: {error}", file=sys.stderr)
         return FAILED
 

@@ -24,7 +24,7 @@ import yaml
 from ray._private.runtime_env import packaging
 from ray.dashboard.modules import dashboard_sdk
 from ray.dashboard.modules.job import sdk
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import infra
 import jobs
@@ -116,10 +116,20 @@ def require_job(client: JobSubmissionClient, name: str) -> None:
         raise UserError(f"job '{name}': unknown to this cluster; {hint}")
 
 
+def print_jobs(client: JobSubmissionClient, as_json: bool = False) -> int:
+    """Print the cluster's jobs, newest first."""
+    if as_json:
+        facts = ("submission_id", "status", "start_time", "end_time", "message", "driver_exit_code")
+        rows = [{name: getattr(info, name) for name in facts} for info in _newest_first(client)]
+        print(json.dumps(rows, indent=2))
+    else:
+        print("\n".join(job_table(client)))
+    return DONE
+
+
 def job_table(client: JobSubmissionClient) -> list[str]:
     """A line for each job, newest first."""
-    jobs_there = [info for info in client.list_jobs() if info.submission_id]
-    jobs_there.sort(key=lambda info: info.start_time or 0, reverse=True)
+    jobs_there = _newest_first(client)
     if not jobs_there:
         return ["no jobs yet   (ddpm submit train digits)"]
     rows = [("JOB", "STATUS", "STARTED", "TOOK")]
@@ -132,6 +142,11 @@ def job_table(client: JobSubmissionClient) -> list[str]:
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
+
+
+def _newest_first(client: JobSubmissionClient) -> list[JobDetails]:
+    submitted = [info for info in client.list_jobs() if info.submission_id]
+    return sorted(submitted, key=lambda info: info.start_time or 0, reverse=True)
 
 
 async def _follow(client: JobSubmissionClient, name: str) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.shell import SECTIONS, Call, preset_file, presets, settings_of
+from jobs.sections import SECTIONS
+from jobs.shell import Call, preset_file, presets, settings_of
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
 from pipeline.config.diffusion import check_together
@@ -23,7 +24,7 @@ def _root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def digits(*overrides: str) -> TrainConfig:
-    return load_settings(TrainConfig, "train", [preset_file("digits")], overrides, sections=SECTIONS)
+    return load_settings(TrainConfig, "train", [preset_file("digits")], overrides, sections=tuple(SECTIONS))
 
 
 def refusal(*overrides: str) -> str:
@@ -58,7 +59,7 @@ def test_the_papers_networks_have_the_papers_sizes() -> None:
 def test_overrides_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("base: digits\ntrain:\n  steps: 7000\n  seed: 5\n")
-    config = load_settings(TrainConfig, "train", [file], ["seed=6"], sections=SECTIONS, presets=presets())
+    config = load_settings(TrainConfig, "train", [file], ["seed=6"], sections=tuple(SECTIONS), presets=presets())
     assert (config.steps, config.seed, config.net.image_size) == (7000, 6, 8)
 
 

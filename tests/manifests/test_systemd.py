@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import typer.main
 
 from jobs.cli import app
 from jobs.nightly import DRIFTED
@@ -82,7 +83,5 @@ def test_the_night_shares_the_stacks_tmp_where_rays_sockets_are() -> None:
 def test_a_night_is_not_tried_again_for_ends_that_trying_does_not_change() -> None:
     service = section(SYSTEMD / "ddpm-nightly.service", "Service")
     assert service["RestartPreventExitStatus"].split() == [str(code) for code in (REFUSED, DRIFTED, STOPPED)]
-    commands = {
-        command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands
-    }
+    commands = getattr(typer.main.get_command(app), "commands", {})
     assert service["ExecStart"].split()[1] in commands

@@ -1,0 +1,134 @@
+"""Commands that hand jobs to a cluster and look after them there."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import CLUSTER, AsJson, Config, Detach, DryRun, Words, end, examples
+from jobs.sections import SECTIONS
+from jobs.shell import DONE, FAILED, Call, print_settings, settings_of
+
+app = typer.Typer()
+submit_app = typer.Typer(help="Run a job on the cluster that RAY_JOB_ADDRESS names.", no_args_is_help=True)
+app.add_typer(submit_app, name="submit", rich_help_panel=CLUSTER)
+Job = Annotated[str, typer.Argument(help="Name of the job, as `ddpm submit` printed it.")]
+
+
+@submit_app.command(
+    "train", epilog=examples("ddpm submit train digits", "ddpm submit train digits steps=500 --detach")
+)
+def submit_train(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, detach: Detach = False
+) -> None:
+    """Submit a training and follow it; Ctrl-C detaches."""
+    _submit("train", lambda: Call.of(words or [], config or [], dry_run), detach)
+
+
+@submit_app.command("generate", epilog=examples("ddpm submit generate digits count=10000"))
+def submit_generate(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, detach: Detach = False
+) -> None:
+    """Submit a generation and follow it; Ctrl-C detaches."""
+    _submit("generate", lambda: Call.of(words or [], config or [], dry_run), detach)
+
+
+@app.command("jobs", rich_help_panel=CLUSTER, epilog=examples("ddpm jobs"))
+def list_jobs(json: AsJson = False) -> None:
+    """The cluster's jobs, newest first."""
+
+    def work() -> int:
+        from jobs import submit
+
+        return submit.print_jobs(submit.job_client(), json)
+
+    end(work)
+
+
+@app.command(rich_help_panel=CLUSTER, epilog=examples("ddpm logs -f train-1a2b3c4d5e"))
+def logs(
+    job: Job,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it ends; Ctrl-C detaches.")] = False,
+) -> None:
+    """Output of a submitted job."""
+
+    def work() -> int:
+        from jobs import submit
+
+        client = submit.job_client()
+        submit.require_job(client, job)
+        if follow:
+            return submit.follow(client, job)
+        print(client.get_job_logs(job), end="")
+        return DONE
+
+    end(work)
+
+
+@app.command(rich_help_panel=CLUSTER, epilog=examples("ddpm stop train-1a2b3c4d5e"))
+def stop(job: Job) -> None:
+    """Ask a submitted job to save and end."""
+
+    def work() -> int:
+        from jobs import submit
+
+        client = submit.job_client()
+        submit.require_job(client, job)
+        client.stop_job(job)
+        print(f"asked {job} to end; the same command starts it again where it was")
+        print(f"next     ddpm logs -f {job}")
+        return DONE
+
+    end(work)
+
+
+@app.command(rich_help_panel=CLUSTER, epilog=examples("ddpm replay", "ddpm replay /var/spool/ddpm"))
+def replay(
+    folder: Annotated[Path | None, typer.Argument(help="A spool; default: this machine's.")] = None,
+) -> None:
+    """Deliver metrics to MLflow that ended jobs could not."""
+
+    def work() -> int:
+        from pipeline.track import replay_all
+        from pipeline.train.diary import spool_folder
+
+        left = replay_all(folder or spool_folder())
+        for place, points in left.items():
+            print(f"{place}: {'delivered' if points == 0 else f'{points} points still wait'}")
+        print(f"{len(left)} spools looked at")
+        return FAILED if any(left.values()) else DONE
+
+    end(work)
+
+
+@app.command(rich_help_panel=CLUSTER, epilog=examples("ddpm janitor --idle-minutes 60"))
+def janitor(
+    idle_minutes: Annotated[float, typer.Option(help="Without a sign of life for this long.")] = 30.0,
+) -> None:
+    """Close runs that say RUNNING although their job is dead."""
+
+    def work() -> int:
+        from pipeline.track import close_stale_runs
+
+        closed = close_stale_runs(idle_minutes=idle_minutes)
+        for run in closed:
+            print(f"closed   {run}")
+        print(f"{len(closed)} runs closed")
+        return DONE
+
+    end(work)
+
+
+def _submit(job: str, called: Callable[[], Call], detach: bool) -> None:
+    def work() -> int:
+        from jobs.submit import submit as run
+
+        call = called()
+        settings = settings_of(SECTIONS[job], job, call)
+        if call.dry_run:
+            print_settings({job: settings.model_dump(mode="json")}, call.as_json)
+            return DONE
+        return run(job, settings, detach)
+
+    end(work)

@@ -1,0 +1,96 @@
+"""Commands about this machine: the local stack, the whole demo, and what is wrong here."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import MACHINE, AsJson, Store, end, examples
+from jobs.shell import DONE, LOCAL
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=MACHINE, epilog=examples("ddpm demo", "ddpm demo --store file"))
+def demo(store: Store = None) -> None:
+    """From nothing to a verified bucket: stack, data, training, generation, verification."""
+    from jobs.demo import demo as run
+
+    end(lambda: run(store))
+
+
+@app.command(rich_help_panel=MACHINE, epilog=examples("ddpm up", "ddpm up --store file"))
+def up(store: Store = None) -> None:
+    """Start the local stack (S3, MLflow, Ray) on loopback, or find it running."""
+    from infra.local import LocalStack
+
+    def work() -> int:
+        LocalStack(LOCAL, store=store).up(say=_say)
+        print("next     ddpm pack digits   (or, all at once: ddpm demo)")
+        return DONE
+
+    end(work)
+
+
+@app.command(
+    rich_help_panel=MACHINE, epilog=examples("ddpm status", "ddpm status s3://ddpm/samples/digits --json")
+)
+def status(
+    prefix: Annotated[str | None, typer.Argument(help="Output prefix; without it, the local stack.")] = None,
+    json: AsJson = False,
+) -> None:
+    """What runs: the local stack, or how far the generation at PREFIX is."""
+    from jobs.status import generation_status, stack_status
+
+    end(lambda: stack_status(json) if prefix is None else generation_status(prefix, json))
+
+
+@app.command(rich_help_panel=MACHINE, epilog=examples("ddpm doctor", "ddpm doctor --write --json"))
+def doctor(
+    json: AsJson = False,
+    write: Annotated[bool, typer.Option("--write", help="Also try writing to the data root.")] = False,
+) -> None:
+    """Check credentials, buckets, MLflow, Ray, GPUs, versions, clock and disk, and say what to fix."""
+    from jobs.doctor import doctor as run
+
+    end(lambda: run(json, write))
+
+
+@app.command(rich_help_panel=MACHINE, epilog=examples("ddpm down"))
+def down() -> None:
+    """Stop what `ddpm up` started, and nothing else. Data stays."""
+    from infra.local import LocalStack
+
+    def work() -> int:
+        print(f"stopped: {', '.join(LocalStack(LOCAL).down()) or 'nothing was running'}")
+        print("next     ddpm up   (goes on with the same data), or ddpm clean   (removes it)")
+        return DONE
+
+    end(work)
+
+
+@app.command(rich_help_panel=MACHINE, epilog=examples("ddpm clean"))
+def clean() -> None:
+    """Stop the local stack and remove its data, logs and keys."""
+    from infra.local import LocalStack
+
+    def work() -> int:
+        LocalStack(LOCAL).remove()
+        print(f"removed: {LOCAL}")
+        return DONE
+
+    end(work)
+
+
+@app.command(rich_help_panel=MACHINE, epilog=examples("ddpm schema .ddpm", "ddpm schema docs/schema"))
+def schema(
+    folder: Annotated[Path, typer.Argument(help="Folder for the schema; made if need be.")] = Path("."),
+) -> None:
+    """Write the JSON schema of settings files, by which editors complete and check them."""
+    from jobs.reference import write_schema
+
+    end(lambda: write_schema(folder))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

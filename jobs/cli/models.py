@@ -1,0 +1,86 @@
+"""Commands that make models, compare them, and hand them over."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import MODELS, AsJson, Config, DryRun, Words, end, end_job, examples
+
+app = typer.Typer()
+features_app = typer.Typer(help="Feature networks, by which images are judged.", no_args_is_help=True)
+app.add_typer(features_app, name="features", rich_help_panel=MODELS)
+
+
+@app.command(
+    rich_help_panel=MODELS,
+    epilog=examples(
+        "ddpm train digits",
+        "ddpm train digits steps=500 workers.num_workers=1",
+        "ddpm train --config photos.yaml --dry-run",
+    ),
+)
+def train(
+    words: Words = None,
+    config: Config = None,
+    dry_run: DryRun = False,
+    json: AsJson = False,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+) -> None:
+    """Train a model on the Ray cluster and register it. Goes on where it was interrupted."""
+    from jobs.train import run_call
+
+    end_job(lambda call: run_call(call, alone=local), words, config, dry_run, json)
+
+
+@app.command(
+    rich_help_panel=MODELS, epilog=examples("ddpm promote digits", "ddpm promote digits gate.count=2000")
+)
+def promote(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
+) -> None:
+    """Compare the challenger with the champion on equal terms; it takes over only if it is better."""
+    from jobs.promote import run_call
+
+    end_job(run_call, words, config, dry_run, json)
+
+
+@app.command(rich_help_panel=MODELS, epilog=examples("ddpm rollback digits"))
+def rollback(name: Annotated[str, typer.Argument(help="Registered model.")]) -> None:
+    """Make the champion's predecessor champion again."""
+    from jobs.promote import rollback as run
+
+    end(lambda: run(name))
+
+
+@features_app.command("train", epilog=examples("ddpm features train digits"))
+def features_train(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
+) -> None:
+    """Train a small classifier on a labelled data set; its inner layer becomes the feature network."""
+    from jobs.features import run_call
+
+    end_job(run_call, words, config, dry_run, json)
+
+
+@app.command("export", rich_help_panel=MODELS, epilog=examples("ddpm export demo@champion ./demo-diffusers"))
+def export_model(
+    model: Annotated[str, typer.Argument(help="name@alias, name/version, or a model folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    form: Annotated[str, typer.Option("--format", help="Software to write for.")] = "diffusers",
+) -> None:
+    """Write a model as a folder that other software loads."""
+    from jobs.exchange import export
+
+    end(lambda: export(model, folder, form))
+
+
+@app.command("import", rich_help_panel=MODELS, epilog=examples("ddpm import ./ddpm-cifar10-32 ./cifar10"))
+def import_model(
+    source: Annotated[Path, typer.Argument(help="A diffusers directory: config JSON and safetensors.")],
+    folder: Annotated[Path, typer.Argument(help="Model folder to write; new or empty.")],
+) -> None:
+    """Read a diffusers directory into a model folder, which `model=` accepts."""
+    from jobs.exchange import take_in
+
+    end(lambda: take_in(source, folder))

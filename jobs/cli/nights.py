@@ -1,0 +1,43 @@
+"""Commands of the nightly job."""
+
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import NIGHTS, AsJson, Config, DryRun, Words, end_job, examples
+
+app = typer.Typer()
+
+
+@app.command(
+    rich_help_panel=NIGHTS,
+    epilog=examples("ddpm nightly digits", "ddpm nightly digits --from 2026-03-01 --to 2026-03-03"),
+)
+def nightly(
+    words: Words = None,
+    config: Config = None,
+    first: Annotated[str | None, typer.Option("--from", help="First night, YYYY-MM-DD.")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="Last night, YYYY-MM-DD.")] = None,
+    dry_run: DryRun = False,
+    json: AsJson = False,
+) -> None:
+    """Let the champion fill the nights that are due, measure them, file them. Does nothing when all is done."""
+    from jobs.nightly import run_call
+
+    end_job(lambda call: run_call(call, first, last), words, config, dry_run, json)
+
+
+@app.command(
+    rich_help_panel=NIGHTS,
+    epilog=examples("ddpm schedule digits", "ddpm schedule digits --at 02:00 --now"),
+)
+def schedule(
+    words: Words = None,
+    config: Config = None,
+    at: Annotated[str, typer.Option(help="Time of day, HH:MM in UTC.")] = "02:00",
+    now: Annotated[bool, typer.Option("--now", help="Run once at the start, too.")] = False,
+) -> None:
+    """Run the nightly job every night, in the foreground, until it is ended."""
+    from jobs.schedule import schedule as run
+
+    end_job(lambda call: run(call, at, now), words, config)

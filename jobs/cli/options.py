@@ -1,0 +1,76 @@
+"""What commands have in common: their options, their examples, their way out."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.markup import escape
+
+from infra.local.state import StoreKind
+from jobs.sections import SECTIONS
+from jobs.shell import Call, guarded, presets
+from pipeline.config.load import setting_names
+
+DATA, MODELS, SAMPLES, NIGHTS, CLUSTER, MACHINE = (
+    "Data",
+    "Models",
+    "Samples",
+    "Nights",
+    "On a cluster",
+    "This machine",
+)
+"""Headings of `ddpm --help`."""
+
+_SECTION_OF_COMMAND = {
+    "tune-sampler": "tune",
+    "schedule": "nightly",
+}  # the others are called like their section
+
+
+def complete_words(context: typer.Context, incomplete: str) -> list[str]:
+    """For the shell: presets, and `name=` of every setting of the command's job."""
+    name = context.info_name or ""
+    parent = context.parent.info_name if context.parent else None
+    section = "features" if parent == "features" else _SECTION_OF_COMMAND.get(name, name)
+    words = [*presets(), *(f"{setting}=" for setting in setting_names(SECTIONS[section]))]
+    return [word for word in words if word.startswith(incomplete)]
+
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[PRESET] [KEY=VALUE]...",
+        help="A preset, then settings that differ from it.",
+        autocompletion=complete_words,
+        show_default=False,
+    ),
+]
+Config = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML file; may be repeated.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+Detach = Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the job.")]
+Store = Annotated[
+    StoreKind | None, typer.Option(help="Object store of the stack; default: as before, first s3.")
+]
+
+
+def examples(*lines: str) -> str:
+    """A command's epilog: complete lines to copy, whatever signs they hold."""
+    return "\n\n".join(["Examples:", *(escape(f"  {line}") for line in lines)])
+
+
+def end(work: Callable[[], int]) -> NoReturn:
+    """Run a command's work and leave with its exit code; what a user can put right is one line."""
+    raise typer.Exit(guarded(work))
+
+
+def end_job(
+    run_call: Callable[[Call], int],
+    words: Sequence[str] | None,
+    config: Sequence[Path] | None,
+    dry_run: bool = False,
+    json: bool = False,
+) -> NoReturn:
+    """Sort the words into a call, run it, and leave with its exit code."""
+    end(lambda: run_call(Call.of(words or [], config or [], dry_run, json)))

@@ -1,0 +1,104 @@
+"""Commands that make samples and look at them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import SAMPLES, AsJson, Config, DryRun, Words, end, end_job, examples
+from jobs.shell import Call, run_job
+
+app = typer.Typer()
+
+
+@app.command(
+    rich_help_panel=SAMPLES,
+    epilog=examples(
+        "ddpm generate digits count=10000",
+        "ddpm generate digits model=digits/3 output=s3://ddpm/samples/of-version-3",
+    ),
+)
+def generate(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
+) -> None:
+    """Fill an output prefix with samples of a registered model. Redoes only what is missing."""
+    from jobs.generate import run
+    from pipeline.config.generate import GenerateConfig
+
+    def work(call: Call) -> int:
+        return run_job("generate", GenerateConfig, run, call, unit="images")
+
+    end_job(work, words, config, dry_run, json)
+
+
+@app.command(
+    rich_help_panel=SAMPLES,
+    epilog=examples("ddpm verify s3://ddpm/samples/digits --regenerate 16"),
+)
+def verify(
+    prefix: Annotated[str, typer.Argument(help="Output prefix of a generation.")],
+    regenerate: Annotated[int, typer.Option(help="Sample this many again and compare bytes.")] = 0,
+    json: AsJson = False,
+) -> None:
+    """Recount, rehash and decode everything a generation says it made."""
+    from jobs.verify import main as run
+
+    flags = ["--json"] if json else []
+    end(lambda: run([prefix, "--regenerate", str(regenerate), *flags]))
+
+
+@app.command(
+    rich_help_panel=SAMPLES,
+    epilog=examples("ddpm evaluate digits", "ddpm evaluate digits --prefix s3://ddpm/samples/five-thousand"),
+)
+def evaluate(
+    words: Words = None,
+    config: Config = None,
+    prefix: Annotated[str | None, typer.Option(help="Generation; without it, the preset's.")] = None,
+    dry_run: DryRun = False,
+    json: AsJson = False,
+) -> None:
+    """Measure a complete generation against its reference data: distances, accuracy, near-copies."""
+    from jobs.evaluate import run_call
+
+    end_job(lambda call: run_call(call, prefix), words, config, dry_run, json)
+
+
+@app.command(
+    rich_help_panel=SAMPLES,
+    epilog=examples("ddpm sample model=demo@champion count=30 output=look"),
+)
+def sample(words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False) -> None:
+    """Draw a few images into a local folder, without a cluster."""
+    from jobs.sample import run
+    from pipeline.config.generate import SampleConfig
+
+    def work(call: Call) -> int:
+        return run_job("sample", SampleConfig, run, call, unit="steps")
+
+    end_job(work, words, config, dry_run, json)
+
+
+@app.command(
+    "tune-sampler",
+    rich_help_panel=SAMPLES,
+    epilog=examples("ddpm tune-sampler digits steps=[10,20] kinds=[ddim,dpm++2m]"),
+)
+def tune_sampler(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
+) -> None:
+    """Measure samplers, steps and guidance for a model: table, plot, and a recommended preset."""
+    from jobs.tune import run_call
+
+    end_job(run_call, words, config, dry_run, json)
+
+
+@app.command(rich_help_panel=SAMPLES, epilog=examples("ddpm figures ./pictures --image photo.png"))
+def figures(
+    folder: Annotated[Path, typer.Argument(help="Folder for the pictures; made if need be.")],
+    image: Annotated[Path | None, typer.Option(help="RGB image for the forward process.")] = None,
+) -> None:
+    """Draw the forward and reverse process, the schedules, and the samplers' order."""
+    from jobs.figures import run
+
+    end(lambda: run(image, folder))

@@ -1,0 +1,69 @@
+"""Every command says what it does, shows lines to copy, and completes what is typed."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from jobs.cli import app
+
+
+def commands(group: object = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Every command that does something, with the words that call it."""
+    here = group or typer.main.get_command(app)
+    children = getattr(here, "commands", None)
+    if children is None:
+        yield path, here
+        return
+    for name, child in children.items():
+        yield from commands(child, (*path, name))
+
+
+ALL = dict(commands())
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_help_says_what_a_command_does_and_gives_examples_of_it(path: tuple[str, ...]) -> None:
+    wide = {"COLUMNS": "160", "TERMINAL_WIDTH": "160"}
+    result = CliRunner(env=wide).invoke(app, [*path, "--help"])
+    assert result.exit_code == 0
+    assert (getattr(ALL[path], "help", None) or "").endswith(".")
+    assert re.search(rf"^ +ddpm {' '.join(path)}( |$)", result.output, re.M), result.output
+
+
+def test_examples_are_shown_as_they_are_typed() -> None:
+    assert "steps=[10,20] kinds=[ddim,dpm++2m]" in CliRunner().invoke(app, ["tune-sampler", "--help"]).output
+
+
+def test_every_command_stands_under_a_heading() -> None:
+    output = CliRunner().invoke(app, ["--help"]).output
+    for heading in ("Data", "Models", "Samples", "Nights", "On a cluster", "This machine"):
+        assert f"─ {heading} ─" in output
+    assert "─ Commands ─" not in output
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("ddpm train dig", "digits"),
+        ("ddpm train optimizer.l", "optimizer.lr="),
+        ("ddpm generate sampler.k", "sampler.kind="),
+        ("ddpm submit generate coun", "count="),
+        ("ddpm features train ste", "steps="),
+        ("ddpm tune-sampler kin", "kinds="),
+        ("ddpm schedule catch", "catch_up_nights="),
+        ("ddpm eval", "evaluate"),
+    ],
+)
+def test_the_shell_completes_commands_presets_and_settings(typed: str, offered: str) -> None:
+    asked = {"_DDPM_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    code = "import sys; sys.argv = ['ddpm']; from jobs.cli import app; app(prog_name='ddpm')"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=False
+    )
+    assert offered in result.stdout.split(), result.stderr
