@@ -19,7 +19,7 @@ from jobs.cluster import SUBMITTED, ray_cluster, require_resources
 from jobs.progress import Progress
 from jobs.shell import DONE, STOPPED, Call, guarded, parse_words, run_job
 from jobs.signals import on_stop_signal
-from pipeline.config.train import TrainConfig
+from pipeline.config.train import TrainConfig, WorkerConfig
 from pipeline.nets import UNet, parameter_count
 from pipeline.track import (
     ModelVersion,
@@ -117,9 +117,7 @@ def _cluster(config: TrainConfig, alone: bool) -> Generator[None]:
         return
     with ray_cluster():
         workers = config.workers
-        require_resources(
-            workers.num_workers, workers.cpus_per_worker, workers.gpus_per_worker, "train.workers"
-        )
+        require_resources(workers.fewest, workers.cpus_per_worker, workers.gpus_per_worker, "train.workers")
         yield
 
 
@@ -157,7 +155,7 @@ def _open(plan: Plan, key: str) -> Run:
             "network_parameters": parameter_count(UNet(config.net)),
             "steps": config.steps,
             "global_batch": config.global_batch,
-            "workers": config.workers.num_workers,
+            "workers": _count(config.workers),
             "lr": config.optimizer.lr,
             "target": config.objective.target,
             "schedule": f"{config.schedule.kind}, T={config.schedule.num_steps}",
@@ -170,6 +168,12 @@ def _open(plan: Plan, key: str) -> Run:
         run.run_id, config.name, config.data.uri, plan.index.digest, num_samples=plan.index.num_samples
     )
     return run
+
+
+def _count(workers: WorkerConfig) -> str:
+    """How many train together, in words for the run page."""
+    few, most = workers.fewest, workers.most
+    return str(most) if few == most else f"{few} to {most}"
 
 
 def _ray_tags() -> dict[str, str]:

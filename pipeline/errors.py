@@ -1,4 +1,4 @@
-"""The two kinds of failure a person meets."""
+"""The kinds of failure a person meets."""
 
 
 class UserError(Exception):
@@ -13,4 +13,11 @@ class DamageError(Exception):
     """Stored bytes that are not what their record says: a torn shard, a wrong hash, a missing member.
 
     The message names the object, the place in it (member, offset) and the cause.
+    """
+
+
+class WorkFailed(Exception):  # noqa: N818 - what happened is the name
+    """What went wrong after work had begun and is neither the user's nor the data's: a lost cluster, a divergence.
+
+    The message is one line that says what to do; the command line prints it and exits with code 1.
     """

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Settings
 from pipeline.config.data import DataConfig
@@ -67,8 +67,12 @@ class GridConfig(Settings):
 class WorkerConfig(Settings):
     """The processes that train together. Their number changes the speed, not the sequence of samples."""
 
-    num_workers: int = Field(default=1, ge=1)
-    """DDP processes."""
+    num_workers: int | tuple[int, int] = 1
+    """DDP processes. Two numbers [fewest, most] make the group elastic: a lost node shrinks it, one that comes grows
+    it, each from the last checkpoint on."""
+    resize_seconds: float = Field(default=60.0, gt=0)
+    """Pause between two looks at whether an elastic group could grow. No effect on one of fixed size. Growing goes
+    back to the last checkpoint, so it should be well above the time between two."""
     cpus_per_worker: int = Field(default=1, ge=1)
     """Cores, and torch threads, of each."""
     gpus_per_worker: float = Field(default=0, ge=0)
@@ -77,6 +81,27 @@ class WorkerConfig(Settings):
     """Lost worker groups that are replaced before the job gives up."""
     micro_batch: int | None = Field(default=None, ge=1)
     """Samples a forward pass; the rest of a worker's share is accumulated. None = the whole share at once."""
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _counts(cls, value: object) -> object:
+        """Said once, where pydantic would say for each of the two forms why it is not that."""
+        counts = cast(list[object], [*value] if isinstance(value, list | tuple) else [value, value])
+        if len(counts) != 2 or not all(type(count) is int and count >= 1 for count in counts):
+            raise ValueError(f"{value!r} is neither a number from 1 nor two of them, [fewest, most]")
+        if cast(int, counts[0]) > cast(int, counts[1]):
+            raise ValueError(f"{value!r}: the fewest come first; write {counts[::-1]!r}")
+        return value
+
+    @property
+    def fewest(self) -> int:
+        """Workers that must be there."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that are used where there is room for them."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class TrainConfig(Settings):
@@ -118,7 +143,7 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
-        workers, batch = self.workers.num_workers, self.global_batch
+        workers, batch = self.workers.most, self.global_batch
         if batch < workers:
             raise ValueError(
                 f"global_batch {batch} is less than workers.num_workers {workers}: some would idle"

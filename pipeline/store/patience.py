@@ -9,7 +9,7 @@ from pipeline.store.base import StoreUnreachable
 
 T = TypeVar("T")
 OUTAGE_SECONDS = 300.0
-_PAUSE_SECONDS = 2.0
+PAUSE_SECONDS = 2.0
 _log = logging.getLogger(__name__)
 
 
@@ -24,7 +24,7 @@ def patiently(action: Callable[[], T], seconds: float = OUTAGE_SECONDS) -> T:
         try:
             return action()
         except StoreUnreachable as error:
-            if time.monotonic() + _PAUSE_SECONDS > deadline:
+            if time.monotonic() + PAUSE_SECONDS > deadline:
                 raise
             _log.warning("%s; trying again", error)
-        time.sleep(_PAUSE_SECONDS)
+        time.sleep(PAUSE_SECONDS)

@@ -26,5 +26,5 @@ def train_alone(task: Task, on_progress: OnProgress, stop: threading.Event) -> N
     workers = task.config.workers
     device = torch.device("cuda" if workers.gpus_per_worker else "cpu")
 
-    torch.set_num_threads(workers.cpus_per_worker * workers.num_workers)
+    torch.set_num_threads(workers.cpus_per_worker * workers.most)
     train_worker(task, Place(rank=0, world=1, device=device), _Here(task.config.steps, on_progress, stop))

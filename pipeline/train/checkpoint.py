@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pipeline.config.base import Settings
 from pipeline.errors import DamageError
-from pipeline.store import ObjectMissing, Store
+from pipeline.store import ObjectMissing, Store, patiently
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,11 @@ def prune_checkpoints(store: Store, keep_last: int, spared: Collection[str] = ()
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, from copies that training can no longer change."""
+    """Writes checkpoints in the background, one at a time, from copies that training can no longer change.
+
+    While the store does not answer, training goes on up to the next checkpoint, and the writer tries again for
+    minutes before it gives up.
+    """
 
     def __init__(self, store: Store, identity: str, keep_last: int, spared: Collection[str] = ()) -> None:
         """`spared`: URIs of checkpoints that are kept however old they are."""
@@ -157,8 +161,8 @@ class CheckpointWriter:
 
     def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
         try:
-            save_checkpoint(self._store, step, tensors, self._identity)
-            prune_checkpoints(self._store, self._keep_last, self._spared)
+            patiently(lambda: save_checkpoint(self._store, step, tensors, self._identity))
+            patiently(lambda: prune_checkpoints(self._store, self._keep_last, self._spared))
         except Exception as error:  # noqa: BLE001  (handed to the training thread, which raises it)
             self._error = error
 

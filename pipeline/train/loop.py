@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +20,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.data import Batch
 from pipeline.diffusion import LossTerms, NoiseSchedule, from_uint8, training_loss
 from pipeline.diffusion.noise import Stream, normal, randint, uniform
+from pipeline.errors import WorkFailed
 from pipeline.nets import DropoutKeys
 from pipeline.train.lr import learning_rate
 from pipeline.train.state import TrainState
@@ -26,9 +28,11 @@ from pipeline.train.window import Window
 
 log = logging.getLogger(__name__)
 
+MOST_NAMED = 20
 
-class NonFiniteError(Exception):
-    """Too many steps whose gradient was infinite or NaN; the message names the last one's positions."""
+
+class NonFiniteError(WorkFailed):
+    """Too many steps whose gradient was infinite or NaN; the message names the positions that it came from."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,17 @@ class Trainer:
             finite = math.isfinite(norm)
             window.close_step(norm if finite else None)
             if not finite:
-                self._count_skip(state, norm)
+                self._count_skip(state, batch, norm)
             state.step += 1
             yield state.step
 
-    def _count_skip(self, state: TrainState, norm: float) -> None:
+    def _count_skip(self, state: TrainState, batch: Batch, norm: float) -> None:
         state.skipped_steps += 1
         if state.skipped_steps > self.config.max_skipped_steps:
-            first = state.step * self.config.global_batch
             raise NonFiniteError(
                 f"step {state.step}: gradient norm {norm}; {state.skipped_steps} steps were skipped, more than "
-                f"max_skipped_steps={self.config.max_skipped_steps}; the last one took positions {first} to "
-                f"{first + self.config.global_batch - 1}; lower optimizer.lr or look at these samples"
+                f"max_skipped_steps={self.config.max_skipped_steps}; {_suspects(self, state, batch)}; lower "
+                "optimizer.lr or look at these samples"
             )
 
 
@@ -91,6 +94,28 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch, window: Window
         state.ema.update(state.net, state.step + 1)
     state.optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _suspects(trainer: Trainer, state: TrainState, batch: Batch) -> str:
+    """Which positions of the global batch have a loss that is not finite, in words. A collective call.
+
+    The step was skipped and every random number has a name, so computing the losses again gives the same.
+    """
+    size = trainer.config.global_batch
+    first = state.step * size
+    bad = torch.zeros(size, dtype=torch.int32, device=trainer.device)
+    alone = replace(trainer, network=state.net)
+    with torch.no_grad():
+        for chunk in micro_batches(batch, trainer.config.workers.micro_batch):
+            terms, _ = chunk_loss(alone, chunk)
+            bad[chunk.positions.to(trainer.device) - first] = (~terms.per_sample.isfinite()).int()
+    if trainer.world > 1:
+        dist.all_reduce(bad)
+    found = [first + place for place in bad.nonzero().flatten().tolist()]
+    if not found:
+        return f"each loss at positions {first} to {first + size - 1} is finite, their gradient is not"
+    named = ", ".join(map(str, found[:MOST_NAMED])) + (" and more" if len(found) > MOST_NAMED else "")
+    return f"the last one's loss is not finite at {len(found)} of its {size} positions: {named}"
 
 
 def chunk_loss(trainer: Trainer, batch: Batch) -> tuple[LossTerms, Tensor]:

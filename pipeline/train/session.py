@@ -8,6 +8,7 @@ from torch import Tensor
 from pipeline.data import Loader
 from pipeline.train.checkpoint import CheckpointWriter
 from pipeline.train.diary import Diary
+from pipeline.train.feed import patient_batches
 from pipeline.train.grid import draw_grid
 from pipeline.train.loop import Trainer
 from pipeline.train.lr import learning_rate
@@ -61,7 +62,8 @@ class Session:
             self._driver.tell(state.step, "")
         if state.step == 0:
             self._draw()
-        for step in self._trainer.steps(state, loader.batches(state.step, config.steps), self._window):
+        batches = patient_batches(loader, state.step, config.steps)
+        for step in self._trainer.steps(state, batches, self._window):
             last = step == config.steps
             stopping = (
                 self._vote.decide(self._driver is not None and self._driver.asks_to_stop()) and not last

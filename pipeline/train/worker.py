@@ -4,6 +4,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -11,8 +12,8 @@ from pipeline.config.train import TrainConfig
 from pipeline.data import Batch, Loader, load_index
 from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import DamageError
-from pipeline.store import open_store
-from pipeline.train.checkpoint import CheckpointWriter, latest_checkpoint
+from pipeline.store import Store, open_store, patiently
+from pipeline.train.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint, load_checkpoint
 from pipeline.train.diary import Diary
 from pipeline.train.loop import Trainer, chunk_loss, micro_batches
 from pipeline.train.session import Driver, Session
@@ -55,7 +56,7 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
     store = open_store(task.run_uri)
     state = initial_state(config, place.device)
     diary = Diary(task.tracking_uri, task.run_id if place.rank == 0 else None, config.track)
-    checkpoint = latest_checkpoint(store)
+    checkpoint = _starting_point(store, place)
     if checkpoint is not None:
         state.load(checkpoint.record.step, checkpoint.tensors)
         diary.take_over(checkpoint.tensors)
@@ -73,9 +74,30 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
         Session(trainer, state, diary, writer, driver).run(loader, tensors)
 
 
+def _starting_point(store: Store, place: Place) -> Checkpoint | None:
+    """The newest whole checkpoint as rank 0 finds it, on every rank; None for a training that begins.
+
+    Each looking for itself might find another: a writer of the group before may still be publishing or deleting.
+    """
+    if place.rank == 0:
+        found = patiently(lambda: latest_checkpoint(store))
+        if place.world > 1:
+            _told_by_rank_0(-1 if found is None else found.record.step, place)
+        return found
+    step = _told_by_rank_0(0, place)
+    return None if step < 0 else patiently(lambda: load_checkpoint(store, step))
+
+
+def _told_by_rank_0(number: int, place: Place) -> int:
+    """Rank 0's `number`, on every rank. A collective call."""
+    told = torch.tensor([number], dtype=torch.int64, device=place.device)
+    dist.broadcast(told, src=0)
+    return int(told)
+
+
 def _loader(task: Task, place: Place) -> Loader:
     config = task.config
-    index = load_index(config.data.uri)
+    index = patiently(lambda: load_index(config.data.uri))
     if index.digest != task.data_digest:
         raise DamageError(f"{config.data.uri}: its index changed since the job began; start the job again")
     return Loader(config.data, index, config.seed, config.global_batch, place.rank, place.world)

@@ -7,7 +7,7 @@ from pipeline.store import StoreUnreachable, patience, patiently
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "PAUSE_SECONDS", 0.01)
 
 
 def test_an_outage_is_waited_for() -> None:
