@@ -64,6 +64,7 @@ def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:
 def summary(result: GenerationResult) -> list[str]:
     """The end of a generation, a line a fact."""
     lines = [f"{result.status}: {result.count:,} images in {result.num_shards:,} shards at {result.output}"]
+    lines += [f"shared   with {job}" for job in result.company]
     if result.reason:
         lines.append(f"reason   {result.reason}")
     if result.shards_made:

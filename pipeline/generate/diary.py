@@ -50,6 +50,7 @@ class Diary:
             config_yaml=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
             description=_description(config, spec),
             color=track.color,
+            reopen_finished=True,  # a larger count, or a loss made good, goes on in the same run
         )
         if model.version is not None:
             link_model(self._run.run_id, resolve(f"{model.name}/{model.version}"))

@@ -1,5 +1,6 @@
 """The end of a generation: pictures, report, manifest, and then the sweeping up."""
 
+from pipeline.generate.claim import clear_claims
 from pipeline.generate.contact import grid, png
 from pipeline.generate.gallery import labels_of, pictures, rows_of
 from pipeline.generate.heartbeat import JOBS_PREFIX, clear_heartbeats
@@ -29,9 +30,13 @@ def publish(
 
 
 def sweep(store: Store, spec: Spec) -> None:
-    """Delete the tails of earlier, smaller counts, then the jobs' heartbeats. Only ever after the manifest."""
+    """Delete the tails of earlier, smaller counts, claims of jobs that died, then the jobs' heartbeats.
+
+    Only ever after the manifest.
+    """
     for key in survey(store, spec).superseded:
         store.delete(key)
+    clear_claims(store)
     clear_heartbeats(store)
 
 

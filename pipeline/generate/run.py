@@ -12,6 +12,7 @@ from pipeline.config.generate import GenerateConfig
 from pipeline.evaluate.networks import open_network
 from pipeline.generate import heartbeat as beats
 from pipeline.generate.board import UnderWay
+from pipeline.generate.claim import claim
 from pipeline.generate.cluster import Crew, Stream, hire, require_room
 from pipeline.generate.diary import Diary, require_tracking
 from pipeline.generate.finish import publish, tidy
@@ -21,7 +22,15 @@ from pipeline.generate.maker import reference
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.model import FoundModel, find_model
 from pipeline.generate.plan import num_shards, shard
-from pipeline.generate.spec import SPEC_KEY, Spec, check_prefix, make_spec, pretty, read_spec
+from pipeline.generate.spec import (
+    SPEC_KEY,
+    Spec,
+    check_prefix,
+    make_spec,
+    pretty,
+    read_spec,
+    require_extension,
+)
 from pipeline.generate.worker import Outcome, WorkOrder
 from pipeline.store import Store, StoreUnreachable, open_store, patiently
 
@@ -59,6 +68,8 @@ class GenerationResult:
     reason: str | None = None
     """What the guard said."""
     run_url: str | None = None
+    company: tuple[str, ...] = ()
+    """Other jobs that were at work on the same generation when this one began, and shared it."""
 
     @property
     def images_per_second(self) -> float:
@@ -102,9 +113,12 @@ def generate(
         open_network(config.features, "")  # what is wrong with it is said now
     with cluster():
         require_room(config)
-        diary = Diary(config, spec, model)
-        if there is None or there.count != spec.count:
+        if there is None:
+            there = claim(store, spec)
+            require_extension(store, there, spec)
+        if there.count != spec.count:
             store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
+        diary = Diary(config, spec, model)
         job = Job(config, spec, model, store, diary, progress, stop or threading.Event(), began)
         return job.run()
 
@@ -140,12 +154,17 @@ class Job:
         self._images_before = 0
         self._errors: dict[int, str] = {}
         self._guard: str | None = None
+        self._company: tuple[str, ...] = ()
 
     def run(self) -> GenerationResult:
         """Work until complete, drained, stopped or out of attempts."""
         status: Status = "failed"
         try:
             beats.clear_heartbeats(self.store, only_ended=True)
+            self._company = tuple(
+                _introduced(beat) for beat in beats.read_heartbeats(self.store) if beat.alive
+            )
+            self._beat("running", [])
             status = self._work()
             return self._result(status)
         finally:
@@ -239,6 +258,7 @@ class Job:
         done = min(self.spec.count, self._images_before + self._images_made + inside)
         rate = (self._images_made + inside) / max(1e-9, time.monotonic() - self._began)
         notes = [f"{len(under_way)} shards under way"] + [f"{len(self._errors)} failed"] * bool(self._errors)
+        notes += [f"beside {' and '.join(self._company)}"] * bool(self._company)
         self._progress(done, self.spec.count, ", ".join(notes))
         self.diary.progress(done, rate, len(self._errors), len(under_way))
         if time.monotonic() >= self._next_beat:
@@ -249,6 +269,8 @@ class Job:
         latest = read_spec(self.store)
         if latest is not None and latest.count > self.spec.count:
             return "superseded"
+        if latest is None or latest.count < self.spec.count:  # a job of a smaller count spoke last
+            self.store.write(SPEC_KEY, pretty(self.spec.model_dump(mode="json")))
         manifest, sheet, report = publish(self.store, self.spec, self._harvest, self.model.card.class_names)
         self.diary.complete(manifest, sheet, report)
         self._progress(self.spec.count, self.spec.count, "complete")
@@ -287,4 +309,10 @@ class Job:
             failed={shard(self.spec, n).key: text for n, text in sorted(self._errors.items())},
             reason=self._guard,
             run_url=self.diary.url,
+            company=self._company,
         )
+
+
+def _introduced(beat: beats.Heartbeat) -> str:
+    """A job as a person may find it."""
+    return f"the job of {time.strftime('%F %T', time.gmtime(beat.began_at))}Z on {beat.host}"

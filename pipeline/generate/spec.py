@@ -14,6 +14,7 @@ from pipeline.nets.artifact import ModelCard
 from pipeline.store import ObjectMissing, Store
 
 SPEC_KEY = "spec.json"
+CLAIM_PREFIX = "claims/"
 
 
 class ModelIdentity(Settings):
@@ -209,7 +210,7 @@ def check_prefix(store: Store, spec: Spec) -> Spec | None:
     """
     there = read_spec(store)
     if there is None:
-        stranger = next(iter(store.list()), None)
+        stranger = next((info for info in store.list() if not info.key.startswith(CLAIM_PREFIX)), None)
         if stranger is None:
             return None
         # Another job may have claimed the prefix between the two requests: only a second look tells it from a stranger.
@@ -219,6 +220,12 @@ def check_prefix(store: Store, spec: Spec) -> Spec | None:
                 f"{store.uri}: holds {stranger.key} but no {SPEC_KEY}, so it is no generation; "
                 "choose an empty output prefix"
             )
+    require_extension(store, there, spec)
+    return there
+
+
+def require_extension(store: Store, there: Spec, spec: Spec) -> None:
+    """UserError unless `spec` is the one that stands at the prefix, or raises its count."""
     differing = differences(there, spec)
     if differing:
         raise UserError(
@@ -230,7 +237,6 @@ def check_prefix(store: Store, spec: Spec) -> Spec | None:
             f"{store.uri}: count is {there.count} there and can only be raised, not lowered to {spec.count}; "
             "choose another output prefix, or raise count"
         )
-    return there
 
 
 def differences(there: Spec, wanted: Spec) -> list[str]:

@@ -20,7 +20,7 @@ from pipeline.generate.pixels import Pixels, constant, decode, tally
 from pipeline.generate.plan import DONE_PREFIX, SHARD_PREFIX, Batch, Shard, classes_of, num_shards, shard
 from pipeline.generate.records import DoneRecord, read_record
 from pipeline.generate.report import CONTACT_KEY, REPORT_KEY
-from pipeline.generate.spec import SPEC_KEY, Spec, read_spec
+from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, read_spec
 from pipeline.store import ObjectMissing, Store, open_store
 
 MAX_PROBLEMS = 1000
@@ -158,13 +158,12 @@ def _check_listing(store: Store, spec: Spec, found: Survey, report: VerifyReport
 
 
 def _strangers(store: Store) -> Iterator[str]:
-    """Keys outside the layout. Steps over the large folders instead of listing them once more."""
+    """Keys outside the layout. Steps over the folders instead of listing them once more."""
+    folders = (CLAIM_PREFIX, DONE_PREFIX, JOBS_PREFIX, SHARD_PREFIX)
     after = ""
     while True:
         for info in store.list("", start_after=after):
-            inside = next(
-                (p for p in (DONE_PREFIX, SHARD_PREFIX, JOBS_PREFIX) if info.key.startswith(p)), None
-            )
+            inside = next((folder for folder in folders if info.key.startswith(folder)), None)
             if inside is not None:
                 after = inside[:-1] + "0"  # the character after '/'
                 break

@@ -1,0 +1,178 @@
+"""Jobs that claim one empty prefix at once agree on one spec, whatever the order of their requests and whoever dies."""
+
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import pipeline.generate.claim
+from pipeline.errors import DamageError, UserError
+from pipeline.generate.claim import claim, clear_claims
+from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, check_prefix, read_spec, require_extension
+from pipeline.store import FileStore, ObjectInfo, Store, open_store
+from tests.generate.tiny import plan_of, settings, tiny_model
+
+JOBS = 3
+
+
+class Died(Exception):  # noqa: N818 - it is no error here
+    """A job was killed."""
+
+
+class Turns:
+    """Lets one of several threads take a step at a time, in an order drawn by a seed."""
+
+    def __init__(self, seed: int, names: range) -> None:
+        self._chance = random.Random(seed)
+        self._living = set(names)
+        self._changed = threading.Condition()
+        self._turn = self._chance.choice(sorted(self._living))
+
+    def wait(self, name: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._turn == name, 30)
+
+    def next(self, ended: int | None = None) -> None:
+        with self._changed:
+            self._living.discard(-1 if ended is None else ended)
+            if self._living:
+                self._turn = self._chance.choice(sorted(self._living))
+            self._changed.notify_all()
+
+
+class Stepped(FileStore):
+    """Objects in memory; each request waits for its job's turn, and may be the job's last."""
+
+    def __init__(self, objects: dict[str, bytes], turns: Turns, job: int, dies_at: int | None) -> None:
+        super().__init__(Path("nowhere"))
+        self._objects, self._turns, self._job = objects, turns, job
+        self._left = dies_at
+
+    def _step(self) -> None:
+        self._turns.next()
+        self._turns.wait(self._job)
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                raise Died
+
+    def read(self, key: str) -> bytes:
+        self._step()
+        if key not in self._objects:
+            raise pipeline.generate.claim.ObjectMissing(key)
+        return self._objects[key]
+
+    def write(self, key: str, data: bytes) -> ObjectInfo:
+        self._step()
+        self._objects[key] = data
+        return ObjectInfo(key, len(data), "")
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
+        self._step()
+        return iter(
+            [ObjectInfo(k, len(v), "") for k, v in sorted(self._objects.items()) if k.startswith(prefix)]
+        )
+
+    def delete(self, key: str) -> None:
+        self._step()
+        self._objects.pop(key, None)
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> list[Spec]:
+    """Specs of different seeds."""
+    model = tiny_model(tmp_path_factory.mktemp("model"))
+    return [plan_of(settings(model, "file:///nowhere", seed=seed))[0] for seed in range(JOBS)]
+
+
+def _no_pause(seconds: float) -> None:
+    """What the turns decide needs no waiting for."""
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pauses: the turns decide."""
+    monkeypatch.setattr(pipeline.generate.claim.time, "sleep", _no_pause)
+
+
+def race(seed: int, specs: list[Spec], dying: dict[int, int]) -> tuple[list[Spec], dict[str, bytes]]:
+    """Claims of all jobs with their requests in an order drawn by `seed`; what the survivors were told."""
+    turns, objects = Turns(seed, range(JOBS)), dict[str, bytes]()
+
+    def job(number: int) -> Spec | None:
+        turns.wait(number)
+        try:
+            return claim(Stepped(objects, turns, number, dying.get(number)), specs[number])
+        except Died:
+            return None
+        finally:
+            turns.next(ended=number)
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        told = list(pool.map(job, range(JOBS)))
+    return [spec for spec in told if spec is not None], objects
+
+
+@pytest.mark.usefixtures("at_once")
+def test_all_are_told_of_the_same_spec_in_any_order_of_requests(specs: list[Spec]) -> None:
+    winners: set[int] = set()
+    for seed in range(150):
+        told, objects = race(seed, specs, {})
+        assert len(told) == JOBS
+        assert {spec.seed for spec in told} == {told[0].seed}
+        assert Spec.model_validate_json(objects[SPEC_KEY]) == told[0]
+        assert list(objects) == [SPEC_KEY]
+        winners.add(told[0].seed)
+    assert winners == set(range(JOBS))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_job_that_dies_at_any_request_holds_nobody_up_and_changes_nobodys_mind(specs: list[Spec]) -> None:
+    for seed in range(150):
+        chance = random.Random(seed)
+        dying = {job: chance.randrange(12) for job in chance.sample(range(JOBS), chance.randint(1, JOBS - 1))}
+        told, objects = race(seed, specs, dying)
+        assert len({spec.seed for spec in told}) == 1
+        assert Spec.model_validate_json(objects[SPEC_KEY]) == told[0]
+
+
+def test_what_dead_jobs_left_is_no_stranger_and_is_swept_up(specs: list[Spec], tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}/out")
+    store.write(f"{CLAIM_PREFIX}dead.json", b'{"round": 3}')
+    assert check_prefix(store, specs[0]) is None
+    assert claim(store, specs[0]) == specs[0]
+    clear_claims(store)
+    assert [info.key for info in store.list()] == [SPEC_KEY]
+    store.write(f"{CLAIM_PREFIX}x.json", b"{}")
+    with pytest.raises(DamageError, match=r"claims/x\.json: no claim"):
+        claim(store, specs[0])
+
+
+@pytest.mark.parametrize("kind", ["file", pytest.param("gateway", marks=pytest.mark.stack)])
+def test_of_different_jobs_at_an_empty_prefix_one_wins_and_the_others_are_refused(
+    kind: str, specs: list[Spec], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    base = f"file://{tmp_path}" if kind == "file" else request.getfixturevalue("prefix")
+    for turn in range(5):
+        store: Store = open_store(f"{base}/{turn}")
+        start = threading.Barrier(JOBS)
+
+        def job(spec: Spec, store: Store = store, start: threading.Barrier = start) -> str:
+            start.wait(30)
+            try:
+                require_extension(store, claim(store, spec), spec)
+            except UserError as error:
+                return str(error)
+            return "won"
+
+        with ThreadPoolExecutor(JOBS) as pool:
+            told = list(pool.map(job, specs))
+        assert told.count("won") == 1
+        stands = read_spec(store)
+        assert stands is not None
+        assert stands == specs[told.index("won")]
+        for number, said in enumerate(told):
+            assert said == "won" or f"(seed: {stands.seed} there, {number} asked for)" in said
