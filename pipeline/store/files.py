@@ -120,15 +120,20 @@ class FileStore(Store):
 
     def _publish(self, key: str, fill: Callable[[BinaryIO], None]) -> ObjectInfo:
         path = self.path(key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as file:
-                fill(file)
-                file.flush()
-                found = os.fstat(file.fileno())
-        except PermissionError as error:
-            raise UserError(f"{self.uri}/{key}: no permission to write ({error.strerror})") from None
-        return ObjectInfo(key, found.st_size, _tag(found))
+        while True:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_file(path) as file:
+                    fill(file)
+                    file.flush()
+                    found = os.fstat(file.fileno())
+                return ObjectInfo(key, found.st_size, _tag(found))
+            except PermissionError as error:
+                raise UserError(f"{self.uri}/{key}: no permission to write ({error.strerror})") from None
+            except FileNotFoundError:
+                if path.parent.is_dir():
+                    raise
+                # Another process deleted the directory's last object, and the directory with it: make it again.
 
 
 @contextlib.contextmanager

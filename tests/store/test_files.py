@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,4 +79,17 @@ def test_deleting_the_last_object_of_a_directory_removes_the_directory(tmp_path:
     store = FileStore(tmp_path / "root")
     store.write("a/b/c", b"1")
     store.delete("a/b/c")
+    assert os.listdir(tmp_path / "root") == []
+
+
+def test_a_directory_that_another_process_empties_meanwhile_is_made_again(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "root")
+
+    def come_and_go(name: int) -> None:
+        for _ in range(100):
+            store.write(f"a/b/{name}", b"1")
+            store.delete(f"a/b/{name}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(come_and_go, range(4)))
     assert os.listdir(tmp_path / "root") == []
