@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from pipeline.tally import count
+
 T = TypeVar("T")
 
 
@@ -41,4 +43,5 @@ def retrying(policy: RetryPolicy, may_retry: Callable[[Exception], bool], action
             failures += 1
             if failures >= policy.attempts or not may_retry(error):
                 raise
+            count("store_retries")
             time.sleep(policy.pause_seconds(failures))

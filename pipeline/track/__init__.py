@@ -4,10 +4,10 @@ The only package that speaks to MLflow, whose import (over a second) happens wit
 it.
 """
 
+from pipeline.redaction import redact
 from pipeline.track.connect import TrackingError, require_server, tracking_client, tracking_uri
 from pipeline.track.janitor import ClosedRun, close_stale_runs
 from pipeline.track.lineage import link_model, log_dataset, source_tags
-from pipeline.track.redaction import redact
 from pipeline.track.registry import (
     ModelVersion,
     delete_alias,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
-from pipeline.track.redaction import redact
+from pipeline.redaction import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

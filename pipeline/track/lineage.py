@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pipeline.redaction import redact
 from pipeline.track.connect import patient, tracking_client
-from pipeline.track.redaction import redact
 from pipeline.track.registry import ModelVersion
 from pipeline.track.run import set_tags
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DamageError, UserError
+from pipeline.redaction import redact
 from pipeline.track.connect import (
     long_transfers,
     patient,
@@ -24,7 +25,6 @@ from pipeline.track.connect import (
     tracking_uri,
 )
 from pipeline.track.packaging import MODEL_FOLDER, package
-from pipeline.track.redaction import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import UserError
+from pipeline.redaction import redact
 from pipeline.track.connect import (
     TrackingError,
     patient,
@@ -18,7 +19,6 @@ from pipeline.track.connect import (
     tracking_client,
     tracking_uri,
 )
-from pipeline.track.redaction import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

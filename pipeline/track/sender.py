@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.redaction import redact
 from pipeline.track.connect import is_denied, is_outage
 from pipeline.track.journal import Entry, Journal
-from pipeline.track.redaction import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

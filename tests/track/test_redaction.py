@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.track.redaction import MASK, redact, secret_values
+from pipeline.redaction import MASK, redact, secret_values
 
 AWS_ID = "AKIA" + "ABCDEFGHIJKLMNOP"
 

@@ -1,4 +1,4 @@
-"""Secrets never leave: what goes to the tracking server passes through here first."""
+"""Secrets never leave: what goes to the tracking server or into a log passes through here first."""
 
 import os
 import re

@@ -1,0 +1,108 @@
+"""How this program's processes log: warnings in words, or, with DDPM_LOG=json, every record as a line of JSON.
+
+A JSON line holds `time` (UTC), `level`, `logger`, `message`, and what is known of where it happened: `run`, `rank`,
+`step`, `shard`. Either way secrets are masked, tracebacks included.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import TracebackType
+
+from pipeline.redaction import redact
+
+FORM_VARIABLE = "DDPM_LOG"
+JSON = "json"
+_OWN = ("pipeline", "jobs", "infra")
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+# What is true of the whole process, and what is true of the thread that is at work.
+_process: dict[str, object] = {}
+_here: ContextVar[tuple[tuple[str, object], ...]] = ContextVar("log_context", default=())
+
+
+def as_json() -> bool:
+    """Whether this process logs JSON lines."""
+    return os.environ.get(FORM_VARIABLE) == JSON
+
+
+def name_process(**facts: object) -> None:
+    """Facts that every later record of this process carries, such as run=…, rank=…"""
+    _process.update(facts)
+
+
+@contextmanager
+def located(**facts: object) -> Generator[None]:
+    """Facts that the records of this thread carry inside the block, such as shard=…"""
+    token = _here.set((*_here.get(), *facts.items()))
+    try:
+        yield
+    finally:
+        _here.reset(token)
+
+
+def set_up_logging() -> None:
+    """Put this process's logs, and the traceback it may die with, into the asked form. May be called again."""
+    sys.excepthook = _report_death
+    if not as_json():
+        logging.lastResort = _Stderr(_Masked(), logging.WARNING)
+        return
+    root = logging.getLogger()
+    if not any(isinstance(handler, _Stderr) for handler in root.handlers):
+        root.addHandler(_Stderr(JsonLines(), logging.NOTSET))
+    for name in _OWN:
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON; `extra=` fields stand beside the rest."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        fields: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_process,
+            **dict(_here.get()),
+            **{key: value for key, value in vars(record).items() if key not in _STANDARD},
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(redact(fields), default=lambda value: redact(str(value)), ensure_ascii=False)
+
+
+class _Masked(logging.Formatter):
+    """The message alone, as `logging` shows warnings when nothing is set up, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+class _Stderr(logging.Handler):
+    """Writes to what `sys.stderr` is now, not to what it was when logging was set up."""
+
+    def __init__(self, formatter: logging.Formatter, level: int) -> None:
+        super().__init__(level)
+        self.setFormatter(formatter)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line; a record that cannot be told must not end the work it tells of."""
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            self.handleError(record)
+
+
+def _report_death(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if as_json() and issubclass(kind, Exception):
+        logging.getLogger("pipeline").critical("%s", error, exc_info=(kind, error, trace))
+    else:
+        print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
