@@ -33,18 +33,23 @@ def generate(
 
 @app.command(
     rich_help_panel=SAMPLES,
-    epilog=examples("ddpm verify s3://ddpm/samples/digits --regenerate 16"),
+    epilog=examples(
+        "ddpm verify s3://ddpm/samples/digits --regenerate 16",
+        "ddpm verify s3://ddpm/samples/of-a-folder --regenerate 16 --model ./cifar10",
+    ),
 )
 def verify(
     prefix: Annotated[str, typer.Argument(help="Output prefix of a generation.")],
     regenerate: Annotated[int, typer.Option(help="Sample this many again and compare bytes.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="The network, for --regenerate of one that came from a folder.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Recount, rehash and decode everything a generation says it made."""
-    from jobs.verify import main as run
+    from jobs.verify import run
 
-    flags = ["--json"] if json else []
-    end(lambda: run([prefix, "--regenerate", str(regenerate), *flags]))
+    end(lambda: run(prefix, regenerate, model, json))
 
 
 @app.command(

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from jobs.verify import main
 from pipeline.data.shards import read_shard, write_shard
 from pipeline.errors import UserError
@@ -209,8 +211,11 @@ def test_the_command_answers_with_its_exit_code(
     uri: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([uri, "--regenerate", "4", "--model", str(model)]) == 0
+    words = [uri, "--regenerate", "4", "--model", str(model)]
+    assert main(words) == 0
     assert "sound and complete" in capsys.readouterr().out
+    answer = CliRunner().invoke(app, ["verify", *words])
+    assert (answer.exit_code, "remade   4 samples" in answer.output) == (0, True)
     drop_a_sample(open_store(uri))
     assert main([uri, "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
