@@ -48,7 +48,8 @@ def located(**facts: object) -> Generator[None]:
 
 def set_up_logging() -> None:
     """Put this process's logs, and the traceback it may die with, into the asked form. May be called again."""
-    sys.excepthook = _report_death
+    if sys.excepthook is sys.__excepthook__:  # Ray has one of its own, which ends in the one it found
+        sys.excepthook = _report_death
     if not as_json():
         logging.lastResort = _Stderr(_Masked(), logging.WARNING)
         return

@@ -32,6 +32,8 @@ from pipeline.generate.spec import (
     require_extension,
 )
 from pipeline.generate.worker import Outcome, WorkOrder
+from pipeline.logs import name_process
+from pipeline.meters import Meters
 from pipeline.store import Store, StoreUnreachable, open_store, patiently
 
 _log = logging.getLogger(__name__)
@@ -143,6 +145,8 @@ class Job:
         self.store = store
         self.diary = diary
         self.stop = stop
+        self._meters = Meters("generate", spec.model.name)
+        name_process(run=f"{spec.model.name}-{spec.digest[:10]}")
         self._progress = progress
         self._began = began
         self._began_at = time.time()
@@ -242,6 +246,8 @@ class Job:
         number = outcome.shard
         if outcome.status == "done" and outcome.record is not None:
             self._errors.pop(number, None)
+            self._meters.add("ddpm_shards_done")
+            self._meters.add("ddpm_shards_retried", int(outcome.record.times.attempt > 1))
             if number not in self._made:
                 self._made.add(number)
                 self._images_made += outcome.record.count
@@ -249,6 +255,7 @@ class Job:
             data = reference(self.spec, self.model.card.data)
             self._guard = judge(self._harvest.tally, self.config.guards, data)
         elif outcome.status == "failed":
+            self._meters.add("ddpm_shards_failed")
             self._errors[number] = f"{outcome.error} (on {outcome.worker})"
         elif outcome.status == "guard":
             self._guard = outcome.error
@@ -260,6 +267,9 @@ class Job:
         notes = [f"{len(under_way)} shards under way"] + [f"{len(self._errors)} failed"] * bool(self._errors)
         notes += [f"beside {' and '.join(self._company)}"] * bool(self._company)
         self._progress(done, self.spec.count, ", ".join(notes))
+        self._meters.gauge("ddpm_images_done", done)
+        self._meters.gauge("ddpm_images_per_second", rate)
+        self._meters.add_tallied()
         self.diary.progress(done, rate, len(self._errors), len(under_way))
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + beats.EVERY_SECONDS

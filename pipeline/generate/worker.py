@@ -1,5 +1,6 @@
 """The body of a Ray actor that makes shards, and the row it answers with."""
 
+import logging
 import os
 import socket
 import time
@@ -25,6 +26,8 @@ from pipeline.generate.maker import Abandoned, ShardMaker
 from pipeline.generate.plan import shard
 from pipeline.generate.records import DoneRecord
 from pipeline.generate.spec import Spec
+from pipeline.logs import located, name_process, set_up_logging
+from pipeline.meters import Meters
 from pipeline.nets.artifact import ModelCard, build_model
 from pipeline.store import open_store
 
@@ -32,6 +35,7 @@ LONGEST_PAUSE_SECONDS = 30.0
 # A worker that dies may have been preempted, which says nothing about its shard; only a shard that is begun far
 # more often than it may fail is taken for the cause.
 DEATHS_PER_ATTEMPT = 5
+log = logging.getLogger(__name__)
 Rows = dict[str, npt.NDArray[Any]]
 
 
@@ -71,8 +75,11 @@ class SampleWorker:
 
     def __init__(self, order: WorkOrder, weights: list[Any], board: Any) -> None:
         """`weights`: a list of one reference to the weights' bytes; `board`: a handle of the Board actor."""
+        set_up_logging()
+        name_process(run=f"{order.spec.model.name}-{order.spec.digest[:10]}")
         self.order = order
         self.board = board
+        self._meters = Meters("generate", order.spec.model.name)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._failures = 0
         self._maker: ShardMaker | None = None
@@ -96,7 +103,11 @@ class SampleWorker:
         return {"outcome": np.array(outcomes, dtype=object)}
 
     def _attempt(self, number: int) -> Outcome:
-        outcome = self._outcome(number)
+        with located(shard=number):
+            outcome = self._outcome(number)
+            level = logging.INFO if outcome.status in ("done", "abandoned") else logging.WARNING
+            log.log(level, "shard %d: %s", number, outcome.error or outcome.status)
+        self._meters.add_tallied()
         if outcome.status == "failed":
             self._failures += 1
             time.sleep(min(2.0 ** (self._failures - 1), LONGEST_PAUSE_SECONDS))
