@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Settings
 from pipeline.config.data import DataConfig
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig, refuse_idle
 from pipeline.config.evaluate import GateConfig
 from pipeline.config.net import UNetConfig
 from pipeline.config.track import TrackConfig
@@ -38,19 +38,47 @@ class OptimizerConfig(Settings):
 class EMAConfig(Settings):
     """The averaged weights that sampling uses."""
 
+    kind: Literal["constant", "power"] = "constant"
+    """constant: DDPM's exponential average with one decay. power: averages whose length grows with the training (Karras
+    et al. 2024, EDM2, section 3.1), as many at once as there are `widths`."""
     decay: float = Field(default=0.9999, ge=0, lt=1)
-    """Decay per step of the exponential moving average."""
+    """Decay per step of the "constant" average."""
     warmup: bool = True
-    """Start with a shorter average, or early samples show the random initial weights."""
+    """Start the "constant" average shorter, or early samples show the random initial weights."""
+    widths: tuple[Annotated[float, Field(ge=0.001, le=0.28)], ...] = Field(default=(0.05, 0.10), min_length=1)
+    """Lengths of the "power" averages, relative to the training so far (sigma_rel; EDM2's pair). A checkpoint holds
+    them all; samples, eval/loss and the exported model are of the first."""
+
+    @model_validator(mode="after")
+    def _only_settings_that_act(self) -> Self:
+        idle = ("widths",) if self.kind == "constant" else ("decay", "warmup")
+        refuse_idle(self, idle, f'for kind "{self.kind}"')
+        if len({round(width, 3) for width in self.widths}) != len(self.widths):
+            raise ValueError("widths must differ in their first three decimals, which name them")
+        return self
 
 
 class CheckpointConfig(Settings):
-    """When the whole training state is written to the store."""
+    """When the whole training state is written to the store, and how long it stays there."""
 
     every_steps: int = Field(default=1000, ge=1)
     """Steps between checkpoints."""
     keep_last: int = Field(default=3, ge=1)
     """Older checkpoints are deleted once this many newer, whole ones exist."""
+    keep_best: int = Field(default=1, ge=0)
+    """This many with the lowest eval/loss are kept however old they are."""
+    eval_samples: int = Field(default=256, ge=0, le=1_000_000)
+    """Samples in eval/loss, the loss of the averaged weights at every checkpoint: always the same samples, noise and
+    timesteps. 0 = not measured, and no checkpoint is the best."""
+    log_model_every: int | None = Field(default=None, ge=1)
+    """Every so many checkpoints the averaged weights become a logged model, which the run page lists and MLflow can
+    load. None = only those of the model that is registered in the end."""
+
+    @model_validator(mode="after")
+    def _only_settings_that_act(self) -> Self:
+        if self.eval_samples == 0:
+            refuse_idle(self, ("keep_best",), "while eval_samples is 0")
+        return self
 
 
 class GridConfig(Settings):
@@ -80,7 +108,9 @@ class WorkerConfig(Settings):
     max_failures: int = Field(default=3, ge=0)
     """Lost worker groups that are replaced before the job gives up."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Samples a forward pass; the rest of a worker's share is accumulated. None = the whole share at once."""
+    """Samples a forward pass; the rest of a worker's share is accumulated. None = as many as a worker's memory holds by
+    estimate: of its device, or of its cores' part of the machine. Another size rounds sums otherwise, so weights are
+    bit-identical on like hardware only, unless it is given."""
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -121,6 +151,10 @@ class TrainConfig(Settings):
     """Optimiser steps."""
     global_batch: int = Field(default=128, ge=1)
     """Samples a step, over all workers. Does not change with their number."""
+    init_from: str | None = None
+    """Fine-tuning: the weights to begin with. A registered model (`name@alias`, `name/3`), or a directory written by
+    `ddpm export` or diffusers; network, schedule and target must be those of this training. None = drawn from `seed`.
+    An alias means what it means when the command is started; write a version to be able to go on later."""
     seed: int = Field(default=0, ge=0)
     """Names the initial weights, the order of the samples, timesteps, noise, flips and dropout."""
     label_drop: float = Field(default=0.0, ge=0, le=1)
@@ -163,22 +197,26 @@ class TrainConfig(Settings):
             )
         return self
 
-    def identity(self, data_digest: str) -> dict[str, Any]:
+    def identity(self, data_digest: str, init_sha256: str | None = None) -> dict[str, Any]:
         """Everything that determines the weights, as plain data.
 
-        The number of steps is not in it when the learning rate does not depend on it: raising it then
-        continues the same training.
+        init_sha256: of the weights that `init_from` names. The number of steps is not in it when the learning rate
+        does not depend on it: raising it then continues the same training.
         """
         fields = self.model_dump(mode="json", exclude=_OPERATION)
         order = {"window_shards": self.data.window_shards, "flip": self.data.flip, "crop": self.data.crop}
         fields["data"] = {"digest": data_digest, **order}
+        acting = {"decay", "warmup"} if self.ema.kind == "constant" else {"kind", "widths"}
+        fields["ema"] = self.ema.model_dump(mode="json", include=acting)
+        if init_sha256 is not None:
+            fields["init"] = init_sha256
         if self.optimizer.decay == "none":
             del fields["steps"]
         return fields
 
-    def digest(self, data_digest: str) -> str:
+    def digest(self, data_digest: str, init_sha256: str | None = None) -> str:
         """Name of the training: 12 hex digits of the SHA-256 of its identity."""
-        text = json.dumps(self.identity(data_digest), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self.identity(data_digest, init_sha256), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -193,5 +231,6 @@ _OPERATION = {
     "gate",
     "log_every_steps",
     "compile",
+    "init_from",
 }
 """Settings of how the work is carried out; they do not change which training it is."""

@@ -10,20 +10,21 @@ are passed over for the one before, with a warning.
 import hashlib
 import json
 import logging
+import math
 import tempfile
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.config.base import Settings
+from pipeline.config.document import parse_document
 from pipeline.errors import DamageError
 from pipeline.store import ObjectMissing, Store, patiently
 
@@ -44,6 +45,8 @@ class Record(Settings):
     """Of state.safetensors."""
     identity: str
     """Digest of the training it belongs to."""
+    eval_loss: float | None = None
+    """eval/loss of its averaged weights; None where that was not measured, or was not finite."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,16 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
-def save_checkpoint(store: Store, step: int, tensors: Mapping[str, Tensor], identity: str) -> Record:
+def save_checkpoint(
+    store: Store, step: int, tensors: Mapping[str, Tensor], identity: str, eval_loss: float | None = None
+) -> Record:
     """Write a checkpoint: the state first, its record last."""
     with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
         file = Path(folder) / STATE
         save_file(dict(tensors), file)
         digest, size = _sha256(file)
-        record = Record(step=step, sha256=digest, size_bytes=size, identity=identity)
+        ranked = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
+        record = Record(step=step, sha256=digest, size_bytes=size, identity=identity, eval_loss=ranked)
         store.upload(_key(step, STATE), file)
     store.write(_key(step, RECORD), json.dumps(record.model_dump()).encode())
     return record
@@ -68,12 +74,7 @@ def save_checkpoint(store: Store, step: int, tensors: Mapping[str, Tensor], iden
 
 def load_checkpoint(store: Store, step: int) -> Checkpoint:
     """Read one checkpoint. Raises DamageError when it is not what its record says, ObjectMissing when absent."""
-    where = f"{store.uri}/{_key(step, RECORD)}"
-    try:
-        content: Any = json.loads(store.read(_key(step, RECORD)))
-        record = Record.model_validate(content)
-    except (ValueError, ValidationError) as error:
-        raise DamageError(f"{where}: not a checkpoint record ({' '.join(str(error).split())})") from None
+    record = load_record(store, step)
     with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
         file = Path(folder) / STATE
         store.download(_key(step, STATE), file)
@@ -86,6 +87,12 @@ def load_checkpoint(store: Store, step: int) -> Checkpoint:
             return Checkpoint(record, load_file(file))
         except SafetensorError as error:
             raise DamageError(f"{store.uri}/{_key(step, STATE)}: not safetensors ({error})") from None
+
+
+def load_record(store: Store, step: int) -> Record:
+    """The record of one checkpoint. Raises DamageError when it is none, ObjectMissing when absent."""
+    key = _key(step, RECORD)
+    return parse_document(Record, store.read(key), f"{store.uri}/{key}", "a checkpoint record")
 
 
 def finished_steps(store: Store) -> list[int]:
@@ -109,13 +116,28 @@ def checkpoint_uri(store: Store, step: int) -> str:
     return f"{store.uri.rstrip('/')}/{FOLDER}{step:012d}"
 
 
-def prune_checkpoints(store: Store, keep_last: int, spared: Collection[str] = ()) -> None:
-    """Delete all but the newest `keep_last` finished checkpoints, record first, so none is ever half there.
+def best_steps(store: Store, count: int) -> list[int]:
+    """Steps of the `count` checkpoints with the lowest eval/loss, best first; of equal ones the newer."""
+    ranked: list[tuple[float, int]] = []
+    for step in finished_steps(store) if count else ():
+        try:
+            loss = load_record(store, step).eval_loss
+        except (DamageError, ObjectMissing):
+            continue  # whoever wants to begin with it is warned; it is no candidate
+        if loss is not None:
+            ranked.append((loss, -step))
+    return [-step for _, step in sorted(ranked)[:count]]
+
+
+def prune_checkpoints(store: Store, keep_last: int, spared: Collection[str] = (), keep_best: int = 0) -> None:
+    """Delete all but the newest `keep_last` and the best `keep_best` finished checkpoints, record first, so none is
+    ever half there.
 
     `spared`: URIs of checkpoints that registered models were cut from; they stay.
     """
+    best = best_steps(store, keep_best)
     for step in finished_steps(store)[:-keep_last]:
-        if checkpoint_uri(store, step) in spared:
+        if step in best or checkpoint_uri(store, step) in spared:
             continue
         store.delete(_key(step, RECORD))
         store.delete(_key(step, STATE))
@@ -128,16 +150,23 @@ class CheckpointWriter:
     minutes before it gives up.
     """
 
-    def __init__(self, store: Store, identity: str, keep_last: int, spared: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        store: Store,
+        identity: str,
+        keep_last: int,
+        spared: Collection[str] = (),
+        keep_best: int = 0,
+    ) -> None:
         """`spared`: URIs of checkpoints that are kept however old they are."""
         self._store = store
         self._spared = spared
         self._identity = identity
-        self._keep_last = keep_last
+        self._keep_last, self._keep_best = keep_last, keep_best
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def submit(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+    def submit(self, step: int, tensors: Mapping[str, Tensor], eval_loss: float | None = None) -> None:
         """Copy the tensors and return; waits only for a checkpoint still being written. Raises its error."""
         self.wait()
         staged = {
@@ -146,7 +175,7 @@ class CheckpointWriter:
             for name, tensor in tensors.items()
         }
         self._thread = threading.Thread(
-            target=self._write, args=(step, staged), name="checkpoint", daemon=True
+            target=self._write, args=(step, staged, eval_loss), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -159,10 +188,10 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensor], eval_loss: float | None) -> None:
         try:
-            patiently(lambda: save_checkpoint(self._store, step, tensors, self._identity))
-            patiently(lambda: prune_checkpoints(self._store, self._keep_last, self._spared))
+            patiently(lambda: save_checkpoint(self._store, step, tensors, self._identity, eval_loss))
+            patiently(lambda: prune_checkpoints(self._store, self._keep_last, self._spared, self._keep_best))
         except Exception as error:  # noqa: BLE001  (handed to the training thread, which raises it)
             self._error = error
 

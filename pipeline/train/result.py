@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.train import TrainConfig
 from pipeline.nets.artifact import ImageShape, ModelCard, TrainingData, TrainingInfo, WeightsInfo, save_model
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.prepare import Plan
@@ -12,17 +11,16 @@ from pipeline.train.state import initial_state
 
 
 def export_model(plan: Plan, checkpoint: Checkpoint, run_id: str | None, folder: Path) -> ModelCard:
-    """Write the averaged weights of a checkpoint, and their card, into `folder`."""
+    """Write the averaged weights of a checkpoint (the first average, if it has several) and their card to `folder`."""
     config = plan.config
     state = initial_state(config, torch.device("cpu"))
     state.load(checkpoint.record.step, checkpoint.tensors)
-    return save_model(
-        folder, state.averaged().state_dict(), _card(config, plan, checkpoint.record.step, run_id)
-    )
+    card = _card(plan, state.ema.tracks[0], checkpoint.record.step, run_id)
+    return save_model(folder, state.averaged().state_dict(), card)
 
 
-def _card(config: TrainConfig, plan: Plan, step: int, run_id: str | None) -> ModelCard:
-    index = plan.index
+def _card(plan: Plan, kind: str, step: int, run_id: str | None) -> ModelCard:
+    config, index = plan.config, plan.index
     return ModelCard(
         net=config.net,
         schedule=config.schedule,
@@ -34,6 +32,6 @@ def _card(config: TrainConfig, plan: Plan, step: int, run_id: str | None) -> Mod
             channel_mean=None if index.channel_mean is None else tuple(index.channel_mean),
             channel_std=None if index.channel_std is None else tuple(index.channel_std),
         ),
-        weights=WeightsInfo(kind="ema"),
+        weights=WeightsInfo(kind=kind),
         training=TrainingInfo(step=step, run_id=run_id),
     )

@@ -1,13 +1,17 @@
 """A training from one step to another: takes the steps, and at their marks logs, draws, saves and asks to go on."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
 
 from pipeline.data import Loader
+from pipeline.logs import name_process
+from pipeline.meters import Meters
 from pipeline.train.checkpoint import CheckpointWriter
 from pipeline.train.diary import Diary
+from pipeline.train.evaluation import FixedEvaluation
 from pipeline.train.feed import patient_batches
 from pipeline.train.grid import draw_grid
 from pipeline.train.loop import Trainer
@@ -19,7 +23,17 @@ from pipeline.train.window import Window
 OnProgress = Callable[[int, int, str], None]
 """Hears (finished steps, all steps, a short text)."""
 
+log = logging.getLogger(__name__)
+
 GRID = "samples"
+METERED = {
+    "ddpm_images_per_second": "perf/images_per_s",
+    "ddpm_step_seconds": "perf/step_seconds",
+    "ddpm_data_wait_share": "perf/data_wait_share",
+    "ddpm_loss": "train/loss",
+}
+"""Points of charts that Prometheus is told, too."""
+EVAL_LOSS = "eval/loss"
 
 
 class Driver(Protocol):
@@ -50,6 +64,8 @@ class Session:
         self._driver = driver
         self._window = Window(trainer.schedule.T, trainer.device)
         self._vote = StopVote()
+        self._meters = Meters("train", trainer.config.name)
+        self._evaluation: FixedEvaluation | None = None
 
     def run(self, loader: Loader, tensors: Mapping[str, Tensor]) -> None:
         """Take the steps that are left; ends early, with a checkpoint, when the driver asks.
@@ -60,10 +76,12 @@ class Session:
         self._window.load(tensors, leads=self._driver is not None)
         if self._driver is not None:
             self._driver.tell(state.step, "")
+            self._evaluation = FixedEvaluation(self._trainer, loader.config, loader.index)
         if state.step == 0:
             self._draw()
         batches = patient_batches(loader, state.step, config.steps)
         for step in self._trainer.steps(state, batches, self._window):
+            name_process(step=step)
             last = step == config.steps
             stopping = (
                 self._vote.decide(self._driver is not None and self._driver.asks_to_stop()) and not last
@@ -75,8 +93,10 @@ class Session:
                 self._window.reduce()
             if last or step % config.grid.every_steps == 0:
                 self._draw()
-            if last or stopping or step % config.checkpoint.every_steps == 0:
-                self._save({} if window_ends else self._window.tensors())
+            marked = last or step % config.checkpoint.every_steps == 0
+            if marked or stopping:
+                # a stop in between is no mark: an undisturbed training would have no such point
+                self._save({} if window_ends else self._window.tensors(), evaluate=marked)
             if stopping:
                 break
         self._writer.wait()
@@ -87,12 +107,17 @@ class Session:
         metrics = self._window.metrics(config.global_batch)
         metrics["train/lr"] = learning_rate(config.optimizer, step - 1, config.steps)
         self._window.reset()
+        self._meters.add_tallied()
         if self._driver is None:
             return
         # the first point of a training would flatten every chart: the loss falls from 1, caches are cold
         if step > config.log_every_steps or step == config.steps:
             self._diary.metrics(step, metrics)
         speed = f"{metrics['perf/images_per_s']:,.0f} images/s"
+        for meter, chart in METERED.items():
+            self._meters.gauge(meter, metrics[chart])
+        self._meters.gauge("ddpm_step", step)
+        log.info("loss %.4f, %s", metrics["train/loss"], speed)
         self._driver.tell(step, f"loss {metrics['train/loss']:.4f}  {speed}")
 
     def _draw(self) -> None:
@@ -102,7 +127,11 @@ class Session:
             if self._state.step == self._trainer.config.steps:
                 self._diary.final_image(grid)
 
-    def _save(self, window: Mapping[str, Tensor]) -> None:
-        if self._driver is not None:
-            tensors = self._state.tensors() | self._diary.tensors() | dict(window)
-            self._writer.submit(self._state.step, tensors)
+    def _save(self, window: Mapping[str, Tensor], evaluate: bool) -> None:
+        if self._driver is None:
+            return
+        loss = self._evaluation.loss(self._state) if evaluate and self._evaluation is not None else None
+        if loss is not None:
+            self._diary.metrics(self._state.step, {EVAL_LOSS: loss})
+        tensors = self._state.tensors() | self._diary.tensors() | dict(window)
+        self._writer.submit(self._state.step, tensors, loss)

@@ -5,28 +5,30 @@ future depends on.
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.train import OptimizerConfig, TrainConfig
-from pipeline.nets import ConstantEMA, UNet, seeded_init
+from pipeline.config.train import EMAConfig, OptimizerConfig, TrainConfig
+from pipeline.nets import ConstantEMA, PowerEMA, UNet, WeightAverage, seeded_init
 
 
 @dataclass
 class TrainState:
-    """Network, its average, the optimiser, and the count of finished steps."""
+    """Network, its averages, the optimiser, and the count of finished steps."""
 
     net: UNet
-    ema: ConstantEMA
+    ema: WeightAverage
+    """The averages; the first of them is what samples, eval/loss and the exported model are of."""
     optimizer: torch.optim.Optimizer
     step: int = 0
     skipped_steps: int = 0
     """Steps whose gradient was not finite, in this process's life."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name: `net/…`, `ema/…`, `optimizer/<parameter>/<quantity>`. Not copies."""
+        """Every tensor by name: `net/…`, `ema/<average>/…`, `optimizer/<parameter>/<quantity>`. Not copies."""
         out = {f"net/{name}": value for name, value in self.net.state_dict().items()}
         out |= {f"ema/{name}": value for name, value in self.ema.state_dict().items()}
         for name, parameter in self.net.named_parameters():
@@ -52,18 +54,29 @@ class TrainState:
         self.step = step
 
     def averaged(self) -> UNet:
-        """A network of its own with the averaged weights, for sampling; this one is left as it is."""
+        """A network of its own with the first average's weights, for sampling; this one is left as it is."""
         net = copy.deepcopy(self.net)
         self.ema.copy_to(net)
         return net.eval()
 
 
-def initial_state(config: TrainConfig, device: torch.device) -> TrainState:
-    """The state before the first step, a pure function of the settings."""
-    net = seeded_init(config.net, config.seed).to(device)
+def initial_state(
+    config: TrainConfig, device: torch.device, weights: Mapping[str, Tensor] | None = None
+) -> TrainState:
+    """The state before the first step, a pure function of the settings and, in fine-tuning, of `weights`."""
+    net = seeded_init(config.net, config.seed)
+    if weights is not None:
+        net.load_state_dict(weights)
+    net.to(device)
     net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks this form
-    ema = ConstantEMA(net, config.ema.decay, warmup=config.ema.warmup)
-    return TrainState(net, ema, make_optimizer(net, config.optimizer))
+    return TrainState(net, make_average(net, config.ema), make_optimizer(net, config.optimizer))
+
+
+def make_average(net: nn.Module, config: EMAConfig) -> WeightAverage:
+    """The averages that the settings ask for, beginning with the weights of `net`."""
+    if config.kind == "power":
+        return PowerEMA(net, config.widths)
+    return ConstantEMA(net, config.decay, warmup=config.warmup)
 
 
 def make_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

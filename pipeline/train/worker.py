@@ -12,6 +12,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.data import Batch, Loader, load_index
 from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import DamageError
+from pipeline.logs import name_process
 from pipeline.store import Store, open_store, patiently
 from pipeline.train.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint, load_checkpoint
 from pipeline.train.diary import Diary
@@ -53,6 +54,7 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
     Raises DamageError for data that is not what the driver saw, NonFiniteError for a training gone wrong.
     """
     config = task.config
+    name_process(run=config.name, rank=place.rank)
     store = open_store(task.run_uri)
     state = initial_state(config, place.device)
     diary = Diary(task.tracking_uri, task.run_id if place.rank == 0 else None, config.track)
@@ -69,7 +71,8 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
     )
     with diary, closing(_loader(task, place)) as loader:
         _prime(trainer, state, place)
-        writer = CheckpointWriter(store, task.identity, config.checkpoint.keep_last, task.spared)
+        kept = config.checkpoint
+        writer = CheckpointWriter(store, task.identity, kept.keep_last, task.spared, kept.keep_best)
         tensors = checkpoint.tensors if checkpoint is not None else {}
         Session(trainer, state, diary, writer, driver).run(loader, tensors)
 
