@@ -12,6 +12,7 @@ from typing import Any
 
 from infra.local import check_ray
 from pipeline.errors import UserError
+from pipeline.logs import FORM_VARIABLE, as_json
 
 # What workers must know to reach the same services. No keys: Ray shows a job's settings to whoever sees the
 # dashboard, so a cluster's nodes have keys of their own (the local stack's head does).
@@ -22,6 +23,7 @@ SHARED_VARIABLES = (
     "AWS_REQUEST_CHECKSUM_CALCULATION",
     "AWS_RESPONSE_CHECKSUM_VALIDATION",
     "DDPM_ROOT",
+    FORM_VARIABLE,
     "MLFLOW_TRACKING_URI",
 )
 
@@ -45,7 +47,8 @@ def ray_cluster() -> Generator[None]:
             address=address,
             runtime_env=_environment(),
             logging_level=logging.WARNING,
-            log_to_driver=True,
+            # workers' lines would come with Ray's own prefix; as JSON they lie in Ray's log folder on each node
+            log_to_driver=not as_json(),
         )
     except (ConnectionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -1,6 +1,7 @@
 """Progress with rate and time left: a bar for people, lines for logs, JSON lines for a client with its own bar."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -12,6 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from pipeline.logs import as_json
+
+log = logging.getLogger(__name__)
 MODE_VARIABLE = "DDPM_PROGRESS"
 MARK = "::progress "
 LINE_EVERY_SECONDS = 5.0
@@ -45,6 +49,8 @@ def progress_of(what: str, unit: str = "") -> Generator[Progress]:
     """A reporter fitting the place it is used in: terminal, log file, or behind `ddpm submit`."""
     if os.environ.get(MODE_VARIABLE) == "json":
         yield _json_lines(what, unit)
+    elif as_json():
+        yield _records(what, unit)
     elif sys.stderr.isatty():
         with _bar(what, unit) as report:
             yield report
@@ -91,6 +97,18 @@ def _json_lines(what: str, unit: str) -> Progress:
         if due(done, total):
             fact = {"what": what, "unit": unit, "done": done, "total": total, "note": note}
             print(MARK + json.dumps(fact), flush=True)
+
+    return report
+
+
+def _records(what: str, unit: str) -> Progress:
+    rate, due = Rate(), _Due(LINE_EVERY_SECONDS)
+
+    def report(done: int, total: int, note: str = "") -> None:
+        speed, left = rate.measure(done, total)
+        if due(done, total):
+            fields = {"what": what, "unit": unit, "done": done, "total": total, "per_second": round(speed, 3)}
+            log.info(progress_line(what, unit, done, total, speed, left, note), extra=fields)
 
     return report
 

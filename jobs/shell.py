@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from jobs.sections import SECTIONS
 from pipeline.config.base import Settings
 from pipeline.config.load import load_settings
 from pipeline.errors import DamageError, UserError, WorkFailed
+from pipeline.logs import as_json, set_up_logging
+from pipeline.redaction import redact
 from pipeline.track import TrackingError
 
+log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Settings)
 
 DONE, FAILED, REFUSED = 0, 1, 2
@@ -96,14 +100,23 @@ def use_running_stack() -> None:
 
 def guarded(work: Callable[[], int]) -> int:
     """Run `work`; a UserError becomes one line and exit code 2, damage or a lost MLflow one line and exit code 1."""
+    set_up_logging()
     try:
         return work()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain("error", error)
         return REFUSED
     except (DamageError, TrackingError, WorkFailed) as error:
-        print(f"failed: {error}", file=sys.stderr)
+        _complain("failed", error)
         return FAILED
+
+
+def _complain(kind: str, error: Exception) -> None:
+    """Say in one line what ended a job, without the secrets that an address may hold."""
+    if as_json():
+        log.error("%s: %s", kind, error)
+    else:
+        print(f"{kind}: {redact(str(error))}", file=sys.stderr)
 
 
 def run_job(section: str, model: type[S], run: Callable[[S, Progress], int], call: Call, *, unit: str) -> int:

@@ -1,9 +1,13 @@
 """`ddpm`: the command line over the jobs and the local stack. A module for each heading of `ddpm --help`."""
 
+import os
+from typing import Annotated
+
 import typer
 
 from jobs.cli import cluster, data, machine, models, nights, samples
 from jobs.shell import DONE, REFUSED, guarded, use_running_stack
+from pipeline.logs import FORM_VARIABLE, JSON
 
 app = typer.Typer(
     name="ddpm",
@@ -15,6 +19,18 @@ app = typer.Typer(
 )
 for _part in (data, models, samples, nights, cluster, machine):
     app.add_typer(_part.app)
+
+
+@app.callback()
+def options(
+    log_json: Annotated[
+        bool,
+        typer.Option("--log-json", help=f"Log and report progress as JSON lines ({FORM_VARIABLE}={JSON})."),
+    ] = False,
+) -> None:
+    """Options that every command knows; they stand before its name."""
+    if log_json:
+        os.environ[FORM_VARIABLE] = JSON
 
 
 def main() -> None:
