@@ -1,7 +1,20 @@
 """The kinds of failure a person meets."""
 
+import re
 
-class UserError(Exception):
+MOST_CHARACTERS = 1500
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+
+
+class OneLineError(Exception):
+    """A failure told in one line, whatever the names in it hold; a terminal obeys none of them."""
+
+    def __init__(self, message: str) -> None:
+        line = _CONTROL.sub(" ", message).strip()
+        super().__init__(line if len(line) <= MOST_CHARACTERS else line[:MOST_CHARACTERS] + "…")
+
+
+class UserError(OneLineError):
     """What a user can put right; raised before work starts.
 
     The message is one line: it names the field, file or object, says what is wrong with it, and what to do.
@@ -9,14 +22,14 @@ class UserError(Exception):
     """
 
 
-class DamageError(Exception):
+class DamageError(OneLineError):
     """Stored bytes that are not what their record says: a torn shard, a wrong hash, a missing member.
 
     The message names the object, the place in it (member, offset) and the cause.
     """
 
 
-class WorkFailed(Exception):  # noqa: N818 - what happened is the name
+class WorkFailed(OneLineError):  # noqa: N818 - what happened is the name
     """What went wrong after work had begun and is neither the user's nor the data's: a lost cluster, a divergence.
 
     The message is one line that says what to do; the command line prints it and exits with code 1.

@@ -13,36 +13,36 @@ class UNetConfig(Settings):
     """A U-Net over square images. Two configs with the same digest are the same function of the same
     weights."""
 
-    image_size: Annotated[int, Field(ge=1)] = 32
+    image_size: Annotated[int, Field(ge=1, le=8192)] = 32
     """Height and width in pixels."""
-    in_channels: Annotated[int, Field(ge=1)] = 3
+    in_channels: Annotated[int, Field(ge=1, le=4096)] = 3
     """Channels of the image."""
-    out_channels: Annotated[int, Field(ge=1)] = 3
+    out_channels: Annotated[int, Field(ge=1, le=4096)] = 3
     """Channels of the prediction: those of the image, or twice as many when the variance is learned too."""
-    base_channels: Annotated[int, Field(ge=2, multiple_of=2)] = 128
+    base_channels: Annotated[int, Field(ge=2, le=8192, multiple_of=2)] = 128
     """Width that the multipliers scale; also the size of the timestep's sinusoidal embedding."""
-    multipliers: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
+    multipliers: Annotated[tuple[Annotated[float, Field(gt=0, le=64)], ...], Field(min_length=1)] = (
         1.0,
         2.0,
         2.0,
         2.0,
     )
     """Width of each level over `base_channels`, finest first; each level halves the resolution."""
-    num_res_blocks: Annotated[int, Field(ge=1)] = 2
+    num_res_blocks: Annotated[int, Field(ge=1, le=64)] = 2
     """Residual blocks a level on the way down; the way up has one more."""
     attention_resolutions: tuple[int, ...] = (16,)
     """Resolutions in pixels whose residual blocks are followed by self-attention."""
     mid_attention: bool = True
     """Self-attention between the two residual blocks of the coarsest level."""
-    num_heads: Annotated[int, Field(ge=1)] = 1
+    num_heads: Annotated[int, Field(ge=1, le=1024)] = 1
     """Attention heads; DDPM has one. Superseded by `head_dim`."""
-    head_dim: Annotated[int, Field(ge=1)] | None = None
+    head_dim: Annotated[int, Field(ge=1, le=8192)] | None = None
     """Channels a head (guided diffusion: 64), the number of heads following from the width; None:
     `num_heads`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of zeroing an activation before a residual block's second convolution. DDPM on CIFAR-10:
     0.1."""
-    num_classes: Annotated[int, Field(ge=1)] | None = None
+    num_classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Number of class labels the network is told; None is unconditional."""
     null_class: bool = False
     """Learn one more embedding, label `num_classes`, for "no class": what classifier-free guidance needs."""
@@ -53,7 +53,7 @@ class UNetConfig(Settings):
     """Change resolution inside a residual block (guided diffusion) instead of by a convolution."""
     downsample_padding: Annotated[int, Field(ge=0, le=1)] = 1
     """Padding of the strided convolution: 1 on all sides, or 0: one row and column at the end only (DDPM)."""
-    norm_groups: Annotated[int, Field(ge=1)] = 32
+    norm_groups: Annotated[int, Field(ge=1, le=8192)] = 32
     """Groups of the group normalisation."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     """Added to the variance in a group normalisation; DDPM's network has 1e-6."""

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
 
 from pipeline.data.images import ImageShape
 from pipeline.data.location import Location
@@ -212,12 +213,10 @@ def load_index(uri: str, *, check: bool = True) -> Index:
             f"{uri}: no index there ({location.index_name}); make one with: ddpm index {uri}"
         ) from None
     try:
-        content = json.loads(data)
+        content = from_json(data)  # which, unlike json, refuses nesting without end
         index = Index.model_validate({**content, "uri": uri, "name": location.index_name})
     except (ValueError, TypeError, ValidationError, DamageError) as error:
-        raise DamageError(
-            f"{where}: not an index: {str(error).splitlines()[0]}; run ddpm index {uri}"
-        ) from None
+        raise DamageError(f"{where}: not an index: {error}; run ddpm index {uri}") from None
     if index.format != FORMAT:
         raise UserError(f"{where}: format {index.format}, this program reads {FORMAT}; run ddpm index {uri}")
     if content_digest(index.shards, index.image, index.class_names) != index.digest:

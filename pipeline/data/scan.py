@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 import numpy as np
+from pydantic_core import from_json
 
 from pipeline.data.hashing import HashingReader
 from pipeline.data.images import EXTENSIONS, ImageShape, UInt8, decode, probe
@@ -19,6 +19,8 @@ from pipeline.store import ObjectMissing, Store
 MAX_SHAPES = 64
 """Shapes listed for a shard; a set of photographs of all sizes would otherwise fill the index with them."""
 LABEL_FIELDS = ("label", "class", "cls", "class_id", "target")
+MAX_DIGITS = 40
+"""Of a class number; Python refuses to read a number of thousands."""
 MAX_EXPANSION = 256
 """Plain bytes a gzip may give for each of its own: pictures hardly compress; a bomb does 1000-fold."""
 
@@ -112,13 +114,13 @@ def label_of(parts: Parts, label_field: str | None, where: str) -> int:
     """
     if "cls" in parts:
         text = parts["cls"][1].strip()
-        if not text.isdigit() or int(text) >= 1 << 31:
+        if not text.isdigit() or len(text) > MAX_DIGITS or int(text) >= 1 << 31:
             raise DamageError(f"{where}: its .cls holds {text[:40]!r}; a class number is expected")
         return int(text)
     if "json" not in parts:
         return -1
     try:
-        content = json.loads(parts["json"][1])
+        content = from_json(parts["json"][1])
     except ValueError as error:
         raise DamageError(f"{where}: its .json is damaged: {error}") from error
     fields = (label_field,) if label_field else LABEL_FIELDS

@@ -2,10 +2,9 @@
 
 from typing import Literal
 
-from pydantic import ValidationError
-
 from pipeline.config.base import Settings
-from pipeline.errors import DamageError, UserError
+from pipeline.config.document import parse_document
+from pipeline.errors import UserError
 from pipeline.evaluate.figures import Figure
 
 
@@ -68,11 +67,7 @@ def require_comparable(a: Evaluation, b: Evaluation) -> None:
 
 def read_evaluation(data: bytes, where: str) -> Evaluation:
     """An evaluation from its JSON. DamageError naming `where`."""
-    try:
-        return Evaluation.model_validate_json(data)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise DamageError(f"{where}: not an evaluation ({fault['loc']}: {fault['msg']})") from None
+    return parse_document(Evaluation, data, where, "an evaluation")
 
 
 _GOOD = {

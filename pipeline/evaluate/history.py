@@ -5,11 +5,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import ValidationError
-
 from pipeline.config.base import Settings
+from pipeline.config.document import parse_document
 from pipeline.config.nightly import DriftConfig
-from pipeline.errors import DamageError
 from pipeline.evaluate.evaluation import Evaluation
 from pipeline.store import ObjectMissing, Store
 
@@ -137,11 +135,7 @@ def _key(date: dt.date) -> str:
 
 def _read(store: Store, key: str) -> Night | None:
     try:
-        return Night.model_validate_json(store.read(key))
+        data = store.read(key)
     except ObjectMissing:
         return None
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise DamageError(
-            f"{store.uri}/{key}: not a night's record ({fault['loc']}: {fault['msg']})"
-        ) from None
+    return parse_document(Night, data, f"{store.uri}/{key}", "a night's record")

@@ -8,13 +8,14 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pipeline.config.base import Settings
+from pipeline.config.document import parse_document
 from pipeline.config.evaluate import FeatureNetworkConfig
 from pipeline.diffusion.images import from_uint8
 from pipeline.errors import DamageError, UserError
@@ -199,10 +200,7 @@ def open_network(config: FeatureNetworkConfig, reference: str) -> FeatureNetwork
 
 def load_classifier(store: Store, uri: str, sha256: str | None = None) -> TrainedClassifier:
     """The classifier whose card is in `store`; `sha256`, if given, is what its weights must have."""
-    try:
-        card = ClassifierCard.model_validate_json(_read(store, CARD_KEY, uri))
-    except ValidationError as error:
-        raise DamageError(f"{uri}: not a classifier's card ({error.errors()[0]['msg']})") from None
+    card = parse_document(ClassifierCard, _read(store, CARD_KEY, uri), uri, "a classifier's card")
     data = _read(store, WEIGHTS_KEY, uri)
     found = hashlib.sha256(data).hexdigest()
     if found != card.sha256 or sha256 not in (None, found):

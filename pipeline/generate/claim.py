@@ -11,10 +11,8 @@ import random
 import time
 from typing import Literal
 
-from pydantic import ValidationError
-
 from pipeline.config.base import Settings
-from pipeline.errors import DamageError
+from pipeline.config.document import parse_document
 from pipeline.generate.heartbeat import new_job_id
 from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, canonical, pretty, read_spec
 from pipeline.store import ObjectMissing, Store, StoreUnreachable
@@ -88,11 +86,10 @@ def _others(store: Store, job: str) -> dict[str, Claim]:
         if name == job:
             continue
         try:
-            found[name] = Claim.model_validate_json(store.read(info.key))
+            data = store.read(info.key)
         except ObjectMissing:
             continue  # its job is through, so the spec is there
-        except ValidationError as error:
-            raise DamageError(f"{store.uri}/{info.key}: no claim ({error.errors()[0]['msg']})") from None
+        found[name] = parse_document(Claim, data, f"{store.uri}/{info.key}", "a claim")
     return found
 
 

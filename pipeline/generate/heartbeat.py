@@ -5,10 +5,8 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from pydantic import ValidationError
-
 from pipeline.config.base import Settings
-from pipeline.errors import DamageError
+from pipeline.config.document import parse_document
 from pipeline.generate.board import UnderWay
 from pipeline.generate.plan import shard
 from pipeline.generate.spec import Spec, canonical
@@ -112,11 +110,10 @@ def read_heartbeats(store: Store) -> list[Heartbeat]:
     beats: list[Heartbeat] = []
     for info in list(store.list(JOBS_PREFIX)):
         try:
-            beats.append(Heartbeat.model_validate_json(store.read(info.key)))
+            data = store.read(info.key)
         except ObjectMissing:
             continue  # its job has just completed the generation
-        except ValidationError as error:
-            raise DamageError(f"{store.uri}/{info.key}: no heartbeat ({error.errors()[0]['msg']})") from None
+        beats.append(parse_document(Heartbeat, data, f"{store.uri}/{info.key}", "a heartbeat"))
     return beats
 
 

@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field
 
 from pipeline.config.base import Settings
+from pipeline.config.document import parse_document
 from pipeline.errors import DamageError
 from pipeline.generate.pixels import Tally
 from pipeline.generate.plan import Shard
@@ -46,7 +47,7 @@ class DoneRecord(Settings):
     """Samples in it."""
     bytes: int
     """Size of the object."""
-    sha256: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Hex digest of the object."""
     tally: Tally
     """What its images add up to."""
@@ -61,11 +62,7 @@ class DoneRecord(Settings):
 def read_record(store: Store, spec: Spec, unit: Shard) -> DoneRecord:
     """The done-record of a shard. DamageError when it is none, or that of other work."""
     where = f"{store.uri}/{unit.done_key}"
-    try:
-        record = DoneRecord.model_validate_json(store.read(unit.done_key))
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise DamageError(f"{where}: not a done-record ({fault['loc']}: {fault['msg']})") from None
+    record = parse_document(DoneRecord, store.read(unit.done_key), where, "a done-record")
     check_record(record, spec, unit, where)
     return record
 

@@ -4,12 +4,11 @@ import hashlib
 import json
 from typing import Any, Literal, cast
 
-from pydantic import ValidationError
-
 from pipeline.config.base import Settings
 from pipeline.config.diffusion import SamplerConfig, check_together
+from pipeline.config.document import parse_document
 from pipeline.config.generate import ClassChoice, SpecSettings
-from pipeline.errors import DamageError, UserError
+from pipeline.errors import UserError
 from pipeline.nets.artifact import ModelCard
 from pipeline.store import ObjectMissing, Store
 
@@ -194,12 +193,7 @@ def read_spec(store: Store) -> Spec | None:
         data = store.read(SPEC_KEY)
     except ObjectMissing:
         return None
-    try:
-        return Spec.model_validate_json(data)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in fault["loc"])
-        raise DamageError(f"{store.uri}/{SPEC_KEY}: not a spec ({field}: {fault['msg']})") from None
+    return parse_document(Spec, data, f"{store.uri}/{SPEC_KEY}", "a spec")
 
 
 def check_prefix(store: Store, spec: Spec) -> Spec | None:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.config.base import Settings
 from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig
+from pipeline.config.document import first_fault
 from pipeline.config.net import UNetConfig
 from pipeline.errors import DamageError, UserError
 from pipeline.nets.unet import UNet
@@ -30,10 +31,10 @@ CARD_FILE = "model.json"
 class ImageShape(Settings):
     """The images a network makes."""
 
-    channels: int = Field(ge=1)
+    channels: int = Field(ge=1, le=4096)
     """Colour channels: 1 (grey) or 3 (RGB)."""
 
-    size: int = Field(ge=1)
+    size: int = Field(ge=1, le=8192)
     """Height and width, pixels."""
 
 
@@ -121,16 +122,11 @@ def load_card(directory: Path) -> ModelCard:
     """Read `model.json` alone. UserError when it is missing or not a card."""
     path = directory / CARD_FILE
     try:
-        document: Any = json.loads(path.read_bytes())
-        return ModelCard.model_validate(document)
+        return ModelCard.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory}: no {CARD_FILE} here; name a directory that holds a model") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: field {field}: {first['msg']}; export the model again") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); export the model again") from None
+        raise UserError(f"{path}: not a model card ({first_fault(error)}); export the model again") from None
 
 
 def load_model(directory: Path, device: str | torch.device = "cpu") -> tuple[UNet, ModelCard]:

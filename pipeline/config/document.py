@@ -1,0 +1,27 @@
+"""Stored JSON documents: one object's bytes as one model, or one line about what is wrong with them."""
+
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.errors import DamageError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse_document(model: type[M], data: bytes, where: str, what: str) -> M:
+    """`data` as `model`. Raises DamageError: `where: not what (field: reason)`.
+
+    pydantic's own parser reads the bytes: unlike the standard library's, it refuses nesting without end.
+    """
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        raise DamageError(f"{where}: not {what} ({first_fault(error)})") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing wrong, as `field: reason`."""
+    fault = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in fault["loc"])
+    return f"{field}: {fault['msg']}" if field else fault["msg"]
