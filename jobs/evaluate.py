@@ -27,12 +27,12 @@ from pipeline.evaluate.networks import FeatureNetwork, open_network
 from pipeline.evaluate.record import add_records, parse_record
 from pipeline.evaluate.reference import Pool, ShardWork, data_root, in_process, reference
 from pipeline.evaluate.sums import Sums, sums_of
-from pipeline.generate.manifest import Manifest, read_manifest
+from pipeline.generate.manifest import Manifest, ShardEntry, read_entries, read_manifest
 from pipeline.generate.model import FoundModel, find_model
 from pipeline.generate.pixels import decode
 from pipeline.generate.plan import classes_of, shards
 from pipeline.generate.records import read_record
-from pipeline.generate.spec import make_spec
+from pipeline.generate.spec import Spec, make_spec
 from pipeline.nets.artifact import build_model
 from pipeline.store import ObjectMissing, open_store
 
@@ -106,8 +106,10 @@ def evaluate(config: EvaluateConfig, output: str, progress: Progress) -> Evaluat
 class GenerationShard:
     """Measures one shard of a generation; opens the network once in each process it travels to."""
 
-    def __init__(self, manifest: Manifest, output: str, config: EvaluateConfig) -> None:
-        self.manifest, self.output, self.config = manifest, output, config
+    def __init__(
+        self, spec: Spec, entries: Sequence[ShardEntry], output: str, config: EvaluateConfig
+    ) -> None:
+        self.spec, self.entries, self.output, self.config = spec, entries, output, config
         self._network: FeatureNetwork | None = None
 
     def __call__(self, number: int) -> bytes:
@@ -120,7 +122,7 @@ class GenerationShard:
         return {**self.__dict__, "_network": None}
 
     def _pictures(self, number: int) -> Iterator[Picture]:
-        entry, spec = self.manifest.shards[number], self.manifest.spec
+        entry, spec = self.entries[number], self.spec
         data = open_store(self.output).read(entry.key)
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise DamageError(f"{self.output}/{entry.key}: its sha256 is not the manifest's; run ddpm verify")
@@ -133,9 +135,10 @@ def measure_generation(
     manifest: Manifest, output: str, config: EvaluateConfig, pool: Pool, progress: Progress
 ) -> Measured:
     """The samples of a complete generation as the feature network sees them."""
-    total = len(manifest.shards)
+    entries = list(read_entries(open_store(output)))
+    total = len(entries)
     parts: list[Measured] = []
-    for data in pool(GenerationShard(manifest, output, config), range(total)):
+    for data in pool(GenerationShard(manifest.spec, entries, output, config), range(total)):
         parts.append(Measured.from_bytes(data, output))
         progress(len(parts), total)
     return join(parts)

@@ -98,7 +98,7 @@ class Diary:
         self._spool.image("contact-sheet", manifest.count, sheet)
         self._spool.artifact(CONTACT_KEY, sheet)
         self._spool.artifact(REPORT_KEY, report)
-        facts = manifest.model_dump(mode="json", exclude={"shards"})
+        facts = manifest.model_dump(mode="json")
         self._spool.artifact("summary.json", pretty(facts))
         shown = picture(self._run.run_id, CONTACT_KEY, "contact sheet")
         describe(self._run.run_id, f"{_description(self._config, self._spec)}\n\n{shown}")

@@ -5,7 +5,7 @@ from pipeline.generate.contact import grid, png
 from pipeline.generate.gallery import labels_of, pictures, rows_of
 from pipeline.generate.heartbeat import JOBS_PREFIX, clear_heartbeats
 from pipeline.generate.ledger import Harvest, survey
-from pipeline.generate.manifest import Manifest, make_manifest, write_manifest
+from pipeline.generate.manifest import Manifest, make_entries, make_manifest, write_manifest
 from pipeline.generate.report import CONTACT_KEY, REPORT_KEY, render
 from pipeline.generate.spec import Spec
 from pipeline.store import Store
@@ -24,7 +24,7 @@ def publish(
     report = render(spec, manifest.statistics, class_names, sheet, gallery)
     store.write(CONTACT_KEY, sheet)
     store.write(REPORT_KEY, report)
-    write_manifest(store, manifest)
+    write_manifest(store, manifest, make_entries(spec, harvest))
     sweep(store, spec)
     return manifest, sheet, report
 

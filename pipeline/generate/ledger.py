@@ -21,6 +21,7 @@ from pipeline.store import ObjectMissing, Store
 
 _ABSENT = -1
 _NOT_LISTED = -2
+_HASH = 32  # bytes of a sha256
 _READERS = 16
 
 
@@ -69,22 +70,41 @@ def survey(store: Store, spec: Spec, objects: bool = True) -> Survey:
 
 @dataclass
 class Harvest:
-    """The done-records seen so far, condensed."""
+    """The done-records seen so far, condensed to some forty bytes a shard."""
 
-    rows: dict[int, tuple[int, str]] = field(default_factory=dict)
-    """Size and sha256 of each shard, by number."""
     tally: Tally = field(default_factory=Tally)
     """Sums over all shards."""
     classes: Counter[int] = field(default_factory=Counter[int])
     """Samples of each label."""
     seconds: float = 0.0
     """Device time of all shards, added up."""
+    num_shards: int = 0
+    """Shards seen."""
+    _sizes: "array[int]" = field(default_factory=lambda: array("q"))
+    _hashes: bytearray = field(default_factory=bytearray)
+
+    def __contains__(self, number: int) -> bool:
+        return number < len(self._sizes) and self._sizes[number] != _ABSENT
+
+    def __iter__(self) -> Iterator[int]:
+        """Numbers of the shards seen, ascending."""
+        return (number for number, size in enumerate(self._sizes) if size != _ABSENT)
+
+    def row(self, number: int) -> tuple[int, str]:
+        """Size and sha256 of a shard that was seen."""
+        return self._sizes[number], self._hashes[_HASH * number : _HASH * (number + 1)].hex()
 
     def add(self, number: int, record: DoneRecord) -> None:
         """Count a shard's record in, once."""
-        if number in self.rows:
+        if number in self:
             return
-        self.rows[number] = (record.bytes, record.sha256)
+        more = number + 1 - len(self._sizes)
+        if more > 0:
+            self._sizes.extend([_ABSENT] * more)
+            self._hashes.extend(bytes(_HASH * more))
+        self._sizes[number] = record.bytes
+        self._hashes[_HASH * number : _HASH * (number + 1)] = bytes.fromhex(record.sha256)
+        self.num_shards += 1
         self.tally = self.tally + record.tally
         self.classes.update(record.classes or {})
         self.seconds += record.times.seconds
@@ -100,14 +120,15 @@ def gather(store: Store, spec: Spec, found: Survey, harvest: Harvest) -> list[tu
 
     Returns the numbers of shards that turn out not to be done after all, each with the reason.
     """
-    unread = [n for n in range(len(found.sizes)) if found.is_done(n) and n not in harvest.rows]
+    unread = [n for n in range(len(found.sizes)) if found.is_done(n) and n not in harvest]
     undone: list[tuple[int, str]] = []
     for number, record in _read_all(store, spec, unread):
         if isinstance(record, DoneRecord):
             harvest.add(number, record)
         else:
             undone.append((number, record))
-    for number, (size, _) in harvest.rows.items():
+    for number in harvest:
+        size, _ = harvest.row(number)
         if found.is_done(number) and found.sizes[number] != size:
             key = shard(spec, number).key
             undone.append((number, f"{key} has {found.sizes[number]} bytes, its record says {size}"))

@@ -1,18 +1,26 @@
-"""The manifest: the proof that a generation is complete. Written last, replaced whole, never edited."""
+"""The manifest: the proof that a generation is complete. Written last, replaced whole, never edited.
 
+One JSON document, laid out so that nobody need hold it whole: first what is told of the generation, then the shards,
+a line each. Of a million shards these are 160 MB.
+"""
+
+import tempfile
 import time
-from typing import Literal
-
-from pydantic import ValidationError
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal
 
 from pipeline.config.base import Settings
+from pipeline.config.document import parse_document
 from pipeline.errors import DamageError
 from pipeline.generate.ledger import Harvest
 from pipeline.generate.plan import num_shards, shard
-from pipeline.generate.spec import Spec, pretty
+from pipeline.generate.spec import Spec, canonical, pretty
 from pipeline.store import ObjectMissing, Store
 
 MANIFEST_KEY = "manifest.json"
+_SHARDS = b'  "shards": [\n'
+_END = b"  ]\n}\n"
 
 
 class ShardEntry(Settings):
@@ -55,7 +63,7 @@ class ManifestTimes(Settings):
 
 
 class Manifest(Settings):
-    """A complete generation: who sees this object sees all of it."""
+    """What is told of a complete generation, before its shards: who sees this object sees all of them."""
 
     format: Literal[1] = 1
     """Version of the layout of a generation."""
@@ -67,8 +75,8 @@ class Manifest(Settings):
     """Samples, exactly."""
     class_names: tuple[str, ...] | None
     """Names of the labels."""
-    shards: tuple[ShardEntry, ...]
-    """Every shard, in order of its samples."""
+    num_shards: int
+    """Shards, listed in order of their samples under `shards` in the document; see `read_entries`."""
     statistics: Statistics
     """Sums over all images."""
     times: ManifestTimes
@@ -77,16 +85,11 @@ class Manifest(Settings):
 
 def make_manifest(spec: Spec, harvest: Harvest, class_names: tuple[str, ...] | None) -> Manifest:
     """The manifest of a complete harvest. ValueError when a shard or a sample is lacking."""
-    if len(harvest.rows) != num_shards(spec) or harvest.images != spec.count:
+    if harvest.num_shards != num_shards(spec) or harvest.images != spec.count:
         raise ValueError(
-            f"harvest holds {len(harvest.rows)} shards and {harvest.images} samples, the plan "
+            f"harvest holds {harvest.num_shards} shards and {harvest.images} samples, the plan "
             f"{num_shards(spec)} and {spec.count}"
         )
-    entries: list[ShardEntry] = []
-    for number in range(num_shards(spec)):
-        unit, (size, sha256) = shard(spec, number), harvest.rows[number]
-        entry = ShardEntry(key=unit.key, first_index=unit.first, count=unit.count, bytes=size, sha256=sha256)
-        entries.append(entry)
     statistics = Statistics(
         channel_mean=harvest.tally.mean,
         channel_std=harvest.tally.std,
@@ -99,25 +102,58 @@ def make_manifest(spec: Spec, harvest: Harvest, class_names: tuple[str, ...] | N
         spec=spec,
         count=spec.count,
         class_names=class_names,
-        shards=tuple(entries),
+        num_shards=num_shards(spec),
         statistics=statistics,
         times=ManifestTimes(finished_at=time.time(), device_seconds=harvest.seconds),
     )
 
 
-def write_manifest(store: Store, manifest: Manifest) -> None:
+def make_entries(spec: Spec, harvest: Harvest) -> Iterator[ShardEntry]:
+    """Every shard of a complete harvest, in order of its samples."""
+    for number in range(num_shards(spec)):
+        unit, (size, sha256) = shard(spec, number), harvest.row(number)
+        yield ShardEntry(key=unit.key, first_index=unit.first, count=unit.count, bytes=size, sha256=sha256)
+
+
+def write_manifest(store: Store, manifest: Manifest, entries: Iterable[ShardEntry]) -> None:
     """Publish a generation."""
-    store.write(MANIFEST_KEY, pretty(manifest.model_dump(mode="json")))
+    with tempfile.TemporaryDirectory(prefix="ddpm-manifest-") as scratch:
+        path = Path(scratch) / MANIFEST_KEY
+        with path.open("wb") as file:
+            file.write(pretty(manifest.model_dump(mode="json")).removesuffix(b"\n}\n") + b",\n" + _SHARDS)
+            for place, entry in enumerate(entries):
+                file.write((b",\n" if place else b"") + b"    " + canonical(entry.model_dump(mode="json")))
+            file.write(b"\n" + _END)
+        store.upload(MANIFEST_KEY, path)
 
 
 def read_manifest(store: Store) -> Manifest | None:
-    """The manifest at a prefix, or None. DamageError when the object is none."""
+    """The manifest at a prefix, without its shards, or None. DamageError when the object is none."""
     try:
-        return Manifest.model_validate_json(store.read(MANIFEST_KEY))
+        with store.open(MANIFEST_KEY) as file:
+            return _head(file, f"{store.uri}/{MANIFEST_KEY}")
     except ObjectMissing:
         return None
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise DamageError(
-            f"{store.uri}/{MANIFEST_KEY}: no manifest ({fault['loc']}: {fault['msg']})"
-        ) from None
+
+
+def read_entries(store: Store) -> Iterator[ShardEntry]:
+    """Every shard that the manifest at a prefix lists, in order. DamageError when one is lacking or is none."""
+    where = f"{store.uri}/{MANIFEST_KEY}"
+    with store.open(MANIFEST_KEY) as file:
+        for place in range(_head(file, where).num_shards):
+            line = file.readline().strip().removesuffix(b",")
+            yield parse_document(ShardEntry, line, where, f"a manifest: shards.{place}")
+        if file.read() != _END:
+            raise DamageError(f"{where}: not a manifest (it does not end after its shards)")
+
+
+def _head(file: BinaryIO, where: str) -> Manifest:
+    lines: list[bytes] = []
+    for line in iter(file.readline, b""):
+        if line == _SHARDS:
+            break
+        lines.append(line)
+    head = b"".join(lines).rstrip(b",\n") + b"\n}"
+    return parse_document(
+        Manifest, head, where, "a manifest; delete it and generate again, what is done is kept"
+    )

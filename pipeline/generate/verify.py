@@ -15,7 +15,14 @@ from pipeline.data.shards import read_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.heartbeat import JOBS_PREFIX, read_heartbeats
 from pipeline.generate.ledger import Harvest, Survey, survey
-from pipeline.generate.manifest import MANIFEST_KEY, Manifest, make_manifest, read_manifest
+from pipeline.generate.manifest import (
+    MANIFEST_KEY,
+    Manifest,
+    make_entries,
+    make_manifest,
+    read_entries,
+    read_manifest,
+)
 from pipeline.generate.pixels import Pixels, constant, decode, tally
 from pipeline.generate.plan import DONE_PREFIX, SHARD_PREFIX, Batch, Shard, classes_of, num_shards, shard
 from pipeline.generate.records import DoneRecord, read_record
@@ -113,7 +120,7 @@ def verify(uri: str, progress: Callable[[int, int], None] = lambda done, total: 
     if report.duplicates:
         report.add(SHARD_PREFIX, f"{report.duplicates} images equal another one, pixel by pixel")
     if manifest is not None:
-        _check_manifest(manifest, spec, harvest, report)
+        _check_manifest(store, manifest, harvest, report)
     report.seconds = time.monotonic() - began
     return report
 
@@ -281,18 +288,17 @@ def _duplicates(prints: list[npt.NDArray[np.uint64]]) -> int:
     return int(everything.size - np.unique(everything).size)
 
 
-def _check_manifest(manifest: Manifest, spec: Spec, harvest: Harvest, report: VerifyReport) -> None:
-    if len(harvest.rows) != num_shards(spec):
+def _check_manifest(store: Store, manifest: Manifest, harvest: Harvest, report: VerifyReport) -> None:
+    spec = report.spec
+    if harvest.num_shards != num_shards(spec):
         return  # each missing shard is named already
     try:
         expected = make_manifest(spec, harvest, manifest.class_names)
-    except ValueError as error:
+        for ours, theirs in zip(make_entries(spec, harvest), read_entries(store), strict=True):
+            if ours != theirs:
+                report.add(MANIFEST_KEY, f"its entry of {ours.key} is not that of the done-record")
+    except (DamageError, ValueError) as error:
         report.add(MANIFEST_KEY, str(error))
         return
-    for ours, theirs in zip(expected.shards, manifest.shards, strict=False):
-        if ours != theirs:
-            report.add(MANIFEST_KEY, f"its entry of {ours.key} is not that of the done-record")
-    if len(expected.shards) != len(manifest.shards):
-        report.add(MANIFEST_KEY, f"lists {len(manifest.shards)} shards, the plan has {len(expected.shards)}")
     if expected.statistics != manifest.statistics:
         report.add(MANIFEST_KEY, "its statistics are not those of the done-records")

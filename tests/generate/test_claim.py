@@ -147,7 +147,7 @@ def test_what_dead_jobs_left_is_no_stranger_and_is_swept_up(specs: list[Spec], t
     clear_claims(store)
     assert [info.key for info in store.list()] == [SPEC_KEY]
     store.write(f"{CLAIM_PREFIX}x.json", b"{}")
-    with pytest.raises(DamageError, match=r"claims/x\.json: no claim"):
+    with pytest.raises(DamageError, match=r"claims/x\.json: not a claim"):
         claim(store, specs[0])
 
 

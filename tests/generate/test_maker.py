@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,13 +179,13 @@ def test_the_object_is_written_before_its_record_and_the_manifest_last(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    real = FileStore.write
+    real = FileStore._publish
 
-    def write(self: FileStore, key: str, data: bytes) -> object:
+    def publish(self: FileStore, key: str, fill: Any) -> object:
         order.append(key)
-        return real(self, key, data)
+        return real(self, key, fill)
 
-    monkeypatch.setattr(FileStore, "write", write)
+    monkeypatch.setattr(FileStore, "_publish", publish)
     fill(settings(model, f"file://{tmp_path}/out", count=20))
     assert order == [
         "spec.json",

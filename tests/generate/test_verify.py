@@ -111,9 +111,15 @@ def foreign_record(store: Store) -> None:
 
 
 def change_the_manifest(store: Store) -> None:
-    document = json.loads(store.read("manifest.json"))
-    document["shards"][1]["sha256"] = "0" * 64
-    store.write("manifest.json", json.dumps(document).encode())
+    manifest = store.read("manifest.json")
+    changed = json.loads(manifest)["shards"][1]["sha256"].encode()
+    store.write("manifest.json", manifest.replace(changed, b"0" * 64))
+
+
+def cut_the_manifest(store: Store) -> None:
+    manifest = store.read("manifest.json")
+    last = json.loads(manifest)["shards"][2]["key"].encode()
+    store.write("manifest.json", manifest[: manifest.index(last)])
 
 
 def write(key: str) -> Callable[[Store], None]:
@@ -136,8 +142,9 @@ DAMAGE: dict[str, tuple[Callable[[Store], None], str, str]] = {
     "torn manifest": (
         lambda store: store.write("manifest.json", b"{") and None,
         "manifest.json",
-        "no manifest",
+        "not a manifest",
     ),
+    "cut manifest": (cut_the_manifest, "manifest.json", "not a manifest: shards.2"),
     "foreign shard": (write("shards/000009.tar"), "shards/000009.tar", "belongs to no shard"),
     "foreign object": (write("notes.txt"), "notes.txt", "is no part of a generation"),
     "foreign object at the end": (write("zzz/notes.txt"), "zzz/notes.txt", "is no part of a generation"),

@@ -1,0 +1,80 @@
+"""What a generation asks of Ray: whole and fractional GPUs, a pool between two sizes, room before work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipeline.generate.cluster
+from pipeline.config.generate import GenerateConfig
+from pipeline.errors import UserError
+from pipeline.generate.cluster import Crew, require_room
+from tests.generate.tiny import settings
+
+
+def config(**more: object) -> GenerateConfig:
+    return settings(Path("unused"), "file:///unused", **more)
+
+
+class FakeData:
+    """Stands for `ray.data`: remembers what is asked for and has no rows."""
+
+    asked: dict[str, Any]
+    DataContext = pipeline.generate.cluster.ray.data.DataContext
+    ActorPoolStrategy = pipeline.generate.cluster.ray.data.ActorPoolStrategy
+
+    def from_items(self, items: list[Any], override_num_blocks: int) -> "FakeData":
+        assert len(items) == override_num_blocks
+        return self
+
+    def map_batches(self, worker: type, **asked: Any) -> "FakeData":
+        self.asked = asked
+        return self
+
+    def iter_batches(self, **_: Any) -> list[Any]:
+        return []
+
+
+def asked_of_ray(config: GenerateConfig, num_shards: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    fake = FakeData()
+    monkeypatch.setattr(pipeline.generate.cluster.ray, "data", fake)
+    crew: Any = Crew
+    crew = Crew(crew, None, None)
+    assert list(pipeline.generate.cluster._wave(config, crew, list(range(num_shards)))) == []
+    return fake.asked
+
+
+def test_half_a_gpu_puts_two_workers_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asked_of_ray(config(gpus_per_worker=0.5, cpus_per_worker=2), 8, monkeypatch)
+    assert (asked["num_gpus"], asked["num_cpus"], asked["batch_size"]) == (0.5, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("pool", "num_shards", "sizes"),
+    [
+        ({"num_workers": 2, "max_workers": 7}, 100, (2, 7)),
+        ({"num_workers": 3}, 100, (3, 3)),
+        ({"num_workers": 2, "max_workers": 7}, 4, (2, 4)),
+        ({"num_workers": 4, "max_workers": 4}, 1, (1, 1)),
+    ],
+)
+def test_the_pool_keeps_between_its_sizes_and_never_exceeds_the_shards(
+    pool: dict[str, object], num_shards: int, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = asked_of_ray(config(**pool), num_shards, monkeypatch)["compute"]
+    assert (found.min_size, found.max_size) == sizes
+
+
+def test_a_share_of_a_gpu_needs_a_node_that_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 4.0}}]
+    monkeypatch.setattr(pipeline.generate.cluster.ray, "nodes", lambda: nodes)
+    require_room(config())
+    with pytest.raises(
+        UserError, match=r"gpus_per_worker: a worker asks for 0\.5, but the largest node .* has 0"
+    ):
+        require_room(config(gpus_per_worker=0.5))
+    nodes.append({"Alive": False, "Resources": {"CPU": 4.0, "GPU": 8.0}})
+    with pytest.raises(UserError, match="gpus_per_worker"):
+        require_room(config(gpus_per_worker=0.5))
+    nodes.append({"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}})
+    require_room(config(gpus_per_worker=0.5))
