@@ -35,15 +35,15 @@ METERS: dict[str, Meter] = {
 }
 TALLIED = ("ddpm_store_retries", "ddpm_cache_hits", "ddpm_cache_misses")
 """Counted by lower layers in `pipeline.tally`, each without its `ddpm_`."""
-LABELS = ("job", "run")
+LABELS = ("work", "run")  # `job` is what Prometheus calls the thing it scrapes
 
 
 class Meters:
     """A job's metrics. Every call returns at once; outside a process that Ray knows they do nothing."""
 
-    def __init__(self, job: Literal["train", "generate"], run: str) -> None:
+    def __init__(self, work: Literal["train", "generate"], run: str) -> None:
         """`run`: name of the training, or of the generation's model."""
-        self._labels = {"job": job, "run": run}
+        self._labels = {"work": work, "run": run}
         self._made: dict[str, Any] = {}
         self._told: Mapping[str, int] = counts()
 
@@ -55,7 +55,7 @@ class Meters:
 
     def add(self, name: str, more: int = 1) -> None:
         """Raise a counter of `METERS`; nothing for 0."""
-        metric = self._metric(name) if more > 0 else None
+        metric = self._metric(name) if more else None
         if metric is not None:
             metric.inc(more, tags=self._labels)
 

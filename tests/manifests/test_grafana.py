@@ -11,6 +11,7 @@ import yaml
 
 from infra.local import LocalStack
 from infra.local.state import read_state
+from pipeline.meters import METERS, Meters
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DASHBOARD: dict[str, Any] = json.loads((REPOSITORY / "infra" / "grafana" / "dashboard.json").read_text())
@@ -22,10 +23,37 @@ ALERTS: list[dict[str, Any]] = [
 QUERIES = [t["expr"] for panel in DASHBOARD["panels"] for t in panel["targets"]] + [a["expr"] for a in ALERTS]
 
 
+OURS = "ray_ddpm_"
+
+
 def asked_for() -> set[str]:
-    """Ray's metrics that the dashboard and the alerts name."""
+    """Metrics that the dashboard and the alerts name."""
     without_labels = [re.sub(r"\{[^}]*\}|\bby ?\([^)]*\)", "", query) for query in QUERIES]
     return {name for query in without_labels for name in re.findall(r"\bray_[a-z_]+", query)}
+
+
+def exported_name(name: str) -> str:
+    """What Ray makes of a name of `METERS`."""
+    return f"ray_{name}" + "_total" * (METERS[name].kind == "counter")
+
+
+def test_dashboard_and_alerts_ask_for_all_of_our_metrics_and_no_others() -> None:
+    assert {name for name in asked_for() if name.startswith(OURS)} == {exported_name(name) for name in METERS}
+
+
+def test_every_metric_of_ours_is_told_by_some_code() -> None:
+    files = [*REPOSITORY.glob("pipeline/**/*.py")]
+    code = "\n".join(file.read_text() for file in files if file.name != "meters.py")
+    for name in METERS:
+        assert f'"{name.removeprefix("ddpm_")}"' in code or f'"{name}"' in code, name
+
+
+def test_metrics_outside_a_cluster_do_nothing_and_a_wrong_name_is_an_error() -> None:
+    meters = Meters("train", "nobody")
+    meters.gauge("ddpm_step", 5)
+    meters.add_tallied()
+    with pytest.raises(KeyError):
+        meters.add("ddpm_shard_done")
 
 
 def test_every_alert_has_its_paragraph_in_the_runbook() -> None:
@@ -57,5 +85,6 @@ def test_every_metric_that_is_asked_for_is_exported_by_ray(stack: LocalStack) ->
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, timeout=20) as answer:
         exported = set(re.findall(r"^# TYPE (\S+)", answer.read().decode(), re.M))
-    assert asked_for() - exported == set()
-    assert len(asked_for()) >= 12
+    of_ray = {name for name in asked_for() if not name.startswith(OURS)}
+    assert of_ray - exported == set()
+    assert len(of_ray) >= 12
