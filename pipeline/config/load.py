@@ -57,8 +57,12 @@ def read_yaml(file: Path) -> Tree:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: a 13th month, a number of miles
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"{file}: not valid YAML ({reason}); correct the file") from None
     if content is None:
         return {}
@@ -97,7 +101,7 @@ def _with_bases(files: Iterable[Path], presets: Mapping[str, Path]) -> Iterator[
         content = read_yaml(file)
         base = content.get(BASE)
         if base is not None:
-            if base not in presets or presets[base] == file:
+            if not isinstance(base, str) or base not in presets or presets[base] == file:
                 raise UserError(f"{file}: base '{base}' is no preset; known are {', '.join(sorted(presets))}")
             yield from _with_bases([presets[base]], presets)
         yield content, file
@@ -106,7 +110,7 @@ def _with_bases(files: Iterable[Path], presets: Mapping[str, Path]) -> Iterator[
 def _section(content: Tree, file: Path, section: str, known: set[str]) -> Tree:
     for name in content:
         if name not in known | {BASE}:
-            raise UserError(f"{file}: unknown section '{name}'; {_suggestion(name, sorted(known))}")
+            raise UserError(f"{file}: unknown section '{name}'; {_suggestion(str(name), sorted(known))}")
     part = content.get(section) or {}
     if not isinstance(part, dict):
         raise UserError(f"{file}: section '{section}' holds no settings; write 'name: value' lines below it")
@@ -121,7 +125,7 @@ def _override(word: str, model: type[BaseModel]) -> Tree:
         )
     try:
         value = text if ROOT in text else yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text  # plain text with YAML's signs in it; refused below where a number belongs
     for part in reversed(name.split(".")):
         value = {part: value}

@@ -3,7 +3,7 @@
 from pipeline.config.train import TrainConfig
 
 
-def tiny(data: str, runs: str, **changes: object) -> TrainConfig:
+def tiny(data: str, runs: str, /, **changes: object) -> TrainConfig:
     """Settings of a training that takes milliseconds a step."""
     settings: dict[str, object] = {
         "name": "tiny",

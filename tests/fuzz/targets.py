@@ -1,0 +1,166 @@
+"""What reads bytes that others wrote: each reader as a function of bytes, and a sound document to start from.
+
+A reader may refuse (UserError, DamageError, one line each) or take what it is given. Anything else that comes out
+of it is a finding.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from pipeline.config.data import PackConfig
+from pipeline.config.generate import GenerateConfig
+from pipeline.config.load import load_settings
+from pipeline.config.train import TrainConfig
+from pipeline.data import load_index, pack
+from pipeline.data.scan import index_shard
+from pipeline.errors import DamageError, UserError
+from pipeline.generate.manifest import MANIFEST_KEY, read_manifest
+from pipeline.generate.plan import shards
+from pipeline.generate.records import read_record
+from pipeline.generate.spec import SPEC_KEY, read_spec
+from pipeline.nets.artifact import CARD_FILE, load_card
+from pipeline.store import Store, open_store
+from pipeline.train.checkpoint import RECORD, STATE, load_checkpoint, save_checkpoint
+from tests.generate.tiny import fill, settings, tiny_model
+
+LONGEST_MESSAGE = 2000
+SECTIONS = {"train": TrainConfig, "generate": GenerateConfig, "pack": PackConfig}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader of one kind of document."""
+
+    name: str
+    read: Callable[[bytes], object]
+    """Puts the bytes where the program looks for them, and looks."""
+    sound: bytes
+    """A document it takes."""
+    is_json: bool
+
+    def refuses_or_takes(self, data: bytes) -> str | None:
+        """The refusal, or None. Raises whatever else the reader lets out, and ValueError for a refusal that
+        is not one line of bounded length.
+        """
+        try:
+            self.read(data)
+        except (UserError, DamageError) as error:
+            said = str(error)
+            if "\n" in said or not said or len(said) > LONGEST_MESSAGE:
+                raise ValueError(f"not one line of at most {LONGEST_MESSAGE} characters: {said!r}") from error
+            return said
+        return None
+
+
+@contextmanager
+def all_targets() -> Iterator[dict[str, Target]]:
+    """Every reader, over files in a folder that lasts as long as the context."""
+    with tempfile.TemporaryDirectory(prefix="ddpm-fuzz-") as folder:
+        made = [
+            *_data_targets(Path(folder) / "data"),
+            *_generation_targets(Path(folder) / "generation"),
+            *_training_targets(Path(folder) / "training"),
+            _settings_target(Path(folder)),
+        ]
+        yield {target.name: target for target in made}
+
+
+def _data_targets(folder: Path) -> Iterator[Target]:
+    store = open_store(f"file://{folder}")
+    tars = open_store(f"file://{folder}-tars")
+
+    def read_tar(data: bytes) -> object:
+        tars.write("a.tar", data)
+        return index_shard(tars, "a.tar", pixels=True)
+
+    yield Target("tar", read_tar, _small_tar(), is_json=False)
+    pack(PackConfig(source="digits", dest=store.uri, channels=1, shard_size=1000), None)
+
+    def read_index(data: bytes) -> object:
+        store.write("index.json", data)
+        return load_index(store.uri)
+
+    yield Target("index", read_index, store.read("index.json"), is_json=True)
+
+
+def _generation_targets(folder: Path) -> Iterator[Target]:
+    model = tiny_model(folder / "model")
+    config = settings(model, f"file://{folder}/out", count=20)
+    spec = fill(config)
+    store = open_store(config.output)
+    unit = next(iter(shards(spec)))
+    yield _object("spec", store, SPEC_KEY, lambda: read_spec(store))
+    yield _object("manifest", store, MANIFEST_KEY, lambda: read_manifest(store))
+    yield _object("done-record", store, unit.done_key, lambda: read_record(store, spec, unit))
+    yield _object("model card", open_store(f"file://{model}"), CARD_FILE, lambda: load_card(model))
+
+
+def _training_targets(folder: Path) -> Iterator[Target]:
+    store = open_store(f"file://{folder}")
+    tensors = {"net/weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(8)}
+    save_checkpoint(store, 8, tensors, "identity")
+    where = f"checkpoints/{8:012d}"
+    yield _object("checkpoint record", store, f"{where}/{RECORD}", lambda: load_checkpoint(store, 8))
+
+    def read_state(data: bytes) -> object:
+        record = {"step": 8, "sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+        store.write(f"{where}/{STATE}", data)
+        store.write(f"{where}/{RECORD}", json.dumps({**record, "identity": "identity"}).encode())
+        return load_checkpoint(store, 8)
+
+    yield Target("checkpoint state", read_state, save(tensors), is_json=False)
+
+
+def _settings_target(folder: Path) -> Target:
+    file = folder / "settings.yaml"
+
+    def read(data: bytes) -> object:
+        file.write_bytes(data)
+        return [
+            load_settings(model, name, [file], sections=list(SECTIONS)) for name, model in SECTIONS.items()
+        ]
+
+    sound = b"""
+pack: {source: digits, dest: file:///x, channels: 1, shard_size: 300}
+generate: {model: m@champion, output: file:///y, count: 5}
+train:
+  name: tiny
+  data: {uri: file:///x}
+  net: {image_size: 8, in_channels: 1, out_channels: 1, base_channels: 8, multipliers: [1], norm_groups: 4}
+  steps: 10
+"""
+    return Target("settings", read, sound, is_json=False)
+
+
+def _object(name: str, store: Store, key: str, read: Callable[[], object]) -> Target:
+    def put_and_read(data: bytes) -> object:
+        store.write(key, data)
+        return read()
+
+    return Target(name, put_and_read, store.read(key), is_json=True)
+
+
+def _small_tar() -> bytes:
+    out = io.BytesIO()
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4), (10, 200, 30)).save(picture, "PNG")
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in (("0.png", picture.getvalue()), ("0.cls", b"3"), ("1.png", picture.getvalue())):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        member = tarfile.TarInfo("1.json")
+        member.size = len(label := b'{"label": 3}')
+        tar.addfile(member, io.BytesIO(label))
+    return out.getvalue()
