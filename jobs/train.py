@@ -27,6 +27,7 @@ from pipeline.track import (
     describe,
     find_run,
     finish,
+    link_model,
     log_dataset,
     open_run,
     picture,
@@ -41,6 +42,8 @@ from pipeline.track import (
 )
 from pipeline.train.checkpoint import Checkpoint, checkpoint_uri, latest_checkpoint
 from pipeline.train.diary import FINAL_GRID
+from pipeline.train.initial import stage_initial
+from pipeline.train.models import ModelLog, logged_name
 from pipeline.train.prepare import Plan, prepare
 from pipeline.train.result import export_model
 from pipeline.train.worker import Task
@@ -96,7 +99,8 @@ def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
             run.run_id,
             tags={"step": str(step), "data": plan.index.digest, "identity": plan.identity},
             description=f"{card.weights.kind} weights after {step} steps on {plan.config.data.uri}",
-            logged_name=f"{name}-ema-{step:07d}",
+            logged_name=logged_name(name, step),
+            step=step,
             checkpoint_uri=checkpoint_uri(plan.store, step),
         )
     set_alias(name, CHALLENGER, version.version)
@@ -124,6 +128,8 @@ def _cluster(config: TrainConfig, alone: bool) -> Generator[None]:
 def _work(plan: Plan, run: Run, progress: Progress, stop: threading.Event, alone: bool) -> None:
     if plan.is_trained:
         return  # only the registration is missing
+    if plan.initial is not None:
+        stage_initial(plan.store, plan.initial)
     task = Task(
         config=plan.config,
         identity=plan.identity,
@@ -132,15 +138,18 @@ def _work(plan: Plan, run: Run, progress: Progress, stop: threading.Event, alone
         tracking_uri=run.tracking_uri,
         run_id=run.run_id,
         spared=protected_sources(),
+        initial_sha256=None if plan.initial is None else plan.initial.sha256,
+        started_seconds=run.started_seconds,
     )
-    if alone:
-        from pipeline.train.alone import train_alone
+    with ModelLog(plan, run.run_id):
+        if alone:
+            from pipeline.train.alone import train_alone
 
-        train_alone(task, progress, stop)
-    else:
-        from pipeline.train.cluster import train_on_cluster
+            train_alone(task, progress, stop)
+        else:
+            from pipeline.train.cluster import train_on_cluster
 
-        train_on_cluster(task, progress, stop)
+            train_on_cluster(task, progress, stop)
 
 
 def _open(plan: Plan, key: str) -> Run:
@@ -164,6 +173,7 @@ def _open(plan: Plan, key: str) -> Run:
         config_yaml=settings,
         color=config.track.color,
     )
+    _link_initial(plan, run)
     log_dataset(
         run.run_id, config.name, config.data.uri, plan.index.digest, num_samples=plan.index.num_samples
     )
@@ -174,6 +184,15 @@ def _count(workers: WorkerConfig) -> str:
     """How many train together, in words for the run page."""
     few, most = workers.fewest, workers.most
     return str(most) if few == most else f"{few} to {most}"
+
+
+def _link_initial(plan: Plan, run: Run) -> None:
+    """The model that is fine-tuned: its name and hash, and where it is registered, the way to it."""
+    if plan.initial is None:
+        return
+    set_tags(run.run_id, {"ddpm.init_from": plan.initial.name, "ddpm.init_sha256": plan.initial.sha256})
+    if plan.initial.version is not None:
+        link_model(run.run_id, plan.initial.version)
 
 
 def _ray_tags() -> dict[str, str]:

@@ -70,6 +70,12 @@ class TrainingInfo(Settings):
     run_id: str | None = None
     """The MLflow run of the training; None when there was none."""
 
+    init_from: str | None = None
+    """The model that was fine-tuned (`name/3`, or a directory); None for a training from the start."""
+
+    init_sha256: str | None = None
+    """Hex digest of that model's weights."""
+
 
 class ModelCard(Settings):
     """`model.json`: the network's shape, the process it was trained for, and its origin."""

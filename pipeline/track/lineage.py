@@ -55,8 +55,12 @@ def link_model(run_id: str, version: ModelVersion, *, uri: str | None = None) ->
     if version.run_id:
         tags["ddpm.training_run"] = version.run_id
     set_tags(run_id, tags, uri=uri)
-    if version.model_id is not None:
-        tracking_client(uri).log_inputs(run_id, models=[LoggedModelInput(version.model_id)])
+    if version.model_id is None:
+        return
+    client = tracking_client(uri)
+    inputs = client.get_run(run_id).inputs
+    if version.model_id not in {model.model_id for model in (inputs.model_inputs if inputs else ())}:
+        client.log_inputs(run_id, models=[LoggedModelInput(version.model_id)])
 
 
 def source_tags(directory: Path | None = None) -> dict[str, str]:

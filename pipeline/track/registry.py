@@ -69,15 +69,16 @@ def register(
     description: str = "",
     *,
     logged_name: str | None = None,
+    step: int = 0,
     checkpoint_uri: str | None = None,
     uri: str | None = None,
 ) -> ModelVersion:
     """Register the exported model in `directory` as the next version of `name`.
 
-    `logged_name` (such as unet-ema-0012000; default: `name`) is what the run page shows; `checkpoint_uri` is
-    the checkpoint it was cut from, which retention then spares. The same weights of the same run are
-    registered once: a repeated call returns the version that is there. UserError when the directory is no
-    export.
+    `logged_name` (such as unet-ema-0012000; default: `name`) and `step` are what the run page shows;
+    `checkpoint_uri` is the checkpoint it was cut from, which retention then spares. The same weights of the
+    same run are registered once: a repeated call returns the version that is there. UserError when the
+    directory is no export.
     """
     sha256 = _weights_sha256(directory)
     client = tracking_client(uri)
@@ -90,7 +91,7 @@ def register(
         found = _registered(client, name, run_id, sha256)
         if found is not None:
             return found
-        model_id = log_model(directory, run_id, tags, logged_name=logged_name or name, uri=uri)
+        model_id = log_model(directory, run_id, tags, logged_name=logged_name or name, step=step, uri=uri)
         _make_registered_model(client, name)
         source = f"{_LOGGED_MODEL}{model_id}"
         made = client.create_model_version(
@@ -102,7 +103,13 @@ def register(
 
 
 def log_model(
-    directory: Path, run_id: str, tags: Mapping[str, str], *, logged_name: str, uri: str | None = None
+    directory: Path,
+    run_id: str,
+    tags: Mapping[str, str],
+    *,
+    logged_name: str,
+    step: int = 0,
+    uri: str | None = None,
 ) -> str:
     """Show an exported model on its run's page without registering it; returns MLflow's id of the logged model.
 
@@ -116,6 +123,7 @@ def log_model(
         where = f"source_run_id = '{run_id}' AND tags.`{SHA256_TAG}` = '{sha256}'"
         for model in client.search_logged_models([experiment_id], filter_string=where):
             if str(model.status) == "READY" and model.name == logged_name:
+                _show_on_run(client, run_id, str(model.model_id), step)
                 return str(model.model_id)
         all_tags = {**{k: str(v) for k, v in redact(tags).items()}, SHA256_TAG: sha256}
         made = client.create_logged_model(
@@ -125,6 +133,7 @@ def log_model(
             package(directory, Path(folder) / "package", str(made.model_id), run_id)
             client.log_model_artifacts(made.model_id, str(Path(folder) / "package"))
         client.finalize_logged_model(made.model_id, "READY")
+        _show_on_run(client, run_id, str(made.model_id), step)
         return str(made.model_id)
 
     return patiently(f"uploading model {logged_name}", attempt, _UPLOAD_PATIENCE_SECONDS)
@@ -243,6 +252,18 @@ def _weights_sha256(directory: Path) -> str:
         if not (directory / name).is_file():
             raise UserError(f"{directory}: no {name} here; export the model before registering it")
     return file_sha256(directory / WEIGHTS)
+
+
+def _show_on_run(client: "MlflowClient", run_id: str, model_id: str, step: int) -> None:
+    """List the model on the run's page, once: MLflow shows there what is an output of the run, and being its source
+    does not make a model one.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    outputs = client.get_run(run_id).outputs
+    known = {output.model_id for output in outputs.model_outputs} if outputs is not None else set[str]()
+    if model_id not in known:
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
 
 
 def _make_registered_model(client: "MlflowClient", name: str) -> None:

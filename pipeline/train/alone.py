@@ -27,4 +27,5 @@ def train_alone(task: Task, on_progress: OnProgress, stop: threading.Event) -> N
     device = torch.device("cuda" if workers.gpus_per_worker else "cpu")
 
     torch.set_num_threads(workers.cpus_per_worker * workers.most)
-    train_worker(task, Place(rank=0, world=1, device=device), _Here(task.config.steps, on_progress, stop))
+    place = Place(rank=0, world=1, device=device, node="node0")
+    train_worker(task, place, _Here(task.config.steps, on_progress, stop))

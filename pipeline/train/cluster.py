@@ -19,6 +19,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import DamageError, UserError, WorkFailed
+from pipeline.logs import set_up_logging
 from pipeline.store import StoreUnreachable
 from pipeline.train.loop import NonFiniteError
 from pipeline.train.session import OnProgress
@@ -140,9 +141,15 @@ def _on_worker(payload: dict[str, Any]) -> None:
         return  # this group replaces one that met what this one would meet again
     context = ray.train.get_context()
     rank = context.get_world_rank()
+    set_up_logging()
     logging.getLogger("botocore").setLevel(logging.WARNING)  # or it tells where it found its keys
     torch.set_num_threads(task.config.workers.cpus_per_worker)
-    place = Place(rank=rank, world=context.get_world_size(), device=torch.device(get_device()))
+    place = Place(
+        rank=rank,
+        world=context.get_world_size(),
+        device=torch.device(get_device()),
+        node=f"node{context.get_node_rank()}" if context.get_local_rank() == 0 else None,
+    )
     try:
         train_worker(task, place, _Remote(board) if rank == 0 else None)
     except StoreUnreachable:

@@ -23,6 +23,7 @@ from pipeline.diffusion.noise import Stream, normal, randint, uniform
 from pipeline.errors import WorkFailed
 from pipeline.nets import DropoutKeys
 from pipeline.train.lr import learning_rate
+from pipeline.train.memory import out_of_memory
 from pipeline.train.state import TrainState
 from pipeline.train.window import Window
 
@@ -53,7 +54,10 @@ class Trainer:
             window.replaced_samples += len(batch.damage)
             for line in batch.damage:
                 log.warning("step %d: %s", state.step, line)
-            norm = train_step(self, state, batch, window)
+            try:
+                norm = train_step(self, state, batch, window)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(self.config, self.world, error) from error
             finite = math.isfinite(norm)
             window.close_step(norm if finite else None)
             if not finite:

@@ -8,6 +8,7 @@ from pipeline.data import Index, load_index
 from pipeline.errors import UserError
 from pipeline.store import Store, open_store
 from pipeline.train.checkpoint import finished_steps
+from pipeline.train.initial import Initial, find_initial
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Plan:
     """Of the run's checkpoints."""
     finished_steps: int
     """Steps of its newest checkpoint; 0 for a new training."""
+    initial: Initial | None = None
+    """The model it begins with, in fine-tuning."""
 
     @property
     def is_trained(self) -> bool:
@@ -34,7 +37,8 @@ def prepare(config: TrainConfig) -> Plan:
     index = load_index(config.data.uri)
     _check_images(config, index)
     _check_classes(config, index)
-    identity = config.digest(index.digest)
+    initial = find_initial(config)
+    identity = config.digest(index.digest, initial.sha256 if initial is not None else None)
     store = open_store(f"{config.runs.rstrip('/')}/{config.name}-{identity}")
     store.require_container()
     steps = finished_steps(store)
@@ -44,7 +48,7 @@ def prepare(config: TrainConfig) -> Plan:
             f"train.steps: {config.steps}, but {store.uri} is already at step {newest}; "
             "ask for at least as many, or give another seed for a new training"
         )
-    return Plan(config, index, identity, store, newest)
+    return Plan(config, index, identity, store, newest, initial)
 
 
 def _check_images(config: TrainConfig, index: Index) -> None:

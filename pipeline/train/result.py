@@ -33,5 +33,10 @@ def _card(plan: Plan, kind: str, step: int, run_id: str | None) -> ModelCard:
             channel_std=None if index.channel_std is None else tuple(index.channel_std),
         ),
         weights=WeightsInfo(kind=kind),
-        training=TrainingInfo(step=step, run_id=run_id),
+        training=TrainingInfo(
+            step=step,
+            run_id=run_id,
+            init_from=None if plan.initial is None else plan.initial.name,
+            init_sha256=None if plan.initial is None else plan.initial.sha256,
+        ),
     )

@@ -16,6 +16,7 @@ from pipeline.train.feed import patient_batches
 from pipeline.train.grid import draw_grid
 from pipeline.train.loop import Trainer
 from pipeline.train.lr import learning_rate
+from pipeline.train.memory import largest_micro_batch
 from pipeline.train.state import TrainState
 from pipeline.train.vote import StopVote
 from pipeline.train.window import Window
@@ -106,6 +107,7 @@ class Session:
         self._window.reduce()
         metrics = self._window.metrics(config.global_batch)
         metrics["train/lr"] = learning_rate(config.optimizer, step - 1, config.steps)
+        metrics["perf/micro_batch"] = largest_micro_batch(config, self._trainer.world)
         self._window.reset()
         self._meters.add_tallied()
         if self._driver is None:

@@ -16,7 +16,10 @@ from pipeline.logs import name_process
 from pipeline.store import Store, open_store, patiently
 from pipeline.train.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint, load_checkpoint
 from pipeline.train.diary import Diary
+from pipeline.train.initial import staged_weights
 from pipeline.train.loop import Trainer, chunk_loss, micro_batches
+from pipeline.train.memory import with_micro_batch
+from pipeline.train.node import node_watched
 from pipeline.train.session import Driver, Session
 from pipeline.train.state import TrainState, initial_state
 
@@ -37,6 +40,10 @@ class Task:
     """The MLflow run, which the driver owns; None = nothing is tracked."""
     spared: frozenset[str] = frozenset()
     """Places that registered models need: checkpoints there are never deleted."""
+    initial_sha256: str | None = None
+    """Of the weights staged beside the checkpoints, which fine-tuning begins with; None = drawn from the seed."""
+    started_seconds: float = 0.0
+    """Unix time of the run's first start, from which system metrics are counted."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ class Place:
     rank: int
     world: int
     device: torch.device
+    node: str | None = None
+    """Name of the node, on the one worker that reads its load; None on the others."""
 
 
 def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
@@ -53,12 +62,14 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
 
     Raises DamageError for data that is not what the driver saw, NonFiniteError for a training gone wrong.
     """
-    config = task.config
-    name_process(run=config.name, rank=place.rank)
+    name_process(run=task.config.name, rank=place.rank)
+    config = with_micro_batch(task.config, place.world, place.device)
     store = open_store(task.run_uri)
-    state = initial_state(config, place.device)
     diary = Diary(task.tracking_uri, task.run_id if place.rank == 0 else None, config.track)
     checkpoint = _starting_point(store, place)
+    begins_with = task.initial_sha256 if checkpoint is None else None
+    weights = staged_weights(store, begins_with) if begins_with is not None else None
+    state = initial_state(config, place.device, weights)
     if checkpoint is not None:
         state.load(checkpoint.record.step, checkpoint.tensors)
         diary.take_over(checkpoint.tensors)
@@ -69,7 +80,8 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
         device=place.device,
         world=place.world,
     )
-    with diary, closing(_loader(task, place)) as loader:
+    watched = node_watched(task.tracking_uri, task.run_id, place.node, task.started_seconds, config.track)
+    with diary, watched, closing(_loader(task, place)) as loader:
         _prime(trainer, state, place)
         kept = config.checkpoint
         writer = CheckpointWriter(store, task.identity, kept.keep_last, task.spared, kept.keep_best)

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.train import OptimizerConfig, TrainConfig
+from pipeline.config.train import OptimizerConfig, TrainConfig, WorkerConfig
 from pipeline.data import Loader, load_index
 from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import UserError
 from pipeline.train.alone import train_alone
 from pipeline.train.checkpoint import latest_checkpoint
+from pipeline.train.initial import stage_initial
 from pipeline.train.loop import NonFiniteError, Trainer, chunk_loss, micro_batches, train_step
 from pipeline.train.lr import learning_rate
 from pipeline.train.prepare import prepare
@@ -109,8 +110,37 @@ def test_a_step_with_an_infinite_gradient_changes_nothing_and_too_many_end_the_r
     assert next(steps) == 1
     assert (window.skipped_steps, state.skipped_steps) == (1, 1)
     assert all(torch.equal(value, before[name]) for name, value in state.tensors().items())
-    with pytest.raises(NonFiniteError, match="positions 14 to 27"):
+    with pytest.raises(NonFiniteError, match="not finite at 14 of its 14 positions: 14, 15, "):
         next(steps)
+
+
+def test_of_a_step_that_is_not_finite_the_samples_at_fault_are_named(digits: str, runs: str) -> None:
+    config = tiny(digits, runs, max_skipped_steps=0)
+    labelled = config.net.model_copy(update={"null_class": False})
+    config = config.model_copy(update={"net": labelled, "label_drop": 0.0})
+    batch = next(iter(Loader(config.data, load_index(digits), 0, config.global_batch).batches(2, 3)))
+    assert batch.labels is not None
+    fault = int(batch.labels[3])
+    for micro in (None, 4):
+        trainer, state = trainer_of(config.model_copy(update={"workers": WorkerConfig(micro_batch=micro)}))
+        state.step = 2
+        with torch.no_grad():
+            assert state.net.classes is not None
+            state.net.classes.weight[fault] = math.nan
+        wanted = batch.positions[batch.labels == fault].tolist()
+        said = f"finite at {len(wanted)} of its 14 positions: {', '.join(map(str, wanted))};"
+        with pytest.raises(NonFiniteError, match=said):
+            next(trainer.steps(state, [batch], Window(trainer.schedule.T, CPU)))
+
+
+def test_where_losses_are_finite_and_only_the_gradient_is_not_that_is_said(digits: str, runs: str) -> None:
+    trainer, state = trainer_of(tiny(digits, runs, max_skipped_steps=0))
+    state.net.head.bias.register_hook(lambda gradient: gradient * math.inf)
+    batches = Loader(trainer.config.data, load_index(digits), 0, 14).batches(0, 1)
+    with pytest.raises(
+        NonFiniteError, match="each loss at positions 0 to 13 is finite, their gradient is not"
+    ):
+        next(trainer.steps(state, batches, Window(trainer.schedule.T, CPU)))
 
 
 def test_samples_that_were_replaced_are_counted_and_named(
@@ -135,7 +165,10 @@ def run_alone(config: TrainConfig, stop_at: int | None = None) -> dict[str, torc
         if stop_at is not None and step >= stop_at:
             stop.set()
 
-    task = Task(config, plan.identity, plan.store.uri, plan.index.digest)
+    initial = plan.initial.sha256 if plan.initial is not None else None
+    if plan.initial is not None:
+        stage_initial(plan.store, plan.initial)
+    task = Task(config, plan.identity, plan.store.uri, plan.index.digest, initial_sha256=initial)
     train_alone(task, on_progress, stop)
     checkpoint = latest_checkpoint(plan.store)
     assert checkpoint is not None
