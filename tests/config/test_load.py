@@ -13,7 +13,7 @@ from pipeline.config.diffusion import check_together
 from pipeline.config.generate import GenerateConfig, SampleConfig
 from pipeline.config.load import described_settings, load_settings
 from pipeline.config.net import UNetConfig
-from pipeline.config.train import TrainConfig
+from pipeline.config.train import TrainConfig, WorkerConfig
 from pipeline.errors import UserError
 from pipeline.nets import UNet, parameter_count
 
@@ -59,7 +59,9 @@ def test_the_papers_networks_have_the_papers_sizes() -> None:
 def test_overrides_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("base: digits\ntrain:\n  steps: 7000\n  seed: 5\n")
-    config = load_settings(TrainConfig, "train", [file], ["seed=6"], sections=tuple(SECTIONS), presets=presets())
+    config = load_settings(
+        TrainConfig, "train", [file], ["seed=6"], sections=tuple(SECTIONS), presets=presets()
+    )
     assert (config.steps, config.seed, config.net.image_size) == (7000, 6, 8)
 
 
@@ -96,6 +98,19 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert "global_batch 1 is less than workers.num_workers 2" in refusal("global_batch=1")
     assert "multiple of log_every_steps" in refusal("checkpoint.every_steps=75")
     assert "label_drop" in refusal("label_drop=0")
+
+
+def test_the_number_of_workers_is_one_number_or_the_fewest_and_the_most() -> None:
+    for word, fewest, most in [("3", 3, 3), ("[1, 3]", 1, 3), ("[2,2]", 2, 2)]:
+        workers = digits(f"workers.num_workers={word}").workers
+        assert (workers.fewest, workers.most) == (fewest, most)
+        assert WorkerConfig.model_validate(workers.model_dump(mode="json")) == workers
+    for word in ("0", "[0, 2]", "2.5", "many", "[1, 2, 3]", "[]", "true", "{a: 1}"):
+        assert "is neither a number from 1 nor two of them, [fewest, most]" in refusal(
+            f"workers.num_workers={word}"
+        )
+    assert "the fewest come first; write [1, 3]" in refusal("workers.num_workers=[3, 1]")
+    assert "less than workers.num_workers 900" in refusal("workers.num_workers=[1, 900]")
 
 
 def test_a_file_that_is_absent_or_no_mapping_or_has_an_unknown_section_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DamageError
-from pipeline.store import ObjectInfo, Store, open_store
+from pipeline.store import ObjectInfo, Store, StoreUnreachable, open_store, patience
 from pipeline.train.checkpoint import (
     CheckpointWriter,
     checkpoint_uri,
@@ -117,6 +117,25 @@ def test_an_error_of_the_writer_reaches_the_training(store: Store, monkeypatch: 
     with pytest.raises(OSError, match="disk full"):
         writer.wait()
     writer.wait()  # once told, it is over
+
+
+def test_a_checkpoint_outlives_an_outage_of_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PAUSE_SECONDS", 0.01)
+    outages, upload = 5, store.upload
+
+    def away(key: str, path: Path) -> ObjectInfo:
+        nonlocal outages
+        outages -= 1
+        if outages >= 0:
+            raise StoreUnreachable("away")
+        return upload(key, path)
+
+    monkeypatch.setattr(store, "upload", away)
+    writer = CheckpointWriter(store, "id", keep_last=2)
+    writer.submit(1, TENSORS)
+    writer.wait()
+    assert load_checkpoint(store, 1).record.step == 1
+    assert outages == -1
 
 
 def test_submitting_does_not_wait_for_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
