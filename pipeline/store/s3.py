@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +19,7 @@ import boto3
 import botocore.exceptions as boto_errors
 import urllib3.exceptions
 from botocore.config import Config
+from botocore.parsers import ResponseParserFactory, RestXMLParser
 
 from pipeline.errors import DamageError, UserError
 from pipeline.store.base import ObjectChanged, ObjectInfo, ObjectMissing, Store, StoreUnreachable, checked_key
@@ -235,6 +235,30 @@ class S3Store(Store):
         return error
 
 
+class _Parsers(ResponseParserFactory):
+    """Makes the parser below for S3."""
+
+    def create_parser(self, protocol_name: str) -> Any:
+        return (
+            _Parser(timestamp_parser=str)
+            if protocol_name == "rest-xml"
+            else super().create_parser(protocol_name)
+        )
+
+
+class _Parser(RestXMLParser):
+    """Reads an object's entry in a listing by its tags instead of by botocore's model of it: half the time of a page.
+
+    Nobody here asks when an object was written, so that is left as it is.
+    """
+
+    def _handle_structure(self, shape: Any, node: Any) -> dict[str, Any]:
+        if shape.name != "Object":
+            return super()._handle_structure(shape, node)  # pyright: ignore[reportAttributeAccessIssue]
+        found: dict[str, Any] = {child.tag.rpartition("}")[2]: child.text or "" for child in node}
+        return found | {"Size": int(found["Size"])}
+
+
 class _NoBytes:
     """The body of a range that lies at the very end of its object."""
 
@@ -298,9 +322,7 @@ def _new_client() -> S3Client:
         s3={"addressing_style": "path" if _custom_endpoint() else "auto"},
     )
     session = boto3.session.Session()
-    # Nobody here asks when an object was written, and parsing that is two thirds of the cost of a long listing.
-    parsers = session._session.get_component("response_parser_factory")  # pyright: ignore[reportPrivateUsage]
-    parsers.set_parser_defaults(timestamp_parser=str)
+    session._session.register_component("response_parser_factory", _Parsers())  # pyright: ignore[reportPrivateUsage]
     try:
         return session.client("s3", config=config, region_name=session.region_name or "us-east-1")
     except (ValueError, boto_errors.BotoCoreError) as error:
@@ -329,4 +351,4 @@ def _code(error: boto_errors.ClientError) -> str:
 
 
 def _bare(etag: str) -> str:
-    return re.sub(r'^(W/)?"?|"$', "", etag)
+    return etag.removeprefix("W/").strip('"')
