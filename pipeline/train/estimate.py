@@ -48,7 +48,7 @@ def state_memory(config: TrainConfig) -> Memory:
 def activation_bytes(net: UNetConfig, precision: Precision) -> int:
     """Bytes that the backward pass of one sample needs kept from the forward pass: every saved tensor once.
 
-    Attention counts as if it kept its matrix, which fused kernels do not: too much by a few per cent.
+    Attention counts as if it kept its matrix, which fused kernels do not: for DDPM's CIFAR-10 network 8% too much.
     """
     network, x, t, labels, dropout = _on_meta(net, precision)
     own = {id(parameter.untyped_storage()) for parameter in network.parameters()}
