@@ -130,6 +130,8 @@ class Stream:
 def _wave(config: GenerateConfig, crew: Crew, numbers: list[int]) -> Generator[Outcome]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    # A pool counts as busy when every worker has its shards in hand; Ray's own 1.75 asks for more than we ever queue.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 0.95
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     most = config.max_workers or config.num_workers
     pool = ray.data.ActorPoolStrategy(

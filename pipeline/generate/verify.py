@@ -103,7 +103,7 @@ def verify(uri: str, progress: Callable[[int, int], None] = lambda done, total: 
     report = VerifyReport(uri, spec)
     manifest = _manifest(store, spec, report)
     found = survey(store, spec)
-    _check_listing(store, spec, found, report)
+    check_listing(store, spec, found, report)
     harvest = Harvest()
     prints: list[npt.NDArray[np.uint64]] = []
     done = [n for n in range(num_shards(spec)) if found.is_done(n)]
@@ -146,7 +146,8 @@ def _manifest(store: Store, spec: Spec, report: VerifyReport) -> Manifest | None
     return manifest
 
 
-def _check_listing(store: Store, spec: Spec, found: Survey, report: VerifyReport) -> None:
+def check_listing(store: Store, spec: Spec, found: Survey, report: VerifyReport) -> None:
+    """Report what is missing, left over or foreign at the prefix, by its lists alone."""
     missing = found.missing()
     if report.complete:
         for number in missing:

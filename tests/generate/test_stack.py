@@ -11,19 +11,24 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import pipeline.generate.run
 from infra.local import LocalStack
 from jobs.cluster import ray_cluster
-from jobs.generate import main
+from jobs.generate import main, summary
 from pipeline.config.generate import GenerateConfig, GuardConfig
+from pipeline.errors import UserError
 from pipeline.generate.manifest import read_manifest
-from pipeline.generate.run import GenerationResult, generate
+from pipeline.generate.plan import shards
+from pipeline.generate.records import read_record
+from pipeline.generate.run import GenerationResult, Job, generate
 from pipeline.generate.status import generation_status
 from pipeline.generate.verify import verify
+from pipeline.generate.worker import Outcome
 from pipeline.nets.artifact import TrainingData
 from pipeline.store import open_store
 from pipeline.track import find_run, register, set_alias, tracking_client
 from pipeline.track.run import open_run
-from tests.generate.tiny import contents, fill, settings, tiny_card, tiny_model
+from tests.generate.tiny import contents, fill, plan_of, settings, tiny_card, tiny_model
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(180)]
 
@@ -101,13 +106,74 @@ def test_a_lost_object_is_noticed_at_the_end_and_made_again(model: Path, prefix:
     assert contents(store) == sound
 
 
-def test_two_jobs_at_one_prefix_do_no_harm(model: Path, prefix: str) -> None:
+def test_a_second_job_joins_the_first_and_says_so(
+    model: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     fill(settings(model, f"{prefix}/alone"))
     config = settings(model, f"{prefix}/both", num_workers=1)
+    store = open_store(config.output)
     with ray_cluster(), ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda _: generate(config, cluster=nullcontext), range(2)))
-    assert {result.status for result in results} <= {"complete", "already complete"}
-    assert contents(open_store(f"{prefix}/both")) == contents(open_store(f"{prefix}/alone"))
+        first = pool.submit(generate, config, cluster=nullcontext)
+        while next(iter(store.list("jobs/")), None) is None:
+            assert not first.done(), first.result()
+            time.sleep(0.01)
+        second = generate(config, cluster=nullcontext)
+        assert first.result().status == second.status == "complete"
+    assert first.result().company == ()
+    assert len(second.company) == 1
+    assert "shared   with the job of " in "\n".join(summary(second))
+    assert contents(store) == contents(open_store(f"{prefix}/alone"))
+
+
+def test_of_two_generations_that_find_a_prefix_empty_one_has_it(
+    model: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have looked before either wrote; the one that comes second at the claim is refused by name."""
+    monkeypatch.setattr(pipeline.generate.run, "check_prefix", lambda store, spec: None)
+    configs = [settings(model, f"{prefix}/out", seed=seed, num_workers=1) for seed in (3, 4)]
+    with ray_cluster(), ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(generate, config, cluster=nullcontext) for config in configs]
+        errors = [job.exception() for job in jobs]
+    won = errors.index(None)
+    assert jobs[won].result().status == "complete"
+    assert isinstance(errors[1 - won], UserError)
+    assert f"seed: {3 + won} there, {4 - won} asked for" in str(errors[1 - won])
+    assert verify(f"{prefix}/out").ok
+
+
+def test_a_pool_grows_while_shards_wait(model: Path, prefix: str) -> None:
+    slow = {"sampler": {"kind": "ddim", "num_steps": 50}, "count": 600, "num_workers": 1, "max_workers": 3}
+    config = settings(model, prefix, **slow)
+    assert run(config).status == "complete"
+    spec, store = plan_of(config)[0], open_store(config.output)
+    assert 2 <= len({read_record(store, spec, unit).times.worker for unit in shards(spec)}) <= 3
+
+
+def test_a_failed_shard_is_tried_again_by_another_worker(
+    model: Path, stack: LocalStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(model, f"file://{tmp_path}/out", num_workers=1)
+    tried: list[Outcome] = []
+    take = Job._take
+
+    def watched(job: Job, outcome: Outcome) -> None:
+        tried.append(outcome)
+        if outcome.status == "failed":
+            (tmp_path / "out/shards/000003.tar").rmdir()
+        take(job, outcome)
+
+    monkeypatch.setattr(Job, "_take", watched)
+    with ray_cluster():
+        hindered = threading.Thread(target=_hinder, args=(tmp_path / "out",))
+        hindered.start()
+        result = generate(config, cluster=nullcontext)
+        hindered.join()
+    assert (result.status, result.failed) == ("complete", {})
+    failed, done = [outcome for outcome in tried if outcome.shard == 3]
+    assert (failed.status, done.status) == ("failed", "done")
+    assert failed.worker != done.worker
+    assert done.record is not None
+    assert done.record.times.attempt == 2
 
 
 def test_a_shard_that_keeps_failing_is_reported_while_the_rest_completes(
@@ -185,6 +251,20 @@ def test_a_generation_of_a_registered_model_is_tracked_and_linked(
     assert seen.data.tags["ddpm.training_run"] == training.run_id
     names = {item.path for item in client.list_artifacts(found.run_id)}
     assert {"contact-sheet.png", "report.html", "summary.json", "config"} <= names
+
+    # A larger count goes on in the same run, which says RUNNING until it is complete again.
+    states: list[str] = []
+
+    def look(done: int, total: int, note: str = "") -> None:
+        states.append(client.get_run(found.run_id).info.status)
+
+    more = config.model_copy(update={"count": 60})
+    with ray_cluster():
+        extended = generate(more, look, cluster=nullcontext)
+    assert (extended.status, extended.run_url) == ("complete", result.run_url)
+    assert set(states) == {"RUNNING"}
+    again = client.get_run(found.run_id)
+    assert (again.info.status, again.data.metrics["progress/images"]) == ("FINISHED", 60)
 
 
 def test_the_contact_sheet_and_the_report_lie_beside_the_manifest(model: Path, prefix: str) -> None:
