@@ -1,0 +1,283 @@
+"""Trainings that take turns: ours, diffusers' `train_unconditional`, denoising-diffusion-pytorch's Trainer.
+
+`python -m benchmarks.trainers FOLDER` installs what the peers need beside this project's environment, never into it:
+denoising-diffusion-pytorch asks for torchvision, which would bring another torch, so it comes without what it asks
+for, and two empty modules stand for torchvision, which only its reader of picture files uses.
+
+All train the same architecture on the same images. The peers get theirs as float tensors from memory; ours come
+through the loader from a packed data set, as in any training.
+"""
+
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pipeline.config.diffusion import SamplerConfig
+from pipeline.config.net import UNetConfig
+from pipeline.config.train import TrainConfig
+from pipeline.data import Loader, build_index, load_index, write_shard
+from pipeline.data.images import encode_npy
+from pipeline.diffusion import NoiseSchedule
+from pipeline.diffusion.images import from_uint8, to_uint8
+from pipeline.diffusion.samplers import sample
+from pipeline.nets.diffusers_config import net_to_diffusers
+from pipeline.store import open_store
+from pipeline.train.loop import Trainer
+from pipeline.train.state import initial_state
+from pipeline.train.window import Window
+
+PEERS = ("accelerate==1.15.0", "denoising-diffusion-pytorch==2.3.4", "ema-pytorch==0.8.3", "einops>=0.8")
+SAMPLING_STEPS = 50
+"""Of the peers' DDIM samplers; ours takes fewer."""
+
+
+class Contender(Protocol):
+    """A training in progress."""
+
+    def steps(self, count: int) -> None:
+        """Take `count` optimiser steps."""
+        ...
+
+    def sample(self, count: int) -> Tensor:
+        """Images uint8 (count, C, H, W) by its averaged weights and its own sampler."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the contenders share."""
+
+    net: UNetConfig
+    images: Tensor
+    """uint8 (N, C, H, W)."""
+    batch: int
+    steps: int
+    """Steps of the whole training, which schedules of the learning rate need to know."""
+    seed: int
+
+
+class Ours:
+    """pipeline.train's own loop, alone in this process."""
+
+    def __init__(self, config: TrainConfig, sampler: SamplerConfig) -> None:
+        """Trains and samples on the packed data set that `config` names."""
+        self._config, self._sampler = config, sampler
+        self.loader = Loader(config.data, load_index(config.data.uri), config.seed, config.global_batch)
+        self.state = initial_state(config, torch.device("cpu"))
+        if config.compile:
+            self.state.net.compile()
+        schedule = NoiseSchedule.from_config(config.schedule)
+        self.trainer = Trainer(config, schedule, self.state.net, torch.device("cpu"), 1)
+        self.window = Window(schedule.T, torch.device("cpu"))
+        self._steps = self.trainer.steps(self.state, self.loader.batches(0, config.steps), self.window)
+
+    def steps(self, count: int) -> None:
+        for _ in islice(self._steps, count):
+            pass
+
+    def sample(self, count: int) -> Tensor:
+        config = self._config
+        shape = (config.net.in_channels, config.net.image_size, config.net.image_size)
+        index = torch.arange(count)
+        parts = [
+            sample(
+                self.state.averaged(),
+                self.trainer.schedule,
+                self._sampler,
+                part,
+                shape,
+                config.seed,
+                objective=config.objective,
+            )
+            for part in index.split(200)
+        ]
+        return to_uint8(torch.cat(parts))
+
+
+class Diffusers:
+    """The loop of diffusers' examples/unconditional_image_generation, with its defaults and --use_ema."""
+
+    def __init__(self, setting: Setting, lr: float = 1e-4) -> None:
+        """lr: by default the script's."""
+        from accelerate import Accelerator
+        from diffusers import DDPMScheduler
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        torch.manual_seed(setting.seed)
+        self._net, self._size = their_network(setting.net), setting.net.image_size
+        self._accelerator: Any = Accelerator(cpu=True)
+        self._ema: Any = EMAModel(
+            self._net.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75
+        )
+        self._noise_scheduler: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+        optimizer = torch.optim.AdamW(
+            self._net.parameters(), lr=lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+        )
+        schedule = get_scheduler(
+            "cosine", optimizer=optimizer, num_warmup_steps=min(500, setting.steps // 10),
+            num_training_steps=setting.steps,
+        )  # fmt: skip
+        self._model, self._optimizer, self._lr = self._accelerator.prepare(self._net, optimizer, schedule)
+        self._batches = _endless(setting, from_uint8(setting.images))
+
+    def steps(self, count: int) -> None:
+        accelerator, scheduler = self._accelerator, self._noise_scheduler
+        self._model.train()
+        for clean in islice(self._batches, count):
+            noise = torch.randn(clean.shape)
+            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),)).long()
+            noisy = scheduler.add_noise(clean, noise, timesteps)
+            with accelerator.accumulate(self._model):
+                output = self._model(noisy, timesteps).sample
+                loss = nn.functional.mse_loss(output.float(), noise.float())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self._model.parameters(), 1.0)
+                self._optimizer.step()
+                self._lr.step()
+                self._optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                self._ema.step(self._model.parameters())
+            loss.detach().item()  # for its progress bar
+
+    def sample(self, count: int) -> Tensor:
+        from diffusers import DDIMPipeline, DDIMScheduler
+
+        self._ema.store(self._net.parameters())
+        self._ema.copy_to(self._net.parameters())
+        scheduler = DDIMScheduler.from_config(self._noise_scheduler.config)
+        pipeline: Any = DDIMPipeline(unet=self._net.eval(), scheduler=scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        parts = [
+            torch.from_numpy(
+                pipeline(batch_size=n, num_inference_steps=SAMPLING_STEPS, output_type="np").images
+            )
+            for n in _parts(count)
+        ]
+        self._ema.restore(self._net.parameters())
+        return _levels(torch.cat(parts).permute(0, 3, 1, 2))
+
+
+class DenoisingDiffusion:
+    """denoising-diffusion-pytorch's Trainer with its defaults, around the same network as the others'."""
+
+    def __init__(self, setting: Setting, lr: float = 1e-4) -> None:
+        """lr: by default the Trainer's."""
+        stand_in_for_torchvision()
+        from denoising_diffusion_pytorch import denoising_diffusion_pytorch as package
+
+        torch.manual_seed(setting.seed)
+        process = package.GaussianDiffusion(
+            Adapted(setting.net), image_size=setting.net.image_size, sampling_timesteps=SAMPLING_STEPS
+        )
+        package.tqdm = _silent(package.tqdm)
+        images = from_uint8(setting.images) / 2 + 0.5
+        package.Dataset = lambda *_, **__: TensorDataset(images)  # instead of a folder of pictures
+        self._folder = tempfile.TemporaryDirectory(prefix="ddpm-bench-")
+        self._trainer: Any = package.Trainer(
+            process, "", train_batch_size=setting.batch, train_lr=lr, train_num_steps=0,
+            save_and_sample_every=10**9, results_folder=self._folder.name, calculate_fid=False,
+        )  # fmt: skip
+        self._trainer.dl = _endless(setting, images)
+
+    def steps(self, count: int) -> None:
+        self._trainer.train_num_steps = self._trainer.step + count
+        self._trainer.train()
+
+    def sample(self, count: int) -> Tensor:
+        model = self._trainer.ema.ema_model.eval()
+        return _levels(torch.cat([model.sample(batch_size=n) for n in _parts(count)]))
+
+
+class Adapted(nn.Module):
+    """Diffusers' network under the names that denoising-diffusion-pytorch asks for."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.net = their_network(config)
+        self.channels = self.out_dim = config.in_channels
+        self.self_condition = False
+
+    def forward(self, x: Tensor, time: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+        return self.net(x, time, return_dict=False)[0]
+
+
+def their_network(config: UNetConfig) -> Any:
+    """The same architecture as diffusers builds it, with its own initial weights."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel.from_config(net_to_diffusers(config))
+
+
+def pack_images(folder: Path, images: Tensor, labels: Tensor | None = None) -> str:
+    """Images uint8 (N, C, H, W) as an indexed data set of one shard; its URI."""
+    store = open_store(folder.as_uri())
+    rows = images.permute(0, 2, 3, 1).numpy()
+    files = ({"npy": encode_npy(row)} for row in rows)
+    named = [(f"{i:08d}", parts) for i, parts in enumerate(files)]
+    if labels is not None:
+        named = [(key, {**parts, "cls": b"%d" % int(labels[i])}) for i, (key, parts) in enumerate(named)]
+    store.write("00000.tar", write_shard(named))
+    build_index(store.uri)
+    return store.uri
+
+
+def use_peers(folder: Path | None) -> bool:
+    """Whether the peers can be imported, from `folder` if it is given."""
+    import importlib.util
+
+    if folder is not None:
+        sys.path.append(str(folder.resolve()))
+    return all(map(importlib.util.find_spec, ("accelerate", "denoising_diffusion_pytorch", "ema_pytorch")))
+
+
+def install_peers(folder: Path) -> None:
+    """Into `folder`, without what they ask for. Raises CalledProcessError."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    subprocess.run([*command, *PEERS], check=True, stdout=sys.stderr)
+
+
+def stand_in_for_torchvision() -> None:
+    """Empty modules under its name, unless it is there."""
+    if "torchvision" not in sys.modules:
+        module: Any = types.ModuleType("torchvision")
+        module.transforms = types.ModuleType("torchvision.transforms")
+        module.utils = types.ModuleType("torchvision.utils")
+        sys.modules["torchvision"] = module
+
+
+def _endless(setting: Setting, images: Tensor) -> Iterator[Tensor]:
+    loader = DataLoader(
+        TensorDataset(images), batch_size=setting.batch, shuffle=True, drop_last=True
+    )  # of equal batches, as ours are
+    while True:
+        for (batch,) in loader:
+            yield batch
+
+
+def _parts(count: int, most: int = 200) -> list[int]:
+    return [min(most, count - start) for start in range(0, count, most)]
+
+
+def _levels(unit: Tensor) -> Tensor:
+    """[0, 1] to uint8."""
+    return (unit.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _silent(bar: Any) -> Any:
+    return lambda *given, **named: bar(*given, **{**named, "disable": True})
+
+
+if __name__ == "__main__":
+    install_peers(Path(sys.argv[1]))
