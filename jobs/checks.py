@@ -1,7 +1,6 @@
 """What `ddpm doctor` looks at. Each check asks the real thing once, quickly, and says what to do about a fault."""
 
 import email.utils
-import json
 import os
 import shutil
 import socket
@@ -21,6 +20,7 @@ from packaging.requirements import Requirement
 
 from infra.local import check_ray
 from infra.local.service import get
+from jobs.dashboard import ask
 from pipeline.errors import UserError
 from pipeline.store import open_store
 from pipeline.track import require_server
@@ -125,14 +125,12 @@ def check_ray_cluster(environ: Environ = os.environ) -> Finding:
         check_ray(environ)
     except UserError as error:
         return _refused("ray", error)
-    headers = {"Authorization": f"Bearer {_ray_token(environ)}"}
-    theirs = str(json.loads(get(f"{url}/api/version", headers) or b"{}").get("ray_version", ""))
+    theirs = str(ask("/api/version", environ).get("ray_version", ""))
     ours = metadata.version("ray")
     if theirs and theirs != ours:
         remedy = f"run the cluster's image with Ray {ours}, or install ray=={theirs} here"
         return Finding("ray", False, f"{url} runs {theirs}, here is {ours}", remedy)
-    answer = json.loads(get(f"{url}/nodes?view=summary", headers) or b"{}")
-    nodes = answer.get("data", {}).get("summary", [])
+    nodes = ask("/nodes?view=summary", environ).get("data", {}).get("summary", [])
     alive = sum(node.get("raylet", {}).get("state") == "ALIVE" for node in nodes)
     if alive == 0:
         return Finding("ray", False, f"{url}: no node is alive", "look at the head's log (ddpm status)")
@@ -240,11 +238,6 @@ def _refused(name: str, error: UserError) -> Finding:
     text = str(error)
     cut = max(text.rfind("; "), text.rfind(": "))
     return Finding(name, False, text[:cut], text[cut + 2 :]) if cut > 0 else Finding(name, False, text)
-
-
-def _ray_token(environ: Environ) -> str:
-    path = environ.get("RAY_AUTH_TOKEN_PATH")
-    return (environ.get("RAY_AUTH_TOKEN") or (Path(path).read_text() if path else "")).strip()
 
 
 def _date_of(url: str) -> float | None:

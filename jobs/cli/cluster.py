@@ -39,9 +39,9 @@ def list_jobs(json: AsJson = False) -> None:
     """The cluster's jobs, newest first."""
 
     def work() -> int:
-        from jobs import submit
+        from jobs import watch
 
-        return submit.print_jobs(submit.job_client(), json)
+        return watch.print_jobs(watch.job_client(), json)
 
     end(work)
 
@@ -54,12 +54,12 @@ def logs(
     """Output of a submitted job."""
 
     def work() -> int:
-        from jobs import submit
+        from jobs import watch
 
-        client = submit.job_client()
-        submit.require_job(client, job)
+        client = watch.job_client()
+        watch.require_job(client, job)
         if follow:
-            return submit.follow(client, job)
+            return watch.follow(client, job)
         print(client.get_job_logs(job), end="")
         return DONE
 
@@ -71,10 +71,10 @@ def stop(job: Job) -> None:
     """Ask a submitted job to save and end."""
 
     def work() -> int:
-        from jobs import submit
+        from jobs import watch
 
-        client = submit.job_client()
-        submit.require_job(client, job)
+        client = watch.job_client()
+        watch.require_job(client, job)
         client.stop_job(job)
         print(f"asked {job} to end; the same command starts it again where it was")
         print(f"next     ddpm logs -f {job}")

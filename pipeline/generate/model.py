@@ -4,7 +4,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.generate import GenerateConfig
 from pipeline.errors import UserError
+from pipeline.generate.spec import Spec, make_spec
 from pipeline.nets.artifact import CARD_FILE, ModelCard, read_model
 
 
@@ -19,6 +21,13 @@ class FoundModel:
     version: int | None
     run_id: str | None
     """MLflow run of the training, if known."""
+
+
+def pin(config: GenerateConfig) -> tuple[FoundModel, Spec]:
+    """The network that a generation asks for, and the spec that follows. UserError when the two do not fit."""
+    model = find_model(config.model)
+    device = "cuda" if config.gpus_per_worker else "cpu"
+    return model, make_spec(config, model.card, name=model.name, version=model.version, device=device)
 
 
 def find_model(reference: str) -> FoundModel:

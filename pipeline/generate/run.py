@@ -20,13 +20,12 @@ from pipeline.generate.guards import judge
 from pipeline.generate.ledger import Harvest, gather, survey
 from pipeline.generate.maker import reference
 from pipeline.generate.manifest import read_manifest
-from pipeline.generate.model import FoundModel, find_model
+from pipeline.generate.model import FoundModel, pin
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.spec import (
     SPEC_KEY,
     Spec,
     check_prefix,
-    make_spec,
     pretty,
     read_spec,
     require_extension,
@@ -97,9 +96,7 @@ def generate(
     the user can put right; RuntimeError when Ray itself gives up.
     """
     began = time.monotonic()
-    model = find_model(config.model)
-    device = "cuda" if config.gpus_per_worker else "cpu"
-    spec = make_spec(config, model.card, name=model.name, version=model.version, device=device)
+    model, spec = pin(config)
     store = open_store(config.output)
     store.require_container()
     there = check_prefix(store, spec)

@@ -1,5 +1,6 @@
 """Handing jobs to a cluster: what travels, how a job is named, and whose exit code comes back."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from infra.local import LocalStack
 from pipeline.config.data import PackConfig
 from pipeline.data import pack
+from pipeline.train.prepare import prepare
 from tests.train.tiny import tiny
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
@@ -15,18 +17,17 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
 def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_name(
     stack: LocalStack, prefix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from jobs.submit import (  # imports Ray, which reads the stack's settings
-        job_client,
-        job_table,
-        require_job,
-        submit,
-    )
+    from jobs.submit import submit  # imports Ray, which reads the stack's settings
+    from jobs.watch import job_client, job_table, print_jobs, require_job
     from pipeline.errors import UserError
 
     pack(PackConfig(source="digits", dest=f"{prefix}/data", channels=1), None)
     config = tiny(f"{prefix}/data", f"{prefix}/runs", name="handed", track={"experiment": "tests-submit"})
     assert submit("train", config, detach=True) == 0
     name = capfd.readouterr().out.split()[1]
+    assert name == f"train-{prepare(config).identity}"
+    with pytest.raises(UserError, match=f"job {name}: is at the same work with other settings"):
+        submit("train", config.model_copy(update={"steps": 48}))
     assert submit("train", config) == 0  # the same settings: the job that is going on
     said = capfd.readouterr()
     assert f"joined   job {name}" in said.out
@@ -42,6 +43,10 @@ def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_n
     assert "no index there" in capfd.readouterr().out
 
     client = job_client()
+    assert print_jobs(client, as_json=True) == 0
+    listed = json.loads(capfd.readouterr().out)
+    assert [job["status"] for job in listed if job["submission_id"] == name] == ["SUCCEEDED"]
+    assert sum(job["submission_id"].startswith("versions-") for job in listed) == 1
     assert sum(name in line for line in job_table(client)) == 2
     with pytest.raises(UserError, match="did you mean"):
         require_job(client, name + "x")

@@ -1,0 +1,107 @@
+"""Before a job is handed over, the cluster's software is compared with what the job needs."""
+
+import json
+import sys
+from importlib import metadata
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.job_submission import JobStatus
+
+from jobs import agreement
+from jobs.agreement import package_faults, require_agreement, requirements
+from pipeline.errors import UserError
+
+HERE: dict[str, str | None] = {need.name: metadata.version(need.name) for need in requirements()}
+VERSION = {"ray_version": metadata.version("ray"), "session_name": "session_2026"}
+
+
+class Client:
+    """As much of a job server as the comparison asks, with packages of a test's choice."""
+
+    def __init__(
+        self, packages: dict[str, str | None] | None, status: JobStatus = JobStatus.SUCCEEDED
+    ) -> None:
+        self.packages, self.status = packages, status
+        self.submitted: list[str] = []
+
+    def get_address(self) -> str:
+        return "http://ray.example:8265"
+
+    def list_jobs(self) -> list[Any]:
+        return [SimpleNamespace(submission_id=name, status=self.status) for name in self.submitted]
+
+    def submit_job(self, *, submission_id: str, **_: object) -> None:
+        self.submitted.append(submission_id)
+
+    def get_job_status(self, _: str) -> JobStatus:
+        return self.status
+
+    def get_job_logs(self, _: str) -> str:
+        return "hello\n" + ("" if self.packages is None else f"::versions {json.dumps(self.packages)}\n")
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """The head's answers, for a test to change."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    told: dict[str, dict[str, Any]] = {
+        "/api/version": dict(VERSION),
+        "/api/v0/cluster_metadata": {"data": {"pythonVersion": python}},
+    }
+    monkeypatch.setattr(agreement, "ask", lambda path: told[path])
+    return told
+
+
+def refusal(client: Client) -> str:
+    with pytest.raises(UserError) as caught:
+        require_agreement(client)  # pyright: ignore[reportArgumentType]
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith("http://ray.example:8265: ")
+    return text
+
+
+@pytest.mark.usefixtures("answers")
+def test_a_cluster_like_this_machine_is_accepted_and_asked_only_once() -> None:
+    client = Client(HERE)
+    require_agreement(client)  # pyright: ignore[reportArgumentType]
+    require_agreement(client)  # pyright: ignore[reportArgumentType]
+    assert client.submitted == ["versions-2026"]
+
+
+def test_another_ray_or_python_is_refused_before_anything_is_submitted(answers: dict[str, Any]) -> None:
+    client = Client(HERE)
+    answers["/api/version"]["ray_version"] = "2.9.0"
+    assert "runs Ray 2.9.0, here is" in refusal(client)
+    answers["/api/version"] = dict(VERSION)
+    answers["/api/v0/cluster_metadata"]["data"]["pythonVersion"] = "3.8.1"
+    assert "runs Python 3.8, here is" in refusal(client)
+    assert client.submitted == []
+
+
+@pytest.mark.usefixtures("answers")
+@pytest.mark.parametrize(
+    ("package", "version", "said"),
+    [
+        ("torch", "2.7.0+cu126", "has torch 2.7.0+cu126, here is"),
+        ("mlflow", "2.0.0", "has mlflow 2.0.0, this program needs"),
+        ("webdataset", None, "webdataset is not installed on the cluster"),
+    ],
+)
+def test_a_missing_unfit_or_differently_rounding_package_is_refused(
+    package: str, version: str | None, said: str
+) -> None:
+    assert said in refusal(Client({**HERE, package: version}))
+
+
+@pytest.mark.usefixtures("answers")
+def test_a_cluster_that_cannot_tell_its_packages_is_refused() -> None:
+    assert "ddpm logs versions-2026" in refusal(Client(None))
+    assert "cannot tell" in refusal(Client(HERE, JobStatus.FAILED))
+
+
+def test_a_builds_label_and_a_harmless_difference_are_no_faults() -> None:
+    torch = str(HERE["torch"]).partition("+")[0]
+    assert package_faults({**HERE, "torch": f"{torch}+cu130", "rich": "99.0"}) == []
