@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, Protocol, cast
 
 from pipeline.data.hashing import HashingReader
@@ -21,11 +24,14 @@ COPY_BYTES = 1 << 20
 class Access(Protocol):
     """Random access to plain (decompressed) shards, by their number in the index."""
 
-    reads_at_once: int
-    """How many threads gain from reading together."""
-
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Exactly these bytes. Raises DamageError when the shard is shorter, ObjectChanged when it was replaced."""
+        ...
+
+    def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
+        """The bytes at several places, in ascending order. What lies beyond a shard's end is simply not there:
+        the caller compares hashes anyway, and `read` says what is wrong. Raises as `read` does for the whole shard.
+        """
         ...
 
     def close(self) -> None:
@@ -36,20 +42,23 @@ class Access(Protocol):
 class FileAccess:
     """Shards that lie in a local directory, read in place. Keeps at most `most_open` descriptors."""
 
-    reads_at_once = 1
-
     def __init__(self, index: Index, store: FileStore, most_open: int) -> None:
         self.index, self.store = index, store
         self.files = OpenFiles(most_open)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        fd = self.files.get(shard)
-        if fd is None:
-            fd = self.files.put(shard, self._open(shard))
-        return read_exactly(fd, offset, size, f"{self.store.uri}/{self.index.shards[shard].name}")
+        where = f"{self.store.uri}/{self.index.shards[shard].name}"
+        return read_exactly(self._fd(shard), offset, size, where)
+
+    def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
+        return map(os.pread, itertools.repeat(self._fd(shard)), sizes, offsets)
 
     def close(self) -> None:
         self.files.close()
+
+    def _fd(self, shard: int) -> int:
+        fd = self.files.get(shard)
+        return self.files.put(shard, self._open(shard)) if fd is None else fd
 
     def _open(self, shard: int) -> int:
         entry = self.index.shards[shard]
@@ -60,24 +69,30 @@ class FileAccess:
 class MemoryAccess:
     """Whole shards held in memory, the longest unused given up first."""
 
-    reads_at_once = 1
-
     def __init__(self, index: Index, store: Store, limit_bytes: int, lenient: bool) -> None:
         self.index, self.store, self.limit_bytes, self.lenient = index, store, limit_bytes, lenient
         self.held: OrderedDict[int, bytes] = OrderedDict()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        data = self.held.get(shard)
-        if data is None:
-            data = self._fetch(shard)
-        self.held.move_to_end(shard)
+        data = self._data(shard)
         found = data[offset : offset + size]
         if len(found) != size:
             raise cut_short(f"{self.store.uri}/{self.index.shards[shard].name}", len(data), offset + size)
         return found
 
+    def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
+        data = self._data(shard)
+        return [data[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
+
     def close(self) -> None:
         self.held.clear()
+
+    def _data(self, shard: int) -> bytes:
+        data = self.held.get(shard)
+        if data is None:
+            data = self._fetch(shard)
+        self.held.move_to_end(shard)
+        return data
 
     def _fetch(self, shard: int) -> bytes:
         entry = self.index.shards[shard]
@@ -90,19 +105,21 @@ class MemoryAccess:
 
 
 class RangeAccess:
-    """A request for each sample. Slow; for stores without a cache and shards too large for memory."""
-
-    reads_at_once = REQUESTS_AT_ONCE
+    """A request for each sample, many at once. Slow; for stores without a cache and shards too large for memory."""
 
     def __init__(self, index: Index, store: Store) -> None:
         self.index, self.store = index, store
+        self.pool = ThreadPoolExecutor(REQUESTS_AT_ONCE)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         entry = self.index.shards[shard]
         return self.store.read_range(entry.name, offset, size, etag=trusted_tag(self.index, entry))
 
+    def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
+        return self.pool.map(self.read, itertools.repeat(shard), offsets, sizes)
+
     def close(self) -> None:
-        """Nothing is held."""
+        self.pool.shutdown()
 
 
 class OpenFiles:

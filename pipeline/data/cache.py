@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import os
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pipeline.data.index import Index
 from pipeline.data.order import GlobalOrder, Window
 from pipeline.errors import DamageError, UserError
 from pipeline.store import Store
+from pipeline.tally import count
 
 ADMISSION = "admission.lock"
 POLL_SECONDS = 0.05
@@ -47,6 +49,7 @@ class ShardCache:
         """A descriptor of a shard, brought first if need be. Raises DamageError, ObjectChanged, StoreUnreachable."""
         path = self.path(shard)
         fd = self._there(path)
+        count("cache_misses" if fd is None else "cache_hits")
         if fd is not None:
             return fd
         with _locked(path.with_suffix(".lock")):
@@ -121,13 +124,21 @@ class ShardCache:
 class CacheAccess:
     """Random access to shards through the cache (see access.Access)."""
 
-    reads_at_once = 1
-
     def __init__(self, cache: ShardCache, most_open: int) -> None:
         self.cache, self.files = cache, OpenFiles(most_open)
         self._touched: dict[int, float] = {}
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
+        where = f"{self.cache.store.uri}/{self.cache.index.shards[shard].name}"
+        return read_exactly(self._fd(shard), offset, size, where)
+
+    def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
+        return map(os.pread, itertools.repeat(self._fd(shard)), sizes, offsets)
+
+    def close(self) -> None:
+        self.files.close()
+
+    def _fd(self, shard: int) -> int:
         now = time.monotonic()
         fd = self.files.get(shard)
         if fd is None:
@@ -136,10 +147,7 @@ class CacheAccess:
         elif now - self._touched[shard] > TOUCH_SECONDS:
             self.cache.touch(shard)
             self._touched[shard] = now
-        return read_exactly(fd, offset, size, f"{self.cache.store.uri}/{self.cache.index.shards[shard].name}")
-
-    def close(self) -> None:
-        self.files.close()
+        return fd
 
 
 class Prefetcher:

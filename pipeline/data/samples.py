@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -58,8 +56,7 @@ class SampleSource:
         """The samples of int64 (n,) positions. Raises DamageError naming shard, sample, offset and cause."""
         opened = self._opened or self._open()
         shards, members = opened.order.lookup(positions)
-        rows = self.index.starts[shards] + members
-        pixels, labels, damage = opened.pixels(rows)
+        pixels, labels, damage = opened.pixels(shards, members)
         images = self._augmented(pixels, torch.from_numpy(positions))
         return Samples(images, torch.from_numpy(labels) if self.index.labelled else None, damage)
 
@@ -120,53 +117,68 @@ class _Opened:
             return read_table(self.index, shard, store)
 
         self.table = lru_cache(maxsize=2 * self.order.window_shards)(table)
-        self.pool = ThreadPoolExecutor(self.access.reads_at_once) if self.access.reads_at_once > 1 else None
         self.held = _Held(source.index.num_samples, self.shape) if source.holds_all else None
 
-    def pixels(self, rows: Int64) -> tuple[UInt8, Int64, tuple[str, ...]]:
-        """Pixels uint8 (n, C, H, W) and labels int64 (n,) of rows of the whole data set."""
+    def pixels(self, shards: Int64, members: Int64) -> tuple[UInt8, Int64, tuple[str, ...]]:
+        """Pixels uint8 (n, C, H, W) and labels int64 (n,) of members of shards, int64 (n,) both."""
+        rows = self.index.starts[shards] + members
         if self.held is not None and self.held.known[rows].all():
             return self.held.pixels[rows], self.held.labels[rows], ()
         out = np.empty((len(rows), self.shape.channels, self.shape.height, self.shape.width), np.uint8)
         labels, damage = np.empty(len(rows), np.int64), list[str]()
         # In order of place: neighbouring rows are neighbours on disk.
         order = np.argsort(rows, kind="stable")
-        for i, (pixels, label, problems) in zip(order, self._each(rows[order]), strict=True):
-            out[i], labels[i] = pixels, label
-            damage += problems
+        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            self._fill(int(shards[part[0]]), members[part], part, out, labels, damage)
         if self.held is not None and not damage:
             self.held.keep(rows, out, labels)
         return out, labels, tuple(damage)
 
     def close(self) -> None:
         self.access.close()
-        if self.pool is not None:
-            self.pool.shutdown()
 
-    def _each(self, rows: Int64) -> Iterator[tuple[UInt8, int, list[str]]]:
-        return (map if self.pool is None else self.pool.map)(self._one, self._places(rows))
+    def _fill(
+        self, shard: int, members: Int64, slots: Int64, out: UInt8, labels: Int64, damage: list[str]
+    ) -> None:
+        """Put samples of one shard into these slots of a batch. The inner loop of training: it does little else."""
+        places = self.table(shard)[members]
+        labels[slots] = places["label"]
+        crcs = places["crc"].tolist()
+        for member, slot, data, crc in zip(
+            members.tolist(), slots.tolist(), self._bytes(shard, places), crcs, strict=True
+        ):
+            pixels = self._decoded(data) if crc32(data) == crc else None
+            if pixels is None:
+                pixels, labels[slot], problems = self._one(
+                    self._place(int(self.index.starts[shard]) + member)
+                )
+                damage += problems
+            out[slot] = pixels.transpose(2, 0, 1)
 
-    def _places(self, rows: Int64) -> list[_Place]:
-        """Where rows lie; rows must be in order."""
-        shards = np.searchsorted(self.index.starts, rows, side="right") - 1
-        places: list[_Place] = []
-        edges = np.flatnonzero(np.diff(shards, prepend=-1, append=-1))
-        for first, last in itertools.pairwise(edges):
-            shard = int(shards[first])
-            members = self.table(shard)[rows[first:last] - self.index.starts[shard]]
-            columns = (members[name].tolist() for name in ("offset", "size", "crc", "label"))
-            places += [
-                _Place(row, shard, *member)
-                for row, *member in zip(rows[first:last].tolist(), *columns, strict=True)
-            ]
-        return places
+    def _bytes(self, shard: int, places: MemberTable) -> Iterable[bytes]:
+        try:
+            return self.access.read_each(shard, places["offset"].tolist(), places["size"].tolist())
+        except DamageError:
+            return [b""] * len(places)  # none of which will fit its CRC; `_one` finds out what each lacks
+
+    def _decoded(self, data: bytes) -> UInt8 | None:
+        try:
+            return decode(data, self.shape)
+        except DamageError:
+            return None  # `_one` meets it again, and says where
+
+    def _place(self, row: int) -> _Place:
+        shard = int(np.searchsorted(self.index.starts, row, side="right")) - 1
+        member = self.table(shard)[row - int(self.index.starts[shard])]
+        offset, size, crc, label = (int(member[name]) for name in ("offset", "size", "crc", "label"))
+        return _Place(row, shard, offset, size, crc, label)
 
     def _one(self, place: _Place) -> tuple[UInt8, int, list[str]]:
         """A sample, or, where damage is skipped, the nearest whole one after it: the same one every time."""
         problems: list[str] = []
         for distance in range(MOST_SUBSTITUTES):
             if distance:
-                (place,) = self._places(np.array([(place.row + 1) % self.index.num_samples]))
+                place = self._place((place.row + 1) % self.index.num_samples)
             try:
                 return self._read(place), place.label, problems
             except ObjectChanged:
@@ -180,9 +192,9 @@ class _Opened:
     def _read(self, place: _Place) -> UInt8:
         data = self.access.read(place.shard, place.offset, place.size)
         try:
-            if zlib.crc32(data) != place.crc:
+            if crc32(data) != place.crc:
                 raise DamageError("its bytes are not the indexed ones (CRC-32)")
-            return decode(data, self.shape).transpose(2, 0, 1)
+            return decode(data, self.shape)
         except DamageError as error:
             entry = self.index.shards[place.shard]
             name = self._name(place.shard, place.offset)
