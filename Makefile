@@ -6,7 +6,7 @@ BIN := .venv/bin
 STORE_OPTION := $(if $(STORE),--store $(STORE))
 
 .DEFAULT_GOAL := help
-.PHONY: help run install install-dev test lint up status down clean distclean lock docs
+.PHONY: help run install install-dev test lint up status down clean distclean lock docs chaos fuzz
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,13 @@ lint: install-dev ## style, types, layer contracts
 
 test: lint ## lint, then all tests: fast ones first, then those on the real stack
 	$(BIN)/pytest
+
+chaos: install-dev ## attack trainings and generations with random faults (SEED=0 ROUNDS=10, or ROUND=3 for one again)
+	@$(BIN)/python -m tests.chaos --seed $(or $(SEED),0) --rounds $(or $(ROUNDS),10) --first $(or $(FIRST),0) $(if $(ROUND),--round $(ROUND))
+
+fuzz: install-dev ## feed every reader of stored bytes with what a fuzzer thinks up (SECONDS=60 each)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet 'atheris>=3,<4'
+	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
 
 lock: install-dev ## write the lock files anew from what is installed
 	@$(BIN)/python -m infra.lock

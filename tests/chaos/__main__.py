@@ -1,0 +1,106 @@
+"""Attack the pipeline: `python -m tests.chaos --seed 7 --rounds 10`, or one round again: `--seed 7 --round 3`.
+
+Starts a stack of its own, ends with exit code 1 if anything was lost, and appends what it found to a file of JSON
+lines, from which `--write` makes docs/reliability.md's table.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from infra.local import LocalStack, export_environment
+from infra.local.ray import LOOPBACK_SETTINGS, remove_temp_dir
+
+RECORD = Path(".local/chaos.jsonl")
+HEAD_CPUS = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Play the rounds that are asked for; 0 when nothing was lost."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="names the faults of every round")
+    parser.add_argument("--rounds", type=int, default=10, help="how many, from --first on")
+    parser.add_argument("--first", type=int, default=0, help="number of the first round")
+    parser.add_argument("--round", type=int, help="only this one")
+    parser.add_argument("--record", type=Path, default=RECORD, help="file that outcomes are appended to")
+    parser.add_argument(
+        "--write", type=Path, help="write a table of all recorded outcomes here, play nothing"
+    )
+    options = parser.parse_args(argv)
+    if options.write is not None:
+        options.write.write_text(table(options.record))
+        return 0
+    numbers = (
+        range(options.first, options.first + options.rounds) if options.round is None else [options.round]
+    )
+    options.record.parent.mkdir(parents=True, exist_ok=True)
+    lost = 0
+    with _stack() as (stack, folder):
+        from tests.chaos.rounds import Arena
+
+        arena = Arena(stack, folder)
+        for number in numbers:
+            outcome = arena.play(options.seed, number)
+            with options.record.open("a") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+            print(row(asdict(outcome)), flush=True)
+            lost += bool(outcome.lost)
+    print(f"{len(numbers)} rounds, {lost} with a loss" + (f"; logs in {folder}" if lost else ""))
+    return 1 if lost else 0
+
+
+@contextmanager
+def _stack() -> Iterator[tuple[LocalStack, Path]]:
+    """A stack in a folder of its own, ended with all it started; after a loss the folder stays."""
+    os.environ.update(LOOPBACK_SETTINGS)
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_", "DDPM_"))}
+    folder = Path(tempfile.mkdtemp(prefix="ddpm-chaos-"))
+    stack = LocalStack(folder / "stack", "s3", HEAD_CPUS, environ=bare)
+    print("starting a stack to attack", flush=True)
+    try:
+        stack.up()
+        export_environment(stack.root)
+        yield stack, folder
+    finally:
+        stack.down()
+        remove_temp_dir(stack.root)
+
+
+def row(outcome: dict[str, object]) -> str:
+    """A round on one line."""
+    faults, lost = outcome["faults"], outcome["lost"]
+    assert isinstance(faults, list | tuple)
+    assert isinstance(lost, list | tuple)
+    result = "nothing lost" if not lost else "LOST " + "; ".join(map(str, lost))[:300]
+    return (
+        f"seed {outcome['seed']} round {outcome['number']:>3}  {outcome['kind']:<10}  {', '.join(map(str, faults))}"
+        f"  ->  {outcome['starts']} starts, {outcome['seconds']} s, {result}"
+    )
+
+
+def table(record: Path) -> str:
+    """All recorded rounds as Markdown, a count of each fault above."""
+    outcomes = [json.loads(line) for line in record.read_text().splitlines()]
+    struck = Counter(fault.rpartition(" at ")[0] for o in outcomes for fault in o["faults"])
+    lines = ["| fault | times |", "| --- | --- |", *(f"| {n} | {c} |" for n, c in sorted(struck.items())), ""]
+    lines += ["| seed | round | job | faults | starts | seconds | lost |", "|" + " --- |" * 7]
+    for o in outcomes:
+        faults, lost = ", ".join(o["faults"]), "; ".join(o["lost"]) or "nothing"
+        lines.append(
+            f"| {o['seed']} | {o['number']} | {o['kind']} | {faults} | {o['starts']} | {o['seconds']} | {lost} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Jobs as processes of their own, to be killed and started again with the same command."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from infra.local import LocalStack
+from infra.local.state import read_state
+from pipeline.config.base import Settings
+
+ROOT = Path(__file__).parents[1]
+
+
+class Driver:
+    """`python -m jobs.NAME` with fixed settings; `again` is the same command once more."""
+
+    def __init__(
+        self, name: str, config: Settings, folder: Path, variables: Mapping[str, str] | None = None
+    ) -> None:
+        """`variables` are set over the environment of this process."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._settings = folder / f"{name}.json"
+        self._settings.write_text(json.dumps({name: config.model_dump(mode="json")}))
+        self._name, self._environ = name, os.environ | dict(variables or {})
+        self.log = folder / f"{name}.log"
+        self.starts = 0
+        self.process = self._start()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        self.starts += 1
+        with self.log.open("ab") as out:
+            return subprocess.Popen(
+                [sys.executable, "-m", f"jobs.{self._name}", f"--config={self._settings}"],
+                cwd=ROOT,
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+            )
+
+    def again(self) -> None:
+        """Start anew if it has ended without completing."""
+        if self.process.poll() not in (None, 0):
+            self.process = self._start()
+
+    def end(self, number: int, timeout_seconds: float = 90) -> int:
+        """Send a signal and wait; returns the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout_seconds)
+
+    @property
+    def said(self) -> str:
+        """All it has printed, over all starts."""
+        return self.log.read_text(errors="replace")
+
+
+def ray_workers(stack: LocalStack, word: str) -> list[psutil.Process]:
+    """Processes on any node of the stack that Ray has named with `word` (an actor's class), oldest first."""
+    state = read_state(stack.root)
+    assert state is not None
+    found: list[psutil.Process] = []
+    for name, record in state.services.items():
+        if not name.startswith("ray"):
+            continue
+        try:
+            family = psutil.Process(record.identity.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            continue  # a node that was lost
+        found += [child for child in family if word in _title(child)]
+    return sorted(found, key=lambda process: process.pid)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""  # ended while we looked
