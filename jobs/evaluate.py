@@ -18,9 +18,10 @@ from pipeline.config.generate import GenerateConfig, SpecSettings
 from pipeline.data import load_index
 from pipeline.data.shards import read_shard
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.evaluation import Evaluation, Terms, read_evaluation, table
+from pipeline.evaluate.evaluation import Evaluation, Terms, read_evaluation, require_comparable, table
 from pipeline.evaluate.figures import Figure, figures
 from pipeline.evaluate.likelihood import held_out_bits
+from pipeline.evaluate.logbook import try_to_log
 from pipeline.evaluate.measured import Measured, Picture, join, measure
 from pipeline.evaluate.metrics import frechet_distance
 from pipeline.evaluate.networks import FeatureNetwork, open_network
@@ -36,7 +37,7 @@ from pipeline.generate.spec import Spec, make_spec
 from pipeline.nets.artifact import build_model
 from pipeline.store import ObjectMissing, open_store
 
-OPERATION = {"reference", "network", "batch_size", "num_workers", "records_only"}
+OPERATION = {"reference", "network", "batch_size", "num_workers", "records_only", "track"}
 """Settings that change no figure, or stand in the terms by themselves."""
 
 
@@ -45,23 +46,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: run_call(parse_words("evaluate", argv)))
 
 
-def run_call(call: Call, prefix: str | None = None) -> int:
-    """Evaluate `prefix`, or the one that the preset's generation fills."""
+def run_call(call: Call, prefix: str | None = None, against: str | None = None) -> int:
+    """Evaluate `prefix`, or the one that the preset's generation fills; beside what `against` was found to be."""
 
     def work(config: EvaluateConfig, progress: Progress) -> int:
-        return run(config, prefix or _output_of(call), progress, call.as_json)
+        return run(config, prefix or _output_of(call), progress, call.as_json, against)
 
     return run_job("evaluate", EvaluateConfig, work, call, unit="shards")
 
 
-def run(config: EvaluateConfig, output: str, progress: Progress, as_json: bool = False) -> int:
-    """Evaluate, print, keep."""
+def run(
+    config: EvaluateConfig,
+    output: str,
+    progress: Progress,
+    as_json: bool = False,
+    against: str | None = None,
+) -> int:
+    """Evaluate, keep, log, print. UserError where `against` was evaluated on other terms, or never."""
+    other = None if against is None else _evaluated(against)
     evaluation = evaluate(config, output, progress)
+    if other is not None:
+        require_comparable(evaluation, other)
+    logged = try_to_log(evaluation, config.track)
     if as_json:
         print(json.dumps(evaluation.model_dump(mode="json"), indent=2))
-    else:
-        print("\n".join(table(evaluation)))
-        print(f"kept       {evaluation_uri(output)}")
+        return DONE
+    print("\n".join(table(evaluation, other)))
+    print(f"kept       {evaluation_uri(output)}")
+    if logged is not None:
+        print(f"mlflow     {logged}")
     return DONE
 
 
@@ -259,6 +272,14 @@ def kept_evaluation(output: str) -> Evaluation | None:
         return read_evaluation(open_store(parent).read(name), evaluation_uri(output))
     except ObjectMissing:
         return None
+
+
+def _evaluated(output: str) -> Evaluation:
+    """The evaluation of a prefix that was made before. UserError where there is none."""
+    found = kept_evaluation(output)
+    if found is None:
+        raise UserError(f"--against: {output} was not evaluated yet; ddpm evaluate --prefix {output}")
+    return found
 
 
 def _held_out(

@@ -41,8 +41,10 @@ from pipeline.evaluate.history import (
     write_latest,
     write_night,
 )
+from pipeline.evaluate.logbook import try_to_log
 from pipeline.evaluate.networks import open_network
 from pipeline.evaluate.page import render
+from pipeline.evaluate.record import network_for_sums
 from pipeline.evaluate.reference import data_root
 from pipeline.generate.manifest import MANIFEST_KEY, Manifest, read_manifest
 from pipeline.generate.report import CONTACT_KEY
@@ -127,12 +129,17 @@ def one_night(config: NightlyConfig, store: Store, date: dt.date, today: dt.date
 
 
 def night_settings(config: NightlyConfig, date: dt.date) -> GenerateConfig:
-    """The generation of a night: its prefix, its seed, and the version that is champion or was when it began."""
+    """The generation of a night: its prefix, its seed, the version that is champion or was when it began, and the
+    feature network by which it will be judged, so that its workers add the sums to their records.
+    """
     prefix = night_prefix(config.generate.output, date)
     spec = read_spec(open_store(prefix))
     changes: dict[str, object] = {"output": prefix, "seed": night_seed(config.generate.seed, date)}
     if spec is not None and spec.model.version is not None:
         changes["model"] = f"{spec.model.name}/{spec.model.version}"
+    if config.generate.features is None:
+        judge = config.evaluate
+        changes["features"] = network_for_sums(judge.network, data_root(judge.reference))
     return GenerateConfig.model_validate(config.generate.model_dump() | changes)
 
 
@@ -148,6 +155,9 @@ def measured_night(
     kept = kept_evaluation(asked.output)
     found = kept if kept is not None and kept.spec_digest == manifest.spec_digest else None
     evaluation = found or evaluate(config.evaluate, asked.output, progress)
+    logged = try_to_log(evaluation, config.evaluate.track)
+    if logged is not None:
+        print(f"{date}: figures {logged}")
     earlier = [night for night in read_nights(store) if night.date < date]
     model = manifest.spec.model
     return Night(

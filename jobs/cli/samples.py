@@ -54,19 +54,25 @@ def verify(
 
 @app.command(
     rich_help_panel=SAMPLES,
-    epilog=examples("ddpm evaluate digits", "ddpm evaluate digits --prefix s3://ddpm/samples/five-thousand"),
+    epilog=examples(
+        "ddpm evaluate digits",
+        "ddpm evaluate digits --prefix s3://ddpm/samples/of-version-3 --against s3://ddpm/samples/digits",
+    ),
 )
 def evaluate(
     words: Words = None,
     config: Config = None,
     prefix: Annotated[str | None, typer.Option(help="Generation; without it, the preset's.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another, evaluated before on equal terms, to show beside it.")
+    ] = None,
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
     """Measure a complete generation against its reference data: distances, accuracy, near-copies."""
     from jobs.evaluate import run_call
 
-    end_job(lambda call: run_call(call, prefix), words, config, dry_run, json)
+    end_job(lambda call: run_call(call, prefix, against), words, config, dry_run, json)
 
 
 @app.command(

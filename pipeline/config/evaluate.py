@@ -6,6 +6,7 @@ from pydantic import Field
 
 from pipeline.config.base import Settings
 from pipeline.config.diffusion import SamplerConfig, SamplerKind
+from pipeline.config.track import TrackConfig
 
 
 class FeaturesConfig(Settings):
@@ -99,6 +100,9 @@ class EvaluateConfig(Settings):
     records_only: bool = False
     """Take the feature sums of the done-records, which a generation with `features` leaves there, and read no sample:
     quick for any size, and gives the Fréchet distance and the class accuracy only."""
+    track: TrackConfig | None = TrackConfig(experiment="evaluation")
+    """Where a generation's figures are logged, if MLFLOW_TRACKING_URI names a server: a run for each generation and
+    terms. They are kept beside the generation in any case. None = not logged."""
 
 
 class TuneConfig(Settings):
@@ -156,8 +160,8 @@ class GateConfig(Settings):
     evaluate: EvaluateConfig
     """The measure."""
     rules: dict[str, Rule] = Field(default_factory=_default_rules)
-    """What is asked, by figure: frechet, kernel, precision, near_copies, class_accuracy. One that the models do not
-    have, such as the accuracy of a model without classes, is left out."""
+    """What is asked, by figure: frechet, kernel, precision, recall, near_copies, class_accuracy, inception_score. One
+    that the models do not have, such as the accuracy of a model without classes, is left out."""
     count: int = Field(default=1000, ge=2)
     """Images of each model."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -92,6 +92,9 @@ class GenerateConfig(SpecSettings):
     features: FeatureNetworkConfig | None = None
     """A feature network, named by its uri, whose sums workers add to the done-records, so that evaluating takes no
     second pass over the samples. Changes no sample. None = no sums."""
+    features_missing: Literal["refuse", "skip"] = "refuse"
+    """When there is no such network (yet): refuse the generation, or skip the sums and say so. Presets skip: one can
+    generate before a classifier is trained."""
     track: TrackConfig | None = TrackConfig(experiment="generation")
     """The MLflow run of this generation. None = no tracking."""
     name: str | None = None

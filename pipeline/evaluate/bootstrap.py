@@ -3,6 +3,7 @@
 A draw is a weight for each sample, so what does not depend on the draw is computed once.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from pipeline.evaluate.metrics import (
     moments_of,
     nearest_distances,
     pair_kernel,
+    square_distances,
     within,
 )
 
@@ -49,9 +51,13 @@ def statistics(samples: Measured, real: Measured, config: EvaluateConfig) -> dic
     near = real.vectors[: config.max_images]
     if len(near) > config.neighbours:
         out["precision"] = _share(within(samples.vectors, near, manifold_radii(near, config.neighbours)))
+    if len(samples) > config.neighbours:
+        out["recall"] = _recall(samples.vectors, near, config.neighbours)
     thumbs = real.thumbs[: config.max_images]
     limit = np.quantile(nearest_distances(thumbs, thumbs, same=True), config.copy_quantile)
     out["near_copies"] = _share(nearest_distances(samples.thumbs, thumbs) < limit)
+    if samples.logits is not None:
+        out["inception_score"] = _inception_score(samples.logits)
     if samples.logits is not None and samples.labels is not None:
         out["class_accuracy"] = _share(samples.logits.argmax(1) == samples.labels)
     return out
@@ -84,6 +90,44 @@ def weighted_moments(vectors: Array, weights: Array) -> Moments:
 def _share(hits: npt.NDArray[np.bool_]) -> Statistic:
     values = hits.astype(np.float64)
     return lambda weights: float(weights @ values / weights.sum())
+
+
+def _recall(samples: Vectors, real: Vectors, neighbours: int) -> Statistic:
+    """Share of real vectors (M, F) inside the manifold of the samples (N, F) that were drawn, however often each.
+
+    A sample drawn twice is no fellow of itself, so the balls reach to the k-th nearest other sample of the draw.
+    """
+
+    @functools.cache
+    def geometry() -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """(N, N): fellows of each sample, nearest first, and how far they are; (M, N): from real ones to samples."""
+        own = square_distances(samples, samples)
+        np.fill_diagonal(own, -1.0)  # first of its own row, also before a twin
+        order = own.argsort(1).astype(np.int32)
+        ranked = np.take_along_axis(own, order, 1).astype(np.float32)
+        return order, ranked, square_distances(real, samples).astype(np.float32)
+
+    def statistic(weights: Array) -> float:
+        order, ranked, across = geometry()
+        drawn = weights > 0
+        rank = (drawn[order].cumsum(1, dtype=np.int32) <= neighbours).sum(1).clip(max=len(drawn) - 1)
+        radii = np.where(drawn, ranked[np.arange(len(drawn)), rank], -1.0)
+        return float((across <= radii).any(1).mean())
+
+    return statistic
+
+
+def _inception_score(logits: Vectors) -> Statistic:
+    log_p = torch.log_softmax(torch.from_numpy(np.asarray(logits, np.float64)), 1).numpy()
+    p = np.exp(log_p)
+    own = (p * log_p).sum(1)
+
+    def statistic(weights: Array) -> float:
+        share = weights / weights.sum()
+        marginal = share @ p
+        return float(np.exp(share @ own - marginal @ np.log(marginal)))
+
+    return statistic
 
 
 def _kernel(samples: Vectors, real: Vectors) -> Statistic:

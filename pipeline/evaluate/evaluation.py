@@ -90,18 +90,22 @@ _GOOD = {
 }
 
 
-def table(evaluation: Evaluation) -> list[str]:
-    """The figures, a line each, with the numbers they rest on."""
+def table(evaluation: Evaluation, other: Evaluation | None = None) -> list[str]:
+    """The figures, a line each, with the numbers they rest on, and those of another evaluation on the same terms."""
     lines = [
         f"subject    {evaluation.subject}" + (f"  (model {evaluation.model})" if evaluation.model else ""),
         f"reference  {evaluation.reference}, {evaluation.terms.reference_count:,} images, "
         f"digest {evaluation.terms.reference_digest[:12]}",
         f"network    {evaluation.network_label}",
-        f"{'measure':<24}{'value':>12}{'N':>9}{'N ref':>9}",
     ]
+    if other is not None:
+        lines.append(f"against    {other.subject}" + (f"  (model {other.model})" if other.model else ""))
+    beside = "" if other is None else f"{'against':>12}"
+    lines.append(f"{'measure':<24}{'value':>12}{beside}{'N':>9}{'N ref':>9}")
     for name, figure in evaluation.metrics.items():
-        value = f"{figure.value:.5g}"
-        lines.append(
-            f"{name:<24}{value:>12}{figure.n:>9,}{figure.n_reference:>9,}   {_GOOD.get(name, '')}".rstrip()
-        )
+        values = f"{figure.value:>12.5g}"
+        if other is not None:
+            values += f"{other[name]:>12.5g}" if name in other.metrics else f"{'-':>12}"
+        line = f"{name:<24}{values}{figure.n:>9,}{figure.n_reference:>9,}   {_GOOD.get(name, '')}"
+        lines.append(line.rstrip())
     return lines

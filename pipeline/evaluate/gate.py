@@ -10,6 +10,9 @@ from pipeline.errors import UserError
 from pipeline.evaluate.bootstrap import Statistic, draws, interval, statistics
 from pipeline.evaluate.measured import Measured
 
+_OF_CLASSES = {"class_accuracy", "inception_score"}
+"""Figures that only some models and feature networks admit."""
+
 
 class Judgement(Settings):
     """One figure of both models."""
@@ -73,7 +76,7 @@ def judge(
     if len({challenger.network, champion.network, real.network}) > 1:
         raise UserError("gate: challenger, champion and reference were measured by different networks")
     ours, theirs = (statistics(one, real, config.evaluate) for one in (challenger, champion))
-    unknown = sorted(config.rules.keys() - {"class_accuracy"} - ours.keys())
+    unknown = sorted(config.rules.keys() - _OF_CLASSES - ours.keys())
     if unknown:
         raise UserError(f"gate.rules: {unknown[0]}: the gate knows {', '.join(sorted(ours))}")
     names = [name for name in config.rules if name in ours and name in theirs]

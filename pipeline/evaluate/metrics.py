@@ -99,7 +99,7 @@ def nearest_distances(queries: Vectors, others: Vectors, *, same: bool = False) 
     x, y = _float64(queries), _float64(others)
     out = np.empty(len(x))
     for start in range(0, len(x), _CHUNK):
-        squares = _square_distances(x[start : start + _CHUNK], y)
+        squares = square_distances(x[start : start + _CHUNK], y)
         if same:
             squares[np.arange(len(squares)), start + np.arange(len(squares))] = np.inf
         out[start : start + _CHUNK] = squares.min(1)
@@ -113,7 +113,7 @@ def manifold_radii(members: Vectors, neighbours: int) -> Array:
         raise ValueError(f"a manifold of {neighbours} neighbours needs more than {len(x)} vectors")
     radii = np.empty(len(x))
     for start in range(0, len(x), _CHUNK):
-        squares = _square_distances(x[start : start + _CHUNK], x)
+        squares = square_distances(x[start : start + _CHUNK], x)
         # The vector itself is among them, at distance 0.
         radii[start : start + _CHUNK] = np.partition(squares, neighbours, axis=1)[:, neighbours]
     return radii
@@ -124,7 +124,7 @@ def within(queries: Vectors, members: Vectors, radii: Array) -> npt.NDArray[np.b
     x, y = _float64(queries), _float64(members)
     out = np.empty(len(x), np.bool_)
     for start in range(0, len(x), _CHUNK):
-        out[start : start + _CHUNK] = (_square_distances(x[start : start + _CHUNK], y) <= radii).any(1)
+        out[start : start + _CHUNK] = (square_distances(x[start : start + _CHUNK], y) <= radii).any(1)
     return out
 
 
@@ -133,7 +133,9 @@ def pair_kernel(a: Vectors, b: Vectors) -> Array:
     return (_float64(a) @ _float64(b).T / a.shape[1] + 1) ** 3
 
 
-def _square_distances(x: Array, y: Array) -> Array:
+def square_distances(a: Vectors, b: Vectors) -> Array:
+    """Squared Euclidean distance of every pair: (N, M)."""
+    x, y = _float64(a), _float64(b)
     squares = (x * x).sum(1)[:, None] + (y * y).sum(1)[None] - 2 * (x @ y.T)
     return squares.clip(0)
 

@@ -198,6 +198,12 @@ def open_network(config: FeatureNetworkConfig, reference: str) -> FeatureNetwork
     return ScriptedNetwork(module, config, config.sha256)
 
 
+def is_there(config: FeatureNetworkConfig) -> bool:
+    """Whether the file exists that the settings' uri names."""
+    folder, _, name = (config.uri or "").rpartition("/")
+    return bool(name) and open_store(folder).stat(name) is not None
+
+
 def load_classifier(store: Store, uri: str, sha256: str | None = None) -> TrainedClassifier:
     """The classifier whose card is in `store`; `sha256`, if given, is what its weights must have."""
     card = parse_document(ClassifierCard, _read(store, CARD_KEY, uri), uri, "a classifier's card")

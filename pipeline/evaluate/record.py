@@ -11,8 +11,15 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.config.base import Settings
+from pipeline.config.evaluate import FeatureNetworkConfig
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.networks import FeatureNetwork
+from pipeline.evaluate.networks import (
+    CARD_KEY,
+    FeatureNetwork,
+    TrainedClassifier,
+    features_folder,
+    open_network,
+)
 from pipeline.evaluate.sums import Sums, sums_of
 
 MOST_FEATURES = 256
@@ -28,6 +35,18 @@ class FeatureRecord(Settings):
     """`Sums` of the feature vectors, as text."""
     right: int | None
     """Samples that the network labels as asked; None without classes."""
+
+
+def network_for_sums(config: FeatureNetworkConfig, reference: str) -> FeatureNetworkConfig | None:
+    """The network of an evaluation, pinned by its hash, if its sums fit done-records; None for one too long.
+
+    UserError or DamageError as `open_network`.
+    """
+    network = open_network(config, reference)
+    if not isinstance(network, TrainedClassifier) or network.card.num_features > MOST_FEATURES:
+        return None
+    uri = config.uri or f"{features_folder(reference)}/{CARD_KEY}"
+    return FeatureNetworkConfig(uri=uri, sha256=network.card.sha256)
 
 
 class FeatureTally:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pipeline.config.generate import GenerateConfig
-from pipeline.evaluate.networks import open_network
+from pipeline.evaluate.networks import is_there, open_network
 from pipeline.generate import heartbeat as beats
 from pipeline.generate.board import UnderWay
 from pipeline.generate.claim import claim
@@ -108,8 +108,7 @@ def generate(
             "already complete", config.output, spec.digest, spec.count, num_shards(spec), 0, 0, 0.0
         )
     require_tracking(config)
-    if config.features is not None:
-        open_network(config.features, "")  # what is wrong with it is said now
+    config = _with_network(config)
     with cluster():
         require_room(config)
         if there is None:
@@ -120,6 +119,17 @@ def generate(
         diary = Diary(config, spec, model)
         job = Job(config, spec, model, store, diary, progress, stop or threading.Event(), began)
         return job.run()
+
+
+def _with_network(config: GenerateConfig) -> GenerateConfig:
+    """`config`, once its feature network is known to be usable, or without one that may be missing and is."""
+    if config.features is None:
+        return config
+    if config.features_missing == "skip" and not is_there(config.features):
+        _log.warning("no feature sums: there is no %s (yet); see ddpm features train", config.features.uri)
+        return config.model_copy(update={"features": None})
+    open_network(config.features, "")  # what is wrong with it is said now
+    return config
 
 
 class Job:

@@ -8,6 +8,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.bootstrap import draws, statistics
 from pipeline.evaluate.figures import figures
 from pipeline.evaluate.gate import judge, verdict
+from pipeline.evaluate.metrics import precision_recall
 from tests.evaluate.made import config, measured
 
 REAL = measured(400, seed=50)
@@ -73,9 +74,34 @@ def test_weights_count_samples_as_often_as_they_are_drawn() -> None:
     samples = measured(60, seed=3, shift=0.2, wrong=9)
     weights = next(draws(60, 1, seed=4))
     again = samples.part(np.repeat(np.arange(60), weights.astype(int)))
-    for name in ("frechet", "class_accuracy", "precision", "near_copies"):
+    for name in ("frechet", "class_accuracy", "inception_score", "precision", "near_copies"):
         ours = statistics(samples, REAL, config())[name](weights)
         assert ours == pytest.approx(statistics(again, REAL, config())[name](np.ones(60)), rel=1e-9), name
+
+
+def test_recall_is_that_of_the_samples_drawn_whatever_their_number() -> None:
+    samples = measured(60, seed=3)
+    weights = next(draws(60, 1, seed=4))
+    drawn = samples.part(np.flatnonzero(weights))
+    whole = statistics(samples, REAL, config())["recall"]
+    assert whole(weights) == statistics(drawn, REAL, config())["recall"](np.ones(len(drawn)))
+    assert whole(weights) == precision_recall(drawn.vectors, REAL.vectors, config().neighbours)[1]
+
+
+def test_every_figure_of_the_gate_lies_in_its_interval_and_recall_tells_a_model_that_covers_less() -> None:
+    names = sorted(statistics(measured(), REAL, config()))
+    rules = {name: Rule(better="higher") for name in names}
+    narrow, wide = measured(seed=1), measured(seed=2)
+    narrow.vectors[:] = narrow.vectors.mean(0) + 0.3 * (narrow.vectors - narrow.vectors.mean(0))
+    judgements = judge(wide, narrow, REAL, gate(rules=rules))
+    assert {"frechet", "kernel", "precision", "recall", "near_copies", "class_accuracy"} < set(names)
+    for name, one in judgements.items():
+        low, high = one.challenger_interval
+        slack = 0.5 * (
+            high - low
+        )  # drawing samples again makes a set a little poorer than the one drawn from
+        assert low - slack <= one.challenger <= high + slack, (name, one)
+    assert judgements["recall"].improvement_interval[0] > 0.2
 
 
 def test_draws_are_named_and_whole() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.nightly import DriftConfig
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.evaluation import Evaluation, Terms, require_comparable
+from pipeline.evaluate.evaluation import Evaluation, Terms, require_comparable, table
 from pipeline.evaluate.figures import Figure
 from pipeline.evaluate.history import (
     Night,
@@ -116,6 +116,13 @@ def test_figures_on_unequal_terms_are_not_compared() -> None:
     require_comparable(evaluation(1), evaluation(2))
     with pytest.raises(UserError, match="count is 100 and 200"):
         require_comparable(evaluation(), evaluation(count=200))
+
+
+def test_two_evaluations_stand_side_by_side() -> None:
+    lines = table(evaluation(1.5), evaluation(2.25))
+    assert lines[3] == "against    s  (model m/1)"
+    assert lines[-1].split()[:4] == ["frechet", "1.5", "2.25", "100"]
+    assert "2.25" not in "".join(table(evaluation(1.5)))
 
 
 def test_the_page_tells_of_every_night_and_escapes_what_it_is_told() -> None:

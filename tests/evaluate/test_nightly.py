@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import jobs.nightly
+from jobs.evaluate import evaluate
 from jobs.nightly import DRIFTED, alert, only_one, run
+from pipeline.config.evaluate import EvaluateConfig, FeatureNetworkConfig
 from pipeline.config.generate import GenerateConfig
 from pipeline.config.nightly import NightlyConfig
 from pipeline.errors import UserError
@@ -106,6 +108,20 @@ def test_a_job_cut_off_at_any_step_ends_the_same_when_run_again(
         "index.html",
         "latest.json",
     }
+
+
+def test_the_workers_of_a_night_leave_the_sums_by_which_it_is_judged(nights: Change, digits: str) -> None:
+    config = nights()
+    assert run(config, silent, D1, D1) == 0
+    (night,) = read_nights(open_store(config.generate.output))
+    quick = evaluate(EvaluateConfig(reference=digits, records_only=True), night.prefix, silent)
+    assert quick["frechet"] == pytest.approx(night.evaluation["frechet"], rel=1e-5)
+    named = jobs.nightly.night_settings(config, D2).features
+    assert named is not None
+    assert named.sha256 is not None
+    own = config.generate.model_copy(update={"features": FeatureNetworkConfig(uri="s3://b/own.pt")})
+    asked = jobs.nightly.night_settings(config.model_copy(update={"generate": own}), D2)
+    assert asked.features == own.features
 
 
 def test_retention_deletes_samples_and_keeps_records(nights: Change) -> None:

@@ -18,11 +18,12 @@ from jobs.shell import Call
 from pipeline.config.data import PackConfig
 from pipeline.config.evaluate import FeaturesConfig
 from pipeline.data import pack
-from pipeline.evaluate.evaluation import require_comparable
 from pipeline.evaluate.history import read_latest
+from pipeline.evaluate.measured import Measured
 from pipeline.evaluate.train_features import train_features
 from pipeline.generate.verify import verify
 from pipeline.store import open_store
+from pipeline.track import find_latest_run, open_run, register, tracking_client
 from tests.generate.tiny import settings, tiny_card, tiny_model
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
@@ -35,7 +36,10 @@ def preset(stack: LocalStack, prefix: str, tmp_path: Path, monkeypatch: pytest.M
     data = f"{prefix}/data"
     pack(PackConfig(source="digits", dest=data, channels=1, shard_size=900), lambda done, total: None)
     train_features(FeaturesConfig(data=data, steps=20, channels=8, min_accuracy=0), lambda *_: None)
-    model = tiny_model(tmp_path / "model", tiny_card(size=8))
+    training = open_run("nights-test", "training", key="t", params={}, tags={}, config_yaml="")
+    folder = tiny_model(tmp_path / "model", tiny_card(size=8))
+    version = register("tiny-nights", folder, training.run_id, {}, "a tiny network")
+    model = Path(version.reference)
     generate = settings(model, f"{prefix}/nights", count=400, shard_size=20, num_workers=1)
     file = tmp_path / "nights.yaml"
     sections = {
@@ -69,16 +73,45 @@ def test_a_killed_night_is_completed_by_the_next_start(preset: Path, prefix: str
     assert verify(latest.prefix).ok
 
 
-def test_the_cluster_measures_what_this_process_measures(preset: Path, prefix: str) -> None:
+def test_the_cluster_measures_what_this_process_measures_and_mlflow_is_told(
+    preset: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     date = str(dt.date(2026, 3, 1))
     assert jobs.nightly.run_call(Call(files=(preset,)), date, date) == 0
     output = f"{prefix}/nights/date={date}"
     here = jobs.evaluate.kept_evaluation(output)
     assert here is not None
+    # The workers have left their sums, so the distance is had without reading a sample.
+    quick = Call(files=(preset,), overrides=("records_only=true", "track=null"))
+    assert jobs.evaluate.run_call(quick, output) == 0
+    from_records = jobs.evaluate.kept_evaluation(output)
+    assert from_records is not None
+    assert from_records["frechet"] == pytest.approx(here["frechet"], rel=1e-5)
+
+    # The reference is measured anew, on the cluster, and kept again.
+    features = open_store(f"{prefix}/data/features")
+    (kept,) = [info.key for info in features.list("reference-")]
+    before = features.read(kept)
+    features.delete(kept)
+    capsys.readouterr()
     call = Call(files=(preset,), overrides=("num_workers=2",))
-    assert jobs.evaluate.run_call(call, output) == 0
+    assert jobs.evaluate.run_call(call, output, against=output) == 0
+    said = capsys.readouterr().out
+    assert (
+        Measured.from_bytes(features.read(kept), kept).vectors.tobytes()
+        == Measured.from_bytes(before, kept).vectors.tobytes()
+    )
     there = jobs.evaluate.kept_evaluation(output)
     assert there is not None
     assert there.made_at > here.made_at
-    require_comparable(here, there)
     assert there.metrics == here.metrics
+
+    run = find_latest_run("evaluation", key_prefix="evaluate/")
+    assert run is not None
+    assert f"mlflow     logged at {run.url}" in said
+    logged = tracking_client().get_run(run.run_id)
+    assert logged.info.status == "FINISHED"
+    assert logged.data.metrics["quality/frechet"] == here["frechet"]
+    assert logged.data.metrics["samples/frechet"] == here.terms.count == 400
+    assert logged.data.tags["ddpm.reference_digest"] == here.terms.reference_digest
+    assert logged.data.tags["ddpm.model"] == here.model

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+import pipeline.evaluate.record
 from jobs.evaluate import evaluate
 from pipeline.config.evaluate import EvaluateConfig, FeatureNetworkConfig
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.networks import Features, open_network
-from pipeline.evaluate.record import FeatureTally, add_records, parse_record
+from pipeline.evaluate.networks import Features
+from pipeline.evaluate.record import FeatureTally, add_records, network_for_sums, parse_record
 from pipeline.generate.finish import publish
 from pipeline.generate.ledger import Harvest
 from pipeline.generate.plan import shard, shards
 from pipeline.generate.records import read_record
+from pipeline.generate.run import _with_network
 from pipeline.generate.spec import SPEC_KEY, pretty
 from pipeline.store import open_store
 from tests.generate.tiny import fill, maker_of, settings, tiny_card, tiny_model
@@ -26,8 +28,9 @@ def silent(done: int, total: int, note: str = "") -> None:
 
 def test_the_records_alone_give_what_the_samples_give(digits: str, tmp_path: Path) -> None:
     config = settings(tiny_model(tmp_path / "model", tiny_card(size=8)), str(tmp_path / "out"), count=95)
-    maker = maker_of(config)
-    maker.features = FeatureTally(open_network(FeatureNetworkConfig(), digits))
+    named = network_for_sums(FeatureNetworkConfig(), digits)
+    assert named is not None
+    maker = maker_of(config.model_copy(update={"features": named}))
     store, spec, harvest = maker.store, maker.spec, Harvest()
     store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
     for unit in shards(spec):
@@ -63,3 +66,19 @@ def test_damaged_sums_and_vectors_too_long_are_refused() -> None:
         parse_record({"network": 3}, "here")
     with pytest.raises(ValueError, match="at least one"):
         add_records([])
+
+
+def test_only_sums_that_fit_are_asked_for(digits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.evaluate.record, "MOST_FEATURES", 63)
+    assert network_for_sums(FeatureNetworkConfig(), digits) is None
+
+
+def test_a_network_that_is_not_there_is_refused_or_skipped_as_told(digits: str, tmp_path: Path) -> None:
+    there = FeatureNetworkConfig(uri=f"{digits}/features/classifier.json")
+    config = settings(tiny_model(tmp_path / "model"), str(tmp_path / "out"), features=there)
+    lacking = config.model_copy(update={"features": FeatureNetworkConfig(uri=f"{tmp_path}/classifier.json")})
+    assert _with_network(config) == config
+    assert _with_network(config.model_copy(update={"features_missing": "skip"})).features == there
+    assert _with_network(lacking.model_copy(update={"features_missing": "skip"})).features is None
+    with pytest.raises(UserError, match="ddpm features train"):
+        _with_network(lacking)

@@ -8,6 +8,8 @@ import torch
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from pipeline.config.generate import GenerateConfig, GuardConfig
 from pipeline.config.net import UNetConfig
+from pipeline.evaluate.networks import open_network
+from pipeline.evaluate.record import FeatureTally
 from pipeline.generate.engine import Engine
 from pipeline.generate.finish import publish
 from pipeline.generate.ledger import Harvest
@@ -87,7 +89,8 @@ def maker_of(config: GenerateConfig) -> ShardMaker:
     """A maker of the shards of `config`, in this process."""
     spec, model = plan_of(config)
     net = build_model(model.card, model.weights, where="tiny")
-    return ShardMaker(Engine(spec, net, model.card), open_store(config.output), config.guards)
+    sums = None if config.features is None else FeatureTally(open_network(config.features, ""))
+    return ShardMaker(Engine(spec, net, model.card), open_store(config.output), config.guards, sums)
 
 
 def fill(config: GenerateConfig) -> Spec:
