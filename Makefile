@@ -34,7 +34,7 @@ clean: ## end the stack and remove its data, logs and keys (.local)
 	@rm -rf .local .pytest_cache .ruff_cache .hypothesis .import_linter_cache build
 
 distclean: clean ## also remove .venv
-	@rm -rf .venv *.egg-info
+	@rm -rf .venv .supply *.egg-info
 
 lint: install-dev ## style, types, layer contracts
 	$(BIN)/ruff check .
@@ -57,3 +57,12 @@ lock: install-dev ## write the lock files anew from what is installed
 
 docs: install ## write docs/configuration.md and the settings' JSON schema anew
 	@$(BIN)/python -m jobs.reference
+
+sbom: install ## bill of materials of what is shipped: build/sbom.cdx.json (CycloneDX)
+	@infra/supply.sh sbom
+
+licences: install ## docs/licences.md anew
+	@infra/supply.sh licences
+
+audit: install ## known weaknesses of the pinned packages; asks the package index
+	@infra/supply.sh audit

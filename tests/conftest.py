@@ -25,8 +25,8 @@ LOGICAL_CPUS = 4  # more than the cores of a small machine: jobs and their worke
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: what can fail in seconds should not wait for servers."""
-    items.sort(key=lambda item: item.get_closest_marker("stack") is not None)
+    """Fast tests first: what can fail in seconds should not wait for servers. Last: what looks at others' traces."""
+    items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("stack", "last")])
 
 
 @pytest.fixture(scope="session")

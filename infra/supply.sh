@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# What the program is made of:  infra/supply.sh sbom|licences|audit
+# sbom: build/sbom.cdx.json (CycloneDX).  licences: docs/licences.md.  audit: known weaknesses of what the lock pins.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tools=.supply
+lock=requirements.lock
+wanted=infra/supply-requirements.txt
+
+install_tools() {
+    cmp -s $wanted $tools/installed && return
+    .venv/bin/python -m venv --clear $tools
+    $tools/bin/python -m pip install --disable-pip-version-check --no-input --quiet -r $wanted
+    cp $wanted $tools/installed
+}
+
+sbom() {
+    mkdir -p build
+    $tools/bin/cyclonedx-py requirements $lock --pyproject pyproject.toml --output-reproducible --validate \
+        --output-file build/sbom.cdx.json
+    echo "sbom     build/sbom.cdx.json"
+}
+
+licences() {
+    local names
+    names=$(sed -n 's/==.*//p' $lock)
+    {
+        echo "# Licences of what is installed"
+        echo
+        echo "*Written by \`make licences\` from the packages that \`$lock\` pins, as their own metadata tell it (UNKNOWN: it"
+        echo "tells none). This program's own Debian and CUDA layers, in containers, come under their own.*"
+        echo
+        # shellcheck disable=SC2086  (a word for each package)
+        $tools/bin/pip-licenses --python=.venv/bin/python --format=markdown --from=mixed --with-system --packages $names |
+            sed -E 's/ +\|/ |/g; s/\|-+/|---/g'
+    } >docs/licences.md
+    echo "licences docs/licences.md"
+}
+
+audit() {
+    # asks the package index for advisories; strict, or a package that it does not know would pass for a sound one
+    $tools/bin/pip-audit --requirement $lock --no-deps --disable-pip --strict --desc on
+}
+
+case ${1:-} in
+sbom | licences | audit) install_tools && "$1" ;;
+*) echo "usage: infra/supply.sh sbom|licences|audit" >&2 && exit 2 ;;
+esac

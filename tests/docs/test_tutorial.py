@@ -1,0 +1,177 @@
+"""The tutorial is carried out as it is written, with canary secrets about; then the traces it left are looked at.
+
+The canaries: the stack's own S3 key and Ray token, which every process here works with, and values under names that
+say they are secret. None may be found in what any test of this session has left behind, wherever that is.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from infra.local import LocalStack
+from infra.local.credentials import ray_token_path, s3_keys
+from infra.local.ray import temp_dir
+from infra.local.state import read_state
+from pipeline.meters import METERS
+from tests.docs.lines import REPOSITORY, Shown, shown
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+CANARIES = {
+    "MLFLOW_TRACKING_USERNAME": "canary-user",
+    "MLFLOW_TRACKING_PASSWORD": "canary-4f1d7c-password",
+    "HF_TOKEN": "canary-9b2e6a-token",
+    "PIPELINE_API_KEY": "canary-77aa01-key",
+}
+MUST_BE_METERED = {
+    "train": {"ddpm_images_per_second", "ddpm_step", "ddpm_step_seconds", "ddpm_data_wait_share"},
+    "generate": {"ddpm_images_per_second", "ddpm_images_done", "ddpm_shards_done"},
+}
+
+
+@dataclass
+class Told:
+    """What carrying out the tutorial brought to light."""
+
+    outputs: dict[str, str] = field(default_factory=dict[str, str])
+    """What each command printed, by its words."""
+    folder: Path = Path()
+    """Where the commands were typed."""
+    spool: Path = Path()
+
+
+@pytest.fixture(scope="session")
+def told(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """The tutorial's commands, one after the other, each of which must succeed."""
+    folder, spool = tmp_path_factory.mktemp("tutorial"), tmp_path_factory.mktemp("spool")
+    (folder / ".local").symlink_to(stack.root)
+    told = Told(folder=folder, spool=spool)
+    environ = {**os.environ, **CANARIES, "DDPM_SPOOL": str(spool)}
+    for command in shown(REPOSITORY / "docs" / "tutorial.md", "ddpm"):
+        if command.words[0] in ("down", "clean"):
+            continue
+        # one command logs as JSON; the documents' form is the default one
+        form = "json" if "count=150" in command.words else "text"
+        told.outputs[" ".join(command.words)] = carried_out(command, folder, {**environ, "DDPM_LOG": form})
+    return told
+
+
+def carried_out(command: Shown, folder: Path, environ: dict[str, str]) -> str:
+    """Both outputs of a command that succeeds."""
+    result = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *command.words],
+        cwd=folder,
+        env={**environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def test_the_tutorial_does_what_it_says(told: Told) -> None:
+    outputs = list(told.outputs.values())
+    assert len(outputs) >= 10
+    said = "\n".join(outputs)
+    for promise in ("already running", "tutorial@champion", "complete: 100 images", "complete: 150 images"):
+        assert promise in said, said
+    assert "tutorial" in told.outputs["train digits name=tutorial steps=120 --dry-run"]
+    assert (told.folder / "digits.png").exists()
+    assert (told.folder / "look" / "grid.png").exists()
+    next_steps = {words: re.findall(r"^next +(.+)$", output, re.M) for words, output in told.outputs.items()}
+    assert len([words for words, steps in next_steps.items() if steps]) >= 3, next_steps
+
+
+def test_a_repeated_training_says_that_nothing_is_left(told: Told) -> None:
+    assert "already trained" in told.outputs["train digits name=tutorial steps=120"]
+
+
+def exported(stack: LocalStack) -> set[tuple[str, str]]:
+    """(work, metric) of ours that the head's Prometheus port serves now, without Ray's additions to the name."""
+    state = read_state(stack.root)
+    assert state is not None
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://127.0.0.1:{state.ports['ray-metrics']}/metrics", timeout=20) as answer:
+        text = answer.read().decode()
+    found = re.findall(r'^ray_(ddpm_\w+)\{.*work="(\w+)"', text, re.M)
+    return {(work, name.removesuffix("_total")) for name, work in found}
+
+
+def test_the_heads_prometheus_port_serves_the_pipelines_own_metrics(told: Told, stack: LocalStack) -> None:
+    wanted = {(work, name) for work, names in MUST_BE_METERED.items() for name in names}
+    assert {name for _, name in wanted} <= set(METERS)
+    deadline = time.monotonic() + 60
+    while wanted - exported(stack) and time.monotonic() < deadline:
+        time.sleep(2)
+    assert wanted - exported(stack) == set()
+
+
+def json_lines(text: str) -> Iterator[dict[str, object]]:
+    for line in text.splitlines():
+        if line.startswith("{"):
+            yield json.loads(line)
+
+
+def test_logs_as_json_say_which_run_and_shard_in_driver_and_workers(told: Told, stack: LocalStack) -> None:
+    (output,) = [text for words, text in told.outputs.items() if "count=150" in words]
+    assert any(line.get("what") == "generate" and line.get("done") == 150 for line in json_lines(output))
+    logs = (temp_dir(stack.root) / "session_latest" / "logs").glob("worker-*.err")
+    lines = [line for file in logs for line in json_lines(file.read_text(errors="replace"))]
+    shards = [line for line in lines if str(line.get("run", "")).startswith("tutorial-") and "shard" in line]
+    assert {line["shard"] for line in shards} >= {4, 5}
+    assert all(line["level"] == "info" and str(line["time"]).endswith("Z") for line in shards)
+
+
+@pytest.mark.last
+def test_no_secret_is_in_any_log_run_record_or_object(told: Told, stack: LocalStack) -> None:
+    keys = s3_keys(stack.root)
+    token = ray_token_path(stack.root).read_text().strip()
+    secrets = {**CANARIES, "S3 secret key": keys.secret_key, "Ray token": token}
+    del secrets["MLFLOW_TRACKING_USERNAME"]  # a name, not a secret
+    places = [stack.root, temp_dir(stack.root), told.folder, told.spool]
+    files = [file for place in places for file in left_behind(place, stack.root / "secrets")]
+    looked_at = {file.suffix for file in files}
+    assert {".log", ".err", ".db"} <= looked_at  # servers', workers', MLflow's runs
+    found = [f"{name} in {file}" for file in files for name in secrets_in(file, secrets)]
+    found += [
+        f"{name} printed by {words}"
+        for words, text in told.outputs.items()
+        for name in secrets
+        if secrets[name] in text
+    ]
+    assert found == []
+
+
+def left_behind(place: Path, spared: Path) -> Iterator[Path]:
+    """Every file below a place, but not the folder that keeps the secrets, and nothing through links."""
+    for folder, folders, names in os.walk(place):
+        folders[:] = [name for name in folders if Path(folder, name) != spared]
+        yield from (
+            file for name in names if (file := Path(folder, name)).is_file() and not file.is_symlink()
+        )
+
+
+def secrets_in(file: Path, secrets: dict[str, str]) -> list[str]:
+    """Names of the secrets that a file holds."""
+    try:
+        content = file.read_bytes()
+    except OSError:  # gone meanwhile: the servers are running
+        return []
+    return [name for name, secret in secrets.items() if secret.encode() in content]
+
+
+def test_the_search_for_secrets_would_find_one(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.log").write_bytes(b"\0" * 5000 + b"key canary-77aa01-key\n")
+    (file,) = left_behind(tmp_path, tmp_path / "secrets")
+    assert secrets_in(file, CANARIES) == ["PIPELINE_API_KEY"]
