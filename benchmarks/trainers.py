@@ -26,7 +26,7 @@ from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.net import UNetConfig
 from pipeline.config.train import TrainConfig
 from pipeline.data import Loader, build_index, load_index, write_shard
-from pipeline.data.images import encode_npy
+from pipeline.data.png import encode_png
 from pipeline.diffusion import NoiseSchedule
 from pipeline.diffusion.images import from_uint8, to_uint8
 from pipeline.diffusion.samplers import sample
@@ -220,15 +220,13 @@ def their_network(config: UNetConfig) -> Any:
     return UNet2DModel.from_config(net_to_diffusers(config))
 
 
-def pack_images(folder: Path, images: Tensor, labels: Tensor | None = None) -> str:
+def pack_images(folder: Path, images: Tensor) -> str:
     """Images uint8 (N, C, H, W) as an indexed data set of one shard; its URI."""
     store = open_store(folder.as_uri())
     rows = images.permute(0, 2, 3, 1).numpy()
-    files = ({"npy": encode_npy(row)} for row in rows)
-    named = [(f"{i:08d}", parts) for i, parts in enumerate(files)]
-    if labels is not None:
-        named = [(key, {**parts, "cls": b"%d" % int(labels[i])}) for i, (key, parts) in enumerate(named)]
-    store.write("00000.tar", write_shard(named))
+    store.write(
+        "00000.tar", write_shard((f"{i:08d}", {"png": encode_png(row)}) for i, row in enumerate(rows))
+    )
     build_index(store.uri)
     return store.uri
 
