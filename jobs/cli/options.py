@@ -40,7 +40,7 @@ def complete_words(context: typer.Context, incomplete: str) -> list[str]:
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[PRESET] [KEY=VALUE]...",
+        metavar="PRESET|KEY=VALUE",
         help="A preset, then settings that differ from it.",
         autocompletion=complete_words,
         show_default=False,
