@@ -7,6 +7,7 @@ from jobs.progress import Progress
 from jobs.shell import DONE, Call, guarded, parse_words, run_job
 from pipeline.config.data import PackConfig
 from pipeline.data import pack
+from pipeline.data.pack import PackReport, held_out_uri
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,13 +23,19 @@ def run_call(call: Call) -> int:
 def pack_images(config: PackConfig, progress: Progress) -> int:
     """Pack, or find that it is done. Raises UserError before anything is written."""
     report = pack(config, progress)
-    done = "already packed" if report.already_complete else "packed"
-    print(f"{done}: {report.num_samples} images in {report.num_shards} shards at {config.dest}")
-    for kind, names in (("unreadable", report.unreadable), ("duplicate", report.duplicates)):
-        if names:
-            print(f"{len(names)} {kind}: see {config.dest}/pack-report.json")
+    _say(report, config.dest)
+    if report.held_out is not None:
+        _say(report.held_out, held_out_uri(config.dest))
     print(f"next     ddpm train data.uri={config.dest} …   (or a preset that names it)")
     return DONE
+
+
+def _say(report: PackReport, dest: str) -> None:
+    done = "already packed" if report.already_complete else "packed"
+    print(f"{done}: {report.num_samples} images in {report.num_shards} shards at {dest}")
+    for kind, names in (("unreadable", report.unreadable), ("duplicate", report.duplicates)):
+        if names:
+            print(f"{len(names)} {kind}: see {dest}/pack-report.json")
 
 
 if __name__ == "__main__":

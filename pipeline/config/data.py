@@ -44,6 +44,10 @@ class PackConfig(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Names the order in which pictures are dealt to shards, so that no shard holds one class only."""
 
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the pictures that go to a data set of their own, `<dest>-held-out`, for measures on data that no
+    model has seen. A picture's side follows from its bytes and the seed, so equal pictures are never on both."""
+
     on_unreadable: Literal["fail", "skip"] = "fail"
     """fail: a picture that cannot be read ends the job before anything is written. skip: it is left out and
     listed in pack-report.json."""

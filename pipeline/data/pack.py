@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,6 +80,8 @@ class PackReport:
     index_digest: str = ""
     already_complete: bool = False
     """Nothing was done: this very pack was there. Not part of the written report."""
+    held_out: PackReport | None = None
+    """What went to the data set held out of this one. Not part of the written report: that one has its own."""
 
 
 @dataclass(frozen=True)
@@ -97,30 +100,63 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
     Raises UserError before anything is written for an unusable source or destination, a picture that cannot be
     read (`on_unreadable: fail`), sizes that differ without `image_size`, and a destination that holds another pack.
     """
-    store = open_store(config.dest)
-    store.require_container()
+    open_store(config.dest).require_container()
     source = open_source(config.source)
     steps = _Steps(2 * len(source.items), progress)
 
     def look(item: int) -> Fact:
         return examine_item(config, source, item)
 
-    def write(unit: PackUnit) -> int:
-        return pack_shard(config, plan, unit, source).num_samples
-
     facts: list[Fact] = []
     for fact in _threaded(config.num_threads, 1024, look, range(len(source.items))):
         facts.append(fact)
         steps.add(1)
-    plan = plan_pack(config, source, facts)
-    done = completed(config, plan)
-    if done is None:
-        begin_pack(store, plan)
-        for num_samples in _threaded(config.num_threads, 2 * config.num_threads, write, plan.units):
-            steps.add(num_samples)
-        done = finish_pack(config, plan)
+    sides = [(side, plan_pack(side, source, facts, items)) for side, items in _sides(config, facts)]
+    there = [completed(side, plan) for side, plan in sides]
+    reports = [
+        done or _write(side, plan, source, steps) for (side, plan), done in zip(sides, there, strict=True)
+    ]
     steps.finish()
-    return done
+    return reports[0] if len(reports) == 1 else replace(reports[0], held_out=reports[1])
+
+
+def _write(config: PackConfig, plan: PackPlan, source: Source, steps: _Steps) -> PackReport:
+    begin_pack(open_store(config.dest), plan)
+    work = partial(_pack_and_count, config, plan, source)
+    for num_samples in _threaded(config.num_threads, 2 * config.num_threads, work, plan.units):
+        steps.add(num_samples)
+    return finish_pack(config, plan)
+
+
+def _pack_and_count(config: PackConfig, plan: PackPlan, source: Source, unit: PackUnit) -> int:
+    return pack_shard(config, plan, unit, source).num_samples
+
+
+def _sides(config: PackConfig, facts: Sequence[Fact]) -> list[tuple[PackConfig, list[int]]]:
+    """The data sets to make, each with its pictures: all of them, or those to train on and those held out."""
+    everything = list(range(len(facts)))
+    if config.held_out == 0:
+        return [(config, everything)]
+    held = [i for i in everything if facts[i].problem is None and _is_held_out(config, facts[i])]
+    if not held:
+        raise UserError(
+            f"held_out: {config.held_out:g} of these pictures is none; raise it, or pack more of them"
+        )
+    rest = sorted(set(everything) - set(held))
+    aside = config.model_copy(update={"dest": held_out_uri(config.dest)})
+    return [(config, rest), (aside, held)]
+
+
+def held_out_uri(dest: str) -> str:
+    """Where what is held out of the data set at `dest` goes."""
+    return f"{dest.rstrip('/')}-held-out"
+
+
+def _is_held_out(config: PackConfig, fact: Fact) -> bool:
+    drawn = hashlib.blake2b(
+        bytes.fromhex(fact.sha256), digest_size=8, key=config.seed.to_bytes(8, "big"), person=b"held out"
+    )
+    return int.from_bytes(drawn.digest(), "big") < config.held_out * 2**64
 
 
 def open_source(source: str) -> Source:
@@ -149,17 +185,18 @@ def examine_item(config: PackConfig, source: Source, item: int) -> Fact:
         return Fact("", None, str(error))
 
 
-def plan_pack(config: PackConfig, source: Source, facts: Sequence[Fact]) -> PackPlan:
-    """Deal the usable pictures to shards. Raises UserError when they cannot make one data set."""
+def plan_pack(config: PackConfig, source: Source, facts: Sequence[Fact], items: Sequence[int]) -> PackPlan:
+    """Deal the usable ones of these pictures to shards. Raises UserError when they cannot make one data set."""
     names = [item.name for item in source.items]
-    unreadable = tuple((names[i], fact.problem) for i, fact in enumerate(facts) if fact.problem is not None)
+    problems = [(names[i], facts[i].problem) for i in items]
+    unreadable = tuple((name, problem) for name, problem in problems if problem is not None)
     if unreadable and config.on_unreadable == "fail":
         listed = "; ".join(f"{name}: {problem}" for name, problem in unreadable[:MOST_NAMED])
         raise UserError(
             f"source: {len(unreadable)} of {len(names)} pictures cannot be read: {listed}; "
             "remove them, or set on_unreadable=skip"
         )
-    usable = [i for i, fact in enumerate(facts) if fact.shape is not None]
+    usable = [i for i in items if facts[i].shape is not None]
     if not usable:
         raise UserError(
             f"source: {config.source}: none of its {len(names)} pictures can be read; check the path"
@@ -322,7 +359,14 @@ def _duplicates(names: list[str], facts: Sequence[Fact], usable: list[int]) -> t
 
 def _plan_digest(config: PackConfig, source: Source, facts: Sequence[Fact], order: list[int]) -> str:
     """Hash over everything that determines the shards' bytes, and not over paths or the number of threads."""
-    settings = config.model_dump(mode="json", exclude={"source", "dest", "num_threads", "on_unreadable"})
+    apart = {
+        "source",
+        "dest",
+        "num_threads",
+        "on_unreadable",
+        "held_out",
+    }  # the pictures tell what was held out
+    settings = config.model_dump(mode="json", exclude=apart)
     digest = hashlib.sha256(json.dumps([settings, source.class_names], sort_keys=True).encode())
     for i in order:
         digest.update(f"{source.items[i].name}\0{source.items[i].label}\0{facts[i].sha256}\n".encode())
@@ -331,7 +375,7 @@ def _plan_digest(config: PackConfig, source: Source, facts: Sequence[Fact], orde
 
 def _report_json(report: PackReport) -> bytes:
     content: dict[str, Any] = asdict(report)
-    del content["already_complete"], content["index_digest"]
+    del content["already_complete"], content["index_digest"], content["held_out"]
     return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline.config.data import PackConfig
 from pipeline.data import inspect, load_index, pack, read_forward
+from pipeline.data.pack import held_out_uri
 from pipeline.errors import DamageError, UserError
 from pipeline.store import open_store
 from tests.data.making import digits, encoded, folder, picture, sixty
@@ -369,3 +370,35 @@ def test_a_tar_of_png_and_one_of_npy_hold_the_same_pixels(uri: str) -> None:
         member = tar.extractfile("000000000.npy")
         assert member is not None
         assert np.load(io.BytesIO(member.read()), allow_pickle=False).shape == (8, 8, 3)
+
+
+def test_a_pictures_side_follows_from_its_bytes_and_survives_more_pictures(tmp_path: Path) -> None:
+    def pictures(folder: Path, numbers: range) -> str:
+        folder.mkdir()
+        for number in numbers:
+            pixels = np.full((4, 4), number, np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+            Image.fromarray(pixels).save(folder / f"twin-{number:03d}.png")
+        return str(folder)
+
+    def levels(uri: str) -> list[int]:
+        return sorted(int(sample.pixels[0, 0, 0]) for sample in read_forward(load_index(uri)))
+
+    few, many = pictures(tmp_path / "few", range(60)), pictures(tmp_path / "many", range(120))
+    sides: list[tuple[list[int], list[int]]] = []
+    for source in (few, many):
+        dest = f"{source}-packed"
+        config = PackConfig(source=source, dest=dest, channels=1, held_out=0.3, seed=5)
+        first = pack(config)
+        again = pack(config)
+        assert first.held_out is not None
+        assert again.held_out is not None
+        assert (again.already_complete, again.held_out.already_complete) == (True, True)
+        sides.append((levels(dest), levels(held_out_uri(dest))))
+    for (kept, held), count in zip(sides, (60, 120), strict=True):
+        assert sorted(kept + held) == sorted([*range(count), *range(count)])
+        assert not set(kept) & set(held)  # twins stay together
+        assert 0.15 < len(held) / (2 * count) < 0.45
+    assert set(sides[0][1]) == {level for level in sides[1][1] if level < 60}
+    with pytest.raises(UserError, match=r"held_out: 1e-06 of these pictures is none"):
+        pack(PackConfig(source=few, dest=str(tmp_path / "none"), channels=1, held_out=1e-6))

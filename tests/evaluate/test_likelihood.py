@@ -8,7 +8,8 @@ import pytest
 from pipeline.config.data import PackConfig
 from pipeline.config.evaluate import LikelihoodConfig
 from pipeline.config.generate import SampleConfig
-from pipeline.data import Index, load_index, pack
+from pipeline.data import Index, load_index, pack, read_forward
+from pipeline.data.pack import held_out_uri
 from pipeline.errors import UserError
 from pipeline.evaluate.likelihood import held_out_bits
 from pipeline.generate.model import find_model
@@ -42,6 +43,20 @@ def test_the_training_data_is_refused(index: Index, tmp_path: Path) -> None:
     net, card = loaded(tmp_path, tiny_card(classes=False, size=8, data=TrainingData(digest=index.digest)))
     with pytest.raises(UserError, match="trained on"):
         held_out_bits(net, card, index, LikelihoodConfig(data=index.uri), 0)
+
+
+def test_what_is_held_out_of_a_pack_is_data_no_model_has_seen(tmp_path: Path) -> None:
+    config = PackConfig(source="digits", dest=str(tmp_path / "part"), channels=1, held_out=0.1)
+    report = pack(config)
+    assert report.held_out is not None
+    train, held = load_index(config.dest), load_index(held_out_uri(config.dest))
+    assert train.num_samples + held.num_samples == 1797
+    assert 120 < held.num_samples < 240
+    assert not {tuple(s.pixels.flat) for s in read_forward(train)} & {
+        tuple(s.pixels.flat) for s in read_forward(held)
+    }
+    net, card = loaded(tmp_path / "model", tiny_card(False, 8, TrainingData(digest=train.digest)))
+    assert held_out_bits(net, card, held, LikelihoodConfig(data=held.uri, count=4), 0).n_reference == 4
 
 
 def test_images_of_another_shape_are_refused(index: Index, tmp_path: Path) -> None:
