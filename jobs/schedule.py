@@ -21,19 +21,23 @@ from apscheduler.triggers.cron import CronTrigger
 from jobs.shell import DONE, Call, settings_of, use_running_stack
 from pipeline.config.nightly import NightlyConfig
 from pipeline.errors import UserError
+from pipeline.evaluate.history import read_latest
+from pipeline.store import Store, open_store
 
 _STOP_SECONDS = 60.0
 _AT = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
 
 
-def schedule(call: Call, at: str, now: bool = False) -> int:
-    """Run the nightly job of `call` daily at `at` (HH:MM, UTC) until SIGTERM or Ctrl-C; with `now`, also at once.
+def schedule(call: Call, at: str, now: bool = False, catch_up: bool = False) -> int:
+    """Run the nightly job of `call` daily at `at` (HH:MM, UTC) until SIGTERM or Ctrl-C.
 
-    UserError for a time that is none, and for settings that the nightly job would refuse.
+    It runs at once, too, with `now`, and with `catch_up` if a night has been missed. UserError for a time that is
+    none, for settings that the nightly job would refuse, and for an output that cannot be reached.
     """
     use_running_stack()
-    settings_of(NightlyConfig, "nightly", call)
+    config = settings_of(NightlyConfig, "nightly", call)
     trigger = daily(at)
+    now = now or (catch_up and missed(open_store(config.generate.output), trigger, dt.datetime.now(dt.UTC)))
     runner = Runner([sys.executable, "-m", "jobs.nightly", *call.words()])
     # One thread and one instance: a night that takes longer than a day delays the next instead of meeting it.
     scheduler = BlockingScheduler(timezone=dt.UTC, executors={"default": ThreadPoolExecutor(1)})
@@ -53,6 +57,17 @@ def daily(at: str) -> CronTrigger:
     if match is None:
         raise UserError(f"--at: {at!r} is no time of day; write HH:MM, in UTC")
     return CronTrigger(hour=int(match[1]), minute=int(match[2]), timezone=dt.UTC)
+
+
+def missed(store: Store, trigger: CronTrigger, now: dt.datetime) -> bool:
+    """Whether a night has come due since the latest one that is complete. False where there never was one."""
+    store.require_container()
+    latest = read_latest(store)
+    if latest is None:
+        return False
+    begin = dt.datetime.combine(latest.date, dt.time(), dt.UTC) + dt.timedelta(days=1)
+    due = trigger.get_next_fire_time(None, begin)
+    return due is not None and due <= now
 
 
 class Runner:

@@ -9,12 +9,12 @@ from infra.local.credentials import ray_token_path, s3_keys
 from infra.local.state import State, read_state
 from pipeline.errors import UserError
 
-_REPLACED_WITH_S3 = (
+REPLACED_WITH_S3 = (
     "AWS_PROFILE",
     "AWS_SESSION_TOKEN",
     "AWS_ENDPOINT_URL_S3",
 )  # they would win over our keys
-_REPLACED_WITH_RAY = ("RAY_AUTH_TOKEN",)
+REPLACED_WITH_RAY = ("RAY_AUTH_TOKEN",)
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -39,8 +39,8 @@ def export_environment(root: Path, environ: MutableMapping[str, str] = os.enviro
             chosen = {key: value for key, value in chosen.items() if not key.startswith(prefixes)}
     if "DDPM_ROOT" in own:
         chosen = {key: value for key, value in chosen.items() if key != "DDPM_ROOT"}
-    replaced = (*(_REPLACED_WITH_S3 if "AWS_ENDPOINT_URL" in chosen else ()),)
-    replaced += _REPLACED_WITH_RAY if "RAY_ADDRESS" in chosen and "ray" not in state.external else ()
+    replaced = (*(REPLACED_WITH_S3 if "AWS_ENDPOINT_URL" in chosen else ()),)
+    replaced += REPLACED_WITH_RAY if "RAY_ADDRESS" in chosen and "ray" not in state.external else ()
     for name in replaced:
         environ.pop(name, None)
     environ.update(chosen)

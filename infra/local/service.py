@@ -41,6 +41,8 @@ class Service:
     """Done before the process starts (checks, first-time formatting)."""
     unset: tuple[str, ...] = field(default=())
     """Variables of the caller that must not reach it."""
+    needs_others: bool = False
+    """Whether it is of use only once the services without this mark serve."""
 
     @property
     def fingerprint(self) -> str:

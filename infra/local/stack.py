@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from infra.local.mlflow import PORTS as MLFLOW_PORTS
 from infra.local.mlflow import mlflow_service
 from infra.local.s3 import PORTS as S3_PORTS
 from infra.local.s3 import s3_service
+from infra.local.schedule import schedule_service
 from infra.local.service import Service, start, wait_until_ready
 from infra.local.state import ServiceRecord, State, StoreKind, locked, read_state, write_state
 from pipeline.errors import UserError
@@ -52,6 +53,7 @@ class LocalStack:
     """S3, MLflow and Ray on this machine's loopback, remembered under `root`.
 
     `store` and `num_cpus` left at None keep what was chosen before (first: s3, and the machine's cores).
+    `schedule` are the words of a `ddpm schedule` to run with it; none end it, and None keeps what was chosen before.
     `environ` is the environment of the user: services it names (AWS_ENDPOINT_URL, MLFLOW_TRACKING_URI,
     RAY_ADDRESS) are used instead of started.
     """
@@ -62,10 +64,12 @@ class LocalStack:
         store: StoreKind | None = None,
         num_cpus: int | None = None,
         environ: Mapping[str, str] | None = None,
+        schedule: Sequence[str] | None = None,
     ) -> None:
         self.root = root.expanduser().resolve()
         self._store: StoreKind | None = store
         self._num_cpus = num_cpus
+        self._schedule = None if schedule is None else tuple(schedule)
         self._environ = dict(os.environ if environ is None else environ)
         self._writing = Lock()
 
@@ -164,6 +168,7 @@ class LocalStack:
             update={
                 "store": store,
                 "num_cpus": self._num_cpus or state.num_cpus,
+                "schedule": state.schedule if self._schedule is None else self._schedule,
                 "external": external,
                 "ports": {**kept, **ports.choose(missing, taken=kept.values())},
             }
@@ -200,7 +205,20 @@ class LocalStack:
             token = ray_token_path(self.root)
             num_cpus = state.num_cpus or default_num_cpus()
             services.append(ray.ray_service(self.root, state.ports, num_cpus, token, jobs))
+        if state.schedule:
+            services.append(self._scheduler(state))
         return services
+
+    def _scheduler(self, state: State) -> Service:
+        own = clients.client_variables(self.root, state)
+        chosen = {
+            name: value for name, value in own.items() if name != "DDPM_ROOT" or name not in self._environ
+        }
+        replaced = (
+            *(clients.REPLACED_WITH_S3 if "AWS_ENDPOINT_URL" in own else ()),
+            *(clients.REPLACED_WITH_RAY if "RAY_ADDRESS" in own else ()),
+        )
+        return schedule_service(self.root, state.schedule, chosen, replaced)
 
     def _artifacts(self, state: State, home: Path) -> str:
         if state.store == "file":
@@ -217,15 +235,16 @@ class LocalStack:
             processes.end(state.services[name].identity)
             self._forget(name)
         done = 0
-        with ThreadPoolExecutor(max_workers=max(1, len(services))) as pool:
-            futures = [pool.submit(self._ensure, one, state.services.get(one.name), say) for one in services]
+        for part in ([s for s in services if not s.needs_others], [s for s in services if s.needs_others]):
+            with ThreadPoolExecutor(max_workers=max(1, len(part))) as pool:
+                futures = [pool.submit(self._ensure, one, state.services.get(one.name), say) for one in part]
+                for future in futures:
+                    future.exception()  # let all of them come to an end before one failure is told
+                    done += 1
+                    if progress is not None:
+                        progress(done, len(services))
             for future in futures:
-                future.exception()  # let all of them come to an end before one failure is told
-                done += 1
-                if progress is not None:
-                    progress(done, len(services))
-        for future in futures:
-            future.result()
+                future.result()
 
     def _ensure(self, service: Service, record: ServiceRecord | None, say: Say | None) -> None:
         if record is not None and self._still_serves(service, record):

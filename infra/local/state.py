@@ -36,6 +36,8 @@ class State(Settings):
     """Port by its name, kept over restarts."""
     external: tuple[str, ...] = ()
     """Services that are the user's own (by environment variables) and that the stack does not run."""
+    schedule: tuple[str, ...] = ()
+    """Words of the `ddpm schedule` that runs with the stack: a preset, settings, options. None by default."""
     services: dict[str, ServiceRecord] = Field(default_factory=dict)
     """What was started, by service name."""
 

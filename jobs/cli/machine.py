@@ -1,5 +1,6 @@
 """Commands about this machine: the local stack, the whole demo, and what is wrong here."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,13 +20,25 @@ def demo(store: Store = None) -> None:
     end(lambda: run(store))
 
 
-@app.command(rich_help_panel=MACHINE, epilog=examples("ddpm up", "ddpm up --store file"))
-def up(store: Store = None) -> None:
+@app.command(
+    rich_help_panel=MACHINE,
+    epilog=examples("ddpm up", "ddpm up --store file", 'ddpm up --schedule "digits --at 02:00"'),
+)
+def up(
+    store: Store = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORDS", help="Run `ddpm schedule WORDS` with the stack, from now on; `off` ends that."
+        ),
+    ] = None,
+) -> None:
     """Start the local stack (S3, MLflow, Ray) on loopback, or find it running."""
     from infra.local import LocalStack
 
     def work() -> int:
-        LocalStack(LOCAL, store=store).up(say=_say)
+        words = None if schedule is None else [] if schedule == "off" else shlex.split(schedule)
+        LocalStack(LOCAL, store=store, schedule=words).up(say=_say)
         print("next     ddpm pack digits   (or, all at once: ddpm demo)")
         return DONE
 

@@ -36,8 +36,11 @@ def schedule(
     config: Config = None,
     at: Annotated[str, typer.Option(help="Time of day, HH:MM in UTC.")] = "02:00",
     now: Annotated[bool, typer.Option("--now", help="Run once at the start, too.")] = False,
+    catch_up: Annotated[
+        bool, typer.Option("--catch-up", help="Run at the start if a night since the latest was missed.")
+    ] = False,
 ) -> None:
     """Run the nightly job every night, in the foreground, until it is ended."""
     from jobs.schedule import schedule as run
 
-    end_job(lambda call: run(call, at, now), words, config)
+    end_job(lambda call: run(call, at, now, catch_up), words, config)

@@ -18,12 +18,13 @@ from jobs.shell import Call
 from pipeline.config.data import PackConfig
 from pipeline.config.evaluate import FeaturesConfig
 from pipeline.data import pack
-from pipeline.evaluate.history import read_latest
+from pipeline.evaluate.history import read_latest, read_nights, write_latest
 from pipeline.evaluate.measured import Measured
 from pipeline.evaluate.train_features import train_features
 from pipeline.generate.verify import verify
-from pipeline.store import open_store
+from pipeline.store import Store, open_store
 from pipeline.track import find_latest_run, open_run, register, tracking_client
+from tests.evaluate.test_history import night
 from tests.generate.tiny import settings, tiny_card, tiny_model
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
@@ -115,3 +116,33 @@ def test_the_cluster_measures_what_this_process_measures_and_mlflow_is_told(
     assert logged.data.metrics["samples/frechet"] == here.terms.count == 400
     assert logged.data.tags["ddpm.reference_digest"] == here.terms.reference_digest
     assert logged.data.tags["ddpm.model"] == here.model
+
+
+def test_a_schedule_of_the_stack_catches_up_and_keeps_others_out(
+    stack: LocalStack, bare_environ: dict[str, str], preset: Path, prefix: str
+) -> None:
+    nights = open_store(f"{prefix}/nights")
+    today = dt.datetime.now(dt.UTC).date()
+    long_ago = night(0).model_copy(update={"date": today - dt.timedelta(days=2)})
+    write_latest(nights, long_ago)
+    words = [f"--config={preset}", "generate.count=40", "--at", "00:00"]
+    scheduled = LocalStack(stack.root, environ=bare_environ, schedule=words)
+    try:
+        scheduled.up()
+        rows = {row.service: row.state for row in LocalStack(stack.root, environ=bare_environ).status()}
+        assert rows == dict.fromkeys(("s3", "mlflow", "ray", "schedule"), "running")
+        log = stack.root / "logs/schedule.log"
+        deadline = time.monotonic() + 200
+        while (latest := read_latest(nights)) is None or latest.date < today:
+            if _begun(nights, today - dt.timedelta(days=1)) and latest == long_ago:
+                assert jobs.nightly.run_call(Call(files=(preset,))) == 2  # somebody is at work there
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.2)
+    finally:
+        LocalStack(stack.root, environ=bare_environ, schedule=()).up()
+    assert "schedule" not in {row.service for row in LocalStack(stack.root, environ=bare_environ).status()}
+    assert [one.date for one in read_nights(nights)][:2] == [today - dt.timedelta(days=1), today]
+
+
+def _begun(nights: Store, date: dt.date) -> bool:
+    return next(iter(nights.list(f"date={date}/")), None) is not None

@@ -4,11 +4,17 @@ import datetime as dt
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from jobs.schedule import Runner, daily
+from jobs.schedule import Runner, daily, missed
 from pipeline.errors import UserError
+from pipeline.evaluate.history import write_latest
+from pipeline.store import open_store
+from tests.evaluate.test_history import night
+
+DAY_9 = dt.datetime(2026, 3, 9, tzinfo=dt.UTC)
 
 
 def test_the_time_of_day_is_utc_and_comes_every_day() -> None:
@@ -24,6 +30,21 @@ def test_the_time_of_day_is_utc_and_comes_every_day() -> None:
 def test_a_time_that_is_none_is_refused(at: str) -> None:
     with pytest.raises(UserError, match="HH:MM"):
         daily(at)
+
+
+def test_a_night_is_missed_once_its_hour_has_passed(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "nights"))
+    two = daily("02:00")
+    assert not missed(store, two, DAY_9 + dt.timedelta(days=30))  # the first night comes at its hour
+    write_latest(store, night(-1))  # that of the ninth
+    for after_midnight, late in (
+        (dt.timedelta(0), False),
+        (dt.timedelta(hours=1.9), False),
+        (dt.timedelta(hours=2), True),
+    ):
+        assert missed(store, two, DAY_9 + dt.timedelta(days=1) + after_midnight) is late
+    assert not missed(store, two, DAY_9 + dt.timedelta(hours=20))
+    assert missed(store, two, DAY_9 + dt.timedelta(days=4))
 
 
 def test_a_night_runs_to_its_end_and_tells_its_code(capfd: pytest.CaptureFixture[str]) -> None:
