@@ -1,0 +1,116 @@
+"""The sampler search: a table, a plot, and a preset that a generation takes."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import jobs.tune
+from infra.local import LocalStack
+from jobs.shell import Call, settings_of
+from jobs.tune import Candidate, evaluations, front, recommended, samplers
+from pipeline.config.diffusion import SamplerConfig
+from pipeline.config.evaluate import TuneConfig
+from pipeline.config.generate import GenerateConfig
+from pipeline.errors import UserError
+from pipeline.evaluate.figures import Figure
+from pipeline.generate.model import find_model
+from tests.generate.tiny import tiny_card, tiny_model
+
+
+def silent(done: int, total: int, note: str = "") -> None:
+    """Progress for no one."""
+
+
+def config(model: Path, data: str, output: Path, **more: object) -> TuneConfig:
+    told = {
+        "model": str(model),
+        "evaluate": {"reference": data, "num_splits": 1},
+        "kinds": ["ddim", "heun"],
+        "steps": [2, 3],
+        "count": 20,
+        "output": str(output),
+    }
+    return TuneConfig.model_validate(told | more)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_model(tmp_path / "model", tiny_card(size=8))
+
+
+def candidate(kind: str, steps: int, distance: float) -> Candidate:
+    sampler = SamplerConfig.model_validate({"kind": kind, "num_steps": steps})
+    figure = Figure(value=distance, n=9, n_reference=9)
+    return Candidate(
+        sampler=sampler, evaluations=evaluations(sampler), seconds=1, metrics={"frechet": figure}
+    )
+
+
+TRIED = [
+    candidate("ddim", 5, 4.0),
+    candidate("ddim", 10, 2.04),
+    candidate("heun", 5, 3.0),
+    candidate("dpm++2m", 20, 2.0),
+    candidate("ddim", 50, 2.1),
+]
+
+
+def test_the_cheapest_that_is_nearly_as_good_as_the_best_is_recommended(model: Path, tmp_path: Path) -> None:
+    assert recommended(TRIED, config(model, "d", tmp_path, tolerance=0.05)) is TRIED[1]
+    assert recommended(TRIED, config(model, "d", tmp_path, tolerance=0.01)) is TRIED[3]
+
+
+def test_the_front_holds_what_nothing_cheaper_beats_and_heun_pays_twice() -> None:
+    assert [evaluations(one.sampler) for one in TRIED] == [5, 10, 9, 20, 50]
+    assert front(TRIED, "frechet") == [TRIED[0], TRIED[2], TRIED[1], TRIED[3]]
+    assert evaluations(SamplerConfig(kind="ddim", num_steps=5, guidance_scale=2.0)) == 10
+
+
+def test_guidance_is_refused_for_a_network_without_a_null_class(tmp_path: Path) -> None:
+    plain = tiny_model(tmp_path / "plain", tiny_card(classes=False))
+    asked = config(plain, "d", tmp_path, guidance=[1.0, 2.0])
+    with pytest.raises(UserError, match=r"tune\.guidance"):
+        samplers(asked, find_model(str(plain)))
+
+
+def test_table_plot_and_preset_are_kept_and_a_generation_takes_the_preset(
+    digits: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jobs.tune.run(config(model, digits, tmp_path / "tuning"), silent) == 0
+    folder = tmp_path / "tuning" / "local"
+    tried = [Candidate.model_validate(one) for one in json.loads((folder / "samplers.json").read_text())]
+    assert [(one.sampler.kind, one.evaluations) for one in tried] == [
+        ("ddim", 2),
+        ("ddim", 3),
+        ("heun", 3),
+        ("heun", 5),
+    ]
+    with Image.open(io.BytesIO((folder / "samplers.png").read_bytes())) as plot:
+        assert plot.width > 400
+    table = capsys.readouterr().out.splitlines()
+    (best,) = [line for line in table if line.startswith(">")]
+    preset = yaml.safe_load((folder / "preset.yaml").read_text())["generate"]["sampler"]
+    assert best[3:].split()[:2] == [preset.get("kind", SamplerConfig().kind), str(preset["num_steps"])]
+    call = Call(
+        files=(folder / "preset.yaml",), overrides=(f"model={model}", "count=10", f"output={tmp_path}/out")
+    )
+    chosen = settings_of(GenerateConfig, "generate", call).sampler
+    assert chosen in [one.sampler for one in tried]
+
+
+@pytest.mark.stack
+def test_the_cluster_finds_what_this_process_finds(
+    digits: str, model: Path, tmp_path: Path, stack: LocalStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found: list[list[dict[str, object]]] = []
+    for workers in (0, 2):
+        asked = config(model, digits, tmp_path / str(workers), num_workers=workers, kinds=["ddim"])
+        assert jobs.tune.run(asked, silent) == 0
+        tried = json.loads((tmp_path / str(workers) / "local" / "samplers.json").read_text())
+        found.append([{name: value for name, value in one.items() if name != "seconds"} for one in tried])
+    assert found[0] == found[1]
