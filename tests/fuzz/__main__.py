@@ -15,13 +15,13 @@ from pathlib import Path
 
 import atheris
 
+from tests.fuzz.readers import NAMES
+
 CORPUS = Path(__file__).parent / "corpus"
 MOST_MEGABYTES = 3000
 SLOWEST_SECONDS = 20
 
-with atheris.instrument_imports(include=["pipeline", "tarfile", "yaml", "PIL", "json"]):
-    from tests.fuzz.targets import all_targets
-    from tests.fuzz.test_hostile_bytes import NAMES
+INSTRUMENTED = ["pipeline", "tarfile", "yaml", "PIL", "json"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = [
             line for line in done.stderr.splitlines() if line.startswith(("Done ", "stat::number_of_exec"))
         ]
-        print(f"{name:<18} {'finding, see above' if done.returncode else 'nothing found'}  {' '.join(said)}")
+        print(
+            f"{name:<18} {'finding, see above' if done.returncode else 'nothing found'}  {' '.join(said)}",
+            flush=True,
+        )
         if done.returncode:
             found += 1
             print(done.stderr[-3000:])
@@ -49,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fuzz(name: str, seconds: int) -> None:
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        from tests.fuzz.targets import all_targets
     with all_targets() as targets, tempfile.TemporaryDirectory() as seeds:
         target = targets[name]
         (Path(seeds) / "sound").write_bytes(target.sound)

@@ -11,19 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.readers import NAMES
 from tests.fuzz.targets import Target, all_targets
 
-NAMES = (
-    "tar",
-    "index",
-    "spec",
-    "manifest",
-    "done-record",
-    "model card",
-    "checkpoint record",
-    "checkpoint state",
-    "settings",
-)
 MOST_BYTES = 64 * 2**20
 CORPUS = Path(__file__).parent / "corpus"
 
