@@ -103,12 +103,16 @@ class Diary:
         shown = picture(self._run.run_id, CONTACT_KEY, "contact sheet")
         describe(self._run.run_id, f"{_description(self._config, self._spec)}\n\n{shown}")
 
+    def leave(self) -> None:
+        """Deliver what is left; the run is that of another job, too, which goes on."""
+        if self._spool is not None and self._config.track is not None:
+            self._spool.close(self._config.track.close_timeout_seconds)
+
     def end(self, finished: bool, killed: bool = False, reason: str | None = None) -> None:
         """Deliver what is left and close the run."""
-        if self._spool is None or self._run is None or self._config.track is None:
-            return
-        self._spool.close(self._config.track.close_timeout_seconds)
-        finish(self._run.run_id, "FINISHED" if finished else "KILLED" if killed else "FAILED", reason)
+        self.leave()
+        if self._run is not None:
+            finish(self._run.run_id, "FINISHED" if finished else "KILLED" if killed else "FAILED", reason)
 
 
 def require_tracking(config: GenerateConfig) -> None:

@@ -183,7 +183,12 @@ class Job:
                 if status not in ("complete", "superseded"):
                     self._beat(status, [])
             finally:
-                self.diary.end(status == "complete", killed=status == "drained", reason=self._reason(status))
+                if status == "superseded":
+                    self.diary.leave()
+                else:
+                    self.diary.end(
+                        status == "complete", killed=status == "drained", reason=self._reason(status)
+                    )
 
     def _work(self) -> Status:
         crew: Crew | None = None

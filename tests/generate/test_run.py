@@ -1,0 +1,55 @@
+"""The driver's side of a generation whose shards are all made: what it publishes, and for whom it steps back."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.generate import GenerateConfig
+from pipeline.generate.diary import Diary
+from pipeline.generate.manifest import MANIFEST_KEY, read_manifest
+from pipeline.generate.run import GenerationResult, Job, silent
+from pipeline.generate.spec import SPEC_KEY, Spec, pretty, read_spec
+from pipeline.store import Store, open_store
+from tests.generate.tiny import fill, plan_of, settings, tiny_model
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> GenerateConfig:
+    """A generation of 40 samples, complete but for its manifest."""
+    found = settings(tiny_model(tmp_path / "model"), f"file://{tmp_path}/out", count=40)
+    fill(found)
+    open_store(found.output).delete(MANIFEST_KEY)
+    return found
+
+
+def end(config: GenerateConfig) -> GenerationResult:
+    spec, model = plan_of(config)
+    store, diary = open_store(config.output), Diary(config, spec, model)
+    return Job(config, spec, model, store, diary, silent, threading.Event(), time.monotonic()).run()
+
+
+def told(store: Store, spec: Spec, count: int) -> None:
+    """Another job has spoken: the prefix shall hold so many."""
+    store.write(SPEC_KEY, pretty(spec.model_copy(update={"count": count}).model_dump(mode="json")))
+
+
+def test_a_job_whose_count_was_raised_by_another_steps_back(config: GenerateConfig) -> None:
+    store, (spec, _) = open_store(config.output), plan_of(config)
+    told(store, spec, 70)
+    result = end(config)
+    assert (result.status, result.reason) == ("superseded", None)
+    assert read_manifest(store) is None
+    assert read_spec(store) == spec.model_copy(update={"count": 70})
+
+
+def test_a_job_of_a_smaller_count_that_spoke_last_is_overruled(config: GenerateConfig) -> None:
+    store, (spec, _) = open_store(config.output), plan_of(config)
+    told(store, spec, 20)
+    assert end(config).status == "complete"
+    manifest = read_manifest(store)
+    assert manifest is not None
+    assert manifest.count == 40
+    assert read_spec(store) == spec
+    assert list(store.list("jobs/")) == []
