@@ -66,3 +66,6 @@ licences: install ## docs/licences.md anew
 
 audit: install ## known weaknesses of the pinned packages; asks the package index
 	@infra/supply.sh audit
+
+lint-manifests: install-dev ## what checkov says about infra/kuberay
+	@infra/kuberay/lint.sh
