@@ -31,6 +31,7 @@ def run(config: FeaturesConfig, progress: Progress) -> int:
         f"{card.held_out_accuracy:.2%} of {card.num_held_out} held-out images right"
     )
     print(f"network  {folder}/classifier.json  sha256 {card.sha256}")
+    print("next     ddpm evaluate PRESET, ddpm promote PRESET")
     return DONE
 
 

@@ -76,6 +76,8 @@ def summary(result: GenerationResult) -> list[str]:
         lines.append("go on    with the same command: what is done is kept")
     if result.run_url:
         lines.append(f"run      {result.run_url}")
+    if result.status in ("complete", "already complete"):
+        lines.append(f"next     ddpm verify {result.output} --regenerate 16")
     return lines
 
 

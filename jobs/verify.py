@@ -57,6 +57,10 @@ def lines(report: VerifyReport) -> list[str]:
     out += [f"problem  {p.object}: {p.what}" for p in report.problems[:_SHOWN]]
     if report.num_problems > _SHOWN:
         out.append(f"         … {report.num_problems - _SHOWN:,} more problems")
+    if report.ok:
+        out.append(f"next     ddpm evaluate PRESET --prefix {report.output}")
+    elif not report.num_problems:
+        out.append("next     the same `ddpm generate` command makes what is missing")
     return out
 
 
