@@ -4,11 +4,11 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import yaml
 
@@ -28,6 +28,16 @@ S = TypeVar("S", bound=Settings)
 DONE, FAILED, REFUSED = 0, 1, 2
 STOPPED = 143  # as the shell reports a process that ended on SIGTERM
 LOCAL = Path(".local")
+
+
+class Foreseen(Protocol):
+    """A dataclass that says what a job will need."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -119,14 +129,26 @@ def _complain(kind: str, error: Exception) -> None:
         print(f"{kind}: {redact(str(error))}", file=sys.stderr)
 
 
-def run_job(section: str, model: type[S], run: Callable[[S, Progress], int], call: Call, *, unit: str) -> int:
-    """Resolve the settings of a call and run the job on them, or only print them on a dry run."""
+def run_job(
+    section: str,
+    model: type[S],
+    run: Callable[[S, Progress], int],
+    call: Call,
+    *,
+    unit: str,
+    foresee: Callable[[S], Foreseen] | None = None,
+) -> int:
+    """Resolve the settings of a call and run the job on them, or only print them on a dry run, with what the job
+    can `foresee` of itself.
+    """
 
     def work() -> int:
         use_running_stack()
         config = settings_of(model, section, call)
         if call.dry_run:
-            print_settings({section: config.model_dump(mode="json")}, call.as_json)
+            print_settings(
+                {section: config.model_dump(mode="json")}, call.as_json, foresee and foresee(config)
+            )
             return DONE
         with progress_of(section, unit) as progress:
             return run(config, progress)
@@ -134,9 +156,12 @@ def run_job(section: str, model: type[S], run: Callable[[S, Progress], int], cal
     return guarded(work)
 
 
-def print_settings(content: object, as_json: bool) -> None:
-    """Settings as YAML that can be given back by --config, or as JSON."""
+def print_settings(content: Mapping[str, object], as_json: bool, foreseen: Foreseen | None = None) -> None:
+    """Settings as YAML that can be given back by --config, with what is foreseen as comments; or both as JSON."""
     if as_json:
-        print(json.dumps(content, indent=2))
-    else:
-        print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), end="")
+        beside = {} if foreseen is None else {"estimate": asdict(foreseen)}
+        print(json.dumps({**content, **beside}, indent=2))
+        return
+    print(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True), end="")
+    for line in () if foreseen is None else foreseen.lines():
+        print(f"# {line}")

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from jobs.cluster import SUBMITTED, ray_cluster, require_resources
+from jobs.estimate import estimate
 from jobs.progress import Progress
 from jobs.shell import DONE, STOPPED, Call, guarded, parse_words, run_job
 from jobs.signals import on_stop_signal
@@ -58,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_call(call: Call, alone: bool = False) -> int:
     """Run the job a call describes; `alone` trains in this process, without Ray."""
-    return run_job("train", TrainConfig, lambda c, p: train(c, p, alone), call, unit="steps")
+    return run_job(
+        "train", TrainConfig, lambda c, p: train(c, p, alone), call, unit="steps", foresee=estimate
+    )
 
 
 def train(config: TrainConfig, progress: Progress, alone: bool = False) -> int:
