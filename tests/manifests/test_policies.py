@@ -21,7 +21,7 @@ PLACES = (DATA, FEATURES, RUNS, SAMPLES, NIGHT, TUNING)
 READS = {
     "packer": {DATA, FEATURES},
     "trainer": {DATA, FEATURES, RUNS},
-    "generator": {SAMPLES},
+    "generator": {FEATURES, SAMPLES},
     "evaluator": {DATA, FEATURES, SAMPLES, NIGHT, TUNING},
     "nightly": {DATA, FEATURES, NIGHT},
     "viewer": {SAMPLES, NIGHT},
