@@ -106,15 +106,17 @@ def replay(
 def janitor(
     idle_minutes: Annotated[float, typer.Option(help="Without a sign of life for this long.")] = 30.0,
 ) -> None:
-    """Close runs that say RUNNING although their job is dead."""
+    """Close runs that say RUNNING although their job is dead, and remove this machine's delivered spools."""
 
     def work() -> int:
-        from pipeline.track import close_stale_runs
+        from pipeline.track import close_stale_runs, sweep_spools
+        from pipeline.train.diary import spool_folder
 
         closed = close_stale_runs(idle_minutes=idle_minutes)
         for run in closed:
             print(f"closed   {run}")
-        print(f"{len(closed)} runs closed")
+        swept = sweep_spools(spool_folder(), idle_minutes)
+        print(f"{len(closed)} runs closed, {len(swept)} delivered spools removed")
         return DONE
 
     end(work)

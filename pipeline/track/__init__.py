@@ -6,7 +6,7 @@ it.
 
 from pipeline.redaction import redact
 from pipeline.track.connect import TrackingError, require_server, tracking_client, tracking_uri
-from pipeline.track.janitor import ClosedRun, close_stale_runs
+from pipeline.track.janitor import ClosedRun, close_stale_runs, sweep_spools
 from pipeline.track.lineage import link_model, log_dataset, source_tags
 from pipeline.track.registry import (
     ModelVersion,
@@ -52,6 +52,7 @@ __all__ = [
     "set_alias",
     "set_tags",
     "source_tags",
+    "sweep_spools",
     "tracking_client",
     "tracking_uri",
     "versions",

@@ -1,10 +1,13 @@
-"""Runs that nobody ends: a killed driver leaves RUNNING behind, and this closes it."""
+"""What nobody cleans up: runs that a killed driver left RUNNING, and spools whose points have all been delivered."""
 
+import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.track.connect import require_server, tracking_client
+from pipeline.track.journal import Journal
 from pipeline.track.run import HEARTBEAT_TAG, KEY_TAG, REASON_TAG, EndStatus
 
 if TYPE_CHECKING:
@@ -21,6 +24,10 @@ class ClosedRun:
     run_id: str
     name: str
     idle_seconds: float
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.name} ({self.run_id}), silent for {self.idle_seconds / 60:.0f} minutes"
 
 
 def close_stale_runs(
@@ -48,6 +55,28 @@ def close_stale_runs(
         client.set_terminated(run.info.run_id, status)
         closed.append(ClosedRun(run.info.run_id, run.info.run_name or run.info.run_id, idle))
     return closed
+
+
+def sweep_spools(root: Path, idle_minutes: float = 30.0, *, now_seconds: float | None = None) -> list[Path]:
+    """Remove the spools below `root` that MLflow has all of; returns them.
+
+    Kept is a spool with anything undelivered or refused, one that a living process delivers, and one that was
+    written to within `idle_minutes`.
+    """
+    now = time.time() if now_seconds is None else now_seconds
+    swept: list[Path] = []
+    for directory in sorted(path.parent for path in root.glob("*/run.json")):
+        newest = max((file.stat().st_mtime for file in directory.rglob("*")), default=0.0)
+        if now - newest < idle_minutes * 60 or (directory / "refused.jsonl").exists():
+            continue
+        journal = Journal(directory)
+        try:
+            if journal.undelivered() == 0 and journal.claim():
+                shutil.rmtree(directory)
+                swept.append(directory)
+        finally:
+            journal.close()
+    return swept
 
 
 def _experiment_ids(client: "MlflowClient", experiment: str | None) -> list[str]:

@@ -129,6 +129,11 @@ class Journal:
             os.close(self._lock_fd)
             self._lock_fd = None
 
+    def close(self) -> None:
+        """Give back what it holds open; nothing may be appended afterwards."""
+        self.release()
+        os.close(self._fd)
+
     def undelivered(self) -> int:
         """Points and files that wait for delivery (those in memory included)."""
         count, offset = len(self._waiting), self.offset()

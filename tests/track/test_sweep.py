@@ -1,0 +1,62 @@
+"""Spools are removed once MLflow has all of them, and never before."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.track import sweep_spools
+from pipeline.track.journal import Journal, write_identity
+
+LATER = 3600.0
+
+
+def spool(root: Path, name: str, delivered: bool = True) -> Path:
+    folder = root / name
+    write_identity(folder, name, "http://127.0.0.1:1")
+    journal = Journal(folder)
+    journal.append({"t": 1, "s": 1, "m": {"train/loss": 0.5}})
+    if delivered:
+        journal.save_offset(journal.read(0, 10)[-1].end)
+    journal.close()
+    return folder
+
+
+def sweep(root: Path) -> list[Path]:
+    return sweep_spools(root, idle_minutes=30, now_seconds=time.time() + LATER)
+
+
+def test_only_what_was_delivered_and_is_silent_is_removed(tmp_path: Path) -> None:
+    done, waiting, refused = spool(tmp_path, "a"), spool(tmp_path, "b", delivered=False), spool(tmp_path, "c")
+    (refused / "refused.jsonl").write_text(json.dumps({"reason": "x", "record": {}}) + "\n")
+    recent = spool(tmp_path, "d")
+    os.utime(recent / "offset.json", (time.time() + LATER,) * 2)
+    (tmp_path / "no-spool").mkdir()
+    assert sweep(tmp_path) == [done]
+    assert not done.exists()
+    assert all(path.exists() for path in (waiting, refused, recent, tmp_path / "no-spool"))
+
+
+def test_a_file_that_waits_keeps_its_spool(tmp_path: Path) -> None:
+    folder = spool(tmp_path, "a")
+    journal = Journal(folder)
+    journal.append({"t": 1, "p": "figures/final.png", "f": journal.put_file(b"png", ".bin")})
+    journal.close()
+    assert sweep(tmp_path) == []
+    assert folder.exists()
+
+
+def test_a_spool_that_a_living_process_delivers_is_left_alone(tmp_path: Path) -> None:
+    folder = spool(tmp_path, "a")
+    living = Journal(folder)
+    assert living.claim()
+    assert sweep(tmp_path) == []
+    living.close()
+    assert sweep(tmp_path) == [folder]
+
+
+@pytest.mark.parametrize("root", ["absent", "."])
+def test_where_there_is_no_spool_nothing_happens(tmp_path: Path, root: str) -> None:
+    assert sweep(tmp_path / root) == []
