@@ -116,6 +116,8 @@ def cluster_settings(token: Path) -> dict[str, str]:
         # A job that is told to end saves first; Ray's default would kill it after 3 s.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
         **LOOPBACK_SETTINGS,
+        # So that the metrics of a job of some seconds are seen; by default a process tells them every 10 s.
+        "RAY_metrics_report_interval_ms": "2000",
         # A killed node refuses connections and is noticed after 5 periods (15 s by default). The time-out
         # stays long: on a busy machine a node that answers late is not a dead one.
         "RAY_health_check_period_ms": "1000",

@@ -9,8 +9,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ import pytest
 from infra.local import LocalStack
 from infra.local.credentials import ray_token_path, s3_keys
 from infra.local.ray import temp_dir
+from infra.local.service import get
 from infra.local.state import read_state
 from pipeline.meters import METERS
 from tests.docs.lines import REPOSITORY, Shown, shown
@@ -46,6 +47,8 @@ class Told:
     folder: Path = Path()
     """Where the commands were typed."""
     spool: Path = Path()
+    metered: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
+    """(work, metric) of ours that the head's Prometheus port served meanwhile, by the names of `METERS`."""
 
 
 @pytest.fixture(scope="session")
@@ -54,14 +57,27 @@ def told(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Told:
     folder, spool = tmp_path_factory.mktemp("tutorial"), tmp_path_factory.mktemp("spool")
     (folder / ".local").symlink_to(stack.root)
     told = Told(folder=folder, spool=spool)
-    environ = {**os.environ, **CANARIES, "DDPM_SPOOL": str(spool)}
+    environ = {**os.environ, **CANARIES, "DDPM_SPOOL": str(spool), "RAY_metrics_report_interval_ms": "2000"}
+    over = threading.Event()
+    scraper = threading.Thread(target=scrape, args=(stack, told.metered, over))
+    scraper.start()
+    try:
+        carry_out_all(told, environ)
+    finally:
+        over.set()
+        scraper.join()
+    return told
+
+
+def carry_out_all(told: Told, environ: dict[str, str]) -> None:
     for command in shown(REPOSITORY / "docs" / "tutorial.md", "ddpm"):
         if command.words[0] in ("down", "clean"):
             continue
         # one command logs as JSON; the documents' form is the default one
         form = "json" if "count=150" in command.words else "text"
-        told.outputs[" ".join(command.words)] = carried_out(command, folder, {**environ, "DDPM_LOG": form})
-    return told
+        told.outputs[" ".join(command.words)] = carried_out(
+            command, told.folder, {**environ, "DDPM_LOG": form}
+        )
 
 
 def carried_out(command: Shown, folder: Path, environ: dict[str, str]) -> str:
@@ -83,7 +99,7 @@ def test_the_tutorial_does_what_it_says(told: Told) -> None:
     outputs = list(told.outputs.values())
     assert len(outputs) >= 10
     said = "\n".join(outputs)
-    for promise in ("already running", "tutorial@champion", "complete: 100 images", "complete: 150 images"):
+    for promise in ("ray runs at", "tutorial@champion", "complete: 100 images", "complete: 150 images"):
         assert promise in said, said
     assert "tutorial" in told.outputs["train digits name=tutorial steps=120 --dry-run"]
     assert (told.folder / "digits.png").exists()
@@ -96,24 +112,25 @@ def test_a_repeated_training_says_that_nothing_is_left(told: Told) -> None:
     assert "already trained" in told.outputs["train digits name=tutorial steps=120"]
 
 
-def exported(stack: LocalStack) -> set[tuple[str, str]]:
-    """(work, metric) of ours that the head's Prometheus port serves now, without Ray's additions to the name."""
+def scrape(stack: LocalStack, seen: set[tuple[str, str]], over: threading.Event) -> None:
+    """Ask as Prometheus would, every two seconds until `over`, and once more some seconds after."""
     state = read_state(stack.root)
     assert state is not None
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"http://127.0.0.1:{state.ports['ray-metrics']}/metrics", timeout=20) as answer:
-        text = answer.read().decode()
-    found = re.findall(r'^ray_(ddpm_\w+)\{.*work="(\w+)"', text, re.M)
-    return {(work, name.removesuffix("_total")) for name, work in found}
+    url = f"http://127.0.0.1:{state.ports['ray-metrics']}/metrics"
+    last = False
+    while not last:
+        last = over.wait(2)
+        if last:
+            time.sleep(5)
+        text = (get(url) or b"").decode()
+        found = re.findall(r'^ray_(ddpm_\w+)\{.*work="(\w+)"', text, re.M)
+        seen |= {(work, name.removesuffix("_total")) for name, work in found}
 
 
-def test_the_heads_prometheus_port_serves_the_pipelines_own_metrics(told: Told, stack: LocalStack) -> None:
+def test_the_heads_prometheus_port_serves_the_pipelines_own_metrics(told: Told) -> None:
     wanted = {(work, name) for work, names in MUST_BE_METERED.items() for name in names}
     assert {name for _, name in wanted} <= set(METERS)
-    deadline = time.monotonic() + 60
-    while wanted - exported(stack) and time.monotonic() < deadline:
-        time.sleep(2)
-    assert wanted - exported(stack) == set()
+    assert wanted - told.metered == set()
 
 
 def json_lines(text: str) -> Iterator[dict[str, object]]:
