@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -174,8 +175,8 @@ class DenoisingDiffusion:
 
     def __init__(self, setting: Setting, lr: float = 1e-4) -> None:
         """lr: by default the Trainer's."""
-        stand_in_for_torchvision()
-        from denoising_diffusion_pytorch import denoising_diffusion_pytorch as package
+        with torchvision_stood_in():
+            from denoising_diffusion_pytorch import denoising_diffusion_pytorch as package
 
         torch.manual_seed(setting.seed)
         process = package.GaussianDiffusion(
@@ -246,13 +247,17 @@ def install_peers(folder: Path) -> None:
     subprocess.run([*command, *PEERS], check=True, stdout=sys.stderr)
 
 
-def stand_in_for_torchvision() -> None:
-    """Empty modules under its name, unless it is there."""
-    if "torchvision" not in sys.modules:
-        module: Any = types.ModuleType("torchvision")
-        module.transforms = types.ModuleType("torchvision.transforms")
-        module.utils = types.ModuleType("torchvision.utils")
-        sys.modules["torchvision"] = module
+@contextmanager
+def torchvision_stood_in() -> Generator[None]:
+    """Empty modules under its name while something imports it, for nobody else to take for the real one."""
+    module: Any = types.ModuleType("torchvision")
+    module.transforms = types.ModuleType("torchvision.transforms")
+    module.utils = types.ModuleType("torchvision.utils")
+    sys.modules["torchvision"] = module
+    try:
+        yield
+    finally:
+        del sys.modules["torchvision"]
 
 
 def _endless(setting: Setting, images: Tensor) -> Iterator[Tensor]:
