@@ -14,6 +14,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
+from typing import Any
 
 from pipeline.redaction import redact
 
@@ -50,14 +51,17 @@ def set_up_logging() -> None:
     """Put this process's logs, and the traceback it may die with, into the asked form. May be called again."""
     if sys.excepthook is sys.__excepthook__:  # Ray has one of its own, which ends in the one it found
         sys.excepthook = _report_death
+    own = [logging.getLogger(name) for name in _OWN]
+    for logger in own:
+        # said outright: Ray's training workers let everything from INFO on through to the driver's terminal
+        logger.setLevel(logging.INFO if as_json() else logging.WARNING)
+        logger.propagate = not as_json()  # there may be handlers above that write another form
+    logging.setLogRecordFactory(_masked_record)
     if not as_json():
-        logging.lastResort = _Stderr(_Masked(), logging.WARNING)
         return
-    root = logging.getLogger()
-    if not any(isinstance(handler, _Stderr) for handler in root.handlers):
-        root.addHandler(_Stderr(JsonLines(), logging.NOTSET))
-    for name in _OWN:
-        logging.getLogger(name).setLevel(logging.INFO)
+    for logger in (*own, logging.getLogger()):
+        if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+            logger.addHandler(_Stderr())
 
 
 class JsonLines(logging.Formatter):
@@ -80,19 +84,12 @@ class JsonLines(logging.Formatter):
         return json.dumps(redact(fields), default=lambda value: redact(str(value)), ensure_ascii=False)
 
 
-class _Masked(logging.Formatter):
-    """The message alone, as `logging` shows warnings when nothing is set up, without secrets."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
-
-
 class _Stderr(logging.Handler):
     """Writes to what `sys.stderr` is now, not to what it was when logging was set up."""
 
-    def __init__(self, formatter: logging.Formatter, level: int) -> None:
-        super().__init__(level)
-        self.setFormatter(formatter)
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(JsonLines())
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line; a record that cannot be told must not end the work it tells of."""
@@ -100,6 +97,21 @@ class _Stderr(logging.Handler):
             print(self.format(record), file=sys.stderr, flush=True)
         except (OSError, ValueError):
             self.handleError(record)
+
+
+def _masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """A record without secrets, whoever makes it and whatever handler will write it."""
+    record = logging.LogRecord(*args, **kwargs)
+    try:
+        message = record.getMessage()
+    except (TypeError, ValueError):
+        return record  # a message and arguments that do not fit: the handler says so
+    masked = redact(message)
+    if masked != message:
+        record.msg, record.args = masked, ()
+    if record.exc_info and record.exc_info[0] is not None:
+        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+    return record
 
 
 def _report_death(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

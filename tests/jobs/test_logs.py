@@ -32,11 +32,14 @@ def facts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def json_logging(monkeypatch: pytest.MonkeyPatch, facts: None) -> Iterator[None]:
     monkeypatch.setenv("DDPM_LOG", "json")
-    root, before = logging.getLogger(), list(logging.getLogger().handlers)
+    loggers = [logging.getLogger(name) for name in ("", "pipeline", "jobs", "infra")]
+    before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
     logs.set_up_logging()
     logs.set_up_logging()  # twice is once
     yield
-    root.handlers = before
+    for logger, handlers, propagate, level in before:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.mark.usefixtures("facts")
