@@ -116,8 +116,13 @@ def _trainer(task: Task, board: Any, scratch: str) -> TorchTrainer:
     )
 
 
+def _failure(board: Any) -> Exception | None:
+    found: Any = ray.get(board.failure.remote())
+    return found
+
+
 def _raise_failure(board: Any) -> None:
-    failure: Any = ray.get(board.failure.remote())
+    failure = _failure(board)
     if failure is not None:
         raise failure
 
@@ -137,7 +142,7 @@ def _on_worker(payload: dict[str, Any]) -> None:
     """The body of a Ray Train worker."""
     task: Task = payload["task"]
     board: Any = payload["board"]
-    if ray.get(board.failure.remote()) is not None:
+    if _failure(board) is not None:
         return  # this group replaces one that met what this one would meet again
     context = ray.train.get_context()
     rank = context.get_world_rank()
