@@ -1,0 +1,75 @@
+"""A node's load is read by one worker of it, and whatever goes wrong there, the training goes on."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.track import TrackConfig
+from pipeline.train.diary import SPOOL_VARIABLE
+from pipeline.train.node import node_watched
+
+NOWHERE = "http://127.0.0.1:9"
+READING = TrackConfig(system_metrics_seconds=1.0, close_timeout_seconds=0.0)
+
+
+@pytest.fixture(autouse=True)
+def spools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(SPOOL_VARIABLE, str(tmp_path / "spools"))
+    return tmp_path / "spools"
+
+
+def points(folder: Path) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for line in (folder / "points.jsonl").read_text().splitlines():
+        found |= json.loads(line)["m"]
+    return found
+
+
+def test_load_and_memory_of_the_node_go_to_a_spool_even_while_mlflow_is_away(spools: Path) -> None:
+    with node_watched(NOWHERE, "run", "node1", time.time() - 100, READING):
+        deadline = time.monotonic() + 30
+        while not (spools / "run-node1/points.jsonl").exists() or not points(spools / "run-node1"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    read = points(spools / "run-node1")
+    assert set(read) == {
+        f"system/node1/{name}"
+        for name in (
+            "cpu_utilization_percentage",
+            "process_cpu_percentage",
+            "system_memory_usage_percentage",
+            "process_memory_megabytes",
+        )
+    }
+    assert 0 < read["system/node1/system_memory_usage_percentage"] <= 100
+    first = json.loads((spools / "run-node1/points.jsonl").read_text().splitlines()[0])
+    assert 100 <= first["s"] < 200, "counted from the run's first start"
+
+
+@pytest.mark.parametrize(
+    ("run_id", "node", "config"),
+    [
+        (None, "node0", READING),
+        ("run", None, READING),
+        ("run", "node0", TrackConfig(system_metrics_seconds=None)),
+    ],
+)
+def test_without_a_run_on_other_workers_and_when_switched_off_nothing_is_read(
+    spools: Path, run_id: str | None, node: str | None, config: TrackConfig
+) -> None:
+    with node_watched(NOWHERE, run_id, node, 0.0, config):
+        pass
+    assert not spools.exists()
+
+
+def test_a_spool_that_cannot_be_made_is_a_warning(spools: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spools.mkdir()
+    (spools / "run-node0").write_text("in the way")
+    entered = False
+    with caplog.at_level(logging.WARNING), node_watched(NOWHERE, "run", "node0", 0.0, READING):
+        entered = True
+    assert entered
+    assert "no system metrics of node0" in caplog.text
