@@ -8,16 +8,26 @@ from PIL import Image
 
 from jobs.progress import progress_of
 from jobs.shell import DONE, FAILED
-from pipeline.data import build_index, inspect
+from jobs.spread import spread_for
+from pipeline.data import inspect, plan_index
 
 _SHOWN = 20
+ENOUGH_SHARDS = 16
+"""Shards to read from which on joining a cluster is worth its seconds."""
 
 
-def index(uri: str, label_field: str | None, pixels: bool) -> int:
-    """Index the tars at a prefix or pattern, in one pass over each."""
+def index(uri: str, label_field: str | None, pixels: bool, fresh: bool = False) -> int:
+    """Index the tars at a prefix or pattern, in one pass over each that the index there does not know already.
+
+    `fresh` reads all of them. On the cluster that RAY_ADDRESS names, if there is one and enough to read.
+    """
     with progress_of("index", "shards") as progress:
-        made = build_index(uri, label_field=label_field, pixels=pixels, progress=progress)
+        found = plan_index(uri, label_field=label_field, pixels=pixels, reuse=not fresh)
+        with spread_for(len(found.unknown), ENOUGH_SHARDS, local_paths=not uri.startswith("s3:")) as spread:
+            made = found.build(spread, progress)
     print(f"indexed: {made.num_samples:,} samples in {len(made.shards):,} shards, digest {made.digest[:12]}")
+    if found.known:
+        print(f"known    {len(found.known):,} shards, unchanged by size and tag; {len(found.unknown):,} read")
     print(f"next     ddpm train data.uri={uri} …   or   ddpm inspect {uri}")
     return DONE
 

@@ -1,13 +1,19 @@
 """The packing job: pictures in, shards and their index out."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 from jobs.progress import Progress
 from jobs.shell import DONE, Call, guarded, parse_words, run_job
+from jobs.spread import spread_for
 from pipeline.config.data import PackConfig
 from pipeline.data import pack
-from pipeline.data.pack import PackReport, held_out_uri
+from pipeline.data.pack import PackReport, held_out_uri, spread_here
+from pipeline.data.spread import Spread
+
+ENOUGH_PICTURES = 5_000
+"""From here on it is worth the seconds that joining a cluster takes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,12 +28,23 @@ def run_call(call: Call) -> int:
 
 def pack_images(config: PackConfig, progress: Progress) -> int:
     """Pack, or find that it is done. Raises UserError before anything is written."""
-    report = pack(config, progress)
+    report = pack(config, progress, _spread)
     _say(report, config.dest)
     if report.held_out is not None:
         _say(report.held_out, held_out_uri(config.dest))
     print(f"next     ddpm train data.uri={config.dest} …   (or a preset that names it)")
     return DONE
+
+
+@contextmanager
+def _spread(config: PackConfig, num_pictures: int) -> Generator[Spread]:
+    """A cluster on this machine for many pictures, threads for few."""
+    with spread_for(num_pictures, ENOUGH_PICTURES, local_paths=True) as cluster:
+        if cluster is not None:
+            yield cluster
+            return
+        with spread_here(config, num_pictures) as threads:
+            yield threads
 
 
 def _say(report: PackReport, dest: str) -> None:

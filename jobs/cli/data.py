@@ -36,11 +36,14 @@ def index(
     pixels: Annotated[
         bool, typer.Option("--pixels", help="Decode every image, for channel statistics.")
     ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Read also shards whose size and tag are those of before.")
+    ] = False,
 ) -> None:
     """Make the index of WebDataset tars that are already there."""
     from jobs.dataset import index as run
 
-    end(lambda: run(uri, label_field, pixels))
+    end(lambda: run(uri, label_field, pixels, fresh))
 
 
 @app.command(rich_help_panel=DATA, epilog=examples("ddpm inspect s3://ddpm/data/digits --sheet digits.png"))

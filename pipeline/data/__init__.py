@@ -1,7 +1,7 @@
 """Shards of samples: packing, indexing, and reading them in an order that knows nothing of workers."""
 
 from pipeline.config.data import DataConfig, PackConfig
-from pipeline.data.build import build_index, shards_to_index
+from pipeline.data.build import IndexPlan, build_index, plan_index, shards_to_index
 from pipeline.data.forward import ForwardSample, read_forward
 from pipeline.data.index import Index, ShardEntry, assemble_index, load_index
 from pipeline.data.inspection import Inspection, inspect
@@ -15,6 +15,7 @@ __all__ = [
     "DataConfig",
     "ForwardSample",
     "Index",
+    "IndexPlan",
     "Inspection",
     "Loader",
     "PackConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "inspect",
     "load_index",
     "pack",
+    "plan_index",
     "read_forward",
     "read_shard",
     "shards_to_index",

@@ -7,7 +7,6 @@ import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, Protocol, cast
 
 from pipeline.data.hashing import HashingReader
@@ -17,7 +16,6 @@ from pipeline.data.shards import plain_stream
 from pipeline.errors import DamageError
 from pipeline.store import FileStore, ObjectChanged, Store
 
-REQUESTS_AT_ONCE = 16
 COPY_BYTES = 1 << 20
 
 
@@ -102,24 +100,6 @@ class MemoryAccess:
         bring(self.index, self.store, shard, file, self.lenient)
         self.held[shard] = file.getvalue()
         return self.held[shard]
-
-
-class RangeAccess:
-    """A request for each sample, many at once. Slow; for stores without a cache and shards too large for memory."""
-
-    def __init__(self, index: Index, store: Store) -> None:
-        self.index, self.store = index, store
-        self.pool = ThreadPoolExecutor(REQUESTS_AT_ONCE)
-
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        entry = self.index.shards[shard]
-        return self.store.read_range(entry.name, offset, size, etag=trusted_tag(self.index, entry))
-
-    def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
-        return self.pool.map(self.read, itertools.repeat(shard), offsets, sizes)
-
-    def close(self) -> None:
-        self.pool.shutdown()
 
 
 class OpenFiles:
@@ -207,7 +187,7 @@ def changed(where: str, size_bytes: int, entry: ShardEntry) -> DamageError:
     """What to say of a shard whose hash is wrong."""
     return DamageError(
         f"{where}: its SHA-256 is not the indexed one ({size_bytes} bytes, {entry.size_bytes} indexed): it was "
-        "damaged or replaced; restore it, or run ddpm index"
+        "damaged or replaced; restore it, or run ddpm index --fresh"
     )
 
 

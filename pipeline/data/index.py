@@ -83,6 +83,8 @@ class Index(BaseModel):
     """The shape all images share; None when sizes differ. Mixed grey and colour count as colour."""
     class_names: tuple[str, ...] | None
     labelled: bool
+    label_field: str | None = None
+    """The field of a sample's json that was asked for its class; None for the usual ones."""
     shards: tuple[ShardEntry, ...]
 
     @cached_property
@@ -155,6 +157,7 @@ def assemble_index(
     location: Location,
     scans: Iterable[tuple[ShardEntry, MemberTable]],
     class_names: Sequence[str] | None = None,
+    label_field: str | None = None,
 ) -> Index:
     """Put the scanned shards, in this order, together; write the tables and then the index.
 
@@ -188,6 +191,7 @@ def assemble_index(
         image=image,
         class_names=None if class_names is None else tuple(class_names),
         labelled=labelled,
+        label_field=label_field,
         shards=shards,
     )
     text = index.model_dump_json(exclude={"uri", "name"}, indent=1)

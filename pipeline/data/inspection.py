@@ -52,7 +52,8 @@ def inspect(
 
     Raises UserError when there are no shards, or the store is wrong; damage is reported, not raised.
     """
-    location, keys = shards_to_index(uri)
+    location, found = shards_to_index(uri)
+    keys = [info.key for info in found]
     store = open_store(location.root)
     tally = _Tally(label_field, -(-num_tiles // len(keys)))
     index = _index_of(uri, tally)

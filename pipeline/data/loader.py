@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.config.data import DataConfig
 from pipeline.data.cache import Prefetcher
 from pipeline.data.index import Index
-from pipeline.data.order import GlobalOrder, rank_slice
+from pipeline.data.order import GlobalOrder, Int64, rank_slice
 from pipeline.data.samples import SampleSource
 from pipeline.data.ways import open_cache
 from pipeline.errors import DamageError, UserError
@@ -64,6 +64,7 @@ class Loader:
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Batches of steps start_step .. stop_step - 1. Raises DamageError (see `on_damage`), StoreUnreachable."""
         steps = range(start_step, stop_step)
+        self._dataset.stop_step = stop_step
         made = map(self._dataset.__getitem__, steps) if self.config.num_workers == 0 else self._workers(steps)
         ahead = self._prefetcher()
         try:
@@ -112,15 +113,22 @@ class _Steps(torch.utils.data.Dataset["Batch | Exception"]):
 
     def __init__(self, source: SampleSource, global_batch: int, rank: int, world: int) -> None:
         self.source, self.global_batch, self.rank, self.world = source, global_batch, rank, world
+        self.stop_step = 0
+        """Where reading ahead ends."""
 
     def __getitem__(self, step: int) -> Batch | Exception:
-        places = rank_slice(step, self.global_batch, self.rank, self.world)
-        positions = np.arange(places.start, places.stop, dtype=np.int64)
+        positions = self._positions(step)
+        beside = torch.utils.data.get_worker_info()
+        mine = range(step, self.stop_step, 1 if beside is None else beside.num_workers)
         try:
-            found = self.source.get(positions)
+            found = self.source.get(positions, map(self._positions, mine[1:]))
         except (UserError, DamageError) as error:
             return error  # as a value: raised in a loader process it would come out wrapped in its traceback
         return Batch(step, torch.from_numpy(positions), found.images, found.labels, 0.0, found.damage)
+
+    def _positions(self, step: int) -> Int64:
+        places = rank_slice(step, self.global_batch, self.rank, self.world)
+        return np.arange(places.start, places.stop, dtype=np.int64)
 
 
 class _Environment:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -30,16 +29,26 @@ from pipeline.data.png import encode_png
 from pipeline.data.scan import add_moments, channel_moments, index_shard
 from pipeline.data.shards import write_shard
 from pipeline.data.sources import DigitsSource, FolderSource, Source, ZipSource, read_item
+from pipeline.data.spread import Spread, by_threads
 from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectMissing, Store, open_store
 
 Progress = Callable[[int, int], None]
-T = TypeVar("T")
-R = TypeVar("R")
-
 REPORT_KEY, PLAN_KEY = "pack-report.json", "pack-plan.json"
 MOST_NAMED = 20
 """Problems named in one error line."""
+LOOKED_AT_TOGETHER = 64
+"""Pictures of one unit of looking: some milliseconds to some seconds of work."""
+
+
+@contextmanager
+def spread_here(config: PackConfig, num_pictures: int) -> Generator[Spread]:
+    """Threads of this process, as many as the settings say."""
+    yield by_threads(config.num_threads)
+
+
+SpreadFor = Callable[[PackConfig, int], AbstractContextManager[Spread]]
+"""From the settings and the number of pictures: who does the work."""
 
 
 @dataclass(frozen=True)
@@ -94,42 +103,51 @@ class PackPlan:
     report: PackReport
 
 
-def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
+def pack(config: PackConfig, progress: Progress | None = None, spread: SpreadFor = spread_here) -> PackReport:
     """Pack as `config` says. Progress counts every picture twice: when it is looked at, and when it is written.
 
-    Raises UserError before anything is written for an unusable source or destination, a picture that cannot be
-    read (`on_unreadable: fail`), sizes that differ without `image_size`, and a destination that holds another pack.
+    `spread` says who looks and writes, told how many pictures there are; the bytes are the same. Raises UserError
+    before anything is written for an unusable source or destination, a picture that cannot be read
+    (`on_unreadable: fail`), sizes that differ without `image_size`, and a destination that holds another pack.
     """
     open_store(config.dest).require_container()
     source = open_source(config.source)
     steps = _Steps(2 * len(source.items), progress)
-
-    def look(item: int) -> Fact:
-        return examine_item(config, source, item)
-
-    facts: list[Fact] = []
-    for fact in _threaded(config.num_threads, 1024, look, range(len(source.items))):
-        facts.append(fact)
-        steps.add(1)
-    sides = [(side, plan_pack(side, source, facts, items)) for side, items in _sides(config, facts)]
-    there = [completed(side, plan) for side, plan in sides]
-    reports = [
-        done or _write(side, plan, source, steps) for (side, plan), done in zip(sides, there, strict=True)
-    ]
+    with spread(config, len(source.items)) as spreading:
+        facts: list[Fact] = []
+        for some in spreading(partial(_look, config, source), _runs(len(source.items))):
+            facts += some
+            steps.add(len(some))
+        sides = [(side, plan_pack(side, source, facts, items)) for side, items in _sides(config, facts)]
+        there = [completed(side, plan) for side, plan in sides]
+        reports = [
+            done or _write(side, plan, source, steps, spreading)
+            for (side, plan), done in zip(sides, there, strict=True)
+        ]
     steps.finish()
     return reports[0] if len(reports) == 1 else replace(reports[0], held_out=reports[1])
 
 
-def _write(config: PackConfig, plan: PackPlan, source: Source, steps: _Steps) -> PackReport:
+def _look(config: PackConfig, source: Source, items: range) -> list[Fact]:
+    return [examine_item(config, source, item) for item in items]
+
+
+def _runs(count: int) -> Iterator[range]:
+    for first in range(0, count, LOOKED_AT_TOGETHER):
+        yield range(first, min(first + LOOKED_AT_TOGETHER, count))
+
+
+def _write(
+    config: PackConfig, plan: PackPlan, source: Source, steps: _Steps, spreading: Spread
+) -> PackReport:
     begin_pack(open_store(config.dest), plan)
-    work = partial(_pack_and_count, config, plan, source)
-    for num_samples in _threaded(config.num_threads, 2 * config.num_threads, work, plan.units):
+    for num_samples in spreading(partial(_pack_and_count, config, plan.digest, source), plan.units):
         steps.add(num_samples)
     return finish_pack(config, plan)
 
 
-def _pack_and_count(config: PackConfig, plan: PackPlan, source: Source, unit: PackUnit) -> int:
-    return pack_shard(config, plan, unit, source).num_samples
+def _pack_and_count(config: PackConfig, plan_digest: str, source: Source, unit: PackUnit) -> int:
+    return pack_shard(config, plan_digest, unit, source).num_samples
 
 
 def _sides(config: PackConfig, facts: Sequence[Fact]) -> list[tuple[PackConfig, list[int]]]:
@@ -160,7 +178,16 @@ def _is_held_out(config: PackConfig, fact: Fact) -> bool:
 
 
 def open_source(source: str) -> Source:
-    """The pictures `source` names. Raises UserError when there are none, or it is of no known kind."""
+    """The pictures `source` names. Raises UserError when there are none, or it is of no known kind.
+
+    Pickled, a source is its name: where it arrives it is opened again, once a process.
+    """
+    found = _open_source(source)
+    found.name = source
+    return found
+
+
+def _open_source(source: str) -> Source:
     if source == "digits":
         return DigitsSource()
     path = Path(source).expanduser()
@@ -251,14 +278,14 @@ def begin_pack(store: Store, plan: PackPlan) -> None:
     store.write(PLAN_KEY, json.dumps({"digest": plan.digest}).encode() + b"\n")
 
 
-def pack_shard(config: PackConfig, plan: PackPlan, unit: PackUnit, source: Source) -> ShardEntry:
+def pack_shard(config: PackConfig, plan_digest: str, unit: PackUnit, source: Source) -> ShardEntry:
     """Write one shard and then its record, unless the record says that it is there.
 
     What was written is read back and indexed, so a record stands for bytes that are in the store. Raises DamageError
     if a picture has changed since the plan.
     """
     store = open_store(config.dest)
-    if (entry := _recorded(store, plan, unit)) is not None:
+    if (entry := _recorded(store, plan_digest, unit)) is not None:
         return entry
     encode = encode_png if config.payload == "png" else encode_npy
     sums: tuple[int, ...] | None = None
@@ -282,7 +309,7 @@ def pack_shard(config: PackConfig, plan: PackPlan, unit: PackUnit, source: Sourc
         raise DamageError(f"{config.dest}/{unit.key}: what the store returns is not what was written")
     entry = entry.model_copy(update={"channel_sums": sums, "channel_squares": squares})
     store.write(unit.table_key, table.tobytes())
-    record = {"plan": plan.digest, "entry": entry.model_dump(mode="json")}
+    record = {"plan": plan_digest, "entry": entry.model_dump(mode="json")}
     store.write(unit.record_key, json.dumps(record).encode() + b"\n")
     return entry
 
@@ -292,7 +319,7 @@ def finish_pack(config: PackConfig, plan: PackPlan) -> PackReport:
     store = open_store(config.dest)
     scans: list[tuple[ShardEntry, MemberTable]] = []
     for unit in plan.units:
-        entry = _recorded(store, plan, unit)
+        entry = _recorded(store, plan.digest, unit)
         if entry is None:
             raise DamageError(
                 f"{config.dest}/{unit.key}: its record is missing or it was replaced; pack again"
@@ -311,7 +338,7 @@ def _drop_records(store: Store, plan: PackPlan) -> None:
         store.delete(key)
 
 
-def _recorded(store: Store, plan: PackPlan, unit: PackUnit) -> ShardEntry | None:
+def _recorded(store: Store, plan_digest: str, unit: PackUnit) -> ShardEntry | None:
     """The shard's entry, if its record is of this plan and the object is the one recorded."""
     try:
         record = json.loads(store.read(unit.record_key))
@@ -320,7 +347,7 @@ def _recorded(store: Store, plan: PackPlan, unit: PackUnit) -> ShardEntry | None
         return None
     found = store.stat(unit.key)
     same = found is not None and (found.size_bytes, found.etag) == (entry.size_bytes, entry.etag)
-    return entry if same and record["plan"] == plan.digest else None
+    return entry if same and record["plan"] == plan_digest else None
 
 
 def _one_shape(config: PackConfig, names: list[str], facts: Sequence[Fact], usable: list[int]) -> ImageShape:
@@ -392,11 +419,3 @@ class _Steps:
 
     def finish(self) -> None:
         self.add(self.total - self.done)
-
-
-def _threaded(num_threads: int, at_once: int, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`work` of each item, in order, by threads: Pillow and hashing release the interpreter's lock."""
-    rest = iter(items)
-    with ThreadPoolExecutor(num_threads) as pool:
-        while batch := list(islice(rest, at_once)):
-            yield from pool.map(work, batch)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from pipeline.data.images import ImageShape, UInt8, decode
 from pipeline.data.index import Index, MemberTable, read_table
 from pipeline.data.location import Location
 from pipeline.data.order import GlobalOrder, Int64
+from pipeline.data.ranges import RangeAccess
 from pipeline.data.ways import open_access
 from pipeline.diffusion import noise
 from pipeline.errors import DamageError, UserError
@@ -52,9 +54,14 @@ class SampleSource:
         self.holds_all = decoded_bytes <= self.limit_bytes // 2
         self._opened: _Opened | None = None
 
-    def get(self, positions: Int64) -> Samples:
-        """The samples of int64 (n,) positions. Raises DamageError naming shard, sample, offset and cause."""
+    def get(self, positions: Int64, upcoming: Iterable[Int64] = ()) -> Samples:
+        """The samples of int64 (n,) positions. Raises DamageError naming shard, sample, offset and cause.
+
+        `upcoming` are the positions of this process's next calls, as far as asked for: it changes how many requests
+        are made where nothing is cached, and no sample.
+        """
         opened = self._opened or self._open()
+        opened.gather(positions, upcoming)
         shards, members = opened.order.lookup(positions)
         pixels, labels, damage = opened.pixels(shards, members)
         images = self._augmented(pixels, torch.from_numpy(positions))
@@ -118,6 +125,30 @@ class _Opened:
 
         self.table = lru_cache(maxsize=2 * self.order.window_shards)(table)
         self.held = _Held(source.index.num_samples, self.shape) if source.holds_all else None
+        self._gathered: set[int] = set()
+
+    def gather(self, positions: Int64, upcoming: Iterable[Int64]) -> None:
+        """Where samples come by request: bring these and those of the next calls together, as many as may be held."""
+        if not isinstance(self.access, RangeAccess) or not len(positions):
+            return
+        if int(positions[0]) in self._gathered:
+            self._gathered.remove(int(positions[0]))
+            return
+        left = self.access.held_bytes
+        batches: list[Int64] = []
+        places: list[tuple[int, MemberTable]] = []
+        for batch in itertools.chain([positions], upcoming):
+            found = self._by_shard(*self.order.lookup(batch))
+            left -= sum(int(table["size"].sum()) for _, table in found)
+            if left < 0 and batches:
+                break
+            batches.append(batch)
+            places += found
+        self._gathered = {int(batch[0]) for batch in batches[1:] if len(batch)}
+        self.access.gather(_in_order(places))
+
+    def _by_shard(self, shards: Int64, members: Int64) -> list[tuple[int, MemberTable]]:
+        return [(shard, self.table(shard)[members[shards == shard]]) for shard in np.unique(shards).tolist()]
 
     def pixels(self, shards: Int64, members: Int64) -> tuple[UInt8, Int64, tuple[str, ...]]:
         """Pixels uint8 (n, C, H, W) and labels int64 (n,) of members of shards, int64 (n,) both."""
@@ -209,6 +240,14 @@ class _Opened:
         except DamageError:
             return "a sample"
         return repr(header.split(b"\0", 1)[0].decode(errors="replace"))
+
+
+def _in_order(places: list[tuple[int, MemberTable]]) -> Iterator[tuple[int, list[int], list[int]]]:
+    """(shard, ascending offsets, sizes) of samples given in several parts."""
+    for shard in sorted({shard for shard, _ in places}):
+        table = np.concatenate([part for other, part in places if other == shard])
+        table = table[np.argsort(table["offset"], kind="stable")]
+        yield shard, table["offset"].tolist(), table["size"].tolist()
 
 
 class _Held:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any
@@ -40,10 +40,23 @@ class Source(ABC):
     class_names: tuple[str, ...] | None
     other_files: int = 0
     """Files that are not pictures, left out."""
+    name: str = ""
+    """What it was opened by."""
 
     @abstractmethod
     def read(self, number: int) -> bytes:
         """Encoded bytes of item `number`."""
+
+    def __reduce__(self) -> tuple[Callable[[str], Source], tuple[str]]:
+        return reopened, (self.name,)
+
+
+@lru_cache(maxsize=1)
+def reopened(name: str) -> Source:
+    """The source of that name, opened once in a process that is sent it again and again."""
+    from pipeline.data.pack import open_source  # which stands above this module
+
+    return open_source(name)
 
 
 def read_item(source: Source, number: int) -> bytes:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config.data import DataConfig
-from pipeline.data.access import Access, FileAccess, MemoryAccess, RangeAccess
+from pipeline.data.access import Access, FileAccess, MemoryAccess
 from pipeline.data.cache import CacheAccess, ShardCache, require_room
 from pipeline.data.index import Index
 from pipeline.data.location import Location
+from pipeline.data.ranges import RangeAccess
 from pipeline.errors import UserError
 from pipeline.store import FileStore, open_store
 
@@ -31,7 +32,7 @@ def open_access(config: DataConfig, index: Index, limit_bytes: int) -> Access:
             f"data.cache_dir: {compressed} is compressed, and two windows of shards ({needed} bytes) are more than "
             f"memory_bytes allows each process ({limit_bytes}); name a cache directory"
         )
-    return RangeAccess(index, store)
+    return RangeAccess(index, store, limit_bytes)
 
 
 def open_cache(config: DataConfig, index: Index) -> ShardCache | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -13,9 +15,16 @@ from typing import BinaryIO
 from pipeline.errors import DamageError, UserError
 from pipeline.store.base import TEMP_PREFIX, ObjectChanged, ObjectInfo, ObjectMissing, Store, checked_key
 
+TEMP_AGE_SECONDS = 3600.0
+"""How old a temporary file must be, beyond having no living writer, to be removed: for file systems shared by machines
+that do not see each other's locks, as long as a write may take."""
+
 
 class FileStore(Store):
-    """Objects are files under `root`. Writes go to a hidden file beside it, are synced, then renamed."""
+    """Objects are files under `root`. Writes go to a hidden file beside it, are synced, then renamed.
+
+    What a killed writer left is removed by whoever lists the directory an hour later, as every job does.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -142,6 +151,7 @@ def atomic_file(path: Path) -> Generator[BinaryIO]:
     temp = path.parent / f"{TEMP_PREFIX}{uuid.uuid4().hex}"
     try:
         with temp.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed, or this process dies: see `_sweep`
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -164,6 +174,19 @@ def _tag(found: os.stat_result) -> str:
     return f"{found.st_mtime_ns:x}-{found.st_size:x}"
 
 
+def _sweep(entry: os.DirEntry[str]) -> None:
+    """Remove a temporary file whose writer is dead: the system has let go of its lock, and it is not a new one's."""
+    with contextlib.suppress(OSError):  # locked: its writer lives. Gone, or not ours to remove: as well.
+        if time.time() - entry.stat(follow_symlinks=False).st_mtime < TEMP_AGE_SECONDS:
+            return
+        fd = os.open(entry.path, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(entry.path)
+        finally:
+            os.close(fd)
+
+
 def _walk(
     directory: Path, base: str, prefix: str, start_after: str
 ) -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -175,7 +198,10 @@ def _walk(
         return
     for name, entry in sorted(entries, key=lambda pair: pair[0]):
         key = base + name
-        if name.startswith(TEMP_PREFIX) or not (key.startswith(prefix) or prefix.startswith(key)):
+        if name.startswith(TEMP_PREFIX):
+            _sweep(entry)
+            continue
+        if not (key.startswith(prefix) or prefix.startswith(key)):
             continue
         if name.endswith("/"):
             if key > start_after or start_after.startswith(key):

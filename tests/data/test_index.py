@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data import build_index, index_shard, load_index, scan, write_shard
+from pipeline.data import build_index, index_shard, load_index, plan_index, scan, write_shard
 from pipeline.data.index import read_table
 from pipeline.data.location import Location, expand
 from pipeline.errors import DamageError, UserError
@@ -43,9 +43,37 @@ def test_an_index_made_shard_by_shard_is_the_one_made_at_once(uri: str) -> None:
     from pipeline.data import assemble_index, shards_to_index
 
     whole = small_set(uri)
-    location, keys = shards_to_index(uri)
-    scans = [index_shard(open_store(uri), key) for key in keys]
+    location, found = shards_to_index(uri)
+    scans = [index_shard(open_store(uri), info.key) for info in found]
     assert assemble_index(location, scans) == whole
+
+
+def test_only_shards_that_changed_are_read_again(any_uri: str) -> None:
+    before = small_set(any_uri)
+    store = open_store(any_uri)
+    store.write("002.tar", write_shard(sample(i) for i in range(500, 504)))
+    store.write("009.tar", write_shard(sample(i) for i in range(600, 603)))
+    plan = plan_index(any_uri)
+    assert plan.unknown == ["002.tar", "009.tar"]
+    assert sorted(plan.known) == ["000.tar", "001.tar", "003.tar", "004.tar"]
+    made = plan.build()
+    assert made.num_samples == before.num_samples - 20 + 4 + 3
+    assert made == plan_index(any_uri, reuse=False).build() == load_index(any_uri)
+
+
+def test_what_an_earlier_index_did_not_look_at_is_read(uri: str) -> None:
+    index = small_set(uri)
+    everything = [shard.name for shard in index.shards]
+    assert plan_index(uri).unknown == []
+    assert plan_index(uri, pixels=True).unknown == everything
+    assert plan_index(uri, label_field="kind").unknown == everything
+    assert plan_index(uri, reuse=False).unknown == everything
+    tables = Path(uri.removeprefix("file://")) / index.tables
+    data = bytearray(tables.read_bytes())
+    data[index.tables_offset + 3] ^= 1
+    tables.write_bytes(data)
+    assert plan_index(uri).unknown == everything[:1]
+    assert plan_index(uri).build() == index
 
 
 def test_statistics_are_exact(uri: str) -> None:
