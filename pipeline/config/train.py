@@ -152,8 +152,8 @@ class TrainConfig(Settings):
     global_batch: int = Field(default=128, ge=1)
     """Samples a step, over all workers. Does not change with their number."""
     init_from: str | None = None
-    """Fine-tuning: the weights to begin with. A registered model (`name@alias`, `name/3`), or a directory written by
-    `ddpm export` or diffusers; network, schedule and target must be those of this training. None = drawn from `seed`.
+    """Fine-tuning: the weights to begin with. A registered model (`name@alias`, `name/3`), or a directory, of
+    a diffusers pipeline or as `ddpm import` writes it; network, schedule and target must be those of this training. None = drawn from `seed`.
     An alias means what it means when the command is started; write a version to be able to go on later."""
     seed: int = Field(default=0, ge=0)
     """Names the initial weights, the order of the samples, timesteps, noise, flips and dropout."""

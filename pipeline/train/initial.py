@@ -1,6 +1,6 @@
 """Fine-tuning: the weights that a training begins with, checked, hashed and laid beside its checkpoints.
 
-    initial/model.safetensors, initial/model.json     the model as `ddpm export` writes it
+    initial/model.safetensors, initial/model.json     the model as it is exported for the registry
 
 The driver reads them once, from wherever they are; workers and restarts read the copy, so that neither needs the
 registry, or a directory that only one machine has.

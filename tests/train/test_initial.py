@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def source(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model trained for a few steps, as `ddpm export` writes it."""
+    """A model trained for a few steps, as it is exported for the registry."""
     folder = tmp_path_factory.mktemp("source")
     (folder / "runs").mkdir()
     config = tiny(digits, f"file://{folder}/runs")
