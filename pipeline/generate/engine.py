@@ -2,6 +2,7 @@
 
 import os
 import platform
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -30,6 +31,8 @@ class Engine:
         self.micro_batch = spec.batch_size
         self._schedule = NoiseSchedule.from_config(card.schedule)
         self._device = torch.device(spec.device)
+        # The layout in which convolutions read and write without rearranging.
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks this form
         self._net = _LowPrecision(net, spec) if spec.dtype != "float32" else net
         if spec.compile:
             self._net.compile(dynamic=False)
@@ -84,13 +87,23 @@ class Engine:
 
 
 def prepare_process(spec: Spec) -> None:
-    """Make this process compute as the spec says: fixed threads, no choice of algorithm by speed."""
+    """Make this process compute as the spec says: fixed threads, no choice of algorithm by speed.
+
+    Compiled code is kept in `compiled_code_folder`, so that only the first worker of a machine waits for it.
+    """
+    if spec.compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_code_folder()))
     if spec.cpu_threads is not None:
         torch.set_num_threads(spec.cpu_threads)
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
+
+
+def compiled_code_folder() -> Path:
+    """Where compiled networks are kept unless TORCHINDUCTOR_CACHE_DIR names another folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-pipeline" / "compiled"
 
 
 def software(spec: Spec) -> str:
