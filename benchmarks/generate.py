@@ -1,27 +1,31 @@
-"""How much of the network's own speed reaches the bucket: `python -m benchmarks.generate [--out FILE]`.
+"""How much of the network's own speed reaches the bucket: `python -m benchmarks.generate [--compile] [--json]`.
 
 Measured here, one thread, a random network of CIFAR-10 shape:
-- forward: images/s if nothing but the network ran, on hot weights, same batch, same steps;
-- shards: images/s of whole shards, sampled, encoded, packed and stored in a local folder;
-- diffusers: the same weights, steps and batch in DDIMPipeline;
+- forward: if nothing but the network ran, on hot weights, same batch, same steps;
+- shards: whole shards, sampled, encoded, packed and stored in a local folder; in bfloat16, too, and with --compile by
+  the compiled network, whose warm-up is stated twice: of a machine's first worker, and of one that finds its code;
+- diffusers: the same weights, steps and batch in DDIMPipeline, in float32;
 - job: the same shards by one worker under Ray; what the device waits for between shards;
 - pool: a simulation fed with these times, for 1 to 512 workers, with failures and stragglers.
 
-Times are CPU times of this process where it does all the work, so that neighbours on the machine do not count, and
-wall times for the job. Forward, shards and diffusers take turns, and medians are compared.
+Forward, shards and diffusers take turns in one process; the job's are wall times.
 """
 
 import argparse
-import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
+from benchmarks.common import add_output_options, machine, publish, ratio_of, take_turns
 from benchmarks.pool_simulation import PoolModel, simulate
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from pipeline.config.generate import GenerateConfig, GuardConfig
@@ -29,7 +33,7 @@ from pipeline.config.net import UNetConfig
 from pipeline.generate.engine import Engine, prepare_process
 from pipeline.generate.maker import ShardMaker
 from pipeline.generate.model import find_model
-from pipeline.generate.plan import Shard, shard, shards
+from pipeline.generate.plan import shard, shards
 from pipeline.generate.records import DoneRecord, read_record
 from pipeline.generate.spec import Spec, make_spec
 from pipeline.nets.artifact import ImageShape, ModelCard, build_model, save_model
@@ -38,68 +42,80 @@ from pipeline.nets.unet import UNet, seeded_init
 from pipeline.store import open_store
 
 Facts = dict[str, float]
+MODES: dict[str, dict[str, object]] = {
+    "shards": {},
+    "shards_bfloat16": {"dtype": "bfloat16"},
+    "shards_compiled": {"compile": True},
+    "shards_bfloat16_compiled": {"dtype": "bfloat16", "compile": True},
+}
 
 
-def main() -> None:
-    """Run everything and print, or write, the numbers as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=__doc__)
+def main() -> int:
+    """Run everything and publish the numbers."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--channels", type=int, default=64, help="base channels; DDPM on CIFAR-10 has 128")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="measure the compiled network, warm")
-    parser.add_argument("--out", type=Path, help="file for the numbers")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument(
+        "--compile", action="store_true", help="also the compiled network, which takes minutes"
+    )
+    parser.add_argument("--warm-up", type=Path, help=argparse.SUPPRESS)
+    add_output_options(parser)
     told = parser.parse_args()
+    torch.set_num_threads(1)
+    if told.warm_up is not None:
+        print(_warm_up_seconds(GenerateConfig.model_validate_json(told.warm_up.read_text())))
+        return 0
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as scratch:
-        numbers = measure(
-            Path(scratch), told.steps, told.batch, told.channels, told.repeats, compiled=told.compile
-        )
-    text = json.dumps(numbers, indent=2)
-    print(text)
-    if told.out is not None:
-        told.out.write_text(text + "\n")
+        publish(measure(Path(scratch), told), told)
+    return 0
 
 
-def measure(
-    folder: Path, steps: int, batch: int, channels: int, repeats: int, compiled: bool
-) -> dict[str, object]:
+def measure(folder: Path, told: argparse.Namespace) -> dict[str, object]:
     """All numbers, for one setting."""
-    config = _config(folder, steps, batch, channels, compiled)
+    config = _config(folder, told.steps, told.batch, told.channels)
     model = find_model(config.model)
-    spec = make_spec(config, model.card)
-    prepare_process(spec)
     net = build_model(model.card, model.weights, where="benchmark")
-    engine = Engine(spec, net, model.card)
-    maker = ShardMaker(engine, open_store(config.output), config.guards)
-    contenders: dict[str, Callable[[], int]] = {
-        "forward": lambda: _forward(net, batch, steps),
-        "shards": lambda: _shard(maker, shard(spec, 0)),
-        "diffusers": _diffusers(folder, net, model.card, batch, steps),
+    net.to(memory_format=torch.channels_last)
+    found: dict[str, object] = {"steps": told.steps, "batch": told.batch, "base_channels": told.channels}
+    found |= machine("diffusers", "ray")
+    contenders: dict[str, Callable[[], object]] = {
+        "forward": partial(_forward, net, told.batch, told.steps),
+        "diffusers": _diffusers(folder, net, model.card, told.batch, told.steps),
     }
-    speeds = _in_turn(contenders, repeats)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")
+    for name, mode in MODES.items():
+        if mode.get("compile") and not told.compile:
+            continue
+        own = config.model_copy(update={**mode, "output": f"file://{folder}/{name}"})
+        if mode.get("compile"):
+            found[f"{name}_first_warm_up_seconds"] = _elsewhere(folder, own)
+            found[f"{name}_next_warm_up_seconds"] = _elsewhere(folder, own)
+        contenders[name] = _shards(own)
+    taken = take_turns(contenders, told.rounds)
+    images = {name: 2 * told.batch if name in MODES else told.batch for name in contenders}
+    rates = {name: images[name] / statistics.median(turn.cpu for turn in taken[name]) for name in contenders}
+    found |= {f"{name}_images_per_cpu_second": rate for name, rate in rates.items()}
+    found["shards_over_forward_cpu"] = rates["shards"] / rates["forward"]
+    for name in MODES.keys() & contenders.keys():
+        for kind, each in (("cpu", 0), ("wall", 1)):
+            found[f"{name}_over_diffusers_{kind}"] = ratio_of(
+                [2 * turn[each] for turn in taken["diffusers"]], [turn[each] for turn in taken[name]]
+            )
     job = _job(config)
     pool = PoolModel(shard_seconds=60.0, overhead_seconds=job["overhead_share"] * 60.0)
-    return {
-        "setting": {
-            "steps": steps,
-            "batch": batch,
-            "base_channels": channels,
-            "threads": 1,
-            "compiled": compiled,
-            "torch": torch.__version__,
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-        },
-        "images_per_cpu_second": speeds,
-        "shards_over_forward": speeds["shards"] / speeds["forward"],
-        "shards_over_diffusers": speeds["shards"] / speeds["diffusers"],
-        "job": job,
-        "pool_efficiency": {
-            str(workers): simulate(pool, workers, 50 * workers).efficiency for workers in (1, 8, 64, 512)
-        },
-    }
+    found |= {f"job_{name}": value for name, value in job.items()}
+    for workers in (1, 8, 64, 512):
+        found[f"pool_efficiency_{workers}"] = simulate(pool, workers, 50 * workers).efficiency
+    return found
 
 
-def _config(folder: Path, steps: int, batch: int, channels: int, compiled: bool) -> GenerateConfig:
+def _config(folder: Path, steps: int, batch: int, channels: int) -> GenerateConfig:
     net_config = UNetConfig(
         base_channels=channels, multipliers=(1, 2, 2), attention_resolutions=(16,), image_size=32
     )
@@ -119,21 +135,8 @@ def _config(folder: Path, steps: int, batch: int, channels: int, compiled: bool)
         sampler=SamplerConfig(kind="ddim", num_steps=steps),
         guards=GuardConfig(enabled=False),
         num_workers=1,
-        compile=compiled,
         track=None,
     )
-
-
-def _in_turn(contenders: dict[str, Callable[[], int]], repeats: int) -> Facts:
-    """Median images per CPU second of each, after one round to warm up."""
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
-        for name, run in contenders.items():
-            began = time.process_time()
-            images = run()
-            if repeat:
-                speeds[name].append(images / (time.process_time() - began))
-    return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def _forward(net: UNet, batch: int, steps: int) -> int:
@@ -146,10 +149,39 @@ def _forward(net: UNet, batch: int, steps: int) -> int:
     return batch
 
 
-def _shard(maker: ShardMaker, unit: Shard) -> int:
-    """A whole shard: sampled, encoded, packed, stored."""
-    maker.store.delete(unit.done_key)
-    return maker.make(unit).count
+def _shards(config: GenerateConfig) -> Callable[[], int]:
+    """Making a whole shard: sampled, encoded, packed, stored."""
+    model = find_model(config.model)
+    spec = make_spec(config, model.card)
+    prepare_process(spec)
+    engine = Engine(spec, build_model(model.card, model.weights, where="benchmark"), model.card)
+    maker = ShardMaker(engine, open_store(config.output), config.guards)
+    unit = shard(spec, 0)
+
+    def run() -> int:
+        maker.store.delete(unit.done_key)
+        return maker.make(unit).count
+
+    return run
+
+
+def _warm_up_seconds(config: GenerateConfig) -> float:
+    """From an engine to its first images, less what further images of the same number take."""
+    run = _shards(config)
+    times: list[float] = []
+    for _ in range(2):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return times[0] - times[1]
+
+
+def _elsewhere(folder: Path, config: GenerateConfig) -> float:
+    """The warm-up of a process of its own, which finds what earlier ones compiled."""
+    order = folder / "order.json"
+    order.write_text(config.model_dump_json())
+    command = [sys.executable, "-m", "benchmarks.generate", "--warm-up", str(order)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def _diffusers(folder: Path, net: UNet, card: ModelCard, batch: int, steps: int) -> Callable[[], int]:
@@ -197,4 +229,4 @@ def _records(spec: Spec, output: str) -> list[DoneRecord]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
