@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from infra.local import check_ray
+from jobs.lost import noticing_loss
 from pipeline.errors import UserError
 from pipeline.logs import FORM_VARIABLE, as_json
 
@@ -53,8 +54,10 @@ def ray_cluster() -> Generator[None]:
     except (ConnectionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"RAY_ADDRESS {address}: cannot be joined ({reason}); is the cluster up?") from None
+    here = ray.get_runtime_context().get_node_id()
     try:
-        yield
+        with noticing_loss(lambda: any(node["NodeID"] == here and node["Alive"] for node in ray.nodes())):
+            yield
     finally:
         ray.shutdown()
 
