@@ -7,38 +7,55 @@ from typing import Annotated
 import typer
 
 from jobs.cli.options import CLUSTER, AsJson, Config, Detach, DryRun, Words, end, examples
+from jobs.clusters import use_cluster
 from jobs.sections import SECTIONS
 from jobs.shell import DONE, FAILED, Call, print_settings, settings_of
 
 app = typer.Typer()
 submit_app = typer.Typer(help="Run a job on the cluster that RAY_JOB_ADDRESS names.", no_args_is_help=True)
 app.add_typer(submit_app, name="submit", rich_help_panel=CLUSTER)
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster", "-k", help="Address of its dashboard, or its name in ~/.config/ddpm/clusters.yaml."
+    ),
+]
 Job = Annotated[str, typer.Argument(help="Name of the job, as `ddpm submit` printed it.")]
 
 
 @submit_app.command(
-    "train", epilog=examples("ddpm submit train digits", "ddpm submit train digits steps=500 --detach")
+    "train",
+    epilog=examples("ddpm submit train digits", "ddpm submit train digits steps=500 --detach --cluster work"),
 )
 def submit_train(
-    words: Words = None, config: Config = None, dry_run: DryRun = False, detach: Detach = False
+    words: Words = None,
+    config: Config = None,
+    dry_run: DryRun = False,
+    detach: Detach = False,
+    cluster: Cluster = None,
 ) -> None:
     """Submit a training and follow it; Ctrl-C detaches."""
-    _submit("train", lambda: Call.of(words or [], config or [], dry_run), detach)
+    _submit("train", lambda: Call.of(words or [], config or [], dry_run), detach, cluster)
 
 
 @submit_app.command("generate", epilog=examples("ddpm submit generate digits count=10000"))
 def submit_generate(
-    words: Words = None, config: Config = None, dry_run: DryRun = False, detach: Detach = False
+    words: Words = None,
+    config: Config = None,
+    dry_run: DryRun = False,
+    detach: Detach = False,
+    cluster: Cluster = None,
 ) -> None:
     """Submit a generation and follow it; Ctrl-C detaches."""
-    _submit("generate", lambda: Call.of(words or [], config or [], dry_run), detach)
+    _submit("generate", lambda: Call.of(words or [], config or [], dry_run), detach, cluster)
 
 
 @app.command("jobs", rich_help_panel=CLUSTER, epilog=examples("ddpm jobs"))
-def list_jobs(json: AsJson = False) -> None:
+def list_jobs(json: AsJson = False, cluster: Cluster = None) -> None:
     """The cluster's jobs, newest first."""
 
     def work() -> int:
+        use_cluster(cluster)  # first: Ray reads its way of authentication when it is imported
         from jobs import watch
 
         return watch.print_jobs(watch.job_client(), json)
@@ -50,10 +67,12 @@ def list_jobs(json: AsJson = False) -> None:
 def logs(
     job: Job,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it ends; Ctrl-C detaches.")] = False,
+    cluster: Cluster = None,
 ) -> None:
     """Output of a submitted job."""
 
     def work() -> int:
+        use_cluster(cluster)  # first: Ray reads its way of authentication when it is imported
         from jobs import watch
 
         client = watch.job_client()
@@ -67,10 +86,11 @@ def logs(
 
 
 @app.command(rich_help_panel=CLUSTER, epilog=examples("ddpm stop train-1a2b3c4d5e"))
-def stop(job: Job) -> None:
+def stop(job: Job, cluster: Cluster = None) -> None:
     """Ask a submitted job to save and end."""
 
     def work() -> int:
+        use_cluster(cluster)  # first: Ray reads its way of authentication when it is imported
         from jobs import watch
 
         client = watch.job_client()
@@ -122,8 +142,9 @@ def janitor(
     end(work)
 
 
-def _submit(job: str, called: Callable[[], Call], detach: bool) -> None:
+def _submit(job: str, called: Callable[[], Call], detach: bool, cluster: str | None) -> None:
     def work() -> int:
+        use_cluster(cluster)
         from jobs.submit import submit as run
 
         call = called()
