@@ -13,6 +13,8 @@ from pipeline.config.evaluate import GateConfig
 from pipeline.config.net import UNetConfig
 from pipeline.config.track import TrackConfig
 
+_EXPERIMENT = "training"
+
 
 class OptimizerConfig(Settings):
     """Adam and the learning rate over the steps."""
@@ -152,9 +154,10 @@ class TrainConfig(Settings):
     global_batch: int = Field(default=128, ge=1)
     """Samples a step, over all workers. Does not change with their number."""
     init_from: str | None = None
-    """Fine-tuning: the weights to begin with. A registered model (`name@alias`, `name/3`), or a directory, of
-    a diffusers pipeline or as `ddpm import` writes it; network, schedule and target must be those of this training. None = drawn from `seed`.
-    An alias means what it means when the command is started; write a version to be able to go on later."""
+    """Fine-tuning: the weights to begin with. A registered model (`name@alias`, `name/3`), or a directory, of a
+    diffusers pipeline or as `ddpm import` writes it; network, schedule and target must be those of this training. None
+    = drawn from `seed`. An alias means what it means when the command is started; write a version to be able to go on
+    later."""
     seed: int = Field(default=0, ge=0)
     """Names the initial weights, the order of the samples, timesteps, noise, flips and dropout."""
     label_drop: float = Field(default=0.0, ge=0, le=1)
@@ -173,7 +176,15 @@ class TrainConfig(Settings):
     """How the finished model is compared with the champion, which it replaces if it passes. None = it stays the
     challenger until `ddpm promote`. The first model of a name is champion without a contest."""
     workers: WorkerConfig = WorkerConfig()
-    track: TrackConfig = TrackConfig(experiment="training")
+    track: TrackConfig = TrackConfig(experiment=_EXPERIMENT)
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _filed_with_trainings(cls, value: object) -> object:
+        """Other settings of tracking do not move the run to another experiment."""
+        return (
+            {"experiment": _EXPERIMENT} | cast(dict[str, object], value) if isinstance(value, dict) else value
+        )
 
     @model_validator(mode="after")
     def _checked(self) -> Self:

@@ -128,6 +128,13 @@ def test_a_file_that_is_absent_or_no_mapping_or_has_an_unknown_section_is_named(
         assert str(file) in str(caught.value)
 
 
+def test_one_setting_of_tracking_leaves_the_run_with_the_other_trainings() -> None:
+    assert (
+        digits("track.system_metrics_seconds=5").track.experiment == digits().track.experiment == "training"
+    )
+    assert digits("track.experiment=mine").track.experiment == "mine"
+
+
 def test_numbers_written_as_people_write_them_are_numbers() -> None:
     assert digits("optimizer.lr=1e-4").optimizer.lr == 1e-4
 
