@@ -101,7 +101,7 @@ def test_the_tutorial_does_what_it_says(told: Told) -> None:
     said = "\n".join(outputs)
     for promise in ("ray runs at", "tutorial@champion", "complete: 100 images", "complete: 150 images"):
         assert promise in said, said
-    assert "tutorial" in told.outputs["train digits name=tutorial steps=120 --dry-run"]
+    assert "tutorial" in told.outputs["train digits name=tutorial steps=300 --dry-run"]
     assert (told.folder / "digits.png").exists()
     assert (told.folder / "look" / "grid.png").exists()
     next_steps = {words: re.findall(r"^next +(.+)$", output, re.M) for words, output in told.outputs.items()}
@@ -109,7 +109,7 @@ def test_the_tutorial_does_what_it_says(told: Told) -> None:
 
 
 def test_a_repeated_training_says_that_nothing_is_left(told: Told) -> None:
-    assert "already trained" in told.outputs["train digits name=tutorial steps=120"]
+    assert "already trained" in told.outputs["train digits name=tutorial steps=300"]
 
 
 def scrape(stack: LocalStack, seen: set[tuple[str, str]], over: threading.Event) -> None:
