@@ -1,0 +1,253 @@
+"""Trainings on the real stack that are killed, and lose nodes and services, end as if nothing had happened."""
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from infra.local import LocalStack, environment
+from infra.local.processes import kill
+from infra.local.ray import remove_temp_dir
+from infra.local.stack import Node
+from infra.local.state import read_state
+from pipeline.config.data import PackConfig
+from pipeline.config.train import TrainConfig
+from pipeline.data import pack
+from pipeline.track import find_run, resolve, tracking_client
+from pipeline.train.checkpoint import finished_steps, latest_checkpoint
+from pipeline.train.prepare import Plan, prepare
+from tests.conftest import guarded
+from tests.driving import Driver, ray_workers
+from tests.relay import Relay
+from tests.train.group import Outcome, run_group
+from tests.train.tiny import tiny
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+
+STEPS = 800
+OUTAGE_SECONDS = 15.0  # longer than the store's own retries, and in all less than a step's time-out
+STARTED = re.compile(r"Started training worker group of size (\d+)")
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    stack: LocalStack, tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]
+) -> Iterator[LocalStack]:
+    """A Ray cluster beside the session's S3 and MLflow. One CPU a node, so each worker stands on a node of its own."""
+    outside = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_"))}
+    local = LocalStack(tmp_path_factory.mktemp("cluster"), "s3", 1, environ=bare_environ | outside)
+    guard = guarded(local)
+    try:
+        local.up()
+        yield local
+    finally:
+        local.down()
+        remove_temp_dir(local.root)
+        guard.terminate()
+        guard.wait()
+
+
+@pytest.fixture
+def node(cluster: LocalStack) -> Iterator[list[Node]]:
+    """The second node; a test that loses it may put another in its place."""
+    nodes = [cluster.add_node(1)]
+    yield nodes
+    cluster.remove_node(nodes[0])
+
+
+@pytest.fixture(scope="module")
+def data(stack: LocalStack) -> str:
+    uri = "s3://ddpm/tests/recovery-digits"
+    pack(PackConfig(source="digits", dest=uri, channels=1, shard_size=300), None)
+    return uri
+
+
+@dataclass
+class Relays:
+    """What stands between the job and its services."""
+
+    s3: Relay
+    mlflow: Relay
+
+    def outage(self) -> None:
+        """Neither service is there for a while."""
+        for relay in (self.s3, self.mlflow):
+            relay.switch("refuse")
+        time.sleep(OUTAGE_SECONDS)
+        for relay in (self.s3, self.mlflow):
+            relay.switch("open")
+
+
+@pytest.fixture
+def relays(stack: LocalStack) -> Iterator[Relays]:
+    state = read_state(stack.root)
+    assert state is not None
+    both = Relays(Relay("127.0.0.1", state.ports["s3"]), Relay("127.0.0.1", state.ports["mlflow"]))
+    yield both
+    both.s3.close()
+    both.mlflow.close()
+
+
+def config_of(uri: str, prefix: str, name: str, **changes: object) -> TrainConfig:
+    settings: dict[str, object] = {
+        "name": name,
+        "steps": STEPS,
+        "log_every_steps": 20,
+        "checkpoint": {"every_steps": 40},
+        "grid": {"every_steps": 240, "count": 10, "sampler": {"kind": "ddim", "num_steps": 2}},
+        "workers": {"num_workers": 2},
+        "track": {"experiment": f"tests-{name}", "send_interval_seconds": 0.2},
+    }
+    return tiny(uri, f"{prefix}/{name}", **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def calm(data: str, stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The undisturbed training: two workers that were joined without Ray."""
+    folder = tmp_path_factory.mktemp("calm")
+    outcome = run_group(config_of(data, f"file://{folder}", "calm"), 2, folder)
+    assert outcome.exit_codes == [0, 0]
+    return outcome
+
+
+class Job(Driver):
+    """`python -m jobs.train` on the cluster of this module, through relays where they are given."""
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, cluster: LocalStack, relays: Relays | None = None
+    ) -> None:
+        self.plan = prepare(config)
+        self._cluster = cluster
+        found = environment(cluster.root).items()
+        variables = {name: value for name, value in found if name.startswith("RAY_")}
+        variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+        if relays is not None:
+            variables |= {"AWS_ENDPOINT_URL": relays.s3.uri, "MLFLOW_TRACKING_URI": relays.mlflow.uri}
+        super().__init__("train", config, folder, variables)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until a checkpoint of at least this step is there."""
+        self.wait_until(lambda: any(done >= step for done in finished_steps(self.plan.store)))
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 200) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.said[-5000:]
+            assert time.monotonic() < deadline, self.said[-5000:]
+            time.sleep(0.1)
+
+    def ends(self, code: int = 0) -> str:
+        assert self.process.wait(200) == code, self.said[-5000:]
+        return self.said
+
+    def kill_a_worker(self, chance: random.Random) -> None:
+        chance.choice(ray_workers(self._cluster, "RayTrainWorker")).kill()
+
+    def kill_the_driver(self) -> None:
+        self.end(signal.SIGKILL)
+        self.again()
+
+    def kill_the_head(self) -> None:
+        state = read_state(self._cluster.root)
+        assert state is not None
+        kill(state.services["ray"].identity)
+        assert self.process.wait(120) == 1, self.said[-5000:]
+        assert "failed: the Ray cluster was lost while training" in self.said
+
+
+def ema_of(plan: Plan) -> dict[str, torch.Tensor]:
+    checkpoint = latest_checkpoint(plan.store)
+    assert checkpoint is not None
+    assert checkpoint.record.step == STEPS
+    return {name: value for name, value in checkpoint.tensors.items() if name.startswith("ema/")}
+
+
+def series_of(plan: Plan) -> dict[str, list[tuple[int, float]]]:
+    """What MLflow has of the training's metrics: each point once, in order."""
+    config = plan.config
+    run = find_run(config.track.experiment, f"train/{config.name}-{plan.identity}-{config.steps}")
+    assert run is not None
+    assert run.status == "FINISHED"
+    client = tracking_client()
+    names = [name for name in client.get_run(run.run_id).data.metrics if name.startswith("train/")]
+    assert "train/loss" in names
+    return {
+        name: sorted((point.step, point.value) for point in client.get_metric_history(run.run_id, name))
+        for name in names
+    }
+
+
+def expected_series(calm: Outcome, name: str) -> list[tuple[int, float]]:
+    return sorted((step, point[name]) for step, point in calm.points.items() if name in point)
+
+
+def test_killed_at_five_places_it_ends_in_the_same_weights_and_the_same_charts(
+    data: str,
+    prefix: str,
+    tmp_path: Path,
+    cluster: LocalStack,
+    node: list[Node],
+    relays: Relays,
+    calm: Outcome,
+) -> None:
+    chance = random.Random(5)
+    job = Job(config_of(data, prefix, "killed"), tmp_path, cluster, relays)
+
+    def kill_a_worker_in_an_outage() -> None:
+        job.kill_a_worker(chance)
+        relays.outage()
+
+    def lose_the_node() -> None:
+        cluster.remove_node(node[0], suddenly=True)
+        node[0] = cluster.add_node(1)
+
+    def lose_the_head() -> None:
+        job.kill_the_head()
+        cluster.remove_node(node[0], suddenly=True)  # without a head it would end by itself, some time
+        cluster.up()
+        node[0] = cluster.add_node(1)
+        job.again()
+
+    def ask_to_end() -> None:
+        asked = time.monotonic()
+        assert job.end(signal.SIGTERM, 60) == 143, job.said[-5000:]
+        assert time.monotonic() - asked < 30, "longer than a spot machine waits"
+        assert "saving, then ending" in job.said
+        job.again()
+
+    strikes = [
+        lambda: job.kill_a_worker(chance),
+        kill_a_worker_in_an_outage,
+        job.kill_the_driver,
+        lose_the_node,
+        lose_the_head,
+        ask_to_end,
+    ]
+    chance.shuffle(strikes)
+    for number, strike in enumerate(strikes):
+        # all within the first half: what is left must take longer than to see that it is time
+        job.wait_for_step(int((number + chance.random()) * STEPS / 2 / len(strikes)))
+        strike()
+    assert "goes on from step" in job.ends()
+
+    expected, found = calm.checkpoint, ema_of(job.plan)
+    assert expected is not None
+    assert found
+    for name, value in found.items():
+        assert torch.equal(expected.tensors[name], value), name
+    for name, series in series_of(job.plan).items():
+        steps, values = zip(*expected_series(calm, name), strict=True)
+        assert tuple(step for step, _ in series) == steps, name
+        # a point cut in two by the stop is summed in another order: equal to the last digits of a float64
+        assert [value for _, value in series] == pytest.approx(values, rel=1e-12), name
+
+    again = Job(job.plan.config, tmp_path / "again", cluster)
+    assert f"already trained: killed has all {STEPS} steps; nothing to do" in again.ends()
+    assert resolve("killed@champion").version == resolve("killed@challenger").version == 1
