@@ -97,7 +97,9 @@ def test_the_same_weights_of_the_same_run_are_one_version(
     logged = client.search_logged_models([run.experiment_id], filter_string=f"source_run_id = '{run.run_id}'")
     assert sorted(model.name for model in logged) == sorted(["unet-ema-0012000", name])
     shown = [output.model_id for output in client.get_run(run.run_id).outputs.model_outputs]
-    assert sorted(shown) == sorted(model.model_id for model in logged), "each once, and so the run page lists them"
+    assert sorted(shown) == sorted(model.model_id for model in logged), (
+        "each once, and so the run page lists them"
+    )
 
 
 def test_a_crash_between_upload_and_registration_uploads_nothing_twice(
