@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import loader_memory, peers
+from benchmarks.common import Ratio, add_output_options, machine, publish, ratio_of
 from benchmarks.loader_contender import EDGE
 from benchmarks.s3_gateway import own_gateway
 from pipeline.data import build_index, write_shard
@@ -152,29 +153,29 @@ def measure(crowd: list[Contender], num_rounds: int) -> list[Round]:
     return found[1:]
 
 
-def ratios(rounds: list[Round]) -> dict[str, float]:
-    """The named comparisons: medians of what each round gives, and the least and most of CPU rates."""
-    found: dict[str, float] = {}
+def ratios(rounds: list[Round]) -> dict[str, Ratio]:
+    """The named comparisons, paired round by round."""
+    found: dict[str, Ratio] = {}
     for decoder in DECODERS:
         for one, other in COMPARED:
             a, b = f"{one}.{decoder}", f"{other}.{decoder}"
             if a not in rounds[0] or b not in rounds[0]:
                 continue
-            name = f"{one}_over_{other}_{decoder}"
-            cpu = [each[a]["cpu"] / each[b]["cpu"] for each in rounds]
-            found |= {name: statistics.median(cpu), f"{name}_least": min(cpu), f"{name}_most": max(cpu)}
-            found[f"{name}_wall"] = statistics.median(each[a]["wall"] / each[b]["wall"] for each in rounds)
+            for clock in ("cpu", "wall"):
+                rates = [[each[name][clock] for each in rounds] for name in (a, b)]
+                found[f"{one}_over_{other}_{decoder}_{clock}"] = ratio_of(*rates)
     return found
 
 
-def show(rounds: list[Round], found: dict[str, float]) -> None:
-    """Two tables: rates, and ratios."""
-    print(f"{'':24s} {'images/CPU-s':>12s} {'images/s':>10s}   medians of {len(rounds)} rounds")
-    for name in rounds[0]:
-        cpu, wall = (statistics.median(each[name][clock] for each in rounds) for clock in ("cpu", "wall"))
-        print(f"{name:24s} {cpu:12,.0f} {wall:10,.0f}")
-    for name, value in found.items():
-        print(f"{name:44s} {value:8.3f}")
+def medians(rounds: list[Round]) -> dict[str, float]:
+    """Images a second of each contender."""
+    return {
+        f"{name.replace('.', '_')}_images_per_{clock}_second": statistics.median(
+            each[name][clock] for each in rounds
+        )
+        for name in rounds[0]
+        for clock in ("cpu", "wall")
+    }
 
 
 def environment_of_peers(folder: Path) -> str | None:
@@ -201,39 +202,37 @@ def s3_of(given: str | None, folder: Path) -> Generator[str | None]:
         yield found
 
 
-def run(folder: Path, told: argparse.Namespace) -> tuple[list[Round], dict[str, float]]:
+def run(folder: Path, told: argparse.Namespace) -> dict[str, object]:
     """Everything, in a folder for what it takes."""
     pixels = list(pictures(told.samples))
     files, packed = [png(each) for each in pixels], [encode_png(each) for each in pixels]
     write_tars((folder / "tars").as_uri(), files)
     write_tars((folder / "packed").as_uri(), packed)
-    peers_python = environment_of_peers(told.peers or folder / "peers")
+    # A folder of its own: other benchmarks may keep their peers in the same place.
+    peers_python = environment_of_peers((told.peers or folder / "peers") / "loader")
     with s3_of(told.s3, folder / "gateway") as s3:
         if s3 is not None:
             write_tars(f"{s3}/tars", files)
         with contenders(folder, s3 and f"{s3}/tars", peers_python) as crowd:
             rounds = measure(crowd, told.rounds)
         memory = {} if told.rates_only else loader_memory.measure(folder, s3)
-    return rounds, {**ratios(rounds), **memory}
+    return {**ratios(rounds), **memory, **medians(rounds)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object of ratios")
+    add_output_options(parser)
     parser.add_argument("--s3", help="a prefix to write the tars to and read them from")
     parser.add_argument("--peers", type=Path, help="folder of the peers' environment, made if need be")
-    parser.add_argument("--samples", type=int, default=8_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=12_000)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rates-only", action="store_true", help="leave out memory and the cold seek")
     told = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as folder:
-        rounds, found = run(Path(folder), told)
-    if told.json:
-        print(json.dumps({name: round(value, 3) for name, value in found.items()}))
-    else:
-        show(rounds, found)
+        numbers = run(Path(folder), told)
+    publish({**numbers, **machine("numpy", "pillow", "webdataset")}, told)
     return 0
 
 

@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from pipeline.config.data import DataConfig
-from pipeline.data import Loader, assemble_index, index_shard, load_index, write_shard
+from pipeline.data import Index, Loader, assemble_index, index_shard, load_index, write_shard
 from pipeline.data.location import Location
 from pipeline.data.order import GlobalOrder
 from pipeline.data.png import encode_png
@@ -35,8 +36,8 @@ def measure(folder: Path, s3: str | None) -> dict[str, float]:
     found = _worker(_indexed(files))
     if s3 is not None:
         remote = open_store(f"{s3}/large")
-        for number in range(NUM_SHARDS):
-            remote.write(f"{number:03d}.tar", shard)
+        remote.write("000.tar", shard)
+        _copies(f"{s3}/large")
         again = _worker(_indexed(remote), str(folder / "large-cache"))
         found |= {f"s3_{name}": value for name, value in again.items()}
     return found
@@ -44,7 +45,6 @@ def measure(folder: Path, s3: str | None) -> dict[str, float]:
 
 def one_worker(uri: str, cache: str | None) -> dict[str, float]:
     """A cold seek to position 1e8, then batches at the beginning of ten windows of eight shards."""
-    import psutil
     import torch
 
     torch.set_num_threads(1)
@@ -58,12 +58,30 @@ def one_worker(uri: str, cache: str | None) -> dict[str, float]:
         step = window * 8 * EACH // BATCH
         for batch in loader.batches(step, step + 10):
             assert batch.images.any()
-    memory = psutil.Process().memory_full_info()
+    loader.close()
     return {
         "cold_seek_ms": seek_seconds * 1e3,
-        "memory_rss_mb": memory.rss / 1e6,
-        "memory_own_mb": memory.uss / 1e6,
+        **_memory("process", psutil.Process()),
+        **_of_loader_process(uri, cache, index),
     }
+
+
+def _of_loader_process(uri: str, cache: str | None, index: Index) -> dict[str, float]:
+    """A process as `num_workers` asks for, after a batch of each of ten windows."""
+    config = DataConfig(uri=uri, memory_bytes=0, cache_dir=cache, num_workers=1)
+    # A step that is a window long, of which this rank has one batch.
+    running = Loader(config, index, 0, 8 * EACH, 0, 8 * EACH // BATCH).batches(0, 1000)
+    for _ in range(NUM_WINDOWS):
+        next(running)
+    # The youngest: it was forked by a server, which was started by this process.
+    young = max(psutil.Process().children(recursive=True), key=lambda child: child.create_time())
+    return _memory("loader_process", young)
+
+
+def _memory(name: str, process: psutil.Process) -> dict[str, float]:
+    """Resident, and what no other process shares (the libraries of torch are shared by all on a machine)."""
+    found = process.memory_full_info()
+    return {f"{name}_rss_mb": found.rss / 1e6, f"{name}_own_mb": found.uss / 1e6}
 
 
 def _indexed(store: Store) -> str:
@@ -73,6 +91,16 @@ def _indexed(store: Store) -> str:
     entries = [entry.model_copy(update={"name": name, "etag": tags[name]}) for name in sorted(tags)]
     assemble_index(Location.of(store.uri), ((each, table) for each in entries))
     return store.uri
+
+
+def _copies(uri: str) -> None:
+    """The other shards, by the store itself: gateways note that they are the same bytes."""
+    import boto3
+
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    client, source = boto3.client("s3"), {"Bucket": bucket, "Key": f"{prefix}/000.tar"}
+    for number in range(1, NUM_SHARDS):
+        client.copy_object(Bucket=bucket, Key=f"{prefix}/{number:03d}.tar", CopySource=source)
 
 
 def _worker(uri: str, *cache: str) -> dict[str, float]:

@@ -86,7 +86,7 @@ class DataConfig(Settings):
 
     cache_dir: str | None = None
     """Directory of a shard cache shared by all processes of a machine. None: no cache; what fits
-    `memory_bytes` is held in memory, other remote samples are read one by one, which is slow."""
+    `memory_bytes` is held in memory; of larger sets the samples of coming batches are brought together."""
 
     cache_bytes: Annotated[int, Field(ge=1)] = 20_000_000_000
     """Most bytes in the cache directory. Must hold two windows of shards. No effect without cache_dir."""
