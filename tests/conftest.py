@@ -1,8 +1,6 @@
 """What every test may use: the real local stack, started once, and a place of its own in the object store."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 from infra.local import LocalStack, export_environment
 from infra.local.ray import LOOPBACK_SETTINGS, remove_temp_dir
 from pipeline.errors import UserError
+from tests.driving import guarded
 
 # Ray reads these when it is first imported, which is before the stack is there to say so.
 os.environ.update(LOOPBACK_SETTINGS)
@@ -63,18 +62,3 @@ def stack(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]
 def prefix(stack: LocalStack, tmp_path: Path) -> str:
     """A URI prefix in the stack's bucket that no other test writes to."""
     return f"s3://ddpm/tests/{tmp_path.parent.name}/{tmp_path.name}"
-
-
-def guarded(local: LocalStack) -> subprocess.Popen[bytes]:
-    """A process that ends the stack should this one be killed before it can do so itself."""
-    command = [
-        sys.executable,
-        "-m",
-        "infra.local",
-        "guard",
-        "--root",
-        str(local.root),
-        "--pid",
-        str(os.getpid()),
-    ]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)

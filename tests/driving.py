@@ -59,6 +59,21 @@ class Driver:
         return self.log.read_text(errors="replace")
 
 
+def guarded(local: LocalStack) -> subprocess.Popen[bytes]:
+    """A process that ends the stack should this one be killed before it can do so itself."""
+    command = [
+        sys.executable,
+        "-m",
+        "infra.local",
+        "guard",
+        "--root",
+        str(local.root),
+        "--pid",
+        str(os.getpid()),
+    ]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
 def ray_workers(stack: LocalStack, word: str) -> list[psutil.Process]:
     """Processes on any node of the stack that Ray has named with `word` (an actor's class), oldest first."""
     state = read_state(stack.root)

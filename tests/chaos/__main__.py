@@ -7,6 +7,7 @@ lines, from which `--write` makes docs/reliability.md's table.
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from infra.local import LocalStack, export_environment
 from infra.local.ray import LOOPBACK_SETTINGS, remove_temp_dir
+from tests.driving import guarded
 
 RECORD = Path(".local/chaos.jsonl")
 HEAD_CPUS = 2
@@ -66,6 +68,8 @@ def _stack() -> Iterator[tuple[LocalStack, Path]]:
     bare = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_", "DDPM_"))}
     folder = Path(tempfile.mkdtemp(prefix="ddpm-chaos-"))
     stack = LocalStack(folder / "stack", "s3", HEAD_CPUS, environ=bare)
+    guard = guarded(stack)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print("starting a stack to attack", flush=True)
     try:
         stack.up()
@@ -74,6 +78,8 @@ def _stack() -> Iterator[tuple[LocalStack, Path]]:
     finally:
         stack.down()
         remove_temp_dir(stack.root)
+        guard.terminate()
+        guard.wait()
 
 
 def row(outcome: dict[str, object]) -> str:

@@ -16,7 +16,7 @@ from infra.local.ray import remove_temp_dir, temp_dir
 from infra.local.state import State, read_state, write_state
 from pipeline.errors import UserError
 from pipeline.store import open_store
-from tests.conftest import guarded
+from tests.driving import guarded
 
 SERVICES = ("s3", "mlflow", "ray")
 
