@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -29,11 +28,10 @@ from tests.relay import Relay
 from tests.train.group import Outcome, run_group
 from tests.train.tiny import tiny
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 STEPS = 800
 OUTAGE_SECONDS = 15.0  # longer than the store's own retries, and in all less than a step's time-out
-STARTED = re.compile(r"Started training worker group of size (\d+)")
 
 
 @pytest.fixture(scope="module")
