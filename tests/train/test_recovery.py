@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 STEPS = 800
 OUTAGE_SECONDS = 15.0  # longer than the store's own retries, and in all less than a step's time-out
+RANK_0 = re.compile(r"pid=(\d+)\) world_rank=0,")  # as Ray announces a group
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,10 @@ class Job(Driver):
         assert self.process.wait(200) == code, self.said[-5000:]
         return self.said
 
+    def workers(self) -> set[int]:
+        """Processes that train now, or are about to."""
+        return {process.pid for process in ray_workers(self._cluster, "RayTrainWorker")}
+
     def kill_a_worker(self, chance: random.Random) -> None:
         chance.choice(ray_workers(self._cluster, "RayTrainWorker")).kill()
 
@@ -249,3 +255,59 @@ def test_killed_at_five_places_it_ends_in_the_same_weights_and_the_same_charts(
     again = Job(job.plan.config, tmp_path / "again", cluster)
     assert f"already trained: killed has all {STEPS} steps; nothing to do" in again.ends()
     assert resolve("killed@champion").version == resolve("killed@challenger").version == 1
+
+
+def test_an_elastic_group_shrinks_with_a_lost_node_and_grows_with_one_that_comes(
+    data: str,
+    prefix: str,
+    tmp_path: Path,
+    cluster: LocalStack,
+    node: list[Node],
+    relays: Relays,
+    calm: Outcome,
+) -> None:
+    config = config_of(
+        data,
+        prefix,
+        "elastic",
+        data={"uri": data, "memory_bytes": 0},  # every sample is asked for, so the store sets the pace
+        workers={"num_workers": [1, 2], "resize_seconds": 2.0},
+        checkpoint={"every_steps": 20},
+    )
+    job = Job(config, tmp_path, cluster, relays)
+    job.wait_for_step(60)
+    first = job.workers()
+    assert len(first) == 2
+    relays.s3.switch("delay")  # or it would be done before the node is back
+    cluster.remove_node(node[0], suddenly=True)
+    job.wait_until(lambda: len(job.workers() - first) == len(job.workers()) == 1)
+    shrunk = job.workers()
+    node[0] = cluster.add_node(1)
+    job.wait_until(lambda: len(job.workers() - shrunk) == len(job.workers()) == 2)
+    relays.s3.switch("open")
+    job.ends()
+    assert ema_of(job.plan)
+    series = series_of(job.plan)["train/loss"]
+    steps, values = zip(*expected_series(calm, "train/loss"), strict=True)
+    assert tuple(step for step, _ in series) == steps
+    assert [value for _, value in series] == pytest.approx(values, abs=1e-4)
+
+
+def test_what_would_fail_again_is_not_tried_again_and_told_in_one_line(
+    data: str, prefix: str, tmp_path: Path, cluster: LocalStack
+) -> None:
+    config = config_of(
+        data,
+        prefix,
+        "diverged",
+        workers={"num_workers": 1, "max_failures": 3},
+        optimizer={"lr": 1e30},
+        max_skipped_steps=0,
+    )
+    job = Job(config, tmp_path, cluster)
+    said = [line for line in job.ends(1).splitlines() if line.startswith("failed: ")]
+    assert len(said) == 1
+    assert "gradient norm" in said[0]
+    assert "positions" in said[0]
+    # the group that met it, and the one after it, which is told so and ends; not one for each of max_failures
+    assert 1 <= len(set(RANK_0.findall(job.said))) <= 2
