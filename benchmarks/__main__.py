@@ -1,0 +1,160 @@
+"""All benchmarks in one go: `python -m benchmarks [NAME ...]`; `make bench` runs them all.
+
+Each runs as a process of its own and leaves its numbers in .local/bench/NAME.json; a number that is there is not
+measured again until --again. Their bars (what was asked, and what was last recorded here) stand in bars.json. The
+table and the plot of docs/benchmarks.md are written from both. Exit code 1 when a number has fallen behind what was
+recorded by more than its spread.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.errors import UserError
+
+HERE = Path(__file__).parent
+BARS = HERE / "bars.json"
+PAGE = HERE.parent / "docs/benchmarks.md"
+PLOT = HERE.parent / "docs/images/benchmarks.svg"
+COMMANDS: dict[str, list[str]] = {
+    "loader": ["--peers", "{work}/peers"],
+    "train": ["--peers", "{work}/peers"],
+    "generate": ["--compile"],
+    "listings": [],
+    "quality": ["--peers", "{work}/peers", "--work", "{work}/quality"],
+}
+"""What each is called with; {work} is where environments of peers and half-done work are kept."""
+START, END = "<!-- table: written by `make bench` -->", "<!-- end of table -->"
+
+
+class Verdict(NamedTuple):
+    """One number beside its bar."""
+
+    benchmark: str
+    name: str
+    value: float
+    spread: float
+    """Half the distance between the quartiles of its paired ratios; 0 for a number without repeats."""
+    asked: float | None
+    recorded: float
+    at_least: bool
+    """Whether more is better."""
+
+    @property
+    def fell(self) -> bool:
+        """Worse than what was recorded by more than the spread, and by more than a twentieth."""
+        slack = max(self.spread, 0.05 * abs(self.recorded))
+        worse_by = self.recorded - self.value if self.at_least else self.value - self.recorded
+        return worse_by > slack
+
+    @property
+    def reaches(self) -> bool:
+        """Whether it is what was asked for."""
+        return self.asked is None or (self.value >= self.asked if self.at_least else self.value <= self.asked)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, write the page, judge."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(COMMANDS), help=f"of {', '.join(COMMANDS)}")
+    parser.add_argument("--work", type=Path, default=Path(".local/bench"))
+    parser.add_argument("--again", action="store_true", help="measure what has been measured before, too")
+    told = parser.parse_args(argv)
+    told.work.mkdir(parents=True, exist_ok=True)
+    for name in told.names:
+        if name not in COMMANDS:
+            raise UserError(f"{name}: no such benchmark; there are {', '.join(COMMANDS)}")
+        _run(name, told.work, told.again)
+    verdicts = judge(json.loads(BARS.read_text()), measured(told.work))
+    write_page(verdicts)
+    fallen = [verdict for verdict in verdicts if verdict.fell]
+    for verdict in fallen:
+        print(
+            f"fell: {verdict.benchmark} {verdict.name} is {verdict.value:.3g}, recorded {verdict.recorded:.3g}"
+        )
+    print(f"{len(verdicts)} numbers with a bar, {len(fallen)} fallen; see {PAGE.relative_to(HERE.parent)}")
+    return 1 if fallen else 0
+
+
+def _run(name: str, work: Path, again: bool) -> None:
+    out = work / f"{name}.json"
+    if out.exists() and not again:
+        print(f"{name}: measured before ({out}); --again measures anew", flush=True)
+        return
+    words = [word.replace("{work}", str(work)) for word in COMMANDS[name]]
+    print(f"{name}: python -m benchmarks.{name} {' '.join(words)}", flush=True)
+    subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *words, "--out", str(out)], check=True)
+
+
+def measured(work: Path) -> dict[str, dict[str, Any]]:
+    """The numbers of all benchmarks that have been run."""
+    return {
+        name: json.loads(file.read_text()) for name in COMMANDS if (file := work / f"{name}.json").exists()
+    }
+
+
+def judge(bars: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+    """Every number that has a bar. KeyError when a benchmark that ran no longer has that number."""
+    verdicts: list[Verdict] = []
+    for benchmark, numbers in found.items():
+        for name, bar in bars.get(benchmark, {}).items():
+            number = numbers[name]
+            ratio = isinstance(number, dict)
+            value = float(number["median"] if ratio else number)
+            spread = (number["high"] - number["low"]) / 2 if ratio else 0.0
+            asked = bar.get("asked")
+            verdicts.append(
+                Verdict(benchmark, name, value, spread, asked, bar["recorded"], bar.get("at_least", True))
+            )
+    return verdicts
+
+
+def write_page(verdicts: Sequence[Verdict]) -> None:
+    """Put the table between its marks, and the plot beside it."""
+    lines = ["| benchmark | number | measured | half spread | asked | reached |", "|" + " --- |" * 6]
+    for v in verdicts:
+        sign = "≥" if v.at_least else "≤"
+        asked = "" if v.asked is None else f"{sign} {v.asked:g}"
+        reached = "" if v.asked is None else ("yes" if v.reaches else "**no**")
+        name = v.name.replace("_", " ")
+        lines.append(f"| {v.benchmark} | {name} | {v.value:.3g} | {v.spread:.2g} | {asked} | {reached} |")
+    page = PAGE.read_text()
+    head, _, rest = page.partition(START)
+    _, _, tail = rest.partition(END)
+    PAGE.write_text(f"{head}{START}\n" + "\n".join(lines) + f"\n{END}{tail}")
+    draw(verdicts)
+
+
+def draw(verdicts: Sequence[Verdict]) -> None:
+    """What was measured over what was asked, a bar a number; over the line is good."""
+    from matplotlib.figure import Figure
+
+    shown = [v for v in verdicts if v.asked and v.value > 0]
+    if not shown:
+        return
+    shares = [v.value / v.asked if v.at_least else v.asked / v.value for v in shown if v.asked]
+    figure = Figure(figsize=(8, 0.35 * len(shown) + 1), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(
+        [f"{v.benchmark}: {v.name}" for v in shown],
+        shares,
+        color=["#3a7" if s >= 1 else "#c63" for s in shares],
+    )
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("measured over asked (for what should be small: asked over measured)")
+    axes.set_xlim(0, min(max(shares) * 1.05, 4))
+    axes.invert_yaxis()
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
