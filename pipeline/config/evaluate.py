@@ -6,7 +6,7 @@ from pydantic import Field
 
 from pipeline.config.base import Settings
 from pipeline.config.diffusion import SamplerConfig, SamplerKind
-from pipeline.config.track import TrackConfig
+from pipeline.config.track import TrackConfig, filed_under
 
 
 class FeaturesConfig(Settings):
@@ -100,7 +100,7 @@ class EvaluateConfig(Settings):
     records_only: bool = False
     """Take the feature sums of the done-records, which a generation with `features` leaves there, and read no sample:
     quick for any size, and gives the Fréchet distance and the class accuracy only."""
-    track: TrackConfig | None = TrackConfig(experiment="evaluation")
+    track: Annotated[TrackConfig | None, filed_under("evaluation")] = TrackConfig(experiment="evaluation")
     """Where a generation's figures are logged, if MLFLOW_TRACKING_URI names a server: a run for each generation and
     terms. They are kept beside the generation in any case. None = not logged."""
 

@@ -1,13 +1,13 @@
 """Settings of a generation: what determines its bits (this becomes the spec), and how the work is done."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Settings
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.evaluate import FeatureNetworkConfig
-from pipeline.config.track import TrackConfig
+from pipeline.config.track import TrackConfig, filed_under
 
 ClassChoice = Literal["auto", "balanced"] | list[int | str] | dict[int | str, float] | None
 INDEX_LIMIT = 10**12  # sample keys have twelve digits
@@ -95,7 +95,7 @@ class GenerateConfig(SpecSettings):
     features_missing: Literal["refuse", "skip"] = "refuse"
     """When there is no such network (yet): refuse the generation, or skip the sums and say so. Presets skip: one can
     generate before a classifier is trained."""
-    track: TrackConfig | None = TrackConfig(experiment="generation")
+    track: Annotated[TrackConfig | None, filed_under("generation")] = TrackConfig(experiment="generation")
     """The MLflow run of this generation. None = no tracking."""
     name: str | None = None
     """Name of the MLflow run. None = made from the model and the output."""

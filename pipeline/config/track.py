@@ -1,6 +1,8 @@
 """Settings of experiment tracking: where runs are filed and how their metrics travel."""
 
-from pydantic import Field
+from typing import cast
+
+from pydantic import BeforeValidator, Field
 
 from pipeline.config.base import Settings
 
@@ -32,3 +34,14 @@ class TrackConfig(Settings):
 
     stale_after_minutes: float = Field(default=30.0, ge=1.0)
     """A run without a sign of life for this long is closed by the janitor."""
+
+
+def filed_under(experiment: str) -> BeforeValidator:
+    """For a field of TrackConfig: whoever sets something else of it leaves the run in this experiment."""
+
+    def named(value: object) -> object:
+        return (
+            {"experiment": experiment} | cast(dict[str, object], value) if isinstance(value, dict) else value
+        )
+
+    return BeforeValidator(named)

@@ -11,7 +11,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig, refuse_idle
 from pipeline.config.evaluate import GateConfig
 from pipeline.config.net import UNetConfig
-from pipeline.config.track import TrackConfig
+from pipeline.config.track import TrackConfig, filed_under
 
 _EXPERIMENT = "training"
 
@@ -176,15 +176,7 @@ class TrainConfig(Settings):
     """How the finished model is compared with the champion, which it replaces if it passes. None = it stays the
     challenger until `ddpm promote`. The first model of a name is champion without a contest."""
     workers: WorkerConfig = WorkerConfig()
-    track: TrackConfig = TrackConfig(experiment=_EXPERIMENT)
-
-    @field_validator("track", mode="before")
-    @classmethod
-    def _filed_with_trainings(cls, value: object) -> object:
-        """Other settings of tracking do not move the run to another experiment."""
-        return (
-            {"experiment": _EXPERIMENT} | cast(dict[str, object], value) if isinstance(value, dict) else value
-        )
+    track: Annotated[TrackConfig, filed_under(_EXPERIMENT)] = TrackConfig(experiment=_EXPERIMENT)
 
     @model_validator(mode="after")
     def _checked(self) -> Self:

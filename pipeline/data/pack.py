@@ -407,7 +407,7 @@ def _report_json(report: PackReport) -> bytes:
 
 
 class _Steps:
-    """Pictures done, told to the caller's callback from the thread that called `pack`."""
+    """Two for each picture, looked at and packed; told in whole pictures, from the thread that called `pack`."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.total, self.progress, self.done = total, progress, 0
@@ -415,7 +415,7 @@ class _Steps:
     def add(self, count: int) -> None:
         self.done += count
         if self.progress is not None:
-            self.progress(self.done, self.total)
+            self.progress(self.done // 2, self.total // 2)
 
     def finish(self) -> None:
         self.add(self.total - self.done)

@@ -133,6 +133,11 @@ def test_one_setting_of_tracking_leaves_the_run_with_the_other_trainings() -> No
         digits("track.system_metrics_seconds=5").track.experiment == digits().track.experiment == "training"
     )
     assert digits("track.experiment=mine").track.experiment == "mine"
+    asked = GenerateConfig.model_validate(
+        {"model": "m@champion", "output": "file:///x", "count": 1, "track": {"color": "#112233"}}
+    )
+    assert asked.track is not None
+    assert asked.track.experiment == "generation"
 
 
 def test_numbers_written_as_people_write_them_are_numbers() -> None:
