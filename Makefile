@@ -6,7 +6,7 @@ BIN := .venv/bin
 STORE_OPTION := $(if $(STORE),--store $(STORE))
 
 .DEFAULT_GOAL := help
-.PHONY: help run install install-dev test lint up status down clean distclean lock docs chaos fuzz
+.PHONY: help run install install-dev test lint up status down clean distclean lock docs bench chaos fuzz
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ lint: install-dev ## style, types, layer contracts
 
 test: lint ## lint, then all tests: fast ones first, then those on the real stack
 	$(BIN)/pytest
+
+bench: install-dev ## every benchmark beside its peers, judged against benchmarks/bars.json (AGAIN=1: those measured before, too)
+	@$(BIN)/python -m benchmarks $(if $(AGAIN),--again)
 
 chaos: install-dev ## attack trainings and generations with random faults (SEED=0 ROUNDS=10, or ROUND=3 for one again)
 	@$(BIN)/python -m tests.chaos --seed $(or $(SEED),0) --rounds $(or $(ROUNDS),10) --first $(or $(FIRST),0) $(if $(ROUND),--round $(ROUND))

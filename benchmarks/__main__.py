@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.common import put_between
 from pipeline.errors import UserError
 
 HERE = Path(__file__).parent
@@ -22,12 +23,15 @@ PAGE = HERE.parent / "docs/benchmarks.md"
 PLOT = HERE.parent / "docs/images/benchmarks.svg"
 COMMANDS: dict[str, list[str]] = {
     "loader": ["--peers", "{work}/peers"],
-    "train": ["--peers", "{work}/peers"],
-    "generate": ["--compile"],
+    "train": ["--peers", "{work}/trainers"],
+    "generate": [],
     "listings": [],
-    "quality": ["--peers", "{work}/peers", "--work", "{work}/quality"],
+    "quality": [
+        *("--peers", "{work}/trainers", "--work", "{work}/quality", "--minutes", "60"),
+        *("--recipes", "ours", "diffusers", "denoising_diffusion"),
+    ],
 }
-"""What each is called with; {work} is where environments of peers and half-done work are kept."""
+"""What each is called with; {work} is where peers and half-done work are kept."""
 START, END = "<!-- table: written by `make bench` -->", "<!-- end of table -->"
 
 
@@ -43,11 +47,13 @@ class Verdict(NamedTuple):
     recorded: float
     at_least: bool
     """Whether more is better."""
+    slack: float
+    """How much worse than recorded is noise, where the number has no spread of its own."""
 
     @property
     def fell(self) -> bool:
-        """Worse than what was recorded by more than the spread, and by more than a twentieth."""
-        slack = max(self.spread, 0.05 * abs(self.recorded))
+        """Worse than what was recorded by more than the noise, and by more than a twentieth."""
+        slack = max(self.spread, self.slack, 0.05 * abs(self.recorded))
         worse_by = self.recorded - self.value if self.at_least else self.value - self.recorded
         return worse_by > slack
 
@@ -86,6 +92,9 @@ def _run(name: str, work: Path, again: bool) -> None:
         print(f"{name}: measured before ({out}); --again measures anew", flush=True)
         return
     words = [word.replace("{work}", str(work)) for word in COMMANDS[name]]
+    trainers = work / "trainers"
+    if str(trainers) in words and not trainers.exists():
+        subprocess.run([sys.executable, "-m", "benchmarks.trainers", str(trainers)], check=True)
     print(f"{name}: python -m benchmarks.{name} {' '.join(words)}", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *words, "--out", str(out)], check=True)
 
@@ -108,7 +117,16 @@ def judge(bars: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str
             spread = (number["high"] - number["low"]) / 2 if ratio else 0.0
             asked = bar.get("asked")
             verdicts.append(
-                Verdict(benchmark, name, value, spread, asked, bar["recorded"], bar.get("at_least", True))
+                Verdict(
+                    benchmark,
+                    name,
+                    value,
+                    spread,
+                    asked,
+                    bar["recorded"],
+                    bar.get("at_least", True),
+                    bar.get("slack", 0.0),
+                )
             )
     return verdicts
 
@@ -122,10 +140,7 @@ def write_page(verdicts: Sequence[Verdict]) -> None:
         reached = "" if v.asked is None else ("yes" if v.reaches else "**no**")
         name = v.name.replace("_", " ")
         lines.append(f"| {v.benchmark} | {name} | {v.value:.3g} | {v.spread:.2g} | {asked} | {reached} |")
-    page = PAGE.read_text()
-    head, _, rest = page.partition(START)
-    _, _, tail = rest.partition(END)
-    PAGE.write_text(f"{head}{START}\n" + "\n".join(lines) + f"\n{END}{tail}")
+    put_between(PAGE, START, END, "\n".join(lines))
     draw(verdicts)
 
 

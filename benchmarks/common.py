@@ -78,6 +78,15 @@ def machine(*packages: str) -> dict[str, str | int]:
     }
 
 
+def put_between(page: Path, start: str, end: str, text: str) -> None:
+    """Replace what stands in a page between two marks. ValueError where a mark is missing."""
+    head, first, rest = page.read_text().partition(start)
+    _, second, tail = rest.partition(end)
+    if not (first and second):
+        raise ValueError(f"{page}: the marks {start!r} and {end!r} are expected in this order")
+    page.write_text(f"{head}{start}\n{text}\n{end}{tail}")
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """--json and --out, the same for every benchmark."""
     parser.add_argument("--json", action="store_true", help="print one JSON object of named numbers")

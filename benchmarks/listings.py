@@ -14,7 +14,6 @@ held before it began. The server's own time is part of the wall clock.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import resource
@@ -24,9 +23,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from benchmarks.common import add_output_options, machine, publish
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.generate.ledger import Harvest, survey
 from pipeline.generate.manifest import (
@@ -293,16 +292,15 @@ def _peak_mib() -> float:
 
 
 def main() -> None:
-    """Run everything and print, or write, the numbers as JSON."""
+    """Run everything and publish the numbers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.listings", description=__doc__)
     parser.add_argument("--shards", type=int, default=1_000_000)
-    parser.add_argument("--out", type=Path, help="file for the numbers")
+    add_output_options(parser)
     told = parser.parse_args()
-    numbers = {"shards": told.shards, **measure(told.shards)}
-    text = json.dumps(numbers, indent=2)
-    print(text)
-    if told.out is not None:
-        told.out.write_text(text + "\n")
+    numbers: dict[str, object] = {"shards": told.shards, **machine("boto3")}
+    for task, facts in measure(told.shards).items():
+        numbers |= {f"{task}_{name}": value for name, value in facts.items()}
+    publish(numbers, told)
 
 
 if __name__ == "__main__":

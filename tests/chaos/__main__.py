@@ -1,7 +1,7 @@
 """Attack the pipeline: `python -m tests.chaos --seed 7 --rounds 10`, or one round again: `--seed 7 --round 3`.
 
 Starts a stack of its own, ends with exit code 1 if anything was lost, and appends what it found to a file of JSON
-lines, from which `--write` makes docs/reliability.md's table.
+lines, from which `--write docs/reliability.md` makes that page's tables.
 """
 
 import argparse
@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.common import put_between
 from infra.local import LocalStack, export_environment
 from infra.local.ray import LOOPBACK_SETTINGS, remove_temp_dir
 from tests.driving import guarded
 
 RECORD = Path(".local/chaos.jsonl")
 HEAD_CPUS = 2
+START, END = "<!-- rounds: written by `python -m tests.chaos --write` -->", "<!-- end of rounds -->"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     if options.write is not None:
-        options.write.write_text(table(options.record))
+        put_between(options.write, START, END, tables(options.record))
         return 0
     numbers = (
         range(options.first, options.first + options.rounds) if options.round is None else [options.round]
@@ -94,7 +96,7 @@ def row(outcome: dict[str, object]) -> str:
     )
 
 
-def table(record: Path) -> str:
+def tables(record: Path) -> str:
     """All recorded rounds as Markdown, a count of each fault above."""
     outcomes = [json.loads(line) for line in record.read_text().splitlines()]
     struck = Counter(fault.rpartition(" at ")[0] for o in outcomes for fault in o["faults"])
@@ -105,7 +107,7 @@ def table(record: Path) -> str:
         lines.append(
             f"| {o['seed']} | {o['number']} | {o['kind']} | {faults} | {o['starts']} | {o['seconds']} | {lost} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
