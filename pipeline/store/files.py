@@ -19,6 +19,9 @@ TEMP_AGE_SECONDS = 3600.0
 """How old a temporary file must be, beyond having no living writer, to be removed: for file systems shared by machines
 that do not see each other's locks, as long as a write may take."""
 
+MOST_DIRECTORIES = 100
+"""How often a directory is made again that others remove before a file is in it."""
+
 
 class FileStore(Store):
     """Objects are files under `root`. Writes go to a hidden file beside it, are synced, then renamed.
@@ -129,6 +132,7 @@ class FileStore(Store):
 
     def _publish(self, key: str, fill: Callable[[BinaryIO], None]) -> ObjectInfo:
         path = self.path(key)
+        attempts_left = MOST_DIRECTORIES
         while True:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,10 +143,14 @@ class FileStore(Store):
                 return ObjectInfo(key, found.st_size, _tag(found))
             except PermissionError as error:
                 raise UserError(f"{self.uri}/{key}: no permission to write ({error.strerror})") from None
-            except FileNotFoundError:
-                if path.parent.is_dir():
-                    raise
+            except (
+                FileNotFoundError,
+                FileExistsError,
+            ):  # the second from mkdir, when it is gone by its second look
                 # Another process deleted the directory's last object, and the directory with it: make it again.
+                attempts_left -= 1
+                if not attempts_left:
+                    raise
 
 
 @contextlib.contextmanager
@@ -159,7 +167,10 @@ def atomic_file(path: Path) -> Generator[BinaryIO]:
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        directory = os.open(path.parent, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # deleted by another already, and its directory with it
     try:
         os.fsync(directory)  # the rename itself must survive a power cut
     finally:

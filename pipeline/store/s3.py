@@ -167,6 +167,10 @@ class S3Store(Store):
                 if _code(error) not in ("416", "InvalidRange"):
                     raise
                 return _NoBytes(), position  # an empty object has no byte 0 to give
+            if (
+                "ETag" not in found or "ContentRange" not in found
+            ):  # seen of an object that was just being deleted
+                raise StoreUnreachable(f"{self.uri}/{key}: {endpoint()} gave half an answer; try again later")
             pinned[0] = pinned[0] or _bare(found["ETag"])
             total = int(found["ContentRange"].rpartition("/")[2])
             return _Connection(found["Body"]), total if stop is None else min(total, stop)

@@ -113,11 +113,13 @@ def _training_targets(folder: Path) -> Iterator[Target]:
     where = f"checkpoints/{8:012d}"
     yield _object("checkpoint record", store, f"{where}/{RECORD}", lambda: load_checkpoint(store, 8))
 
+    other = open_store(f"file://{folder}-state")
+
     def read_state(data: bytes) -> object:
         record = {"step": 8, "sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
-        store.write(f"{where}/{STATE}", data)
-        store.write(f"{where}/{RECORD}", json.dumps({**record, "identity": "identity"}).encode())
-        return load_checkpoint(store, 8)
+        other.write(f"{where}/{STATE}", data)
+        other.write(f"{where}/{RECORD}", json.dumps({**record, "identity": "identity"}).encode())
+        return load_checkpoint(other, 8)
 
     yield Target("checkpoint state", read_state, save(tensors), is_json=False)
 

@@ -53,7 +53,9 @@ def run_group(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.train.worker"])
     members = [
-        context.Process(target=_member, args=(task, Place(rank, world, CPU), notes, stop_at, torn_at))
+        context.Process(
+            target=_member, args=(dict(os.environ), task, Place(rank, world, CPU), notes, stop_at, torn_at)
+        )
         for rank in range(world)
     ]
     for member in members:
@@ -68,7 +70,10 @@ def run_group(
     return Outcome(codes, latest_checkpoint(plan.store), _points(notes), _positions(notes))
 
 
-def _member(task: Task, place: Place, notes: Path, stop_at: int | None, torn_at: int | None) -> None:
+def _member(
+    variables: dict[str, str], task: Task, place: Place, notes: Path, stop_at: int | None, torn_at: int | None
+) -> None:
+    os.environ.update(variables)  # the server it was forked from may be older than the stack
     torch.set_num_threads(task.config.workers.cpus_per_worker)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
