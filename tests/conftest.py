@@ -23,8 +23,16 @@ _OF_SERVICES = ("AWS_", "MLFLOW_", "RAY_", "DDPM_")
 LOGICAL_CPUS = 4  # more than the cores of a small machine: jobs and their workers must fit side by side
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also the tests that take minutes each")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast tests first: what can fail in seconds should not wait for servers. Last: what looks at others' traces."""
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; make test LONG=1 runs it"))
     items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("stack", "last")])
 
 

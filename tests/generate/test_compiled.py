@@ -25,6 +25,7 @@ print(maker.make(shard(maker.spec, 0)).sha256)
 
 
 @pytest.mark.stack
+@pytest.mark.long
 @pytest.mark.timeout(900)  # a compiler runs for most of a minute, longer beside other work
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_two_workers_that_compile_make_the_same_bytes_and_the_second_compiles_nothing(tmp_path: Path) -> None:

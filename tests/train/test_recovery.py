@@ -257,6 +257,7 @@ def test_killed_at_five_places_it_ends_in_the_same_weights_and_the_same_charts(
     assert resolve("killed@champion").version == resolve("killed@challenger").version == 1
 
 
+@pytest.mark.long
 def test_an_elastic_group_shrinks_with_a_lost_node_and_grows_with_one_that_comes(
     data: str,
     prefix: str,
