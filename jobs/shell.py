@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import yaml
 
 from infra.local import export_environment
+from infra.local.state import read_state
 from jobs.progress import Progress, progress_of
 from jobs.sections import SECTIONS
 from pipeline.config.base import Settings
@@ -104,7 +105,7 @@ def parse_words(job: str, argv: Sequence[str] | None) -> Call:
 
 def use_running_stack() -> None:
     """Point this process at the working directory's local stack, if there is one; the user's variables win."""
-    if LOCAL.is_dir():
+    if read_state(LOCAL) is not None:
         export_environment(LOCAL)
 
 
