@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from infra.local import LocalStack, export_environment
-from infra.local.ray import LOOPBACK_SETTINGS, remove_temp_dir
+from infra.local.ray import LOOPBACK_SETTINGS
 from pipeline.errors import UserError
-from tests.driving import guarded
+from tests.driving import ended_after
 
 # Ray reads these when it is first imported, which is before the stack is there to say so.
 os.environ.update(LOOPBACK_SETTINGS)
@@ -47,23 +47,19 @@ def stack(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]
     """The real stack on fresh ports in a temporary folder; its variables stand in os.environ from here on."""
     before = dict(os.environ)
     local = LocalStack(tmp_path_factory.mktemp("stack"), "s3", LOGICAL_CPUS, environ=bare_environ)
-    guard = guarded(local)
-    try:
+    with ended_after(local):
         try:
-            local.up()
-        except UserError as error:
-            pytest.exit(f"the local stack cannot start: {error}", returncode=3)
-        os.environ.clear()
-        os.environ.update(bare_environ)
-        export_environment(local.root)
-        yield local
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        local.down()
-        remove_temp_dir(local.root)
-        guard.terminate()
-        guard.wait()
+            try:
+                local.up()
+            except UserError as error:
+                pytest.exit(f"the local stack cannot start: {error}", returncode=3)
+            os.environ.clear()
+            os.environ.update(bare_environ)
+            export_environment(local.root)
+            yield local
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 @pytest.fixture

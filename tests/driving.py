@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from infra.local import LocalStack
+from infra.local.ray import remove_temp_dir
 from infra.local.state import read_state
 from pipeline.config.base import Settings
 
@@ -59,8 +61,8 @@ class Driver:
         return self.log.read_text(errors="replace")
 
 
-def guarded(local: LocalStack) -> subprocess.Popen[bytes]:
-    """A process that ends the stack should this one be killed before it can do so itself."""
+def guarded(local: LocalStack, keeper_pid: int) -> subprocess.Popen[bytes]:
+    """A process that ends the stack should its keeper be killed before it can do so itself."""
     command = [
         sys.executable,
         "-m",
@@ -69,9 +71,22 @@ def guarded(local: LocalStack) -> subprocess.Popen[bytes]:
         "--root",
         str(local.root),
         "--pid",
-        str(os.getpid()),
+        str(keeper_pid),
     ]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+@contextmanager
+def ended_after(local: LocalStack) -> Iterator[None]:
+    """Whatever happens in the block, or to this process, the stack is ended and Ray's folder removed."""
+    guard = guarded(local, os.getpid())
+    try:
+        yield
+    finally:
+        local.down()
+        remove_temp_dir(local.root)
+        guard.terminate()
+        guard.wait()
 
 
 def ray_workers(stack: LocalStack, word: str) -> list[psutil.Process]:

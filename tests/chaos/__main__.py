@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks.common import put_between
 from infra.local import LocalStack, export_environment
-from infra.local.ray import LOOPBACK_SETTINGS, remove_temp_dir
-from tests.driving import guarded
+from infra.local.ray import LOOPBACK_SETTINGS
+from tests.driving import ended_after
 
 RECORD = Path(".local/chaos.jsonl")
 HEAD_CPUS = 2
@@ -70,18 +70,12 @@ def _stack() -> Iterator[tuple[LocalStack, Path]]:
     bare = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_", "DDPM_"))}
     folder = Path(tempfile.mkdtemp(prefix="ddpm-chaos-"))
     stack = LocalStack(folder / "stack", "s3", HEAD_CPUS, environ=bare)
-    guard = guarded(stack)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print("starting a stack to attack", flush=True)
-    try:
+    with ended_after(stack):
         stack.up()
         export_environment(stack.root)
         yield stack, folder
-    finally:
-        stack.down()
-        remove_temp_dir(stack.root)
-        guard.terminate()
-        guard.wait()
 
 
 def row(outcome: dict[str, object]) -> str:

@@ -1,25 +1,21 @@
 """A generation that is killed wherever it hurts ends as if nothing had happened."""
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import boto3
-import psutil
 import pytest
 
 from infra.local import LocalStack
 from infra.local.processes import kill
 from infra.local.state import read_state
-from pipeline.config.generate import GenerateConfig
 from pipeline.generate.status import generation_status
 from pipeline.store import Store, open_store
+from tests.driving import Driver, ray_workers
 from tests.generate.tiny import contents, fill, settings, tiny_model
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
@@ -28,50 +24,13 @@ ROOT = Path(__file__).parents[2]
 NUM_SHARDS = 64
 
 
-class Driver:
-    """`python -m jobs.generate` as a process that may be killed and started again."""
-
-    def __init__(self, config: GenerateConfig, folder: Path) -> None:
-        self.config = config
-        self._file = folder / "config.yaml"
-        self._file.write_text(json.dumps({"generate": config.model_dump(mode="json")}))
-        self._log = (folder / "driver.log").open("ab")
-        self.process = self._start()
-
-    def _start(self) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobs.generate", f"--config={self._file}"],
-            cwd=ROOT,
-            stdout=self._log,
-            stderr=self._log,
-        )
-
-    def again(self) -> None:
-        """Start anew if it has ended without completing."""
-        if self.process.poll() not in (None, 0):
-            self.process = self._start()
-
-    def end(self, number: int) -> int:
-        """Send a signal and wait."""
-        self.process.send_signal(number)
-        return self.process.wait(60)
-
-
 def shards_done(store: Store) -> int:
     return sum(1 for _ in store.list("done/"))
 
 
 def kill_an_actor(stack: LocalStack, chance: random.Random) -> None:
     """Kill a process that makes shards."""
-    state = read_state(stack.root)
-    assert state is not None
-    nodes = [record.identity.pid for name, record in state.services.items() if name.startswith("ray")]
-    actors = [
-        child
-        for pid in nodes
-        for child in psutil.Process(pid).children(recursive=True)
-        if "MapWorker" in " ".join(child.cmdline())
-    ]
+    actors = ray_workers(stack, "MapWorker")
     if actors:
         chance.choice(actors).send_signal(signal.SIGKILL)
 
@@ -93,7 +52,7 @@ def test_killed_at_ten_places_it_ends_byte_identical(stack: LocalStack, prefix: 
     store = open_store(config.output)
     before = {info.key for info in open_store("s3://ddpm").list()}
     node = stack.add_node(1)
-    driver = Driver(config, tmp_path)
+    driver = Driver("generate", config, tmp_path)
 
     def lose_a_node() -> None:
         stack.remove_node(node, suddenly=True)
@@ -114,7 +73,7 @@ def test_killed_at_ten_places_it_ends_byte_identical(stack: LocalStack, prefix: 
         # Each strikes while about as many shards have been made as it has predecessors, give or take.
         goal = (number + chance.random()) * NUM_SHARDS / (len(disturbances) + 1)
         _await(lambda goal=goal: shards_done(store) >= goal or driver.process.poll() is not None)
-        assert driver.process.poll() is None, (tmp_path / "driver.log").read_text()[-3000:]
+        assert driver.process.poll() is None, driver.said[-3000:]
         disturb()
         driver.again()
     while driver.process.wait(120) != 0:
@@ -133,9 +92,9 @@ def test_sigterm_drains_and_the_same_command_goes_on(stack: LocalStack, prefix: 
     slow = {"sampler": {"kind": "ddim", "num_steps": 40}, "count": 400, "shard_size": 40, "batch_size": 8}
     config = settings(model, prefix, **slow)
     store = open_store(prefix)
-    driver = Driver(config, tmp_path)
+    driver = Driver("generate", config, tmp_path)
     _await(lambda: shards_done(store) >= 1)
-    assert driver.end(signal.SIGTERM) == 143, (tmp_path / "driver.log").read_text()[-3000:]
+    assert driver.end(signal.SIGTERM) == 143, driver.said[-3000:]
     status = generation_status(prefix)
     assert status.state == "not complete"
     assert [job.state for job in status.jobs] == ["drained"]

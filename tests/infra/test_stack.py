@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from infra.local import LocalStack, check_ray, environment, processes
-from infra.local.ray import remove_temp_dir, temp_dir
+from infra.local.ray import temp_dir
 from infra.local.state import State, read_state, write_state
 from pipeline.errors import UserError
 from pipeline.store import open_store
-from tests.driving import guarded
+from tests.driving import ended_after, guarded
 
 SERVICES = ("s3", "mlflow", "ray")
 
@@ -24,15 +24,9 @@ SERVICES = ("s3", "mlflow", "ray")
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]) -> Iterator[LocalStack]:
     local = LocalStack(tmp_path_factory.mktemp("own"), "s3", num_cpus=1, environ=bare_environ)
-    guard = guarded(local)
-    try:
+    with ended_after(local):
         local.up()
         yield local
-    finally:
-        local.down()
-        remove_temp_dir(local.root)
-        guard.terminate()
-        guard.wait()
 
 
 @pytest.fixture
@@ -190,17 +184,7 @@ def test_a_stack_whose_keeper_was_killed_is_removed(tmp_path: Path, bare_environ
     served = processes.spawn(sleep, os.environ, local.root / "logs" / "s3.log", mark=tmp_path.name)
     write_state(local.root, State(services={"s3": ServiceRecord(identity=served, fingerprint="")}))
     keeper = subprocess.Popen(sleep)
-    command = [
-        sys.executable,
-        "-m",
-        "infra.local",
-        "guard",
-        "--root",
-        str(local.root),
-        "--pid",
-        str(keeper.pid),
-    ]
-    guard = subprocess.Popen(command)
+    guard = guarded(local, keeper.pid)
     time.sleep(1)
     assert processes.is_alive(served)
     keeper.kill()

@@ -14,7 +14,6 @@ import torch
 
 from infra.local import LocalStack, environment
 from infra.local.processes import kill
-from infra.local.ray import remove_temp_dir
 from infra.local.stack import Node
 from infra.local.state import read_state
 from pipeline.config.data import PackConfig
@@ -23,8 +22,7 @@ from pipeline.data import pack
 from pipeline.track import find_run, resolve, tracking_client
 from pipeline.train.checkpoint import finished_steps, latest_checkpoint
 from pipeline.train.prepare import Plan, prepare
-from tests.conftest import guarded
-from tests.driving import Driver, ray_workers
+from tests.driving import Driver, ended_after, ray_workers
 from tests.relay import Relay
 from tests.train.group import Outcome, run_group
 from tests.train.tiny import tiny
@@ -43,15 +41,9 @@ def cluster(
     """A Ray cluster beside the session's S3 and MLflow. One CPU a node, so each worker stands on a node of its own."""
     outside = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_"))}
     local = LocalStack(tmp_path_factory.mktemp("cluster"), "s3", 1, environ=bare_environ | outside)
-    guard = guarded(local)
-    try:
+    with ended_after(local):
         local.up()
         yield local
-    finally:
-        local.down()
-        remove_temp_dir(local.root)
-        guard.terminate()
-        guard.wait()
 
 
 @pytest.fixture
