@@ -2,13 +2,15 @@
 
 A conditional write would do it in one request, but not every S3 heeds the condition: JuiceFS's gateway takes
 `If-None-Match: *` and overwrites all the same. Plain objects suffice. This is Disk Paxos (Gafni and Lamport 2003)
-with the prefix as its one disk: each job writes to an object of its own and reads those of the others, and a job
+with the prefix as its one disk: each job writes to keys of its own and reads those of the others, and a job
 that dies at any point holds nobody up. It asks of the store what S3 promises: that a finished write is seen by
-later reads and listings.
+later reads and listings. A job's newest word is a new object, never an older one replaced: the same gateway can
+answer a read that meets a replacement with bytes of both, or with none.
 """
 
 import random
 import time
+from contextlib import suppress
 from typing import Literal
 
 from pipeline.config.base import Settings
@@ -40,7 +42,7 @@ def claim(store: Store, spec: Spec) -> Spec:
     Whoever returns, returns the same but for a count raised since, and `spec.json` is there by then.
     StoreUnreachable in the unlikely case that jobs keep talking over each other.
     """
-    job = new_job_id()
+    job, said = new_job_id(), list[str]()
     own, others = Claim(round=0), _others(store, job)
     for attempt in range(_ATTEMPTS):
         called = 1 + max([own.round, *(other.round for other in others.values())])
@@ -50,7 +52,8 @@ def claim(store: Store, spec: Spec) -> Spec:
                 own = own.model_copy(
                     update={"accepted": called, "spec": _choice({**others, job: own}) or spec}
                 )
-            store.write(_key(job), canonical(own.model_dump(mode="json")))
+            said.append(f"{CLAIM_PREFIX}{job}.{len(said):04d}.json")
+            store.write(said[-1], canonical(own.model_dump(mode="json")))
             others = _others(store, job)
             there = read_spec(store)  # after the listing: a claim goes only when the spec is there
             leads = all((other.round, name) < (called, job) for name, other in others.items())
@@ -58,7 +61,8 @@ def claim(store: Store, spec: Spec) -> Spec:
                 there = own.spec
                 store.write(SPEC_KEY, pretty(there.model_dump(mode="json")))
             if there is not None:
-                store.delete(_key(job))
+                for key in said:  # the newest last: nobody may take an older one for it
+                    store.delete(key)
                 return there
             if not leads:
                 break
@@ -80,18 +84,16 @@ def _choice(claims: dict[str, Claim]) -> Spec | None:
 
 
 def _others(store: Store, job: str) -> dict[str, Claim]:
+    """The newest word of each other job."""
+    newest: dict[str, str] = {}
+    for info in store.list(CLAIM_PREFIX):
+        newest[info.key.removeprefix(CLAIM_PREFIX).partition(".")[0]] = (
+            info.key
+        )  # listed in order of their keys
     found: dict[str, Claim] = {}
-    for info in list(store.list(CLAIM_PREFIX)):
-        name = info.key.removeprefix(CLAIM_PREFIX).removesuffix(".json")
+    for name, key in newest.items():
         if name == job:
             continue
-        try:
-            data = store.read(info.key)
-        except ObjectMissing:
-            continue  # its job is through, so the spec is there
-        found[name] = parse_document(Claim, data, f"{store.uri}/{info.key}", "a claim")
+        with suppress(ObjectMissing):  # its job is through, so the spec is there
+            found[name] = parse_document(Claim, store.read(key), f"{store.uri}/{key}", "a claim")
     return found
-
-
-def _key(job: str) -> str:
-    return f"{CLAIM_PREFIX}{job}.json"

@@ -6,10 +6,15 @@ is relied on: some gateways ignore the first and refuse the second.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
@@ -38,6 +43,7 @@ POLICY = RetryPolicy()
 PROBE_POLICY = RetryPolicy(attempts=2)  # for `require_container`: a person is waiting
 PART_BYTES = 16 << 20  # S3 asks for at least 5 MiB a part; 10,000 parts of 16 MiB are 156 GiB
 CHUNK_BYTES = 1 << 20
+MD5_TAG = re.compile(r"[0-9a-f]{32}")
 CONNECT_SECONDS, READ_SECONDS = 5, 60
 
 MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
@@ -64,13 +70,26 @@ class S3Store(Store):
         self.uri = f"s3://{bucket}/{self._base}".rstrip("/")
 
     def read(self, key: str) -> bytes:
-        with self.open(key) as stream:
-            return stream.read()
+        """Replaced while it is read, an object is read again. The tag tells when the store does not: JuiceFS's
+        gateway can answer with the length of one version and the bytes of the other.
+        """
+        before: tuple[bytes, str | None] | None = None
+        for failures in range(1, self.policy.attempts + 1):
+            with suppress(ObjectChanged):
+                tag = _Tag()
+                with self._stream(key, 0, tag) as stream:
+                    found = (stream.readall(), tag.value)
+                # Twice the same is no accident but a store whose tags are no digests.
+                if _bears_out(*found) or found == before:
+                    return found[0]
+                before = found
+            time.sleep(self.policy.pause_seconds(failures))
+        raise StoreUnreachable(f"{self.uri}/{key}: replaced whenever it was read; try again later")
 
     def read_range(self, key: str, start: int, length: int, *, etag: str | None = None) -> bytes:
         if length == 0:
             return b""
-        with self._stream(key, start, etag, stop=start + length) as stream:
+        with self._stream(key, start, _Tag(etag), stop=start + length) as stream:
             data = stream.read()
         if len(data) != length:
             raise DamageError(
@@ -79,7 +98,7 @@ class S3Store(Store):
         return data
 
     def open(self, key: str, *, start: int = 0, etag: str | None = None) -> BinaryIO:
-        return io.BufferedReader(self._stream(key, start, etag), CHUNK_BYTES)
+        return io.BufferedReader(self._stream(key, start, _Tag(etag)), CHUNK_BYTES)
 
     def stat(self, key: str) -> ObjectInfo | None:
         try:
@@ -102,7 +121,7 @@ class S3Store(Store):
 
     def download(self, key: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._stream(key, 0, None) as stream, atomic_file(path) as file:
+        with self._stream(key, 0, _Tag()) as stream, atomic_file(path) as file:
             while chunk := stream.read(CHUNK_BYTES):
                 file.write(chunk)
 
@@ -156,13 +175,13 @@ class S3Store(Store):
         extra: Any = {"IfMatch": f'"{etag}"'} if etag else {}
         return self._client.get_object(Bucket=self.bucket, Key=self._name(key), Range=span, **extra)
 
-    def _stream(self, key: str, start: int, etag: str | None, stop: int | None = None) -> ResumingStream:
-        """The first answer pins the object's tag; every later range must still match it."""
-        pinned, last = [etag], "" if stop is None else stop - 1
+    def _stream(self, key: str, start: int, tag: _Tag, stop: int | None = None) -> ResumingStream:
+        """The first answer sets the object's tag, where none is given; every later range must still match it."""
+        last = "" if stop is None else stop - 1
 
         def open_range(position: int) -> tuple[Body, int]:
             try:
-                found = self._get(key, f"bytes={position}-{last}", pinned[0])
+                found = self._get(key, f"bytes={position}-{last}", tag.value)
             except boto_errors.ClientError as error:
                 if _code(error) not in ("416", "InvalidRange"):
                     raise
@@ -171,7 +190,7 @@ class S3Store(Store):
                 "ETag" not in found or "ContentRange" not in found
             ):  # seen of an object that was just being deleted
                 raise StoreUnreachable(f"{self.uri}/{key}: {endpoint()} gave half an answer; try again later")
-            pinned[0] = pinned[0] or _bare(found["ETag"])
+            tag.value = tag.value or _bare(found["ETag"])
             total = int(found["ContentRange"].rpartition("/")[2])
             return _Connection(found["Body"]), total if stop is None else min(total, stop)
 
@@ -263,6 +282,13 @@ class _Parser(RestXMLParser):
         return found | {"Size": int(found["Size"])}
 
 
+@dataclass
+class _Tag:
+    """Which version of an object a stream holds to; empty = the one it meets."""
+
+    value: str | None = None
+
+
 class _NoBytes:
     """The body of a range that lies at the very end of its object."""
 
@@ -352,6 +378,13 @@ def _may_retry(error: Exception) -> bool:
 
 def _code(error: boto_errors.ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _bears_out(data: bytes, etag: str | None) -> bool:
+    """Whether the bytes are the tag's, which is their MD5 digest unless it came of parts or of encryption."""
+    if etag is None or not MD5_TAG.fullmatch(etag):
+        return True
+    return hashlib.md5(data, usedforsecurity=False).hexdigest() == etag
 
 
 def _bare(etag: str) -> str:

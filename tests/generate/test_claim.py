@@ -67,6 +67,7 @@ class Stepped(FileStore):
 
     def write(self, key: str, data: bytes) -> ObjectInfo:
         self._step()
+        assert key not in self._objects or key == SPEC_KEY, "a word once given is never replaced"
         self._objects[key] = data
         return ObjectInfo(key, len(data), "")
 
@@ -141,13 +142,13 @@ def test_a_job_that_dies_at_any_request_holds_nobody_up_and_changes_nobodys_mind
 
 def test_what_dead_jobs_left_is_no_stranger_and_is_swept_up(specs: list[Spec], tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}/out")
-    store.write(f"{CLAIM_PREFIX}dead.json", b'{"round": 3}')
+    store.write(f"{CLAIM_PREFIX}dead.0004.json", b'{"round": 3}')
     assert check_prefix(store, specs[0]) is None
     assert claim(store, specs[0]) == specs[0]
     clear_claims(store)
     assert [info.key for info in store.list()] == [SPEC_KEY]
-    store.write(f"{CLAIM_PREFIX}x.json", b"{}")
-    with pytest.raises(DamageError, match=r"claims/x\.json: not a claim"):
+    store.write(f"{CLAIM_PREFIX}x.0000.json", b"{}")
+    with pytest.raises(DamageError, match=r"claims/x\.0000\.json: not a claim"):
         claim(store, specs[0])
 
 

@@ -1,13 +1,17 @@
 """What is particular to S3: buckets, keys, parts."""
 
+import threading
+from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 
 import boto3
+import botocore.response
 import pytest
 
 from infra.local import LocalStack
 from pipeline.errors import UserError
-from pipeline.store import StoreUnreachable, open_store
+from pipeline.store import ObjectMissing, RetryPolicy, StoreUnreachable, open_store
 from pipeline.store.s3 import S3Store
 
 
@@ -52,6 +56,61 @@ def test_more_objects_than_a_page_are_all_listed(moto: str) -> None:
     keys = [info.key for info in store.list()]
     assert keys == [f"{number:05d}" for number in range(1005)]
     assert next(iter(store.list(start_after="01000"))).key == "01001"
+
+
+def test_half_of_one_version_and_half_of_another_is_read_again_and_other_tags_are_believed(
+    moto: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = S3Store(moto, policy=RetryPolicy(first_pause_seconds=0.001))
+    store.write("x", b"as it is")
+    real, bodies, asked = store._client.get_object, list[bytes](), list[object]()
+
+    def answers(*given: bytes) -> None:
+        bodies[:] = given
+        asked.clear()
+
+    def get(**arguments: object) -> object:
+        asked.append(arguments)
+        found = real(**arguments)
+        body = bodies.pop(0)
+        return found | {"Body": botocore.response.StreamingBody(BytesIO(body), len(body))}
+
+    monkeypatch.setattr(store._client, "get_object", get)
+    answers(b"as it we", b"as it is")
+    assert store.read("x") == b"as it is"
+    assert len(asked) == 2
+    answers(b"sealed..", b"sealed..")  # a store that encrypts gives tags that are no digests
+    assert store.read("x") == b"sealed.."
+    answers(*(f"{number:08d}".encode() for number in range(8)))
+    with pytest.raises(StoreUnreachable, match="x: replaced whenever it was read; try again later"):
+        store.read("x")
+
+
+@pytest.mark.stack
+def test_a_reader_of_an_object_that_is_replaced_all_the_time_sees_whole_versions_only(prefix: str) -> None:
+    store, ended = open_store(prefix), threading.Event()
+    version = lambda number: b"%d " % number * (1 + number % 97)  # noqa: E731 - of many lengths
+    store.write("x", version(0))
+
+    def replace() -> None:
+        number = 0
+        while not ended.is_set():
+            number += 1
+            store.write("x", version(number))
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    seen = set[int]()
+    try:
+        for _ in range(400):
+            with suppress(ObjectMissing):  # the local gateway says so for a moment
+                data = store.read("x")
+                seen.add(int(data.split()[0]))
+                assert data == version(max(seen))
+    finally:
+        ended.set()
+        writer.join()
+    assert len(seen) > 20
 
 
 @pytest.mark.stack
