@@ -43,7 +43,8 @@ lint: install-dev ## style, types, layer contracts
 	$(BIN)/lint-imports
 
 test: lint ## lint, then all tests: fast ones first, then those on the real stack (LONG=1: also those of minutes each)
-	$(BIN)/pytest --durations=15 $(if $(LONG),--long)
+	$(BIN)/pytest -m 'not stack' --numprocesses logical --maxprocesses 4 --dist worksteal
+	$(BIN)/pytest -m stack --durations=15 $(if $(LONG),--long)
 
 bench: install-dev ## every benchmark beside its peers, judged against benchmarks/bars.json (AGAIN=1: those measured before, too)
 	@$(BIN)/python -m benchmarks $(if $(AGAIN),--again)
