@@ -72,9 +72,20 @@ def test_an_object_swapped_in_the_middle_is_noticed_and_never_mixed(
     against: Callable[[str], S3Store],
 ) -> None:
     hostile = Hostile([DATA, DATA[::-1]], cut=lambda size: min(size, 10_000), swap_after=3)
-    with serving(hostile) as address, pytest.raises(ObjectChanged, match="s3://bucket/x: replaced"):
-        against(address).read("x")
+    with (
+        serving(hostile) as address,
+        against(address).open("x") as stream,
+        pytest.raises(ObjectChanged, match="s3://bucket/x: replaced"),
+    ):
+        stream.read()
     assert len(hostile.requests) == 4
+
+
+def test_read_whole_an_object_swapped_in_the_middle_is_read_again(against: Callable[[str], S3Store]) -> None:
+    hostile = Hostile([DATA, DATA[::-1]], cut=lambda size: min(size, 10_000), swap_after=3)
+    with serving(hostile) as address:
+        assert against(address).read("x") == DATA[::-1]
+    assert len(hostile.requests) > 5
 
 
 def test_an_endpoint_nobody_listens_at_is_said_at_once_and_without_the_keys(
