@@ -16,6 +16,7 @@ from pipeline.errors import DamageError
 BLOCK = 512
 MAX_MEMBER_BYTES = 1 << 30  # one sample's file; more is damage or an attack
 MAX_NAME_BYTES = 4096
+MAX_DIGITS = 20  # of a number in an extended header; Python refuses to read one of thousands
 _ZERO = bytes(BLOCK)
 _REGULAR, _DIRECTORY = (b"0", b"\0", b"7"), b"5"
 _REFUSED = {
@@ -149,10 +150,10 @@ def _checked(header: bytes, label: str, start: int) -> int:
 def _number(field: bytes, label: str, start: int) -> int:
     if field[0] == 0x80:  # GNU's base-256, for sizes from 8 GiB
         return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        raise DamageError(f"{label}: at byte {start}: this is not a tar header") from None
+    digits = field.strip(b" \0")
+    if digits.strip(b"01234567"):  # int() would also take a sign, or an underscore
+        raise DamageError(f"{label}: at byte {start}: this is not a tar header")
+    return int(digits or b"0", 8)
 
 
 def _header_name(header: bytes, label: str, start: int) -> str:
@@ -173,7 +174,7 @@ def _pax_records(body: bytes, label: str, start: int) -> dict[str, str]:
     records: dict[str, str] = {}
     while body:
         digits, _, _ = body.partition(b" ")
-        length = int(digits) if digits.isdigit() else 0
+        length = int(digits) if digits.isdigit() and len(digits) <= MAX_DIGITS else 0
         record = body[len(digits) + 1 : length]
         if not record.endswith(b"\n") or b"=" not in record:
             raise DamageError(f"{label}: at byte {start}: a damaged extended header")
@@ -186,8 +187,8 @@ def _pax_records(body: bytes, label: str, start: int) -> dict[str, str]:
 
 def _pax_size(pax: dict[str, str], size: int, label: str, start: int) -> int:
     stated = pax.get("size", str(size))
-    if not stated.isdecimal():
-        raise DamageError(f"{label}: at byte {start}: a size of {stated!r}")
+    if not stated.isdecimal() or len(stated) > MAX_DIGITS:
+        raise DamageError(f"{label}: at byte {start}: a size of {stated[:40]!r}")
     return int(stated)
 
 

@@ -133,6 +133,32 @@ def test_absurd_sizes_are_refused_before_anything_is_read() -> None:
             list(read_shard(bytes(header) + bytes(2048)))
 
 
+def stated(size: bytes, kind: bytes) -> bytes:
+    """A sound header but for what it says of its payload's size."""
+    header = bytearray(foreign([tarfile.TarInfo("a.png")], tarfile.GNU_FORMAT)[:512])
+    header[124:136], header[156:157] = size.ljust(12, b"\0"), kind
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("size", [b"-0000000001", b"-0000000005", b"+0000000001", b"0_0", b"0o7"])
+def test_a_size_of_other_signs_than_digits_is_no_header(size: bytes) -> None:
+    for kind in (b"0", b"L", b"x"):
+        with pytest.raises(DamageError, match="not a tar header"):
+            list(read_shard(stated(size, kind) + WHOLE))
+
+
+@pytest.mark.parametrize("key", ["length", "size"])
+def test_a_number_too_long_to_be_read_is_a_damaged_extended_header(key: str) -> None:
+    digits = b"1" * 5000  # Python refuses to read so many
+    record = digits + b" path=x\n" if key == "length" else b"%d size=%s\n" % (5011, digits)
+    assert key == "length" or len(record) == 5011
+    body = record + bytes(-len(record) % 512)
+    with pytest.raises(DamageError, match="extended header|a size of"):
+        list(read_shard(stated(b"%o" % len(record), b"x") + body + WHOLE))
+
+
 def test_damaged_gzip_is_named() -> None:
     packed = gzip.compress(WHOLE)
     for damaged in (
