@@ -1,8 +1,8 @@
 """Handing a job to a Ray cluster, and watching it from here.
 
 What travels is the program itself (three packages) and the settings, resolved here, so that the cluster needs
-neither this folder nor these files. A job is named by what determines its result: submitting the same twice joins the
-first.
+neither this folder nor these files. A job is named by what determines its result and by where that goes: submitting
+the same twice joins the first.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from pipeline.config.generate import GenerateConfig
 from pipeline.config.train import TrainConfig
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.model import pin
+from pipeline.store import open_store
 from pipeline.track import TrackingError
 from pipeline.track.lineage import SOURCE_VARIABLE, source_tags
 from pipeline.train.prepare import prepare
@@ -36,6 +37,7 @@ PACKAGES = (pipeline, jobs, infra)
 SETTINGS_FILE = "settings.yaml"
 SETTINGS_DIGEST = "settings_sha256"
 NAME_DIGITS = 12
+PLACE_DIGITS = 6
 
 
 def submit(job: str, settings: Settings, detach: bool = False) -> int:
@@ -47,7 +49,7 @@ def submit(job: str, settings: Settings, detach: bool = False) -> int:
     content = yaml.safe_dump({job: settings.model_dump(mode="json")}, sort_keys=False)
     require_agreement(client)
     base = _base_name(job, settings)
-    digest = hashlib.sha256(content.encode()).hexdigest()
+    digest = _digest(content)
     name, going = _job_name(client, base, digest)
     if going:
         print(f"joined   job {name}, which is already going on")
@@ -69,24 +71,31 @@ def submit(job: str, settings: Settings, detach: bool = False) -> int:
 
 
 def _base_name(job: str, settings: Settings) -> str:
-    """`train-IDENTITY` or `generate-SPEC DIGEST`: equal names, equal bits.
+    """`train-IDENTITY-PLACE` or `generate-SPEC DIGEST-PLACE`: equal names, equal bits at the same place.
 
     Where this machine cannot reach what the work is made of, the settings name it instead, and the cluster decides
     whether they are right.
     """
     try:
-        return f"{job}-{_identity(settings)[:NAME_DIGITS]}"
+        identity, place = _identity_and_place(settings)
+        return f"{job}-{identity[:NAME_DIGITS]}-{_digest(place)[:PLACE_DIGITS]}"
     except (UserError, DamageError, TrackingError) as error:
         print(f"note     named by its settings, for here {error}", file=sys.stderr)
-        return f"{job}-{hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:NAME_DIGITS]}"
+        return f"{job}-{_digest(settings.model_dump_json())[:NAME_DIGITS]}"
 
 
-def _identity(settings: Settings) -> str:
+def _identity_and_place(settings: Settings) -> tuple[str, str]:
+    """What determines the bits, and where they go: the same work at two places is two jobs."""
     if isinstance(settings, TrainConfig):
-        return prepare(settings).identity
+        plan = prepare(settings)
+        return plan.identity, plan.store.uri
     if isinstance(settings, GenerateConfig):
-        return pin(settings)[1].digest
+        return pin(settings)[1].digest, open_store(settings.output).uri
     raise TypeError(f"{type(settings).__name__} cannot be submitted")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _job_name(client: JobSubmissionClient, base: str, digest: str) -> tuple[str, bool]:

@@ -21,6 +21,12 @@ from jobs.shell import DONE, FAILED
 from pipeline.errors import UserError
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+# Said of actors that Ray Data and Ray Train start themselves: each of their pools, and Train's PreemptionWatcher. What
+# those are given is held until they end, so it can never be lost to them, and nobody could act upon it. Ray's own log
+# files keep it.
+REMARK = re.compile(
+    r"\bcore_worker\.cc:\d+: Actor with class name: .* has constructor arguments in the object store"
+)
 
 
 def job_client() -> JobSubmissionClient:
@@ -57,6 +63,13 @@ def follow(client: JobSubmissionClient, name: str) -> int:
         return int(info.driver_exit_code)
     print(f"error: job {name} ended {info.status}: {info.message}", file=sys.stderr)
     return FAILED
+
+
+def print_log(client: JobSubmissionClient, name: str) -> None:
+    """Print what a job has said so far; of its progress, which `ddpm logs -f` draws, nothing."""
+    for line in client.get_job_logs(name).splitlines():
+        if _progress_fact(line) is None and not REMARK.search(line):
+            _print_line(line)
 
 
 def require_job(client: JobSubmissionClient, name: str) -> None:
@@ -108,12 +121,17 @@ async def _follow(client: JobSubmissionClient, name: str) -> None:
         async for line in _lines(client, name):
             fact = _progress_fact(line)
             if fact is None:
-                print(line if sys.stdout.isatty() else ANSI.sub("", line), flush=True)
+                if not REMARK.search(line):
+                    _print_line(line)
                 continue
             what = fact["what"]
             if what not in reports:
                 reports[what] = bars.enter_context(progress_of(what, fact["unit"]))
             reports[what](fact["done"], fact["total"], fact["note"])
+
+
+def _print_line(line: str) -> None:
+    print(line if sys.stdout.isatty() else ANSI.sub("", line), flush=True)
 
 
 async def _lines(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:

@@ -79,7 +79,7 @@ def logs(
         watch.require_job(client, job)
         if follow:
             return watch.follow(client, job)
-        print(client.get_job_logs(job), end="")
+        watch.print_log(client, job)
         return DONE
 
     end(work)

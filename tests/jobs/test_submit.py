@@ -9,6 +9,7 @@ from infra.local import LocalStack
 from pipeline.config.data import PackConfig
 from pipeline.data import pack
 from pipeline.train.prepare import prepare
+from tests.generate.tiny import plan_of, settings, tiny_model
 from tests.train.tiny import tiny
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
@@ -25,7 +26,7 @@ def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_n
     config = tiny(f"{prefix}/data", f"{prefix}/runs", name="handed", track={"experiment": "tests-submit"})
     assert submit("train", config, detach=True) == 0
     name = capfd.readouterr().out.split()[1]
-    assert name == f"train-{prepare(config).identity}"
+    assert name.rpartition("-")[0] == f"train-{prepare(config).identity}"
     with pytest.raises(UserError, match=f"job {name}: is at the same work with other settings"):
         submit("train", config.model_copy(update={"steps": 48}))
     assert submit("train", config) == 0  # the same settings: the job that is going on
@@ -50,6 +51,26 @@ def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_n
     assert sum(name in line for line in job_table(client)) == 2
     with pytest.raises(UserError, match="did you mean"):
         require_job(client, name + "x")
+
+
+def test_the_same_work_at_two_places_is_two_jobs(
+    stack: LocalStack, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jobs.submit import _base_name  # pyright: ignore[reportPrivateUsage]
+
+    model = tiny_model(tmp_path / "model")
+    here, there, slash = (
+        _base_name("generate", settings(model, f"{prefix}/{place}")) for place in ("a", "b", "a/")
+    )
+    digest = plan_of(settings(model, f"{prefix}/a"))[0].digest
+    assert here == slash != there
+    assert {name.rpartition("-")[0] for name in (here, there)} == {f"generate-{digest[:12]}"}
+
+    pack(PackConfig(source="digits", dest=f"{prefix}/data", channels=1), None)
+    names = [_base_name("train", tiny(f"{prefix}/data", f"{prefix}/{runs}")) for runs in ("runs", "others")]
+    assert len({name.rpartition("-")[0] for name in names}) == 1
+    assert names[0] != names[1]
+    assert capsys.readouterr().err == ""  # nothing was named by its settings
 
 
 def test_only_the_program_and_its_settings_travel(tmp_path: Path) -> None:
