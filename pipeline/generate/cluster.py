@@ -133,6 +133,7 @@ def _wave(config: GenerateConfig, crew: Crew, numbers: list[int]) -> Generator[O
     # A pool counts as busy when every worker has its shards in hand; Ray's own 1.75 asks for more than we ever queue.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 0.95
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that it draws no bars
     most = config.max_workers or config.num_workers
     pool = ray.data.ActorPoolStrategy(
         min_size=min(config.num_workers, len(numbers)),
