@@ -5,14 +5,15 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from pipeline.errors import UserError
 from pipeline.store import ObjectInfo, Store
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 MAX_EXPANDED = 1_000_000
 
@@ -64,18 +65,20 @@ class Location:
 
 def expand(pattern: str) -> list[str]:
     """`a-{00..02}.{x,y}` written out; numbers keep their width. Raises UserError beyond a million names."""
-    match = _RANGE.search(pattern) or _CHOICE.search(pattern)
-    if match is None:
-        return [pattern]
-    if match.re is _RANGE:
-        low, high = match[1], match[2]
-        if int(high) - int(low) >= MAX_EXPANDED:
-            raise UserError(f"{pattern}: stands for more than {MAX_EXPANDED} names")
-        options = [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
-    else:
-        options = match[1].split(",")
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    names = [name for option in options for name in expand(before + option + after)]
+    names = list(islice(_expanded(pattern), MAX_EXPANDED + 1))
     if len(names) > MAX_EXPANDED:
         raise UserError(f"{pattern}: stands for more than {MAX_EXPANDED} names")
     return names
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    match = _RANGE.search(pattern) or _CHOICE.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    options: Iterable[str] = match[1].split(",")
+    if match.re is _RANGE:
+        low, high = match[1], match[2]
+        options = (str(n).zfill(len(low)) for n in range(int(low), int(high) + 1))
+    for option in options:
+        yield from _expanded(pattern[: match.start()] + option + pattern[match.end() :])
