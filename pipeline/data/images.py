@@ -45,7 +45,7 @@ class ImageShape:
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise DamageError(f"image has {self.channels} channels; 1 or 3 are known")
-        if not 0 < self.height * self.width <= MAX_PIXELS:
+        if min(self.height, self.width) < 1 or self.height * self.width > MAX_PIXELS:
             raise DamageError(
                 f"image claims {self.width}x{self.height} pixels; the limit is {MAX_PIXELS} in all"
             )
