@@ -67,9 +67,9 @@ class ShardCache:
     def _there(self, path: Path) -> int | None:
         try:
             fd = os.open(path, os.O_RDONLY)
-            os.utime(path)
         except FileNotFoundError:
             return None
+        os.utime(fd)  # not the path, which another process may just have removed
         return fd
 
     def _bring(self, shard: int, path: Path) -> int:

@@ -114,6 +114,29 @@ def test_a_shard_removed_while_it_is_read_stays_readable(uri: str, tmp_path: Pat
     access.close()
 
 
+def test_a_shard_removed_the_moment_it_is_opened_is_read_and_leaves_no_descriptor(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_set(uri, SHARDS)
+    _, cache = cache_of(uri, tmp_path / "cache")
+    os.close(cache.open(0))
+    really_open = os.open
+
+    def opened_and_removed(path: Path, *how: int) -> int:
+        fd = really_open(path, *how)
+        if path == cache.path(0):
+            path.unlink()
+        return fd
+
+    held = len(os.listdir("/dev/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", opened_and_removed)
+        fd = cache.open(0)
+    assert os.pread(fd, 6, 0) == b"000000"
+    os.close(fd)
+    assert len(os.listdir("/dev/fd")) == held
+
+
 def test_what_is_not_what_was_indexed_is_not_admitted(uri: str, tmp_path: Path) -> None:
     small_set(uri, SHARDS)
     store = open_store(uri)
