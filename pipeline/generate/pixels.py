@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.config.base import Settings
+from pipeline.data.images import open_image
 from pipeline.errors import DamageError
 
 ImageFormat = Literal["png", "webp", "npy"]
@@ -92,11 +93,11 @@ def decode(data: bytes, image_format: ImageFormat, channels: int) -> Pixels:
     """The image uint8 (H, W, C) in `data`. DamageError when it is not one."""
     try:
         if image_format == "npy":
-            array = np.load(io.BytesIO(data), allow_pickle=False)
+            array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         else:
-            with Image.open(io.BytesIO(data)) as picture:
+            with open_image(data) as picture:
                 array = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-    except (OSError, ValueError, EOFError, SyntaxError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, MemoryError, DamageError) as error:
         raise DamageError(f"not a {image_format} image ({' '.join(str(error).split())})") from None
     image = array[..., None] if array.ndim == 2 else array
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != channels:

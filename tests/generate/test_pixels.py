@@ -1,5 +1,9 @@
 """Encodings give images back exactly; sums are exact and add up over any split."""
 
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 
@@ -29,6 +33,34 @@ def test_a_torn_image_is_damage(image_format: ImageFormat) -> None:
     data = encode(noise(1, 3, 16)[0], image_format)
     with pytest.raises(DamageError):
         decode(data[: len(data) // 2], image_format, 3)
+
+
+def npy_of_shape(shape: tuple[int, ...]) -> bytes:
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return out.getvalue()
+
+
+def png_of_size(edge: int) -> bytes:
+    """A PNG whose header claims a square of this edge."""
+    data = bytearray(encode(noise(1)[0], "png"))
+    data[16:24] = struct.pack(">II", edge, edge)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "image_format"),
+    [
+        (b"PK\x03\x04 an archive", "npy"),
+        (npy_of_shape((10**9, 10**6, 3)) + b"x", "npy"),
+        (npy_of_shape((-1, -1, 3)) + b"xxx", "npy"),
+        (png_of_size(40_000), "png"),
+    ],
+)
+def test_an_image_that_claims_what_it_does_not_hold_is_damage(data: bytes, image_format: ImageFormat) -> None:
+    with pytest.raises(DamageError, match=f"not a {image_format} image"):
+        decode(data, image_format, 3)
 
 
 def test_a_tally_is_what_numpy_computes() -> None:
