@@ -4,21 +4,22 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
 
 from pipeline.data.shards import read_shard
-from pipeline.errors import UserError
+from pipeline.errors import DamageError, UserError
 from pipeline.generate.engine import Engine, prepare_process, software
 from pipeline.generate.model import FoundModel, find_model
-from pipeline.generate.pixels import decode, encode
+from pipeline.generate.pixels import Pixels, decode, encode
 from pipeline.generate.plan import Batch, Shard, locate
 from pipeline.generate.records import read_record
 from pipeline.generate.spec import Spec, make_model_identity
 from pipeline.generate.verify import VerifyReport
 from pipeline.nets.artifact import build_model
-from pipeline.store import Store, open_store
+from pipeline.store import ObjectMissing, Store, open_store
 
 
 def regenerate(
@@ -82,25 +83,40 @@ def _choose(spec: Spec, count: int, seed: int) -> dict[tuple[Shard, Batch], list
 def _compare(
     store: Store, engine: Engine, unit: Shard, batch: Batch, indexes: list[int], report: VerifyReport
 ) -> None:
+    """Make a batch again and note which samples differ. What is missing or torn is in the report already."""
     spec = engine.spec
-    if store.stat(unit.key) is None:
-        report.regenerated += len(indexes)
-        return  # the report names the missing shard already, or the generation is not complete
+    report.regenerated += len(indexes)
+    stored = _stored(store, spec, unit)
+    if not stored:
+        return
     images = engine.images(batch.index())
-    wanted = {f"{index:012d}": index for index in indexes}
-    for key, files in read_shard(store.read(unit.key), label=unit.key):
-        if key not in wanted:
+    for index in indexes:
+        data, image = stored.get(f"{index:012d}"), images[index - batch.first]
+        if data is None or data == encode(image, spec.image_format):
             continue
-        image = images[wanted[key] - batch.first]
-        stored = files.get(spec.image_format, b"")
-        report.regenerated += 1
-        if stored == encode(image, spec.image_format):
-            continue
-        there = decode(stored, spec.image_format, spec.channels).astype(np.int16)
-        levels = np.abs(there - image)
+        report.add(f"{unit.key} sample {index:012d}", _difference(store, spec, unit, data, image))
+
+
+def _stored(store: Store, spec: Spec, unit: Shard) -> dict[str, bytes]:
+    """The encoded images of a shard by key, as far as it can be read."""
+    found: dict[str, bytes] = {}
+    with suppress(ObjectMissing, DamageError):
+        for key, files in read_shard(store.read(unit.key), label=unit.key):
+            found[key] = files.get(spec.image_format, b"")
+    return found
+
+
+def _difference(store: Store, spec: Spec, unit: Shard, stored: bytes, image: Pixels) -> str:
+    """In how many values, and by how much, stored bytes differ from the image uint8 (H, W, C) made again."""
+    try:
+        there = decode(stored, spec.image_format, spec.channels)
         origin = read_record(store, spec, unit).times.software
-        report.add(
-            f"{unit.key} sample {key}",
-            f"differs when made again: {int((levels > 0).sum())} of {levels.size} values, by at most "
-            f"{int(levels.max())} levels (made with {origin}; here {software(spec)})",
-        )
+    except (ObjectMissing, DamageError) as error:
+        return f"differs when made again: {error}"
+    if there.shape != image.shape:
+        return f"differs when made again: is {there.shape}, not {image.shape}"
+    levels = np.abs(there.astype(np.int16) - image)
+    return (
+        f"differs when made again: {int((levels > 0).sum())} of {levels.size} values, by at most "
+        f"{int(levels.max())} levels (made with {origin}; here {software(spec)})"
+    )

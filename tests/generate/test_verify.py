@@ -99,6 +99,12 @@ def tear_an_image(store: Store) -> None:
     store.write(SHARD, write_shard(samples))
 
 
+def nest_without_end(store: Store) -> None:
+    samples = list(read_shard(store.read(SHARD)))
+    samples[2][1]["json"] = b"[" * 100_000
+    store.write(SHARD, write_shard(samples))
+
+
 def change_the_record(store: Store) -> None:
     document = json.loads(store.read(RECORD))
     document["tally"]["sums"][0] += 1
@@ -136,6 +142,7 @@ DAMAGE: dict[str, tuple[Callable[[Store], None], str, str]] = {
     "copied sample": (copy_a_sample, "shards/", "1 images equal another one"),
     "flat image": (flatten_an_image, f"{SHARD} sample 000000000012", "one flat colour"),
     "torn image": (tear_an_image, f"{SHARD} sample 000000000012", "not a png image"),
+    "endless json": (nest_without_end, f"{SHARD} sample 000000000012", "its json says no JSON"),
     "changed sums": (change_the_record, SHARD, "the sums over its images"),
     "foreign record": (foreign_record, SHARD, "spec_digest is 0000"),
     "changed manifest": (change_the_manifest, "manifest.json", "its entry of shards/000001.tar"),
@@ -179,6 +186,16 @@ def test_an_altered_sample_is_found_when_made_again(uri: str, model: Path) -> No
     regenerate(report, 23, str(model))
     assert report.num_problems == before + 1
     assert "differs when made again" in found_in(report, f"{SHARD} sample 000000000012")
+
+
+@pytest.mark.parametrize("kind", ["torn shard", "torn image", "lost record", "lost object", "flipped byte"])
+def test_making_samples_again_goes_on_past_damage(kind: str, uri: str, model: Path) -> None:
+    DAMAGE[kind][0](open_store(uri))
+    report = verify(uri)
+    regenerate(report, 23, str(model))
+    assert report.regenerated == 23
+    assert not report.ok
+    assert main([uri, "--regenerate", "23", "--model", str(model)]) == 1
 
 
 def test_samples_are_not_made_again_with_another_network(uri: str, tmp_path: Path) -> None:
