@@ -72,6 +72,18 @@ def print_log(client: JobSubmissionClient, name: str) -> None:
             _print_line(line)
 
 
+def stop_job(client: JobSubmissionClient, name: str) -> int:
+    """Ask a job to save and end, and say so; or that it has ended already."""
+    status = client.get_job_status(name)
+    if status.is_terminal():
+        print(f"{name} has ended already: {status}")
+        return DONE
+    client.stop_job(name)
+    print(f"asked {name} to end; the same command starts it again where it was")
+    print(f"next     ddpm logs -f {name}")
+    return DONE
+
+
 def require_job(client: JobSubmissionClient, name: str) -> None:
     """Raises UserError when the cluster knows no job of this name."""
     known = [str(info.submission_id) for info in client.list_jobs()]

@@ -95,10 +95,7 @@ def stop(job: Job, cluster: Cluster = None) -> None:
 
         client = watch.job_client()
         watch.require_job(client, job)
-        client.stop_job(job)
-        print(f"asked {job} to end; the same command starts it again where it was")
-        print(f"next     ddpm logs -f {job}")
-        return DONE
+        return watch.stop_job(client, job)
 
     end(work)
 
