@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,8 +67,7 @@ def sweep_spools(root: Path, idle_minutes: float = 30.0, *, now_seconds: float |
     now = time.time() if now_seconds is None else now_seconds
     swept: list[Path] = []
     for directory in sorted(path.parent for path in root.glob("*/run.json")):
-        newest = max((file.stat().st_mtime for file in directory.rglob("*")), default=0.0)
-        if now - newest < idle_minutes * 60 or (directory / "refused.jsonl").exists():
+        if now - _last_written(directory) < idle_minutes * 60 or (directory / "refused.jsonl").exists():
             continue
         journal = Journal(directory)
         try:
@@ -77,6 +77,15 @@ def sweep_spools(root: Path, idle_minutes: float = 30.0, *, now_seconds: float |
         finally:
             journal.close()
     return swept
+
+
+def _last_written(directory: Path) -> float:
+    """Unix time of the newest file; a living process may meanwhile rename and delete them."""
+    newest = 0.0
+    for file in directory.rglob("*"):
+        with suppress(FileNotFoundError):
+            newest = max(newest, file.stat().st_mtime)
+    return newest
 
 
 def _experiment_ids(client: "MlflowClient", experiment: str | None) -> list[str]:

@@ -57,6 +57,16 @@ def test_a_spool_that_a_living_process_delivers_is_left_alone(tmp_path: Path) ->
     assert sweep(tmp_path) == [folder]
 
 
+def test_a_file_that_goes_while_it_is_looked_at_stops_no_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = spool(tmp_path, "a")
+    gone = folder / ".offset.json"  # as a living process renames it into place
+    listed = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: [*listed(self, pattern), gone])
+    assert sweep(tmp_path) == [folder]
+
+
 @pytest.mark.parametrize("root", ["absent", "."])
 def test_where_there_is_no_spool_nothing_happens(tmp_path: Path, root: str) -> None:
     assert sweep(tmp_path / root) == []
