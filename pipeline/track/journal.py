@@ -10,7 +10,6 @@ process (SIGKILL too). `sync`, called about once a second by the delivering thre
 power cut can cost the last second.
 """
 
-import contextlib
 import fcntl
 import json
 import logging
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.store import atomic_file
 
 log = logging.getLogger(__name__)
 _MAX_WAITING_LINES = 10_000  # held in memory while the disk is full; older ones are then lost, and counted
@@ -186,17 +186,21 @@ def write_identity(directory: Path, run_id: str, uri: str) -> None:
     if known is not None and known[0] != run_id:
         raise UserError(f"{directory}: holds points of run {known[0]}, not {run_id}; replay or remove it")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = directory / f".run-{uuid.uuid4().hex}.json"
-    partial.write_text(json.dumps({"run_id": run_id, "tracking_uri": uri}))
-    partial.replace(directory / "run.json")
+    # Synced, as the points are: after a power cut they must not be nobody's.
+    with atomic_file(directory / "run.json") as file:
+        file.write(json.dumps({"run_id": run_id, "tracking_uri": uri}).encode())
 
 
 def read_identity(directory: Path) -> tuple[str, str] | None:
-    """(run id, tracking URI) of the points in `directory`, or None when it is no spool."""
-    with contextlib.suppress(FileNotFoundError):
-        known = json.loads((directory / "run.json").read_text())
+    """(run id, tracking URI) of the points in `directory`, or None when it is no spool. UserError: it is torn."""
+    path = directory / "run.json"
+    try:
+        known = json.loads(path.read_bytes())
         return str(known["run_id"]), str(known["tracking_uri"])
-    return None
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: does not say whose points these are; remove {directory}") from None
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -145,6 +145,26 @@ def test_a_directory_belongs_to_one_run(tmp_path: Path) -> None:
         write_identity(tmp_path, "run-b", "http://127.0.0.1:1")
 
 
+def test_a_directory_whose_owner_cannot_be_read_is_named_with_what_to_do(tmp_path: Path) -> None:
+    for torn in ("", "[]", "{}", '{"run_id": "a"'):
+        (tmp_path / "run.json").write_text(torn)
+        with pytest.raises(UserError, match=r"run\.json: .*remove"):
+            read_identity(tmp_path)
+        with pytest.raises(UserError, match=r"run\.json: .*remove"):
+            write_identity(tmp_path, "run-a", "http://127.0.0.1:1")
+
+
+def test_a_directory_s_owner_is_on_the_disk_before_it_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), sync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b))[1])
+    write_identity(tmp_path, "run-a", "http://127.0.0.1:1")
+    assert order[:2] == ["sync", "replace"]
+
+
 def test_refused_records_are_kept_with_their_reason(tmp_path: Path) -> None:
     Journal(tmp_path).refuse(_point(3), "too long")
     kept = json.loads((tmp_path / "refused.jsonl").read_text())
