@@ -1,7 +1,7 @@
 """The spool's local half: an append-only file of JSON lines with a saved read offset.
 
 Layout of the directory: `run.json` (whose points these are), `points.jsonl` (one record a line),
-`offset.json` (how far they were delivered), `files/` (images and artifacts, deleted once delivered),
+`offset.json` (how far they were delivered), `files/` (images and artifacts, deleted once delivered; refused ones stay),
 `refused.jsonl` (what the server will never take, with its reason), `lock` (held by the one process that
 delivers).
 

@@ -43,6 +43,7 @@ class Sender:
         self._steps: dict[str, set[int]] = {}
         self._images: set[tuple[str, int]] | None = None
         self._offset: int | None = None
+        self._refused: set[str] = set()
         self.delivered = 0
         """Points and files that this object sent."""
 
@@ -65,7 +66,7 @@ class Sender:
         self._offset = entries[-1].end
         self._journal.save_offset(self._offset)
         for entry in entries:
-            if "f" in entry.record:
+            if "f" in entry.record and entry.record["f"] not in self._refused:
                 (self._journal.files / entry.record["f"]).unlink(missing_ok=True)
         return True
 
@@ -105,6 +106,7 @@ class Sender:
                     "run %s: the server refuses a record, kept in refused.jsonl: %s", self._run_id, reason
                 )
                 self._journal.refuse(record, reason)
+                self._refused.add(record.get("f", ""))
 
     def _run_is_active(self) -> bool:
         """Whether refusals are about the record; a deleted run may be restored, so its points wait."""

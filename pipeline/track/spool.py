@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,24 +179,25 @@ def replay(directory: Path, timeout_seconds: float = 60.0, uri: str | None = Non
     if identity is None:
         raise UserError(f"{directory}: no spool here (run.json is missing); name a run's spool directory")
     run_id, address = identity
-    journal = Journal(directory)
-    if not journal.claim():
-        raise UserError(f"{directory}: a living process is delivering it; wait for it or end it")
-    sender = Sender(journal, tracking_client(uri or address), run_id)
+    with closing(Journal(directory)) as journal:
+        if not journal.claim():
+            raise UserError(f"{directory}: a living process is delivering it; wait for it or end it")
+        _send_all(Sender(journal, tracking_client(uri or address), run_id), timeout_seconds)
+        return journal.undelivered()
+
+
+def _send_all(sender: Sender, timeout_seconds: float) -> None:
+    """Send until nothing is left, or the time is over; an outage is waited out."""
     deadline, pause = time.monotonic() + timeout_seconds, 0.5
-    try:
-        while time.monotonic() < deadline:
-            try:
-                if not sender.send_next():
-                    break
-            except Exception as error:
-                if not is_outage(error):
-                    raise
-                time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-    finally:
-        journal.release()
-    return journal.undelivered()
+    while time.monotonic() < deadline:
+        try:
+            if not sender.send_next():
+                return
+        except Exception as error:
+            if not is_outage(error):
+                raise
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
 def replay_all(root: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> dict[Path, int]:

@@ -1,5 +1,6 @@
 """Whatever fails and whenever the process dies, the server ends up with the first value of every step, once."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +38,16 @@ class _Server:
     def log_batch(self, run_id: str, metrics: list[Any]) -> None:
         new = [(m.key, m.timestamp, m.step, m.value) for m in metrics]
         self._faulty(lambda: self.points.extend(p for p in dict.fromkeys(new) if p not in self.points))
+
+
+class _Choosy(_Server):
+    """Takes no artifact."""
+
+    def log_artifact(self, run_id: str, local: str, folder: str | None) -> None:
+        raise ValueError("no artifacts here")
+
+    def get_run(self, run_id: str) -> SimpleNamespace:
+        return SimpleNamespace(info=SimpleNamespace(lifecycle_stage="active"))
 
 
 class _Process:
@@ -106,3 +117,15 @@ def test_one_record_of_more_points_than_a_batch_holds_is_sent_whole(tmp_path: Pa
     process.journal.append({"t": 2, "s": 1, "m": {"m0": 1.0}})
     process.deliver()
     assert len(server.points) == 1501
+
+
+def test_a_file_that_is_refused_is_kept_beside_its_record(tmp_path: Path) -> None:
+    server = _Choosy()
+    process = _Process(tmp_path, server)
+    name = process.journal.put_file(b"bytes", ".bin")
+    process.journal.append({"t": 1, "p": "report.pdf", "f": name})
+    process.journal.append({"t": 2, "s": 1, "m": {"loss": 1.0}})
+    process.deliver()
+    assert server.points == [("loss", 2, 1, 1.0)]
+    assert json.loads((tmp_path / "refused.jsonl").read_text())["record"]["f"] == name
+    assert (tmp_path / "files" / name).read_bytes() == b"bytes"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.track import sweep_spools
+from pipeline.track import replay_all, sweep_spools
 from pipeline.track.journal import Journal, write_identity
 
 LATER = 3600.0
@@ -65,6 +65,17 @@ def test_a_file_that_goes_while_it_is_looked_at_stops_no_sweep(
     listed = Path.rglob
     monkeypatch.setattr(Path, "rglob", lambda self, pattern: [*listed(self, pattern), gone])
     assert sweep(tmp_path) == [folder]
+
+
+def test_replaying_many_spools_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    folders = [spool(tmp_path, name) for name in "abc"]
+    living = Journal(folders[2])
+    assert living.claim()
+    replay_all(tmp_path, timeout_seconds=5)  # the first call opens what MLflow's import keeps open
+    held = len(os.listdir("/dev/fd"))
+    assert replay_all(tmp_path, timeout_seconds=5) == {folders[0]: 0, folders[1]: 0}
+    assert len(os.listdir("/dev/fd")) == held
+    living.close()
 
 
 @pytest.mark.parametrize("root", ["absent", "."])
