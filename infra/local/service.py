@@ -1,12 +1,12 @@
 """One service: how it is started, when it counts as ready, and what is said when it does not get there."""
 
 import hashlib
+import http.client
 import json
 import os
 import secrets
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -83,11 +83,15 @@ def last_words(log: Path) -> str:
 
 def get(url: str, headers: Mapping[str, str] | None = None, timeout_seconds: float = 5.0) -> bytes | None:
     """The body of a successful GET, or None for any answer but 200 and for no answer."""
-    request = urllib.request.Request(url, headers=dict(headers or {}))
     try:
+        request = urllib.request.Request(url, headers=dict(headers or {}))
         with _direct.open(request, timeout=timeout_seconds) as answer:
             return answer.read() if answer.status == 200 else None
-    except (urllib.error.URLError, OSError):
+    except (
+        OSError,
+        ValueError,
+        http.client.HTTPException,
+    ):  # the second and third also of an address that is none
         return None
 
 

@@ -32,7 +32,10 @@ def open_store(uri: str) -> Store:
     """
     if not uri:
         raise UserError("store URI is empty; give s3://bucket/prefix or file:///directory")
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise UserError(f"{uri}: {error}; write s3://bucket/prefix or file:///directory") from None
     if parts.scheme == "s3":
         if not parts.netloc:
             raise UserError(f"{uri}: no bucket in it; write s3://bucket/prefix")

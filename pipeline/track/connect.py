@@ -48,8 +48,12 @@ def tracking_uri(uri: str | None = None) -> str:
         raise UserError(
             "MLFLOW_TRACKING_URI is not set: start the local stack (ddpm up) or name your MLflow server"
         )
-    parts = urlsplit(found)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(found)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that are not closed, a port that is none
+        parts, whole = urlsplit(""), False
+    if not whole:
         raise UserError(
             f"MLFLOW_TRACKING_URI={redact(found)}: not an http(s) address; name a running MLflow server"
         )

@@ -66,7 +66,8 @@ def test_other_settings_make_another_fingerprint(tmp_path: Path) -> None:
 
 
 def test_no_answer_is_none_and_not_an_error() -> None:
-    assert get("http://127.0.0.1:9/health", timeout_seconds=1) is None
+    for address in ("http://127.0.0.1:9/health", "http://127.0.0.1:x/health", "no-address"):
+        assert get(address, timeout_seconds=1) is None
 
 
 def test_loopback_never_goes_through_a_proxy_and_the_users_exceptions_stay() -> None:

@@ -31,6 +31,7 @@ def test_a_plain_path_and_a_file_uri_are_the_same_store(tmp_path: Path) -> None:
         ("", "is empty"),
         ("s3://", "no bucket"),
         ("gs://bucket/x", "unknown scheme 'gs'"),
+        ("s3://[bucket/x", "Invalid IPv6 URL; write s3://bucket/prefix"),
         ("file://host/x", "not an absolute path"),
     ],
 )

@@ -54,7 +54,10 @@ def test_an_unset_address_says_which_variable_to_set(monkeypatch: pytest.MonkeyP
     assert "MLFLOW_TRACKING_URI is not set" in _refusal(None)
 
 
-@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/x", "sqlite:///a.db", "http://"])
+@pytest.mark.parametrize(
+    "uri",
+    ["mlruns", "file:///tmp/x", "sqlite:///a.db", "http://", "http://[::1", "http://a:b", "http://a:99999"],
+)
 def test_an_address_that_is_no_server_is_refused(uri: str) -> None:
     assert "not an http(s) address" in _refusal(uri)
 
