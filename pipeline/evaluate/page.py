@@ -6,19 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pipeline.evaluate.history import Night
 
-_WIDTH, _HEIGHT, _LEFT, _TOP = 460, 150, 60, 12
+_WIDTH, _HEIGHT, _LEFT, _TOP = 360, 150, 60, 12
 _STYLE = """
 :root { color-scheme: light dark; --ink: #222; --line: #3b6ea5; --grid: #ddd; --bad: #b3261e; --back: #fff }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #ddd; --line: #8ab4f8; --grid: #444; --bad: #f2b8b5; --back: #181818 } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem;
   color: var(--ink); background: var(--back) }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem 2rem } figure { margin: 0 } figcaption { font-weight: 600 }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
-tr { border-bottom: 1px solid var(--grid) } .bad { color: var(--bad) }
-img { image-rendering: pixelated; max-width: 100% } svg { max-width: 100%; height: auto }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1.2rem 2rem }
+figure { margin: 0 } figcaption { font-weight: 600 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
+th, td { padding: .2rem 0 .2rem .8rem; text-align: right; white-space: nowrap; vertical-align: bottom }
+th { white-space: normal; line-height: 1.2 } th:first-child, td:first-child { text-align: left; padding-left: 0 }
+tr { border-top: 1px solid var(--grid) } tr.said { border: 0 } .bad { color: var(--bad) }
+td.bad { white-space: normal }
+img { width: 100% } svg { width: 100%; height: auto }
 svg text { font: 11px system-ui, sans-serif; fill: var(--ink) }
 """
 _CHARTS: tuple[tuple[str, str, Callable[[Night], float | None]], ...] = (
@@ -33,19 +35,25 @@ _CHARTS: tuple[tuple[str, str, Callable[[Night], float | None]], ...] = (
     ("Samples", "images", lambda night: float(night.count)),
     ("Throughput", "images a device second", lambda night: night.images_per_second),
 )
+_COLUMNS = {
+    "frechet": "Fréchet distance",
+    "frechet_ratio": "against halves",
+    "kernel": "kernel distance",
+    "precision": "precision",
+    "recall": "recall",
+    "class_accuracy": "class accuracy",
+    "near_copies": "near-copies",
+    "duplicates": "duplicates",
+}
 
 
 def render(title: str, nights: Sequence[Night], sheets: Mapping[str, bytes]) -> bytes:
     """The page. `nights` oldest first; `sheets` are PNGs by date, newest first."""
     parts = [f"<h1>{html.escape(title)}</h1>", _summary(nights)]
     charts = [_chart(name, note, nights, read) for name, note, read in _CHARTS]
-    parts += ["<h2>Night by night</h2>", f"<div class=charts>{''.join(charts)}</div>"]
+    parts += ["<h2>Night by night</h2>", f"<div class=tiles>{''.join(charts)}</div>"]
     parts += ["<h2>All nights</h2>", _table(nights), "<h2>Contact sheets</h2>"]
-    for date, sheet in sheets.items():
-        source = base64.b64encode(sheet).decode()
-        parts.append(
-            f'<h3 id="sheet-{date}">{date}</h3><img alt="samples of {date}" src="data:image/png;base64,{source}">'
-        )
+    parts.append(f"<div class=tiles>{''.join(_sheet(date, sheet) for date, sheet in sheets.items())}</div>")
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
@@ -57,13 +65,18 @@ def _summary(nights: Sequence[Night]) -> str:
     if not nights:
         return "<p>No night is complete yet.</p>"
     last = nights[-1]
-    text = (
-        f"{len(nights)} nights, {sum(n.count for n in nights):,} samples. Latest: {last.date}, {last.model}."
-    )
+    many = "1 night" if len(nights) == 1 else f"{len(nights)} nights"
+    text = f"{many}, {sum(n.count for n in nights):,} samples. Latest: {last.date}, {last.model}."
     alarm = "".join(f"<li class=bad>{html.escape(line)}</li>" for line in last.drift)
     return f"<p>{html.escape(text)}</p>" + (
         f"<p>Unlike the nights before:</p><ul>{alarm}</ul>" if alarm else ""
     )
+
+
+def _sheet(date: str, sheet: bytes) -> str:
+    source = f"data:image/png;base64,{base64.b64encode(sheet).decode()}"
+    image = f'<img alt="samples of {date}" src="{source}">'
+    return f'<figure id="sheet-{date}"><figcaption>{date}</figcaption>{image}</figure>'
 
 
 def _chart(name: str, note: str, nights: Sequence[Night], read: Callable[[Night], float | None]) -> str:
@@ -71,6 +84,7 @@ def _chart(name: str, note: str, nights: Sequence[Night], read: Callable[[Night]
     if not points:
         return ""
     low, high = min(v for _, v in points), max(v for _, v in points)
+    ends_of_scale = (low, high) if high > low else (low,)
     span = (high - low) or abs(high) or 1.0
     low, high = low - 0.08 * span, high + 0.08 * span
 
@@ -80,7 +94,7 @@ def _chart(name: str, note: str, nights: Sequence[Night], read: Callable[[Night]
 
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
     marks = [_mark(nights[place], value, *at(place, value)) for place, value in points]
-    scale = [_scale(value, at(0, value)[1]) for value in (low + 0.08 * span, high - 0.08 * span)]
+    scale = [_scale(value, at(0, value)[1]) for value in ends_of_scale]
     ends = {0: "start", len(nights) - 1: "end"} if len(nights) > 1 else {0: "middle"}
     dates = [
         f'<text x="{at(place, low)[0]:.1f}" y="{_HEIGHT - 4}" text-anchor="{anchor}">{nights[place].date}</text>'
@@ -108,27 +122,32 @@ def _scale(value: float, y: float) -> str:
 
 
 def _table(nights: Sequence[Night]) -> str:
-    names = (
-        "frechet",
-        "frechet_ratio",
-        "kernel",
-        "precision",
-        "recall",
-        "class_accuracy",
-        "near_copies",
-        "duplicates",
-    )
-    names = tuple(name for name in names if any(name in night.evaluation.metrics for night in nights))
-    head = ["night", "model", "samples", *names, "images/s", "N reference", "drift"]
-    rows = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
+    columns = {
+        name: words
+        for name, words in _COLUMNS.items()
+        if any(name in night.evaluation.metrics for night in nights)
+    }
+    head = ["night", "model", "samples", *columns.values(), "images/s", "N of reference"]
+    rows = [_row("th", head)]
     for night in reversed(nights):
-        values = [_figure(night, name) for name in names]
+        values = [_figure(night, name) for name in columns]
         cells = [f"{night.date}" + (" (deleted)" if night.deleted else ""), night.model, f"{night.count:,}"]
-        cells += ["" if value is None else f"{value:.4g}" for value in values]
+        cells += ["" if value is None else _number(value) for value in values]
         cells += [f"{night.images_per_second:.1f}", f"{night.evaluation.terms.reference_count:,}"]
-        shown = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        rows.append(shown + f"<td class=bad>{html.escape('; '.join(night.drift))}</td>")
-    return f"<div class=wide><table><tr>{'</tr><tr>'.join(rows)}</tr></table></div>"
+        rows.append(_row("td", cells))
+        if night.drift:
+            told = html.escape("drift: " + "; ".join(night.drift))
+            rows.append(f'<tr class=said><td class=bad colspan="{len(head)}">{told}</td></tr>')
+    return f"<div class=wide><table>{''.join(rows)}</table></div>"
+
+
+def _row(tag: str, cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
+def _number(value: float) -> str:
+    """With as many decimals as its neighbours above and below, so that a column can be read at a glance."""
+    return "0" if value == 0 else f"{value:.4f}" if abs(value) >= 5e-5 else f"{value:.1e}"
 
 
 def _figure(night: Night, name: str) -> float | None:

@@ -133,6 +133,11 @@ def test_the_page_tells_of_every_night_and_escapes_what_it_is_told() -> None:
     assert "&lt;nights&gt;" in page
     assert "frechet &lt;up&gt;" in page
     assert "2026-03-10" in page
+    assert page.count('text-anchor="end">100<') == 1  # a count that is always the same is written once
+    wide = page[page.index("<table>") :]
+    assert wide.index("frechet &lt;up&gt;") < wide.index(
+        "2026-03-10"
+    )  # beneath its night, over the whole width
     assert "<script" not in page
     assert "No night" in render("t", [], {}).decode()
 
