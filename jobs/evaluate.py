@@ -25,7 +25,7 @@ from pipeline.evaluate.logbook import try_to_log
 from pipeline.evaluate.measured import Measured, Picture, join, measure
 from pipeline.evaluate.metrics import frechet_distance
 from pipeline.evaluate.networks import FeatureNetwork, open_network
-from pipeline.evaluate.record import add_records, parse_record
+from pipeline.evaluate.record import FeatureRecord, add_records, parse_record
 from pipeline.evaluate.reference import Pool, ShardWork, data_root, in_process, reference
 from pipeline.evaluate.sums import Sums, sums_of
 from pipeline.generate.manifest import Manifest, ShardEntry, read_entries, read_manifest
@@ -161,17 +161,25 @@ def from_records(
     manifest: Manifest, output: str, config: EvaluateConfig, real: Measured
 ) -> tuple[int, dict[str, Figure]]:
     """Number of samples and figures by the feature sums of the done-records alone. UserError where these lack."""
-    store, spec = open_store(output), manifest.spec
-    records = [read_record(store, spec, unit) for unit in shards(spec)]
-    total = add_records(parse_record(record.features, f"{output}/{record.key}") for record in records)
-    if total.network != real.network:
-        raise UserError(f"{output}: its feature sums are another network's; evaluate without records_only")
+    total = add_records(_feature_records(manifest.spec, output, real.network))
     sums = Sums.from_text(total.sums)
     distance = frechet_distance(sums.moments(), sums_of(real.vectors).moments())
     metrics = {"frechet": Figure(value=distance, n=sums.count, n_reference=len(real))}
     if total.right is not None:
         metrics["class_accuracy"] = Figure(value=total.right / sums.count, n=sums.count, n_reference=0)
     return sums.count, metrics
+
+
+def _feature_records(spec: Spec, output: str, network: str) -> Iterator[FeatureRecord]:
+    """The feature sums of every shard, one after the other. UserError for one without, or of another network."""
+    store = open_store(output)
+    for unit in shards(spec):
+        found = parse_record(read_record(store, spec, unit).features, f"{output}/{unit.key}")
+        if found.network != network:
+            raise UserError(
+                f"{output}/{unit.key}: its feature sums are another network's; evaluate without records_only"
+            )
+        yield found
 
 
 def measure_model(model: FoundModel, asked: SpecSettings, config: EvaluateConfig) -> Measured:

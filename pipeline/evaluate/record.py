@@ -1,7 +1,5 @@
 """Feature sums in done-records: made while the samples are in memory, added up when the generation is judged."""
 
-import functools
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,14 +70,17 @@ class FeatureTally:
 
 
 def add_records(records: Iterable[FeatureRecord]) -> FeatureRecord:
-    """Several records as one. ValueError for none, or for unequal networks."""
-    parts = list(records)
-    if not parts or len({part.network for part in parts}) > 1:
-        raise ValueError("records must be of one feature network, at least one")
-    total = functools.reduce(operator.add, (Sums.from_text(part.sums) for part in parts))
-    rights = [part.right for part in parts]
-    right = None if any(r is None for r in rights) else sum(r for r in rights if r is not None)
-    return FeatureRecord(network=parts[0].network, sums=total.to_text(), right=right)
+    """Several records as one, none kept longer than it takes to add it. ValueError for none, or unequal networks."""
+    network, total, right = None, None, 0
+    for part in records:
+        if network not in (None, part.network):
+            raise ValueError("records must be of one feature network")
+        sums = Sums.from_text(part.sums)
+        network, total = part.network, sums if total is None else total + sums
+        right = None if right is None or part.right is None else right + part.right
+    if network is None or total is None:
+        raise ValueError("records must hold at least one")
+    return FeatureRecord(network=network, sums=total.to_text(), right=right)
 
 
 def parse_record(features: dict[str, Any] | None, where: str) -> FeatureRecord:

@@ -1,5 +1,8 @@
 """Feature sums in done-records: the second pass over the samples that is not needed."""
 
+import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,14 @@ from jobs.evaluate import evaluate
 from pipeline.config.evaluate import EvaluateConfig, FeatureNetworkConfig
 from pipeline.errors import DamageError, UserError
 from pipeline.evaluate.networks import Features
-from pipeline.evaluate.record import FeatureTally, add_records, network_for_sums, parse_record
+from pipeline.evaluate.record import (
+    FeatureRecord,
+    FeatureTally,
+    add_records,
+    network_for_sums,
+    parse_record,
+)
+from pipeline.evaluate.sums import Sums, sums_of
 from pipeline.generate.finish import publish
 from pipeline.generate.ledger import Harvest
 from pipeline.generate.plan import shard, shards
@@ -43,6 +53,12 @@ def test_the_records_alone_give_what_the_samples_give(digits: str, tmp_path: Pat
     assert quick["class_accuracy"] == whole["class_accuracy"]
     parts = [parse_record(read_record(store, spec, unit).features, "here") for unit in shards(spec)]
     assert add_records(parts) == add_records([add_records(parts[:3]), add_records(parts[:2:-1])])
+    key = shard(spec, 1).done_key  # made before the classifier was trained anew
+    told = json.loads(store.read(key))
+    told["features"]["network"] = "0" * 64
+    store.write(key, json.dumps(told).encode())
+    with pytest.raises(UserError, match="another network's"):
+        evaluate(EvaluateConfig(reference=digits, records_only=True), config.output, silent)
 
 
 def test_a_generation_without_sums_says_how_to_get_them(digits: str, tmp_path: Path) -> None:
@@ -66,6 +82,27 @@ def test_damaged_sums_and_vectors_too_long_are_refused() -> None:
         parse_record({"network": 3}, "here")
     with pytest.raises(ValueError, match="at least one"):
         add_records([])
+
+
+def test_records_are_added_up_one_at_a_time() -> None:
+    alive: weakref.WeakSet[FeatureRecord] = weakref.WeakSet()
+    most = 0
+
+    def records() -> Iterator[FeatureRecord]:
+        nonlocal most
+        for number in range(20):
+            vectors = np.full((1, 3), number, np.float32)
+            made = FeatureRecord(network="n", sums=sums_of(vectors).to_text(), right=number)
+            alive.add(made)
+            most = max(most, len(alive))
+            yield made
+            del made
+
+    total = add_records(records())
+    assert (total.right, Sums.from_text(total.sums).count) == (190, 20)
+    assert most <= 3
+    with pytest.raises(ValueError, match="one feature network"):
+        add_records([total, total.model_copy(update={"network": "other"})])
 
 
 def test_only_sums_that_fit_are_asked_for(digits: str, monkeypatch: pytest.MonkeyPatch) -> None:
