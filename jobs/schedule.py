@@ -85,6 +85,8 @@ class Runner:
         began = dt.datetime.now(dt.UTC)
         print(f"{began:%F %T}Z nightly begins", flush=True)
         self._process = subprocess.Popen(self._command)
+        if self._ended.is_set():  # asked while it began
+            self.end()
         code = self._process.wait()
         minutes = (dt.datetime.now(dt.UTC) - began).total_seconds() / 60
         print(

@@ -1,6 +1,7 @@
 """The scheduler: its time of day, its one process at a time, its end."""
 
 import datetime as dt
+import subprocess
 import sys
 import threading
 import time
@@ -50,6 +51,18 @@ def test_a_night_is_missed_once_its_hour_has_passed(tmp_path: Path) -> None:
 def test_a_night_runs_to_its_end_and_tells_its_code(capfd: pytest.CaptureFixture[str]) -> None:
     assert Runner([sys.executable, "-c", "print('made'); raise SystemExit(3)"])() == 3
     assert "ended with 3" in capfd.readouterr().out
+
+
+def test_a_night_that_begins_while_the_schedule_ends_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner([sys.executable, "-c", "import time; time.sleep(60)"])
+    begin = subprocess.Popen
+
+    def begin_late(command: list[str]) -> subprocess.Popen[bytes]:
+        runner.end()  # from the signal's thread, at the worst moment
+        return begin(command)
+
+    monkeypatch.setattr(subprocess, "Popen", begin_late)
+    assert runner() == -15
 
 
 def test_ending_the_schedule_ends_the_night_and_begins_no_other() -> None:
