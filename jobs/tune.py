@@ -60,6 +60,11 @@ def run(config: TuneConfig, progress: Progress) -> int:
     real = reference(index, config.evaluate.network, config.evaluate.batch_size)
     tried: list[Candidate] = []
     for candidate in _try_all(config, model, asked, real):
+        if config.metric not in candidate.metrics:
+            raise UserError(
+                f"tune.metric: these samples and this reference have no {config.metric}; "
+                f"known are {', '.join(candidate.metrics)}, or raise count"
+            )
         tried.append(candidate)
         progress(len(tried), len(asked), _name(candidate.sampler))
     best = recommended(tried, config)
@@ -99,7 +104,8 @@ def evaluations(sampler: SamplerConfig) -> int:
 
 def recommended(tried: Sequence[Candidate], config: TuneConfig) -> Candidate:
     """The cheapest candidate that is nearly as good as the best."""
-    limit = min(c.metrics[config.metric].value for c in tried) * (1 + config.tolerance)
+    best = min(c.metrics[config.metric].value for c in tried)
+    limit = best + config.tolerance * abs(best)  # an unbiased kernel distance may be below 0
     return min(
         (c for c in tried if c.metrics[config.metric].value <= limit),
         key=lambda c: (c.evaluations, c.seconds),

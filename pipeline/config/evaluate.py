@@ -124,8 +124,10 @@ class TuneConfig(Settings):
     """Names the noise."""
     batch_size: int = Field(default=125, ge=1)
     """Images the network sees at once."""
-    metric: str = "frechet"
-    """The figure that is quality; lower is better."""
+    metric: Literal[
+        "frechet", "frechet_ratio", "frechet_ratio_logits", "frechet_to_half", "kernel", "near_copies"
+    ] = "frechet"
+    """The figure that is quality; of each of these lower is better."""
     tolerance: float = Field(default=0.05, ge=0)
     """The recommended sampler is the cheapest whose metric is within this share of the best."""
     output: str = "{root}/tuning"

@@ -1,6 +1,8 @@
 """Settings of the nightly job."""
 
-from pydantic import Field
+import re
+
+from pydantic import Field, field_validator
 
 from pipeline.config.base import Settings
 from pipeline.config.evaluate import EvaluateConfig
@@ -41,3 +43,11 @@ class NightlyConfig(Settings):
     """URL that is sent a JSON document when a night fails or drifts. None = the exit code alone tells."""
     max_shown: int = Field(default=14, ge=1)
     """Contact sheets on the history page, newest first."""
+
+    @field_validator("webhook")
+    @classmethod
+    def _is_an_address(cls, webhook: str | None) -> str | None:
+        """A webhook's path is often its secret, so what is wrong with it is said without it."""
+        if webhook is not None and not re.match(r"https?://[^/\s]", webhook):
+            raise ValueError("not an http(s) address; write https://…")
+        return webhook

@@ -22,7 +22,7 @@ class TrackConfig(Settings):
     """
 
     heartbeat_seconds: float = Field(default=60.0, ge=1.0, le=3600.0)
-    """How often a living run says so; the janitor's patience must be several times this."""
+    """How often a living run says so; the patience of `ddpm janitor` must be several times this."""
 
     system_metrics_seconds: float | None = Field(default=30.0, ge=1.0, le=3600.0)
     """Interval of processor and memory readings, one sampler a node; None disables them."""
@@ -31,9 +31,6 @@ class TrackConfig(Settings):
     """How long a finishing job waits for the tracking server; what is left then stays in the spool for a
     replay.
     """
-
-    stale_after_minutes: float = Field(default=30.0, ge=1.0)
-    """A run without a sign of life for this long is closed by the janitor."""
 
 
 def filed_under(experiment: str) -> BeforeValidator:

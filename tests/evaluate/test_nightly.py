@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 import jobs.nightly
 from jobs.evaluate import evaluate
@@ -168,6 +169,13 @@ def test_a_drifting_night_is_told_by_exit_code_and_webhook(nights: Change) -> No
         server.server_close()
     assert heard[0]["date"] == "2026-03-04"
     assert "frechet is" in heard[0]["what"]
+
+
+def test_a_webhook_that_is_no_address_is_refused_before_the_night_and_not_repeated(nights: Change) -> None:
+    told = nights().model_dump(mode="json") | {"webhook": "hooks.example/s3cr3t"}
+    with pytest.raises(ValidationError, match="not an http") as refused:
+        NightlyConfig.model_validate(told)
+    assert refused.value.errors()[0]["type"] == "value_error"  # whose input the command line does not repeat
 
 
 def test_a_deaf_webhook_changes_nothing(nights: Change, capsys: pytest.CaptureFixture[str]) -> None:

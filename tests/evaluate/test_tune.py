@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from pydantic import ValidationError
 
 import jobs.tune
 from infra.local import LocalStack
@@ -62,6 +63,27 @@ TRIED = [
 def test_the_cheapest_that_is_nearly_as_good_as_the_best_is_recommended(model: Path, tmp_path: Path) -> None:
     assert recommended(TRIED, config(model, "d", tmp_path, tolerance=0.05)) is TRIED[1]
     assert recommended(TRIED, config(model, "d", tmp_path, tolerance=0.01)) is TRIED[3]
+
+
+def test_a_best_figure_below_zero_is_still_recommended(model: Path, tmp_path: Path) -> None:
+    below = [candidate("ddim", 5, 0.1), candidate("ddim", 10, -0.2)]
+    assert recommended(below, config(model, "d", tmp_path)) is below[1]
+
+
+def test_a_figure_that_is_none_is_refused_before_anything_is_sampled(model: Path, tmp_path: Path) -> None:
+    for name in ("fretchet", "class_accuracy"):  # higher is better in the second
+        with pytest.raises(ValidationError, match="metric"):
+            config(model, "d", tmp_path, metric=name)
+
+
+def test_a_figure_that_so_few_samples_do_not_have_is_told_after_the_first_sampler(
+    digits: str, model: Path, tmp_path: Path
+) -> None:
+    asked = config(model, digits, tmp_path / "tuning", metric="frechet_ratio")
+    heard: list[int] = []
+    with pytest.raises(UserError, match=r"tune\.metric: .* no frechet_ratio"):
+        jobs.tune.run(asked, lambda done, total, note="": heard.append(done))
+    assert heard == []
 
 
 def test_the_front_holds_what_nothing_cheaper_beats_and_heun_pays_twice() -> None:
