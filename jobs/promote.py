@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.gate import Decision, judge, table, verdict
 from pipeline.evaluate.measured import Measured
 from pipeline.evaluate.reference import reference
-from pipeline.track import ModelVersion, resolve, set_alias, tracking_client, versions
+from pipeline.track import ModelVersion, resolve, set_alias, set_version_tags, versions
 
 VERDICT_TAG = "ddpm.gate"
 DECISION_TAG = "ddpm.gate.decision"
@@ -118,7 +118,7 @@ def keep(decision: Decision, challenger: ModelVersion, champion: ModelVersion | 
     tags = {VERDICT_TAG: decision.verdict, DECISION_TAG: text}
     if decision.verdict == "promoted" and champion is not None:
         tags[BEFORE_TAG] = str(champion.version)
-    _set_tags(challenger, tags)
+    set_version_tags(challenger, tags)
     if decision.verdict == "promoted":
         set_alias(challenger.name, alias, challenger.version)
 
@@ -136,7 +136,7 @@ def rollback(name: str, alias: str = "champion") -> int:
         raise UserError(f"model {champion.reference}: replaced no one, so there is no version to go back to")
     previous = resolve(f"{name}/{before}")
     set_alias(name, alias, previous.version)
-    _set_tags(
+    set_version_tags(
         champion,
         {VERDICT_TAG: f"rolled back to {previous.reference} at {time.strftime('%F %T', time.gmtime())}Z"},
     )
@@ -156,12 +156,6 @@ def _sampled(version: ModelVersion, gate: GateConfig) -> Measured:
         batch_size=min(gate.batch_size, gate.count),
     )
     return measure_model(find_model(version.reference), asked, gate.evaluate)
-
-
-def _set_tags(version: ModelVersion, tags: dict[str, str]) -> None:
-    client = tracking_client()
-    for name, value in tags.items():
-        client.set_model_version_tag(version.name, str(version.version), name, value)
 
 
 if __name__ == "__main__":

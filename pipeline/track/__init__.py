@@ -17,6 +17,7 @@ from pipeline.track.registry import (
     register,
     resolve,
     set_alias,
+    set_version_tags,
     versions,
 )
 from pipeline.track.run import Run, describe, find_latest_run, find_run, finish, open_run, picture, set_tags
@@ -51,6 +52,7 @@ __all__ = [
     "resolve",
     "set_alias",
     "set_tags",
+    "set_version_tags",
     "source_tags",
     "sweep_spools",
     "tracking_client",

@@ -206,6 +206,14 @@ def set_alias(name: str, alias: str, version: int, uri: str | None = None) -> No
 
 
 @patient("the model registry")
+def set_version_tags(version: ModelVersion, tags: Mapping[str, str], uri: str | None = None) -> None:
+    """Set tags on a registered version, beside those it has."""
+    client = tracking_client(uri)
+    for name, value in redact(tags).items():
+        client.set_model_version_tag(version.name, str(version.version), name, str(value))
+
+
+@patient("the model registry")
 def delete_alias(name: str, alias: str, uri: str | None = None) -> None:
     """Take `name@alias` away; the version stays. Nothing happens when there is no such alias."""
     if any(alias in v.aliases for v in versions(name, uri)):
@@ -287,10 +295,9 @@ def _fetch(client: "MlflowClient", version: ModelVersion, name: str, folder: Pat
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    source = client.get_model_version_download_uri(version.name, str(version.version))
-    place = f"{source}/artifacts/{MODEL_FOLDER}/{name}"
-
     def fetch() -> str:
+        source = client.get_model_version_download_uri(version.name, str(version.version))
+        place = f"{source}/artifacts/{MODEL_FOLDER}/{name}"
         return download_artifacts(
             artifact_uri=place, dst_path=str(folder / "raw"), tracking_uri=address, registry_uri=address
         )
