@@ -11,10 +11,11 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 
 from benchmarks.common import put_between
 from infra.local import LocalStack, export_environment
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _stack() -> Iterator[tuple[LocalStack, Path]]:
+def _stack() -> Generator[tuple[LocalStack, Path]]:
     """A stack in a folder of its own, ended with all it started; after a loss the folder stays."""
     os.environ.update(LOOPBACK_SETTINGS)
     os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -70,12 +71,16 @@ def _stack() -> Iterator[tuple[LocalStack, Path]]:
     bare = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_", "DDPM_"))}
     folder = Path(tempfile.mkdtemp(prefix="ddpm-chaos-"))
     stack = LocalStack(folder / "stack", "s3", HEAD_CPUS, environ=bare)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _leave)
     print("starting a stack to attack", flush=True)
     with ended_after(stack):
         stack.up()
         export_environment(stack.root)
         yield stack, folder
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    sys.exit(143)
 
 
 def row(outcome: dict[str, object]) -> str:

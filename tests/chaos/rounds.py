@@ -3,6 +3,7 @@
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Generator, Mapping
@@ -15,6 +16,7 @@ from pipeline.config.data import PackConfig
 from pipeline.data import pack
 from tests.chaos.faults import FAULTS, Fault, Scene
 from tests.chaos.works import Fingerprint, Generation, Training, Work, differences
+from tests.driving import ray_workers
 from tests.generate.tiny import tiny_model
 from tests.relay import Relay
 
@@ -88,7 +90,8 @@ class Arena:
             _until(work, float("inf"))
             lost = differences(expected, work.fingerprint())
         except HungError as error:
-            lost = [str(error)]
+            found = stacks(self._stack, work, self.folder / f"hung-{kind}-{seed}-{number}.txt")
+            lost = [f"{error}; where its processes stood: {found}"]
         finally:
             with suppress(ProcessLookupError):
                 work.driver.process.kill()
@@ -108,6 +111,16 @@ class Arena:
         if kind == "training":
             return Training(f"{self.place}/data", place, name, folder, cache)
         return Generation(self.folder / "model", place, name, folder)
+
+
+def stacks(stack: LocalStack, work: Work, dest: Path) -> Path:
+    """Write down where every thread of the driver and its workers stands, as py-spy sees it; returns `dest`."""
+    spy = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or "py-spy"  # comes with Ray
+    processes = [work.driver.process.pid, *(one.pid for one in ray_workers(stack, work.actor))]
+    with dest.open("w") as out:
+        for pid in processes:
+            subprocess.run([spy, "dump", "--pid", str(pid)], stdout=out, stderr=out, check=False, timeout=60)
+    return dest
 
 
 class HungError(Exception):
