@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import BinaryIO, Protocol, cast
@@ -14,7 +15,7 @@ from pipeline.data.index import Index, ShardEntry
 from pipeline.data.location import Location
 from pipeline.data.shards import plain_stream
 from pipeline.errors import DamageError
-from pipeline.store import FileStore, ObjectChanged, Store
+from pipeline.store import ObjectChanged, Store
 
 COPY_BYTES = 1 << 20
 
@@ -37,28 +38,37 @@ class Access(Protocol):
         ...
 
 
-class FileAccess:
-    """Shards that lie in a local directory, read in place. Keeps at most `most_open` descriptors."""
+class DescriptorAccess(ABC):
+    """Shards that are files of this machine. Keeps at most `most_open` descriptors."""
 
-    def __init__(self, index: Index, store: FileStore, most_open: int) -> None:
+    def __init__(self, index: Index, store: Store, most_open: int) -> None:
         self.index, self.store = index, store
         self.files = OpenFiles(most_open)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         where = f"{self.store.uri}/{self.index.shards[shard].name}"
-        return read_exactly(self._fd(shard), offset, size, where)
+        return read_exactly(self.fd(shard), offset, size, where)
 
     def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
-        return map(os.pread, itertools.repeat(self._fd(shard)), sizes, offsets)
+        return map(os.pread, itertools.repeat(self.fd(shard)), sizes, offsets)
 
     def close(self) -> None:
         self.files.close()
 
-    def _fd(self, shard: int) -> int:
+    def fd(self, shard: int) -> int:
+        """A descriptor of a shard, which is opened if need be."""
         fd = self.files.get(shard)
-        return self.files.put(shard, self._open(shard)) if fd is None else fd
+        return self.files.put(shard, self.opened(shard)) if fd is None else fd
 
-    def _open(self, shard: int) -> int:
+    @abstractmethod
+    def opened(self, shard: int) -> int:
+        """A new descriptor of a shard."""
+
+
+class FileAccess(DescriptorAccess):
+    """Shards that lie in a local directory, read in place."""
+
+    def opened(self, shard: int) -> int:
         entry = self.index.shards[shard]
         with self.store.open(entry.name, etag=trusted_tag(self.index, entry)) as file:
             return os.dup(file.fileno())

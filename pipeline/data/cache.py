@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import itertools
 import os
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.data.access import OpenFiles, bring, read_exactly
+from pipeline.data.access import DescriptorAccess, bring
 from pipeline.data.index import Index
 from pipeline.data.order import GlobalOrder, Window
 from pipeline.errors import DamageError, UserError
@@ -55,9 +54,6 @@ class ShardCache:
         with _locked(path.with_suffix(".lock")):
             fd = self._there(path)  # another process may have brought it while this one waited
             return self._bring(shard, path) if fd is None else fd
-
-    def has(self, shard: int) -> bool:
-        return self.path(shard).exists()
 
     def touch(self, shard: int) -> None:
         """Say that a shard is in use, so that it is not the next to go."""
@@ -121,32 +117,24 @@ class ShardCache:
         return used + wanted_bytes <= self.limit_bytes
 
 
-class CacheAccess:
+class CacheAccess(DescriptorAccess):
     """Random access to shards through the cache (see access.Access)."""
 
     def __init__(self, cache: ShardCache, most_open: int) -> None:
-        self.cache, self.files = cache, OpenFiles(most_open)
+        super().__init__(cache.index, cache.store, most_open)
+        self.cache = cache
         self._touched: dict[int, float] = {}
 
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        where = f"{self.cache.store.uri}/{self.cache.index.shards[shard].name}"
-        return read_exactly(self._fd(shard), offset, size, where)
-
-    def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
-        return map(os.pread, itertools.repeat(self._fd(shard)), sizes, offsets)
-
-    def close(self) -> None:
-        self.files.close()
-
-    def _fd(self, shard: int) -> int:
-        now = time.monotonic()
-        fd = self.files.get(shard)
-        if fd is None:
-            fd = self.files.put(shard, self.cache.open(shard))
-            self._touched[shard] = now
-        elif now - self._touched[shard] > TOUCH_SECONDS:
+    def fd(self, shard: int) -> int:
+        fd, now = super().fd(shard), time.monotonic()
+        if now - self._touched[shard] > TOUCH_SECONDS:
             self.cache.touch(shard)
             self._touched[shard] = now
+        return fd
+
+    def opened(self, shard: int) -> int:
+        fd = self.cache.open(shard)
+        self._touched[shard] = time.monotonic()
         return fd
 
 
