@@ -124,7 +124,7 @@ def _tar_files(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _class_number(data: bytes, where: str) -> int:
     text = data.strip()
-    if not text.isdigit():
+    if not text.isdigit() or len(text) > 9:
         raise UserError(f"{where} holds {text[:40]!r}; a class number is expected")
     return int(text)
 

@@ -19,6 +19,7 @@ from pydantic_core import from_json
 
 from pipeline.data.images import ImageShape
 from pipeline.data.location import Location
+from pipeline.data.moments import Moments
 from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectMissing, Store, open_store
 
@@ -116,16 +117,16 @@ class Index(BaseModel):
     @property
     def channel_mean(self) -> list[float] | None:
         """Mean of each channel in uint8 units (0..255), if every shard's pixels were looked at."""
-        moments = self._moments()
-        return None if moments is None else [float(m) for m in moments[0]]
+        found = self._mean_and_std()
+        return None if found is None else found[0]
 
     @property
     def channel_std(self) -> list[float] | None:
         """Standard deviation of each channel in uint8 units, over all pixels."""
-        moments = self._moments()
-        return None if moments is None else [float(np.sqrt(v)) for v in moments[1]]
+        found = self._mean_and_std()
+        return None if found is None else found[1]
 
-    def _moments(self) -> tuple[list[float], list[float]] | None:
+    def _mean_and_std(self) -> tuple[list[float], list[float]] | None:
         if self.image is None or any(
             s.channel_sums is None or s.channel_squares is None for s in self.shards
         ):
@@ -134,10 +135,7 @@ class Index(BaseModel):
         columns = range(self.image.channels)
         sums = [sum((s.channel_sums or ())[c] for s in self.shards) for c in columns]
         squares = [sum((s.channel_squares or ())[c] for s in self.shards) for c in columns]
-        means = [total / pixels for total in sums]
-        # Integers up to the last division: the difference of two near numbers is taken exactly.
-        variances = [(squares[c] * pixels - sums[c] ** 2) / pixels**2 for c in columns]
-        return means, variances
+        return Moments(tuple(sums), tuple(squares)).mean_and_std(pixels)
 
 
 def content_digest(

@@ -14,7 +14,8 @@ from pipeline.data.build import shards_to_index
 from pipeline.data.hashing import HashingReader
 from pipeline.data.images import ImageShape, UInt8, decode, probe
 from pipeline.data.index import Index, load_index
-from pipeline.data.scan import add_moments, channel_moments, image_extension, label_of
+from pipeline.data.moments import Moments, add_moments, moments_of
+from pipeline.data.scan import image_extension, label_of
 from pipeline.data.shards import Parts, plain_stream, read_samples
 from pipeline.errors import DamageError, UserError
 from pipeline.store import Store, open_store
@@ -64,7 +65,7 @@ def inspect(
         if progress is not None:
             progress(done, len(keys))
     names = None if index is None else index.class_names
-    mean, std = tally.moments()
+    mean, std = tally.mean_and_std()
     return Inspection(
         uri=uri,
         index_digest=None if index is None else index.digest,
@@ -106,8 +107,7 @@ class _Tally:
     labels: Counter[int] = field(default_factory=Counter[int])
     damage: list[str] = field(default_factory=list[str])
     tiles: list[UInt8] = field(default_factory=list[UInt8])
-    sums: tuple[int, ...] | None = None
-    squares: tuple[int, ...] | None = None
+    moments: Moments | None = None
 
     def add(self, where: str, key: str, parts: Parts, keep: bool) -> None:
         """Count a sample, or its damage."""
@@ -124,20 +124,16 @@ class _Tally:
             return
         self.shapes[shape] += 1
         self.labels[label] += 1
-        sums, squares = channel_moments(pixels)
-        self.sums, self.squares = add_moments(self.sums, sums), add_moments(self.squares, squares)
+        self.moments = add_moments(self.moments, moments_of(pixels))
         if keep:
             self.tiles.append(pixels)
 
-    def moments(self) -> tuple[list[float] | None, list[float] | None]:
+    def mean_and_std(self) -> tuple[list[float] | None, list[float] | None]:
         """Mean and standard deviation of each channel, over images of one shape."""
-        if len(self.shapes) != 1 or self.sums is None or self.squares is None:
+        if len(self.shapes) != 1 or self.moments is None:
             return None, None
         ((shape, count),) = self.shapes.items()
-        pixels = count * shape.height * shape.width
-        means = [total / pixels for total in self.sums]
-        variances = [(q * pixels - s * s) / pixels**2 for s, q in zip(self.sums, self.squares, strict=True)]
-        return means, [float(np.sqrt(v)) for v in variances]
+        return self.moments.mean_and_std(count * shape.height * shape.width)
 
 
 def _index_of(uri: str, tally: _Tally) -> Index | None:

@@ -24,9 +24,10 @@ from pipeline.data.archives import ParquetSource, TarSource
 from pipeline.data.images import ImageShape, encode_npy
 from pipeline.data.index import MEMBER, MemberTable, ShardEntry, assemble_index, load_index
 from pipeline.data.location import SUFFIXES, Location
+from pipeline.data.moments import Moments, add_moments, moments_of
 from pipeline.data.picture import Fact, examine, to_pixels
 from pipeline.data.png import encode_png
-from pipeline.data.scan import add_moments, channel_moments, index_shard
+from pipeline.data.scan import index_shard
 from pipeline.data.shards import write_shard
 from pipeline.data.sources import DigitsSource, FolderSource, Source, ZipSource, read_item
 from pipeline.data.spread import Spread, by_threads
@@ -288,16 +289,14 @@ def pack_shard(config: PackConfig, plan_digest: str, unit: PackUnit, source: Sou
     if (entry := _recorded(store, plan_digest, unit)) is not None:
         return entry
     encode = encode_png if config.payload == "png" else encode_npy
-    sums: tuple[int, ...] | None = None
-    squares: tuple[int, ...] | None = None
+    moments: Moments | None = None
     samples: list[tuple[str, dict[str, bytes]]] = []
     for number, item in enumerate(unit.items, unit.first_sample):
         try:
             pixels = to_pixels(config, read_item(source, item))
         except DamageError as error:
             raise DamageError(f"{source.items[item].name}: {error}; it changed while being packed") from error
-        moments = channel_moments(pixels)
-        sums, squares = add_moments(sums, moments[0]), add_moments(squares, moments[1])
+        moments = add_moments(moments, moments_of(pixels))
         files = {config.payload: encode(pixels)}
         if source.items[item].label >= 0:
             files["cls"] = str(source.items[item].label).encode()
@@ -307,7 +306,8 @@ def pack_shard(config: PackConfig, plan_digest: str, unit: PackUnit, source: Sou
     entry, table = index_shard(store, unit.key)
     if entry.sha256 != hashlib.sha256(data).hexdigest():
         raise DamageError(f"{config.dest}/{unit.key}: what the store returns is not what was written")
-    entry = entry.model_copy(update={"channel_sums": sums, "channel_squares": squares})
+    if moments is not None:
+        entry = entry.model_copy(update={"channel_sums": moments.sums, "channel_squares": moments.squares})
     store.write(unit.table_key, table.tobytes())
     record = {"plan": plan_digest, "entry": entry.model_dump(mode="json")}
     store.write(unit.record_key, json.dumps(record).encode() + b"\n")

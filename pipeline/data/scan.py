@@ -10,8 +10,9 @@ import numpy as np
 from pydantic_core import from_json
 
 from pipeline.data.hashing import HashingReader
-from pipeline.data.images import EXTENSIONS, ImageShape, UInt8, decode, probe
+from pipeline.data.images import EXTENSIONS, ImageShape, decode, probe
 from pipeline.data.index import MEMBER, MemberTable, ShardEntry, table_hash
+from pipeline.data.moments import Moments, add_moments, moments_of
 from pipeline.data.shards import GZIP_MAGIC, Parts, plain_stream, read_samples
 from pipeline.errors import DamageError
 from pipeline.store import ObjectMissing, Store
@@ -60,8 +61,8 @@ def index_shard(
         num_labelled=int((table["label"] >= 0).sum()),
         max_label=int(table["label"].max(initial=-1)),
         ignored_members=len(ignored),
-        channel_sums=facts.sums if pixels else None,
-        channel_squares=facts.squares if pixels else None,
+        channel_sums=None if facts.moments is None else facts.moments.sums,
+        channel_squares=None if facts.moments is None else facts.moments.squares,
     )
     return entry, table
 
@@ -75,8 +76,7 @@ class _Facts:
     pixels: bool
     rows: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
     shapes: set[ImageShape] = field(default_factory=set[ImageShape])
-    sums: tuple[int, ...] | None = None
-    squares: tuple[int, ...] | None = None
+    moments: Moments | None = None
 
     def add(self, key: str, parts: Parts) -> None:
         extension = image_extension(parts, f"{self.shard}: sample {key!r}")
@@ -84,7 +84,7 @@ class _Facts:
         try:
             shape = probe(data)
             if self.pixels:
-                self._count(decode(data, shape))
+                self.moments = add_moments(self.moments, moments_of(decode(data, shape)))
         except DamageError as error:
             raise DamageError(f"{self.shard}: {member.name!r} at byte {member.offset}: {error}") from error
         if member.size_bytes >= 1 << 32:
@@ -92,11 +92,6 @@ class _Facts:
         self.shapes.add(shape)
         number = label_of(parts, self.label_field, f"{self.shard}: sample {key!r}")
         self.rows.append((member.offset, member.size_bytes, zlib.crc32(data), number))
-
-    def _count(self, pixels: UInt8) -> None:
-        sums, squares = channel_moments(pixels)
-        self.sums = add_moments(self.sums, sums)
-        self.squares = add_moments(self.squares, squares)
 
 
 def image_extension(parts: Any, where: str) -> str:
@@ -130,22 +125,6 @@ def label_of(parts: Parts, label_field: str | None, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
         raise DamageError(f"{where}: its .json has the label {value!r}; a class number is expected")
     return value
-
-
-def channel_moments(pixels: UInt8) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Exact sums, and sums of squares, of each channel of uint8 (height, width, channels)."""
-    counts = [np.bincount(pixels[:, :, c].ravel(), minlength=256) for c in range(pixels.shape[2])]
-    values = np.arange(256)
-    return tuple(int(n @ values) for n in counts), tuple(int(n @ values**2) for n in counts)
-
-
-def add_moments(total: tuple[int, ...] | None, more: tuple[int, ...]) -> tuple[int, ...]:
-    """Sums by channel; grey among colour counts in each of the three."""
-    if total is None:
-        return more
-    width = max(len(total), len(more))
-    spread = [t * width if len(t) == 1 else t for t in (total, more)]
-    return tuple(a + b for a, b in zip(*spread, strict=True))
 
 
 class _Counted:
