@@ -19,7 +19,7 @@ from pydantic_core import from_json
 
 from pipeline.data.images import ImageShape
 from pipeline.data.location import Location
-from pipeline.data.moments import Moments
+from pipeline.data.moments import Moments, add_moments
 from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectMissing, Store, open_store
 
@@ -127,15 +127,14 @@ class Index(BaseModel):
         return None if found is None else found[1]
 
     def _mean_and_std(self) -> tuple[list[float], list[float]] | None:
-        if self.image is None or any(
-            s.channel_sums is None or s.channel_squares is None for s in self.shards
-        ):
+        total: Moments | None = None
+        for shard in self.shards:
+            if shard.channel_sums is None or shard.channel_squares is None:
+                return None
+            total = add_moments(total, Moments(shard.channel_sums, shard.channel_squares))
+        if self.image is None or total is None:
             return None
-        pixels = self.num_samples * self.image.height * self.image.width
-        columns = range(self.image.channels)
-        sums = [sum((s.channel_sums or ())[c] for s in self.shards) for c in columns]
-        squares = [sum((s.channel_squares or ())[c] for s in self.shards) for c in columns]
-        return Moments(tuple(sums), tuple(squares)).mean_and_std(pixels)
+        return total.mean_and_std(self.num_samples * self.image.height * self.image.width)
 
 
 def content_digest(

@@ -153,6 +153,17 @@ def test_a_number_of_thousands_of_digits_is_a_name_like_any_other() -> None:
     assert expand(pattern) == [pattern]
 
 
+def test_a_grey_shard_among_coloured_ones_counts_in_every_channel(uri: str) -> None:
+    store = open_store(uri)
+    for number, channels in enumerate((1, 3)):
+        files = {"png": encoded(picture(number, channels=channels))}
+        store.write(f"{number}.tar", write_shard([("a", files)]))
+    index = build_index(uri, pixels=True)
+    both = np.concatenate([np.repeat(picture(0, channels=1), 3, axis=2), picture(1)])
+    assert index.channel_mean == pytest.approx(both.mean(axis=(0, 1)))
+    assert index.channel_std == pytest.approx(both.std(axis=(0, 1)))
+
+
 def test_grey_and_colour_of_one_size_are_a_colour_set(uri: str) -> None:
     shard = write_shard(
         [("a", {"png": encoded(picture(0))}), ("b", {"png": encoded(picture(1, channels=1))})]
