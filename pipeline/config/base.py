@@ -9,3 +9,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
     )
+
+
+def refuse_idle(settings: Settings, fields: tuple[str, ...], because: str) -> None:
+    """Raise ValueError for the first of `fields` that was moved from its default although it has no
+    effect."""
+    for name in fields:
+        if getattr(settings, name) != type(settings).model_fields[name].default:
+            raise ValueError(f"{name} has no effect {because}; leave it out")

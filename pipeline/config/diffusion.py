@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Settings
+from pipeline.config.base import Settings, refuse_idle
 from pipeline.config.net import UNetConfig
 from pipeline.errors import UserError
 
@@ -14,14 +14,6 @@ Weighting = Literal["uniform", "min-snr"]
 Variance = Literal["fixed-small", "fixed-large", "learned"]
 SamplerKind = Literal["ancestral", "ddim", "dpm++2m", "heun"]
 Spacing = Literal["trailing", "leading", "karras"]
-
-
-def refuse_idle(settings: Settings, fields: tuple[str, ...], because: str) -> None:
-    """Raise ValueError for the first of `fields` that was moved from its default although it has no
-    effect."""
-    for name in fields:
-        if getattr(settings, name) != type(settings).model_fields[name].default:
-            raise ValueError(f"{name} has no effect {because}; leave it out")
 
 
 class ScheduleConfig(Settings):

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Settings
+from pipeline.config.base import Settings, refuse_idle
 from pipeline.config.data import DataConfig
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig, refuse_idle
+from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from pipeline.config.evaluate import GateConfig
 from pipeline.config.net import UNetConfig
 from pipeline.config.track import TrackConfig, filed_under
