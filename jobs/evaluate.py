@@ -52,7 +52,7 @@ def run_call(call: Call, prefix: str | None = None, against: str | None = None) 
     def work(config: EvaluateConfig, progress: Progress) -> int:
         return run(config, prefix or _output_of(call), progress, call.as_json, against)
 
-    return run_job("evaluate", EvaluateConfig, work, call, unit="shards")
+    return run_job("evaluate", EvaluateConfig, work, call, unit="images")
 
 
 def run(
@@ -149,11 +149,10 @@ def measure_generation(
 ) -> Measured:
     """The samples of a complete generation as the feature network sees them."""
     entries = list(read_entries(open_store(output)))
-    total = len(entries)
     parts: list[Measured] = []
-    for data in pool(GenerationShard(manifest.spec, entries, output, config), range(total)):
+    for data in pool(GenerationShard(manifest.spec, entries, output, config), range(len(entries))):
         parts.append(Measured.from_bytes(data, output))
-        progress(len(parts), total)
+        progress(sum(map(len, parts)), manifest.count)
     return join(parts)
 
 

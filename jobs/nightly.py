@@ -154,7 +154,7 @@ def measured_night(
         )
     kept = kept_evaluation(asked.output)
     found = kept if kept is not None and kept.spec_digest == manifest.spec_digest else None
-    evaluation = found or evaluate(config.evaluate, asked.output, progress)
+    evaluation = found or evaluate(config.evaluate, asked.output, _measured(manifest.count, progress))
     logged = try_to_log(evaluation, config.evaluate.track)
     if logged is not None:
         print(f"{date}: figures {logged}")
@@ -237,6 +237,15 @@ def only_one(output: str) -> Generator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _measured(count: int, progress: Progress) -> Progress:
+    """The progress of an evaluation, which counts other images besides (held-out ones), told in a night's samples."""
+
+    def report(done: int, total: int, note: str = "") -> None:
+        progress(count * done // max(1, total), count, note or "measured")
+
+    return report
 
 
 def _sheet(prefix: str) -> bytes | None:

@@ -29,16 +29,21 @@ class Progress(Protocol):
 
 
 class Rate:
-    """Units a second and seconds left, measured from the first report: earlier work does not count."""
+    """Units a second and seconds left, measured from the first report: earlier work does not count.
+
+    Where the count falls back, another piece of work begins (the next night), and is measured for itself.
+    """
 
     def __init__(self) -> None:
         self._start: tuple[float, int] | None = None
+        self._last = 0
 
     def measure(self, done: int, total: int) -> tuple[float, float | None]:
         """Returns (units per second, seconds left or None while unknown)."""
         now = time.monotonic()
-        if self._start is None:
+        if self._start is None or done < self._last:
             self._start = (now, done)
+        self._last = done
         began, first = self._start
         rate = (done - first) / (now - began) if now > began else 0.0
         return rate, (total - done) / rate if rate > 0 else None

@@ -66,6 +66,13 @@ def test_a_night_is_made_once_and_then_left_alone(nights: Change, capsys: pytest
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_the_measuring_of_a_night_is_told_in_its_samples(nights: Change) -> None:
+    told: list[tuple[int, int, str]] = []
+    assert run(nights(), lambda done, total, note="": told.append((done, total, note)), D1, D1) == 0
+    assert told[-1] == (20, 20, "measured")
+    assert {total for _, total, _ in told} == {20}
+
+
 def test_three_dates_are_back_filled_and_latest_is_the_newest(nights: Change) -> None:
     config = nights()
     store = open_store(config.generate.output)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobs.progress import progress_of
+from jobs.progress import Rate, progress_of
 from pipeline import logs
 from pipeline.logs import JsonLines, located, name_process
 
@@ -81,6 +81,13 @@ def test_progress_and_records_are_lines_of_json(capsys: pytest.CaptureFixture[st
     lines = [json.loads(text) for text in capsys.readouterr().err.splitlines()]
     assert [(entry.get("done"), entry.get("total")) for entry in lines] == [(5, 10), (10, 10), (None, None)]
     assert lines[-1]["logger"] == "pipeline.anything"
+
+
+def test_a_second_piece_of_work_is_timed_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 1000.0, 1010.0])
+    monkeypatch.setattr("jobs.progress.time.monotonic", lambda: next(clock))
+    rate = Rate()
+    assert [rate.measure(done, 100) for done in (0, 100, 0, 50)] == [(0, None), (10, 0), (0, None), (5, 10)]
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
