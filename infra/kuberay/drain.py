@@ -11,9 +11,11 @@ import sys
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 PORT = 8265
+MOST_UNANSWERED = 3
 _ENDED = {"STOPPED", "SUCCEEDED", "FAILED"}
 
 
@@ -22,16 +24,27 @@ def drain(
 ) -> list[str]:
     """Wait until no job runs, with `stop` after asking each to end; return those still running at the limit.
 
-    Raises OSError when the job server does not answer.
+    A job that refuses keeps no other from being asked, and is asked again. Raises OSError when the job server does not
+    answer several times in a row: once may be the machine's being busy.
     """
     deadline = time.monotonic() + limit_seconds
     asked: set[str] = set()
+    unanswered = 0
     while True:
-        running = _running(address, token)
+        try:
+            running = _running(address, token)
+        except OSError:
+            unanswered += 1
+            if unanswered >= MOST_UNANSWERED or time.monotonic() > deadline:
+                raise
+            time.sleep(poll_seconds)
+            continue
+        unanswered = 0
         for name in running if stop else ():
             if name not in asked:
-                _ask(f"{address}/api/jobs/{name}/stop", token, b"")
-                asked.add(name)
+                with suppress(OSError):
+                    _ask(f"{address}/api/jobs/{name}/stop", token, b"")
+                    asked.add(name)
         if not running or time.monotonic() > deadline:
             return running
         time.sleep(poll_seconds)

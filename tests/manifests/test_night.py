@@ -140,6 +140,44 @@ def test_without_a_job_server_a_head_says_so_and_a_worker_ends_at_once(
     assert drain.main(["everybody"], nobody) == 2
 
 
+class BusyJobServer(BaseHTTPRequestHandler):
+    """Two jobs, the first of which cannot be stopped; every other list of them is an error."""
+
+    lists: ClassVar[int] = 0
+    running: ClassVar[set[str]] = set()
+
+    def do_GET(self) -> None:
+        cls = type(self)
+        cls.lists += 1
+        jobs = [{"submission_id": name, "status": "RUNNING"} for name in sorted(cls.running)]
+        self._send(500 if cls.lists % 2 else 200, jobs)
+
+    def do_POST(self) -> None:
+        name = self.path.split("/")[-2]
+        if name == "b":
+            type(self).running.discard(name)
+        self._send(200 if name == "b" else 500, {})
+
+    def _send(self, code: int, body: Any) -> None:
+        self.send_response_only(code)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+def test_a_busy_job_server_and_a_job_that_will_not_stop_keep_no_other_from_saving() -> None:
+    BusyJobServer.lists, BusyJobServer.running = 0, {"a", "b"}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BusyJobServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        assert drain.drain(f"http://127.0.0.1:{server.server_port}", "", 1.0, poll_seconds=0.05) == ["a"]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 SAVING = """
 import signal, time
 def save(*_):
