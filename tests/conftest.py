@@ -9,6 +9,7 @@ import pytest
 from infra.local import LocalStack, export_environment
 from infra.local.ray import LOOPBACK_SETTINGS
 from pipeline.errors import UserError
+from tests.chronicle import PROPERTY
 from tests.driving import ended_after
 
 # Ray reads these when it is first imported, which is before the stack is there to say so.
@@ -34,6 +35,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes; make test LONG=1 runs it"))
     items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("stack", "last")])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests recorded of how long things took, also of those that passed."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    for report in reports:
+        told = dict(getattr(report, "user_properties", ())).get(PROPERTY)
+        if told is not None and report.when == "call":
+            terminalreporter.section(f"chronicle of {report.nodeid}")
+            terminalreporter.write_line("\n".join(told))
 
 
 @pytest.fixture(scope="session")

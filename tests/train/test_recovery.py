@@ -22,6 +22,7 @@ from pipeline.data import pack
 from pipeline.track import find_run, resolve, tracking_client
 from pipeline.train.checkpoint import finished_steps, latest_checkpoint
 from pipeline.train.prepare import Plan, prepare
+from tests.chronicle import PROPERTY, Chronicle
 from tests.driving import Driver, ended_after, ray_workers
 from tests.relay import Relay
 from tests.train.group import Outcome, run_group
@@ -126,7 +127,11 @@ class Job(Driver):
 
     def wait_for_step(self, step: int) -> None:
         """Until a checkpoint of at least this step is there."""
-        self.wait_until(lambda: any(done >= step for done in finished_steps(self.plan.store)))
+        self.wait_until(lambda: self.step() >= step)
+
+    def step(self) -> int:
+        """Of the last checkpoint."""
+        return max(finished_steps(self.plan.store), default=0)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 200) -> None:
         deadline = time.monotonic() + seconds
@@ -192,9 +197,14 @@ def test_killed_at_five_places_it_ends_in_the_same_weights_and_the_same_charts(
     node: list[Node],
     relays: Relays,
     calm: Outcome,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    chance = random.Random(5)
+    chance = random.Random(int(os.environ.get("DDPM_TEST_SEED", "5")))
     job = Job(config_of(data, prefix, "killed"), tmp_path, cluster, relays)
+    chronicle = Chronicle(job.step, job.log)
+
+    def kill_a_worker() -> None:
+        job.kill_a_worker(chance)
 
     def kill_a_worker_in_an_outage() -> None:
         job.kill_a_worker(chance)
@@ -219,7 +229,7 @@ def test_killed_at_five_places_it_ends_in_the_same_weights_and_the_same_charts(
         job.again()
 
     strikes = [
-        lambda: job.kill_a_worker(chance),
+        kill_a_worker,
         kill_a_worker_in_an_outage,
         job.kill_the_driver,
         lose_the_node,
@@ -227,11 +237,15 @@ def test_killed_at_five_places_it_ends_in_the_same_weights_and_the_same_charts(
         ask_to_end,
     ]
     chance.shuffle(strikes)
-    for number, strike in enumerate(strikes):
-        # all within the first half: what is left must take longer than to see that it is time
-        job.wait_for_step(int((number + chance.random()) * STEPS / 2 / len(strikes)))
-        strike()
-    assert "goes on from step" in job.ends()
+    try:
+        for number, strike in enumerate(strikes):
+            # all within the first half: what is left must take longer than to see that it is time
+            job.wait_for_step(int((number + chance.random()) * STEPS / 2 / len(strikes)))
+            with chronicle.strike(strike.__name__):
+                strike()
+        assert "goes on from step" in job.ends()
+    finally:
+        record_property(PROPERTY, chronicle.end())
 
     expected, found = calm.checkpoint, ema_of(job.plan)
     assert expected is not None
