@@ -217,11 +217,6 @@ class NoiseSchedule:
         _check_same_shape("x0", x0, x_t)
         return (x_t - self._signal(t, x_t) * x0) / self._noise(t, x_t)
 
-    def velocity(self, x0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
-        """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x0 (Salimans & Ho 2022, section 4)."""
-        _check_same_shape("noise", noise, x0)
-        return self._signal(t, x0) * noise - self._noise(t, x0) * x0
-
     def posterior(self, x0: Tensor, x_t: Tensor, t: Timestep) -> Gaussian:
         """q(x_{t-1} | x_t, x_0) (DDPM eq. 6 and 7); at entry 0 the mean is exactly x0 and the variance 0."""
         _check_same_shape("x0", x0, x_t)

@@ -46,7 +46,8 @@ def oracle(x0: Tensor, noise: Tensor, target: Target) -> Callable[..., Tensor]:
 
     def net(x: Tensor, t: Tensor, **_: object) -> Tensor:
         if target == "v":
-            return SCHEDULE.velocity(x0, noise, t)
+            signal = SCHEDULE.gather(SCHEDULE.alpha_bars, t, x0)
+            return signal.sqrt() * noise - (1 - signal).sqrt() * x0
         return noise if target == "eps" else x0
 
     return net
