@@ -5,6 +5,7 @@
 Started again with the same settings it goes on from the last checkpoint, and does nothing once it is done.
 """
 
+import logging
 import os
 import sys
 import tempfile
@@ -46,10 +47,14 @@ from pipeline.train.diary import FINAL_GRID
 from pipeline.train.initial import stage_initial
 from pipeline.train.models import ModelLog, logged_name
 from pipeline.train.prepare import Plan, prepare
+from pipeline.train.restart import GroupCameToNothingError
 from pipeline.train.result import export_model
 from pipeline.train.worker import Task
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+MOST_STARTS = 10
+"""How often workers may be lost before they train: enough for bad luck, too few for what is broken."""
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +71,15 @@ def run_call(call: Call, alone: bool = False) -> int:
 
 def train(config: TrainConfig, progress: Progress, alone: bool = False) -> int:
     """Check, train, register. Returns the exit code; raises UserError before any work starts."""
+    for start in range(1, MOST_STARTS):
+        try:
+            return _train(config, progress, alone, again=start > 1)
+        except GroupCameToNothingError as error:
+            log.warning("%s; starting over, %d of %d", error, start + 1, MOST_STARTS)
+    return _train(config, progress, alone, again=True)
+
+
+def _train(config: TrainConfig, progress: Progress, alone: bool, again: bool) -> int:
     require_server()
     plan = prepare(config)
     key = f"train/{config.name}-{plan.identity}-{config.steps}"
@@ -75,7 +89,7 @@ def train(config: TrainConfig, progress: Progress, alone: bool = False) -> int:
         _say_where(before, _version_of(config.name, before.run_id))
         return DONE
     stop = threading.Event()
-    with _cluster(config, alone), on_stop_signal(stop.set, "saving, then ending"):
+    with _cluster(config, alone, again), on_stop_signal(stop.set, "saving, then ending"):
         run = _open(plan, key)
         if plan.finished_steps:
             print(f"goes on from step {plan.finished_steps} of {config.steps}")
@@ -118,13 +132,16 @@ def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
 
 
 @contextmanager
-def _cluster(config: TrainConfig, alone: bool) -> Generator[None]:
+def _cluster(config: TrainConfig, alone: bool, again: bool) -> Generator[None]:
     if alone:
         yield
         return
     with ray_cluster():
         workers = config.workers
-        require_resources(workers.fewest, workers.cpus_per_worker, workers.gpus_per_worker, "train.workers")
+        if not again:  # a node that was lost since may come back
+            require_resources(
+                workers.fewest, workers.cpus_per_worker, workers.gpus_per_worker, "train.workers"
+            )
         yield
 
 

@@ -4,6 +4,8 @@ Nothing of the result depends on Ray: checkpoints live in our store, and a repla
 """
 
 import logging
+import math
+import os
 import tempfile
 import threading
 import time
@@ -14,7 +16,14 @@ import ray
 import ray.exceptions
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -22,12 +31,23 @@ from pipeline.errors import DamageError, UserError, WorkFailed
 from pipeline.logs import set_up_logging
 from pipeline.store import StoreUnreachable
 from pipeline.train.loop import NonFiniteError
+from pipeline.train.restart import GroupCameToNothingError
 from pipeline.train.session import OnProgress
 from pipeline.train.worker import Place, Task, train_worker
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+QUIET_SECONDS = 60.0
+"""Without news for this long, then for twice as long and so on, the job says so, and what it may be waiting for."""
+ROOM_VARIABLE, ROOM_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30"
+"""How long Ray waits for room for all workers before it says that there is none."""
+NO_ROOM = "WorkerGroupStartupTimeoutError"
+"""What Ray calls that; the class is not public."""
+MOST_STARTS = 30
+"""How often there may be no room: a node that went has a quarter of an hour to come back."""
+LIVES_SECONDS = 10.0
+"""Rank 0 has asked whether to stop within this time, or it is gone."""
 
 
 @ray.remote(num_cpus=0)
@@ -41,14 +61,20 @@ class Board:
         self._news: tuple[int, str] | None = None
         self._stop = False
         self._failure: Exception | None = None
+        self._heard_at = -math.inf
 
     def note(self, step: int, text: str) -> None:
         """Rank 0: finished steps and a short text."""
         self._news = (step, text)
 
     def stop_asked(self) -> bool:
-        """Rank 0: whether the training shall stop."""
+        """Rank 0, every half second: whether the training shall stop."""
+        self._heard_at = time.monotonic()
         return self._stop
+
+    def silence_seconds(self) -> float:
+        """Driver: since rank 0 of any group last asked; infinite before the first did."""
+        return time.monotonic() - self._heard_at
 
     def fail(self, error: Exception) -> None:
         """A rank: it met what would be met again. The first to say so is heard."""
@@ -71,15 +97,16 @@ def train_on_cluster(task: Task, on_progress: OnProgress, stop: threading.Event)
     """Run the training to its end, or to a checkpoint once `stop` is set. Needs a connected `ray`.
 
     Raises what a worker met and would meet again (UserError, DamageError, NonFiniteError), and WorkFailed when the
-    workers failed more often than `workers.max_failures` or the cluster is gone.
+    workers failed more often than `workers.max_failures` or the cluster is gone. GroupCameToNothingError: the caller
+    shall leave the cluster, join it again and call this again.
     """
     here = ray.get_runtime_context().get_node_id()
     board: Any = Board.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)).remote()
+    os.environ.setdefault(ROOM_VARIABLE, ROOM_SECONDS)
     with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as scratch:
-        trainer = _trainer(task, board, scratch)
         try:
             with _watching(board, task.config.steps, on_progress, stop):
-                trainer.fit()
+                _fit(task, board, scratch, stop)
         except TrainingFailedError as error:
             _raise_failure(board)
             raise WorkFailed(_given_up(error, task.config.workers.max_failures)) from error
@@ -89,6 +116,48 @@ def train_on_cluster(task: Task, on_progress: OnProgress, stop: threading.Event)
                 "command goes on from the last checkpoint"
             ) from error
         _raise_failure(board)
+
+
+def _fit(task: Task, board: Any, scratch: str, stop: threading.Event) -> None:
+    """Train to the end, and wait for room where there is none: a lost node may come back.
+
+    Raises GroupCameToNothingError for what the job answers by starting over.
+    """
+    for start in range(1, MOST_STARTS + 1):
+        try:
+            return _run(_trainer(task, board, scratch))
+        except ControllerError as error:
+            reason = error.controller_failure
+            if type(reason).__name__ != NO_ROOM and not stop.is_set():
+                words = " ".join(str(reason).split())[:200] or type(reason).__name__
+                raise GroupCameToNothingError(f"workers were lost before they trained ({words})") from None
+            if start == MOST_STARTS:
+                raise
+        if stop.is_set():
+            return None
+        log.warning("no room for all workers; looking again, %d of %d", start + 1, MOST_STARTS)
+    return None
+
+
+def _run(trainer: TorchTrainer) -> None:
+    """`trainer.fit()` in a thread: in the main one Ray would put a handler of its own in the place of the job's.
+
+    It would end on Ctrl-C without a checkpoint, and hold on to the controller.
+    """
+    met: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001  (raised where it is waited for)
+            met.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+    if met:
+        raise met.pop()
 
 
 def _trainer(task: Task, board: Any, scratch: str) -> TorchTrainer:
@@ -109,9 +178,8 @@ def _trainer(task: Task, board: Any, scratch: str) -> TorchTrainer:
         run_config=RunConfig(
             name=f"{task.config.name}-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
-            # a group that finds no room within a minute counts as the controller's failure: a node that went
-            # has a quarter of an hour to come back
-            failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=15),
+            # what keeps a group from training is the controller's failure; `_fit` and the job answer it
+            failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=0),
         ),
     )
 
@@ -194,6 +262,8 @@ class _watching:  # noqa: N801  (reads as a phrase after `with`)
     def __init__(self, board: Any, total: int, on_progress: OnProgress, stop: threading.Event) -> None:
         self._board, self._total, self._tell, self._stop = board, total, on_progress, stop
         self._over = threading.Event()
+        self._step: int | None = None
+        self._news_at, self._patience = time.monotonic(), QUIET_SECONDS
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def __enter__(self) -> None:
@@ -208,6 +278,7 @@ class _watching:  # noqa: N801  (reads as a phrase after `with`)
         asked = False
         while not self._over.is_set():
             self._look()
+            self._say_if_quiet()
             if self._stop.is_set() and not asked:
                 self._board.ask_to_stop.remote()
                 asked = True
@@ -220,3 +291,27 @@ class _watching:  # noqa: N801  (reads as a phrase after `with`)
             return  # no news while the cluster recovers; the training itself reports failure
         if news is not None:
             self._tell(news[0], self._total, news[1])
+            if news[0] != self._step:
+                self._step, self._news_at, self._patience = news[0], time.monotonic(), QUIET_SECONDS
+
+    def _say_if_quiet(self) -> None:
+        quiet = time.monotonic() - self._news_at
+        if quiet < self._patience:
+            return
+        self._patience *= 2
+        try:
+            silence: float | None = ray.get(self._board.silence_seconds.remote(), timeout=5)
+        except (ray.exceptions.RayError, TimeoutError):
+            silence = None
+        log.warning(what_keeps_it(quiet, self._step or 0, silence))
+
+
+def what_keeps_it(quiet_seconds: float, step: int, silence_seconds: float | None) -> str:
+    """A line for a training without news; `silence_seconds`: since rank 0 was heard, None where nobody can say."""
+    if silence_seconds is None:
+        what = "the cluster does not answer"
+    elif silence_seconds < LIVES_SECONDS:
+        what = "its workers live: they wait for the store or for each other, or their steps are long"
+    else:
+        what = "no workers are at it: Ray starts them, or waits for room for them"
+    return f"no news for {quiet_seconds:.0f} s, after step {step}: {what}"

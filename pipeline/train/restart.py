@@ -1,0 +1,11 @@
+"""When a job shall start itself over."""
+
+from pipeline.errors import WorkFailed
+
+
+class GroupCameToNothingError(WorkFailed):
+    """A group of workers was lost before it trained, as when one of them dies while they join each other.
+
+    Ray Train keeps what such a group had reserved, workers and placement group, for as long as its driver is
+    connected: no group after it would find room. So the job leaves the cluster and begins again.
+    """
