@@ -44,6 +44,7 @@ PROBE_POLICY = RetryPolicy(attempts=2)  # for `require_container`: a person is w
 PART_BYTES = 16 << 20  # S3 asks for at least 5 MiB a part; 10,000 parts of 16 MiB are 156 GiB
 CHUNK_BYTES = 1 << 20
 MD5_TAG = re.compile(r"[0-9a-f]{32}")
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 CONNECT_SECONDS, READ_SECONDS = 5, 60
 
 MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
@@ -74,16 +75,17 @@ class S3Store(Store):
         gateway can answer with the length of one version and the bytes of the other.
         """
         before: tuple[bytes, str | None] | None = None
-        for failures in range(1, self.policy.attempts + 1):
+        for failures in range(self.policy.attempts):
+            if failures:
+                time.sleep(self.policy.pause_seconds(failures))
             with suppress(ObjectChanged):
                 tag = _Tag()
                 with self._stream(key, 0, tag) as stream:
                     found = (stream.readall(), tag.value)
                 # Twice the same is no accident but a store whose tags are no digests.
-                if _bears_out(*found) or found == before:
+                if tag.encrypted or _bears_out(*found) or found == before:
                     return found[0]
                 before = found
-            time.sleep(self.policy.pause_seconds(failures))
         raise StoreUnreachable(f"{self.uri}/{key}: replaced whenever it was read; try again later")
 
     def read_range(self, key: str, start: int, length: int, *, etag: str | None = None) -> bytes:
@@ -191,6 +193,7 @@ class S3Store(Store):
             ):  # seen of an object that was just being deleted
                 raise StoreUnreachable(f"{self.uri}/{key}: {endpoint()} gave half an answer; try again later")
             tag.value = tag.value or _bare(found["ETag"])
+            tag.encrypted = "SSECustomerAlgorithm" in found or "SSEKMSKeyId" in found
             total = int(found["ContentRange"].rpartition("/")[2])
             return _Connection(found["Body"]), total if stop is None else min(total, stop)
 
@@ -212,10 +215,25 @@ class S3Store(Store):
             finish = partial(
                 self._client.complete_multipart_upload, **where, MultipartUpload={"Parts": parts}
             )
-            return self._call(key, finish)["ETag"]
+            return self._finished(key, finish, path.stat().st_size)
         except BaseException:
-            self._call(key, partial(self._client.abort_multipart_upload, **where))
+            with suppress(UserError):  # what failed first is what is told
+                self._call(key, partial(self._client.abort_multipart_upload, **where), PROBE_POLICY)
             raise
+
+    def _finished(self, key: str, finish: Callable[[], Any], size_bytes: int) -> str:
+        """The tag of the completed upload. Asked again after a lost answer, a store knows of no upload any more."""
+        try:
+            return self._call(key, finish)["ETag"]
+        except boto_errors.ClientError as error:
+            there = self.stat(key)
+            if _code(error) != "NoSuchUpload":
+                raise
+            if there is None or there.size_bytes != size_bytes:
+                raise StoreUnreachable(
+                    f"{self.uri}/{key}: its upload was ended by others; try again"
+                ) from error
+            return there.etag
 
     def _call(self, key: str, action: Callable[[], T], policy: RetryPolicy | None = None) -> T:
         return retrying(policy or self.policy, _may_retry, lambda: self._explained(key, action))
@@ -287,6 +305,8 @@ class _Tag:
     """Which version of an object a stream holds to; empty = the one it meets."""
 
     value: str | None = None
+    encrypted: bool = False
+    """Its bytes have been encrypted under a key of the user's: the tag is not their digest."""
 
 
 class _NoBytes:
@@ -329,9 +349,10 @@ _clients_lock = threading.Lock()
 
 def _client() -> S3Client:
     """This process's client for the present environment: connections must not be shared across a fork."""
-    where = tuple(os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"))
+    where = tuple(os.environ.get(name, "") for name in ENDPOINT_VARIABLES)
     who = tuple(
-        os.environ.get(name, "") for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE")
+        os.environ.get(name, "")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
     )
     identity = (os.getpid(), repr((where, who)))
     with _clients_lock:

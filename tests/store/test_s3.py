@@ -48,6 +48,26 @@ def test_an_upload_that_fails_leaves_no_parts_behind(
     assert store.stat("big") is None
 
 
+def test_an_upload_whose_last_answer_was_lost_is_done(
+    moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "big").write_bytes(bytes(20 << 20))
+    store = S3Store(moto, policy=RetryPolicy(first_pause_seconds=0.001))
+    client = store._client
+    real, asked = client.complete_multipart_upload, []
+
+    def unheard(**arguments: object) -> object:
+        asked.append(arguments)
+        answer = real(**arguments)
+        if len(asked) == 1:
+            raise ConnectionResetError
+        return answer
+
+    monkeypatch.setattr(client, "complete_multipart_upload", unheard)
+    assert store.upload("big", tmp_path / "big") == store.stat("big")
+    assert len(asked) == 2
+
+
 def test_more_objects_than_a_page_are_all_listed(moto: str) -> None:
     store = open_store(f"s3://{moto}")
     client = boto3.client("s3")
