@@ -29,14 +29,17 @@ def drain(
     """
     deadline = time.monotonic() + limit_seconds
     asked: set[str] = set()
-    unanswered = 0
+    unanswered, running = 0, list[str]()
     while True:
         try:
             running = _running(address, token)
         except OSError:
             unanswered += 1
-            if unanswered >= MOST_UNANSWERED or time.monotonic() > deadline:
+            late = time.monotonic() > deadline
+            if unanswered >= MOST_UNANSWERED or (late and not running):
                 raise
+            if late:
+                return running  # as the last answer had it
             time.sleep(poll_seconds)
             continue
         unanswered = 0

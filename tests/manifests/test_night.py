@@ -172,7 +172,7 @@ def test_a_busy_job_server_and_a_job_that_will_not_stop_keep_no_other_from_savin
     server = ThreadingHTTPServer(("127.0.0.1", 0), BusyJobServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        assert drain.drain(f"http://127.0.0.1:{server.server_port}", "", 1.0, poll_seconds=0.05) == ["a"]
+        assert drain.drain(f"http://127.0.0.1:{server.server_port}", "", 2.0, poll_seconds=0.05) == ["a"]
     finally:
         server.shutdown()
         server.server_close()
