@@ -208,38 +208,25 @@ def pool_of(config: EvaluateConfig) -> Generator[Pool]:
         yield in_process
         return
     from jobs.cluster import ray_cluster, require_resources
+    from jobs.spread import ClusterSpread
 
     with ray_cluster():
         require_resources(config.num_workers, 1, 0, "evaluate")
-        yield _RayPool(config.num_workers)
+        spread = ClusterSpread(config.num_workers)
+        yield lambda work, shards: spread(_OneThread(work), shards)
 
 
-class _RayPool:
-    """Shards as Ray tasks, a few at a time; results in order. Ray tries a task again when its node is lost."""
+class _OneThread:
+    """Work in one thread, as in the driver, so that both round alike."""
 
-    def __init__(self, num_workers: int) -> None:
-        self._num_workers = num_workers
+    def __init__(self, work: ShardWork) -> None:
+        self._work = work
 
-    def __call__(self, work: ShardWork, shards: Sequence[int]) -> Iterator[bytes]:
-        import ray
+    def __call__(self, number: int) -> bytes:
+        import torch
 
-        task = ray.remote(num_cpus=1, max_retries=3)(_measure_alone)
-        there = ray.put(work)
-        waiting = list(shards)
-        under_way = [task.remote(there, number) for number in waiting[: self._num_workers]]
-        del waiting[: self._num_workers]
-        while under_way:
-            yield ray.get(under_way.pop(0))
-            if waiting:
-                under_way.append(task.remote(there, waiting.pop(0)))
-
-
-def _measure_alone(work: ShardWork, number: int) -> bytes:
-    """The body of a Ray task. One thread, as in the driver, so that both round alike."""
-    import torch
-
-    torch.set_num_threads(1)
-    return work(number)
+        torch.set_num_threads(1)
+        return self._work(number)
 
 
 def terms_of(config: EvaluateConfig, count: int, real: Measured, digest: str) -> Terms:

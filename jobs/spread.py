@@ -1,4 +1,4 @@
-"""Units of packing and indexing on the machines of a Ray cluster, when one is there and the work is worth it."""
+"""Units of work on the machines of a Ray cluster, with their results in order."""
 
 import os
 from collections import deque
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from jobs.cluster import ray_cluster
 from pipeline.data.spread import Spread
-from pipeline.errors import DamageError, UserError
+from pipeline.errors import DamageError, UserError, WorkFailed
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,7 +23,9 @@ UNDER_WAY_PER_CPU = 2
 class ClusterSpread:
     """Tasks on the cluster this process has joined (see pipeline.data.spread)."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        """`most` tasks at a time; None = as many as keep every core of the cluster busy."""
+        self._most = most
         self.workers: set[tuple[str, int]] = set()
         """(node, process) of whoever did a unit."""
 
@@ -32,12 +34,12 @@ class ClusterSpread:
 
         task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_attempted)
         shared = ray.put(work)  # once, not with every unit
-        most = UNDER_WAY_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        most = self._most or UNDER_WAY_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
         under_way: deque[Any] = deque()
         try:
             for item in items:
                 under_way.append(task.remote(shared, item))
-                if len(under_way) > most:
+                if len(under_way) >= most:
                     yield self._result(under_way.popleft())
             while under_way:
                 yield self._result(under_way.popleft())
@@ -47,13 +49,15 @@ class ClusterSpread:
 
     def _result(self, reference: Any) -> Any:
         import ray
-        from ray.exceptions import WorkerCrashedError
+        from ray.exceptions import RayError, RayTaskError
 
         try:
             who, result, error = ray.get(reference)
-        except WorkerCrashedError:
-            raise UserError(
-                f"cluster: a unit of this job ended its worker {RETRIES + 1} times; "
+        except RayTaskError:
+            raise  # a fault of this program: its traceback is wanted
+        except RayError as lost:
+            raise WorkFailed(
+                f"cluster: a unit of this job lost its worker {RETRIES + 1} times ({type(lost).__name__}); "
                 "see the workers' logs for why (memory?), or unset RAY_ADDRESS to work here"
             ) from None
         self.workers.add(who)

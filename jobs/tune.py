@@ -8,8 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from typing import Any
+from functools import partial
 
 import yaml
 
@@ -194,22 +193,11 @@ def _try_all(
             yield try_sampler(config, model, sampler, real)
         return
     from jobs.cluster import ray_cluster, require_resources
+    from jobs.spread import ClusterSpread
 
-    with ExitStack() as stack:
-        stack.enter_context(ray_cluster())
+    with ray_cluster():
         require_resources(config.num_workers, 1, 0, "tune")
-        import ray
-
-        task: Any = ray.remote(num_cpus=1, max_retries=3)(try_sampler)
-        shared: list[Any] = [ray.put(config), ray.put(model)]
-        measured = ray.put(real)
-        waiting = list(asked)
-        under_way = [task.remote(*shared, s, measured) for s in waiting[: config.num_workers]]
-        del waiting[: config.num_workers]
-        while under_way:
-            yield ray.get(under_way.pop(0))
-            if waiting:
-                under_way.append(task.remote(*shared, waiting.pop(0), measured))
+        yield from ClusterSpread(config.num_workers)(partial(try_sampler, config, model, real=real), asked)
 
 
 def _name(sampler: SamplerConfig) -> str:

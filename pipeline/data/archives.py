@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,25 +92,32 @@ class ParquetSource(Source):
             image, label = _columns(table.schema_arrow, file)
             self.class_names = _hugging_face_names(table.schema_arrow.metadata, label) or self.class_names
             columns = [image] if label is None else [image, label]
-            row = 0
-            for batch in table.iter_batches(batch_size=256, columns=columns):
-                for record in batch.to_pylist():
-                    name = f"{file.name}#{row:09d}"
-                    value = record[image]
-                    data = value.get("bytes") if isinstance(value, dict) else value
-                    if data is None:
-                        raise UserError(
-                            f"source: {name}: holds no image bytes; only embedded images can be packed"
-                        )
-                    self._blob.add(data)
-                    items.append(Item(name, -1 if label is None else _parquet_label(record[label], name)))
-                    row += 1
+            for row, record in enumerate(_parquet_rows(table, columns, file)):
+                name = f"{file.name}#{row:09d}"
+                value = record[image]
+                data = value.get("bytes") if isinstance(value, dict) else value
+                if data is None:
+                    raise UserError(
+                        f"source: {name}: holds no image bytes; only embedded images can be packed"
+                    )
+                self._blob.add(data)
+                items.append(Item(name, -1 if label is None else _parquet_label(record[label], name)))
         if not items:
             raise UserError(f"source: {path} holds no rows; check the path")
         self.items = items
 
     def read(self, number: int) -> bytes:
         return self._blob.get(number)
+
+
+def _parquet_rows(table: Any, columns: Sequence[str], file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:  # Arrow's own errors are both
+        raise UserError(
+            f"source: {file}: damaged ({str(error).splitlines()[0]}); get the file again"
+        ) from None
 
 
 def _tar_files(path: Path) -> Iterator[tuple[str, bytes]]:

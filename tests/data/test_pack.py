@@ -127,6 +127,15 @@ def test_every_kind_of_source_gives_the_same_samples(
     assert load_index(f"{uri}/other").class_names == ("cat", "dog")
 
 
+def test_a_parquet_file_damaged_inside_is_refused_by_its_name(uri: str, tmp_path: Path) -> None:
+    file = parquet(folder(tmp_path / "in", {"cat": 5}), tmp_path / "packed")
+    data = bytearray(file.read_bytes())
+    data[4:200] = b"\xff" * 196  # the pages; the footer at the end is whole
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"packed\.parquet: damaged .*; get the file again"):
+        pack(PackConfig(source=str(file), dest=uri))
+
+
 def test_a_webdataset_tar_is_a_source_too(uri: str, tmp_path: Path) -> None:
     sixty(f"{uri}/first", shard_size=100)
     shard = Path(uri.removeprefix("file://")) / "first" / "shards" / "000000.tar"
