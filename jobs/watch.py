@@ -28,6 +28,8 @@ REMARK = re.compile(
     r"\bcore_worker\.cc:\d+: Actor with class name: .* has constructor arguments in the object store"
 )
 
+_FACTS = {"what", "unit", "done", "total", "note"}
+
 
 def job_client() -> JobSubmissionClient:
     """A client of the job server that RAY_JOB_ADDRESS names. Raises UserError when it cannot be used."""
@@ -61,6 +63,12 @@ def follow(client: JobSubmissionClient, name: str) -> int:
         return DONE
     if info.driver_exit_code is not None and info.driver_exit_code > 0:
         return int(info.driver_exit_code)
+    if not info.status.is_terminal():
+        print(
+            f"error: job {name} goes on, but its output broke off; look again: ddpm logs -f {name}",
+            file=sys.stderr,
+        )
+        return FAILED
     print(f"error: job {name} ended {info.status}: {info.message}", file=sys.stderr)
     return FAILED
 
@@ -160,9 +168,10 @@ def _progress_fact(line: str) -> dict[str, Any] | None:
     if not line.startswith(MARK):
         return None
     try:
-        return json.loads(line.removeprefix(MARK))
+        fact = json.loads(line.removeprefix(MARK))
     except json.JSONDecodeError:
         return None  # two processes wrote at once: shown as it is
+    return fact if isinstance(fact, dict) and fact.keys() >= _FACTS else None
 
 
 def _quieten_ray() -> None:
