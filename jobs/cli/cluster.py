@@ -107,8 +107,7 @@ def replay(
     """Deliver metrics to MLflow that ended jobs could not."""
 
     def work() -> int:
-        from pipeline.track import replay_all
-        from pipeline.train.diary import spool_folder
+        from pipeline.track import replay_all, spool_folder
 
         left = replay_all(folder or spool_folder())
         for place, points in left.items():
@@ -126,8 +125,7 @@ def janitor(
     """Close runs that say RUNNING although their job is dead, and remove this machine's delivered spools."""
 
     def work() -> int:
-        from pipeline.track import close_stale_runs, sweep_spools
-        from pipeline.train.diary import spool_folder
+        from pipeline.track import close_stale_runs, spool_folder, sweep_spools
 
         closed = close_stale_runs(idle_minutes=idle_minutes)
         for run in closed:

@@ -1,9 +1,6 @@
 """A generation's MLflow run: one a generation, however often it is interrupted or extended."""
 
-import os
-import tempfile
 import time
-from pathlib import Path
 
 import yaml
 
@@ -24,6 +21,7 @@ from pipeline.track import (
     require_server,
     resolve,
     source_tags,
+    spool_folder,
 )
 
 _POINT_SECONDS = 5.0
@@ -55,7 +53,7 @@ class Diary:
         if model.version is not None:
             link_model(self._run.run_id, resolve(f"{model.name}/{model.version}"))
         self._spool = Spool(
-            _spool_folder() / self._run.run_id,
+            spool_folder() / self._run.run_id,
             None,
             self._run.run_id,
             send_interval_seconds=track.send_interval_seconds,
@@ -145,7 +143,3 @@ def _params(spec: Spec) -> dict[str, object]:
 
 def _description(config: GenerateConfig, spec: Spec) -> str:
     return f"{spec.count:,} samples from index {spec.first_index}, into `{config.output}`."
-
-
-def _spool_folder() -> Path:
-    return Path(os.environ.get("DDPM_SPOOL") or Path(tempfile.gettempdir()) / "ddpm-spool")

@@ -9,7 +9,9 @@ import io
 import json
 import logging
 import math
+import os
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 log = logging.getLogger(__name__)
+SPOOL_VARIABLE = "DDPM_SPOOL"
 _ILLEGAL_IN_NAME = re.compile(r"[^\w\-./ :]")
 _ILLEGAL_IN_IMAGE_KEY = re.compile(r"[^a-zA-Z0-9_\-./ ]")
 _MAX_NAME = 250
@@ -168,6 +171,11 @@ class Spool:
                 log.exception("run %s: delivery failed, points wait in %s", self.run_id, self.directory)
             return False
         return True
+
+
+def spool_folder() -> Path:
+    """Where this machine keeps points that are under way: $DDPM_SPOOL, else the temporary folder."""
+    return Path(os.environ.get(SPOOL_VARIABLE) or Path(tempfile.gettempdir()) / "ddpm-spool")
 
 
 def replay(directory: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> int:

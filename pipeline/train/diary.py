@@ -1,10 +1,7 @@
 """Rank 0's record of a training: points and pictures for MLflow, through the spool, never waited for."""
 
 import io
-import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,9 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config.track import TrackConfig
-from pipeline.track import Spool
+from pipeline.track import Spool, spool_folder
 
-SPOOL_VARIABLE = "DDPM_SPOOL"
 TENSOR = "diary/undelivered"
 FINAL_GRID = "figures/final.png"
 
@@ -75,8 +71,3 @@ class Diary:
     ) -> None:
         if self._spool is not None:
             self._spool.close(self._close_seconds)
-
-
-def spool_folder() -> Path:
-    """Where this machine keeps points that are under way: $DDPM_SPOOL, else the temporary folder."""
-    return Path(os.environ.get(SPOOL_VARIABLE) or Path(tempfile.gettempdir()) / "ddpm-spool")

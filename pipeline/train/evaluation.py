@@ -7,6 +7,7 @@ overfitting (docs/quality.md has measures that do).
 """
 
 import math
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -58,9 +59,8 @@ class FixedEvaluation:
     def _read(self, count: int) -> tuple[Tensor, Tensor | None]:
         """The samples, read once: images uint8 (count, C, H, W), labels int64 (count,) if the network has classes."""
         if self._samples is None:
-            source = SampleSource(self._reading(), self._index, self._trainer.config.seed)
-            found = patiently(lambda: source.get(np.arange(count, dtype=np.int64)))
-            source.close()
+            with closing(SampleSource(self._reading(), self._index, self._trainer.config.seed)) as source:
+                found = patiently(lambda: source.get(np.arange(count, dtype=np.int64)))
             told = self._trainer.config.net.num_classes is not None
             self._samples = found.images, found.labels if told else None
         return self._samples

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pipeline.config.base import Settings
+from pipeline.config.document import parse_document
 from pipeline.config.train import TrainConfig
 from pipeline.errors import DamageError, UserError
 from pipeline.nets.artifact import (
@@ -83,7 +84,8 @@ def stage_initial(store: Store, initial: Initial) -> None:
 
 def staged_weights(store: Store, sha256: str) -> dict[str, Tensor]:
     """The staged weights by parameter. Raises DamageError when they are not those the identity was made of."""
-    card = ModelCard.model_validate_json(patiently(lambda: store.read(FOLDER + CARD_FILE)))
+    data = patiently(lambda: store.read(FOLDER + CARD_FILE))
+    card = parse_document(ModelCard, data, f"{store.uri}/{FOLDER}{CARD_FILE}", "a model card")
     weights = patiently(lambda: store.read(FOLDER + WEIGHTS_FILE))
     where = f"{store.uri}/{FOLDER}{WEIGHTS_FILE}"
     if card.weights.sha256 != sha256:

@@ -6,8 +6,7 @@ from contextlib import ExitStack, closing, contextmanager
 
 from pipeline.config.track import TrackConfig
 from pipeline.errors import UserError
-from pipeline.track import Spool, SystemSampler
-from pipeline.train.diary import spool_folder
+from pipeline.track import Spool, SystemSampler, spool_folder
 
 log = logging.getLogger(__name__)
 LONGEST_CLOSE_SECONDS = 5.0

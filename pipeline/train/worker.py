@@ -65,14 +65,12 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
     name_process(run=task.config.name, rank=place.rank)
     config = with_micro_batch(task.config, place.world, place.device)
     store = open_store(task.run_uri)
-    diary = Diary(task.tracking_uri, task.run_id if place.rank == 0 else None, config.track)
     checkpoint = _starting_point(store, place)
     begins_with = task.initial_sha256 if checkpoint is None else None
     weights = staged_weights(store, begins_with) if begins_with is not None else None
     state = initial_state(config, place.device, weights)
     if checkpoint is not None:
         state.load(checkpoint.record.step, checkpoint.tensors)
-        diary.take_over(checkpoint.tensors)
     trainer = Trainer(
         config=config,
         schedule=NoiseSchedule.from_config(config.schedule),
@@ -80,12 +78,18 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
         device=place.device,
         world=place.world,
     )
+    run_id = task.run_id if place.rank == 0 else None
     watched = node_watched(task.tracking_uri, task.run_id, place.node, task.started_seconds, config.track)
-    with diary, watched, closing(_loader(task, place)) as loader:
+    with (
+        Diary(task.tracking_uri, run_id, config.track) as diary,
+        watched,
+        closing(_loader(task, place)) as loader,
+    ):
         _prime(trainer, state, place)
         kept = config.checkpoint
         writer = CheckpointWriter(store, task.identity, kept.keep_last, task.spared, kept.keep_best)
         tensors = checkpoint.tensors if checkpoint is not None else {}
+        diary.take_over(tensors)
         Session(trainer, state, diary, writer, driver).run(loader, tensors)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.track import TrackConfig
-from pipeline.train.diary import SPOOL_VARIABLE
+from pipeline.track.spool import SPOOL_VARIABLE
 from pipeline.train.node import node_watched
 
 NOWHERE = "http://127.0.0.1:9"

@@ -13,7 +13,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.data import pack
 from pipeline.errors import UserError
 from pipeline.track import download, find_run, resolve, set_alias, tracking_client
-from pipeline.train.diary import SPOOL_VARIABLE
+from pipeline.track.spool import SPOOL_VARIABLE
 from pipeline.train.prepare import prepare
 from tests.train.tiny import tiny
 
