@@ -142,7 +142,7 @@ def test_of_two_generations_that_find_a_prefix_empty_one_has_it(
 
 
 def test_a_pool_grows_while_shards_wait(model: Path, prefix: str) -> None:
-    slow = {"sampler": {"kind": "ddim", "num_steps": 50}, "count": 600, "num_workers": 1, "max_workers": 3}
+    slow = {"sampler": {"kind": "ddim", "num_steps": 50}, "count": 1800, "num_workers": 1, "max_workers": 3}
     config = settings(model, prefix, **slow)
     assert run(config).status == "complete"
     spec, store = plan_of(config)[0], open_store(config.output)
