@@ -35,21 +35,18 @@ def drain(
             running = _running(address, token)
         except OSError:
             unanswered += 1
-            late = time.monotonic() > deadline
-            if unanswered >= MOST_UNANSWERED or (late and not running):
+            if unanswered >= MOST_UNANSWERED or (not running and time.monotonic() > deadline):
                 raise
-            if late:
-                return running  # as the last answer had it
-            time.sleep(poll_seconds)
-            continue
-        unanswered = 0
-        for name in running if stop else ():
-            if name not in asked:
+        else:
+            unanswered = 0
+            if not running:
+                return running
+            for name in [name for name in running if stop and name not in asked]:
                 with suppress(OSError):
                     _ask(f"{address}/api/jobs/{name}/stop", token, b"")
                     asked.add(name)
-        if not running or time.monotonic() > deadline:
-            return running
+        if time.monotonic() > deadline:
+            return running  # as the last answer had it
         time.sleep(poll_seconds)
 
 
