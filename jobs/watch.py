@@ -76,7 +76,7 @@ def follow(client: JobSubmissionClient, name: str) -> int:
 def print_log(client: JobSubmissionClient, name: str) -> None:
     """Print what a job has said so far; of its progress, which `ddpm logs -f` draws, nothing."""
     for line in client.get_job_logs(name).splitlines():
-        if _progress_fact(line) is None and not REMARK.search(line):
+        if _progress_fact(line) is None:
             _print_line(line)
 
 
@@ -141,8 +141,7 @@ async def _follow(client: JobSubmissionClient, name: str) -> None:
         async for line in _lines(client, name):
             fact = _progress_fact(line)
             if fact is None:
-                if not REMARK.search(line):
-                    _print_line(line)
+                _print_line(line)
                 continue
             what = fact["what"]
             if what not in reports:
@@ -151,6 +150,8 @@ async def _follow(client: JobSubmissionClient, name: str) -> None:
 
 
 def _print_line(line: str) -> None:
+    if REMARK.search(line):
+        return
     print(line if sys.stdout.isatty() else ANSI.sub("", line), flush=True)
 
 
