@@ -150,9 +150,11 @@ def measure_generation(
     """The samples of a complete generation as the feature network sees them."""
     entries = list(read_entries(open_store(output)))
     parts: list[Measured] = []
+    done = 0
     for data in pool(GenerationShard(manifest.spec, entries, output, config), range(len(entries))):
         parts.append(Measured.from_bytes(data, output))
-        progress(sum(map(len, parts)), manifest.count)
+        done += len(parts[-1])
+        progress(done, manifest.count)
     return join(parts)
 
 
