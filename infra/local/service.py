@@ -87,11 +87,7 @@ def get(url: str, headers: Mapping[str, str] | None = None, timeout_seconds: flo
         request = urllib.request.Request(url, headers=dict(headers or {}))
         with _direct.open(request, timeout=timeout_seconds) as answer:
             return answer.read() if answer.status == 200 else None
-    except (
-        OSError,
-        ValueError,
-        http.client.HTTPException,
-    ):  # the second and third also of an address that is none
+    except (OSError, ValueError, http.client.HTTPException):  # the last two also of an address that is none
         return None
 
 

@@ -86,10 +86,9 @@ def _choice(claims: dict[str, Claim]) -> Spec | None:
 def _others(store: Store, job: str) -> dict[str, Claim]:
     """The newest word of each other job."""
     newest: dict[str, str] = {}
-    for info in store.list(CLAIM_PREFIX):
-        newest[info.key.removeprefix(CLAIM_PREFIX).partition(".")[0]] = (
-            info.key
-        )  # listed in order of their keys
+    for info in store.list(CLAIM_PREFIX):  # in order of their keys, so a job's newest comes last
+        name, _, _ = info.key.removeprefix(CLAIM_PREFIX).partition(".")
+        newest[name] = info.key
     found: dict[str, Claim] = {}
     for name, key in newest.items():
         if name == job:
