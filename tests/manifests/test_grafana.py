@@ -58,6 +58,13 @@ def test_metrics_outside_a_cluster_do_nothing_and_a_wrong_name_is_an_error() -> 
         meters.add("ddpm_shard_done")
 
 
+def promtool_accepts(what: str, rules: Path) -> None:
+    told = subprocess.run(
+        [str(PROMTOOL), what, "rules", str(rules)], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool (of Prometheus) is not installed")
 def test_every_alert_is_raised_by_what_it_is_for_and_by_nothing_else() -> None:
     rules = REPOSITORY / "infra" / "grafana"
@@ -66,13 +73,7 @@ def test_every_alert_is_raised_by_what_it_is_for_and_by_nothing_else() -> None:
         test["alertname"] for case in cases for test in case["alert_rule_test"] if test.get("exp_alerts")
     }
     assert raised == {alert["alert"] for alert in ALERTS}
-    told = subprocess.run(
-        [str(PROMTOOL), "test", "rules", str(rules / "alerts_test.yaml")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert told.returncode == 0, told.stdout + told.stderr
+    promtool_accepts("test", rules / "alerts_test.yaml")
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool (of Prometheus) is not installed")
@@ -80,13 +81,7 @@ def test_prometheus_understands_every_query(tmp_path: Path) -> None:
     plain = [re.sub(r"\$__\w+", "5m", query) for query in QUERIES]
     rules = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(plain)]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
-    told = subprocess.run(
-        [str(PROMTOOL), "check", "rules", str(tmp_path / "rules.yaml")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert told.returncode == 0, told.stdout + told.stderr
+    promtool_accepts("check", tmp_path / "rules.yaml")
 
 
 def test_every_alert_has_its_paragraph_in_the_runbook() -> None:
