@@ -189,6 +189,20 @@ def expected_series(calm: Outcome, name: str) -> list[tuple[int, float]]:
     return sorted((step, point[name]) for step, point in calm.points.items() if name in point)
 
 
+def require_same(plan: Plan, calm: Outcome) -> None:
+    """The same weights, bit for bit, and the same charts."""
+    expected, found = calm.checkpoint, ema_of(plan)
+    assert expected is not None
+    assert found
+    for name, value in found.items():
+        assert torch.equal(expected.tensors[name], value), name
+    for name, series in series_of(plan).items():
+        steps, values = zip(*expected_series(calm, name), strict=True)
+        assert tuple(step for step, _ in series) == steps, name
+        # a point cut in two by the stop is summed in another order: equal to the last digits of a float64
+        assert [value for _, value in series] == pytest.approx(values, rel=1e-12), name
+
+
 def test_killed_at_five_places_it_ends_in_the_same_weights_and_the_same_charts(
     data: str,
     prefix: str,
@@ -247,17 +261,7 @@ def test_killed_at_five_places_it_ends_in_the_same_weights_and_the_same_charts(
     finally:
         record_property(PROPERTY, chronicle.end())
 
-    expected, found = calm.checkpoint, ema_of(job.plan)
-    assert expected is not None
-    assert found
-    for name, value in found.items():
-        assert torch.equal(expected.tensors[name], value), name
-    for name, series in series_of(job.plan).items():
-        steps, values = zip(*expected_series(calm, name), strict=True)
-        assert tuple(step for step, _ in series) == steps, name
-        # a point cut in two by the stop is summed in another order: equal to the last digits of a float64
-        assert [value for _, value in series] == pytest.approx(values, rel=1e-12), name
-
+    require_same(job.plan, calm)
     again = Job(job.plan.config, tmp_path / "again", cluster)
     assert f"already trained: killed has all {STEPS} steps; nothing to do" in again.ends()
     assert resolve("killed@champion").version == resolve("killed@challenger").version == 1
