@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from pipeline.data import npy
 from pipeline.data.png import MAGIC, decode_png, header_shape
 from pipeline.errors import DamageError
 
@@ -24,7 +24,6 @@ EXTENSIONS = ("png", "jpg", "jpeg", "webp", "npy")
 MAX_PIXELS = 1 << 26  # 8192 x 8192: what claims more is a decompression bomb
 WHITE = (255, 255, 255)
 
-_NPY = b"\x93NUMPY"
 _MODES = {1: "L", 3: "RGB"}
 # By their first bytes, and straight to the decoder: Image.open tries a list of formats, for a tenth of a decode.
 _KINDS: tuple[tuple[bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
@@ -58,8 +57,8 @@ def probe(data: bytes) -> ImageShape:
     """Shape from the header alone. Raises DamageError for anything but PNG, JPEG, WebP or a uint8 npy."""
     if (found := header_shape(data)) is not None:
         return ImageShape(*found)
-    if data.startswith(_NPY):
-        return _npy_shape(data)[0]
+    if data.startswith(npy.MAGIC):
+        return _npy_shape(data)
     with open_image(data) as image:
         return _shape_of(image)
 
@@ -104,13 +103,6 @@ def to_array(image: Image.Image, channels: int, background: tuple[int, int, int]
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def encode_npy(pixels: UInt8) -> bytes:
-    """The npy file of uint8 (height, width, channels)."""
-    out = io.BytesIO()
-    np.lib.format.write_array(out, np.ascontiguousarray(pixels), version=(1, 0), allow_pickle=False)
-    return out.getvalue()
-
-
 def open_image(data: bytes) -> Image.Image:
     """A Pillow image, header read, if it is PNG, JPEG or WebP. Raises DamageError."""
     kind = next((kind for magic, kind in _KINDS if data.startswith(magic)), None)
@@ -144,28 +136,16 @@ def _with_channels(pixels: UInt8, channels: int) -> UInt8:
     return to_array(Image.fromarray(pixels), 1, WHITE)
 
 
-def _npy_shape(data: bytes) -> tuple[ImageShape, int]:
-    """Shape and where the values begin."""
-    file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = read(file)
-    except (ValueError, EOFError) as error:
-        raise DamageError(f"damaged npy header: {error}") from error
-    if dtype != np.uint8 or fortran or len(shape) not in (2, 3):
-        raise DamageError(f"npy holds {dtype} {shape}; uint8 (height, width[, channels]) in C order expected")
-    found = ImageShape(shape[2] if len(shape) == 3 else 1, shape[0], shape[1])
-    if len(data) - file.tell() != math.prod(shape):
-        raise DamageError(f"npy holds {len(data) - file.tell()} bytes of pixels, {math.prod(shape)} expected")
-    return found, file.tell()
+def _npy_shape(data: bytes) -> ImageShape:
+    shape, _ = npy.read_header(data)
+    if len(shape) not in (2, 3):
+        raise DamageError(f"npy holds an array {shape}; (height, width[, channels]) expected")
+    return ImageShape(shape[2] if len(shape) == 3 else 1, shape[0], shape[1])
 
 
 def read_npy(data: bytes) -> UInt8 | None:
     """Pixels uint8 (height, width, channels) of an npy file; None when it is not one. Raises DamageError."""
-    if not data.startswith(_NPY):
+    if not data.startswith(npy.MAGIC):
         return None
-    shape, start = _npy_shape(data)
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape.height, shape.width, shape.channels)
+    shape = _npy_shape(data)
+    return npy.decode_npy(data).reshape(shape.height, shape.width, shape.channels)

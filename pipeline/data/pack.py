@@ -21,10 +21,11 @@ import numpy as np
 
 from pipeline.config.data import PackConfig
 from pipeline.data.archives import ParquetSource, TarSource
-from pipeline.data.images import ImageShape, encode_npy
+from pipeline.data.images import ImageShape
 from pipeline.data.index import MEMBER, MemberTable, ShardEntry, assemble_index, load_index
 from pipeline.data.location import SUFFIXES, Location
 from pipeline.data.moments import Moments, add_moments, moments_of
+from pipeline.data.npy import encode_npy
 from pipeline.data.picture import Fact, examine, to_pixels
 from pipeline.data.png import encode_png
 from pipeline.data.scan import index_shard

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.images import encode_npy
+from pipeline.data.npy import encode_npy
 from pipeline.errors import DamageError, UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from pipeline.config.base import Settings
 from pipeline.data.images import open_image
+from pipeline.data.npy import decode_npy, encode_npy
 from pipeline.errors import DamageError
 
 ImageFormat = Literal["png", "webp", "npy"]
@@ -79,13 +80,12 @@ def constant(images: Pixels) -> npt.NDArray[np.bool_]:
 
 def encode(image: Pixels, image_format: ImageFormat) -> bytes:
     """One image uint8 (H, W, C), C being 1 or 3 (any for npy), as bytes that give it back exactly."""
-    buffer = io.BytesIO()
     if image_format == "npy":
-        np.save(buffer, image, allow_pickle=False)
-    else:
-        picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-        options: dict[str, Any] = {"lossless": True, "method": 4} if image_format == "webp" else {}
-        picture.save(buffer, image_format, **options)
+        return encode_npy(image)
+    buffer = io.BytesIO()
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    options: dict[str, Any] = {"lossless": True, "method": 4} if image_format == "webp" else {}
+    picture.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
@@ -93,7 +93,7 @@ def decode(data: bytes, image_format: ImageFormat, channels: int) -> Pixels:
     """The image uint8 (H, W, C) in `data`. DamageError when it is not one."""
     try:
         if image_format == "npy":
-            array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+            array = decode_npy(data)
         else:
             with open_image(data) as picture:
                 array = np.asarray(picture.convert("L" if channels == 1 else "RGB"))

@@ -205,11 +205,12 @@ def _one_batch(entries: list[Entry]) -> list[Entry]:
 
 def _encode(data: bytes, name: str) -> tuple[bytes, bytes]:
     """(PNG, small WebP preview) of a stored image: a PNG, or a raw uint8 array as .npy."""
-    import numpy as np
     from PIL import Image
 
+    from pipeline.data.npy import decode_npy
+
     if name.endswith(".npy"):
-        image = Image.fromarray(np.load(io.BytesIO(data), allow_pickle=False))
+        image = Image.fromarray(decode_npy(data))
         out = io.BytesIO()
         image.save(out, "PNG")
         data = out.getvalue()

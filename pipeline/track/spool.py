@@ -5,7 +5,6 @@ death of the process; outages of any length are bridged by the file. See `journa
 `sender` for why nothing arrives twice.
 """
 
-import io
 import json
 import logging
 import math
@@ -223,11 +222,11 @@ def replay_all(root: Path, timeout_seconds: float = 60.0, uri: str | None = None
 def _as_npy(image: "np.ndarray[Any, Any]") -> bytes:
     import numpy as np
 
+    from pipeline.data.npy import encode_npy
+
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
         raise ValueError(
             f"image: expected uint8 of shape (H, W) or (H, W, C), got {image.dtype} {image.shape}"
         )
     pixels = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
-    out = io.BytesIO()
-    np.save(out, np.ascontiguousarray(pixels), allow_pickle=False)
-    return out.getvalue()
+    return encode_npy(pixels)

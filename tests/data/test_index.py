@@ -255,9 +255,12 @@ def npy_of_shape(shape: tuple[int, ...]) -> bytes:
         ({"png": encoded(picture(0)), "cls": b"cat"}, r"\.cls holds b'cat'"),
         ({"png": encoded(picture(0)), "json": b"{"}, r"\.json is damaged"),
         ({"png": encoded(picture(0)), "json": b'{"label": -1}'}, "label -1"),
-        ({"npy": encoded(picture(0).astype(np.float32), "npy")}, "npy holds float32"),
+        (
+            {"npy": encoded(picture(0).astype(np.float32), "npy")},
+            "npy holds .*<f4.*uint8 in C order expected",
+        ),
         ({"npy": encoded(picture(0), "npy")[:-1]}, "bytes of pixels"),
-        ({"npy": npy_of_shape((-1, -1, 1)) + b"x"}, "-1x-1 pixels"),
+        ({"npy": npy_of_shape((-1, -1, 1)) + b"x"}, "damaged npy header: .*-1, -1, 1"),
     ],
 )
 def test_what_is_wrong_with_a_sample_is_named(uri: str, files: dict[str, bytes], complaint: str) -> None:
