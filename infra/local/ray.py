@@ -53,8 +53,10 @@ def ray_service(
         url=url,
         log=root / "logs" / "ray.log",
         ports=PORTS,
-        is_ready=lambda: _has_node(url, token),
+        is_ready=lambda: _is_head_up(url, token),
         start_seconds=180,
+        # On a machine with much else to do the head misses a time limit of Ray's own (30 s, not to be set) and ends.
+        starts=3,
         prepare=lambda: _prepare(root),
         # The head must not take itself for a client of the cluster it is about to be.
         unset=("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE"),
@@ -66,6 +68,8 @@ def node_service(
 ) -> Service:
     """One more node of the cluster that `head` leads, on its own loopback `address` (127.0.0.2 and up; Linux)."""
     token = Path(head.settings["RAY_AUTH_TOKEN_PATH"])
+    # The head takes a moment to notice that a node has gone: one that was lost at this address is not the new one.
+    before = _nodes_at(address, head.url, token)
     argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     argv += [
         f"--address=[::ffff:127.0.0.1]:{ports['ray']}",
@@ -82,7 +86,7 @@ def node_service(
         url=f"{address}:{ports[f'{name}-node-manager']}",
         log=root / "logs" / f"{name}.log",
         ports=(),
-        is_ready=lambda: _has_node(head.url, token, address),
+        is_ready=lambda: bool(_nodes_at(address, head.url, token) - before),
         start_seconds=180,
         unset=head.unset,
     )
@@ -155,14 +159,20 @@ def check_cluster(url: str, token: str | None) -> None:
     )
 
 
-def _has_node(url: str, token: Path, address: str = "127.0.0.1") -> bool:
-    if service.get(f"{url}/api/jobs/", _headers(token.read_text())) is None:
-        return False
+def _is_head_up(url: str, token: Path) -> bool:
+    answers = service.get(f"{url}/api/jobs/", _headers(token.read_text())) is not None
+    return answers and bool(_nodes_at("127.0.0.1", url, token))
+
+
+def _nodes_at(address: str, url: str, token: Path) -> set[str]:
+    """Ids of the nodes that the head at `url` lists as alive at this address; none when it does not answer."""
     answer = service.get(f"{url}/nodes?view=summary", _headers(token.read_text()))
-    if answer is None:
-        return False
-    nodes = json.loads(answer).get("data", {}).get("summary", [])
-    return any(node.get("ip") == address and node.get("raylet", {}).get("state") == "ALIVE" for node in nodes)
+    try:
+        nodes = json.loads(answer or b"{}").get("data", {}).get("summary", [])
+    except ValueError:  # another server has the port
+        return set()
+    raylets = [node.get("raylet", {}) for node in nodes if node.get("ip") == address]
+    return {raylet["nodeId"] for raylet in raylets if raylet.get("state") == "ALIVE"}
 
 
 def _headers(token: str) -> dict[str, str]:
@@ -172,8 +182,10 @@ def _headers(token: str) -> dict[str, str]:
 def _prepare(root: Path) -> None:
     folder = temp_dir(root)
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise UserError(f"{folder} belongs to another user: remove it, or put the stack under another --root")
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise UserError(
+            f"{folder} is a link or belongs to another user: remove it, or put the stack under another --root"
+        )
     # Each start leaves a folder with logs and sockets; the last one may still be wanted for its logs.
     for session in sorted(folder.glob("session_2*"))[:-1]:
         shutil.rmtree(session, ignore_errors=True)

@@ -37,6 +37,8 @@ class Service:
     """Quick, never raises for a server that is not there yet."""
     start_seconds: float
     """Bound on the time from start to ready."""
+    starts: int = 1
+    """How often it is started before its ending early is told as an error."""
     prepare: Callable[[], None] = lambda: None
     """Done before the process starts (checks, first-time formatting)."""
     unset: tuple[str, ...] = field(default=())

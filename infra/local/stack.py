@@ -252,15 +252,20 @@ class LocalStack:
             return
         if record is not None:
             processes.end(record.identity)
-        _tell(say, f"{service.name} starts")
-        fresh = start(service, self._environ)
-        self._remember(service.name, fresh)
-        try:
-            wait_until_ready(service, fresh.identity)
-        except UserError:
-            processes.end(fresh.identity)
-            self._forget(service.name)
-            raise
+        for left in reversed(range(service.starts)):
+            _tell(say, f"{service.name} starts")
+            fresh = start(service, self._environ)
+            self._remember(service.name, fresh)
+            try:
+                wait_until_ready(service, fresh.identity)
+                break
+            except UserError:
+                late = processes.is_alive(fresh.identity)
+                processes.end(fresh.identity)
+                self._forget(service.name)
+                if late or not left:
+                    raise
+                _tell(say, f"{service.name} ended while starting, and is started again")
         _tell(say, f"{service.name} is ready at {service.url}")
 
     def _still_serves(self, service: Service, record: ServiceRecord) -> bool:

@@ -1,3 +1,4 @@
+import os
 import socket
 import stat
 import sys
@@ -6,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from infra.local import credentials, ports, s3
+from infra.local import LocalStack, credentials, ports, s3
 from infra.local.processes import Identity, end
 from infra.local.service import Service, get, start, wait_until_ready, without_proxy
 from infra.local.state import ServiceRecord, State, read_state, write_state
 from pipeline.errors import UserError
+from tests.driving import ended_after
 
 
 def a_service(tmp_path: Path, code: str, **settings: str) -> Service:
@@ -53,6 +55,32 @@ def test_the_last_words_of_an_earlier_life_are_kept_but_not_taken_for_those_of_t
     with pytest.raises(UserError, match=r"tea\.log is empty"):
         wait_until_ready(*started(a_service(tmp_path, "raise SystemExit(1)")))
     assert (tmp_path / "tea.log.1").read_text() == "earlier trouble\n"
+
+
+def test_a_service_that_gives_up_early_is_started_as_often_as_it_may(tmp_path: Path) -> None:
+    lives = tmp_path / "lives"
+    service = replace(
+        a_service(
+            tmp_path,
+            "import os, time\nwith open(os.environ['LIVES'], 'a+') as lives:\n    lives.write('I')\n"
+            "time.sleep(60 if os.path.getsize(os.environ['LIVES']) > 1 else 0)",
+            LIVES=str(lives),
+        ),
+        is_ready=lambda: lives.exists() and lives.read_text() == "II",
+    )
+    local, said = LocalStack(tmp_path / "root", environ=dict(os.environ)), list[str]()
+    (tmp_path / "root").mkdir()
+    with ended_after(local):
+        with pytest.raises(UserError, match="tea ended while starting"):
+            local._ensure(service, None, said.append)
+        lives.unlink()
+        local._ensure(replace(service, starts=2), None, said.append)
+        assert said[1:] == [
+            "tea starts",
+            "tea ended while starting, and is started again",
+            "tea starts",
+            "tea is ready at ",
+        ]
 
 
 def started(service: Service) -> tuple[Service, Identity]:

@@ -143,6 +143,10 @@ def test_an_added_node_works_and_can_be_lost(own: LocalStack, pointed: dict[str,
     own.remove_node(node, suddenly=True)
     assert processes.family(node.identity) == []
     assert remembered(own).services["ray"] == head
+    # The head still lists the lost one; the next, at the same address, is there once it has itself come up.
+    following = own.add_node(num_cpus=2)
+    assert on_the_cluster(pointed, code).split()[-1] == following.address == node.address
+    own.remove_node(following)
 
 
 @pytest.mark.stack
