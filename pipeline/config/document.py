@@ -23,5 +23,10 @@ def parse_document(model: type[M], data: bytes, where: str, what: str) -> M:
 def first_fault(error: ValidationError) -> str:
     """The first thing wrong, as `field: reason`."""
     fault = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in fault["loc"])
+    field = field_of(fault["loc"])
     return f"{field}: {fault['msg']}" if field else fault["msg"]
+
+
+def field_of(place: tuple[int | str, ...]) -> str:
+    """A place that pydantic names, as settings are written: `a.b.0`."""
+    return ".".join(str(part) for part in place if part != "[key]")

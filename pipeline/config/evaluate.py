@@ -136,6 +136,12 @@ class TuneConfig(Settings):
     """Candidates tried at a time on the Ray cluster, a core each. 0 = in this process."""
 
 
+Figure = Literal[
+    "frechet", "kernel", "precision", "recall", "near_copies", "class_accuracy", "inception_score"
+]
+"""What the gate can compare."""
+
+
 class Rule(Settings):
     """What the gate asks of one figure."""
 
@@ -148,7 +154,7 @@ class Rule(Settings):
     """Loss that is overlooked, in the figure's own unit."""
 
 
-def _default_rules() -> dict[str, Rule]:
+def _default_rules() -> dict[Figure, Rule]:
     return {
         "frechet": Rule(better="lower", must="improve"),
         "class_accuracy": Rule(better="higher", tolerance=0.01),
@@ -161,9 +167,9 @@ class GateConfig(Settings):
 
     evaluate: EvaluateConfig
     """The measure."""
-    rules: dict[str, Rule] = Field(default_factory=_default_rules)
-    """What is asked, by figure: frechet, kernel, precision, recall, near_copies, class_accuracy, inception_score. One
-    that the models do not have, such as the accuracy of a model without classes, is left out."""
+    rules: dict[Figure, Rule] = Field(default_factory=_default_rules)
+    """What is asked, by figure. One that the models do not have, such as the accuracy of a model without classes, is
+    left out."""
     count: int = Field(default=1000, ge=2)
     """Images of each model."""
     seed: int = Field(default=0, ge=0, lt=2**63)

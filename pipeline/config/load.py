@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.base import Settings
+from pipeline.config.document import field_of
 from pipeline.errors import UserError
 
 S = TypeVar("S", bound=Settings)
@@ -161,7 +162,7 @@ def _with_root(value: Any) -> Any:
 def _one_line(error: ValidationError, model: type[BaseModel], section: str) -> str:
     faults = error.errors(include_url=False)
     fault = faults[0]
-    name = ".".join(str(part) for part in fault["loc"])
+    name = field_of(fault["loc"])
     where = f"{section}.{name}" if name else section
     more = f" ({len(faults) - 1} more after this one)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":

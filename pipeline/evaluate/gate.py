@@ -76,16 +76,19 @@ def judge(
     if len({challenger.network, champion.network, real.network}) > 1:
         raise UserError("gate: challenger, champion and reference were measured by different networks")
     ours, theirs = (statistics(one, real, config.evaluate) for one in (challenger, champion))
-    unknown = sorted(config.rules.keys() - _OF_CLASSES - ours.keys())
-    if unknown:
-        raise UserError(f"gate.rules: {unknown[0]}: the gate knows {', '.join(sorted(ours))}")
-    names = [name for name in config.rules if name in ours and name in theirs]
-    if not names:
+    missing = sorted(config.rules.keys() - _OF_CLASSES - ours.keys())
+    if missing:
+        raise UserError(
+            f"gate.rules: {missing[0]} needs more than evaluate.neighbours ({config.evaluate.neighbours}) images of "
+            "the models and of the reference; raise gate.count or ask for another figure"
+        )
+    rules = {name: rule for name, rule in config.rules.items() if name in ours and name in theirs}
+    if not rules:
         raise UserError(
             "gate.rules: none of the figures exists for these models; ask for another, such as frechet"
         )
     weights = list(draws(len(challenger), config.resamples, config.seed))
-    return {name: _judge(config, config.rules[name], ours[name], theirs[name], weights) for name in names}
+    return {name: _judge(config, rule, ours[name], theirs[name], weights) for name, rule in rules.items()}
 
 
 def verdict(judgements: dict[str, Judgement]) -> tuple[bool, str]:

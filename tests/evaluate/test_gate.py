@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from pipeline.config.evaluate import GateConfig, Rule
 from pipeline.errors import UserError
@@ -59,8 +60,14 @@ def test_unequal_terms_are_refused() -> None:
 
 
 def test_a_figure_that_the_gate_does_not_know_is_named() -> None:
-    with pytest.raises(UserError, match="beauty"):
-        judge(measured(), measured(), REAL, gate(rules={"beauty": Rule(better="higher")}))
+    with pytest.raises(ValidationError, match="beauty"):
+        gate(rules={"beauty": Rule(better="higher")})
+
+
+def test_a_figure_that_so_few_images_do_not_have_is_named() -> None:
+    rules = {"recall": Rule(better="higher")}
+    with pytest.raises(UserError, match=r"gate\.rules: recall needs more than evaluate\.neighbours \(3\)"):
+        judge(measured(3), measured(3), REAL, gate(rules=rules))
 
 
 def test_weights_of_one_give_the_figures_themselves() -> None:
