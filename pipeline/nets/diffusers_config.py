@@ -1,11 +1,12 @@
 """Our settings in diffusers' words and back. What the other side has no word for is refused by name."""
 
 from collections.abc import Mapping
-from typing import Any, NoReturn, cast
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig, Target, Variance
+from pipeline.config.document import first_fault
 from pipeline.config.net import UNetConfig
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.errors import UserError
@@ -30,25 +31,49 @@ _NET_SHARED: dict[str, tuple[object, ...]] = {
     "class_embed_type": (None,),
     "downsample_padding": (0, 1),
 }
-# Defaults of UNet2DModel that a config.json of an older version may leave out.
-_NET_DEFAULTS: dict[str, object] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [224, 448, 672, 896],
-    "layers_per_block": 2,
-    "dropout": 0.0,
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "attn_norm_num_groups": None,
-    "norm_eps": 1e-5,
-    "add_attention": True,
-    "num_class_embeds": None,
-}
 _NET_IGNORED = ("sample_size", "num_train_timesteps")
+_Widths = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
+
+
+class _TheirNet(BaseModel):
+    """What is read of a `UNet2DModel`'s config.json, with the defaults for what an older version's leaves out."""
+
+    model_config = ConfigDict(strict=True)
+
+    in_channels: int = 3
+    out_channels: int = 3
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: list[str] = ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"]
+    up_block_types: list[str] = ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"]
+    block_out_channels: _Widths = [224, 448, 672, 896]
+    layers_per_block: int = 2
+    dropout: float = 0.0
+    attention_head_dim: int | None = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    add_attention: bool = True
+    num_class_embeds: int | None = None
+
+
+class _TheirScheduler(BaseModel):
+    """What is read of a scheduler_config.json, with diffusers' defaults."""
+
+    model_config = ConfigDict(strict=True)
+
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    trained_betas: list[float] | None = None
+    rescale_betas_zero_snr: bool = False
+    prediction_type: str = "epsilon"
+    variance_type: str = "fixed_small"
+    thresholding: bool = False
+
+
+_M = TypeVar("_M", bound=BaseModel)
 # Kind of block: (with attention, resolution changed inside a residual block or None for "as the type says").
 _DOWN_BLOCKS = {
     "DownBlock2D": (False, False),
@@ -122,42 +147,41 @@ def _head_dim(config: UNetConfig, attends: list[bool]) -> int | None:
 def net_from_diffusers(theirs: Mapping[str, Any], where: str) -> UNetConfig:
     """The network of a `UNet2DModel`'s config.json. UserError names the setting of `where` it cannot express."""
     _only_shared(theirs, where)
-    given: dict[str, Any] = {**_NET_DEFAULTS, **theirs}
-    size = given.get("sample_size")
+    given = _checked(_TheirNet, theirs, where)
+    size = theirs.get("sample_size")
     if not isinstance(size, int):
         _refuse(where, "sample_size", size, "one number of pixels is needed")
-    widths = cast(list[int], given["block_out_channels"])
-    attends, resblock_updown = _blocks(given, where)
-    scale_shift = given.get("resnet_time_scale_shift", "default") == "scale_shift"
-    groups, mid_groups = given["norm_num_groups"], given["attn_norm_num_groups"]
-    if given["add_attention"] and mid_groups != groups and (mid_groups is not None or scale_shift):
+    widths = given.block_out_channels
+    attends, resblock_updown = _blocks(given, theirs, where)
+    scale_shift = theirs.get("resnet_time_scale_shift", "default") == "scale_shift"
+    groups, mid_groups = given.norm_num_groups, given.attn_norm_num_groups
+    if given.add_attention and mid_groups != groups and (mid_groups is not None or scale_shift):
         _refuse(
             where, "attn_norm_num_groups", mid_groups, f"the middle attention must have {groups} groups too"
         )
-    classes, padding = given["num_class_embeds"], given.get("downsample_padding", 1)
     try:
         return UNetConfig(
             image_size=size,
-            in_channels=given["in_channels"],
-            out_channels=given["out_channels"],
+            in_channels=given.in_channels,
+            out_channels=given.out_channels,
             base_channels=widths[0],
             multipliers=tuple(width / widths[0] for width in widths),
-            num_res_blocks=given["layers_per_block"],
+            num_res_blocks=given.layers_per_block,
             attention_resolutions=tuple(size // 2**i for i, a in enumerate(attends) if a),
-            mid_attention=given["add_attention"],
-            head_dim=given["attention_head_dim"],
-            dropout=given["dropout"],
-            num_classes=classes,
+            mid_attention=given.add_attention,
+            head_dim=given.attention_head_dim,
+            dropout=given.dropout,
+            num_classes=given.num_class_embeds,
             scale_shift_norm=scale_shift,
             resblock_updown=resblock_updown,
-            downsample_padding=1 if resblock_updown else padding,
+            downsample_padding=1 if resblock_updown else theirs.get("downsample_padding", 1),
             norm_groups=groups,
-            norm_eps=given["norm_eps"],
-            time_cos_first=given["flip_sin_to_cos"],
-            time_freq_shift=given["freq_shift"],
+            norm_eps=given.norm_eps,
+            time_cos_first=given.flip_sin_to_cos,
+            time_freq_shift=given.freq_shift,
         )
     except ValidationError as error:
-        raise UserError(f"{where}: {error.errors()[0]['msg']}") from None
+        raise UserError(f"{where}: {first_fault(error)}") from None
 
 
 def _only_shared(theirs: Mapping[str, Any], where: str) -> None:
@@ -165,20 +189,29 @@ def _only_shared(theirs: Mapping[str, Any], where: str) -> None:
         if name in _NET_SHARED and value not in _NET_SHARED[name]:
             wanted = " or ".join(repr(v) for v in _NET_SHARED[name])
             _refuse(where, name, value, f"this network has only {wanted}")
-        known = name in _NET_SHARED or name in _NET_DEFAULTS or name in _NET_IGNORED or name.startswith("_")
+        known = (
+            name in _NET_SHARED
+            or name in _TheirNet.model_fields
+            or name in _NET_IGNORED
+            or name.startswith("_")
+        )
         if not known and value is not None:
             _refuse(where, name, value, "the setting is unknown here")
     if theirs.get("_class_name", "UNet2DModel") != "UNet2DModel":
         _refuse(where, "_class_name", theirs["_class_name"], "only UNet2DModel can be imported")
 
 
-def _blocks(given: Mapping[str, Any], where: str) -> tuple[list[bool], bool]:
+def _blocks(given: _TheirNet, theirs: Mapping[str, Any], where: str) -> tuple[list[bool], bool]:
     """Which levels attend, and whether residual blocks change the resolution."""
     attends: dict[str, list[bool]] = {}
     inside: set[bool] = set()
-    for side, kinds in (("down", _DOWN_BLOCKS), ("up", _UP_BLOCKS)):
-        names = cast(list[str], given[f"{side}_block_types"])
-        by_type = given.get(f"{side}sample_type", "conv") == "resnet"
+    for side, kinds, names in (
+        ("down", _DOWN_BLOCKS, given.down_block_types),
+        ("up", _UP_BLOCKS, given.up_block_types),
+    ):
+        if len(names) != len(given.block_out_channels):
+            _refuse(where, f"{side}_block_types", names, "block_out_channels has another number of levels")
+        by_type = theirs.get(f"{side}sample_type", "conv") == "resnet"
         for place, name in enumerate(names):
             if name not in kinds:
                 _refuse(where, f"{side}_block_types", name, f"known are {', '.join(kinds)}")
@@ -188,11 +221,9 @@ def _blocks(given: Mapping[str, Any], where: str) -> tuple[list[bool], bool]:
                 inside.add(by_type if resnet is None else resnet)
         attends[side] = [kinds[name][0] for name in names]
     if attends["down"] != attends["up"][::-1]:
-        _refuse(where, "up_block_types", given["up_block_types"], "attention must mirror down_block_types")
+        _refuse(where, "up_block_types", given.up_block_types, "attention must mirror down_block_types")
     if len(inside) > 1:
-        _refuse(
-            where, "down_block_types", given["down_block_types"], "all levels must change resolution alike"
-        )
+        _refuse(where, "down_block_types", given.down_block_types, "all levels must change resolution alike")
     return attends["down"], inside == {True}
 
 
@@ -222,9 +253,9 @@ def scheduler_to_diffusers(schedule: ScheduleConfig, objective: ObjectiveConfig)
 
 def schedule_from_diffusers(theirs: Mapping[str, Any], where: str) -> ScheduleConfig:
     """The schedule of a scheduler_config.json. UserError names what it cannot express."""
-    steps, kind = theirs.get("num_train_timesteps", 1000), theirs.get("beta_schedule", "linear")
-    zero = bool(theirs.get("rescale_betas_zero_snr", False))
-    betas = theirs.get("trained_betas")
+    given = _checked(_TheirScheduler, theirs, where)
+    steps, kind, betas = given.num_train_timesteps, given.beta_schedule, given.trained_betas
+    zero = given.rescale_betas_zero_snr
     known = ("linear", "scaled_linear", "squaredcos_cap_v2")
     if betas is None and kind not in known:
         _refuse(where, "beta_schedule", kind, f"known are {', '.join(known)} and trained_betas")
@@ -238,29 +269,38 @@ def schedule_from_diffusers(theirs: Mapping[str, Any], where: str) -> ScheduleCo
         return ScheduleConfig(
             kind="linear" if kind == "linear" else "scaled-linear",
             num_steps=steps,
-            beta_start=theirs.get("beta_start", 1e-4),
-            beta_end=theirs.get("beta_end", 0.02),
+            beta_start=given.beta_start,
+            beta_end=given.beta_end,
             zero_terminal_snr=zero,
         )
     except ValidationError as error:
-        raise UserError(f"{where}: {error.errors()[0]['msg']}") from None
+        raise UserError(f"{where}: {first_fault(error)}") from None
 
 
 def objective_from_diffusers(theirs: Mapping[str, Any], where: str, net: UNetConfig) -> ObjectiveConfig:
     """What the network's output means, from a scheduler_config.json and the number of its channels."""
-    prediction = theirs.get("prediction_type", "epsilon")
+    given = _checked(_TheirScheduler, theirs, where)
+    prediction = given.prediction_type
     targets: list[Target] = [ours for ours, name in _TARGETS.items() if name == prediction]
     if not targets:
         _refuse(where, "prediction_type", prediction, f"known are {', '.join(_TARGETS.values())}")
-    if theirs.get("thresholding"):
+    if given.thresholding:
         _refuse(where, "thresholding", True, "only clipping to [-1, 1] is known here")
-    kind = str(theirs.get("variance_type", "fixed_small")).removesuffix("_log")
+    kind = given.variance_type.removesuffix("_log")
     variances: list[Variance] = [ours for ours, name in _VARIANCES.items() if name == kind]
     learns = net.out_channels == 2 * net.in_channels
     if not variances or learns != (variances[0] == "learned"):
         channels = f"the network has {net.out_channels} output channels"
         _refuse(where, "variance_type", kind, f"{channels}; known are {', '.join(_VARIANCES.values())}")
     return ObjectiveConfig(target=targets[0], variance=variances[0])
+
+
+def _checked(kind: type[_M], theirs: Mapping[str, Any], where: str) -> _M:
+    """Their settings with the types they must have. UserError names the first that has another."""
+    try:
+        return kind.model_validate(dict(theirs))
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_fault(error)}") from None
 
 
 def _refuse(where: str, name: str, value: object, why: str) -> NoReturn:

@@ -198,9 +198,18 @@ def test_what_diffusers_cannot_express_is_refused_by_name(changed: dict[str, obj
         ("center_input_sample", True),
         ("down_block_types", ["SkipDownBlock2D", "AttnDownBlock2D"]),
         ("up_block_types", ["UpBlock2D", "AttnUpBlock2D"]),
+        ("up_block_types", ["AttnUpBlock2D"]),
         ("sample_size", None),
         ("a_later_invention", 3),
         ("_class_name", "UNet2DConditionModel"),
+        ("block_out_channels", 64),
+        ("block_out_channels", []),
+        ("block_out_channels", [0, 64]),
+        ("block_out_channels", [64, "128"]),
+        ("down_block_types", "DownBlock2D"),
+        ("layers_per_block", [2, 2]),
+        ("norm_num_groups", None),
+        ("dropout", "much"),
     ],
 )
 def test_what_we_cannot_express_is_refused_by_name(name: str, value: object) -> None:
@@ -247,6 +256,10 @@ def test_the_process_is_the_same_on_both_sides(schedule: ScheduleConfig, varianc
         ("prediction_type", "flow"),
         ("thresholding", True),
         ("variance_type", "learned_range"),
+        ("num_train_timesteps", "1000"),
+        ("trained_betas", 0.1),
+        ("beta_schedule", None),
+        ("variance_type", 1),
     ],
 )
 def test_schedulers_we_cannot_express_are_refused_by_name(name: str, value: object) -> None:
