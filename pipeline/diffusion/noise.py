@@ -42,8 +42,6 @@ class Stream(IntEnum):
     SAMPLE_CLASS = 10
     GRID = 11
     EVALUATE_NOISE = 12
-    EVALUATE_TIMESTEP = 13
-    INIT = 14
 
 
 def normal(seed: int, stream: Stream, index: Tensor, shape: tuple[int, ...], step: int = 0) -> Tensor:

@@ -10,7 +10,6 @@ from pipeline.track.janitor import ClosedRun, close_stale_runs, sweep_spools
 from pipeline.track.lineage import link_model, log_dataset, source_tags
 from pipeline.track.registry import (
     ModelVersion,
-    delete_alias,
     download,
     log_model,
     protected_sources,
@@ -32,7 +31,6 @@ __all__ = [
     "SystemSampler",
     "TrackingError",
     "close_stale_runs",
-    "delete_alias",
     "describe",
     "download",
     "find_latest_run",

@@ -214,13 +214,6 @@ def set_version_tags(version: ModelVersion, tags: Mapping[str, str], uri: str | 
 
 
 @patient("the model registry")
-def delete_alias(name: str, alias: str, uri: str | None = None) -> None:
-    """Take `name@alias` away; the version stays. Nothing happens when there is no such alias."""
-    if any(alias in v.aliases for v in versions(name, uri)):
-        tracking_client(uri).delete_registered_model_alias(name, alias)
-
-
-@patient("the model registry")
 def versions(name: str, uri: str | None = None) -> list[ModelVersion]:
     """All versions of a registered model, oldest first; empty when there is no such model."""
     client = tracking_client(uri)
