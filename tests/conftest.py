@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -56,21 +57,16 @@ def bare_environ() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]) -> Iterator[LocalStack]:
     """The real stack on fresh ports in a temporary folder; its variables stand in os.environ from here on."""
-    before = dict(os.environ)
     local = LocalStack(tmp_path_factory.mktemp("stack"), "s3", LOGICAL_CPUS, environ=bare_environ)
-    with ended_after(local):
+    with ended_after(local), mock.patch.dict(os.environ):
         try:
-            try:
-                local.up()
-            except UserError as error:
-                pytest.exit(f"the local stack cannot start: {error}", returncode=3)
-            os.environ.clear()
-            os.environ.update(bare_environ)
-            export_environment(local.root)
-            yield local
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+            local.up()
+        except UserError as error:
+            pytest.exit(f"the local stack cannot start: {error}", returncode=3)
+        os.environ.clear()
+        os.environ.update(bare_environ)
+        export_environment(local.root)
+        yield local
 
 
 @pytest.fixture
