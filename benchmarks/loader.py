@@ -127,9 +127,10 @@ def write_tars(uri: str, files: list[bytes]) -> None:
 @contextlib.contextmanager
 def contenders(folder: Path, s3: str | None, peers_python: str | None) -> Generator[list[Contender]]:
     """All of them, ready, and ended afterwards."""
-    names = [(name, decoder) for decoder in DECODERS for name in ("bare", "ours", "webdataset")]
+    # Those that are compared stand close together: the pace of a shared machine changes within a round.
+    local = ("webdataset", "bare", "ours", *(PEERS if peers_python else ()))
+    names = [(name, decoder) for decoder in DECODERS for name in local]
     names += [("bare_packed", "own"), ("ours_packed", "own")]
-    names += [(name, decoder) for decoder in DECODERS for name in (PEERS if peers_python else ())]
     names += [(f"{name}_s3", decoder) for decoder in DECODERS for name in ("ours", "webdataset") if s3]
     started: list[Contender] = []
     try:
@@ -227,7 +228,7 @@ def main() -> int:
     parser.add_argument("--s3", help="a prefix to write the tars to and read them from")
     parser.add_argument("--peers", type=Path, help="folder of the peers' environment, made if need be")
     parser.add_argument("--samples", type=int, default=12_000)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--rates-only", action="store_true", help="leave out memory and the cold seek")
     told = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as folder:
