@@ -24,6 +24,7 @@ import boto3
 import botocore.exceptions as boto_errors
 import urllib3.exceptions
 from botocore.config import Config
+from botocore.handlers import add_expect_header
 from botocore.parsers import ResponseParserFactory, RestXMLParser
 
 from pipeline.errors import DamageError, UserError
@@ -359,9 +360,13 @@ def _new_client() -> S3Client:
     session = boto3.session.Session()
     session._session.register_component("response_parser_factory", _Parsers())  # pyright: ignore[reportPrivateUsage]
     try:
-        return session.client("s3", config=config, region_name=session.region_name or "us-east-1")
+        client = session.client("s3", config=config, region_name=session.region_name or "us-east-1")
     except (ValueError, boto_errors.BotoCoreError) as error:
         raise UserError(f"AWS settings: {error}; check AWS_ENDPOINT_URL and AWS_PROFILE") from None
+    # Asked by "Expect: 100-continue", a server answers before it has the body. When the connection ends within that
+    # answer, botocore reads on for ever; and it may take the answer for that of the next request (botocore issue 3755).
+    client.meta.events.unregister("before-call.s3", add_expect_header)
+    return client
 
 
 def _custom_endpoint() -> str:

@@ -2,9 +2,10 @@
 
 import random
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -94,3 +95,38 @@ def cut_at_random(seed: int, most: int) -> Callable[[int], int]:
     """Sends from one to `most` bytes, then cuts."""
     source = random.Random(seed)
     return lambda size: min(size, source.randint(1, most))
+
+
+@contextmanager
+def breaking_off(times: int) -> Iterator[tuple[str, list[bytes]]]:
+    """An endpoint that breaks off within its first lines so many times, and takes every object from then on.
+
+    Its address, and the requests it has read, without their bodies.
+    """
+    requests: list[bytes] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                with closing(client), client.makefile("rb") as lines:
+                    head = b"".join(iter(lines.readline, b"\r\n"))
+                    requests.append(head)
+                    if len(requests) <= times:
+                        client.sendall(b"HTTP/1.1 100 Continue\r\n")
+                        continue
+                    length = re.search(rb"content-length: (\d+)", head.lower())
+                    lines.read(int(length[1]) if length else 0)
+                    client.sendall(
+                        b'HTTP/1.1 200 OK\r\nETag: "v"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n'
+                    )
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", requests
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()

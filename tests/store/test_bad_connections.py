@@ -8,7 +8,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.store import ObjectChanged, RetryPolicy, StoreUnreachable, open_store
 from pipeline.store.s3 import S3Store
-from tests.store.hostile_s3 import Hostile, cut_at_random, serving
+from tests.store.hostile_s3 import Hostile, breaking_off, cut_at_random, serving
 
 QUICK = RetryPolicy(attempts=5, first_pause_seconds=0.001, longest_pause_seconds=0.01)
 DATA = random.Random(0).randbytes(300_000)
@@ -101,6 +101,16 @@ def test_an_endpoint_nobody_listens_at_is_said_at_once_and_without_the_keys(
     assert not any(
         word in str(caught.value) for word in ("password", "secret-of-the-test", "key-of-the-test")
     )
+
+
+@pytest.mark.timeout(30)
+def test_a_write_is_tried_again_when_the_server_says_continue_and_no_more(
+    against: Callable[[str], S3Store],
+) -> None:
+    with breaking_off(times=2) as (address, requests):
+        against(address).write("x", DATA)
+    assert len(requests) == 3
+    assert not [head for head in requests if b"expect" in head.lower()]
 
 
 def test_missing_keys_are_said_in_one_line(
