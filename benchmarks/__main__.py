@@ -145,7 +145,7 @@ def write_page(verdicts: Sequence[Verdict]) -> None:
 
 
 def draw(verdicts: Sequence[Verdict]) -> None:
-    """What was measured over what was asked, a bar a number; over the line is good."""
+    """What was measured over what was asked (under it, where less is better), a bar a number; over the line is good."""
     from matplotlib.figure import Figure
 
     shown = [v for v in verdicts if v.asked and v.value > 0]
@@ -155,12 +155,13 @@ def draw(verdicts: Sequence[Verdict]) -> None:
     figure = Figure(figsize=(8, 0.35 * len(shown) + 1), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(
-        [f"{v.benchmark}: {v.name}" for v in shown],
+        [f"{v.benchmark}: {v.name.replace('_', ' ')}" for v in shown],
         shares,
         color=["#3a7" if s >= 1 else "#c63" for s in shares],
     )
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlabel("measured over asked (for what should be small: asked over measured)")
+    axes.set_xlabel("times better than asked")
+    axes.margins(y=0.01)
     axes.set_xlim(0, min(max(shares) * 1.05, 4))
     axes.invert_yaxis()
     PLOT.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 NAMES = (
     "tar",
+    "npy",
     "index",
     "spec",
     "manifest",

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save
@@ -23,6 +24,7 @@ from pipeline.config.generate import GenerateConfig
 from pipeline.config.load import load_settings
 from pipeline.config.train import TrainConfig
 from pipeline.data import load_index, pack
+from pipeline.data.npy import decode_npy, encode_npy
 from pipeline.data.scan import index_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.manifest import MANIFEST_KEY, read_manifest
@@ -85,6 +87,7 @@ def _data_targets(folder: Path) -> Iterator[Target]:
         return index_shard(tars, "a.tar", pixels=True)
 
     yield Target("tar", read_tar, _small_tar(), is_json=False)
+    yield Target("npy", decode_npy, encode_npy(np.arange(12, dtype=np.uint8).reshape(3, 4)), is_json=False)
     pack(PackConfig(source="digits", dest=store.uri, channels=1, shard_size=1000), None)
 
     def read_index(data: bytes) -> object:
