@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -33,6 +33,7 @@ from pipeline.generate.spec import (
 from pipeline.generate.worker import Outcome, WorkOrder
 from pipeline.logs import name_process
 from pipeline.meters import Meters
+from pipeline.quiet import Quiet
 from pipeline.store import Store, StoreUnreachable, open_store, patiently
 
 _log = logging.getLogger(__name__)
@@ -166,6 +167,7 @@ class Job:
         self._errors: dict[int, str] = {}
         self._guard: str | None = None
         self._company: tuple[str, ...] = ()
+        self._quiet, self._heard = Quiet(), (-1, 0)
 
     def run(self) -> GenerationResult:
         """Work until complete, drained, stopped or out of attempts."""
@@ -283,9 +285,17 @@ class Job:
         self._meters.gauge("ddpm_images_per_second", rate)
         self._meters.add_tallied()
         self.diary.progress(done, rate, len(self._errors), len(under_way))
+        self._say_if_quiet((self._images_made + inside, len(self._errors)), under_way)
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + beats.EVERY_SECONDS
             self._beat("running", under_way)
+
+    def _say_if_quiet(self, heard: tuple[int, int], under_way: list[UnderWay]) -> None:
+        if heard != self._heard:
+            self._heard = heard
+            self._quiet.news()
+        elif (seconds := self._quiet.to_tell()) is not None:
+            _log.warning("%s", what_keeps_it(self.spec, seconds, under_way))
 
     def _publish(self) -> Status:
         latest = read_spec(self.store)
@@ -338,3 +348,14 @@ class Job:
 def _introduced(beat: beats.Heartbeat) -> str:
     """A job as a person may find it."""
     return f"the job of {time.strftime('%F %T', time.gmtime(beat.began_at))}Z on {beat.host}"
+
+
+def what_keeps_it(spec: Spec, quiet_seconds: float, under_way: Sequence[UnderWay]) -> str:
+    """A line for a generation without news."""
+    if under_way:
+        oldest = min(under_way, key=lambda unit: unit.began_at)
+        name, age = shard(spec, oldest.shard).name, max(0.0, time.time() - oldest.began_at)
+        what = f"{oldest.worker} is at {name} since {age:.0f} s: it samples, or waits for the store"
+    else:
+        what = "no shard is under way: Ray starts workers, or waits for room for them"
+    return f"no news for {quiet_seconds:.0f} s: {what}"

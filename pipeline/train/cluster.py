@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import DamageError, UserError, WorkFailed
 from pipeline.logs import set_up_logging
+from pipeline.quiet import Quiet
 from pipeline.store import StoreUnreachable
 from pipeline.train.loop import NonFiniteError
 from pipeline.train.restart import GroupCameToNothingError
@@ -38,8 +39,6 @@ from pipeline.train.worker import Place, Task, train_worker
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-QUIET_SECONDS = 60.0
-"""Without news for this long, then for twice as long and so on, the job says so, and what it may be waiting for."""
 ROOM_VARIABLE, ROOM_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30"
 """How long Ray waits for room for all workers before it says that there is none."""
 NO_ROOM = "WorkerGroupStartupTimeoutError"
@@ -263,7 +262,7 @@ class _watching:  # noqa: N801  (reads as a phrase after `with`)
         self._board, self._total, self._tell, self._stop = board, total, on_progress, stop
         self._over = threading.Event()
         self._step: int | None = None
-        self._news_at, self._patience = time.monotonic(), QUIET_SECONDS
+        self._quiet = Quiet()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def __enter__(self) -> None:
@@ -292,13 +291,13 @@ class _watching:  # noqa: N801  (reads as a phrase after `with`)
         if news is not None:
             self._tell(news[0], self._total, news[1])
             if news[0] != self._step:
-                self._step, self._news_at, self._patience = news[0], time.monotonic(), QUIET_SECONDS
+                self._step = news[0]
+                self._quiet.news()
 
     def _say_if_quiet(self) -> None:
-        quiet = time.monotonic() - self._news_at
-        if quiet < self._patience:
+        quiet = self._quiet.to_tell()
+        if quiet is None:
             return
-        self._patience *= 2
         try:
             silence: float | None = ray.get(self._board.silence_seconds.remote(), timeout=5)
         except (ray.exceptions.RayError, TimeoutError):
