@@ -168,8 +168,8 @@ class GateConfig(Settings):
     evaluate: EvaluateConfig
     """The measure."""
     rules: dict[Figure, Rule] = Field(default_factory=_default_rules)
-    """What is asked, by figure. One that the models do not have, such as the accuracy of a model without classes, is
-    left out."""
+    """What is asked, by figure: frechet, kernel, precision, recall, near_copies, class_accuracy, inception_score. One
+    that the models do not have, such as the accuracy of a model without classes, is left out."""
     count: int = Field(default=1000, ge=2)
     """Images of each model."""
     seed: int = Field(default=0, ge=0, lt=2**63)
