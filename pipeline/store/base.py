@@ -97,6 +97,10 @@ class Store(ABC):
     def require_container(self) -> None:
         """Raise UserError, within seconds, unless the bucket (or directory) can be used."""
 
+    @abstractmethod
+    def create_container(self) -> None:
+        """Make the bucket (or directory); one that is there is no error."""
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri!r})"
 

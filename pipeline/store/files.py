@@ -115,6 +115,9 @@ class FileStore(Store):
                 f"{self.uri}: does not exist and cannot be made in {nearest}; choose another place"
             )
 
+    def create_container(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+
     def _opened(self, key: str) -> BinaryIO:
         try:
             return self.path(key).open("rb")

@@ -147,6 +147,22 @@ class S3Store(Store):
         probe = lambda: self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)  # noqa: E731
         self._call("", probe, PROBE_POLICY)
 
+    def create_container(self) -> None:
+        def create() -> None:
+            try:
+                region = self._client.meta.region_name
+                where: Any = (
+                    {}
+                    if region == "us-east-1"
+                    else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+                )
+                self._client.create_bucket(Bucket=self.bucket, **where)
+            except boto_errors.ClientError as error:
+                if _code(error) not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                    raise
+
+        self._call("", create, PROBE_POLICY)
+
     @property
     def _client(self) -> S3Client:
         return _client()

@@ -109,5 +109,7 @@ def test_a_store_survives_pickling(store: Store) -> None:
     assert pickle.loads(pickle.dumps(store)).read("x") == b"1"
 
 
-def test_a_container_that_is_there_is_accepted(store: Store) -> None:
+def test_a_container_that_is_there_is_accepted_and_may_be_made_twice(store: Store) -> None:
+    store.create_container()
+    store.create_container()
     store.require_container()

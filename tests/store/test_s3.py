@@ -22,6 +22,8 @@ def test_a_missing_bucket_is_named_with_the_command_that_makes_it(moto: str) -> 
         open_store("s3://no-such-bucket/prefix").require_container()
     with pytest.raises(UserError, match="there is no bucket"):
         open_store("s3://no-such-bucket").write("x", b"")
+    open_store("s3://now-there-is").create_container()
+    open_store("s3://now-there-is").require_container()
 
 
 def test_an_upload_that_fails_leaves_no_parts_behind(
