@@ -8,17 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.data import npy
+from pipeline.data.npy import UInt8
 from pipeline.data.png import MAGIC, decode_png, header_shape
 from pipeline.errors import DamageError
-
-UInt8 = npt.NDArray[np.uint8]
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "npy")
 MAX_PIXELS = 1 << 26  # 8192 x 8192: what claims more is a decompression bomb
@@ -58,7 +56,7 @@ def probe(data: bytes) -> ImageShape:
     if (found := header_shape(data)) is not None:
         return ImageShape(*found)
     if data.startswith(npy.MAGIC):
-        return _npy_shape(data)
+        return _shape_of_npy(npy.read_header(data)[0])
     with open_image(data) as image:
         return _shape_of(image)
 
@@ -136,8 +134,7 @@ def _with_channels(pixels: UInt8, channels: int) -> UInt8:
     return to_array(Image.fromarray(pixels), 1, WHITE)
 
 
-def _npy_shape(data: bytes) -> ImageShape:
-    shape, _ = npy.read_header(data)
+def _shape_of_npy(shape: tuple[int, ...]) -> ImageShape:
     if len(shape) not in (2, 3):
         raise DamageError(f"npy holds an array {shape}; (height, width[, channels]) expected")
     return ImageShape(shape[2] if len(shape) == 3 else 1, shape[0], shape[1])
@@ -147,5 +144,6 @@ def read_npy(data: bytes) -> UInt8 | None:
     """Pixels uint8 (height, width, channels) of an npy file; None when it is not one. Raises DamageError."""
     if not data.startswith(npy.MAGIC):
         return None
-    shape = _npy_shape(data)
-    return npy.decode_npy(data).reshape(shape.height, shape.width, shape.channels)
+    pixels = npy.decode_npy(data)
+    shape = _shape_of_npy(pixels.shape)
+    return pixels.reshape(shape.height, shape.width, shape.channels)

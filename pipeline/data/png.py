@@ -14,10 +14,9 @@ import zlib
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-UInt8 = npt.NDArray[np.uint8]
+from pipeline.data.npy import UInt8
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _NONE, _SUB, _UP = range(3)
