@@ -31,7 +31,7 @@ _NET_SHARED: dict[str, tuple[object, ...]] = {
     "class_embed_type": (None,),
     "downsample_padding": (0, 1),
 }
-_NET_IGNORED = ("sample_size", "num_train_timesteps")
+_NET_IGNORED = ("num_train_timesteps",)
 _Widths = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
 
 
@@ -40,6 +40,7 @@ class _TheirNet(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
+    sample_size: object = None
     in_channels: int = 3
     out_channels: int = 3
     freq_shift: int = 0
@@ -55,6 +56,10 @@ class _TheirNet(BaseModel):
     norm_eps: float = 1e-5
     add_attention: bool = True
     num_class_embeds: int | None = None
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    resnet_time_scale_shift: str = "default"
+    downsample_padding: int = 1
 
 
 class _TheirScheduler(BaseModel):
@@ -148,12 +153,12 @@ def net_from_diffusers(theirs: Mapping[str, Any], where: str) -> UNetConfig:
     """The network of a `UNet2DModel`'s config.json. UserError names the setting of `where` it cannot express."""
     _only_shared(theirs, where)
     given = _checked(_TheirNet, theirs, where)
-    size = theirs.get("sample_size")
+    size = given.sample_size
     if not isinstance(size, int):
         _refuse(where, "sample_size", size, "one number of pixels is needed")
     widths = given.block_out_channels
-    attends, resblock_updown = _blocks(given, theirs, where)
-    scale_shift = theirs.get("resnet_time_scale_shift", "default") == "scale_shift"
+    attends, resblock_updown = _blocks(given, where)
+    scale_shift = given.resnet_time_scale_shift == "scale_shift"
     groups, mid_groups = given.norm_num_groups, given.attn_norm_num_groups
     if given.add_attention and mid_groups != groups and (mid_groups is not None or scale_shift):
         _refuse(
@@ -174,7 +179,7 @@ def net_from_diffusers(theirs: Mapping[str, Any], where: str) -> UNetConfig:
             num_classes=given.num_class_embeds,
             scale_shift_norm=scale_shift,
             resblock_updown=resblock_updown,
-            downsample_padding=1 if resblock_updown else theirs.get("downsample_padding", 1),
+            downsample_padding=1 if resblock_updown else given.downsample_padding,
             norm_groups=groups,
             norm_eps=given.norm_eps,
             time_cos_first=given.flip_sin_to_cos,
@@ -201,17 +206,17 @@ def _only_shared(theirs: Mapping[str, Any], where: str) -> None:
         _refuse(where, "_class_name", theirs["_class_name"], "only UNet2DModel can be imported")
 
 
-def _blocks(given: _TheirNet, theirs: Mapping[str, Any], where: str) -> tuple[list[bool], bool]:
+def _blocks(given: _TheirNet, where: str) -> tuple[list[bool], bool]:
     """Which levels attend, and whether residual blocks change the resolution."""
     attends: dict[str, list[bool]] = {}
     inside: set[bool] = set()
-    for side, kinds, names in (
-        ("down", _DOWN_BLOCKS, given.down_block_types),
-        ("up", _UP_BLOCKS, given.up_block_types),
+    for side, kinds, names, change in (
+        ("down", _DOWN_BLOCKS, given.down_block_types, given.downsample_type),
+        ("up", _UP_BLOCKS, given.up_block_types, given.upsample_type),
     ):
         if len(names) != len(given.block_out_channels):
             _refuse(where, f"{side}_block_types", names, "block_out_channels has another number of levels")
-        by_type = theirs.get(f"{side}sample_type", "conv") == "resnet"
+        by_type = change == "resnet"
         for place, name in enumerate(names):
             if name not in kinds:
                 _refuse(where, f"{side}_block_types", name, f"known are {', '.join(kinds)}")
