@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from pipeline.logs import as_json
+from pipeline.terminal import echo, one_line
 
 log = logging.getLogger(__name__)
 MODE_VARIABLE = "DDPM_PROGRESS"
@@ -71,7 +72,7 @@ def _bar(what: str, unit: str) -> Generator[Progress]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None, rate="", note="")
@@ -79,7 +80,7 @@ def _bar(what: str, unit: str) -> Generator[Progress]:
 
         def report(done: int, total: int, note: str = "") -> None:
             speed, _ = rate.measure(done, total)
-            bar.update(task, completed=done, total=total, rate=f"{speed:,.1f} {unit}/s", note=note)
+            bar.update(task, completed=done, total=total, rate=f"{speed:,.1f} {unit}/s", note=one_line(note))
 
         yield report
 
@@ -90,7 +91,7 @@ def _plain_lines(what: str, unit: str) -> Progress:
     def report(done: int, total: int, note: str = "") -> None:
         speed, left = rate.measure(done, total)
         if due(done, total):
-            print(progress_line(what, unit, done, total, speed, left, note), file=sys.stderr, flush=True)
+            echo(progress_line(what, unit, done, total, speed, left, note), error=True)
 
     return report
 

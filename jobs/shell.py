@@ -1,9 +1,7 @@
 """What every job has in common: its words on the command line, its dry run, its exit code."""
 
 import argparse
-import json
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -20,7 +18,7 @@ from pipeline.config.base import Settings
 from pipeline.config.load import load_settings
 from pipeline.errors import DamageError, UserError, WorkFailed
 from pipeline.logs import as_json, set_up_logging
-from pipeline.redaction import redact
+from pipeline.terminal import echo, echo_json
 from pipeline.track import TrackingError
 
 log = logging.getLogger(__name__)
@@ -127,7 +125,7 @@ def _complain(kind: str, error: Exception) -> None:
     if as_json():
         log.error("%s: %s", kind, error)
     else:
-        print(f"{kind}: {redact(str(error))}", file=sys.stderr)
+        echo(f"{kind}: {error}", error=True)
 
 
 def run_job(
@@ -161,8 +159,7 @@ def print_settings(content: Mapping[str, object], as_json: bool, foreseen: Fores
     """Settings as YAML that can be given back by --config, with what is foreseen as comments; or both as JSON."""
     if as_json:
         beside = {} if foreseen is None else {"estimate": asdict(foreseen)}
-        print(json.dumps({**content, **beside}, indent=2))
+        echo_json({**content, **beside})
         return
-    print(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True), end="")
-    for line in () if foreseen is None else foreseen.lines():
-        print(f"# {line}")
+    echo(*yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True).splitlines())
+    echo(*(f"# {line}" for line in ([] if foreseen is None else foreseen.lines())))

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.redaction import redact
+from pipeline.terminal import echo, one_line, tolerate_narrow_encodings
 
 FORM_VARIABLE = "DDPM_LOG"
 JSON = "json"
@@ -49,8 +50,9 @@ def located(**facts: object) -> Generator[None]:
 
 def set_up_logging() -> None:
     """Put this process's logs, and the traceback it may die with, into the asked form. May be called again."""
+    tolerate_narrow_encodings()
     if sys.excepthook is sys.__excepthook__:  # Ray has one of its own, which ends in the one it found
-        sys.excepthook = _report_death
+        sys.excepthook = report_crash
     own = [logging.getLogger(name) for name in _OWN]
     for logger in own:
         # said outright: Ray's training workers let everything from INFO on through to the driver's terminal
@@ -107,6 +109,8 @@ def _masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     except (TypeError, ValueError):
         return record  # a message and arguments that do not fit: the handler says so
     masked = redact(message)
+    if str(record.name).partition(".")[0] in _OWN:  # a record of ours is one line, whatever names it holds
+        masked = one_line(masked)
     if masked != message:
         record.msg, record.args = masked, ()
     if record.exc_info and record.exc_info[0] is not None:
@@ -114,8 +118,9 @@ def _masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     return record
 
 
-def _report_death(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def report_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Write the traceback of what nobody caught, secrets masked, in the asked form; an excepthook."""
     if as_json() and issubclass(kind, Exception):
         logging.getLogger("pipeline").critical("%s", error, exc_info=(kind, error, trace))
     else:
-        print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+        echo(*redact("".join(traceback.format_exception(kind, error, trace))).splitlines(), error=True)

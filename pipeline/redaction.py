@@ -12,7 +12,16 @@ _SECRET_NAME = re.compile(
     r"|api[_\-]?key|access[_\-]?key([_\-]?id)?|private[_\-]?key|session[_\-]?key)s?$"
 )
 _SECRET_TEXT = (
-    (re.compile(r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]+(?=@)"), MASK),
+    # user:password@ in an address, up to the last @: passwords with / or @ in them are met unencoded. A colon before a
+    # port is none of that: http://host:5000/models/name@champion stays.
+    (re.compile(r"(?<=://)[^\s/@:'\"\[]*:(?!\d{1,5}(?:[/?#]|$))[^\s'\"]+(?=@)"), MASK),
+    # signed addresses: of S3 (both versions), Google and Azure
+    (
+        re.compile(
+            r"(?i)(\b(?:x-(?:amz|goog)-(?:signature|credential|security-token)|signature|sig|awsaccesskeyid)=)[^\s&'\"]+"
+        ),
+        rf"\1{MASK}",
+    ),
     (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9+/_\-.=]{12,}"), rf"\1 {MASK}"),
     (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"), MASK),
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S), MASK),

@@ -37,7 +37,8 @@ def main() -> None:
     """The `ddpm` program."""
     if guarded(_with_stack) != DONE:
         raise SystemExit(REFUSED)
-    app()
+    # not app(): that puts an excepthook of Typer's in place of ours, which masks secrets
+    typer.main.get_command(app)()
 
 
 def _with_stack() -> int:
