@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -100,6 +101,13 @@ class Store(ABC):
     @abstractmethod
     def create_container(self) -> None:
         """Make the bucket (or directory); one that is there is no error."""
+
+    @abstractmethod
+    def server_time(self) -> datetime | None:
+        """What the clock of the machine that keeps the objects shows (UTC, exact to a second or two).
+
+        None when the service tells no time.
+        """
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri!r})"

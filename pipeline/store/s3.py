@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
@@ -162,6 +164,15 @@ class S3Store(Store):
                     raise
 
         self._call("", create, PROBE_POLICY)
+
+    def server_time(self) -> datetime | None:
+        """The Date of an answer."""
+        probe = partial(self._client.list_objects_v2, Bucket=self.bucket, Prefix=self._base, MaxKeys=1)
+        headers = self._call("", probe)["ResponseMetadata"].get("HTTPHeaders", {})
+        try:
+            return parsedate_to_datetime(headers.get("date", "")).astimezone(UTC)
+        except ValueError:
+            return None
 
     @property
     def _client(self) -> S3Client:

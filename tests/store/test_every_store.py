@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,12 @@ def test_a_container_that_is_there_is_accepted_and_may_be_made_twice(store: Stor
     store.create_container()
     store.create_container()
     store.require_container()
+
+
+def test_the_stores_clock_is_told_and_nothing_is_left_of_asking(store: Store) -> None:
+    store.create_container()
+    told = store.server_time()
+    assert told is not None
+    assert told.tzinfo is UTC
+    assert abs(told - datetime.now(UTC)) < timedelta(minutes=1)  # a Date header has whole seconds
+    assert list(store.list()) == []
