@@ -36,7 +36,7 @@ def generation_status(prefix: str, as_json: bool) -> int:
         print(json.dumps(facts | {"spec": found.spec.model_dump(mode="json")}, indent=2, default=str))
     else:
         print("\n".join(_lines(found)))
-    return DONE
+    return FAILED if found.state == "damaged" else DONE
 
 
 def _lines(found: GenerationStatus) -> list[str]:
@@ -50,6 +50,9 @@ def _lines(found: GenerationStatus) -> list[str]:
         left = f", ETA {clock(found.eta_seconds)}" if found.eta_seconds is not None else ""
         lines.append(f"speed    {found.images_per_second:,.1f} images/s{left}")
     lines += [f"failed   {shard}: {error}" for shard, error in found.failed.items()]
-    if found.state == "not complete":
+    lines += [f"problem  {fault}" for fault in found.faults]
+    if found.num_faults > len(found.faults):
+        lines.append(f"         … {found.num_faults - len(found.faults):,} more problems")
+    if found.state in ("not complete", "damaged"):
         lines.append("next     the same `ddpm generate` command makes what is missing")
     return lines

@@ -1,6 +1,7 @@
 """The end of a generation: pictures, report, manifest, and then the sweeping up."""
 
 from pipeline.generate.claim import clear_claims
+from pipeline.generate.completeness import Completeness
 from pipeline.generate.contact import grid, png
 from pipeline.generate.gallery import labels_of, pictures, rows_of
 from pipeline.generate.heartbeat import JOBS_PREFIX, clear_heartbeats
@@ -40,7 +41,11 @@ def sweep(store: Store, spec: Spec) -> None:
     clear_heartbeats(store)
 
 
-def tidy(store: Store, spec: Spec) -> None:
-    """Finish a sweep that was cut short. A heartbeat is the last thing to go, so it tells whether one was."""
-    if next(iter(store.list(JOBS_PREFIX)), None) is not None:
+def tidy(store: Store, spec: Spec, proof: Completeness) -> None:
+    """Finish a sweep that was cut short, at a prefix that `proof` says is complete.
+
+    A heartbeat is the last thing to go, so it tells whether one was; tails may also come of a job that was suspended.
+    """
+    superseded = proof.listed is not None and proof.listed.superseded
+    if superseded or next(iter(store.list(JOBS_PREFIX)), None) is not None:
         sweep(store, spec)

@@ -14,7 +14,7 @@ from itertools import islice
 
 from pipeline.errors import DamageError
 from pipeline.generate.pixels import Tally
-from pipeline.generate.plan import DONE_PREFIX, SHARD_PREFIX, num_shards, shard, shard_number
+from pipeline.generate.plan import DONE_PREFIX, SHARD_PREFIX, end_of, num_shards, shard, shard_number
 from pipeline.generate.records import DoneRecord, read_record
 from pipeline.generate.spec import Spec
 from pipeline.store import ObjectMissing, Store
@@ -34,9 +34,10 @@ class Survey:
     recorded: bytearray
     """1 for each shard that has a done-record, by number."""
     superseded: list[str] = field(default_factory=list)
-    """Keys of earlier, smaller counts' tails, records before objects."""
+    """Keys of smaller counts' tails, records before objects. No job that ends with this count, or a larger one, needs
+    them; those of a larger count are never among them."""
     strange: list[str] = field(default_factory=list)
-    """Keys under done/ and shards/ that belong to no plan of this spec."""
+    """Other keys under done/ and shards/: of a larger count, or of no generation at all."""
 
     def is_done(self, number: int) -> bool:
         """Whether a shard has a record and, if objects were listed, its object."""
@@ -55,12 +56,13 @@ def survey(store: Store, spec: Spec, objects: bool = True) -> Survey:
     folders = [(DONE_PREFIX, ".json"), (SHARD_PREFIX, ".tar")]
     for prefix, suffix in folders if objects else folders[:1]:
         for info in store.list(prefix):
-            name = info.key[len(prefix) :].removesuffix(suffix)
-            number = shard_number(name) if info.key.endswith(suffix) else None
+            name = info.key[len(prefix) :].removesuffix(suffix) if info.key.endswith(suffix) else ""
+            number = shard_number(name)
             if number is None or number >= total:
                 found.strange.append(info.key)
             elif name != (tail if number == total - 1 else f"{number:06d}"):
-                (found.superseded if "-" in name else found.strange).append(info.key)
+                smaller = "-" in name and (end_of(spec, name) or spec.count) < spec.count
+                (found.superseded if smaller else found.strange).append(info.key)
             elif prefix == DONE_PREFIX:
                 found.recorded[number] = 1
             else:
@@ -122,7 +124,7 @@ def gather(store: Store, spec: Spec, found: Survey, harvest: Harvest) -> list[tu
     """
     unread = [n for n in range(len(found.sizes)) if found.is_done(n) and n not in harvest]
     undone: list[tuple[int, str]] = []
-    for number, record in _read_all(store, spec, unread):
+    for number, record in read_records(store, spec, unread):
         if isinstance(record, DoneRecord):
             harvest.add(number, record)
         else:
@@ -135,7 +137,9 @@ def gather(store: Store, spec: Spec, found: Survey, harvest: Harvest) -> list[tu
     return undone
 
 
-def _read_all(store: Store, spec: Spec, numbers: Iterable[int]) -> Iterator[tuple[int, DoneRecord | str]]:
+def read_records(store: Store, spec: Spec, numbers: Iterable[int]) -> Iterator[tuple[int, DoneRecord | str]]:
+    """The done-records of shards by number, many at a time; for one that cannot be used, what is wrong with it."""
+
     def read(number: int) -> tuple[int, DoneRecord | str]:
         try:
             return number, read_record(store, spec, shard(spec, number))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.config.generate import INDEX_LIMIT
 from pipeline.diffusion.noise import Stream, uniform
 from pipeline.generate.spec import Spec
 
@@ -81,6 +82,18 @@ def shard_number(name: str) -> int | None:
     number, _, count = name.partition("-")
     whole = number.isdecimal() and len(number) >= 6 and (not count or count.isdecimal())
     return int(number) if whole and not name.endswith("-") else None
+
+
+def end_of(spec: Spec, name: str) -> int | None:
+    """The smallest count whose plan has a shard of this name, or None for a name that no count's plan has."""
+    number = shard_number(name)
+    if number is None:
+        return None
+    tail = name.partition("-")[2]
+    count = number * spec.shard_size + (int(tail) if tail else spec.shard_size)
+    if not number * spec.shard_size < count or spec.first_index + count > INDEX_LIMIT:
+        return None
+    return count if shard(spec.model_copy(update={"count": count}), number).name == name else None
 
 
 def batches(spec: Spec, unit: Shard) -> Iterator[Batch]:

@@ -14,12 +14,12 @@ from pipeline.generate import heartbeat as beats
 from pipeline.generate.board import UnderWay
 from pipeline.generate.claim import claim
 from pipeline.generate.cluster import Crew, Stream, hire, require_room
+from pipeline.generate.completeness import Completeness, check_complete
 from pipeline.generate.diary import Diary, require_tracking
 from pipeline.generate.finish import publish, tidy
 from pipeline.generate.guards import judge
 from pipeline.generate.ledger import Harvest, gather, survey
 from pipeline.generate.maker import reference
-from pipeline.generate.manifest import read_manifest
 from pipeline.generate.model import FoundModel, pin
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.spec import (
@@ -101,13 +101,15 @@ def generate(
     store = open_store(config.output)
     store.require_container()
     there = check_prefix(store, spec)
-    manifest = read_manifest(store) if there is not None else None
-    if manifest is not None and manifest.count == spec.count:
-        tidy(store, spec)
+    proof = Completeness() if there is None else check_complete(store, spec)
+    if proof.complete:
+        tidy(store, spec, proof)
         progress(spec.count, spec.count, "already complete")
         return GenerationResult(
             "already complete", config.output, spec.digest, spec.count, num_shards(spec), 0, 0, 0.0
         )
+    for fault in proof.faults:
+        _log.warning("there is a manifest, but %s; it is made anew", fault)
     require_tracking(config)
     config = _with_network(config)
     with cluster():
@@ -222,14 +224,16 @@ class Job:
         return missing
 
     def _undone(self) -> list[int]:
-        """Shards that have a record but no sound object, or no sound record. Each one's record is deleted."""
+        """Shards that have a record but no sound object, or no sound record. Workers see the same and replace both.
+
+        No record is deleted: by now another job may have replaced it, and completed the generation with it.
+        """
         found = survey(self.store, self.spec)
         undone = [(number, "its object is missing") for number in found.missing()]
         undone += gather(self.store, self.spec, found, self._harvest)
         for number, reason in undone:
             self._errors[number] = reason
             self._made.discard(number)
-            self.store.delete(shard(self.spec, number).done_key)
         if undone:
             self._harvest = Harvest()  # its sums cannot be taken apart; the records are read again
         return sorted(number for number, _ in undone)

@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.errors import DamageError, UserError
+from pipeline.generate.completeness import Completeness, check_complete
 from pipeline.generate.heartbeat import Heartbeat, read_heartbeats
 from pipeline.generate.ledger import Survey, survey
-from pipeline.generate.manifest import read_manifest
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.records import read_record
 from pipeline.generate.spec import SPEC_KEY, Spec, read_spec
 from pipeline.store import ObjectMissing, Store, open_store
 
 _RECORDS_READ = 32
+State = Literal["complete", "running", "not complete", "damaged"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class GenerationStatus:
     """How a generation stands."""
 
     output: str
-    state: Literal["complete", "running", "not complete"]
-    """`not complete`: no job has given a sign of life lately; run the same command to go on."""
+    state: State
+    """`not complete`: no job has given a sign of life lately; run the same command to go on. `damaged`: there is a
+    manifest, and something contradicts it; the same command makes that anew."""
     spec: Spec
     num_shards: int
     shards_done: int
@@ -35,6 +37,9 @@ class GenerationStatus:
     """Time left at that speed; None when unknown or when no job runs."""
     jobs: tuple[Heartbeat, ...]
     """All jobs that have left a word."""
+    faults: tuple[str, ...] = ()
+    """What contradicts the manifest; the first of `num_faults`."""
+    num_faults: int = 0
 
 
 def generation_status(uri: str) -> GenerationStatus:
@@ -44,9 +49,8 @@ def generation_status(uri: str) -> GenerationStatus:
     spec = read_spec(store)
     if spec is None:
         raise UserError(f"{uri}: no {SPEC_KEY} there, so no generation; check the prefix")
-    manifest = read_manifest(store)
-    complete = manifest is not None and manifest.count == spec.count
-    found = survey(store, spec, objects=False)
+    proof = check_complete(store, spec)
+    found = proof.listed or survey(store, spec, objects=False)
     missing = found.missing()
     images_done = spec.count - sum(shard(spec, number).count for number in missing)
     jobs = tuple(read_heartbeats(store))
@@ -59,7 +63,7 @@ def generation_status(uri: str) -> GenerationStatus:
     waiting = {shard(spec, number).name for number in missing}
     return GenerationStatus(
         output=uri,
-        state="complete" if complete else "running" if alive else "not complete",
+        state=_state(proof, bool(alive)),
         spec=spec,
         num_shards=num_shards(spec),
         shards_done=num_shards(spec) - len(missing),
@@ -69,7 +73,15 @@ def generation_status(uri: str) -> GenerationStatus:
         images_per_second=speed,
         eta_seconds=left / speed if alive and speed else None,
         jobs=jobs,
+        faults=tuple(proof.faults),
+        num_faults=proof.num_faults,
     )
+
+
+def _state(proof: Completeness, alive: bool) -> State:
+    if proof.complete:
+        return "complete"
+    return "running" if alive else "damaged" if proof.num_faults else "not complete"
 
 
 def _recorded_speed(store: Store, spec: Spec, found: Survey) -> float | None:
