@@ -1,13 +1,16 @@
 """The registry's gate: `python -m jobs.promote digits`, and `python -m jobs.promote --rollback digits`.
 
 A challenger becomes champion only when it passes. Every decision, with all its numbers, is kept on the challenger's
-model version as tags; a promoted version remembers whom it replaced, which makes going back one command.
+model version as tags. The champion's alias moves by a log (`pipeline.track.moves`), so that of two decisions made at
+once against one champion only one moves it; the log also tells whom a promoted version replaced, which makes going back
+one command.
 """
 
+import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jobs.evaluate import measure_model
 from jobs.progress import Progress
@@ -15,11 +18,11 @@ from jobs.shell import DONE, FAILED, Call, guarded, parse_words, run_job, use_ru
 from pipeline.config.evaluate import GateConfig, PromoteConfig
 from pipeline.config.generate import SpecSettings
 from pipeline.data import load_index
-from pipeline.errors import UserError
+from pipeline.errors import UserError, WorkFailed
 from pipeline.evaluate.gate import Decision, judge, table, verdict
 from pipeline.evaluate.measured import Measured
 from pipeline.evaluate.reference import reference
-from pipeline.track import ModelVersion, resolve, set_alias, set_version_tags, versions
+from pipeline.track import ModelVersion, Move, MovingAlias, Overtaken, resolve, set_version_tags, versions
 
 VERDICT_TAG = "ddpm.gate"
 DECISION_TAG = "ddpm.gate.decision"
@@ -28,10 +31,14 @@ _TAG_LIMIT = 7500  # MLflow cuts tags at 8000 characters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Settings in, exit code out: 0 promoted or nothing to do, 1 refused by the gate, 2 a mistake."""
+    """Settings in, exit code out: 0 promoted or nothing to do, 1 refused by the gate or overtaken, 2 a mistake."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--rollback"]:
-        return guarded(lambda: rollback(words[1] if len(words) > 1 else ""))
+        parser = argparse.ArgumentParser(prog="python -m jobs.promote --rollback")
+        parser.add_argument("name")
+        parser.add_argument("--to", type=int)
+        told = parser.parse_args(words[1:] or [""])
+        return guarded(lambda: rollback(told.name, to=told.to))
     return guarded(lambda: run_call(parse_words("promote", words)))
 
 
@@ -45,6 +52,7 @@ def run(config: PromoteConfig, progress: Progress, as_json: bool = False) -> int
     challenger = resolve(f"{config.model}@{config.challenger}")
     champion = champion_of(config.model, config.champion)
     if champion is not None and champion.version == challenger.version:
+        note_promotion(challenger, config.champion)
         print(f"nothing to do: {challenger.reference} is the champion already")
         return DONE
     decision = decide(config.gate, challenger, champion, progress)
@@ -68,14 +76,18 @@ def after_training(gate: GateConfig, challenger: ModelVersion) -> str:
     try:
         decision = decide(gate, challenger, champion, lambda done, total, note="": None)
         keep(decision, challenger, champion, "champion")
-    except UserError as error:
+    except (UserError, WorkFailed) as error:
         return f"gate     not run: {error}; then: ddpm promote"
     return f"gate     {decision.verdict}: {decision.reason}"
 
 
 def champion_of(name: str, alias: str = "champion") -> ModelVersion | None:
-    """The version in office, or None."""
-    return next((version for version in versions(name) if alias in version.aliases), None)
+    """The version in office, or None. An alias that was left behind its log is moved forward first."""
+    known = versions(name)
+    if not known:
+        return None
+    office = MovingAlias(name, alias).follow().version
+    return next((version for version in known if version.version == office), None)
 
 
 def decide(
@@ -109,39 +121,93 @@ def decide(
 
 
 def keep(decision: Decision, challenger: ModelVersion, champion: ModelVersion | None, alias: str) -> None:
-    """Write the decision onto the challenger's version; move the alias, last, if it passed."""
+    """Write the decision onto the challenger's version; if it passed, move the alias, and then say so there.
+
+    Overtaken, with the alias untouched, when `champion` is not in office any more.
+    """
     text = json.dumps(decision.model_dump(mode="json", exclude_defaults=True), separators=(",", ":"))
     if len(text) > _TAG_LIMIT:
         raise UserError(
             f"gate.rules: the decision takes {len(text)} characters, a tag holds {_TAG_LIMIT}; ask less"
         )
-    tags = {VERDICT_TAG: decision.verdict, DECISION_TAG: text}
-    if decision.verdict == "promoted" and champion is not None:
-        tags[BEFORE_TAG] = str(champion.version)
-    set_version_tags(challenger, tags)
-    if decision.verdict == "promoted":
-        set_alias(challenger.name, alias, challenger.version)
+    if decision.verdict != "promoted":
+        set_version_tags(challenger, {VERDICT_TAG: decision.verdict, DECISION_TAG: text})
+        return
+    set_version_tags(challenger, {DECISION_TAG: text})
+    before = None if champion is None else champion.version
+    try:
+        move = MovingAlias(challenger.name, alias).move(before, challenger.version, "promotion")
+    except Overtaken:
+        set_version_tags(challenger, {VERDICT_TAG: "not promoted: another decision came first"})
+        raise
+    set_version_tags(challenger, _promoted(move))
 
 
-def rollback(name: str, alias: str = "champion") -> int:
-    """Put the champion's predecessor back into office."""
+def note_promotion(champion: ModelVersion, alias: str) -> None:
+    """Tag a champion as promoted that was promoted by a job which was killed before it could say so."""
+    move = MovingAlias(champion.name, alias).look().last
+    if move is not None and (move.kind, move.after) == ("promotion", champion.version):
+        missing = {k: v for k, v in _promoted(move).items() if champion.tags.get(k) != v}
+        set_version_tags(champion, missing)
+
+
+def _promoted(move: Move) -> dict[str, str]:
+    return {VERDICT_TAG: "promoted"} | ({} if move.before is None else {BEFORE_TAG: str(move.before)})
+
+
+def rollback(name: str, alias: str = "champion", to: int | None = None) -> int:
+    """Put the champion's predecessor, or version `to`, back into office. Repeated, it finds itself done."""
     if not name:
         raise UserError("rollback: name the registered model, for example: ddpm rollback digits")
     use_running_stack()
     champion = champion_of(name, alias)
     if champion is None:
         raise UserError(f"model {name!r}: has no {alias}; see its versions in the registry")
-    before = champion.tags.get(BEFORE_TAG)
+    office = MovingAlias(name, alias)
+    moves = office.look().moves
+    last = moves[max(moves)] if moves else None
+    back = last if last is not None and last.kind == "rollback" and last.after == champion.version else None
+    if to == champion.version or (to is None and back is not None):
+        if back is not None:
+            _note_rollback(back, name)
+        print(f"nothing to do: {_already(champion, back, alias)}")
+        return DONE
+    before = to or _predecessor(champion, moves)
     if before is None:
         raise UserError(f"model {champion.reference}: replaced no one, so there is no version to go back to")
     previous = resolve(f"{name}/{before}")
-    set_alias(name, alias, previous.version)
-    set_version_tags(
-        champion,
-        {VERDICT_TAG: f"rolled back to {previous.reference} at {time.strftime('%F %T', time.gmtime())}Z"},
-    )
+    _note_rollback(office.move(champion.version, previous.version, "rollback"), name)
     print(f"rolled back: {name}@{alias} is {previous.reference} again, no longer {champion.reference}")
     return DONE
+
+
+def _predecessor(champion: ModelVersion, moves: Mapping[int, Move]) -> int | None:
+    """Whom the champion replaced when it was promoted: by the log or, in older registries, by its tag."""
+    for number in sorted(moves, reverse=True):
+        if moves[number].after == champion.version and moves[number].kind == "promotion":
+            return moves[number].before
+    tag = champion.tags.get(BEFORE_TAG, "")
+    return int(tag) if tag.isascii() and tag.isdecimal() else None
+
+
+def _already(champion: ModelVersion, back: Move | None, alias: str) -> str:
+    """What a rollback that is done already says."""
+    now = f"{champion.name}@{alias} is {champion.reference}"
+    if back is None:
+        return now
+    return f"{now}, rolled back from {champion.name}/{back.before} at {_utc(back.at)}; further: --to VERSION"
+
+
+def _note_rollback(move: Move, name: str) -> None:
+    """Say so on the version that was taken out of office."""
+    left = next((version for version in versions(name) if version.version == move.before), None)
+    if left is not None:
+        said = f"rolled back to {name}/{move.after} at {_utc(move.at)}"
+        set_version_tags(left, {VERDICT_TAG: said})
+
+
+def _utc(seconds: float) -> str:
+    return f"{time.strftime('%F %T', time.gmtime(seconds))}Z"
 
 
 def _sampled(version: ModelVersion, gate: GateConfig) -> Measured:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -25,6 +25,8 @@ from pipeline.config.train import TrainConfig, WorkerConfig
 from pipeline.nets import UNet, parameter_count
 from pipeline.track import (
     ModelVersion,
+    MovingAlias,
+    Overtaken,
     Run,
     describe,
     find_run,
@@ -121,8 +123,10 @@ def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
             checkpoint_uri=checkpoint_uri(plan.store, step),
         )
     set_alias(name, CHALLENGER, version.version)
-    if not any(CHAMPION in known.aliases for known in versions(name)):
-        set_alias(name, CHAMPION, version.version)
+    office = MovingAlias(name, CHAMPION)
+    if office.follow().version is None:
+        with suppress(Overtaken):  # another first model came first
+            office.move(None, version.version, "first")
     elif plan.config.gate is not None:
         from jobs.promote import after_training  # what a first model never needs
 

@@ -45,12 +45,15 @@ def promote(
     end_job(run_call, words, config, dry_run, json)
 
 
-@app.command(rich_help_panel=MODELS, epilog=examples("ddpm rollback digits"))
-def rollback(name: Annotated[str, typer.Argument(help="Registered model.")]) -> None:
-    """Make the champion's predecessor champion again."""
+@app.command(rich_help_panel=MODELS, epilog=examples("ddpm rollback digits", "ddpm rollback digits --to 3"))
+def rollback(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    to: Annotated[int | None, typer.Option("--to", min=1, help="Version to go back to.")] = None,
+) -> None:
+    """Make the champion's predecessor, or the version you name, champion again. Repeated, it does nothing."""
     from jobs.promote import rollback as run
 
-    end(lambda: run(name))
+    end(lambda: run(name, to=to))
 
 
 @features_app.command("train", epilog=examples("ddpm features train digits"))

@@ -1,30 +1,22 @@
 """Claiming a prefix: of several jobs that find it empty at once, one's spec comes to stand, the same for all.
 
 A conditional write would do it in one request, but not every S3 heeds the condition: JuiceFS's gateway takes
-`If-None-Match: *` and overwrites all the same. Plain objects suffice. This is Disk Paxos (Gafni and Lamport 2003)
-with the prefix as its one disk: each job writes to keys of its own and reads those of the others, and a job
-that dies at any point holds nobody up. It asks of the store what S3 promises: that a finished write is seen by
-later reads and listings. A job's newest word is a new object, never an older one replaced: the same gateway can
-answer a read that meets a replacement with bytes of both, or with none.
+`If-None-Match: *` and overwrites all the same. So the jobs agree by plain objects; see `pipeline.consensus`.
 """
 
-import random
-import time
 from contextlib import suppress
 from typing import Literal
 
 from pipeline.config.base import Settings
 from pipeline.config.document import parse_document
+from pipeline.consensus import NoConsensus, Word, agree
 from pipeline.generate.heartbeat import new_job_id
 from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, canonical, pretty, read_spec
 from pipeline.store import ObjectMissing, Store, StoreUnreachable
 
-_ATTEMPTS = 100
-_LONGEST_PAUSE_SECONDS = 2.0
-
 
 class Claim(Settings):
-    """One job's word on whose spec shall stand. Rounds are told apart by their number, then by the job's name."""
+    """One job's word on whose spec shall stand; the fields are those of `Word`."""
 
     format: Literal[1] = 1
     """Version of the layout of a generation."""
@@ -42,33 +34,12 @@ def claim(store: Store, spec: Spec) -> Spec:
     Whoever returns, returns the same but for a count raised since, and `spec.json` is there by then.
     StoreUnreachable in the unlikely case that jobs keep talking over each other.
     """
-    job, said = new_job_id(), list[str]()
-    own, others = Claim(round=0), _others(store, job)
-    for attempt in range(_ATTEMPTS):
-        called = 1 + max([own.round, *(other.round for other in others.values())])
-        own = own.model_copy(update={"round": called})
-        for speaks in (False, True):
-            if speaks:
-                own = own.model_copy(
-                    update={"accepted": called, "spec": _choice({**others, job: own}) or spec}
-                )
-            said.append(f"{CLAIM_PREFIX}{job}.{len(said):04d}.json")
-            store.write(said[-1], canonical(own.model_dump(mode="json")))
-            others = _others(store, job)
-            there = read_spec(store)  # after the listing: a claim goes only when the spec is there
-            leads = all((other.round, name) < (called, job) for name, other in others.items())
-            if there is None and speaks and leads and own.spec is not None:
-                there = own.spec
-                store.write(SPEC_KEY, pretty(there.model_dump(mode="json")))
-            if there is not None:
-                for key in said:  # the newest last: nobody may take an older one for it
-                    store.delete(key)
-                return there
-            if not leads:
-                break
-        # Timing only: who comes first may depend on it, no bit of a sample does.
-        time.sleep(random.uniform(0.01, min(_LONGEST_PAUSE_SECONDS, 0.1 * 2**attempt)))
-    raise StoreUnreachable(f"{store.uri}: other jobs keep claiming this prefix; try again in a minute")
+    try:
+        return agree(_Claims(store), new_job_id(), spec)
+    except NoConsensus:
+        raise StoreUnreachable(
+            f"{store.uri}: other jobs keep claiming this prefix; try again in a minute"
+        ) from None
 
 
 def clear_claims(store: Store) -> None:
@@ -77,22 +48,39 @@ def clear_claims(store: Store) -> None:
         store.delete(info.key)
 
 
-def _choice(claims: dict[str, Claim]) -> Spec | None:
-    """The spec that was spoken for last, or None while none was."""
-    _, name = max((one.accepted, name) for name, one in claims.items())
-    return claims[name].spec
+class _Claims:
+    """The board of the jobs at a prefix: objects under `claims/`, and `spec.json` as the answer."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def say(self, job: str, number: int, word: Word[Spec]) -> None:
+        claim = Claim(round=word.round, accepted=word.accepted, spec=word.value)
+        self._store.write(_key(job, number), canonical(claim.model_dump(mode="json")))
+
+    def take_back(self, job: str, number: int) -> None:
+        self._store.delete(_key(job, number))
+
+    def others(self, job: str) -> dict[str, Word[Spec]]:
+        newest: dict[str, str] = {}
+        for info in self._store.list(CLAIM_PREFIX):  # in order of their keys, so a job's newest comes last
+            name, _, _ = info.key.removeprefix(CLAIM_PREFIX).partition(".")
+            newest[name] = info.key
+        found: dict[str, Word[Spec]] = {}
+        for name, key in newest.items():
+            if name == job:
+                continue
+            with suppress(ObjectMissing):  # its job is through, so the spec is there
+                said = parse_document(Claim, self._store.read(key), f"{self._store.uri}/{key}", "a claim")
+                found[name] = Word(said.round, said.accepted, said.spec)
+        return found
+
+    def standing(self) -> Spec | None:
+        return read_spec(self._store)
+
+    def settle(self, value: Spec) -> None:
+        self._store.write(SPEC_KEY, pretty(value.model_dump(mode="json")))
 
 
-def _others(store: Store, job: str) -> dict[str, Claim]:
-    """The newest word of each other job."""
-    newest: dict[str, str] = {}
-    for info in store.list(CLAIM_PREFIX):  # in order of their keys, so a job's newest comes last
-        name, _, _ = info.key.removeprefix(CLAIM_PREFIX).partition(".")
-        newest[name] = info.key
-    found: dict[str, Claim] = {}
-    for name, key in newest.items():
-        if name == job:
-            continue
-        with suppress(ObjectMissing):  # its job is through, so the spec is there
-            found[name] = parse_document(Claim, store.read(key), f"{store.uri}/{key}", "a claim")
-    return found
+def _key(job: str, number: int) -> str:
+    return f"{CLAIM_PREFIX}{job}.{number:04d}.json"

@@ -8,6 +8,7 @@ from pipeline.redaction import redact
 from pipeline.track.connect import TrackingError, require_server, tracking_client, tracking_uri
 from pipeline.track.janitor import ClosedRun, close_stale_runs, sweep_spools
 from pipeline.track.lineage import link_model, log_dataset, source_tags
+from pipeline.track.moves import Move, MovingAlias, Overtaken
 from pipeline.track.registry import (
     ModelVersion,
     download,
@@ -26,6 +27,9 @@ from pipeline.track.system import SystemSampler
 __all__ = [
     "ClosedRun",
     "ModelVersion",
+    "Move",
+    "MovingAlias",
+    "Overtaken",
     "Run",
     "Spool",
     "SystemSampler",

@@ -13,7 +13,8 @@ from infra.local import LocalStack
 from jobs.shell import Call
 from pipeline.config.data import PackConfig
 from pipeline.data import pack
-from pipeline.track import resolve, versions
+from pipeline.errors import UserError
+from pipeline.track import resolve, set_alias, versions
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
@@ -84,8 +85,14 @@ def test_half_the_training_is_refused_and_twice_is_promoted_and_can_be_taken_bac
     assert "promoted: gated/3" in capsys.readouterr().out
     assert jobs.promote.rollback("gated") == 0
     assert champion() == 1
-    assert jobs.promote.main(["--rollback", "gated"]) == 2
-    assert "replaced no one" in capsys.readouterr().err
+    assert jobs.promote.main(["--rollback", "gated"]) == 0
+    assert "nothing to do: gated@champion is gated/1, rolled back from gated/3" in capsys.readouterr().out
+    assert champion() == 1
+    set_alias("gated", "champion", 2)
+    with pytest.raises(UserError, match="replaced no one"):
+        jobs.promote.rollback("gated")
+    assert jobs.promote.main(["--rollback", "gated", "--to", "3"]) == 0
+    assert champion() == 3
 
 
 def test_a_training_ends_with_the_gate(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:

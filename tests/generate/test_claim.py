@@ -8,39 +8,16 @@ from pathlib import Path
 
 import pytest
 
+import pipeline.consensus
 import pipeline.generate.claim
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.claim import claim, clear_claims
 from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, check_prefix, read_spec, require_extension
 from pipeline.store import FileStore, ObjectInfo, Store, open_store
 from tests.generate.tiny import plan_of, settings, tiny_model
+from tests.turns import Died, Turns
 
 JOBS = 3
-
-
-class Died(Exception):  # noqa: N818 - it is no error here
-    """A job was killed."""
-
-
-class Turns:
-    """Lets one of several threads take a step at a time, in an order drawn by a seed."""
-
-    def __init__(self, seed: int, names: range) -> None:
-        self._chance = random.Random(seed)
-        self._living = set(names)
-        self._changed = threading.Condition()
-        self._turn = self._chance.choice(sorted(self._living))
-
-    def wait(self, name: int) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: self._turn == name, 30)
-
-    def next(self, ended: int | None = None) -> None:
-        with self._changed:
-            self._living.discard(-1 if ended is None else ended)
-            if self._living:
-                self._turn = self._chance.choice(sorted(self._living))
-            self._changed.notify_all()
 
 
 class Stepped(FileStore):
@@ -96,7 +73,7 @@ def _no_pause(seconds: float) -> None:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses: the turns decide."""
-    monkeypatch.setattr(pipeline.generate.claim.time, "sleep", _no_pause)
+    monkeypatch.setattr(pipeline.consensus.time, "sleep", _no_pause)
 
 
 def race(seed: int, specs: list[Spec], dying: dict[int, int]) -> tuple[list[Spec], dict[str, bytes]]:

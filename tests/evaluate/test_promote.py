@@ -1,0 +1,183 @@
+"""Promotion and rollback on a registry in memory: two at once, killed at any request, repeated."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+import jobs.promote
+from jobs.promote import champion_of, keep, rollback
+from jobs.shell import guarded
+from pipeline.config.evaluate import EvaluateConfig, GateConfig
+from pipeline.evaluate.gate import Decision
+from pipeline.track import ModelVersion, Overtaken, moves
+from tests.track.one_model import Registry, Stepped
+from tests.turns import Died
+
+
+class Models(Registry):
+    """Four versions of `digits`, each with tags of its own."""
+
+    def __init__(self, champion: int | None) -> None:
+        super().__init__(champion)
+        self.version_tags: dict[int, dict[str, str]] = {number: {} for number in range(1, 5)}
+
+    def versions(self, name: str) -> list[ModelVersion]:
+        return [
+            ModelVersion(name, number, "", "", "", dict(tags)) for number, tags in self.version_tags.items()
+        ]
+
+    def resolve(self, reference: str) -> ModelVersion:
+        name, _, number = reference.partition("/")
+        return self.versions(name)[int(number) - 1]
+
+    def set_version_tags(self, version: ModelVersion, tags: dict[str, str]) -> None:
+        self.version_tags[version.version].update(tags)
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> Models:
+    """Champion is version 2; nothing was decided by a log yet."""
+    found = Models(2)
+    connect(found, found, monkeypatch)
+    monkeypatch.setattr(jobs.promote, "use_running_stack", lambda: None)
+    return found
+
+
+def connect(models: Models, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the job under test speak to `client`."""
+    monkeypatch.setattr(moves, "tracking_client", lambda uri: client)
+    for name in ("versions", "resolve", "set_version_tags"):
+        ask = partial(_ask, client, name)
+        monkeypatch.setattr(jobs.promote, name, ask)
+
+
+def _ask(client: Any, name: str, *args: object) -> Any:
+    return getattr(client, name)(*args)  # looked up for each request: that is what a stepped client counts
+
+
+def promoted(models: Models, challenger: int, champion: int | None) -> None:
+    """A gate that let `challenger` pass against `champion` writes its decision."""
+    decision = Decision(
+        verdict="promoted",
+        reason="it is better",
+        challenger=f"digits/{challenger}",
+        champion=None if champion is None else f"digits/{champion}",
+        count=1,
+        reference_digest="",
+        reference_count=1,
+        network="",
+        settings=GateConfig(evaluate=EvaluateConfig(reference="r")),
+        judgements={},
+        decided_at=0,
+    )
+    theirs = None if champion is None else models.resolve(f"digits/{champion}")
+    keep(decision, models.resolve(f"digits/{challenger}"), theirs, "champion")
+
+
+def test_a_challenger_that_was_compared_with_a_champion_of_before_is_not_promoted(models: Models) -> None:
+    promoted(models, 3, 2)
+    with pytest.raises(Overtaken, match="run it again"):
+        promoted(models, 1, 2)
+    assert models.aliases["champion"] == 3
+    assert models.version_tags[1]["ddpm.gate"] == "not promoted: another decision came first"
+    assert models.version_tags[3] | {"ddpm.gate.decision": ""} == {
+        "ddpm.gate": "promoted",
+        "ddpm.gate.before": "2",
+        "ddpm.gate.decision": "",
+    }
+
+
+def test_who_is_overtaken_exits_with_1_in_one_line(
+    models: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promoted(models, 3, 2)
+    assert guarded(lambda: promoted(models, 1, 2)) == 1  # type: ignore[arg-type, return-value, func-returns-value]
+    assert capsys.readouterr().err.startswith("failed: digits@champion: means version 3 by now")
+
+
+def test_a_promotion_that_is_killed_at_any_request_is_whole_or_has_not_been(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dies_at in range(40):
+        there = Models(2)
+        connect(there, Stepped(there, None, 0, dies_at), monkeypatch)
+        try:
+            promoted(there, 3, 2)
+            ended = True
+        except Died:
+            ended = False
+        connect(there, there, monkeypatch)
+        champion = champion_of("digits")
+        assert champion is not None
+        if champion.version == 2:
+            assert not ended
+            promoted(there, 3, 2)
+        else:
+            jobs.promote.note_promotion(champion, "champion")
+        assert there.aliases["champion"] == 3
+        assert there.version_tags[3]["ddpm.gate"] == "promoted"
+        assert there.version_tags[3]["ddpm.gate.before"] == "2"
+        if ended:
+            return
+    raise AssertionError("the promotion never came to its end")
+
+
+def test_a_rollback_that_is_killed_at_any_request_and_repeated_goes_back_once(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dies_at in range(40):
+        there = Models(1)
+        connect(there, there, monkeypatch)
+        promoted(there, 2, 1)
+        promoted(there, 3, 2)
+        connect(there, Stepped(there, None, 0, dies_at), monkeypatch)
+        try:
+            rollback("digits")
+            ended = True
+        except Died:
+            ended = False
+        connect(there, there, monkeypatch)
+        for _ in range(2):
+            assert rollback("digits") == 0
+            assert there.aliases["champion"] == 2
+            assert there.version_tags[3]["ddpm.gate"].startswith("rolled back to digits/2 at ")
+        if ended:
+            return
+    raise AssertionError("the rollback never came to its end")
+
+
+def test_a_repeated_rollback_says_that_it_is_done_and_how_to_go_further(
+    models: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promoted(models, 3, 2)
+    promoted(models, 4, 3)
+    assert rollback("digits") == 0
+    assert "rolled back: digits@champion is digits/3 again, no longer digits/4" in capsys.readouterr().out
+    assert rollback("digits") == 0
+    told = capsys.readouterr().out
+    assert "nothing to do: digits@champion is digits/3, rolled back from digits/4 at " in told
+    assert "further: --to VERSION" in told
+    for _ in range(2):
+        assert rollback("digits", to=2) == 0
+        assert models.aliases["champion"] == 2
+
+
+def test_a_rollback_after_a_promotion_goes_to_whom_it_replaced(models: Models) -> None:
+    promoted(models, 3, 2)
+    assert rollback("digits") == 0
+    promoted(models, 4, 2)
+    assert rollback("digits") == 0
+    assert models.aliases["champion"] == 2
+
+
+def test_a_registry_from_before_the_log_is_rolled_back_by_its_tag(
+    models: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models.version_tags[2]["ddpm.gate.before"] = "1"
+    assert rollback("digits") == 0
+    assert models.aliases["champion"] == 1
+    models.version_tags[2].clear()
+    models.aliases["champion"] = 3  # by hand
+    assert guarded(lambda: rollback("digits")) == 2
+    assert "replaced no one" in capsys.readouterr().err
