@@ -49,8 +49,8 @@ test: lint ## lint, then all tests: fast ones first, then those on the real stac
 bench: install-dev ## every benchmark beside its peers, judged against benchmarks/bars.json (AGAIN=1: those measured before, too)
 	@$(BIN)/python -m benchmarks $(if $(AGAIN),--again)
 
-chaos: install-dev ## attack trainings and generations with random faults (SEED=0 ROUNDS=10, or ROUND=3 for one again)
-	@$(BIN)/python -m tests.chaos --seed $(or $(SEED),0) --rounds $(or $(ROUNDS),10) --first $(or $(FIRST),0) $(if $(ROUND),--round $(ROUND))
+chaos: install-dev ## attack every job with random faults (SEED=0 ROUNDS=10, or ROUND=3 for one again; KIND=packing for one job)
+	@$(BIN)/python -m tests.chaos --seed $(or $(SEED),0) --rounds $(or $(ROUNDS),10) --first $(or $(FIRST),0) $(if $(ROUND),--round $(ROUND)) $(if $(KIND),--kind $(KIND))
 
 fuzz: install-dev ## feed every reader of stored bytes with what a fuzzer thinks up (SECONDS=60 each)
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet 'atheris>=3,<4'

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,25 +19,43 @@ ROOT = Path(__file__).parents[1]
 
 
 class Driver:
-    """`python -m jobs.NAME` with fixed settings; `again` is the same command once more."""
+    """`python -m jobs.MODULE WORDS --config FILE` with fixed settings; `again` is the same command once more."""
 
     def __init__(
-        self, name: str, config: Settings, folder: Path, variables: Mapping[str, str] | None = None
+        self,
+        name: str,
+        config: Settings | None,
+        folder: Path,
+        variables: Mapping[str, str] | None = None,
+        *,
+        module: str | None = None,
+        words: Sequence[str] = (),
     ) -> None:
-        """`variables` are set over the environment of this process."""
+        """`name`: the section that `config` stands under, and the module unless that is named too. `variables` are
+        set over the environment of this process.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        self._settings = folder / f"{name}.json"
-        self._settings.write_text(json.dumps({name: config.model_dump(mode="json")}))
-        self._name, self._environ = name, os.environ | dict(variables or {})
+        self._command = [sys.executable, "-m", f"jobs.{module or name}", *words]
+        if config is not None:
+            settings = folder / f"{name}.json"
+            settings.write_text(json.dumps({name: config.model_dump(mode="json")}))
+            self._command.append(f"--config={settings}")
+        self._environ = os.environ | dict(variables or {})
         self.log = folder / f"{name}.log"
         self.starts = 0
         self.process = self._start()
+        self.others: list[subprocess.Popen[bytes]] = []
+        """Processes of the same command beside it."""
+
+    def start_another(self) -> None:
+        """The same command a second time, at the same time."""
+        self.others.append(self._start())
 
     def _start(self) -> "subprocess.Popen[bytes]":
         self.starts += 1
         with self.log.open("ab") as out:
             return subprocess.Popen(
-                [sys.executable, "-m", f"jobs.{self._name}", f"--config={self._settings}"],
+                self._command,
                 cwd=ROOT,
                 env=self._environ,
                 stdin=subprocess.DEVNULL,

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10, help="how many, from --first on")
     parser.add_argument("--first", type=int, default=0, help="number of the first round")
     parser.add_argument("--round", type=int, help="only this one")
+    parser.add_argument("--kind", action="append", help="only rounds of this job; may be repeated")
     parser.add_argument("--record", type=Path, default=RECORD, help="file that outcomes are appended to")
     parser.add_argument(
         "--write", type=Path, help="write a table of all recorded outcomes here, play nothing"
@@ -48,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.record.parent.mkdir(parents=True, exist_ok=True)
     lost = 0
     with _stack() as (stack, folder):
-        from tests.chaos.rounds import Arena
+        from tests.chaos.rounds import KINDS, Arena
 
         arena = Arena(stack, folder)
         for number in numbers:
-            outcome = arena.play(options.seed, number)
+            outcome = arena.play(options.seed, number, options.kind or KINDS)
             with options.record.open("a") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
             print(row(asdict(outcome)), flush=True)

@@ -146,12 +146,17 @@ def jumping_clock(scene: Scene, work: Work, chance: random.Random) -> None:
     scene.clock.write_text(str(chance.choice((-HOUR_SECONDS, HOUR_SECONDS))))
 
 
+def start_second_driver(scene: Scene, work: Work, chance: random.Random) -> None:
+    """The same command once more, while the first is running."""
+    work.driver.start_another()
+
+
 @dataclass(frozen=True)
 class Fault:
     """A named strike and the jobs it can hit."""
 
     strike: Strike
-    kinds: tuple[str, ...] = ("training", "generation")
+    kinds: frozenset[str]
     needs_disk: bool = False
 
     @property
@@ -159,24 +164,33 @@ class Fault:
         return self.strike.__name__.replace("_", " ")
 
 
+ON_RAY = frozenset({"training", "generation", "submission", "night"})
+"""Jobs with Ray workers."""
+TRACKED = ON_RAY | {"promotion", "rollback", "cleanup"}
+"""Jobs that MLflow has a part in."""
+STORED = TRACKED - {"rollback", "cleanup"} | {"packing"}
+"""Jobs that read or write objects."""
+ALL = TRACKED | STORED
+
 FAULTS = (
-    Fault(kill_worker),
-    Fault(kill_driver),
-    Fault(ask_driver_to_end),
-    Fault(kill_node),
-    Fault(kill_head),
-    Fault(kill_gateway),
-    Fault(kill_mlflow),
-    Fault(freeze_worker),
-    Fault(freeze_driver),
-    Fault(freeze_gateway),
-    Fault(freeze_mlflow),
-    Fault(slow_network),
-    Fault(cut_network),
-    Fault(busy_store),
-    Fault(lying_network),
-    Fault(full_disk, kinds=("training",), needs_disk=True),
-    Fault(jumping_clock),
+    Fault(kill_worker, ON_RAY),
+    Fault(kill_driver, ALL),
+    Fault(ask_driver_to_end, ALL),
+    Fault(start_second_driver, ALL),
+    Fault(kill_node, ON_RAY),
+    Fault(kill_head, ON_RAY),
+    Fault(kill_gateway, STORED),
+    Fault(kill_mlflow, TRACKED),
+    Fault(freeze_worker, ON_RAY),
+    Fault(freeze_driver, ALL),
+    Fault(freeze_gateway, STORED),
+    Fault(freeze_mlflow, TRACKED),
+    Fault(slow_network, STORED),
+    Fault(cut_network, STORED),
+    Fault(busy_store, STORED),
+    Fault(lying_network, STORED),
+    Fault(full_disk, frozenset({"training"}), needs_disk=True),
+    Fault(jumping_clock, ALL - {"night"}),  # a night is named by a date
 )
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,13 @@ from infra.local import LocalStack
 from pipeline.config.data import PackConfig
 from pipeline.data import pack
 from tests.chaos.faults import FAULTS, Fault, Scene
+from tests.chaos.operations import OPERATIONS, Shared
 from tests.chaos.works import Fingerprint, Generation, Training, Work, differences
 from tests.driving import ray_workers
 from tests.generate.tiny import tiny_model
 from tests.relay import Relay
 
+KINDS = ("training", "generation", *OPERATIONS)
 MOST_STARTS = 12
 PATIENCE_SECONDS = 240.0
 """Without progress for this long, a job counts as hung."""
@@ -48,15 +50,16 @@ class Arena:
     def __init__(self, stack: LocalStack, folder: Path) -> None:
         self.folder = folder
         self.place = f"s3://ddpm/chaos/{folder.name}"
-        self._stack, self._disk = stack, folder / "disk"
-        self._calm: dict[str, Fingerprint] = {}
+        self._stack = stack
+        self._undisturbed: dict[str, Fingerprint] = {}
         pack(PackConfig(source="digits", dest=f"{self.place}/data", channels=1, shard_size=300), None)
         tiny_model(folder / "model")
+        self._shared = Shared(self.place, folder)
 
-    def play(self, seed: int, number: int) -> Outcome:
-        """One round. Nothing in it depends on the rounds before."""
+    def play(self, seed: int, number: int, kinds: Sequence[str] = KINDS) -> Outcome:
+        """One round of one of `kinds`. Nothing in it depends on the rounds before."""
         chance = random.Random(f"{seed}/{number}")
-        kind = chance.choice(("training", "generation"))
+        kind = chance.choice(kinds)
         with _scene(self._stack, self.folder, f"{seed}/{number}") as scene:
             possible = [f for f in FAULTS if kind in f.kinds]
             faults = [chance.choice(possible) for _ in range(chance.randint(1, 3))]
@@ -73,7 +76,7 @@ class Arena:
         number: int,
         chance: random.Random,
     ) -> Outcome:
-        expected = self._undisturbed(kind)
+        expected = self._expected(kind)
         began = time.monotonic()
         work = self._work(kind, f"{kind}-{seed}-{number}", scene.disk)
         work.start(_variables(scene))
@@ -88,29 +91,33 @@ class Arena:
                 else:
                     struck.append(f"{fault.name}: not here, where no file system may be mounted")
             _until(work, float("inf"))
+            _join_others(work)
             lost = differences(expected, work.fingerprint())
         except HungError as error:
             found = stacks(self._stack, work, self.folder / f"hung-{kind}-{seed}-{number}.txt")
             lost = [f"{error}; where its processes stood: {found}"]
         finally:
-            with suppress(ProcessLookupError):
-                work.driver.process.kill()
+            for process in (work.driver.process, *work.driver.others):
+                with suppress(ProcessLookupError):
+                    process.kill()
         seconds = time.monotonic() - began
         return Outcome(seed, number, kind, tuple(struck), work.driver.starts, round(seconds, 1), tuple(lost))
 
-    def _undisturbed(self, kind: str) -> Fingerprint:
-        if kind not in self._calm:
+    def _expected(self, kind: str) -> Fingerprint:
+        if kind not in self._undisturbed:
             work = self._work(kind, f"{kind}-calm", None)
             work.start({})
             _until(work, float("inf"))
-            self._calm[kind] = work.fingerprint()
-        return self._calm[kind]
+            self._undisturbed[kind] = work.fingerprint()
+        return self._undisturbed[kind]
 
     def _work(self, kind: str, name: str, cache: Path | None) -> Work:
         folder, place = self.folder / name, f"{self.place}/{name}"
         if kind == "training":
             return Training(f"{self.place}/data", place, name, folder, cache)
-        return Generation(self.folder / "model", place, name, folder)
+        if kind == "generation":
+            return Generation(self.folder / "model", place, name, folder)
+        return OPERATIONS[kind](self._shared, place, name, folder)
 
 
 def stacks(stack: LocalStack, work: Work, dest: Path) -> Path:
@@ -121,6 +128,15 @@ def stacks(stack: LocalStack, work: Work, dest: Path) -> Path:
         for pid in processes:
             subprocess.run([spy, "dump", "--pid", str(pid)], stdout=out, stderr=out, check=False, timeout=60)
     return dest
+
+
+def _join_others(work: Work) -> None:
+    """Wait for processes of the same command; whatever they say of it, the result is what counts."""
+    for process in work.driver.others:
+        try:
+            process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise HungError(f"a second driver does not end; last said: {work.driver.said[-300:]!r}") from None
 
 
 class HungError(Exception):

@@ -1,4 +1,4 @@
-"""The two jobs under attack, and what must be the same however they were disturbed."""
+"""The two long jobs under attack, and what must be the same however they were disturbed."""
 
 import hashlib
 import json
