@@ -1,7 +1,7 @@
 """What every test may use: the real local stack, started once, and a place of its own in the object store."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -48,8 +48,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line("\n".join(told))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Spools and locks go to a temporary folder, not to the home of whoever runs the tests."""
+    with mock.patch.dict(os.environ, {"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}):
+        yield
+
+
+@pytest.fixture
+def as_another_user(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, it makes the rest of the test see all that is there as another user's."""
+    return lambda: monkeypatch.setattr(os, "geteuid", lambda: 4_000_000)
+
+
 @pytest.fixture(scope="session")
-def bare_environ() -> dict[str, str]:
+def bare_environ(own_state: None) -> dict[str, str]:
     """The environment without any setting of a service: tests never reach a server of the user's."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_OF_SERVICES)}
 

@@ -21,7 +21,7 @@ from pipeline.track import (
     require_server,
     resolve,
     source_tags,
-    spool_folder,
+    spool_of,
 )
 
 _POINT_SECONDS = 5.0
@@ -53,7 +53,7 @@ class Diary:
         if model.version is not None:
             link_model(self._run.run_id, resolve(f"{model.name}/{model.version}"))
         self._spool = Spool(
-            spool_folder() / self._run.run_id,
+            spool_of(self._run.run_id),
             None,
             self._run.run_id,
             send_interval_seconds=track.send_interval_seconds,

@@ -21,7 +21,7 @@ from pipeline.track.registry import (
     versions,
 )
 from pipeline.track.run import Run, describe, find_latest_run, find_run, finish, open_run, picture, set_tags
-from pipeline.track.spool import Spool, replay, replay_all, spool_folder
+from pipeline.track.spool import Spool, replay, replay_all, spool_folder, spool_of
 from pipeline.track.system import SystemSampler
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "set_version_tags",
     "source_tags",
     "spool_folder",
+    "spool_of",
     "sweep_spools",
     "tracking_client",
     "tracking_uri",

@@ -85,7 +85,7 @@ def require_server(uri: str | None = None, timeout_seconds: float = 5.0) -> str:
         )
     except requests.RequestException as error:
         raise UserError(
-            f"MLflow at {found}: no answer ({_brief(error)}); is the server up? (ddpm up)"
+            f"MLflow at {found}: no answer ({brief(error)}); is the server up? (ddpm up)"
         ) from None
     _require_ok(found, answer.status_code, "a search")
     if "json" not in answer.headers.get("Content-Type", ""):
@@ -130,13 +130,13 @@ def patiently(what: str, action: Callable[[], T], wait_seconds: float = 60.0) ->
         except Exception as error:
             if is_denied(error):
                 raise UserError(
-                    f"{what}: MLflow refuses it ({_brief(error)}); check MLFLOW_TRACKING_*"
+                    f"{what}: MLflow refuses it ({brief(error)}); check MLFLOW_TRACKING_*"
                 ) from error
             if not is_outage(error):
                 raise
             if time.monotonic() + pause > deadline:
                 raise TrackingError(
-                    f"{what}: MLflow stayed away for {wait_seconds:.0f} s ({_brief(error)})"
+                    f"{what}: MLflow stayed away for {wait_seconds:.0f} s ({brief(error)})"
                 ) from error
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(pause * 2, 10.0)
@@ -212,7 +212,7 @@ def _verify() -> bool | str:
     return os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """The innermost reason of a failed call in a few words, without addresses of Python objects."""
     text = redact(str(error)).splitlines()[0] if str(error) else type(error).__name__
     for reason in ("Connection refused", "timed out", "Name or service not known", "Connection reset"):

@@ -2,14 +2,24 @@
 
 import shutil
 import time
-from contextlib import suppress
+import uuid
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.private import require_own
 from pipeline.track.connect import require_server, tracking_client
 from pipeline.track.journal import Journal
-from pipeline.track.run import HEARTBEAT_TAG, KEY_TAG, REASON_TAG, EndStatus
+from pipeline.track.run import (
+    HEARTBEAT_TAG,
+    KEY_TAG,
+    OPENED_TAG,
+    REASON_TAG,
+    STALE_TAG,
+    EndStatus,
+    reopen,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,20 +52,41 @@ def close_stale_runs(
     """End the pipeline's runs that are RUNNING without a sign of life for `idle_minutes`; returns them.
 
     Looks at one experiment, or at all. A sign of life is the opening of the run and every heartbeat of its
-    spool. Runs of other programs are left alone. A closed run can still be resumed by its own driver.
+    spool. Runs of other programs are left alone. A closed run can still be resumed by its own driver, and the next
+    heartbeat of one that lives after all opens it again.
     """
     client = tracking_client(require_server(uri))
     now = time.time() if now_seconds is None else now_seconds
     closed: list[ClosedRun] = []
     for run in _running(client, _experiment_ids(client, experiment)):
         idle = now - _last_sign(run)
-        if idle < idle_minutes * 60:
-            continue
-        reason = f"no sign of life for {idle / 60:.0f} minutes; closed by the janitor"
-        client.set_tag(run.info.run_id, REASON_TAG, reason)
-        client.set_terminated(run.info.run_id, status)
-        closed.append(ClosedRun(run.info.run_id, run.info.run_name or run.info.run_id, idle))
+        if idle >= idle_minutes * 60 and _close(client, run, idle, status):
+            closed.append(ClosedRun(run.info.run_id, run.info.run_name or run.info.run_id, idle))
     return closed
+
+
+def _close(client: "MlflowClient", run: "MlflowRun", idle_seconds: float, status: EndStatus) -> bool:
+    """Close a run unless it gave a sign of life since it was listed; MLflow has no conditional write, so that this
+    looks before and after. A sign that comes still later opens the run again (see Sender.beat).
+    """
+    run_id = run.info.run_id
+    fresh = client.get_run(run_id)
+    if fresh.info.status != "RUNNING" or _signs(fresh) != _signs(run):
+        return False
+    client.set_tag(run_id, STALE_TAG, str(time.time()))
+    reason = f"no sign of life for {idle_seconds / 60:.0f} minutes; closed by the janitor"
+    client.set_tag(run_id, REASON_TAG, reason)
+    client.set_terminated(run_id, status)
+    after = client.get_run(run_id)
+    if _signs(after) == _signs(run):
+        return True
+    reopen(client, after)
+    return False
+
+
+def _signs(run: "MlflowRun") -> tuple[str | None, str | None]:
+    """What every sign of life changes: the heartbeat, and who opened the run."""
+    return run.data.tags.get(HEARTBEAT_TAG), run.data.tags.get(OPENED_TAG)
 
 
 def sweep_spools(root: Path, idle_minutes: float = 30.0, *, now_seconds: float | None = None) -> list[Path]:
@@ -65,17 +96,19 @@ def sweep_spools(root: Path, idle_minutes: float = 30.0, *, now_seconds: float |
     written to within `idle_minutes`.
     """
     now = time.time() if now_seconds is None else now_seconds
+    if root.exists():
+        require_own(root)
     swept: list[Path] = []
     for directory in sorted(path.parent for path in root.glob("*/run.json")):
         if now - _last_written(directory) < idle_minutes * 60 or (directory / "refused.jsonl").exists():
             continue
-        journal = Journal(directory)
-        try:
-            if journal.undelivered() == 0 and journal.claim():
-                shutil.rmtree(directory)
+        with closing(Journal(directory)) as journal:
+            # In this order: whoever opens the spool now waits, finds it gone, and makes it anew.
+            if journal.is_alone() and journal.claim() and journal.undelivered() == 0:
+                gone = directory.with_name(f".swept-{uuid.uuid4().hex}")
+                directory.rename(gone)
+                shutil.rmtree(gone)
                 swept.append(directory)
-        finally:
-            journal.close()
     return swept
 
 

@@ -21,30 +21,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pydantic import Field
+
+from pipeline.config.base import Settings
+from pipeline.config.document import parse_document
+from pipeline.errors import DamageError, UserError
+from pipeline.private import open_private, private_folder, read_private, require_own
 from pipeline.store import atomic_file
+from pipeline.track.records import MOST_LINE_BYTES, RUN_ID, PointRecord, Record, parse_record
 
 log = logging.getLogger(__name__)
+_MOST_IDENTITY_BYTES = 1 << 16
 _MAX_WAITING_LINES = 10_000  # held in memory while the disk is full; older ones are then lost, and counted
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One record of the journal and the offset in bytes behind it."""
+    """One record of the journal, its bytes, and the offset in bytes behind it."""
 
-    record: dict[str, Any]
+    record: Record | None
+    """None for a damaged line."""
+    line: bytes
     end: int
 
 
+class Identity(Settings):
+    """Whose points a directory holds."""
+
+    run_id: str = Field(pattern=RUN_ID)
+    tracking_uri: str = Field(max_length=2000)
+    """Where the run was opened: told to people, never connected to."""
+
+
 class Journal:
-    """One directory of undelivered points. Any number of threads append; at most one process delivers."""
+    """One directory of undelivered points. Any number of threads append; at most one process delivers.
+
+    The directory is this user's own: UserError when another user may have put something there. While a journal is
+    open its directory is not removed.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.files = directory / "files"
-        self.files.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._points = directory / "points.jsonl"
-        self._fd = os.open(self._points, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        self._fd = self._open()
+        self.files = private_folder(directory / "files")
         self._lock_fd: int | None = None
         self._mutex = threading.Lock()
         self._waiting: deque[bytes] = deque()
@@ -82,13 +102,10 @@ class Journal:
         with self._points.open("rb") as stream:
             stream.seek(offset)
             while len(entries) < max_records:
-                line = stream.readline()
-                if not line.endswith(b"\n"):
+                line = stream.readline(MOST_LINE_BYTES)
+                if not line.endswith(b"\n") and len(line) < MOST_LINE_BYTES:
                     return entries
-                record = _parse(line)
-                if record is None and line.strip():
-                    log.warning("%s: damaged line before byte %d passed over", self._points, stream.tell())
-                entries.append(Entry(record or {}, stream.tell()))
+                entries.append(Entry(self._parsed(line, stream.tell()), line, stream.tell()))
         return entries
 
     def offset(self) -> int:
@@ -114,13 +131,21 @@ class Journal:
         """Become the one that delivers; False while another living process is."""
         if self._lock_fd is not None:
             return True
-        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fd = open_private(self.directory / "lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
             return False
         self._lock_fd = fd
+        return True
+
+    def is_alone(self) -> bool:
+        """Whether no other journal, of this or another process, is open here; none then opens before `close`."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
         return True
 
     def release(self) -> None:
@@ -138,7 +163,7 @@ class Journal:
         """Points and files that wait for delivery (those in memory included)."""
         count, offset = len(self._waiting), self.offset()
         while entries := self.read(offset, 1000):
-            count += sum(len(e.record.get("m", ())) or int("f" in e.record) for e in entries)
+            count += sum(_weight(entry.record) for entry in entries)
             offset = entries[-1].end
         return count
 
@@ -147,11 +172,31 @@ class Journal:
         parts: list[bytes] = []
         offset = self.offset()
         while entries := self.read(offset, 1000):
-            parts += [
-                json.dumps(e.record, separators=(",", ":")).encode() for e in entries if "m" in e.record
-            ]
+            parts += [entry.line for entry in entries if isinstance(entry.record, PointRecord)]
             offset = entries[-1].end
-        return b"".join(p + b"\n" for p in parts)
+        return b"".join(parts)
+
+    def _open(self) -> int:
+        """The file of points, made if need be and held against removal."""
+        while True:
+            private_folder(self.directory)
+            try:
+                fd = open_private(self._points, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+            except FileNotFoundError:
+                continue  # removed in between, as by `ddpm janitor`
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            if _is_at(fd, self._points):
+                return fd
+            os.close(fd)  # removed while this waited for the lock
+
+    def _parsed(self, line: bytes, end: int) -> Record | None:
+        if not line.strip():
+            return None  # ends a torn line
+        try:
+            return parse_record(line)
+        except ValueError as error:
+            log.warning("%s: damaged line before byte %d passed over (%s)", self._points, end, error)
+            return None
 
     def _write_waiting(self) -> None:
         while self._waiting:
@@ -183,29 +228,36 @@ class Journal:
 def write_identity(directory: Path, run_id: str, uri: str) -> None:
     """Say whose points `directory` holds; UserError when it already belongs to another run."""
     known = read_identity(directory)
-    if known is not None and known[0] != run_id:
-        raise UserError(f"{directory}: holds points of run {known[0]}, not {run_id}; replay or remove it")
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if known is not None and known.run_id != run_id:
+        raise UserError(f"{directory}: holds points of run {known.run_id}, not {run_id}; replay or remove it")
+    private_folder(directory)
     # Synced, as the points are: after a power cut they must not be nobody's.
     with atomic_file(directory / "run.json") as file:
         file.write(json.dumps({"run_id": run_id, "tracking_uri": uri}).encode())
 
 
-def read_identity(directory: Path) -> tuple[str, str] | None:
-    """(run id, tracking URI) of the points in `directory`, or None when it is no spool. UserError: it is torn."""
+def read_identity(directory: Path) -> Identity | None:
+    """Whose points are in `directory`, or None when it is no spool. UserError: it is torn, or not this user's."""
     path = directory / "run.json"
     try:
-        known = json.loads(path.read_bytes())
-        return str(known["run_id"]), str(known["tracking_uri"])
+        require_own(directory)
+        data = read_private(path, _MOST_IDENTITY_BYTES)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: does not say whose points these are; remove {directory}") from None
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+        return parse_document(Identity, data, str(path), "the owner of a spool")
+    except DamageError as error:
+        raise UserError(f"{error}: nobody can say whose points these are; remove {directory}") from None
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether the file of this descriptor is the one at `path` now."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _weight(record: Record | None) -> int:
+    """Points or files of a record."""
+    return len(record.m) if isinstance(record, PointRecord) else int(record is not None)

@@ -1,6 +1,7 @@
 """Runs: opened, described and ended by the driver; workers only get the run id."""
 
 import logging
+import re
 import tempfile
 import time
 import uuid
@@ -30,6 +31,9 @@ KEY_TAG = "ddpm.key"
 HEARTBEAT_TAG = "ddpm.heartbeat"
 REASON_TAG = "ddpm.end_reason"
 RESUMES_TAG = "ddpm.resumes"
+OPENED_TAG = "ddpm.opened_by"
+STALE_TAG = "ddpm.closed_as_stale"
+"""Set on a run that was closed from outside because it gave no sign of life: the next sign opens it again."""
 CONFIG_PATH = "config/config.yaml"
 MAX_PARAMS = 8  # the UI repeats every parameter above each image
 
@@ -148,6 +152,8 @@ def finish(
     def end() -> None:
         if reason:
             client.set_tag(run_id, REASON_TAG, redact(reason)[:5000])
+        if STALE_TAG in client.get_run(run_id).data.tags:
+            client.delete_tag(run_id, STALE_TAG)  # a late sign of life must not open what ended
         client.set_terminated(run_id, status)
 
     try:
@@ -234,7 +240,7 @@ def _search(
 def _run_tags(
     key: str, tags: Mapping[str, str], description: str | None, color: str | None, parent_run_id: str | None
 ) -> dict[str, str]:
-    own = {KEY_TAG: key, HEARTBEAT_TAG: str(time.time()), "ddpm.opened_by": uuid.uuid4().hex}
+    own = {KEY_TAG: key, HEARTBEAT_TAG: str(time.time()), OPENED_TAG: uuid.uuid4().hex}
     if description is not None:
         own["mlflow.note.content"] = redact(description)
     if color is not None:
@@ -247,13 +253,30 @@ def _run_tags(
 def _resume(client: "MlflowClient", run: "MlflowRun", tags: dict[str, str]) -> "MlflowRun":
     from mlflow.entities import RunTag
 
-    resumes = int(run.data.tags.get(RESUMES_TAG, "0")) + 1
+    before = run.data.tags.get(RESUMES_TAG, "")
+    resumes = int(before) + 1 if re.fullmatch(r"[0-9]{1,9}", before) else 1
     again = [RunTag(k, v) for k, v in {**tags, RESUMES_TAG: str(resumes)}.items()]
     client.log_batch(run.info.run_id, tags=again)
-    client.update_run(run.info.run_id, status="RUNNING")
-    if REASON_TAG in run.data.tags:
-        client.delete_tag(run.info.run_id, REASON_TAG)
+    reopen(client, run)
     return run
+
+
+def reopen_if_closed_as_stale(client: "MlflowClient", run_id: str) -> bool:
+    """For who knows that the run lives: undo its closing for silence; whether there was one."""
+    run = client.get_run(run_id)
+    if STALE_TAG not in run.data.tags:
+        return False
+    log.warning("run %s was closed as dead, and is open again", run_id)
+    reopen(client, run)
+    return True
+
+
+def reopen(client: "MlflowClient", run: "MlflowRun") -> None:
+    """Let a run be RUNNING again, without what its closing left on it."""
+    client.update_run(run.info.run_id, status="RUNNING")
+    for tag in (REASON_TAG, STALE_TAG):
+        if tag in run.data.tags:
+            client.delete_tag(run.info.run_id, tag)
 
 
 def _log_missing_params(client: "MlflowClient", run: "MlflowRun", params: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ another process, with another timestamp) is not sent again. The first to come wi
 """
 
 import io
+import json
 import logging
 import re
 import tempfile
@@ -14,11 +15,14 @@ import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pipeline.private import read_private
 from pipeline.redaction import redact
 from pipeline.track.connect import is_denied, is_outage
 from pipeline.track.journal import Entry, Journal
+from pipeline.track.records import ArtifactRecord, ImageRecord, PointRecord, Record
+from pipeline.track.run import HEARTBEAT_TAG, reopen_if_closed_as_stale
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_POINTS = 1000  # the server's limit for one batch
+_MOST_FILE_BYTES = 1 << 30
 _PREVIEW_PIXELS = 256
 _IMAGE_NAME = re.compile(r"(?:^|/)(?P<key>[^/+%]+)[+%]step[+%](?P<step>-?\d+)[+%]timestamp[+%].*\.png$")
 _TEXT_SUFFIXES = frozenset(
@@ -66,38 +71,33 @@ class Sender:
         self._offset = entries[-1].end
         self._journal.save_offset(self._offset)
         for entry in entries:
-            if "f" in entry.record and entry.record["f"] not in self._refused:
-                (self._journal.files / entry.record["f"]).unlink(missing_ok=True)
+            name = _file_of(entry.record)
+            if name is not None and name not in self._refused:
+                (self._journal.files / name).unlink(missing_ok=True)
         return True
 
-    def beat(self, tag: str) -> None:
-        """Tell the server that this run is alive."""
-        self._client.set_tag(self._run_id, tag, str(time.time()))
+    def beat(self) -> None:
+        """Tell the server that this run is alive; one that was closed as dead is RUNNING again."""
+        self._client.set_tag(self._run_id, HEARTBEAT_TAG, str(time.time()))
+        reopen_if_closed_as_stale(self._client, self._run_id)
 
     def forget_offset(self) -> None:
         """Read the offset from the disk next time (another process may have delivered meanwhile)."""
         self._offset = None
 
     def _deliver(self, entries: list[Entry]) -> None:
-        first = entries[0].record
         try:
-            if "f" in first:
-                self._send_file(first)
-            else:
-                self._send_points([e.record for e in entries])
+            self._send([entry.record for entry in entries])
         except Exception as error:
             if is_outage(error) or is_denied(error) or not self._run_is_active():
                 raise
-            self._deliver_singly([e.record for e in entries])
+            self._deliver_singly(entries)
 
-    def _deliver_singly(self, records: list[dict[str, Any]]) -> None:
+    def _deliver_singly(self, entries: list[Entry]) -> None:
         """A batch was refused: find the records that the server will not have, and put only those aside."""
-        for record in records:
+        for entry in entries:
             try:
-                if "f" in record:
-                    self._send_file(record)
-                else:
-                    self._send_points([record])
+                self._send([entry.record])
             except Exception as error:
                 if is_outage(error) or is_denied(error):
                     raise
@@ -105,8 +105,8 @@ class Sender:
                 log.warning(
                     "run %s: the server refuses a record, kept in refused.jsonl: %s", self._run_id, reason
                 )
-                self._journal.refuse(record, reason)
-                self._refused.add(record.get("f", ""))
+                self._journal.refuse(json.loads(entry.line), reason)
+                self._refused.add(_file_of(entry.record) or "")
 
     def _run_is_active(self) -> bool:
         """Whether refusals are about the record; a deleted run may be restored, so its points wait."""
@@ -119,17 +119,24 @@ class Sender:
                 return False
             raise
 
-    def _send_points(self, records: Iterable[dict[str, Any]]) -> None:
+    def _send(self, records: list[Record | None]) -> None:
+        """One batch as `_one_batch` makes it: a file, or points."""
+        if isinstance(records[0], (ImageRecord, ArtifactRecord)):
+            self._send_file(records[0])
+        else:
+            self._send_points(record for record in records if isinstance(record, PointRecord))
+
+    def _send_points(self, records: Iterable[PointRecord]) -> None:
         from mlflow.entities import Metric
 
         new: list[Metric] = []
         taken: set[tuple[str, int]] = set()
         for record in records:
-            for name, value in record.get("m", {}).items():
-                point = (name, int(record["s"]))
+            for name, value in record.m.items():
+                point = (name, record.s)
                 if point not in taken and point[1] not in self._known_steps(name):
                     taken.add(point)
-                    new.append(Metric(name, float(value), int(record["t"]), point[1]))
+                    new.append(Metric(name, value, record.t, record.s))
         for start in range(0, len(new), MAX_POINTS):
             self._client.log_batch(self._run_id, metrics=new[start : start + MAX_POINTS])
         for name, step in taken:
@@ -143,15 +150,17 @@ class Sender:
             self._steps[name] = {point.step for point in history}
         return self._steps[name]
 
-    def _send_file(self, record: dict[str, Any]) -> None:
-        local = self._journal.files / record["f"]
-        if not local.exists():
+    def _send_file(self, record: ImageRecord | ArtifactRecord) -> None:
+        local = self._journal.files / record.f
+        try:
+            data = read_private(local, _MOST_FILE_BYTES)
+        except FileNotFoundError:
             log.warning("run %s: %s is gone, its record is passed over", self._run_id, local)
             return
-        if "i" in record:
-            self._send_image(record, local.read_bytes())
+        if isinstance(record, ImageRecord):
+            self._send_image(record, data)
         else:
-            self._send_artifact(str(record["p"]), local.read_bytes())
+            self._send_artifact(record.p, data)
         self.delivered += 1
 
     def _send_artifact(self, path: str, data: bytes) -> None:
@@ -161,18 +170,18 @@ class Sender:
             )
         self._upload({Path(path).name: data}, str(Path(path).parent))
 
-    def _send_image(self, record: dict[str, Any], data: bytes) -> None:
+    def _send_image(self, record: ImageRecord, data: bytes) -> None:
         """Write the two files from which the run page makes an image with a step slider.
 
         MLflow's `log_image` names them at random; here the name follows from the record, so that a second
         delivery replaces the first. The preview goes first: a PNG that is there says that both are.
         """
-        key, step = str(record["i"]).replace("/", "~"), int(record["s"])
+        key, step = record.i.replace("/", "~"), record.s
         if (key, step) in self._known_images():
             return
         unique = uuid.uuid5(uuid.NAMESPACE_URL, f"{self._run_id}/{key}/{step}")
-        stem = f"{key}+step+{step}+timestamp+{int(record['t'])}+{unique}"
-        png, preview = _encode(data, str(record["f"]))
+        stem = f"{key}+step+{step}+timestamp+{record.t}+{unique}"
+        png, preview = _encode(data, record.f)
         self._upload({f"{stem}+compressed.webp": preview, f"{stem}.png": png}, "images")
         self._client.set_tag(self._run_id, "mlflow.loggedImages", "True")
         self._known_images().add((key, step))
@@ -197,10 +206,15 @@ def _one_batch(entries: list[Entry]) -> list[Entry]:
     """
     count = 0
     for i, entry in enumerate(entries):
-        count += len(entry.record.get("m", ()))
-        if "f" in entry.record or count > MAX_POINTS:
+        count += len(entry.record.m) if isinstance(entry.record, PointRecord) else 0
+        if _file_of(entry.record) is not None or count > MAX_POINTS:
             return entries[: max(i, 1)]
     return entries
+
+
+def _file_of(record: Record | None) -> str | None:
+    """The spool's file that a record is about."""
+    return record.f if isinstance(record, (ImageRecord, ArtifactRecord)) else None
 
 
 def _encode(data: bytes, name: str) -> tuple[bytes, bytes]:

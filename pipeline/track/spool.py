@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -19,9 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.track.connect import is_denied, is_outage, tracking_client, tracking_uri
-from pipeline.track.journal import Journal, read_identity, write_identity
-from pipeline.track.run import HEARTBEAT_TAG
+from pipeline.private import private_folder, require_own, state_folder
+from pipeline.redaction import redact
+from pipeline.track.connect import brief, is_denied, is_outage, tracking_client, tracking_uri
+from pipeline.track.journal import Identity, Journal, read_identity, write_identity
+from pipeline.track.records import MOST_NAME, RUN_ID, parse_point
 from pipeline.track.sender import Sender
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 SPOOL_VARIABLE = "DDPM_SPOOL"
 _ILLEGAL_IN_NAME = re.compile(r"[^\w\-./ :]")
 _ILLEGAL_IN_IMAGE_KEY = re.compile(r"[^a-zA-Z0-9_\-./ ]")
-_MAX_NAME = 250
 _LONGEST_PAUSE_SECONDS = 15.0
 
 
@@ -55,8 +55,12 @@ class Spool:
         self.run_id = run_id
         self.directory = directory
         address = tracking_uri(uri)
-        write_identity(directory, run_id, address)
-        self._journal = Journal(directory)
+        self._journal = Journal(directory)  # first: from now on nobody removes the directory
+        try:
+            write_identity(directory, run_id, address)
+        except BaseException:
+            self._journal.close()
+            raise
         self._sender = Sender(self._journal, tracking_client(address), run_id)
         self._interval = send_interval_seconds
         self._heartbeat = heartbeat_seconds
@@ -83,7 +87,7 @@ class Spool:
         try:
             data, suffix = (image, ".png") if isinstance(image, bytes) else (_as_npy(image), ".npy")
             name = self._journal.put_file(data, suffix)
-            key = _ILLEGAL_IN_IMAGE_KEY.sub("_", key)
+            key = _ILLEGAL_IN_IMAGE_KEY.sub("_", key)[:MOST_NAME] or "unnamed"
             self._journal.append({"t": time.time_ns() // 1_000_000, "s": int(step), "i": key, "f": name})
         except Exception:
             self._journal.lost += 1
@@ -103,9 +107,20 @@ class Spool:
         return self._journal.undelivered_lines()
 
     def absorb(self, records: bytes) -> None:
-        """Take over what another machine's spool of this run could not deliver (from `undelivered`)."""
-        for line in records.splitlines():
-            self._journal.append(json.loads(line))
+        """Take over points that another machine's spool of this run could not deliver (from `undelivered`).
+
+        Whatever is no point is left out, and counted in a warning.
+        """
+        left_out, reason = 0, ""
+        for line in records.split(b"\n"):
+            try:
+                if line:
+                    parse_point(line)
+                    self._journal.append(json.loads(line))
+            except ValueError as error:
+                left_out, reason = left_out + 1, reason or str(error)
+        if left_out:
+            log.warning("run %s: %d lines of the checkpoint are no points: %s", self.run_id, left_out, reason)
 
     def close(self, timeout_seconds: float = 60.0) -> int:
         """Deliver what is left for at most this long; returns how many points and files stay."""
@@ -126,7 +141,7 @@ class Spool:
     def _name(self, name: str) -> str:
         known = self._names.get(name)
         if known is None:
-            known = self._names[name] = _ILLEGAL_IN_NAME.sub("_", name).strip("/.")[:_MAX_NAME] or "unnamed"
+            known = self._names[name] = _ILLEGAL_IN_NAME.sub("_", name).strip("/.")[:MOST_NAME] or "unnamed"
             if known != name:
                 log.warning("metric name %r is not allowed by MLflow; stored as %r", name, known)
         return known
@@ -160,7 +175,7 @@ class Spool:
             while self._sender.send_next() and time.monotonic() < self._deadline:
                 pass
             if time.monotonic() >= self._next_beat:
-                self._sender.beat(HEARTBEAT_TAG)
+                self._sender.beat()
                 self._next_beat = time.monotonic() + self._heartbeat
         except Exception as error:
             if is_outage(error) or is_denied(error):
@@ -173,24 +188,48 @@ class Spool:
 
 
 def spool_folder() -> Path:
-    """Where this machine keeps points that are under way: $DDPM_SPOOL, else the temporary folder."""
-    return Path(os.environ.get(SPOOL_VARIABLE) or Path(tempfile.gettempdir()) / "ddpm-spool")
+    """Where this machine keeps this user's points that are under way: $DDPM_SPOOL, else their state folder.
+
+    UserError when another user may have put something there.
+    """
+    chosen = os.environ.get(SPOOL_VARIABLE)
+    return private_folder(Path(chosen).expanduser()) if chosen else state_folder("spool")
+
+
+def spool_of(run_id: str, part: str = "") -> Path:
+    """The spool of a run, or of a part of it, in `spool_folder`. UserError when the id is none that MLflow gives."""
+    if not re.fullmatch(RUN_ID, run_id):
+        raise UserError(f"MLflow names a run {run_id[:100]!r}: no name of a folder; is it an MLflow server?")
+    return spool_folder() / (f"{run_id}-{part}" if part else run_id)
 
 
 def replay(directory: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> int:
     """Deliver what a dead process left in `directory`; returns the points and files still left.
 
-    UserError when the directory is no spool, or another living process is delivering it.
+    The points go to the server at `uri`, or MLFLOW_TRACKING_URI, and to no other, whatever the spool names.
+    UserError when the directory is no spool, another living process is delivering it, or the server has no such run.
     """
     identity = read_identity(directory)
     if identity is None:
         raise UserError(f"{directory}: no spool here (run.json is missing); name a run's spool directory")
-    run_id, address = identity
+    address = tracking_uri(uri)
     with closing(Journal(directory)) as journal:
         if not journal.claim():
             raise UserError(f"{directory}: a living process is delivering it; wait for it or end it")
-        _send_all(Sender(journal, tracking_client(uri or address), run_id), timeout_seconds)
+        try:
+            _send_all(Sender(journal, tracking_client(address), identity.run_id), timeout_seconds)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(_not_taken(directory, identity, address, error)) from error
         return journal.undelivered()
+
+
+def _not_taken(directory: Path, identity: Identity, address: str, error: Exception) -> str:
+    """One line for points that a server which answers does not take."""
+    opened = redact(identity.tracking_uri.rstrip("/"))
+    remedy = "" if opened == address else f"; the run was opened at {opened}: set MLFLOW_TRACKING_URI to it"
+    return f"{directory}: MLflow at {address} does not take run {identity.run_id} ({brief(error)}){remedy}"
 
 
 def _send_all(sender: Sender, timeout_seconds: float) -> None:
@@ -208,14 +247,20 @@ def _send_all(sender: Sender, timeout_seconds: float) -> None:
 
 
 def replay_all(root: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> dict[Path, int]:
-    """Replay every spool below `root` that no living process delivers; what is left, by directory."""
+    """Replay every spool below `root` that no living process delivers; what is left, by directory.
+
+    What cannot be delivered (see `replay`) is told in a warning each.
+    """
     left: dict[Path, int] = {}
+    address = tracking_uri(uri)
+    if root.exists():
+        require_own(root)
     deadline = time.monotonic() + timeout_seconds
     for directory in sorted(p.parent for p in root.glob("*/run.json")):
         try:
-            left[directory] = replay(directory, max(0.0, deadline - time.monotonic()), uri)
+            left[directory] = replay(directory, max(0.0, deadline - time.monotonic()), address)
         except UserError as error:
-            log.info("%s", error)
+            log.warning("%s", error)
     return left
 
 

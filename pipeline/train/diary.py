@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config.track import TrackConfig
-from pipeline.track import Spool, spool_folder
+from pipeline.track import Spool, spool_of
 
 TENSOR = "diary/undelivered"
 FINAL_GRID = "figures/final.png"
@@ -29,7 +29,7 @@ class Diary:
         self._spool: Spool | None = None
         if run_id is not None:
             self._spool = Spool(
-                spool_folder() / run_id,
+                spool_of(run_id),
                 tracking_uri,
                 run_id,
                 send_interval_seconds=config.send_interval_seconds,

@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing, contextmanager
 
 from pipeline.config.track import TrackConfig
 from pipeline.errors import UserError
-from pipeline.track import Spool, SystemSampler, spool_folder
+from pipeline.track import Spool, SystemSampler, spool_of
 
 log = logging.getLogger(__name__)
 LONGEST_CLOSE_SECONDS = 5.0
@@ -30,7 +30,7 @@ def node_watched(
         if run_id is not None and node is not None and interval is not None:
             try:
                 spool = Spool(
-                    spool_folder() / f"{run_id}-{node}",
+                    spool_of(run_id, node),
                     tracking_uri,
                     run_id,
                     send_interval_seconds=interval,

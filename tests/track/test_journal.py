@@ -3,20 +3,23 @@
 import errno
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
 from pipeline.track import journal as journal_module
-from pipeline.track.journal import Journal, read_identity, write_identity
+from pipeline.track.journal import Identity, Journal, read_identity, write_identity
+from pipeline.track.records import PointRecord
 
 
 def _steps(journal: Journal, offset: int = 0) -> list[int]:
-    return [e.record["s"] for e in journal.read(offset, 10_000) if "s" in e.record]
+    return [e.record.s for e in journal.read(offset, 10_000) if isinstance(e.record, PointRecord)]
 
 
 def _point(step: int) -> dict[str, object]:
@@ -28,7 +31,7 @@ def test_records_come_back_in_order_and_from_any_offset(tmp_path: Path) -> None:
     for step in range(5):
         journal.append(_point(step))
     entries = journal.read(0, 2)
-    assert [e.record["s"] for e in entries] == [0, 1]
+    assert len(entries) == 2
     assert _steps(journal, entries[-1].end) == [2, 3, 4]
 
 
@@ -50,7 +53,7 @@ def test_a_line_still_being_written_is_not_read_yet(tmp_path: Path) -> None:
         stream.write(b'{"t": 1, "s": 1')
         stream.flush()
         seen = journal.read(0, 10)
-        assert [e.record["s"] for e in seen] == [0]
+        assert len(seen) == 1
         stream.write(b', "m": {"loss": 1}}\n')
     assert _steps(journal, seen[-1].end) == [1]
 
@@ -140,13 +143,24 @@ def test_only_one_process_delivers_and_death_frees_the_place(tmp_path: Path) -> 
 def test_a_directory_belongs_to_one_run(tmp_path: Path) -> None:
     write_identity(tmp_path, "run-a", "http://127.0.0.1:1")
     write_identity(tmp_path, "run-a", "http://127.0.0.1:2")
-    assert read_identity(tmp_path) == ("run-a", "http://127.0.0.1:2")
+    assert read_identity(tmp_path) == Identity(run_id="run-a", tracking_uri="http://127.0.0.1:2")
     with pytest.raises(UserError, match="run-a, not run-b"):
         write_identity(tmp_path, "run-b", "http://127.0.0.1:1")
 
 
 def test_a_directory_whose_owner_cannot_be_read_is_named_with_what_to_do(tmp_path: Path) -> None:
-    for torn in ("", "[]", "{}", '{"run_id": "a"'):
+    deep, path = "[" * 60_000, '{"run_id": "../../home", "tracking_uri": "http://127.0.0.1:1"}'
+    for torn in (
+        "",
+        "[]",
+        "{}",
+        '{"run_id": "a"',
+        deep,
+        "9" * 5000,
+        path,
+        '{"run_id": "\\ud800"}',
+        "x" * 100_000,
+    ):
         (tmp_path / "run.json").write_text(torn)
         with pytest.raises(UserError, match=r"run\.json: .*remove"):
             read_identity(tmp_path)
@@ -169,3 +183,70 @@ def test_refused_records_are_kept_with_their_reason(tmp_path: Path) -> None:
     Journal(tmp_path).refuse(_point(3), "too long")
     kept = json.loads((tmp_path / "refused.jsonl").read_text())
     assert kept == {"reason": "too long", "record": _point(3)}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"t": 1, "p": "x.bin", "f": "/etc/passwd"}',
+        '{"t": 1, "p": "x.bin", "f": "../../run.json"}',
+        '{"t": 1, "p": "../x.bin", "f": "0123456789abcdef0123456789abcdef.bin"}',
+        '{"t": 1, "p": "/x.bin", "f": "0123456789abcdef0123456789abcdef.bin"}',
+        '{"t": 1, "s": 1, "i": "a/../\\u0000", "f": "0123456789abcdef0123456789abcdef.png"}',
+        '{"t": 1, "s": 1, "m": {"loss": 1.0}, "f": "/etc/passwd"}',
+        '{"t": 1, "s": 1, "m": {"a\\u001b[2J": 1.0}}',
+        '{"t": 1, "s": 1e400, "m": {}}',
+        '{"t": 1, "s": 99999999999999999999, "m": {"loss": 1.0}}',
+        '{"t": 1, "s": 1, "m": {"loss": "x"}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_line_that_names_what_no_spool_holds_is_passed_over_with_its_reason(
+    tmp_path: Path, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path)
+    journal.append(_point(0))
+    with (tmp_path / "points.jsonl").open("a") as stream:
+        stream.write(line + "\n")
+    journal.append(_point(2))
+    with caplog.at_level(logging.WARNING):
+        assert _steps(journal) == [0, 2]
+    assert "damaged line" in caplog.text
+    assert journal.undelivered() == 2
+    assert b"passwd" not in journal.undelivered_lines()
+
+
+def test_values_that_are_no_finite_number_survive(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append({"t": 1, "s": 0, "m": {"a": math.inf, "b": -math.inf, "c": math.nan}})
+    (entry,) = journal.read(0, 10)
+    assert isinstance(entry.record, PointRecord)
+    assert (entry.record.m["a"], entry.record.m["b"]) == (math.inf, -math.inf)
+    assert math.isnan(entry.record.m["c"])
+
+
+def test_a_spool_that_another_user_made_is_refused(
+    tmp_path: Path, as_another_user: Callable[[], None]
+) -> None:
+    folder = tmp_path / "spool"
+    write_identity(folder, "run-a", "http://127.0.0.1:1")
+    as_another_user()
+    for use in (Journal, read_identity):
+        with pytest.raises(UserError, match=r"belongs to user .*; use a place of your own"):
+            use(folder)
+
+
+@pytest.mark.parametrize("name", ["points.jsonl", "lock", "files", "run.json"])
+def test_a_link_in_a_spool_is_not_followed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "spool").mkdir(mode=0o700)
+    victim = tmp_path / "precious"
+    victim.write_text("ten years of work")
+    (tmp_path / "spool" / name).symlink_to(victim)
+
+    def use() -> None:
+        write_identity(tmp_path / "spool", "run-a", "http://127.0.0.1:1")
+        Journal(tmp_path / "spool").claim()
+
+    with pytest.raises(UserError, match=f"{name}: is (a link|no folder)"):
+        use()
+    assert victim.read_text() == "ten years of work"

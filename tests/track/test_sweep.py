@@ -3,14 +3,18 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
+from pipeline.errors import UserError
 from pipeline.track import replay_all, sweep_spools
 from pipeline.track.journal import Journal, write_identity
 
 LATER = 3600.0
+SERVER = "http://127.0.0.1:1"
 
 
 def spool(root: Path, name: str, delivered: bool = True) -> Path:
@@ -71,9 +75,9 @@ def test_replaying_many_spools_leaves_no_descriptor_open(tmp_path: Path) -> None
     folders = [spool(tmp_path, name) for name in "abc"]
     living = Journal(folders[2])
     assert living.claim()
-    replay_all(tmp_path, timeout_seconds=5)  # the first call opens what MLflow's import keeps open
+    replay_all(tmp_path, 5, SERVER)  # the first call opens what MLflow's import keeps open
     held = len(os.listdir("/dev/fd"))
-    assert replay_all(tmp_path, timeout_seconds=5) == {folders[0]: 0, folders[1]: 0}
+    assert replay_all(tmp_path, 5, SERVER) == {folders[0]: 0, folders[1]: 0}
     assert len(os.listdir("/dev/fd")) == held
     living.close()
 
@@ -81,3 +85,50 @@ def test_replaying_many_spools_leaves_no_descriptor_open(tmp_path: Path) -> None
 @pytest.mark.parametrize("root", ["absent", "."])
 def test_where_there_is_no_spool_nothing_happens(tmp_path: Path, root: str) -> None:
     assert sweep(tmp_path / root) == []
+
+
+def test_a_spool_that_is_opened_while_it_is_swept_is_whole_and_keeps_its_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = spool(tmp_path, "a")
+    opened: list[Journal] = []
+
+    def begin() -> None:
+        journal = Journal(folder)
+        journal.append({"t": 2, "s": 2, "m": {"train/loss": 0.25}})
+        opened.append(journal)
+
+    starting = Thread(target=begin)
+    counted = Journal.undelivered
+
+    def undelivered(journal: Journal) -> int:
+        if not starting.ident:
+            starting.start()  # and waits for the sweep, which is alone with the spool by now
+        return counted(journal)
+
+    monkeypatch.setattr(Journal, "undelivered", undelivered)
+    assert sweep(tmp_path) == [folder]
+    starting.join(10)
+    monkeypatch.undo()
+    assert opened[0].undelivered() == 1
+    assert opened[0].files.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    opened[0].close()
+
+
+def test_a_spool_that_is_open_is_not_swept(tmp_path: Path) -> None:
+    folder = spool(tmp_path, "a")
+    living = Journal(folder)  # as a run that starts again: it delivers only later
+    assert sweep(tmp_path) == []
+    living.close()
+
+
+def test_a_folder_of_spools_that_another_user_made_is_refused(
+    tmp_path: Path, as_another_user: Callable[[], None]
+) -> None:
+    spool(tmp_path, "a")
+    as_another_user()
+    with pytest.raises(UserError, match="belongs to"):
+        sweep(tmp_path)
+    with pytest.raises(UserError, match="belongs to"):
+        replay_all(tmp_path, 5, SERVER)

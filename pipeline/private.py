@@ -1,0 +1,110 @@
+"""Folders and files of this user's own: made with mode 0700, opened without following links, owner and mode checked.
+
+What another user may have planted (in a shared temporary folder, in a folder that one was sent to) is refused in one
+line before it is read, written or obeyed.
+"""
+
+import errno
+import os
+import pwd
+import stat
+import tempfile
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+SAFE_VARIABLE = "DDPM_SAFE_FOLDERS"
+"""Folders, separated by ':', that are obeyed whoever owns them, as git's safe.directory."""
+STATE_VARIABLE = "XDG_STATE_HOME"
+_OTHERS_MAY_WRITE = 0o022
+_NO_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR)  # a link, a pipe that nobody reads, a folder
+
+
+def state_folder(name: str) -> Path:
+    """This user's folder `name` for what outlives a job: below $XDG_STATE_HOME/ddpm, else ~/.local/state/ddpm.
+
+    Where no home can be written to (a container), below ddpm-UID in the temporary folder. Made if need be; UserError
+    when somebody else made it.
+    """
+    home = Path(os.environ.get(STATE_VARIABLE, ""))
+    try:
+        base = private_folder((home if home.is_absolute() else Path.home() / ".local" / "state") / "ddpm")
+    except (OSError, RuntimeError):  # the second where this user has no home
+        base = private_folder(Path(tempfile.gettempdir()) / f"ddpm-{os.geteuid()}")
+    return private_folder(base / name)
+
+
+def private_folder(path: Path) -> Path:
+    """`path`, a folder that only this user can have filled; made where it is missing. Raises as `require_own`."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{path}: is no folder; remove it, or choose another place") from None
+    require_own(path)
+    return path
+
+
+def require_own(path: Path) -> None:
+    """Raise UserError unless a file or folder belongs to this user and nobody else may write to it.
+
+    A link must be this user's too, and counts as what it points at. OSError where there is nothing.
+    """
+    found = path.lstat()
+    if _is_safe(path):
+        return
+    for one in (found, path.stat()) if stat.S_ISLNK(found.st_mode) else (found,):
+        if one.st_uid != os.geteuid():
+            raise UserError(
+                f"{path}: belongs to {_user(one.st_uid)}, so that nothing in it is obeyed; use a place of your own, "
+                f"or, if you trust its owner, set {SAFE_VARIABLE}={path}"
+            )
+        if one.st_mode & _OTHERS_MAY_WRITE and not stat.S_ISLNK(one.st_mode):
+            mode = stat.S_IMODE(one.st_mode)
+            raise UserError(
+                f"{path}: others may write to it (mode {mode:o}); look at what is in it, then chmod go-w {path}"
+            )
+
+
+def open_private(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a plain file of this user's own, made with mode 0600 if `flags` say so.
+
+    Raises UserError for a link, for what is no plain file, and for a file that others own or also know by another name.
+    FileNotFoundError as usual. Nothing is truncated: pass no O_TRUNC, but truncate what this returns.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for its other end.
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            raise UserError(f"{path}: is a link or no plain file; remove it") from None
+        raise
+    found = os.fstat(fd)
+    plain = stat.S_ISREG(found.st_mode) and found.st_nlink <= 1  # 0: removed since by its owner
+    if plain and (found.st_uid == os.geteuid() or _is_safe(path)):
+        return fd
+    os.close(fd)
+    what = f"belongs to {_user(found.st_uid)}" if plain else "is no plain file of one name"
+    raise UserError(f"{path}: {what}; remove it")
+
+
+def read_private(path: Path, most_bytes: int) -> bytes:
+    """The bytes of a file as `open_private` opens it. UserError when there are more than `most_bytes`."""
+    with open(open_private(path), "rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise UserError(f"{path}: is longer than {most_bytes} bytes; remove it")
+    return data
+
+
+def _is_safe(path: Path) -> bool:
+    """Whether the user has said that what lies here may be trusted."""
+    folders = [Path(text) for text in os.environ.get(SAFE_VARIABLE, "").split(os.pathsep) if text]
+    place = path.resolve()
+    return any(place.is_relative_to(folder.resolve()) for folder in folders if folder.is_absolute())
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
