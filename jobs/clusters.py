@@ -46,7 +46,7 @@ def use_cluster(name: str | None, environ: MutableMapping[str, str] = os.environ
     if name is None:
         return
     cluster = Cluster(address=name) if name.startswith(("http://", "https://")) else named(name, environ)
-    if read_state(LOCAL.resolve()) is not None:
+    if read_state(LOCAL) is not None:
         for variable, value in environment(LOCAL).items():
             if environ.get(variable) == value:
                 del environ[variable]

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -49,6 +48,7 @@ from pipeline.evaluate.reference import data_root
 from pipeline.generate.manifest import MANIFEST_KEY, Manifest, read_manifest
 from pipeline.generate.report import CONTACT_KEY
 from pipeline.generate.spec import read_spec
+from pipeline.private import open_private, state_folder
 from pipeline.store import ObjectMissing, Store, open_store
 
 DRIFTED = 3
@@ -220,12 +220,12 @@ def alert(config: NightlyConfig, date: dt.date, what: str) -> None:
 
 @contextmanager
 def only_one(output: str) -> Generator[None]:
-    """No second nightly job of this machine at the same prefix. UserError says which process has it.
+    """No second nightly job of this user on this machine at the same prefix. UserError says which process has it.
 
     Across machines the job's dated name (Kubernetes, Ray) does the same, and the generation tolerates company.
     """
     name = f"ddpm-nightly-{hashlib.sha256(output.encode()).hexdigest()[:16]}.lock"
-    with (Path(tempfile.gettempdir()) / name).open("a+") as lock:
+    with open(open_private(state_folder("locks") / name, os.O_RDWR | os.O_CREAT), "r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

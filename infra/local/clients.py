@@ -6,7 +6,7 @@ from pathlib import Path
 
 from infra.local import ray, s3, service
 from infra.local.credentials import ray_token_path, s3_keys
-from infra.local.state import State, read_state
+from infra.local.state import State, own_root, read_state
 from pipeline.errors import UserError
 
 REPLACED_WITH_S3 = (
@@ -22,7 +22,7 @@ def environment(root: Path) -> dict[str, str]:
 
     Services that are the user's own are left out. Raises UserError where no stack has been started.
     """
-    state = read_state(root.resolve())
+    state = read_state(own_root(root))
     if state is None:
         raise UserError(f"no local stack under {root}: start it with `make up`")
     return client_variables(root.resolve(), state)
@@ -32,7 +32,7 @@ def export_environment(root: Path, environ: MutableMapping[str, str] = os.enviro
     """Put the stack's variables into `environ`, except for services the user names there; return them."""
     variables = environment(root)
     own = users_own(environ, variables)
-    state = read_state(root.resolve()) or State()
+    state = read_state(own_root(root)) or State()
     chosen = variables
     for name, prefixes in (("s3", ("AWS_",)), ("mlflow", ("MLFLOW_",)), ("ray", ("RAY_",))):
         if name in external_services(own):

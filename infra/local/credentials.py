@@ -4,7 +4,12 @@ import os
 import secrets
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from pipeline.config.base import Settings
+from pipeline.config.document import first_fault
+from pipeline.errors import UserError
+from pipeline.private import private_folder, read_private
 
 
 class S3Keys(Settings):
@@ -22,7 +27,12 @@ def s3_keys(root: Path) -> S3Keys:
     if not path.exists():
         keys = S3Keys(access_key=secrets.token_hex(10).upper(), secret_key=secrets.token_urlsafe(30))
         _write_private(path, keys.model_dump_json(indent=2))
-    return S3Keys.model_validate_json(path.read_bytes())
+    try:
+        return S3Keys.model_validate_json(read_private(path, 1 << 16))
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: holds no keys ({first_fault(error)}); remove it, and start the stack again"
+        ) from None
 
 
 def ray_token_path(root: Path) -> Path:
@@ -34,7 +44,7 @@ def ray_token_path(root: Path) -> Path:
 
 
 def _write_private(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(path.parent)
     draft = path.with_name(path.name + ".new")
     draft.unlink(missing_ok=True)
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

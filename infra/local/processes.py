@@ -45,7 +45,10 @@ def spawn(argv: Sequence[str], environ: Mapping[str, str], log: Path, mark: str)
 
 
 def is_alive(identity: Identity) -> bool:
-    """Whether this very process still runs; a zombie or another program with its pid does not count."""
+    """Whether this very process still runs: born then, and with the mark that only what was started here carries.
+
+    A zombie or another program with its pid does not count, whoever wrote the identity.
+    """
     child = _children.get(identity.pid)
     if child is not None and child.poll() is not None:
         del _children[identity.pid]
@@ -53,8 +56,13 @@ def is_alive(identity: Identity) -> bool:
     if _born(identity.pid) != identity.born:
         return False
     try:
-        return _runs(psutil.Process(identity.pid))
-    except psutil.NoSuchProcess:
+        process = psutil.Process(identity.pid)
+        while _runs(process):
+            if environ := process.environ():
+                return environ.get(MARK_VARIABLE) == identity.mark
+            time.sleep(0.005)  # within `exec` a process has none for a moment
+        return False
+    except (psutil.Error, OSError):  # gone, or another user's
         return False
 
 
@@ -88,19 +96,19 @@ def kill(identity: Identity) -> None:
 
 
 def family(identity: Identity) -> list[psutil.Process]:
-    """The leader if it lives, its session, its descendants, and whoever carries its mark."""
-    ours = is_alive(identity)
+    """The leader if it lives, its session, its descendants, and whoever carries its mark.
+
+    A session counts only with somebody in it who carries the mark: its number may be another's, or made up.
+    """
+    # Some programs write their title over their environment: they are found by their session.
+    running = [process for process in psutil.process_iter() if process.pid != os.getpid() and _runs(process)]
+    marked = {process.pid for process in running if _mark(process) == identity.mark}
+    in_session = {process.pid for process in running if _session(process.pid) == identity.pid}
     # While any member lives, the kernel gives the session's number to nobody else: a living process of
     # another birth under this pid therefore means that the session is gone.
-    session_is_ours = ours or _born(identity.pid) is None
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        if process.pid == os.getpid() or not _runs(process):
-            continue
-        if (ours and process.pid == identity.pid) or (
-            (session_is_ours and _session(process.pid) == identity.pid) or _mark(process) == identity.mark
-        ):
-            found[process.pid] = process
+    session_is_ours = bool(marked & in_session) and (is_alive(identity) or _born(identity.pid) is None)
+    ours = marked | in_session if session_is_ours else marked
+    found = {process.pid: process for process in running if process.pid in ours}
     for process in list(found.values()):
         for descendant in _descendants(process):
             found.setdefault(descendant.pid, descendant)

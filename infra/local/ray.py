@@ -5,7 +5,6 @@ The cluster asks for its token even on loopback, where any user of the machine c
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from infra.local import service
 from infra.local.service import Service
 from pipeline.errors import UserError
+from pipeline.private import private_folder
 
 _NODE_PORTS = ("object-manager", "node-manager", "agent-http", "agent-grpc", "runtime-env", "metrics")
 PORTS = ("ray", "ray-dashboard", "ray-client", *(f"ray-{end}" for end in _NODE_PORTS))
@@ -180,12 +180,7 @@ def _headers(token: str) -> dict[str, str]:
 
 
 def _prepare(root: Path) -> None:
-    folder = temp_dir(root)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise UserError(
-            f"{folder} is a link or belongs to another user: remove it, or put the stack under another --root"
-        )
+    folder = private_folder(temp_dir(root))
     # Each start leaves a folder with logs and sockets; the last one may still be wanted for its logs.
     for session in sorted(folder.glob("session_2*"))[:-1]:
         shutil.rmtree(session, ignore_errors=True)

@@ -16,7 +16,7 @@ from infra.local.s3 import PORTS as S3_PORTS
 from infra.local.s3 import s3_service
 from infra.local.schedule import schedule_service
 from infra.local.service import Service, start, wait_until_ready
-from infra.local.state import ServiceRecord, State, StoreKind, locked, read_state, write_state
+from infra.local.state import ServiceRecord, State, StoreKind, locked, own_root, read_state, write_state
 from pipeline.errors import UserError
 
 ALL_PORTS = (*S3_PORTS, *MLFLOW_PORTS, *ray.PORTS)
@@ -66,7 +66,7 @@ class LocalStack:
         environ: Mapping[str, str] | None = None,
         schedule: Sequence[str] | None = None,
     ) -> None:
-        self.root = root.expanduser().resolve()
+        self.root = own_root(root)
         self._store: StoreKind | None = store
         self._num_cpus = num_cpus
         self._schedule = None if schedule is None else tuple(schedule)

@@ -12,7 +12,9 @@ from pydantic import Field, ValidationError
 from infra.local.processes import Identity
 from pipeline.config.base import Settings
 from pipeline.errors import UserError
+from pipeline.private import open_private, private_folder, read_private, require_own
 
+_MOST_BYTES = 1 << 20
 StoreKind = Literal["s3", "file"]
 
 
@@ -43,10 +45,14 @@ class State(Settings):
 
 
 def read_state(root: Path) -> State | None:
-    """The remembered state, or None where no stack has ever been."""
+    """The remembered state, or None where no stack has ever been.
+
+    UserError where another user may have written it: processes would be ended, and passwords sent, at their word.
+    """
     path = root / "stack.json"
     try:
-        return State.model_validate_json(path.read_bytes())
+        require_own(root)
+        return State.model_validate_json(read_private(path, _MOST_BYTES))
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -67,7 +73,18 @@ def write_state(root: Path, state: State) -> None:
 @contextmanager
 def locked(root: Path) -> Generator[None]:
     """Hold the stack's lock, so that two commands at once do not start everything twice."""
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (root / "stack.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    private_folder(root)
+    fd = open_private(root / "stack.lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(fd)
+
+
+def own_root(root: Path) -> Path:
+    """The stack's folder as an absolute path without links. UserError when it is another user's."""
+    named = root.expanduser()
+    if named.is_symlink() or named.exists():
+        require_own(named)
+    return named.resolve()

@@ -202,6 +202,19 @@ def test_two_jobs_at_one_prefix_are_impossible() -> None:
         pass
 
 
+def test_the_lock_of_a_night_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with only_one("here"):
+        (lock,) = (tmp_path / "ddpm" / "locks").iterdir()
+    victim = tmp_path / "precious.txt"
+    victim.write_text("ten years of work")
+    lock.unlink()
+    lock.symlink_to(victim)
+    with pytest.raises(UserError, match=r"\.lock: is a link or no plain file; remove it"), only_one("here"):
+        pass
+    assert victim.read_text() == "ten years of work"
+
+
 def test_dates_the_wrong_way_round_are_refused(nights: Change) -> None:
     with pytest.raises(UserError, match="swap them"):
         run(nights(), silent, D3, D1)

@@ -83,3 +83,38 @@ def test_a_child_that_ended_does_not_count_as_alive(tmp_path: Path) -> None:
     leader = spawn("pass", tmp_path)
     wait_until(lambda: not processes.is_alive(leader))
     assert processes.family(leader) == []
+
+
+def test_a_process_without_the_mark_is_not_ended_however_well_it_is_known(tmp_path: Path) -> None:
+    ours = spawn(SLEEP, tmp_path)
+    stranger = subprocess.Popen([sys.executable, "-c", SLEEP], start_new_session=True)
+    born = processes._born(stranger.pid)
+    assert born is not None
+    try:
+        wait_until(lambda: psutil.Process(stranger.pid).environ() != {})
+        for mark in ("x", ours.mark):
+            planted = processes.Identity(pid=stranger.pid, born=born, mark=mark)
+            assert not processes.is_alive(planted)
+            assert stranger.pid not in {member.pid for member in processes.family(planted)}
+        assert processes.end(planted) == 1  # what carries the mark is ours, and ends
+        assert not runs(ours.pid)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_session_in_which_nobody_carries_the_mark_is_left_alone(tmp_path: Path) -> None:
+    leader = subprocess.Popen(
+        [sys.executable, "-c", offspring(detached=False)], start_new_session=True, stdout=subprocess.PIPE
+    )
+    assert leader.stdout is not None
+    child = int(leader.stdout.readline())
+    leader.kill()
+    leader.wait()
+    try:
+        planted = processes.Identity(pid=leader.pid, born="an earlier birth", mark="x")
+        assert processes.end(planted) == 0
+        assert runs(child)
+    finally:
+        psutil.Process(child).kill()

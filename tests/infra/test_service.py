@@ -2,14 +2,16 @@ import os
 import socket
 import stat
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from infra.local import LocalStack, credentials, ports, s3
+from infra.local import LocalStack, credentials, environment, export_environment, ports, ray, s3
 from infra.local.processes import Identity, end
 from infra.local.service import Service, get, start, wait_until_ready, without_proxy
+from infra.local.stack import ALL_PORTS
 from infra.local.state import ServiceRecord, State, read_state, write_state
 from pipeline.errors import UserError
 from tests.driving import ended_after
@@ -153,3 +155,65 @@ def test_a_memory_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "stack.json").write_text('{"ports": ')
     with pytest.raises(UserError, match=r"stack\.json cannot be read .*move it away"):
         read_state(tmp_path)
+
+
+def plant(root: Path, folder_mode: int = 0o700) -> None:
+    """A stack's folder as somebody else would leave it."""
+    root.mkdir(mode=0o700)
+    numbers = {name: 20_000 + number for number, name in enumerate(ALL_PORTS)}
+    write_state(root, State(store="file", ports=numbers))
+    root.chmod(folder_mode)
+
+
+@pytest.mark.parametrize("how", ["another user's", "open to others", "a link of another user"])
+def test_a_folder_that_somebody_else_may_have_filled_is_not_obeyed(
+    tmp_path: Path, how: str, as_another_user: Callable[[], None]
+) -> None:
+    root = tmp_path / ".local"
+    plant(root, 0o777 if how == "open to others" else 0o700)
+    if how == "a link of another user":
+        root = tmp_path / "link"
+        root.symlink_to(tmp_path / ".local")
+    if how != "open to others":
+        as_another_user()
+    uses: list[Callable[[], object]] = [
+        lambda: read_state(root),
+        lambda: environment(root),
+        lambda: export_environment(root, {}),
+        lambda: LocalStack(root, environ={}).down(),
+        lambda: LocalStack(root, environ={}).status(),
+        lambda: LocalStack(root, environ={}).remove(),
+    ]
+    for use in uses:
+        with pytest.raises(
+            UserError, match=r"(belongs to user .* set DDPM_SAFE_FOLDERS=|others may write to it)"
+        ):
+            use()
+    assert (tmp_path / ".local" / "stack.json").exists()
+
+
+def test_a_state_file_that_is_a_link_is_not_read(tmp_path: Path) -> None:
+    plant(tmp_path / "theirs")
+    (tmp_path / "root").mkdir(mode=0o700)
+    (tmp_path / "root" / "stack.json").symlink_to(tmp_path / "theirs" / "stack.json")
+    with pytest.raises(UserError, match=r"stack\.json: is a link or no plain file; remove it"):
+        read_state(tmp_path / "root")
+
+
+def test_torn_keys_are_told_in_one_line(tmp_path: Path) -> None:
+    credentials.s3_keys(tmp_path)
+    (tmp_path / "secrets" / "s3.json").write_text("{}")
+    with pytest.raises(UserError, match=r"s3\.json: holds no keys .*remove it"):
+        credentials.s3_keys(tmp_path)
+
+
+def test_ray_s_folder_is_refused_where_another_user_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_another_user: Callable[[], None]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(ray, "_LONGEST_TEMP_DIR", 1000)
+    ray.temp_dir(tmp_path / "root").mkdir(mode=0o700)
+    ray._prepare(tmp_path / "root")
+    as_another_user()
+    with pytest.raises(UserError, match="belongs to"):
+        ray._prepare(tmp_path / "root")

@@ -181,7 +181,7 @@ def test_a_point_the_server_refuses_is_put_aside_and_holds_up_nothing(
     run = new_run()
     spool = _spool(tmp_path, server, run)
     spool.metrics(0, {"train/loss": 1.0})
-    spool.absorb(b'{"t": 1, "s": 1, "m": {"not [legal]": 1.0}}\n')
+    spool.absorb(b'{"t": 1, "s": 1, "m": {"a//b": 1.0}}\n')
     spool.metrics(2, {"train/loss": 3.0})
     assert spool.close(20) == 0
     assert _series(client, run) == [(0, 1.0), (2, 3.0)]
