@@ -38,7 +38,8 @@ from pipeline.generate.manifest import (
 from pipeline.generate.pixels import Tally
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.records import DoneRecord, Times
-from pipeline.generate.spec import SPEC_KEY, ModelIdentity, Spec, check_prefix, pretty
+from pipeline.generate.spec import SPEC_KEY, ModelIdentity, Spec, pretty
+from pipeline.generate.standing import check_prefix
 from pipeline.generate.status import generation_status
 from pipeline.generate.verify import VerifyReport, check_listing
 from pipeline.store import open_store

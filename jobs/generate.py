@@ -63,9 +63,12 @@ def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:
 
 def summary(result: GenerationResult) -> list[str]:
     """The end of a generation, a line a fact."""
-    lines = [f"{result.status}: {result.count:,} images in {result.num_shards:,} shards at {result.output}"]
+    what = f"{result.count:,} images in {result.num_shards:,} shards"
+    if result.status == "superseded":
+        what = str(result.reason)
+    lines = [f"{result.status}: {what} at {result.output}"]
     lines += [f"shared   with {job}" for job in result.company]
-    if result.reason:
+    if result.reason and result.status != "superseded":
         lines.append(f"reason   {result.reason}")
     if result.shards_made:
         lines.append(

@@ -8,6 +8,7 @@ from pipeline.errors import DamageError
 from pipeline.generate.ledger import Survey, read_records, survey
 from pipeline.generate.manifest import MANIFEST_KEY, Manifest, ShardEntry, read_entries, read_manifest
 from pipeline.generate.plan import num_shards, shard
+from pipeline.generate.report import CONTACT_KEY, REPORT_KEY, count_told
 from pipeline.generate.spec import Spec
 from pipeline.store import ObjectMissing, Store
 
@@ -59,6 +60,7 @@ def check_complete(store: Store, spec: Spec) -> Completeness:
         found.manifest = manifest
         found.listed = listed = survey(store, spec)
         entries = _check_entries(store, spec, listed, found)
+        _check_pictures(store, spec, found)
     except (DamageError, ObjectMissing) as error:
         found.add(MANIFEST_KEY, str(error))
         return found
@@ -89,6 +91,18 @@ def _check_entries(store: Store, spec: Spec, listed: Survey, found: Completeness
     if number + 1 != num_shards(spec):
         found.add(MANIFEST_KEY, f"does not list the {num_shards(spec)} shards of the plan")
     return kept
+
+
+def _check_pictures(store: Store, spec: Spec, found: Completeness) -> None:
+    if store.stat(CONTACT_KEY) is None:
+        found.add(CONTACT_KEY, "is missing")
+    try:
+        told = count_told(store)
+    except ObjectMissing:
+        found.add(REPORT_KEY, "is missing")
+        return
+    if told is not None and told != spec.count:
+        found.add(REPORT_KEY, f"is that of {told:,} samples")
 
 
 def _check_records(

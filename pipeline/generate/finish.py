@@ -1,37 +1,95 @@
-"""The end of a generation: pictures, report, manifest, and then the sweeping up."""
+"""The end of a generation: pictures, report, manifest, and then the sweeping up.
 
+Nothing here trusts that the world stood still since the last look: a driver may have been suspended in between. What it
+writes it looks at again, and what it deletes belongs to counts smaller than its own, which no later job needs.
+"""
+
+from pipeline.errors import DamageError
 from pipeline.generate.claim import clear_claims
-from pipeline.generate.completeness import Completeness
+from pipeline.generate.completeness import Completeness, check_complete
 from pipeline.generate.contact import grid, png
 from pipeline.generate.gallery import labels_of, pictures, rows_of
 from pipeline.generate.heartbeat import JOBS_PREFIX, clear_heartbeats
-from pipeline.generate.ledger import Harvest, survey
-from pipeline.generate.manifest import Manifest, make_entries, make_manifest, write_manifest
+from pipeline.generate.ledger import Harvest, gather, survey
+from pipeline.generate.manifest import Manifest, make_entries, make_manifest, read_manifest, write_manifest
 from pipeline.generate.report import CONTACT_KEY, REPORT_KEY, render
 from pipeline.generate.spec import Spec
-from pipeline.store import Store
+from pipeline.generate.standing import raise_count
+from pipeline.store import ObjectMissing, Store, StoreUnreachable
+
+_ATTEMPTS = 100
+
+
+class Overtaken(Exception):  # noqa: N818 - the fact is the name
+    """Another job has raised the count. What this one wrote over the other's objects is mended."""
+
+    def __init__(self, newest: Spec, published: bool) -> None:
+        """`published`: whether the larger generation is complete."""
+        self.newest = newest
+        self.published = published
+        did = f"published {newest.count:,} images" if published else f"raised the count to {newest.count:,}"
+        super().__init__(f"another job {did}")
 
 
 def publish(
     store: Store, spec: Spec, harvest: Harvest, class_names: tuple[str, ...] | None
 ) -> tuple[Manifest, bytes, bytes]:
-    """Write contact sheet, report and, last, the manifest of a complete harvest; then sweep up.
+    """Write report, contact sheet and, last, the manifest of a complete harvest; then sweep up.
 
-    Returns the manifest, the contact sheet's PNG and the report's HTML.
+    Returns the manifest, the contact sheet's PNG and the report's HTML. Raises Overtaken.
     """
     manifest = make_manifest(spec, harvest, class_names)
-    gallery = pictures(store, spec)
+    try:
+        gallery = pictures(store, spec)
+    except ObjectMissing:
+        require_newest(store, spec, class_names)  # then its last shard is gone with good reason
+        raise
     sheet = png(grid(rows_of(gallery), labels_of(gallery, class_names)))
     report = render(spec, manifest.statistics, class_names, sheet, gallery)
-    store.write(CONTACT_KEY, sheet)
-    store.write(REPORT_KEY, report)
-    write_manifest(store, manifest, make_entries(spec, harvest))
-    sweep(store, spec)
-    return manifest, sheet, report
+    for _ in range(_ATTEMPTS):
+        require_newest(store, spec, class_names)
+        store.write(
+            REPORT_KEY, report
+        )  # the first: it tells its count, should this job die before the others
+        store.write(CONTACT_KEY, sheet)
+        write_manifest(store, manifest, make_entries(spec, harvest))
+        require_newest(store, spec, class_names)
+        if _stands(store, spec):
+            sweep(store, spec)
+            return manifest, sheet, report
+    raise StoreUnreachable(f"{store.uri}: another job keeps replacing the manifest; try again in a minute")
+
+
+def require_newest(store: Store, spec: Spec, class_names: tuple[str, ...] | None) -> None:
+    """Raise Overtaken when a larger count stands at the prefix.
+
+    If the larger generation is whole, its manifest is made to stand first and the smaller one's tail is deleted.
+    """
+    newest = raise_count(store, spec)
+    if newest.count == spec.count:
+        return
+    proof = check_complete(store, newest)
+    if proof.complete:
+        tidy(store, newest, proof)
+        raise Overtaken(newest, published=True)
+    harvest, found = Harvest(), survey(store, newest)
+    if found.missing() or gather(store, newest, found, harvest):
+        raise Overtaken(newest, published=False)  # its job is still at work
+    publish(store, newest, harvest, class_names)
+    raise Overtaken(newest, published=True)
+
+
+def _stands(store: Store, spec: Spec) -> bool:
+    """Whether the manifest at the prefix is one of this count: a suspended job may have replaced it already."""
+    try:
+        manifest = read_manifest(store)
+    except DamageError:
+        return False
+    return manifest is not None and (manifest.spec_digest, manifest.count) == (spec.digest, spec.count)
 
 
 def sweep(store: Store, spec: Spec) -> None:
-    """Delete the tails of earlier, smaller counts, claims of jobs that died, then the jobs' heartbeats.
+    """Delete the tails of smaller counts, claims of jobs that died, then the jobs' heartbeats.
 
     Only ever after the manifest.
     """

@@ -1,17 +1,20 @@
 """Heartbeats: a job's word, beside its output, on how it is doing; gone when the generation is complete."""
 
+import logging
 import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pipeline.config.base import Settings
 from pipeline.config.document import parse_document
+from pipeline.errors import DamageError
 from pipeline.generate.board import UnderWay
 from pipeline.generate.plan import shard
 from pipeline.generate.spec import Spec, canonical
 from pipeline.store import ObjectMissing, Store
 
+_log = logging.getLogger(__name__)
 JOBS_PREFIX = "jobs/"
 EVERY_SECONDS = 10.0
 STALE_AFTER_SECONDS = 60.0
@@ -106,19 +109,37 @@ def write_heartbeat(store: Store, beat: Heartbeat) -> None:
 
 
 def read_heartbeats(store: Store) -> list[Heartbeat]:
-    """Heartbeats of all jobs at the prefix, oldest first."""
-    beats: list[Heartbeat] = []
+    """Heartbeats of all jobs at the prefix, oldest first. One that is none is left out, with a warning."""
+    return [beat for _, beat in _found(store) if beat is not None]
+
+
+def clear_heartbeats(store: Store) -> None:
+    """Delete the heartbeats of all jobs."""
+    for info in list(store.list(JOBS_PREFIX)):
+        store.delete(info.key)
+
+
+def clear_ended(store: Store) -> None:
+    """Delete the heartbeats of jobs that have ended, and what is no heartbeat."""
+    for key, beat in _found(store):
+        if beat is None or not beat.alive:
+            store.delete(key)
+
+
+def delete_heartbeat(store: Store, job: str) -> None:
+    """Delete one job's heartbeat."""
+    store.delete(f"{JOBS_PREFIX}{job}.json")
+
+
+def _found(store: Store) -> Iterator[tuple[str, Heartbeat | None]]:
     for info in list(store.list(JOBS_PREFIX)):
         try:
-            data = store.read(info.key)
+            yield (
+                info.key,
+                parse_document(Heartbeat, store.read(info.key), f"{store.uri}/{info.key}", "a heartbeat"),
+            )
         except ObjectMissing:
             continue  # its job has just completed the generation
-        beats.append(parse_document(Heartbeat, data, f"{store.uri}/{info.key}", "a heartbeat"))
-    return beats
-
-
-def clear_heartbeats(store: Store, only_ended: bool = False) -> None:
-    """Delete the heartbeats of all jobs, or of those that have ended."""
-    for beat in read_heartbeats(store):
-        if not (only_ended and beat.alive):
-            store.delete(f"{JOBS_PREFIX}{beat.job}.json")
+        except DamageError as error:
+            _log.warning("left out: %s", error)
+            yield info.key, None

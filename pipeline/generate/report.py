@@ -2,15 +2,18 @@
 
 import base64
 import html
+import re
 
 from pipeline.generate.contact import grid, png
 from pipeline.generate.gallery import class_name
 from pipeline.generate.manifest import Statistics
 from pipeline.generate.pixels import Pixels
 from pipeline.generate.spec import Spec, pretty
+from pipeline.store import Store
 
 CONTACT_KEY = "contact-sheet.png"
 REPORT_KEY = "report.html"
+_HEAD_BYTES = 512
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -41,6 +44,13 @@ def render(
     ]
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n".encode()
+
+
+def count_told(store: Store) -> int | None:
+    """The count in the title of the stored report; None where that cannot be told. Raises ObjectMissing."""
+    with store.open(REPORT_KEY) as file:
+        found = re.search(rb"<title>([0-9,]{1,20}) samples of ", file.read(_HEAD_BYTES))
+    return None if found is None else int(found[1].replace(b",", b""))
 
 
 def _facts(spec: Spec, statistics: Statistics) -> str:

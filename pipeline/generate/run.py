@@ -16,20 +16,14 @@ from pipeline.generate.claim import claim
 from pipeline.generate.cluster import Crew, Stream, hire, require_room
 from pipeline.generate.completeness import Completeness, check_complete
 from pipeline.generate.diary import Diary, require_tracking
-from pipeline.generate.finish import publish, tidy
+from pipeline.generate.finish import Overtaken, publish, require_newest, tidy
 from pipeline.generate.guards import judge
 from pipeline.generate.ledger import Harvest, gather, survey
 from pipeline.generate.maker import reference
 from pipeline.generate.model import FoundModel, pin
 from pipeline.generate.plan import num_shards, shard
-from pipeline.generate.spec import (
-    SPEC_KEY,
-    Spec,
-    check_prefix,
-    pretty,
-    read_spec,
-    require_extension,
-)
+from pipeline.generate.spec import Spec, require_extension
+from pipeline.generate.standing import check_prefix, raise_count
 from pipeline.generate.worker import Outcome, WorkOrder
 from pipeline.logs import name_process
 from pipeline.meters import Meters
@@ -68,7 +62,7 @@ class GenerationResult:
     failed: dict[str, str] = field(default_factory=dict[str, str])
     """Shards given up, with the last error of each."""
     reason: str | None = None
-    """What the guard said."""
+    """What the guard said, or who superseded this job."""
     run_url: str | None = None
     company: tuple[str, ...] = ()
     """Other jobs that were at work on the same generation when this one began, and shared it."""
@@ -103,6 +97,7 @@ def generate(
     there = check_prefix(store, spec)
     proof = Completeness() if there is None else check_complete(store, spec)
     if proof.complete:
+        raise_count(store, spec)
         tidy(store, spec, proof)
         progress(spec.count, spec.count, "already complete")
         return GenerationResult(
@@ -115,10 +110,10 @@ def generate(
     with cluster():
         require_room(config)
         if there is None:
-            there = claim(store, spec)
-            require_extension(store, there, spec)
-        if there.count != spec.count:
-            store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
+            require_extension(store, claim(store, spec), spec)
+        require_extension(
+            store, raise_count(store, spec), spec
+        )  # another job may have raised it further meanwhile
         diary = Diary(config, spec, model)
         job = Job(config, spec, model, store, diary, progress, stop or threading.Event(), began)
         return job.run()
@@ -168,6 +163,7 @@ class Job:
         self._images_before = 0
         self._errors: dict[int, str] = {}
         self._guard: str | None = None
+        self._lost: str | None = None
         self._company: tuple[str, ...] = ()
         self._quiet, self._heard = Quiet(), (-1, 0)
 
@@ -175,16 +171,21 @@ class Job:
         """Work until complete, drained, stopped or out of attempts."""
         status: Status = "failed"
         try:
-            beats.clear_heartbeats(self.store, only_ended=True)
+            beats.clear_ended(self.store)
             self._company = tuple(
                 _introduced(beat) for beat in beats.read_heartbeats(self.store) if beat.alive
             )
             self._beat("running", [])
-            status = self._work()
+            try:
+                status = self._work()
+            except Overtaken as overtaken:
+                status, self._lost = "superseded", str(overtaken)
             return self._result(status)
         finally:
             try:
-                if status not in ("complete", "superseded"):
+                if status == "superseded":
+                    patiently(lambda: beats.delete_heartbeat(self.store, self._id))
+                elif status != "complete":
                     self._beat(status, [])
             finally:
                 if status == "superseded":
@@ -196,7 +197,9 @@ class Job:
 
     def _work(self) -> Status:
         crew: Crew | None = None
+        names = self.model.card.class_names
         for _ in range(self.config.max_attempts):
+            patiently(lambda: require_newest(self.store, self.spec, names))
             pending = patiently(self._pending)
             if not pending:
                 return patiently(self._publish)
@@ -302,11 +305,6 @@ class Job:
             _log.warning("%s", what_keeps_it(self.spec, seconds, under_way))
 
     def _publish(self) -> Status:
-        latest = read_spec(self.store)
-        if latest is not None and latest.count > self.spec.count:
-            return "superseded"
-        if latest is None or latest.count < self.spec.count:  # a job of a smaller count spoke last
-            self.store.write(SPEC_KEY, pretty(self.spec.model_dump(mode="json")))
         manifest, sheet, report = publish(self.store, self.spec, self._harvest, self.model.card.class_names)
         self.diary.complete(manifest, sheet, report)
         self._progress(self.spec.count, self.spec.count, "complete")
@@ -343,7 +341,7 @@ class Job:
             images_made=self._images_made,
             seconds=time.monotonic() - self._began,
             failed={shard(self.spec, n).key: text for n, text in sorted(self._errors.items())},
-            reason=self._guard,
+            reason=self._guard or self._lost,
             run_url=self.diary.url,
             company=self._company,
         )

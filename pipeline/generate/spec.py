@@ -196,28 +196,6 @@ def read_spec(store: Store) -> Spec | None:
     return parse_document(Spec, data, f"{store.uri}/{SPEC_KEY}", "a spec")
 
 
-def check_prefix(store: Store, spec: Spec) -> Spec | None:
-    """The spec that stands at the prefix, if `spec` is the same or extends it; None at an empty prefix.
-
-    UserError when the prefix holds another generation (the differing fields are named), more samples than are
-    asked for now, or something that is no generation at all. Reads and writes no sample.
-    """
-    there = read_spec(store)
-    if there is None:
-        stranger = next((info for info in store.list() if not info.key.startswith(CLAIM_PREFIX)), None)
-        if stranger is None:
-            return None
-        # Another job may have claimed the prefix between the two requests: only a second look tells it from a stranger.
-        there = read_spec(store)
-        if there is None:
-            raise UserError(
-                f"{store.uri}: holds {stranger.key} but no {SPEC_KEY}, so it is no generation; "
-                "choose an empty output prefix"
-            )
-    require_extension(store, there, spec)
-    return there
-
-
 def require_extension(store: Store, there: Spec, spec: Spec) -> None:
     """UserError unless `spec` is the one that stands at the prefix, or raises its count."""
     differing = differences(there, spec)

@@ -9,7 +9,8 @@ from pipeline.generate.heartbeat import Heartbeat, read_heartbeats
 from pipeline.generate.ledger import Survey, survey
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.records import read_record
-from pipeline.generate.spec import SPEC_KEY, Spec, read_spec
+from pipeline.generate.spec import SPEC_KEY, Spec
+from pipeline.generate.standing import standing_spec
 from pipeline.store import ObjectMissing, Store, open_store
 
 _RECORDS_READ = 32
@@ -46,7 +47,7 @@ def generation_status(uri: str) -> GenerationStatus:
     """Status of the generation at a prefix. UserError where there is none."""
     store = open_store(uri)
     store.require_container()
-    spec = read_spec(store)
+    spec = standing_spec(store)
     if spec is None:
         raise UserError(f"{uri}: no {SPEC_KEY} there, so no generation; check the prefix")
     proof = check_complete(store, spec)

@@ -27,7 +27,8 @@ from pipeline.generate.pixels import Pixels, constant, decode, tally
 from pipeline.generate.plan import DONE_PREFIX, SHARD_PREFIX, Batch, Shard, classes_of, num_shards, shard
 from pipeline.generate.records import DoneRecord, read_record
 from pipeline.generate.report import CONTACT_KEY, REPORT_KEY
-from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, read_spec
+from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec
+from pipeline.generate.standing import standing_spec
 from pipeline.store import ObjectMissing, Store, open_store
 
 MAX_PROBLEMS = 1000
@@ -97,7 +98,7 @@ def verify(uri: str, progress: Callable[[int, int], None] = lambda done, total: 
     began = time.monotonic()
     store = open_store(uri)
     store.require_container()
-    spec = read_spec(store)
+    spec = standing_spec(store)
     if spec is None:
         raise UserError(f"{uri}: no {SPEC_KEY} there, so no generation; check the prefix")
     report = VerifyReport(uri, spec)

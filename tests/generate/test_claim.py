@@ -12,7 +12,8 @@ import pipeline.consensus
 import pipeline.generate.claim
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.claim import claim, clear_claims
-from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, check_prefix, read_spec, require_extension
+from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, read_spec, require_extension
+from pipeline.generate.standing import check_prefix
 from pipeline.store import FileStore, ObjectInfo, Store, open_store
 from tests.generate.tiny import plan_of, settings, tiny_model
 from tests.turns import Died, Turns

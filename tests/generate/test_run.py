@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.generate import summary
 from pipeline.config.generate import GenerateConfig
 from pipeline.generate.board import UnderWay
 from pipeline.generate.diary import Diary
@@ -40,7 +41,12 @@ def test_a_job_whose_count_was_raised_by_another_steps_back(config: GenerateConf
     store, (spec, _) = open_store(config.output), plan_of(config)
     told(store, spec, 70)
     result = end(config)
-    assert (result.status, result.reason) == ("superseded", None)
+    assert (result.status, result.reason) == (
+        "superseded",
+        "another job raised the count to 70",
+    )
+    assert summary(result)[0] == f"superseded: another job raised the count to 70 at {config.output}"
+    assert list(store.list("jobs/")) == []
     assert read_manifest(store) is None
     assert read_spec(store) == spec.model_copy(update={"count": 70})
 

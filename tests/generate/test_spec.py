@@ -10,7 +10,8 @@ from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.generate import GenerateConfig
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.model import find_model
-from pipeline.generate.spec import SPEC_KEY, check_prefix, make_spec, pretty, read_spec, resolve_classes
+from pipeline.generate.spec import SPEC_KEY, make_spec, pretty, read_spec, resolve_classes
+from pipeline.generate.standing import check_prefix
 from pipeline.nets.artifact import load_card, load_model
 from pipeline.store import ObjectInfo, Store, open_store
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model
@@ -103,7 +104,7 @@ def test_a_prefix_that_another_job_claims_during_the_look_is_joined(
     spec, _ = plan_of(config(model))
     plain_list = store.list
 
-    def claimed_meanwhile() -> Iterator[ObjectInfo]:
+    def claimed_meanwhile(prefix: str = "") -> Iterator[ObjectInfo]:
         store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
         return plain_list()
 

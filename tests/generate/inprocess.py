@@ -1,0 +1,194 @@
+"""Whole generations in this process: shards are made in the driver's thread, objects lie in memory, and every write and
+delete can be a place where the driver stands still, or dies.
+"""
+
+import functools
+import io
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+import torch
+
+import pipeline.generate.run as run_module
+from pipeline.config.generate import GenerateConfig
+from pipeline.errors import UserError
+from pipeline.generate.board import UnderWay
+from pipeline.generate.engine import Engine
+from pipeline.generate.maker import ShardMaker
+from pipeline.generate.plan import shard
+from pipeline.generate.run import GenerationResult, generate
+from pipeline.generate.worker import Outcome, WorkOrder
+from pipeline.nets.artifact import build_model
+from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, open_store
+
+_PATIENCE_SECONDS = 60
+
+
+class Killed(BaseException):
+    """The driver died here."""
+
+
+class MemoryStore(FileStore):
+    """A dictionary as a store; `before(what, key)` is called before each write and delete."""
+
+    def __init__(
+        self, objects: dict[str, bytes], before: Callable[[str, str], None] = lambda what, key: None
+    ) -> None:
+        super().__init__(Path("nowhere"))
+        self.objects, self._before = objects, before
+
+    def read(self, key: str) -> bytes:
+        try:
+            return self.objects[key]
+        except KeyError:
+            raise ObjectMissing(key) from None
+
+    def open(self, key: str, *, start: int = 0, etag: str | None = None) -> BinaryIO:
+        return io.BytesIO(self.read(key)[start:])
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        data = self.objects.get(key)
+        return None if data is None else ObjectInfo(key, len(data), "")
+
+    def write(self, key: str, data: bytes) -> ObjectInfo:
+        self._before("write", key)
+        self.objects[key] = data
+        return ObjectInfo(key, len(data), "")
+
+    def upload(self, key: str, path: Path) -> ObjectInfo:
+        return self.write(key, path.read_bytes())
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
+        found = sorted((key, len(data)) for key, data in self.objects.items())
+        return (ObjectInfo(k, n, "") for k, n in found if k.startswith(prefix) and k > start_after)
+
+    def delete(self, key: str) -> None:
+        self._before("delete", key)
+        self.objects.pop(key, None)
+
+    def require_container(self) -> None:
+        """It is there."""
+
+
+class Driver:
+    """One `generate` in a thread of its own, which stands still before its write or delete number `stop_at`."""
+
+    def __init__(self, config: GenerateConfig, objects: dict[str, bytes], stop_at: int | None = None) -> None:
+        self.store: Store = MemoryStore(objects, self._before)
+        self.steps: list[str] = []
+        self.result: GenerationResult | None = None
+        self.error: UserError | None = None
+        self._config, self._stop_at = config, stop_at
+        self._killed = False
+        self._still, self._go = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> bool:
+        """Run until it stands still (True), or to its end (False)."""
+        self._thread.start()
+        assert self._still.wait(_PATIENCE_SECONDS)
+        return self._thread.is_alive() and not self._ended()
+
+    def resume(self) -> None:
+        """Let it run to its end."""
+        self._go.set()
+        self._thread.join(_PATIENCE_SECONDS)
+        assert not self._thread.is_alive()
+
+    def kill(self) -> None:
+        """It dies where it stands: the request it was about to make is its last."""
+        self._killed = True
+        self.resume()
+
+    def _ended(self) -> bool:
+        return self.result is not None or self.error is not None
+
+    def _before(self, what: str, key: str) -> None:
+        if key.startswith("jobs/"):
+            return  # a heartbeat is on nobody's way
+        if self._killed and self._go.is_set():
+            raise Killed
+        self.steps.append(f"{what} {key}")
+        if len(self.steps) == self._stop_at:
+            self._still.set()
+            assert self._go.wait(_PATIENCE_SECONDS)
+
+    def _run(self) -> None:
+        _here.store = self.store
+        try:
+            self.result = generate(self._config)
+        except UserError as error:
+            self.error = error
+        except Killed:
+            pass
+        finally:
+            self._still.set()
+
+
+class _Here(threading.local):
+    store: Store | None = None
+
+
+_here = _Here()
+
+
+def _store(uri: str) -> Store:
+    return _here.store or open_store(uri)
+
+
+_engines: dict[str, Engine] = {}
+
+
+class _Crew:
+    def __init__(self, order: WorkOrder, weights: bytes) -> None:
+        if order.spec.digest not in _engines:
+            net = build_model(order.card, weights, where="test")
+            engine = Engine(order.spec, net, order.card)
+            images = functools.cache(lambda index: Engine.images(engine, torch.tensor(index)))
+            engine.images = lambda index: images(tuple(index.tolist()))
+            _engines[order.spec.digest] = engine
+        self.maker = ShardMaker(_engines[order.spec.digest], _store(order.output), order.guards)
+        self.maker.spec = order.spec
+
+    def under_way(self) -> list[UnderWay]:
+        return []
+
+    def drain(self, seconds: float) -> None:
+        """Nothing is under way."""
+
+
+class _Stream:
+    def __init__(self, config: GenerateConfig, crew: _Crew, numbers: list[int]) -> None:
+        self._crew, self._numbers = crew, numbers[:]
+
+    def poll(self, seconds: float) -> list[Outcome] | None:
+        if not self._numbers:
+            return None
+        number = self._numbers.pop(0)
+        record = self._crew.maker.make(shard(self._crew.maker.spec, number))
+        return [Outcome(shard=number, status="done", record=record, worker="here")]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@contextmanager
+def without_cluster() -> Generator[None]:
+    """`generate` makes its shards in the thread that calls it, with the store of its Driver if there is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "open_store", _store)
+        patch.setattr(run_module, "require_room", lambda config: None)
+        patch.setattr(run_module, "hire", _Crew)
+        patch.setattr(run_module, "Stream", _Stream)
+        yield
+
+
+def run_alone(config: GenerateConfig, objects: dict[str, bytes]) -> Driver:
+    """A driver from start to end."""
+    driver = Driver(config, objects)
+    driver.start()
+    return driver
