@@ -23,7 +23,7 @@ from infra.local.service import get
 from jobs.dashboard import ask
 from pipeline.errors import UserError
 from pipeline.store import open_store
-from pipeline.track import require_server
+from pipeline.track import authorization, require_server
 
 LOCK = Path(__file__).resolve().parents[1] / "requirements.lock"
 MAX_SKEW_SECONDS = 60.0  # S3 refuses signatures 15 minutes off; charts and leases suffer long before
@@ -107,12 +107,22 @@ def check_mlflow(environ: Environ = os.environ) -> Finding:
         url = require_server(environ.get("MLFLOW_TRACKING_URI"), TIMEOUT_SECONDS)
     except UserError as error:
         return _refused("mlflow", error)
-    server, ours = (get(f"{url}/version") or b"").decode(errors="replace").strip(), metadata.version("mlflow")
+    answer = get(f"{url}/version", authorization(environ)) or b""
+    server, ours = answer.decode(errors="replace").strip(), metadata.version("mlflow")
     if server and server.split(".")[:2] != ours.split(".")[:2]:
         return Finding(
             "mlflow", False, f"{url} runs {server}, here is {ours}", "use one version on both sides"
         )
     return Finding("mlflow", True, f"{url} runs {server or 'an untold version'}")
+
+
+def check_mlflow_password(environ: Environ = os.environ) -> Finding:
+    """MLflow's server has routes that run commands: it must not answer to those who know no password."""
+    url = environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
+    if url and get(f"{url}/api/2.0/mlflow/experiments/search?max_results=1") is not None:
+        remedy = "start it as `ddpm up` and infra/docker/compose.yaml do, with users and passwords"
+        return Finding("mlflow login", False, f"{url} lets anybody in without a password", remedy)
+    return Finding("mlflow login", True, "asked for" if url else "no server to ask")
 
 
 def check_ray_cluster(environ: Environ = os.environ) -> Finding:
@@ -216,6 +226,7 @@ def all_checks(write: bool = False) -> Iterator[Callable[[], Finding]]:
     yield check_credentials
     yield lambda: check_bucket(write=write)
     yield check_mlflow
+    yield check_mlflow_password
     yield check_ray_cluster
     yield check_ray_token
     yield check_clock

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from infra.local import LocalStack
+from infra.local import LocalStack, sign_in
 from infra.local.state import StoreKind
 from jobs.progress import clock
 from jobs.shell import DONE, LOCAL, Call, settings_of, use_running_stack
@@ -74,8 +74,6 @@ def _evaluate(call: Call) -> int:
 
 
 def _say_where_to_look(call: Call, seconds: float) -> None:
-    import os
-
     from pipeline.store import open_store
     from pipeline.track import find_latest_run
 
@@ -86,7 +84,8 @@ def _say_where_to_look(call: Call, seconds: float) -> None:
     print(f"  contact sheet   {(LOCAL / sheet).resolve()}")
     print(f"  samples         {config.output}")
     print(f"  training run    {find_latest_run(key_prefix='train/')}")
-    print(f"  Ray dashboard   {os.environ.get('RAY_JOB_ADDRESS', '')}")
+    for line in sign_in(LOCAL):
+        print(f"  {line}")
     print("  stop it all     make down")
 
 

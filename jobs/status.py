@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from infra.local import LocalStack
+from infra.local import LocalStack, sign_in
 from jobs.progress import clock
 from jobs.shell import DONE, FAILED, LOCAL, use_running_stack
 from pipeline.generate.status import GenerationStatus
@@ -21,6 +21,7 @@ def stack_status(as_json: bool) -> int:
             print(
                 f"{row.service:<8} {row.state:<14} {row.pid or '-':<8} {row.url:<28} {row.log or ''}".rstrip()
             )
+        print("\n".join(sign_in(LOCAL)))
     healthy = all(row.state in ("running", "external") for row in rows)
     if not healthy and not as_json:
         print("next     ddpm up")

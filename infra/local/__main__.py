@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from infra.local import processes
-from infra.local.clients import environment
+from infra.local.clients import environment, sign_in
 from infra.local.stack import LocalStack
 from pipeline.errors import UserError
 
@@ -41,6 +41,7 @@ def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "up":
             stack.up(say=_say)
+            print(*sign_in(options.root), sep="\n")
         case "down":
             print(f"ended: {', '.join(stack.down()) or 'nothing was running'}")
         case "remove":

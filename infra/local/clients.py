@@ -1,11 +1,18 @@
 """The variables that point programs at the stack, and the respect for those a user has set."""
 
 import os
+import shlex
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from infra.local import ray, s3, service
-from infra.local.credentials import ray_token_path, s3_keys
+from infra.local.credentials import (
+    MLFLOW_USER,
+    mlflow_password,
+    mlflow_password_path,
+    ray_token_path,
+    s3_keys,
+)
 from infra.local.state import State, own_root, read_state
 from pipeline.errors import UserError
 
@@ -14,6 +21,7 @@ REPLACED_WITH_S3 = (
     "AWS_SESSION_TOKEN",
     "AWS_ENDPOINT_URL_S3",
 )  # they would win over our keys
+REPLACED_WITH_MLFLOW = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH")
 REPLACED_WITH_RAY = ("RAY_AUTH_TOKEN",)
 
 
@@ -40,6 +48,7 @@ def export_environment(root: Path, environ: MutableMapping[str, str] = os.enviro
     if "DDPM_ROOT" in own:
         chosen = {key: value for key, value in chosen.items() if key != "DDPM_ROOT"}
     replaced = (*(REPLACED_WITH_S3 if "AWS_ENDPOINT_URL" in chosen else ()),)
+    replaced += REPLACED_WITH_MLFLOW if "MLFLOW_TRACKING_URI" in chosen else ()
     replaced += REPLACED_WITH_RAY if "RAY_ADDRESS" in chosen and "ray" not in state.external else ()
     for name in replaced:
         environ.pop(name, None)
@@ -52,7 +61,11 @@ def client_variables(root: Path, state: State) -> dict[str, str]:
     """As `environment`, for a state at hand."""
     variables = dict(s3_variables(root, state))
     if "mlflow" not in state.external:
-        variables["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{state.ports['mlflow']}"
+        variables |= {
+            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{state.ports['mlflow']}",
+            "MLFLOW_TRACKING_USERNAME": MLFLOW_USER,
+            "MLFLOW_TRACKING_PASSWORD": mlflow_password(root),
+        }
     if "ray" not in state.external:
         dashboard = f"http://127.0.0.1:{state.ports['ray-dashboard']}"
         variables |= {
@@ -64,6 +77,25 @@ def client_variables(root: Path, state: State) -> dict[str, str]:
             "RAY_AUTH_TOKEN_PATH": str(ray_token_path(root)),
         }
     return {**variables, "DDPM_ROOT": data_root(root, state)}
+
+
+def sign_in(root: Path) -> list[str]:
+    """A line for each of the stack's web pages that asks who comes: its address, and the command that shows what
+    to give. Never a secret itself.
+    """
+    root = own_root(root)
+    state = read_state(root)
+    if state is None or not state.ports:
+        return []
+    variables, lines = client_variables(root, state), list[str]()
+    if "mlflow" not in state.external:
+        password = shlex.quote(str(mlflow_password_path(root)))
+        url = variables["MLFLOW_TRACKING_URI"]
+        lines.append(f"MLflow          {url} asks for user {MLFLOW_USER} and the password: cat {password}")
+    if "ray" not in state.external:
+        url, token = variables["RAY_JOB_ADDRESS"], shlex.quote(str(ray_token_path(root)))
+        lines.append(f"Ray dashboard   {url} asks for the token: cat {token}")
+    return lines
 
 
 def s3_variables(root: Path, state: State) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Secrets made once at the first start, each in a file that only its owner can read."""
 
+import hashlib
+import json
 import os
 import secrets
 from pathlib import Path
@@ -10,6 +12,10 @@ from pipeline.config.base import Settings
 from pipeline.config.document import first_fault
 from pipeline.errors import UserError
 from pipeline.private import private_folder, read_private
+
+MLFLOW_USER = "ddpm"
+"""The local MLflow's one user."""
+_LONGEST_PASSWORD_BYTES = 4096
 
 
 class S3Keys(Settings):
@@ -40,6 +46,27 @@ def ray_token_path(root: Path) -> Path:
     path = root / "secrets" / "ray-token"
     if not path.exists():
         _write_private(path, secrets.token_hex(32))
+    return path
+
+
+def mlflow_password_path(root: Path) -> Path:
+    """The file with the password of MLflow's user `MLFLOW_USER`; made at the first call."""
+    path = root / "secrets" / "mlflow-password"
+    if not path.exists():
+        _write_private(path, secrets.token_hex(32))
+    return path
+
+
+def mlflow_password(root: Path) -> str:
+    """What stands in this file. UserError where it is another user's."""
+    return read_private(mlflow_password_path(root), _LONGEST_PASSWORD_BYTES).decode().strip()
+
+
+def mlflow_users_path(root: Path) -> Path:
+    """The file from which the MLflow server knows its one user: without the password itself."""
+    path = root / "secrets" / "mlflow-users.json"
+    user = {"role": "admin", "sha256": hashlib.sha256(mlflow_password(root).encode()).hexdigest()}
+    _write_private(path, json.dumps({MLFLOW_USER: user}, indent=2))
     return path
 
 

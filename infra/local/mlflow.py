@@ -1,11 +1,16 @@
-"""The MLflow server: SQLite under the stack's root, artifacts through the server into the object store."""
+"""The MLflow server: SQLite under the stack's root, artifacts through the server into the object store.
+
+It asks for a password even on loopback, where any user of the machine could otherwise have it run commands as ours.
+"""
 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from infra.local import service
+from infra.local.credentials import mlflow_users_path
 from infra.local.service import Service
+from infra.tracking.app import USERS_VARIABLE
 
 PORTS = ("mlflow",)
 
@@ -16,16 +21,17 @@ def mlflow_service(
     """The tracking server and registry on 127.0.0.1.
 
     `home` holds its database; `artifacts` is the URI it stores artifacts under; `s3` are the variables that
-    open this store. Only the server gets them from here: MLflow's clients need its URL alone.
+    open this store. Only the server gets them from here: MLflow's clients need its URL and password alone.
     """
     url = f"http://127.0.0.1:{ports['mlflow']}"
-    argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(ports["mlflow"])]
+    argv = [sys.executable, "-m", "infra.tracking", "--host", "127.0.0.1", "--port", str(ports["mlflow"])]
     argv += ["--workers", "1", "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"]
     argv += ["--artifacts-destination", artifacts]
     own = {
         # The job consumers are 13 processes for features this project does not use.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        USERS_VARIABLE: str(mlflow_users_path(root)),
     }
     endpoint = {"MLFLOW_S3_ENDPOINT_URL": s3["AWS_ENDPOINT_URL"]} if "AWS_ENDPOINT_URL" in s3 else {}
     return Service(
@@ -38,5 +44,11 @@ def mlflow_service(
         is_ready=lambda: service.get(f"{url}/health") == b"OK",
         start_seconds=180,
         prepare=lambda: home.mkdir(parents=True, exist_ok=True),
-        unset=("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"),
+        # A server that was told where a server is, or a password, would be its own client.
+        unset=(
+            "MLFLOW_TRACKING_URI",
+            "MLFLOW_REGISTRY_URI",
+            "MLFLOW_TRACKING_USERNAME",
+            "MLFLOW_TRACKING_PASSWORD",
+        ),
     )

@@ -216,6 +216,7 @@ class LocalStack:
         }
         replaced = (
             *(clients.REPLACED_WITH_S3 if "AWS_ENDPOINT_URL" in own else ()),
+            *(clients.REPLACED_WITH_MLFLOW if "MLFLOW_TRACKING_URI" in own else ()),
             *(clients.REPLACED_WITH_RAY if "RAY_ADDRESS" in own else ()),
         )
         return schedule_service(self.root, state.schedule, chosen, replaced)

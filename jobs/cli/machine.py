@@ -34,11 +34,12 @@ def up(
     ] = None,
 ) -> None:
     """Start the local stack (S3, MLflow, Ray) on loopback, or find it running."""
-    from infra.local import LocalStack
+    from infra.local import LocalStack, sign_in
 
     def work() -> int:
         words = None if schedule is None else [] if schedule == "off" else shlex.split(schedule)
         LocalStack(LOCAL, store=store, schedule=words).up(say=_say)
+        print(*sign_in(LOCAL), sep="\n")
         print("next     ddpm pack digits   (or, all at once: ddpm demo)")
         return DONE
 

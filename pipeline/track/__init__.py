@@ -5,7 +5,13 @@ it.
 """
 
 from pipeline.redaction import redact
-from pipeline.track.connect import TrackingError, require_server, tracking_client, tracking_uri
+from pipeline.track.connect import (
+    TrackingError,
+    authorization,
+    require_server,
+    tracking_client,
+    tracking_uri,
+)
 from pipeline.track.janitor import ClosedRun, close_stale_runs, sweep_spools
 from pipeline.track.lineage import link_model, log_dataset, source_tags
 from pipeline.track.moves import Move, MovingAlias, Overtaken
@@ -34,6 +40,7 @@ __all__ = [
     "Spool",
     "SystemSampler",
     "TrackingError",
+    "authorization",
     "close_stale_runs",
     "describe",
     "download",

@@ -1,9 +1,10 @@
 """Reaching the tracking server: checked quickly before work, patiently during it."""
 
+import base64
 import os
 import random
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -79,7 +80,7 @@ def require_server(uri: str | None = None, timeout_seconds: float = 5.0) -> str:
         answer = requests.get(
             f"{found}/api/2.0/mlflow/experiments/search",
             params={"max_results": 1},
-            headers=_authorization(),
+            headers=authorization(),
             timeout=timeout_seconds,
             verify=_verify(),
         )
@@ -173,6 +174,15 @@ def long_transfers(timeout_seconds: int = 600) -> Generator[None]:
             os.environ[name] = before
 
 
+def authorization(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Headers for the credentials that MLflow's own client takes from the environment."""
+    user, password = environ.get("MLFLOW_TRACKING_USERNAME"), environ.get("MLFLOW_TRACKING_PASSWORD")
+    if user and password:
+        return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+    token = environ.get("MLFLOW_TRACKING_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
 def _status(error: BaseException) -> int | None:
     """The HTTP status a failed call ended with, if the server answered at all."""
     import requests
@@ -193,17 +203,6 @@ def _require_ok(uri: str, status: int, what: str) -> None:
         )
     if status != 200:
         raise UserError(f"MLflow at {uri}: answers {what} with {status}; look at the server's log")
-
-
-def _authorization() -> dict[str, str]:
-    """Headers for the credentials that MLflow's own client takes from the environment."""
-    import base64
-
-    user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
-    if user and password:
-        return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _verify() -> bool | str:

@@ -1,7 +1,8 @@
 """The tutorial is carried out as it is written, with canary secrets about; then the traces it left are looked at.
 
-The canaries: the stack's own S3 key and Ray token, which every process here works with, and values under names that
-say they are secret. None may be found in what any test of this session has left behind, wherever that is.
+The canaries: the stack's own S3 key, Ray token and MLflow password, which every process here works with, and values
+under names that say they are secret. None may be found in what any test of this session has left behind,
+wherever that is.
 """
 
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from infra.local import LocalStack
-from infra.local.credentials import ray_token_path, s3_keys
+from infra.local.credentials import mlflow_password_path, ray_token_path, s3_keys
 from infra.local.ray import temp_dir
 from infra.local.service import get
 from infra.local.state import read_state
@@ -153,7 +154,9 @@ def test_logs_as_json_say_which_run_and_shard_in_driver_and_workers(told: Told, 
 def test_no_secret_is_in_any_log_run_record_or_object(told: Told, stack: LocalStack) -> None:
     keys = s3_keys(stack.root)
     token = ray_token_path(stack.root).read_text().strip()
-    secrets = {**CANARIES, "S3 secret key": keys.secret_key, "Ray token": token}
+    password = mlflow_password_path(stack.root).read_text().strip()
+    own = {"S3 secret key": keys.secret_key, "Ray token": token, "MLflow password": password}
+    secrets = {**CANARIES, **own}
     del secrets["MLFLOW_TRACKING_USERNAME"]  # a name, not a secret
     places = [stack.root, temp_dir(stack.root), told.folder, told.spool]
     files = [file for place in places for file in left_behind(place, stack.root / "secrets")]

@@ -1,10 +1,15 @@
+import base64
+import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from infra.local import check_ray, clients, environment, export_environment
+from infra.local import check_ray, clients, environment, export_environment, sign_in
+from infra.local.credentials import mlflow_users_path
 from infra.local.stack import ALL_PORTS, LocalStack
 from infra.local.state import State, StoreKind, write_state
+from infra.tracking.access import read_users
 from pipeline.errors import UserError
 
 
@@ -20,6 +25,8 @@ def test_all_services_of_the_stack_are_pointed_at(tmp_path: Path) -> None:
     variables = environment(tmp_path)
     assert variables["AWS_ENDPOINT_URL"] == f"http://127.0.0.1:{state.ports['s3']}"
     assert variables["MLFLOW_TRACKING_URI"] == f"http://127.0.0.1:{state.ports['mlflow']}"
+    assert variables["MLFLOW_TRACKING_USERNAME"] == "ddpm"
+    assert len(variables["MLFLOW_TRACKING_PASSWORD"]) == 64
     assert variables["RAY_ADDRESS"] == f"127.0.0.1:{state.ports['ray']}"
     assert variables["RAY_JOB_ADDRESS"] == f"http://127.0.0.1:{state.ports['ray-dashboard']}"
     assert Path(variables["RAY_AUTH_TOKEN_PATH"]).stat().st_size == 64
@@ -125,3 +132,41 @@ def test_an_unreachable_cluster_is_told_at_once() -> None:
 def test_a_token_file_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="RAY_AUTH_TOKEN_PATH=/no/such cannot be read: No such file"):
         check_ray({"RAY_JOB_ADDRESS": "http://127.0.0.1:9", "RAY_AUTH_TOKEN_PATH": "/no/such"})
+
+
+def test_a_stack_from_before_mlflow_had_passwords_gets_one_that_only_its_owner_can_read(
+    tmp_path: Path,
+) -> None:
+    remembered(tmp_path)
+    (tmp_path / "secrets").mkdir(mode=0o700)
+    password = environment(tmp_path)["MLFLOW_TRACKING_PASSWORD"]
+    users = read_users(mlflow_users_path(tmp_path))
+    encoded = base64.b64encode(f"ddpm:{password}".encode()).decode()
+    assert users.role_of(f"Basic {encoded}") == "admin"
+    assert password not in mlflow_users_path(tmp_path).read_text()
+    for file in (tmp_path / "secrets").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert environment(tmp_path)["MLFLOW_TRACKING_PASSWORD"] == password
+
+
+def test_a_users_own_mlflow_is_not_sent_the_stacks_password(tmp_path: Path) -> None:
+    remembered(tmp_path)
+    environ = {"MLFLOW_TRACKING_URI": "https://mlflow.example", "MLFLOW_TRACKING_TOKEN": "mine"}
+    export_environment(tmp_path, environ)
+    assert environ["MLFLOW_TRACKING_TOKEN"] == "mine"
+    assert "MLFLOW_TRACKING_PASSWORD" not in environ
+
+
+def test_what_the_web_pages_ask_for_is_told_by_the_command_that_shows_it(tmp_path: Path) -> None:
+    assert sign_in(tmp_path) == []
+    remembered(tmp_path)
+    told = sign_in(tmp_path)
+    for line, variable in zip(told, ("MLFLOW_TRACKING_URI", "RAY_JOB_ADDRESS"), strict=True):
+        assert environment(tmp_path)[variable] in line
+        command = line.rpartition(": ")[2]
+        secret = subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout
+        assert len(secret) == 64
+        assert secret not in "".join(told)
+    assert "user ddpm" in told[0]
+    remembered(tmp_path, external=("mlflow", "ray"))
+    assert sign_in(tmp_path) == []

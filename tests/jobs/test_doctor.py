@@ -136,10 +136,22 @@ def test_an_mlflow_that_does_not_answer_is_a_problem(closed_url: str) -> None:
 
 def test_another_mlflow_version_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "require_server", lambda url, _: url)
-    monkeypatch.setattr(checks, "get", lambda _: b"1.2.3")
-    finding = checks.check_mlflow({"MLFLOW_TRACKING_URI": "http://m"})
+    sent: list[object] = []
+    monkeypatch.setattr(checks, "get", lambda _, headers: sent.append(headers) or b"1.2.3")
+    environ = {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "word"}
+    finding = checks.check_mlflow({"MLFLOW_TRACKING_URI": "http://m", **environ})
+    assert sent == [{"Authorization": "Basic bWU6d29yZA=="}]
     assert not finding.ok
     assert finding.found == f"http://m runs 1.2.3, here is {metadata.version('mlflow')}"
+
+
+def test_an_mlflow_that_asks_for_no_password_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[bytes | None] = [b"{}", None]
+    monkeypatch.setattr(checks, "get", lambda _: answers.pop(0))
+    environ = {"MLFLOW_TRACKING_URI": "http://m"}
+    assert checks.check_mlflow_password(environ).found == "http://m lets anybody in without a password"
+    assert checks.check_mlflow_password(environ).ok
+    assert checks.check_mlflow_password({}).ok
 
 
 def test_another_ray_version_is_a_problem(cluster: tuple[type[FakeCluster], dict[str, str]]) -> None:

@@ -1,0 +1,26 @@
+"""`python -m infra.tracking OPTIONS`: `mlflow server OPTIONS`, with the application of `infra.tracking.app`."""
+
+import sys
+from pathlib import Path
+
+from infra.tracking.app import users_of_server
+from pipeline.errors import UserError
+
+# MLflow finds applications through the metadata of packages: this folder holds what says where ours is. Read when
+# MLflow's command line is imported, which is therefore done below.
+sys.path.append(str(Path(__file__).with_name("plugin")))
+
+
+def main() -> None:
+    """Run the server until it is ended."""
+    try:
+        users_of_server()  # here it is one line; a worker of the server would be started again and again
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    from mlflow.cli import cli
+
+    cli(["server", "--app-name", "ddpm", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()
