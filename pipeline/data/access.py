@@ -33,6 +33,10 @@ class Access(Protocol):
         """
         ...
 
+    def renew(self, shard: int) -> bool:
+        """What was read is damaged: take another copy of the shard, if this way keeps copies; whether it did."""
+        ...
+
     def close(self) -> None:
         """Give back descriptors and memory."""
         ...
@@ -51,6 +55,9 @@ class DescriptorAccess(ABC):
 
     def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
         return map(os.pread, itertools.repeat(self.fd(shard)), sizes, offsets)
+
+    def renew(self, shard: int) -> bool:
+        return False
 
     def close(self) -> None:
         self.files.close()
@@ -91,6 +98,9 @@ class MemoryAccess:
     def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
         data = self._data(shard)
         return [data[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
+
+    def renew(self, shard: int) -> bool:
+        return False
 
     def close(self) -> None:
         self.held.clear()

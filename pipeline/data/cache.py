@@ -5,13 +5,19 @@ and a `.part` file of the shard's full size takes its place in the count. A seco
 process bring it while others wait. The bytes are hashed on the way in and renamed when they are right. Descriptors
 are opened before the rename, so a shard removed a moment later is still readable; its disk space is freed when the
 last process that has it open lets go, at most two windows later.
+
+The directory may hold other things: only files are opened, counted and removed that have a shard's name (32 hex
+digits), a lock beside them and this user as owner. Links are not followed.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
+import re
+import stat
 import threading
 import time
 from collections.abc import Generator
@@ -22,12 +28,16 @@ from pipeline.data.access import DescriptorAccess, bring
 from pipeline.data.index import Index
 from pipeline.data.order import GlobalOrder, Window
 from pipeline.errors import DamageError, UserError
+from pipeline.private import open_private
 from pipeline.store import Store
 from pipeline.tally import count
+
+log = logging.getLogger(__name__)
 
 ADMISSION = "admission.lock"
 POLL_SECONDS = 0.05
 TOUCH_SECONDS = 5.0
+_OWN_NAME = re.compile(r"[0-9a-f]{32}\.(shard|part)")
 
 
 class ShardCache:
@@ -36,7 +46,10 @@ class ShardCache:
     def __init__(self, index: Index, store: Store, directory: Path, limit_bytes: int, lenient: bool) -> None:
         self.index, self.store, self.lenient = index, store, lenient
         self.directory, self.limit_bytes = directory, limit_bytes
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache_dir: {directory} cannot be made ({error.strerror})") from None
 
     def path(self, shard: int) -> Path:
         """Where a shard is when it is there; the name changes with its content."""
@@ -55,14 +68,32 @@ class ShardCache:
             fd = self._there(path)  # another process may have brought it while this one waited
             return self._bring(shard, path) if fd is None else fd
 
+    def renew(self, shard: int, damaged: int) -> int:
+        """A descriptor of a shard brought anew in the place of the copy that is open as `damaged`.
+
+        Where another process has replaced that copy by now, its own is taken. Raises as `open` does.
+        """
+        path = self.path(shard)
+        with _locked(path.with_suffix(".lock")):
+            fd = self._there(path)
+            if fd is not None and not os.path.sameopenfile(fd, damaged):
+                return fd
+            if fd is not None:
+                os.close(fd)
+            before = _sha256(damaged)
+            fd = self._bring(shard, path)
+        if _sha256(fd) != before:
+            log.warning("%s: this machine's copy was damaged, not the shard; brought anew", path)
+        return fd
+
     def touch(self, shard: int) -> None:
         """Say that a shard is in use, so that it is not the next to go."""
         with suppress(FileNotFoundError):
-            os.utime(self.path(shard))
+            os.utime(self.path(shard), follow_symlinks=False)
 
     def _there(self, path: Path) -> int | None:
         try:
-            fd = os.open(path, os.O_RDONLY)
+            fd = open_private(path)
         except FileNotFoundError:
             return None
         os.utime(fd)  # not the path, which another process may just have removed
@@ -72,11 +103,11 @@ class ShardCache:
         part = path.with_suffix(".part")
         self._reserve(part, self.index.shards[shard].plain_bytes)
         try:
-            with part.open("r+b") as file:
+            with open(open_private(part, os.O_RDWR), "r+b") as file:
                 bring(self.index, self.store, shard, file, self.lenient)
                 file.flush()
                 os.fsync(file.fileno())
-            fd = os.open(part, os.O_RDONLY)
+            fd = open_private(part)
             with _locked(self.directory / ADMISSION):  # a count that is under way must find it under one name
                 os.replace(part, path)
         except BaseException:
@@ -89,7 +120,8 @@ class ShardCache:
         while True:
             with _locked(self.directory / ADMISSION):
                 if self._evict(size_bytes, part):
-                    with part.open("wb") as file:
+                    with open(open_private(part, os.O_WRONLY | os.O_CREAT), "wb") as file:
+                        file.truncate(0)
                         file.truncate(size_bytes)
                     return
             time.sleep(POLL_SECONDS)
@@ -99,10 +131,15 @@ class ShardCache:
         held: list[tuple[float, int, Path]] = []
         used = 0
         for path in self.directory.iterdir():
-            if path.suffix not in (".shard", ".part") or path == own_part:
+            if not _OWN_NAME.fullmatch(path.name) or path == own_part:
                 continue
-            with suppress(FileNotFoundError):
-                found = path.stat()
+            with suppress(
+                FileNotFoundError
+            ):  # of the file, or of the lock that each of the cache's files has
+                found = path.lstat()
+                path.with_suffix(".lock").lstat()
+                if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+                    continue
                 if path.suffix == ".part" and _free(path.with_suffix(".lock")):
                     path.unlink()  # whoever brought it was killed
                     continue
@@ -124,6 +161,7 @@ class CacheAccess(DescriptorAccess):
         super().__init__(cache.index, cache.store, most_open)
         self.cache = cache
         self._touched: dict[int, float] = {}
+        self._renewed: set[int] = set()
 
     def fd(self, shard: int) -> int:
         fd, now = super().fd(shard), time.monotonic()
@@ -136,6 +174,17 @@ class CacheAccess(DescriptorAccess):
         fd = self.cache.open(shard)
         self._touched[shard] = time.monotonic()
         return fd
+
+    def renew(self, shard: int) -> bool:
+        """Bring a shard anew, once in this process: its copy here may have rotted."""
+        if shard in self._renewed:
+            return False
+        self._renewed.add(shard)
+        damaged = self.fd(shard)
+        fresh = self.cache.renew(shard, damaged)
+        os.dup2(fresh, damaged)  # under the old number, by which somebody may be reading
+        os.close(fresh)
+        return True
 
 
 class Prefetcher:
@@ -189,7 +238,7 @@ def require_room(index: Index, window_shards: int, limit_bytes: int) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Generator[None]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    fd = open_private(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
@@ -199,7 +248,7 @@ def _locked(path: Path) -> Generator[None]:
 
 def _free(path: Path) -> bool:
     """Whether nobody holds a lock. The system lets go of a dead process's locks."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    fd = open_private(path, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -207,3 +256,9 @@ def _free(path: Path) -> bool:
     finally:
         os.close(fd)
     return True
+
+
+def _sha256(fd: int) -> bytes:
+    with open(os.dup(fd), "rb") as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").digest()

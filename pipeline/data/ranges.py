@@ -63,6 +63,9 @@ class RangeAccess:
             self._held.pop((shard, offset), b"") or self.read(shard, offset, size) for offset, size in places
         ]
 
+    def renew(self, shard: int) -> bool:
+        return False
+
     def close(self) -> None:
         self._held.clear()
         self._pool.shutdown()

@@ -221,6 +221,16 @@ class _Opened:
         raise DamageError(f"{problems[0]} (and so are the {MOST_SUBSTITUTES - 1} samples after it)")
 
     def _read(self, place: _Place) -> UInt8:
+        try:
+            return self._checked(place)
+        except ObjectChanged:
+            raise
+        except DamageError:
+            if not self.access.renew(place.shard):
+                raise
+        return self._checked(place)
+
+    def _checked(self, place: _Place) -> UInt8:
         data = self.access.read(place.shard, place.offset, place.size)
         try:
             if crc32(data) != place.crc:

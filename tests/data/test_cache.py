@@ -1,23 +1,27 @@
 """The shard cache: one download a machine, a limit that holds, nothing wrong admitted."""
 
 import fcntl
+import gzip
+import logging
 import multiprocessing
 import os
 import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 
-from pipeline.data import Index, load_index
+from pipeline.data import Index, build_index, load_index, write_shard
 from pipeline.data.cache import ADMISSION, CacheAccess, Prefetcher, ShardCache, require_room
+from pipeline.data.index import read_table
 from pipeline.data.order import GlobalOrder
 from pipeline.errors import DamageError, UserError
 from pipeline.store import FileStore, open_store
-from tests.data.making import batches, by_position, small_set
+from tests.data.making import batches, by_position, sample, small_set
 
 SHARDS = (12,) * 12
 
@@ -219,6 +223,122 @@ def test_a_limit_below_two_windows_is_refused_with_the_number_to_set(uri: str) -
     with pytest.raises(UserError, match=rf"data\.cache_bytes: 1000 .* set it to {4 * largest} or more"):
         require_room(index, 2, 1000)
     require_room(index, 2, 4 * largest)
+
+
+def compressed_set(uri: str, counts: tuple[int, ...]) -> Index:
+    """A data set in a directory that is read through the cache all the same."""
+    store, first = open_store(uri), 0
+    for number, count in enumerate(counts):
+        plain = write_shard(sample(i) for i in range(first, first + count))
+        store.write(f"{number:03d}.tar.gz", gzip.compress(plain, mtime=0))
+        first += count
+    return build_index(uri)
+
+
+@pytest.mark.parametrize("rot", ["a flipped bit", "cut in half", "empty"])
+@pytest.mark.parametrize("on_damage", ["fail", "skip"])
+def test_a_copy_that_rotted_in_the_cache_is_brought_anew_and_blamed(
+    uri: str, tmp_path: Path, rot: str, on_damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = compressed_set(uri, (12,) * 4)
+    settings = {"cache_dir": str(tmp_path / "cache"), "memory_bytes": 0, "on_damage": on_damage}
+    plain = by_position(batches(index, 0, 12, **settings))
+    cache = ShardCache(index, open_store(uri), tmp_path / "cache", 10**9, False)
+    copy = cache.path(2)
+    whole = copy.read_bytes()
+    middle = read_table(index, 2)["offset"][6]
+    damaged = {"a flipped bit": whole[:middle] + b"\0" + whole[middle + 1 :], "empty": b""}
+    copy.write_bytes(damaged.get(rot, whole[: len(whole) // 2]))
+    with caplog.at_level(logging.WARNING):
+        again = batches(index, 0, 12, **settings)
+        assert by_position(again) == plain
+    assert not any(batch.damage for rank in again for batch in rank)
+    assert caplog.text.count("this machine's copy was damaged, not the shard") == 1
+    assert copy.read_bytes() == whole
+
+
+def test_a_shard_that_is_damaged_itself_is_blamed_and_brought_anew_once(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_set(uri, SHARDS)
+    store = open_store(uri)
+    data = bytearray(store.read("005.tar"))
+    data[700] ^= 1
+    store.write("005.tar", bytes(data))
+    index = load_index(uri, check=False).model_copy(update={"made_at": "elsewhere"})
+    access = CacheAccess(ShardCache(index, store, tmp_path / "cache", 10**9, lenient=True), 2)
+    with caplog.at_level(logging.WARNING):
+        assert access.renew(5)
+        assert not access.renew(5)
+    assert caplog.text == ""
+    assert access.read(5, 0, len(data)) == bytes(data)
+    access.close()
+
+
+def test_a_copy_that_another_process_has_brought_anew_is_taken(uri: str, tmp_path: Path) -> None:
+    small_set(uri, SHARDS)
+    _, cache = cache_of(uri, tmp_path / "cache")
+    ours, theirs = CacheAccess(cache, 2), CacheAccess(cache, 2)
+    for access in (ours, theirs):
+        assert access.read(0, 0, 6) == b"000000"
+    assert theirs.renew(0)
+    before = cache.path(0).stat().st_ino
+    assert ours.renew(0)
+    assert cache.path(0).stat().st_ino == before
+    assert ours.read(0, 0, 6) == b"000000"
+    ours.close()
+    theirs.close()
+
+
+FOREIGN = ["0" * 32 + ".shard", "photos.shard", "film.part", "0" * 31 + ".shard", "admission.lock.part"]
+
+
+def test_only_what_the_cache_wrote_is_counted_and_removed(uri: str, tmp_path: Path) -> None:
+    small_set(uri, SHARDS)
+    directory = tmp_path / "cache"
+    directory.mkdir()
+    for name in FOREIGN:
+        (directory / name).write_bytes(bytes(10**6))
+        os.utime(directory / name, (1, 1))
+    (directory / ("1" * 32 + ".shard")).symlink_to(directory / "film.part")
+    (directory / ("1" * 32 + ".lock")).touch()
+    _, cache = cache_of(uri, directory, shards=2)
+    for shard in range(6):
+        os.close(cache.open(shard))
+    assert sum(cache.path(shard).exists() for shard in range(6)) == 2
+    assert all((directory / name).stat().st_size == 10**6 for name in FOREIGN)
+    assert (directory / ("1" * 32 + ".shard")).is_symlink()
+
+
+@pytest.mark.parametrize("suffix", [".shard", ".part", ".lock", "admission"])
+def test_a_link_planted_in_the_cache_is_not_followed(uri: str, tmp_path: Path, suffix: str) -> None:
+    small_set(uri, SHARDS)
+    victim = tmp_path / "precious"
+    victim.write_text("ten years of work")
+    _, cache = cache_of(uri, tmp_path / "cache")
+    planted = cache.directory / ADMISSION if suffix == "admission" else cache.path(0).with_suffix(suffix)
+    planted.symlink_to(victim)
+    with pytest.raises(UserError, match="is a link or no plain file; remove it"):
+        cache.open(0)
+    assert victim.read_text() == "ten years of work"
+
+
+def test_a_shard_that_another_user_laid_in_the_cache_is_not_read(
+    uri: str, tmp_path: Path, as_another_user: Callable[[], None]
+) -> None:
+    small_set(uri, SHARDS)
+    _, cache = cache_of(uri, tmp_path / "cache")
+    os.close(cache.open(0))
+    as_another_user()
+    with pytest.raises(UserError, match=r"\.shard: belongs to user .*; remove it"):
+        cache.open(0)
+
+
+def test_a_cache_that_cannot_be_made_is_told_in_one_line(uri: str, tmp_path: Path) -> None:
+    small_set(uri, SHARDS)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*file/cache cannot be made"):
+        cache_of(uri, tmp_path / "file" / "cache")
 
 
 @pytest.mark.stack
