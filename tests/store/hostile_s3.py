@@ -79,9 +79,14 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(hostile: Hostile) -> Iterator[str]:
     """Its address, while it runs."""
-    handler = type("Handler", (_Handler,), {"hostile": hostile})
+    with _running(type("Handler", (_Handler,), {"hostile": hostile})) as address:
+        yield address
+
+
+@contextmanager
+def _running(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=lambda: server.serve_forever(0.01), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -89,6 +94,60 @@ def serving(hostile: Hostile) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is answered to a request, whatever it is; a HEAD is given no body."""
+
+    status: int
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked, with the headers' names in lower case."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+def of_code(status: int, code: str, more: str = "") -> Answer:
+    """A refusal as S3 writes it."""
+    body = f"<Error><Code>{code}</Code><Message>because</Message>{more}</Error>"
+    return Answer(status, body.encode(), {"Content-Type": "application/xml"})
+
+
+class _Answering(BaseHTTPRequestHandler):
+    answer: Callable[[Request], Answer]
+    protocol_version = "HTTP/1.1"
+
+    def _handle(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        answer = type(self).answer(Request(self.command, self.path, headers, body))
+        self.send_response_only(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.body)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815 - names of http.server
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@contextmanager
+def answering(answer: Callable[[Request], Answer]) -> Iterator[str]:
+    """The address of an endpoint that answers as it is told to, while it runs."""
+    with _running(type("Handler", (_Answering,), {"answer": staticmethod(answer)})) as address:
+        yield address
 
 
 def cut_at_random(seed: int, most: int) -> Callable[[int], int]:
