@@ -1,6 +1,7 @@
 """No bytes crash a reader: it takes them or refuses them in one line, in bounded memory."""
 
 import json
+import random
 import tracemalloc
 from collections.abc import Iterator
 from datetime import timedelta
@@ -120,12 +121,16 @@ def test_a_reader_survives_any_bytes_at_all(name: str, targets: dict[str, Target
 @pytest.mark.parametrize(
     "name", [name for name in NAMES if name not in ("tar", "npy", "checkpoint state", "settings")]
 )
-def test_a_reader_survives_every_hostile_value_in_every_place(name: str, targets: dict[str, Target]) -> None:
+def test_a_reader_survives_hostile_values_in_every_place(name: str, targets: dict[str, Target]) -> None:
+    """A third of them, drawn by the reader's name, each place and each value at least once; `make fuzz` tries more."""
     target = targets[name]
     sound = json.loads(target.sound)
-    for path in _places(sound):
-        for value in HOSTILE:
-            check(target, json.dumps(_with(sound, path, value)).encode())
+    chance = random.Random(name)
+    places = list(_places(sound))
+    tried = [(path, value) for path in places for value in chance.sample(HOSTILE, len(HOSTILE) // 3)]
+    tried += [(chance.choice(places), value) for value in HOSTILE]
+    for path, value in tried:
+        check(target, json.dumps(_with(sound, path, value)).encode())
     for depth in (100, 100_000):
         check(target, b"[" * depth)
         check(target, b'{"a":' * depth + b"1" + b"}" * depth)
