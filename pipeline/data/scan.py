@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
@@ -15,7 +16,7 @@ from pipeline.data.index import MEMBER, MemberTable, ShardEntry, table_hash
 from pipeline.data.moments import Moments, add_moments, moments_of
 from pipeline.data.shards import GZIP_MAGIC, Parts, plain_stream, read_samples
 from pipeline.errors import DamageError
-from pipeline.store import ObjectMissing, Store
+from pipeline.store import ObjectInfo, ObjectMissing, Store
 
 MAX_SHAPES = 64
 """Shapes listed for a shard; a set of photographs of all sizes would otherwise fill the index with them."""
@@ -47,20 +48,43 @@ def index_shard(
             counted = _Counted(plain, MAX_EXPANSION * max(info.size_bytes, 1 << 20), label)
             for name, parts in read_samples(counted, label, ignored):
                 facts.add(name, parts)
-    table = np.array(facts.rows, MEMBER)
-    entry = ShardEntry(
-        name=key,
-        num_samples=len(table),
-        size_bytes=info.size_bytes,
+    return shard_entry(
+        ShardFacts(facts.rows, facts.shapes, facts.moments, len(ignored)),
+        info,
         plain_bytes=counted.total,
         compressed=hashed.head == GZIP_MAGIC,
         sha256=hashed.hash.hexdigest(),
+    )
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What the samples of a shard tell: (offset, size, CRC-32, label) of each image, and what they have in common."""
+
+    rows: Sequence[tuple[int, int, int, int]]
+    shapes: Collection[ImageShape]
+    moments: Moments | None
+    ignored_members: int = 0
+
+
+def shard_entry(
+    facts: ShardFacts, info: ObjectInfo, *, plain_bytes: int, compressed: bool, sha256: str
+) -> tuple[ShardEntry, MemberTable]:
+    """Entry and member table of the shard that the store holds as `info`."""
+    table = np.array(facts.rows, MEMBER)
+    entry = ShardEntry(
+        name=info.key,
+        num_samples=len(table),
+        size_bytes=info.size_bytes,
+        plain_bytes=plain_bytes,
+        compressed=compressed,
+        sha256=sha256,
         etag=info.etag,
         table_sha256=table_hash(table),
         shapes=tuple(sorted(facts.shapes)[:MAX_SHAPES]),
         num_labelled=int((table["label"] >= 0).sum()),
         max_label=int(table["label"].max(initial=-1)),
-        ignored_members=len(ignored),
+        ignored_members=facts.ignored_members,
         channel_sums=None if facts.moments is None else facts.moments.sums,
         channel_squares=None if facts.moments is None else facts.moments.squares,
     )

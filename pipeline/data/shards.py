@@ -7,6 +7,7 @@ A sample is a run of neighbouring members with one key. Of `a/b.seg.png` the key
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import re
 import zlib
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from pipeline.data.tar import END, Member, Reader, member_bytes, read_members
+from pipeline.data.tar import BLOCK, END, Member, Reader, member_bytes, read_members
 from pipeline.errors import DamageError
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
@@ -25,23 +26,48 @@ Parts = dict[str, tuple[Member, bytes]]
 """A sample's files by lower-case extension."""
 
 
-def write_shard(samples: Iterable[tuple[str, dict[str, bytes]]]) -> bytes:
-    """The tar of (key, {extension: bytes}) samples: the same samples give the same bytes, on any machine.
+class ShardStream:
+    """A shard written sample by sample: the same samples give the same bytes, on any machine."""
 
-    Raises ValueError for a key or extension that a reader would not find again, and for a repeated key.
-    """
-    out = bytearray()
-    seen: set[str] = set()
-    for key, files in samples:
-        if key in seen:
+    def __init__(self, out: BinaryIO) -> None:
+        self._out, self._seen = out, set[str]()
+        self.hash, self.size_bytes = hashlib.sha256(), 0
+
+    def add(self, key: str, files: dict[str, bytes]) -> list[int]:
+        """Write a sample; where the bytes of each of its files begin.
+
+        Raises ValueError for a key or extension that a reader would not find again, and for a repeated key.
+        """
+        if key in self._seen:
             raise ValueError(f"key {key!r} occurs twice")
-        seen.add(key)
+        self._seen.add(key)
+        offsets: list[int] = []
         for extension, data in files.items():
             name = f"{key}.{extension}"
             if split_name(name) != (key, extension.lower()) or extension != extension.lower():
                 raise ValueError(f"{name!r}: a reader would not split it into {key!r} and {extension!r}")
-            out += member_bytes(name, data)
-    return bytes(out + END)
+            offsets.append(self.size_bytes + BLOCK)
+            self._write(member_bytes(name, data))
+        return offsets
+
+    def finish(self) -> None:
+        """Write what ends a tar."""
+        self._write(END)
+
+    def _write(self, data: bytes) -> None:
+        self._out.write(data)
+        self.hash.update(data)
+        self.size_bytes += len(data)
+
+
+def write_shard(samples: Iterable[tuple[str, dict[str, bytes]]]) -> bytes:
+    """The tar of (key, {extension: bytes}) samples, as a ShardStream writes it."""
+    out = io.BytesIO()
+    stream = ShardStream(out)
+    for key, files in samples:
+        stream.add(key, files)
+    stream.finish()
+    return out.getvalue()
 
 
 def read_shard(source: bytes | Path, label: str | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
