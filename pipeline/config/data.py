@@ -38,6 +38,10 @@ class PackConfig(Settings):
     shard_size: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     """Most samples in a shard. Shards differ by at most one sample. 10,000 of 32x32 are about 30 MB."""
 
+    shard_bytes: Annotated[int, Field(ge=1)] = 1_000_000_000
+    """Most bytes of pixels (width x height x channels) in a shard: where `shard_size` samples have more, shards hold
+    fewer. As PNG they take half of that, or less."""
+
     payload: Literal["png", "npy"] = "png"
     """png: lossless and small. npy: raw uint8, several times the bytes and several times faster to read."""
 

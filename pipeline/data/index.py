@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
+from pipeline.config.document import first_fault
 from pipeline.data.images import ImageShape
 from pipeline.data.location import Location
 from pipeline.data.moments import Moments, add_moments
@@ -24,6 +25,10 @@ from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectMissing, Store, open_store
 
 FORMAT = 1
+PLAN_KEY = "pack-plan.json"
+"""Beside the shards that `ddpm pack` makes: written before the first of them, and kept."""
+MAX_CLASSES = 1_000_000
+"""As many as a network's `num_classes` may be."""
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")])
 """A sample's image: where its bytes lie in the (decompressed) tar, their CRC-32, and its class or -1."""
@@ -210,23 +215,37 @@ def load_index(uri: str, *, check: bool = True) -> Index:
         data = store.read(location.index_name)
     except ObjectMissing:
         store.require_container()
-        raise UserError(
-            f"{uri}: no index there ({location.index_name}); make one with: ddpm index {uri}"
-        ) from None
+        raise _no_index(store, uri, location.index_name) from None
     try:
         content = from_json(data)  # which, unlike json, refuses nesting without end
         index = Index.model_validate({**content, "uri": uri, "name": location.index_name})
     except (ValueError, TypeError, ValidationError, DamageError) as error:
-        raise DamageError(f"{where}: not an index: {error}; run ddpm index {uri}") from None
+        reason = first_fault(error) if isinstance(error, ValidationError) else error
+        raise DamageError(f"{where}: not an index: {reason}; {remedy(store, uri)}") from None
     if index.format != FORMAT:
-        raise UserError(f"{where}: format {index.format}, this program reads {FORMAT}; run ddpm index {uri}")
+        raise UserError(f"{where}: format {index.format}, this program reads {FORMAT}; {remedy(store, uri)}")
     if content_digest(index.shards, index.image, index.class_names) != index.digest:
         raise DamageError(
-            f"{where}: its digest does not fit its content: it was edited; run ddpm index {uri}"
+            f"{where}: its digest does not fit its content: it was edited; {remedy(store, uri)}"
         )
     if check:
         _require_fresh(index, location, store)
     return index
+
+
+def _no_index(store: Store, uri: str, name: str) -> UserError:
+    if store.stat(PLAN_KEY) is not None:
+        return UserError(
+            f"{uri}: a pack was begun there and not finished: run the same ddpm pack again (dest={uri})"
+        )
+    return UserError(f"{uri}: no index there ({name}); make one with: ddpm index {uri}")
+
+
+def remedy(store: Store, uri: str) -> str:
+    """What brings a sound index back: the pack that made the shards, if one did, or `ddpm index`."""
+    if store.stat(PLAN_KEY) is not None:
+        return f"run the same ddpm pack again (dest={uri})"
+    return f"run ddpm index {uri}"
 
 
 def read_table(index: Index, shard: int, store: Store | None = None) -> MemberTable:
@@ -239,7 +258,7 @@ def read_table(index: Index, shard: int, store: Store | None = None) -> MemberTa
     data = store.read_range(index.tables, start, entry.num_samples * MEMBER.itemsize)
     if hashlib.sha256(data).hexdigest() != entry.table_sha256:
         raise DamageError(
-            f"{index.uri}: {index.tables}: the rows of {entry.name} are damaged; run ddpm index"
+            f"{index.uri}: {index.tables}: the rows of {entry.name} are damaged; {remedy(store, index.uri)}"
         )
     return np.frombuffer(data, MEMBER)
 
@@ -270,7 +289,12 @@ def _labelled(uri: str, shards: Sequence[ShardEntry]) -> bool:
 
 
 def _require_fresh(index: Index, location: Location, store: Store) -> None:
-    again = f"run ddpm index {index.uri}"
+    again = remedy(store, index.uri)
+    rows = store.stat(index.tables)
+    if rows is None or rows.size_bytes < index.tables_offset + MEMBER.itemsize * sum(
+        shard.num_samples for shard in index.shards
+    ):
+        raise UserError(f"{index.uri}: {index.tables} is missing or cut short; {again}")
     found = {info.key: info for info in location.shard_objects(store)}
     for shard in index.shards:
         info = found.pop(shard.name, None)

@@ -1,44 +1,72 @@
 """`ddpm pack`: pictures into shards and an index, byte for byte the same however often and wherever it runs.
 
-Every picture is looked at once before anything is written (`plan_pack`), so that an unreadable one, or sizes that
-differ, end the job in time. Then shards are written in any order (`pack_shard`), each with its record beside it, and
-the index last (`finish_pack`). A job that was stopped goes on with the shards that have no record.
+The destination is looked at first. Then every picture is looked at once before anything is written (`plan_pack`), so
+that an unreadable one, or sizes that differ, end the job in time. Then pictures are encoded by many and written by
+one, a shard after the other (`pack_shard`), each with its record beside it, and the index last (`finish_pack`). A job
+that was stopped goes on with the shards that have no record.
+
+Several jobs may pack into one place at once. They agree on one plan (`begin_pack`); those of another are refused.
+Those of the same write the same bytes, and an object that is there already is never written again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+import tempfile
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import IO, BinaryIO, cast
 
 from pipeline.config.data import PackConfig
 from pipeline.data.archives import ParquetSource, TarSource
-from pipeline.data.images import ImageShape
-from pipeline.data.index import MEMBER, MemberTable, ShardEntry, assemble_index, load_index
+from pipeline.data.encode import Encoded, encode_run, runs_of
+from pipeline.data.fingerprint import fingerprint
+from pipeline.data.index import assemble_index
 from pipeline.data.location import SUFFIXES, Location
-from pipeline.data.moments import Moments, add_moments, moments_of
-from pipeline.data.npy import encode_npy
-from pipeline.data.picture import Fact, examine, to_pixels
-from pipeline.data.png import encode_png
-from pipeline.data.scan import index_shard
-from pipeline.data.shards import write_shard
+from pipeline.data.moments import Moments, add_moments
+from pipeline.data.packed import (
+    REPORT_KEY,
+    SOURCE_KEY,
+    PackedSource,
+    Part,
+    Scan,
+    begin_pack,
+    completed,
+    drop_records,
+    known_shards,
+    look_at_place,
+    other_pack,
+    refuse_strays,
+    sha256_of,
+    standing_report,
+)
+from pipeline.data.picture import Fact, examine
+from pipeline.data.plan import PackPlan, PackReport, PackUnit, listing_digest, plan_pack
+from pipeline.data.scan import ShardFacts, shard_entry
+from pipeline.data.shards import ShardStream
 from pipeline.data.sources import DigitsSource, FolderSource, Source, ZipSource, read_item
 from pipeline.data.spread import Spread, by_threads
 from pipeline.errors import DamageError, UserError
-from pipeline.store import ObjectMissing, Store, open_store
+from pipeline.store import FileStore, ObjectInfo, Store, open_store
+from pipeline.store.base import TEMP_PREFIX
+
+__all__ = [
+    "PackPlan",
+    "PackReport",
+    "begin_pack",
+    "completed",
+    "finish_pack",
+    "pack",
+    "pack_shard",
+    "plan_pack",
+]
 
 Progress = Callable[[int, int], None]
-REPORT_KEY, PLAN_KEY = "pack-report.json", "pack-plan.json"
-MOST_NAMED = 20
-"""Problems named in one error line."""
 LOOKED_AT_TOGETHER = 64
 """Pictures of one unit of looking: some milliseconds to some seconds of work."""
 
@@ -53,68 +81,54 @@ SpreadFor = Callable[[PackConfig, int], AbstractContextManager[Spread]]
 """From the settings and the number of pictures: who does the work."""
 
 
-@dataclass(frozen=True)
-class PackUnit:
-    """A shard to be: its number, the number of its first sample, and the source's items in the order they go in."""
-
-    shard: int
-    first_sample: int
-    items: tuple[int, ...]
-
-    @property
-    def key(self) -> str:
-        return f"shards/{self.shard:06d}.tar"
-
-    @property
-    def record_key(self) -> str:
-        return f"parts/{self.shard:06d}.json"
-
-    @property
-    def table_key(self) -> str:
-        return f"parts/{self.shard:06d}.members"
-
-
-@dataclass(frozen=True)
-class PackReport:
-    """What was packed, and what was found on the way. Written to `pack-report.json`."""
-
-    num_samples: int
-    num_shards: int
-    image: ImageShape
-    samples_per_class: dict[str, int] | None
-    duplicates: tuple[tuple[str, ...], ...]
-    """Groups of items with the same bytes. They are kept."""
-    unreadable: tuple[tuple[str, str], ...]
-    """(item, reason) of what was left out."""
-    other_files: int
-    """Files that are not pictures."""
-    index_digest: str = ""
-    already_complete: bool = False
-    """Nothing was done: this very pack was there. Not part of the written report."""
-    held_out: PackReport | None = None
-    """What went to the data set held out of this one. Not part of the written report: that one has its own."""
-
-
-@dataclass(frozen=True)
-class PackPlan:
-    """Everything decided before the first byte is written."""
-
-    digest: str
-    units: tuple[PackUnit, ...]
-    class_names: tuple[str, ...] | None
-    report: PackReport
-
-
 def pack(config: PackConfig, progress: Progress | None = None, spread: SpreadFor = spread_here) -> PackReport:
     """Pack as `config` says. Progress counts every picture twice: when it is looked at, and when it is written.
 
-    `spread` says who looks and writes, told how many pictures there are; the bytes are the same. Raises UserError
+    `spread` says who looks and encodes, told how many pictures there are; the bytes are the same. Raises UserError
     before anything is written for an unusable source or destination, a picture that cannot be read
-    (`on_unreadable: fail`), sizes that differ without `image_size`, and a destination that holds another pack.
+    (`on_unreadable: fail`), sizes that differ without `image_size`, labels on some pictures only, and a destination
+    that holds another pack.
     """
-    open_store(config.dest).require_container()
-    source = open_source(config.source)
-    steps = _Steps(2 * len(source.items), progress)
+    places = _places(config)
+    plans = [look_at_place(place) for place in places]
+    seen = fingerprint(config)
+    reports = _standing(places, seen, progress)
+    if reports is None:
+        source = open_source(config.source)
+        listing = plans[0].listing if plans[0] is not None else None
+        if config.on_unreadable == "fail" and listing not in (
+            None,
+            listing_digest(source.items, source.class_names),
+        ):
+            raise other_pack(config)
+        reports = _pack(config, source, seen, _Steps(2 * len(source.items), progress), spread)
+    return reports[0] if len(reports) == 1 else replace(reports[0], held_out=reports[1])
+
+
+def _places(config: PackConfig) -> list[PackConfig]:
+    """The data sets to make: one, or one to train on and one held out."""
+    aside = config.model_copy(update={"dest": held_out_uri(config.dest)})
+    return [config] if config.held_out == 0 else [config, aside]
+
+
+def _standing(
+    places: Sequence[PackConfig], seen: str | None, progress: Progress | None
+) -> list[PackReport] | None:
+    """The reports of a pack that is finished and whose source has not changed, without reading a picture."""
+    if seen is None:
+        return None
+    found = [report for place in places if (report := standing_report(place, seen)) is not None]
+    if len(found) < len(places):
+        return None
+    if progress is not None:
+        total = sum(report.num_samples for report in found)
+        progress(total, total)
+    return found
+
+
+def _pack(
+    config: PackConfig, source: Source, seen: str | None, steps: _Steps, spread: SpreadFor
+) -> list[PackReport]:
     with spread(config, len(source.items)) as spreading:
         facts: list[Fact] = []
         for some in spreading(partial(_look, config, source), _runs(len(source.items))):
@@ -123,11 +137,14 @@ def pack(config: PackConfig, progress: Progress | None = None, spread: SpreadFor
         sides = [(side, plan_pack(side, source, facts, items)) for side, items in _sides(config, facts)]
         there = [completed(side, plan) for side, plan in sides]
         reports = [
-            done or _write(side, plan, source, steps, spreading)
+            done or _write(side, plan, source, facts, steps, spreading)
             for (side, plan), done in zip(sides, there, strict=True)
         ]
     steps.finish()
-    return reports[0] if len(reports) == 1 else replace(reports[0], held_out=reports[1])
+    for (side, _), report in zip(sides, reports, strict=True):
+        made_of = PackedSource(fingerprint=seen, index_digest=report.index_digest)
+        open_store(side.dest).write(SOURCE_KEY, made_of.model_dump_json().encode() + b"\n")
+    return reports
 
 
 def _look(config: PackConfig, source: Source, items: range) -> list[Fact]:
@@ -140,16 +157,34 @@ def _runs(count: int) -> Iterator[range]:
 
 
 def _write(
-    config: PackConfig, plan: PackPlan, source: Source, steps: _Steps, spreading: Spread
+    config: PackConfig,
+    plan: PackPlan,
+    source: Source,
+    facts: Sequence[Fact],
+    steps: _Steps,
+    spreading: Spread,
 ) -> PackReport:
-    begin_pack(open_store(config.dest), plan)
-    for num_samples in spreading(partial(_pack_and_count, config, plan.digest, source), plan.units):
-        steps.add(num_samples)
-    return finish_pack(config, plan)
+    store = open_store(config.dest)
+    refuse_strays(config, plan)
+    begin_pack(store, plan)
+    scans = known_shards(config, plan)
+    steps.add(sum(len(plan.units[shard].items) for shard in scans))
+    todo = [unit for unit in plan.units if unit.shard not in scans]
+    shape = plan.report.image
+    runs = [(unit, list(runs_of(unit, facts, shape))) for unit in todo]
+    work = partial(encode_run, config, shape, source)
+    encoded = iter(spreading(work, (run for _, some in runs for run in some)))
+    for unit, some in runs:
+        scans[unit.shard] = pack_shard(
+            config, plan, unit, source, _counted(islice(encoded, len(some)), steps)
+        )
+    return finish_pack(config, plan, scans)
 
 
-def _pack_and_count(config: PackConfig, plan_digest: str, source: Source, unit: PackUnit) -> int:
-    return pack_shard(config, plan_digest, unit, source).num_samples
+def _counted(encoded: Iterable[Encoded], steps: _Steps) -> Iterator[Encoded]:
+    for some in encoded:
+        yield some
+        steps.add(len(some.payloads))
 
 
 def _sides(config: PackConfig, facts: Sequence[Fact]) -> list[tuple[PackConfig, list[int]]]:
@@ -163,8 +198,7 @@ def _sides(config: PackConfig, facts: Sequence[Fact]) -> list[tuple[PackConfig, 
             f"held_out: {config.held_out:g} of these pictures is none; raise it, or pack more of them"
         )
     rest = sorted(set(everything) - set(held))
-    aside = config.model_copy(update={"dest": held_out_uri(config.dest)})
-    return [(config, rest), (aside, held)]
+    return list(zip(_places(config), (rest, held), strict=True))
 
 
 def held_out_uri(dest: str) -> str:
@@ -214,197 +248,72 @@ def examine_item(config: PackConfig, source: Source, item: int) -> Fact:
         return Fact("", None, str(error))
 
 
-def plan_pack(config: PackConfig, source: Source, facts: Sequence[Fact], items: Sequence[int]) -> PackPlan:
-    """Deal the usable ones of these pictures to shards. Raises UserError when they cannot make one data set."""
-    names = [item.name for item in source.items]
-    problems = [(names[i], facts[i].problem) for i in items]
-    unreadable = tuple((name, problem) for name, problem in problems if problem is not None)
-    if unreadable and config.on_unreadable == "fail":
-        listed = "; ".join(f"{name}: {problem}" for name, problem in unreadable[:MOST_NAMED])
-        raise UserError(
-            f"source: {len(unreadable)} of {len(names)} pictures cannot be read: {listed}; "
-            "remove them, or set on_unreadable=skip"
-        )
-    usable = [i for i in items if facts[i].shape is not None]
-    if not usable:
-        raise UserError(
-            f"source: {config.source}: none of its {len(names)} pictures can be read; check the path"
-        )
-    shape = _one_shape(config, names, facts, usable)
-    order = sorted(usable, key=lambda i: _place(config.seed, names[i]))
-    count = -(-len(order) // config.shard_size)
-    edges = [number * len(order) // count for number in range(count + 1)]
-    units = tuple(PackUnit(n, edges[n], tuple(order[edges[n] : edges[n + 1]])) for n in range(count))
-    report = PackReport(
-        num_samples=len(order),
-        num_shards=count,
-        image=shape,
-        samples_per_class=_per_class(source, usable),
-        duplicates=_duplicates(names, facts, usable),
-        unreadable=unreadable,
-        other_files=source.other_files,
-    )
-    return PackPlan(_plan_digest(config, source, facts, order), units, source.class_names, report)
-
-
-def completed(config: PackConfig, plan: PackPlan) -> PackReport | None:
-    """The report of this very pack if it is there already; None when there is work to do.
-
-    Raises UserError when the destination holds anything else.
-    """
+def pack_shard(
+    config: PackConfig, plan: PackPlan, unit: PackUnit, source: Source, encoded: Iterable[Encoded]
+) -> Scan:
+    """Write one shard from its encoded pictures, and then its record."""
     store = open_store(config.dest)
-    try:
-        there = json.loads(store.read(PLAN_KEY))["digest"]
-    except ObjectMissing:
-        strange = next((o.key for o in store.list() if o.key.endswith((*SUFFIXES, "index.json"))), None)
-        if strange is not None:
-            raise UserError(
-                f"dest: {config.dest} holds other data ({strange}); choose an empty place"
-            ) from None
-        return None
-    except (ValueError, KeyError, TypeError):
-        there = None
-    if there != plan.digest:
-        raise UserError(
-            f"dest: {config.dest} holds a pack of other pictures or settings; choose an empty place"
-        )
-    if store.stat("index.json") is None or store.stat(REPORT_KEY) is None:
-        return None
-    index = load_index(config.dest)
-    _drop_records(store, plan)  # a job killed at the very end left them
-    return replace(plan.report, index_digest=index.digest, already_complete=True)
-
-
-def begin_pack(store: Store, plan: PackPlan) -> None:
-    """Claim the destination for this plan."""
-    store.write(PLAN_KEY, json.dumps({"digest": plan.digest}).encode() + b"\n")
-
-
-def pack_shard(config: PackConfig, plan_digest: str, unit: PackUnit, source: Source) -> ShardEntry:
-    """Write one shard and then its record, unless the record says that it is there.
-
-    What was written is read back and indexed, so a record stands for bytes that are in the store. Raises DamageError
-    if a picture has changed since the plan.
-    """
-    store = open_store(config.dest)
-    if (entry := _recorded(store, plan_digest, unit)) is not None:
-        return entry
-    encode = encode_png if config.payload == "png" else encode_npy
     moments: Moments | None = None
-    samples: list[tuple[str, dict[str, bytes]]] = []
-    for number, item in enumerate(unit.items, unit.first_sample):
-        try:
-            pixels = to_pixels(config, read_item(source, item))
-        except DamageError as error:
-            raise DamageError(f"{source.items[item].name}: {error}; it changed while being packed") from error
-        moments = add_moments(moments, moments_of(pixels))
-        files = {config.payload: encode(pixels)}
-        if source.items[item].label >= 0:
-            files["cls"] = str(source.items[item].label).encode()
-        samples.append((f"{number:09d}", files))
-    data = write_shard(samples)
-    store.write(unit.key, data)
-    entry, table = index_shard(store, unit.key)
-    if entry.sha256 != hashlib.sha256(data).hexdigest():
-        raise DamageError(f"{config.dest}/{unit.key}: what the store returns is not what was written")
-    if moments is not None:
-        entry = entry.model_copy(update={"channel_sums": moments.sums, "channel_squares": moments.squares})
+    rows: list[tuple[int, int, int, int]] = []
+    with _scratch(store) as file:
+        stream = ShardStream(cast(BinaryIO, file))
+        for some in encoded:
+            moments = add_moments(moments, some.moments)
+            for payload in some.payloads:
+                label = source.items[unit.items[len(rows)]].label
+                files = {config.payload: payload} | ({"cls": str(label).encode()} if label >= 0 else {})
+                offset = stream.add(f"{unit.first_sample + len(rows):09d}", files)[0]
+                rows.append((offset, len(payload), zlib.crc32(payload), label))
+        stream.finish()
+        file.flush()
+        info = _published(store, unit.key, Path(file.name), stream)
+    entry, table = shard_entry(
+        ShardFacts(rows, {plan.report.image}, moments),
+        info,
+        plain_bytes=stream.size_bytes,
+        compressed=False,
+        sha256=stream.hash.hexdigest(),
+    )
     store.write(unit.table_key, table.tobytes())
-    record = {"plan": plan_digest, "entry": entry.model_dump(mode="json")}
-    store.write(unit.record_key, json.dumps(record).encode() + b"\n")
-    return entry
+    part = Part(plan=plan.digest, entry=entry)
+    store.write(unit.record_key, part.model_dump_json().encode() + b"\n")
+    return entry, table
 
 
-def finish_pack(config: PackConfig, plan: PackPlan) -> PackReport:
-    """Put the records together: tables, report, and the index last of all. Then the records go."""
+def _scratch(store: Store) -> AbstractContextManager[IO[bytes]]:
+    """A file to write a shard to: on the destination's file system if that is this machine's, in TMPDIR otherwise."""
+    directory = store.root if isinstance(store, FileStore) else None
+    return tempfile.NamedTemporaryFile(prefix=TEMP_PREFIX, dir=directory)
+
+
+def _published(store: Store, key: str, path: Path, shard: ShardStream) -> ObjectInfo:
+    """The object of this shard: the one that is there if it has the very bytes, so that its tag stays."""
+    there = store.stat(key)
+    if there is None or there.size_bytes != shard.size_bytes:
+        return store.upload(key, path)
+    same = sha256_of(store, there) == shard.hash.hexdigest()
+    return there if same else store.upload(key, path)
+
+
+def finish_pack(config: PackConfig, plan: PackPlan, scans: dict[int, Scan]) -> PackReport:
+    """Put the shards together: report, tables, and the index last of all. Then the records go."""
     store = open_store(config.dest)
-    scans: list[tuple[ShardEntry, MemberTable]] = []
-    for unit in plan.units:
-        entry = _recorded(store, plan.digest, unit)
-        if entry is None:
-            raise DamageError(
-                f"{config.dest}/{unit.key}: its record is missing or it was replaced; pack again"
-            )
-        scans.append((entry, np.frombuffer(store.read(unit.table_key), MEMBER)))
-    store.write(REPORT_KEY, _report_json(plan.report))
-    index = assemble_index(Location.of(config.dest), scans, plan.class_names)
-    _drop_records(store, plan)
+    there = {info.key: info for info in store.list("shards/")}
+    current = [_current(store, there.get(unit.key), scans[unit.shard]) for unit in plan.units]
+    store.write(REPORT_KEY, plan.report.to_json())
+    index = assemble_index(Location.of(config.dest), current, plan.class_names)
+    drop_records(store, plan)
     return replace(plan.report, index_digest=index.digest)
 
 
-def _drop_records(store: Store, plan: PackPlan) -> None:
-    keys = [key for unit in plan.units for key in (unit.record_key, unit.table_key)]
-    there = {info.key for info in store.list("parts/")}
-    for key in there.intersection(keys):
-        store.delete(key)
-
-
-def _recorded(store: Store, plan_digest: str, unit: PackUnit) -> ShardEntry | None:
-    """The shard's entry, if its record is of this plan and the object is the one recorded."""
-    try:
-        record = json.loads(store.read(unit.record_key))
-        entry = ShardEntry.model_validate(record["entry"])
-    except (ObjectMissing, ValueError, KeyError, TypeError):
-        return None
-    found = store.stat(unit.key)
-    same = found is not None and (found.size_bytes, found.etag) == (entry.size_bytes, entry.etag)
-    return entry if same and record["plan"] == plan_digest else None
-
-
-def _one_shape(config: PackConfig, names: list[str], facts: Sequence[Fact], usable: list[int]) -> ImageShape:
-    first: dict[ImageShape, str] = {}
-    for i in usable:
-        shape = facts[i].shape
-        if shape is not None:
-            first.setdefault(shape, names[i])
-    if len(first) > 1:
-        (a, name_a), (b, name_b) = list(first.items())[:2]
-        raise UserError(
-            f"source: {config.source}: pictures differ in size ({name_a} is {a}, {name_b} is {b}); set image_size"
-        )
-    return next(iter(first))
-
-
-def _place(seed: int, name: str) -> bytes:
-    """A picture's place in the deal: as good as random, and the same whatever other pictures there are."""
-    return hashlib.blake2b(name.encode(), digest_size=16, key=seed.to_bytes(8, "big")).digest()
-
-
-def _per_class(source: Source, usable: list[int]) -> dict[str, int] | None:
-    counts = Counter(source.items[i].label for i in usable)
-    if set(counts) == {-1}:
-        return None
-    names = source.class_names or tuple(str(n) for n in range(max(counts) + 1))
-    return {name: counts.get(number, 0) for number, name in enumerate(names)}
-
-
-def _duplicates(names: list[str], facts: Sequence[Fact], usable: list[int]) -> tuple[tuple[str, ...], ...]:
-    groups: defaultdict[str, list[str]] = defaultdict(list)
-    for i in usable:
-        groups[facts[i].sha256].append(names[i])
-    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
-
-
-def _plan_digest(config: PackConfig, source: Source, facts: Sequence[Fact], order: list[int]) -> str:
-    """Hash over everything that determines the shards' bytes, and not over paths or the number of threads."""
-    apart = {
-        "source",
-        "dest",
-        "num_threads",
-        "on_unreadable",
-        "held_out",
-    }  # the pictures tell what was held out
-    settings = config.model_dump(mode="json", exclude=apart)
-    digest = hashlib.sha256(json.dumps([settings, source.class_names], sort_keys=True).encode())
-    for i in order:
-        digest.update(f"{source.items[i].name}\0{source.items[i].label}\0{facts[i].sha256}\n".encode())
-    return digest.hexdigest()
-
-
-def _report_json(report: PackReport) -> bytes:
-    content: dict[str, Any] = asdict(report)
-    del content["already_complete"], content["index_digest"], content["held_out"]
-    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+def _current(store: Store, info: ObjectInfo | None, scan: Scan) -> Scan:
+    """A shard as it is now: another job of the same plan may have written the same bytes under a newer tag."""
+    entry, table = scan
+    if info is not None and info.etag == entry.etag:
+        return scan
+    if info is None or sha256_of(store, info) != entry.sha256:
+        raise DamageError(f"{store.uri}/{entry.name}: it was removed or replaced while packing; pack again")
+    return entry.model_copy(update={"etag": info.etag}), table
 
 
 class _Steps:

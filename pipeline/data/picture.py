@@ -31,7 +31,7 @@ class Fact:
 
 def examine(config: PackConfig, data: bytes) -> Fact:
     """Decode a picture to its end and say what it is; what is wrong with it is an answer, not an exception."""
-    digest = hashlib.sha256(data).hexdigest()
+    digest = source_digest(data)
     try:
         height, width, _ = _decoded(config, data).shape
     except DamageError as error:
@@ -39,6 +39,11 @@ def examine(config: PackConfig, data: bytes) -> Fact:
     if config.image_size is not None:
         height = width = config.image_size
     return Fact(digest, ImageShape(config.channels, height, width), None)
+
+
+def source_digest(data: bytes) -> str:
+    """SHA-256 of a picture's bytes as they came."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def to_pixels(config: PackConfig, data: bytes) -> UInt8:

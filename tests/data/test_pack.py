@@ -292,8 +292,8 @@ def test_a_job_stopped_at_any_write_goes_on_to_the_same_bytes(
 
     sixty(uri, shard_size=20)
     wanted, digest = contents(uri), load_index(uri).digest
-    real, interrupted = FileStore.write, 0
-    for stop in range(20):
+    real, real_upload, interrupted = FileStore.write, FileStore.upload, 0
+    for stop in range(30):
         dest = (tmp_path / f"again-{stop}").as_uri()
         left = [stop]
 
@@ -303,20 +303,26 @@ def test_a_job_stopped_at_any_write_goes_on_to_the_same_bytes(
             left[0] -= 1
             return real(self, key, data)
 
+        def upload(self: FileStore, key: str, path: Path, left: list[int] = left) -> object:
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return real_upload(self, key, path)
+
         with monkeypatch.context() as patch:
             patch.setattr(FileStore, "write", write)
+            patch.setattr(FileStore, "upload", upload)
             try:
                 sixty(dest, shard_size=20, num_threads=1)
                 break
             except KeyboardInterrupt:
                 interrupted += 1
-        assert open_store(dest).stat("index.json") is None
         sixty(dest, shard_size=20)
         assert contents(dest) == wanted
         assert load_index(dest).digest == digest
     assert (
-        interrupted == 1 + 3 * 3 + 3
-    )  # the plan; of each of three shards tar, table, record; report, tables, index
+        interrupted == 3 + 3 * 3 + 4
+    )  # two claims, the plan; of each of three shards tar, table, record; report, tables, index, source
 
 
 def test_progress_counts_pictures_and_ends_at_their_number(uri: str, tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Pictures of a shard read, scaled and encoded: the part of packing that is spread over threads or processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.config.data import PackConfig
+from pipeline.data.images import ImageShape
+from pipeline.data.moments import Moments, add_moments, moments_of
+from pipeline.data.npy import encode_npy
+from pipeline.data.picture import Fact, source_digest, to_pixels
+from pipeline.data.plan import PackUnit
+from pipeline.data.png import encode_png
+from pipeline.data.sources import Source, read_item
+from pipeline.errors import DamageError
+
+MOST_TOGETHER = 64
+"""Pictures of one run of work: some milliseconds to some seconds."""
+RUN_BYTES = 1 << 24
+"""Pixels of one run: what is encoded and not yet written is a few runs a thread."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Some of the pictures of a shard, in order, and the hashes they had when they were looked at."""
+
+    items: tuple[int, ...]
+    hashes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The files of a run's pictures, in order, and sums over their pixels."""
+
+    payloads: tuple[bytes, ...]
+    moments: Moments
+
+
+def runs_of(unit: PackUnit, facts: Sequence[Fact], shape: ImageShape) -> Iterator[Run]:
+    """The runs a shard is made of."""
+    each = shape.channels * shape.height * shape.width
+    length = max(1, min(MOST_TOGETHER, RUN_BYTES // each))
+    for first in range(0, len(unit.items), length):
+        items = unit.items[first : first + length]
+        yield Run(items, tuple(facts[i].sha256 for i in items))
+
+
+def encode_run(config: PackConfig, shape: ImageShape, source: Source, run: Run) -> Encoded:
+    """Encode a run. Raises DamageError naming a picture that is no longer what it was when it was looked at."""
+    encode = encode_png if config.payload == "png" else encode_npy
+    payloads: list[bytes] = []
+    moments: Moments | None = None
+    for item, wanted in zip(run.items, run.hashes, strict=True):
+        name = source.items[item].name
+        try:
+            data = read_item(source, item)
+            pixels = to_pixels(config, data)
+        except DamageError as error:
+            raise DamageError(f"{name}: {error}; it changed while being packed: pack again") from error
+        if source_digest(data) != wanted or pixels.shape != (shape.height, shape.width, shape.channels):
+            raise DamageError(f"{name}: it changed while being packed: pack again")
+        moments = add_moments(moments, moments_of(pixels))
+        payloads.append(encode(pixels))
+    if moments is None:
+        raise ValueError("a run of no pictures")
+    return Encoded(tuple(payloads), moments)
