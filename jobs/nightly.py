@@ -3,41 +3,43 @@
     python -m jobs.nightly digits
     python -m jobs.nightly digits --from 2026-03-01 --to 2026-03-03
 
-A night is named by its date. Started again, after a crash or for no reason, it completes what is missing or does
-nothing. The model of a night is chosen once: a night that began with one champion ends with it.
+A night is named by its date. Started again, after a crash or for no reason, it looks at what is there, and completes
+what is missing or does nothing. The model of a night is chosen once: a night that began with one champion ends with it.
 """
 
 import argparse
 import datetime as dt
 import fcntl
 import hashlib
-import json
 import os
 import sys
-import urllib.request
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from jobs.evaluate import evaluate, evaluation_place, kept_evaluation
+from jobs.evaluate import evaluate, kept_evaluation
 from jobs.generate import generate
 from jobs.progress import Progress
+from jobs.retention import retain
 from jobs.shell import DONE, FAILED, STOPPED, Call, guarded, run_job
+from jobs.webhook import send
 from pipeline.config.generate import GenerateConfig
 from pipeline.config.nightly import NightlyConfig
-from pipeline.errors import UserError
+from pipeline.errors import DamageError, UserError
+from pipeline.evaluate.evaluation import Evaluation
 from pipeline.evaluate.history import (
     PAGE_KEY,
     Night,
+    advance_latest,
     dates_to_make,
     drift,
-    expired,
+    newest,
     night_prefix,
     night_seed,
     read_latest,
     read_night,
     read_nights,
-    write_latest,
+    today_by,
     write_night,
 )
 from pipeline.evaluate.logbook import try_to_log
@@ -45,11 +47,14 @@ from pipeline.evaluate.networks import open_network
 from pipeline.evaluate.page import render
 from pipeline.evaluate.record import network_for_sums
 from pipeline.evaluate.reference import data_root
-from pipeline.generate.manifest import MANIFEST_KEY, Manifest, read_manifest
+from pipeline.generate.completeness import check_complete
+from pipeline.generate.manifest import Manifest, read_manifest
 from pipeline.generate.report import CONTACT_KEY
-from pipeline.generate.spec import read_spec
+from pipeline.generate.spec import SPEC_KEY, read_spec
 from pipeline.private import open_private, state_folder
+from pipeline.redaction import redact
 from pipeline.store import ObjectMissing, Store, open_store
+from pipeline.terminal import echo
 
 DRIFTED = 3
 """Exit code of a night that is complete and unlike the nights before."""
@@ -80,84 +85,161 @@ def run(
     """Make every night that is asked for and not complete; returns the worst exit code."""
     store = open_store(config.generate.output)
     store.require_container()
-    today = dt.datetime.now(dt.UTC).date()
+    today = today_by(store, dt.datetime.now(dt.UTC))
     with only_one(store.uri):
-        latest = read_latest(store)
-        asked = dates_to_make(
-            None if latest is None else latest.date, today, first, last, config.catch_up_nights
-        )
+        before = newest_date(store, today)
+        asked = dates_to_make(before, today, first, last, config.catch_up_nights)
         if not asked:
             raise UserError("--from: is after --to; swap them")
         open_network(
             config.evaluate.network, data_root(config.evaluate.reference)
         )  # before the work, not after
+        by_clock = before if first is None and last is None else None
         codes: list[int] = []
         for date in asked:
-            codes.append(one_night(config, store, date, today, progress))
+            codes.append(one_night(config, store, date, today, by_clock, progress))
             if codes[-1] == STOPPED:
                 return STOPPED
         return next((code for code in (FAILED, DRIFTED) if code in codes), DONE)
 
 
-def one_night(config: NightlyConfig, store: Store, date: dt.date, today: dt.date, progress: Progress) -> int:
-    """One night from the champion to latest.json. Each step does nothing where its result is there already."""
+def newest_date(store: Store, today: dt.date) -> dt.date | None:
+    """The newest night that is known, by its record or by latest.json; a line for those dated in the future."""
+    nights, latest = read_nights(store), read_latest(store)
+    known = newest(nights, today)
+    dates = [night.date for night in (known, latest) if night is not None and night.date <= today]
+    for night in nights:
+        if night.date > today and not night.deleted:
+            echo(
+                f"{night.date}: has a record, though it has not come yet (a clock was wrong): latest.json and "
+                f"retention leave it out; delete history/{night.date}.json and date={night.date}/ if nobody wants it",
+                error=True,
+            )
+    return max(dates, default=None)
+
+
+def one_night(
+    config: NightlyConfig,
+    store: Store,
+    date: dt.date,
+    today: dt.date,
+    before: dt.date | None,
+    progress: Progress,
+) -> int:
+    """One night from the champion to latest.json. Each step does nothing where its result is there already.
+
+    `before` is the newest night that was there when the job began; None where the dates were told by hand.
+    """
     night = read_night(store, date)
-    latest = read_latest(store)
-    if night is not None and latest is not None and latest.date >= date:
-        print(f"{date}: complete, nothing to do")
+    if night is not None and night.deleted:
+        echo(f"{date}: its samples were deleted by retention, nothing to do")
         return DONE
-    if night is None:
-        asked = night_settings(config, date)
+    fault = None if night is None else what_is_wrong(night, night_prefix(config.generate.output, date))
+    latest = read_latest(store)
+    if night is not None and fault is None and latest is not None and date <= latest.date <= today:
+        echo(f"{date}: complete, nothing to do")
+        return DONE
+    if fault is not None:
+        echo(f"{date}: is on record, but {fault}; making what is missing", error=True)
+    if night is None or fault is not None:
+        asked = night_settings(config, date, night)
         result = generate(asked, progress)
         if result.status not in ("complete", "already complete", "superseded"):
-            alert(
-                config,
-                date,
-                f"generation {result.status}: {result.reason or dict(list(result.failed.items())[:3])}",
-            )
+            what = result.reason or dict(list(result.failed.items())[:3])
+            alert(config, date, f"generation {result.status}: {what}")
             return STOPPED if result.status == "drained" else FAILED
-        night = measured_night(config, store, date, asked, progress)
-        write_night(store, night)
-    publish(config, store, night, today)
+        night = filed_night(config, store, date, asked, night, progress)
+    publish(config, store, before, today)
     figures = night.evaluation.metrics
     shown = ", ".join(f"{name} {figures[name].value:.4g}" for name in config.drift.metrics if name in figures)
-    print(f"{date}: {night.count:,} samples of {night.model} at {night.prefix}  {shown}")
+    echo(f"{date}: {night.count:,} samples of {night.model} at {night.prefix}  {shown}")
     if night.drift:
         alert(config, date, "; ".join(night.drift))
         return DRIFTED
     return DONE
 
 
-def night_settings(config: NightlyConfig, date: dt.date) -> GenerateConfig:
-    """The generation of a night: its prefix, its seed, the version that is champion or was when it began, and the
-    feature network by which it will be judged, so that its workers add the sums to their records.
+def what_is_wrong(night: Night, prefix: str) -> str | None:
+    """What contradicts a night's record at its prefix, by manifest, listings and done-records; None if nothing does."""
+    store = open_store(prefix)
+    try:
+        spec = read_spec(store)
+    except DamageError as error:
+        return str(error)
+    if spec is None:
+        return f"there is no {SPEC_KEY} at {prefix}"
+    if spec.digest != night.spec_digest:
+        return f"another generation is at {prefix} than the record names"
+    proof = check_complete(store, spec)
+    if proof.faults:
+        return f"{prefix}/{proof.faults[0]}" + (
+            f" ({proof.num_faults} faults)" if proof.num_faults > 1 else ""
+        )
+    if not proof.complete:
+        return f"there is no manifest of {spec.count:,} samples at {prefix}"
+    return (
+        None
+        if spec.count == night.count
+        else f"{spec.count:,} samples are at {prefix}, {night.count:,} on record"
+    )
+
+
+def night_settings(config: NightlyConfig, date: dt.date, night: Night | None = None) -> GenerateConfig:
+    """The generation of a night: its prefix, its seed, the version that is champion or was when it began (by its spec,
+    or by the record of a night whose spec is gone), and the feature network by which it will be judged, so that its
+    workers add the sums to their records.
     """
     prefix = night_prefix(config.generate.output, date)
     spec = read_spec(open_store(prefix))
     changes: dict[str, object] = {"output": prefix, "seed": night_seed(config.generate.seed, date)}
     if spec is not None and spec.model.version is not None:
         changes["model"] = f"{spec.model.name}/{spec.model.version}"
+    elif spec is None and night is not None and "/" in night.model:
+        changes["model"] = night.model
     if config.generate.features is None:
         judge = config.evaluate
         changes["features"] = network_for_sums(judge.network, data_root(judge.reference))
     return GenerateConfig.model_validate(config.generate.model_dump() | changes)
 
 
-def measured_night(
-    config: NightlyConfig, store: Store, date: dt.date, asked: GenerateConfig, progress: Progress
+def filed_night(
+    config: NightlyConfig,
+    store: Store,
+    date: dt.date,
+    asked: GenerateConfig,
+    filed: Night | None,
+    progress: Progress,
 ) -> Night:
-    """Evaluate a complete generation and compare it with the nights before."""
+    """The record of a night whose generation has ended: the one that is filed, if it names that generation, or a new
+    one, which is filed.
+    """
     manifest = read_manifest(open_store(asked.output))
     if manifest is None:
         raise UserError(
             f"{asked.output}: no manifest, though its generation ended; is another job deleting there?"
         )
-    kept = kept_evaluation(asked.output)
-    found = kept if kept is not None and kept.spec_digest == manifest.spec_digest else None
-    evaluation = found or evaluate(config.evaluate, asked.output, _measured(manifest.count, progress))
+    if filed is not None and (filed.spec_digest, filed.count) == (manifest.spec_digest, manifest.count):
+        return filed
+    night = measured_night(config, store, date, asked, manifest, progress)
+    write_night(store, night)
+    return night
+
+
+def measured_night(
+    config: NightlyConfig,
+    store: Store,
+    date: dt.date,
+    asked: GenerateConfig,
+    manifest: Manifest,
+    progress: Progress,
+) -> Night:
+    """Evaluate a complete generation and compare it with the nights before."""
+    evaluation = _kept(asked.output, manifest) or evaluate(
+        config.evaluate, asked.output, _measured(manifest.count, progress)
+    )
     logged = try_to_log(evaluation, config.evaluate.track)
     if logged is not None:
-        print(f"{date}: figures {logged}")
+        echo(f"{date}: figures {logged}")
     earlier = [night for night in read_nights(store) if night.date < date]
     model = manifest.spec.model
     return Night(
@@ -172,50 +254,30 @@ def measured_night(
     )
 
 
-def publish(config: NightlyConfig, store: Store, night: Night, today: dt.date) -> None:
-    """Retention, the history page and, last of all, latest.json, which never goes back in time."""
-    latest = read_latest(store)
-    newest = night if latest is None or latest.date <= night.date else latest
-    # What consumers read now stays until latest.json names another night.
-    spared = {newest.date} | ({latest.date} if latest is not None else set[dt.date]())
-    for old in expired(read_nights(store), newest.date, today, config.keep_nights, config.keep_days):
-        if old.date not in spared:
-            delete_samples(store, old)
+def publish(config: NightlyConfig, store: Store, before: dt.date | None, today: dt.date) -> None:
+    """Retention, the history page and, last of all, latest.json, which follows the records."""
+    retain(config, store, before, today)
     nights = read_nights(store)
     shown = [n for n in reversed(nights) if not n.deleted][: config.max_shown]
-    sheets = {n.date.isoformat(): sheet for n in shown if (sheet := _sheet(n.prefix)) is not None}
+    sheets = {
+        n.date.isoformat(): sheet
+        for n in shown
+        if (sheet := _sheet(night_prefix(config.generate.output, n.date))) is not None
+    }
     name = config.generate.output.rstrip("/").rsplit("/", 1)[-1]
     store.write(PAGE_KEY, render(f"Nightly samples: {name}", nights, sheets))
-    if newest is night:
-        write_latest(store, night)
-
-
-def delete_samples(store: Store, night: Night) -> None:
-    """Delete a night's objects, its manifest first: a generation without manifest is no complete one."""
-    samples = open_store(night.prefix)
-    samples.delete(MANIFEST_KEY)
-    for info in list(samples.list()):
-        samples.delete(info.key)
-    parent, name = evaluation_place(night.prefix)
-    open_store(parent).delete(name)
-    write_night(store, night.model_copy(update={"deleted": True}))
-    print(f"{night.date}: samples deleted by retention")
+    advance_latest(store, today)
 
 
 def alert(config: NightlyConfig, date: dt.date, what: str) -> None:
     """Say it on stderr and, if one is set, to the webhook, whose failure is said and changes nothing."""
-    print(f"alert    {date}: {what}", file=sys.stderr, flush=True)
+    echo(f"alert    {date}: {what}", error=True)
     if config.webhook is None:
         return
-    body = json.dumps(
-        {"text": f"{config.generate.output} {date}: {what}", "date": date.isoformat(), "what": what}
-    )
-    request = urllib.request.Request(config.webhook, body.encode(), {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=20):
-            return
-    except (OSError, ValueError) as error:
-        print(f"alert    the webhook did not take it ({error})", file=sys.stderr, flush=True)
+    content = {"text": f"{config.generate.output} {date}: {what}", "date": date.isoformat(), "what": what}
+    failure = send(config.webhook, redact(content))
+    if failure is not None:
+        echo(f"alert    the webhook did not take it: {failure}", error=True)
 
 
 @contextmanager
@@ -246,6 +308,17 @@ def _measured(count: int, progress: Progress) -> Progress:
         progress(count * done // max(1, total), count, note or "measured")
 
     return report
+
+
+def _kept(prefix: str, manifest: Manifest) -> Evaluation | None:
+    """The evaluation of this very generation, if it was made before and can be used."""
+    try:
+        kept = kept_evaluation(prefix)
+    except DamageError as error:
+        echo(f"{error}: measuring again", error=True)
+        return None
+    same = kept is not None and (kept.spec_digest, kept.terms.count) == (manifest.spec_digest, manifest.count)
+    return kept if same else None
 
 
 def _sheet(prefix: str) -> bytes | None:

@@ -1,6 +1,7 @@
 """Nights: which are due, which are unlike the others, which may go, and how they look."""
 
 import datetime as dt
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,20 +9,26 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.nightly import DriftConfig
-from pipeline.errors import DamageError, UserError
+from pipeline.errors import UserError
 from pipeline.evaluate.evaluation import Evaluation, Terms, require_comparable, table
 from pipeline.evaluate.figures import Figure
 from pipeline.evaluate.history import (
     Night,
+    advance_latest,
     dates_to_make,
     drift,
     expired,
+    newest,
     night_seed,
+    read_latest,
+    read_night,
     read_nights,
+    today_by,
+    write_latest,
     write_night,
 )
 from pipeline.evaluate.page import render
-from pipeline.store import open_store
+from pipeline.store import FileStore, ObjectInfo, open_store
 
 DAY = dt.date(2026, 3, 10)
 
@@ -94,22 +101,120 @@ def test_a_tiny_change_after_steady_nights_is_no_drift() -> None:
 
 def test_retention_spares_the_newest_and_the_one_that_consumers_read() -> None:
     nights = [night(n) for n in range(5)]
-    gone = expired(nights, nights[0].date, DAY, keep_nights=2, keep_days=None)
+    gone = expired(nights, nights[0].date, DAY + dt.timedelta(4), keep_nights=2, keep_days=None)
     assert [n.date for n in gone] == [nights[2].date, nights[1].date]
     old = expired(nights, nights[4].date, DAY + dt.timedelta(4), keep_nights=None, keep_days=2)
     assert [n.date for n in old] == [nights[1].date, nights[0].date]
     assert expired(nights, None, DAY, None, None) == []
-    assert expired([night(0, deleted=True), night(1)], None, DAY, 1, None) == []
+    assert expired([night(0, deleted=True), night(1)], None, DAY + dt.timedelta(1), 1, None) == []
 
 
-def test_records_are_read_back_in_order_and_damage_is_named(tmp_path: Path) -> None:
+def test_a_night_of_the_future_is_neither_counted_nor_deleted_nor_the_newest() -> None:
+    nights = [night(0), night(1), night(400)]
+    today = DAY + dt.timedelta(1)
+    assert expired(nights, None, today, keep_nights=2, keep_days=30) == []
+    assert newest(nights, today) == nights[1]
+    assert newest([], today) is None
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 1), (None, 1), (0, 1), (1, None), (1, 0)])
+def test_dates_that_have_not_come_yet_are_refused(first: int | None, last: int | None) -> None:
+    begin, end = (None if days is None else DAY + dt.timedelta(days) for days in (first, last))
+    with pytest.raises(UserError, match="2026-03-11 has not come yet"):
+        dates_to_make(DAY, DAY, begin, end, 7)
+
+
+def test_a_clock_that_jumps_by_months_is_not_believed_unless_the_nights_are_named() -> None:
+    far = DAY + dt.timedelta(400)
+    with pytest.raises(UserError, match=r"2027-04-14, 400 days later; .*--from 2027-04-14"):
+        dates_to_make(DAY, far, None, None, 7)
+    assert dates_to_make(DAY, far, far, None, 7) == [far]
+
+
+def test_a_clock_that_differs_from_the_stores_makes_no_night(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    now = dt.datetime.now(dt.UTC)
+    assert abs((today_by(store, now) - now.date()).days) <= 1
+    for wrong in (dt.timedelta(days=400), dt.timedelta(hours=-2)):
+        with pytest.raises(UserError, match=r"clock: this machine says .* set the wrong one"):
+            today_by(store, now + wrong)
+
+
+def test_latest_follows_the_records_and_is_never_left_behind_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, today = open_store(str(tmp_path)), DAY + dt.timedelta(9)
+    assert advance_latest(store, today) is None
+    for days in (3, 1, 2):
+        write_night(store, night(days))
+        latest = advance_latest(store, today)
+        assert latest is not None
+        assert latest.date == DAY + dt.timedelta(3)
+    write_latest(store, night(1))  # a job that was held up
+    assert advance_latest(store, today) == read_latest(store) == night(3)
+    store.write("latest.json", b"{")
+    assert advance_latest(store, today) == read_latest(store) == night(3)
+    assert "latest.json: not a night's record" in caplog.text
+    write_latest(store, night(400))
+    assert advance_latest(store, today) == read_latest(store) == night(3)
+    assert "which has not come yet" in caplog.text
+    write_latest(store, night(5))  # its record is gone, yet consumers have seen it
+    assert advance_latest(store, today) == read_latest(store) == night(5)
+
+
+class HeldUp(FileStore):
+    """A store on which another job files a later night just before latest.json is written."""
+
+    def write(self, key: str, data: bytes) -> ObjectInfo:
+        if key == "latest.json" and read_night(self, DAY + dt.timedelta(7)) is None:
+            other = FileStore(self.root)
+            write_night(other, night(7))
+            advance_latest(other, DAY + dt.timedelta(9))
+        return super().write(key, data)
+
+
+def test_a_job_held_up_before_it_writes_latest_ends_with_the_newest_night(tmp_path: Path) -> None:
+    store = HeldUp(tmp_path)
+    write_night(store, night(2))
+    assert advance_latest(store, DAY + dt.timedelta(9)) == read_latest(store) == night(7)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("count", 0),
+        ("count", 2**80),
+        ("images_per_second", -1),
+        ("date", "+99999-01-01"),
+        ("prefix", "x" * 9999),
+    ],
+)
+def test_a_record_with_numbers_out_of_bounds_is_none(
+    tmp_path: Path, field: str, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(str(tmp_path))
+    store.write(
+        "history/2026-03-10.json", json.dumps(night(0).model_dump(mode="json") | {field: value}).encode()
+    )
+    assert read_night(store, DAY) is None
+    assert f"not a night's record ({field}: " in caplog.text
+
+
+def test_records_are_read_back_in_order_and_what_is_none_is_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = open_store(str(tmp_path))
     for days in (2, 0, 1):
         write_night(store, night(days))
     assert [n.date for n in read_nights(store)] == [DAY + dt.timedelta(n) for n in range(3)]
     store.write("history/2026-03-11.json", b"{}")
-    with pytest.raises(DamageError, match="2026-03-11"):
-        read_nights(store)
+    store.write("history/2026-03-10.json", store.read("history/2026-03-12.json"))
+    store.write("history/notes.json", b"somebody's")
+    assert [n.date for n in read_nights(store)] == [DAY + dt.timedelta(2)]
+    assert "history/2026-03-11.json: not a night's record" in caplog.text
+    assert "--from 2026-03-11 --to 2026-03-11 makes it again" in caplog.text
+    assert "history/2026-03-10.json: is the record of 2026-03-12: it is left out" in caplog.text
+    assert "notes" not in caplog.text
 
 
 def test_figures_on_unequal_terms_are_not_compared() -> None:

@@ -2,10 +2,14 @@
 
 import datetime as dt
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -13,14 +17,18 @@ from pydantic import ValidationError
 import jobs.nightly
 from jobs.evaluate import evaluate
 from jobs.nightly import DRIFTED, alert, only_one, run
+from jobs.retention import retain
+from jobs.webhook import send
 from pipeline.config.evaluate import EvaluateConfig, FeatureNetworkConfig
 from pipeline.config.generate import GenerateConfig
 from pipeline.config.nightly import NightlyConfig
 from pipeline.errors import UserError
-from pipeline.evaluate.history import read_latest, read_nights
+from pipeline.evaluate.history import read_latest, read_nights, write_night
+from pipeline.generate.completeness import check_complete
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.run import GenerationResult
-from pipeline.store import open_store
+from pipeline.generate.spec import read_spec
+from pipeline.store import FileStore, Store, open_store
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model
 
 D1, D2, D3 = (dt.date(2026, 3, day) for day in (1, 2, 3))
@@ -37,7 +45,9 @@ def nights(digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chan
     model = tiny_model(tmp_path / "model", tiny_card(size=8))
 
     def in_process(config: GenerateConfig, progress: object) -> GenerationResult:
-        if read_manifest(open_store(config.output)) is None:
+        store = open_store(config.output)
+        spec = read_spec(store)
+        if spec is None or not check_complete(store, spec).complete:
             fill(config)
         return GenerationResult("complete", config.output, "", config.count, 1, 1, config.count, 1.0)
 
@@ -90,7 +100,7 @@ def test_three_dates_are_back_filled_and_latest_is_the_newest(nights: Change) ->
     assert store.read("index.html").decode().count("data:image/png") == 3
 
 
-@pytest.mark.parametrize("step", ["evaluate", "write_night", "render", "write_latest"])
+@pytest.mark.parametrize("step", ["evaluate", "write_night", "render", "advance_latest"])
 def test_a_job_cut_off_at_any_step_ends_the_same_when_run_again(
     nights: Change, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -142,6 +152,183 @@ def test_retention_deletes_samples_and_keeps_records(nights: Change) -> None:
     assert not any(key.startswith("date=2026-03-01") for key in objects(config))
 
 
+def lost(store: Store, key: str) -> None:
+    store.delete(key)
+
+
+def torn(store: Store, key: str) -> None:
+    store.write(key, store.read(key)[:-9])
+
+
+def of_other_work(store: Store, key: str) -> None:
+    document = json.loads(store.read(key))
+    store.write(key, json.dumps(document | {"spec_digest": "0" * 64}).encode())
+
+
+@pytest.mark.parametrize(
+    ("damage", "key"),
+    [
+        (lost, "shards/000000.tar"),
+        (torn, "shards/000000.tar"),
+        (lost, "done/000000.json"),
+        (lost, "manifest.json"),
+        (torn, "manifest.json"),
+        (of_other_work, "done/000000.json"),
+        (lost, "spec.json"),
+    ],
+)
+def test_a_filed_night_is_looked_at_and_what_is_missing_is_made(
+    nights: Change, capsys: pytest.CaptureFixture[str], damage: Callable[[Store, str], None], key: str
+) -> None:
+    config = nights()
+    assert run(config, silent, D1, D1) == 0
+    before, capsys_before = objects(config), capsys.readouterr()
+    assert "complete" not in capsys_before.out
+    samples = open_store(f"{config.generate.output}/date=2026-03-01")
+    bytes_before = samples.read(key)
+    if key == "spec.json":
+        for info in list(samples.list()):
+            samples.delete(info.key)
+    else:
+        damage(samples, key)
+    assert run(config, silent, D1, D1) == 0
+    told = capsys.readouterr()
+    assert "2026-03-01: is on record, but " in told.err
+    assert "nothing to do" not in told.out
+    assert objects(config).keys() == before.keys()
+    if key in ("shards/000000.tar", "spec.json"):
+        assert samples.read(key) == bytes_before
+    assert (
+        jobs.nightly.what_is_wrong(read_nights(open_store(config.generate.output))[0], night_at(config))
+        is None
+    )
+    assert run(config, silent, D1, D1) == 0
+    assert "complete, nothing to do" in capsys.readouterr().out
+
+
+def night_at(config: NightlyConfig) -> str:
+    """Where the samples of the first night are."""
+    return f"{config.generate.output}/date=2026-03-01"
+
+
+def test_a_night_whose_record_or_evaluation_is_torn_is_measured_and_filed_again(nights: Change) -> None:
+    config = nights()
+    store = open_store(config.generate.output)
+    assert run(config, silent, D1, D1) == 0
+    (night,) = read_nights(store)
+    torn(store, "history/2026-03-01.json")
+    torn(store, "date=2026-03-01.evaluation.json")
+    assert run(config, silent, D1, D1) == 0
+    (again,) = read_nights(store)
+    assert again.evaluation.metrics == night.evaluation.metrics
+    assert read_latest(store) == again
+
+
+def test_two_machines_that_make_nights_at_once_leave_latest_at_the_newest(
+    nights: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = nights()
+    store = open_store(config.generate.output)
+    render = jobs.nightly.render
+
+    def held_up(*told: Any) -> bytes:
+        monkeypatch.setattr(jobs.nightly, "render", render)
+        monkeypatch.setattr(jobs.nightly, "only_one", lambda uri: nullcontext())  # that of another machine
+        assert run(config, silent, D3, D3) == 0
+        return render(*told)
+
+    monkeypatch.setattr(jobs.nightly, "render", held_up)
+    assert run(config, silent, D2, D2) == 0
+    latest = read_latest(store)
+    assert latest is not None
+    assert latest.date == D3
+    assert [night.date for night in read_nights(store)] == [D2, D3]
+
+
+class Clock(dt.datetime):
+    """A machine's clock that is 400 days ahead."""
+
+    @classmethod
+    def now(cls, tz: dt.tzinfo | None = None) -> "Clock":
+        return super().now(tz) + dt.timedelta(days=400)  # type: ignore[return-value]
+
+
+def test_a_clock_that_is_far_ahead_for_one_night_makes_and_deletes_nothing(
+    nights: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = nights(keep_days=30, catch_up_nights=1)
+    today = dt.datetime.now(dt.UTC).date()
+    assert run(config, silent, today - dt.timedelta(days=2), today - dt.timedelta(days=1)) == 0
+    before = objects(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.nightly.dt, "datetime", Clock)
+        with pytest.raises(UserError, match="no night is made or deleted by a clock alone"):
+            run(config, silent)
+        # The same where store and machine share the wrong clock, as a directory does.
+        patch.setattr(FileStore, "server_time", lambda _: None)
+        with pytest.raises(UserError, match=r"40[01] days later"):
+            run(config, silent)
+    assert objects(config) == before
+    assert run(config, silent) == 0
+
+
+def test_a_night_of_the_future_is_refused_before_any_work(nights: Change) -> None:
+    config = nights()
+    with pytest.raises(UserError, match="--to: 2999-01-02 has not come yet"):
+        run(config, silent, D1, dt.date(2999, 1, 2))
+    assert objects(config) == {}
+
+
+def test_after_a_gap_a_clock_alone_deletes_nothing_and_the_night_after_it_does(
+    nights: Change, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = nights(keep_nights=1)
+    store = open_store(config.generate.output)
+    assert run(config, silent, D1, D2) == 0
+    retain(config, store, D2, D2 + dt.timedelta(days=40))
+    assert "retention waits for the next night: the one before was 2026-03-02" in capsys.readouterr().out
+    aged = config.model_copy(update={"keep_nights": None, "keep_days": 1})
+    retain(aged, store, D2, D2 + dt.timedelta(days=7))  # ages count to the night after the newest
+    assert [night.deleted for night in read_nights(store)] == [True, False]
+
+
+def test_retention_leaves_what_is_not_the_samples_on_record(
+    nights: Change, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = nights(keep_nights=1)
+    store = open_store(config.generate.output)
+    assert run(config, silent, D1, D3) == 0
+    caplog.clear()
+    (_, night, _) = read_nights(store)
+    assert night.date == D2
+
+    def kept(reason: str) -> None:
+        before = objects(config)
+        retain(config, store, None, D3)
+        assert f"2026-03-02: its samples are left alone by retention: {reason}" in caplog.text
+        assert objects(config) == before
+
+    elsewhere = tmp_path / "precious"
+    elsewhere.mkdir()
+    write_night(store, night.model_copy(update={"prefix": str(elsewhere)}))
+    kept("its record names another place")
+    write_night(store, night.model_copy(update={"spec_digest": "0" * 64}))
+    kept("another generation is there than its record names")
+    write_night(store, night)
+    samples = open_store(night.prefix)
+    beat = {
+        "job": "j", "spec_digest": night.spec_digest, "state": "running", "host": "h", "began_at": 0, "images_made": 0,
+        "images_per_second": 0, "under_way": [], "failed": {}, "updated_at": time.time(),
+    }  # fmt: skip
+    samples.write("jobs/j.json", json.dumps(beat).encode())
+    kept("a job is at work there")
+    samples.delete("jobs/j.json")
+    samples.write("notes.txt", b"somebody's")
+    retain(config, store, None, D3)
+    assert "2026-03-02: samples deleted by retention; 1 other objects are left" in capsys.readouterr().out
+    assert [info.key for info in samples.list()] == ["notes.txt"]
+
+
 def test_a_night_that_began_with_one_model_ends_with_it(nights: Change, tmp_path: Path) -> None:
     config = nights()
     asked = jobs.nightly.night_settings(config, D1)
@@ -190,6 +377,75 @@ def test_a_deaf_webhook_changes_nothing(nights: Change, capsys: pytest.CaptureFi
     told = capsys.readouterr().err
     assert "it drifts" in told
     assert "webhook did not take it" in told
+
+
+HEADERS = b"".join(b"X-%d: y\r\n" % number for number in range(200))
+ANSWERS = {
+    "no HTTP": b"SSH-2.0-OpenSSH\r\n",
+    "nothing": b"",
+    "refused": b"HTTP/1.1 500 no\r\nContent-Length: 0\r\n\r\n",
+    "to a file": b"HTTP/1.1 302 F\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n",
+    "too many headers": b"HTTP/1.1 200 OK\r\n" + HEADERS + b"\r\n",
+    "a long line": b"HTTP/1.1 200 " + b"x" * 70000 + b"\r\n\r\n",
+    "half a chunk": b"HTTP/1.1 500 no\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_webhook_that_answers_nonsense_costs_one_line_without_its_address(
+    nights: Change, capsys: pytest.CaptureFixture[str], answer: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(ANSWERS[answer])
+
+        threading.Thread(target=serve, daemon=True).start()
+        alert(nights(webhook=f"http://127.0.0.1:{server.getsockname()[1]}/T000/S3CR3T"), D1, "it drifts")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "alert    2026-03-01: it drifts"
+    assert second.startswith("alert    the webhook did not take it: ")
+    assert "S3CR3T" not in second
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "h:9/T S3CR3T",
+        "h:9/S3CR3T\nx",
+        "h:port/S3CR3T",
+        "h:9/S3CR3TÉ",
+        f"{'x' * 70}.example/S3CR3T",
+        "[::1/S3CR3T",
+    ],
+)
+def test_an_address_that_http_cannot_name_costs_one_line_without_it(
+    nights: Change, capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    alert(nights().model_copy(update={"webhook": f"http://{address}"}), D1, "it drifts")
+    _, told = capsys.readouterr().err.splitlines()
+    assert told.startswith("alert    the webhook did not take it: ")
+    assert "S3CR3T" not in told
+
+
+def test_a_webhook_whose_answer_trickles_in_without_end_is_not_waited_for() -> None:
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\n")
+                while not ended.wait(0.05):
+                    connection.sendall(b"X: y\r\n")
+
+        threading.Thread(target=serve, daemon=True).start()
+        failure = send(f"http://127.0.0.1:{server.getsockname()[1]}/", {"text": "t"}, timeout_seconds=0.3)
+        ended.set()
+    assert failure == "no answer within 0 s"
 
 
 def test_two_jobs_at_one_prefix_are_impossible() -> None:
