@@ -23,7 +23,7 @@ from infra.local.service import get
 from jobs.dashboard import ask
 from pipeline.errors import UserError
 from pipeline.store import open_store
-from pipeline.track import authorization, require_server
+from pipeline.track import require_server, server_version
 
 LOCK = Path(__file__).resolve().parents[1] / "requirements.lock"
 MAX_SKEW_SECONDS = 60.0  # S3 refuses signatures 15 minutes off; charts and leases suffer long before
@@ -87,7 +87,7 @@ def check_bucket(environ: Environ = os.environ, write: bool = False) -> Finding:
         return Finding("bucket", False, "DDPM_ROOT is not set", remedy)
     try:
         store = open_store(root)
-        store.require_container()
+        store.require_container(wait_seconds=0)
         if not write:
             return Finding("bucket", True, f"{root} can be listed")
         key, text = f"doctor/{socket.gethostname()}-{os.getpid()}", os.urandom(1024)
@@ -104,11 +104,10 @@ def check_bucket(environ: Environ = os.environ, write: bool = False) -> Finding:
 def check_mlflow(environ: Environ = os.environ) -> Finding:
     """Whether the tracking server answers, accepts us, and is of our version."""
     try:
-        url = require_server(environ.get("MLFLOW_TRACKING_URI"), TIMEOUT_SECONDS)
+        url = require_server(environ.get("MLFLOW_TRACKING_URI"), TIMEOUT_SECONDS, wait_seconds=0)
     except UserError as error:
         return _refused("mlflow", error)
-    answer = get(f"{url}/version", authorization(environ)) or b""
-    server, ours = answer.decode(errors="replace").strip(), metadata.version("mlflow")
+    server, ours = server_version(url, TIMEOUT_SECONDS), metadata.version("mlflow")
     if server and server.split(".")[:2] != ours.split(".")[:2]:
         return Finding(
             "mlflow", False, f"{url} runs {server}, here is {ours}", "use one version on both sides"

@@ -7,25 +7,42 @@ local stack's variables have been set.
 import logging
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from infra.local import check_ray
 from jobs.lost import noticing_loss
 from pipeline.errors import UserError
 from pipeline.logs import FORM_VARIABLE, as_json
+from pipeline.patience import START_VARIABLE, patiently, start_seconds
 
+log = logging.getLogger(__name__)
+
+PROXY_VARIABLES = tuple(
+    spelt for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY") for spelt in (name, name.lower())
+)
 # What workers must know to reach the same services. No keys: Ray shows a job's settings to whoever sees the
 # dashboard, so a cluster's nodes have keys of their own (the local stack's head does).
 SHARED_VARIABLES = (
-    "AWS_ENDPOINT_URL",
+    "AWS_CA_BUNDLE",
     "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
     "AWS_REGION",
     "AWS_REQUEST_CHECKSUM_CALCULATION",
     "AWS_RESPONSE_CHECKSUM_VALIDATION",
     "DDPM_ROOT",
     FORM_VARIABLE,
+    "GLOO_SOCKET_IFNAME",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT",
+    "MLFLOW_TRACKING_INSECURE_TLS",
+    "MLFLOW_TRACKING_SERVER_CERT_PATH",
     "MLFLOW_TRACKING_URI",
+    "NCCL_SOCKET_IFNAME",
+    "REQUESTS_CA_BUNDLE",
+    START_VARIABLE,
+    *PROXY_VARIABLES,
 )
 
 
@@ -40,7 +57,7 @@ def ray_cluster() -> Generator[None]:
         raise UserError(
             "RAY_ADDRESS: not set; start the local stack with `ddpm up`, or name your cluster, as host:port"
         )
-    check_ray()
+    patiently(check_ray, start_seconds())
     import ray
 
     try:
@@ -63,8 +80,19 @@ def ray_cluster() -> Generator[None]:
 
 
 def shared_variables() -> dict[str, str]:
-    """Where the services are, as far as this process knows."""
-    return {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
+    """Where the services are, as far as this process knows, be it from a variable or from its AWS config.
+
+    An address that holds a password is left out, and that is said.
+    """
+    found = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
+    with suppress(UserError):  # settings of S3 that cannot be used: who needs it says so
+        from pipeline.store.s3_client import whereabouts  # boto3 takes a quarter of a second to import
+
+        found |= whereabouts()
+    for name in [name for name, value in found.items() if "@" in urlsplit(value).netloc]:
+        log.warning("%s holds a password, which Ray would show: not handed on, so set it on the nodes", name)
+        del found[name]
+    return found
 
 
 def _environment() -> dict[str, Any] | None:

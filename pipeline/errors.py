@@ -22,6 +22,13 @@ class UserError(OneLineError):
     """
 
 
+class Outage(UserError):  # noqa: N818 - what happened is the name
+    """A service does not answer: nothing is wrong with what was asked, and trying again later may help.
+
+    The command line prints it without a traceback and exits with code 1, so that a supervisor tries again.
+    """
+
+
 class DamageError(OneLineError):
     """Stored bytes that are not what their record says: a torn shard, a wrong hash, a missing member.
 

@@ -10,6 +10,7 @@ import pytest
 from infra.local import LocalStack, export_environment
 from infra.local.ray import LOOPBACK_SETTINGS
 from pipeline.errors import UserError
+from pipeline.patience import START_VARIABLE
 from tests.chronicle import PROPERTY
 from tests.driving import ended_after
 
@@ -20,6 +21,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 # Set before a test imports torch. Several processes share the cores in the tests of distributed training.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+
+os.environ.setdefault(START_VARIABLE, "0")
 
 _OF_SERVICES = ("AWS_", "MLFLOW_", "RAY_", "DDPM_")
 LOGICAL_CPUS = 4  # more than the cores of a small machine: jobs and their workers must fit side by side
@@ -64,7 +67,8 @@ def as_another_user(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @pytest.fixture(scope="session")
 def bare_environ(own_state: None) -> dict[str, str]:
     """The environment without any setting of a service: tests never reach a server of the user's."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(_OF_SERVICES)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OF_SERVICES)}
+    return {**kept, START_VARIABLE: "0"}  # what is away on purpose is not waited for
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from infra.local import service
 from infra.local.service import Service
-from pipeline.errors import UserError
+from pipeline.errors import Outage, UserError
 from pipeline.private import private_folder
 
 _NODE_PORTS = ("object-manager", "node-manager", "agent-http", "agent-grpc", "runtime-env", "metrics")
@@ -145,13 +145,13 @@ def remove_temp_dir(root: Path) -> None:
 def check_cluster(url: str, token: str | None) -> None:
     """Refuse an unreachable dashboard or a wrong token at once; Ray's own client would retry for minutes.
 
-    Raises UserError in one line.
+    Raises Outage or UserError in one line.
     """
     headers = _headers(token) if token else {}
     if service.get(f"{url}/api/version", headers) is not None:
         return
     if service.get(f"{url}/api/gcs_healthz") is None and service.get(url) is None:
-        raise UserError(
+        raise Outage(
             f"Ray's dashboard at {url} does not answer: start the stack (make up) or set RAY_ADDRESS"
         )
     raise UserError(

@@ -120,7 +120,7 @@ def require_tracking(config: GenerateConfig) -> None:
     try:
         require_server()
     except UserError as error:
-        raise UserError(f"{error}; or set track=null to do without tracking") from None
+        raise type(error)(f"{error}; or set track=null to do without tracking") from None
 
 
 def _name(config: GenerateConfig, spec: Spec) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import UserError
+from pipeline.patience import patiently
 from pipeline.store.base import ObjectChanged, ObjectInfo, ObjectMissing, Store, StoreUnreachable
 from pipeline.store.files import FileStore, atomic_file
-from pipeline.store.patience import patiently
 from pipeline.store.retry import RetryPolicy
 
 __all__ = [

@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import DamageError, UserError
+from pipeline.errors import DamageError, Outage, UserError
+from pipeline.patience import patiently, start_seconds
 
 MAX_KEY_BYTES = 1024  # S3's limit; file:// holds to it too, so that data can move between the two
 
@@ -38,7 +39,7 @@ class ObjectChanged(DamageError):  # noqa: N818
     """The object was replaced while it was being read, or since its index was made."""
 
 
-class StoreUnreachable(UserError):  # noqa: N818
+class StoreUnreachable(Outage):
     """The store did not answer, or answered with failures, until the retries were used up."""
 
 
@@ -94,8 +95,15 @@ class Store(ABC):
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is no error."""
 
+    def require_container(self, wait_seconds: float | None = None) -> None:
+        """Raise UserError unless the bucket (or directory) can be used.
+
+        One that does not answer is waited for, as long as DDPM_START_WAIT_SECONDS says where nothing is given.
+        """
+        patiently(self._probe, start_seconds() if wait_seconds is None else wait_seconds)
+
     @abstractmethod
-    def require_container(self) -> None:
+    def _probe(self) -> None:
         """Raise UserError, within seconds, unless the bucket (or directory) can be used."""
 
     @abstractmethod

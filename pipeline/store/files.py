@@ -105,7 +105,7 @@ class FileStore(Store):
             except OSError:
                 break
 
-    def require_container(self) -> None:
+    def _probe(self) -> None:
         nearest = next(p for p in (self.root, *self.root.parents) if p.exists())
         if not nearest.is_dir():
             raise UserError(f"{self.uri}: {nearest} is a file, not a directory; choose another place")

@@ -51,7 +51,7 @@ else:
 T = TypeVar("T")
 
 POLICY = RetryPolicy()
-PROBE_POLICY = RetryPolicy(attempts=2)  # for `require_container`: a person is waiting
+PROBE_POLICY = RetryPolicy(attempts=2)  # for `_probe`: a person is waiting
 PART_BYTES = 16 << 20  # S3 asks for at least 5 MiB a part; 10,000 parts of 16 MiB are 156 GiB
 CHUNK_BYTES = 1 << 20
 MD5_TAG = re.compile(r"[0-9a-f]{32}")
@@ -160,7 +160,7 @@ class S3Store(Store):
         name = self._name(key)
         self._call(key, lambda client: client.delete_object(Bucket=self.bucket, Key=name))
 
-    def require_container(self) -> None:
+    def _probe(self) -> None:
         self._call("", lambda client: client.list_objects_v2(Bucket=self.bucket, MaxKeys=1), PROBE_POLICY)
 
     def create_container(self) -> None:

@@ -94,10 +94,16 @@ def endpoint() -> str:
     return f"{name} (through the proxy {_without_user(proxy)})"
 
 
-def addressing_style() -> str | None:
-    """How a bucket is named to the service, if the user has set that: `path`, `virtual` or `auto`."""
+def whereabouts() -> dict[str, str]:
+    """Variables that let another machine find the service that this one finds, without its AWS files."""
     config: Any = connected().client.meta.config
-    return (config.s3 or {}).get("addressing_style")
+    style = (config.s3 or {}).get("addressing_style")
+    found = {
+        "AWS_ENDPOINT_URL_S3": custom_endpoint(),
+        "AWS_REGION": _region(connected().session),
+        ADDRESSING_VARIABLE: style,
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def sends_own_checksums() -> bool:
@@ -117,6 +123,10 @@ def _session() -> boto3.session.Session:
         raise settings_error(error) from None
 
 
+def _region(session: boto3.session.Session) -> str | None:
+    return os.environ.get("AWS_REGION") or session.region_name  # boto itself reads AWS_DEFAULT_REGION only
+
+
 def _keys(session: boto3.session.Session) -> Any:
     found = session.get_credentials()
     return found and found.get_frozen_credentials()
@@ -125,9 +135,10 @@ def _keys(session: boto3.session.Session) -> Any:
 def _connect(session: boto3.session.Session) -> Connected:
     core: Any = session._session  # pyright: ignore[reportPrivateUsage]
     core.register_component("response_parser_factory", _Parsers())
+    region = _region(session) or "us-east-1"
     try:
         config = _config(core.get_scoped_config())
-        client = session.client("s3", config=config, region_name=session.region_name or "us-east-1")
+        client = session.client("s3", config=config, region_name=region)
     except (ValueError, boto_errors.BotoCoreError) as error:
         raise settings_error(error) from None
     # Asked by "Expect: 100-continue", a server answers before it has the body. When the connection ends within that

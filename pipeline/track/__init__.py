@@ -9,6 +9,7 @@ from pipeline.track.connect import (
     TrackingError,
     authorization,
     require_server,
+    server_version,
     tracking_client,
     tracking_uri,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "replay_all",
     "require_server",
     "resolve",
+    "server_version",
     "set_alias",
     "set_tags",
     "set_version_tags",

@@ -7,13 +7,17 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
-from pipeline.errors import UserError
+from pipeline.errors import Outage, UserError
+from pipeline.patience import patiently as retried
+from pipeline.patience import start_seconds
 from pipeline.redaction import redact
 
 if TYPE_CHECKING:
+    import requests
     from mlflow import MlflowClient
 
 P = ParamSpec("P")
@@ -66,32 +70,62 @@ def tracking_uri(uri: str | None = None) -> str:
     return found
 
 
-def require_server(uri: str | None = None, timeout_seconds: float = 5.0) -> str:
+def require_server(
+    uri: str | None = None, timeout_seconds: float = 5.0, wait_seconds: float | None = None
+) -> str:
     """Return the server's address once it has answered and accepted our credentials.
 
-    Raises UserError, within about twice `timeout_seconds`, when it is unset, unreachable, unwell or refusing.
+    A server that is away is waited for, as long as DDPM_START_WAIT_SECONDS says where nothing is given; one that is
+    slow gets six times `timeout_seconds` from the second try on. Raises Outage when it stays away, and UserError when
+    its address is none or it refuses.
     """
+    found = tracking_uri(uri)
+    limits = chain([timeout_seconds], repeat(6 * timeout_seconds))
+    retried(lambda: _ask(found, next(limits)), start_seconds() if wait_seconds is None else wait_seconds)
+    return found
+
+
+def server_version(uri: str, timeout_seconds: float = 5.0) -> str:
+    """What the server says that it is; empty when it does not say."""
+    try:
+        answer = _get(f"{uri}/version", timeout_seconds)
+    except UserError:
+        return ""
+    return answer.text.strip()[:40] if answer.status_code == 200 else ""
+
+
+def _ask(uri: str, timeout_seconds: float) -> None:
+    _require_ok(uri, _get(f"{uri}/health", timeout_seconds).status_code, "/health")
+    answer = _get(f"{uri}/api/2.0/mlflow/experiments/search?max_results=1", timeout_seconds)
+    _require_ok(uri, answer.status_code, "a search")
+    if "json" not in answer.headers.get("Content-Type", ""):
+        raise UserError(f"MLflow at {uri}: answers, but is no MLflow server; check MLFLOW_TRACKING_URI")
+
+
+def _get(url: str, timeout_seconds: float) -> "requests.Response":
+    """An answer, asked for with our credentials."""
     import requests
 
-    found = tracking_uri(uri)
+    server = f"{urlsplit(url).scheme}://{urlsplit(url).netloc}"
     try:
-        health = requests.get(f"{found}/health", timeout=timeout_seconds, verify=_verify())
-        _require_ok(found, health.status_code, "/health")
-        answer = requests.get(
-            f"{found}/api/2.0/mlflow/experiments/search",
-            params={"max_results": 1},
-            headers=authorization(),
-            timeout=timeout_seconds,
-            verify=_verify(),
-        )
-    except requests.RequestException as error:
+        return requests.get(url, headers=authorization(), timeout=timeout_seconds, verify=_verify())
+    except requests.exceptions.SSLError as error:
         raise UserError(
-            f"MLflow at {found}: no answer ({brief(error)}); is the server up? (ddpm up)"
+            f"MLflow at {server}: no trust in its certificate ({brief(error)}); "
+            "set MLFLOW_TRACKING_SERVER_CERT_PATH to its CA"
         ) from None
-    _require_ok(found, answer.status_code, "a search")
-    if "json" not in answer.headers.get("Content-Type", ""):
-        raise UserError(f"MLflow at {found}: answers, but is no MLflow server; check MLFLOW_TRACKING_URI")
-    return found
+    except requests.RequestException as error:
+        if isinstance(error, ValueError):  # an address that is none
+            raise UserError(f"MLflow at {server}: {brief(error)}; correct MLFLOW_TRACKING_URI") from None
+        proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
+        through = f" through the proxy {redact(proxy)}, which NO_PROXY can rule out" if proxy else ""
+        raise Outage(
+            f"MLflow at {server}: no answer{through} ({brief(error)}); is the server up? (ddpm up)"
+        ) from None
+    except OSError as error:  # of requests, which looks for the certificates itself
+        raise UserError(
+            f"MLflow at {server}: {brief(error)}; correct MLFLOW_TRACKING_SERVER_CERT_PATH or REQUESTS_CA_BUNDLE"
+        ) from None
 
 
 def tracking_client(uri: str | None = None) -> "MlflowClient":
@@ -201,6 +235,8 @@ def _require_ok(uri: str, status: int, what: str) -> None:
             f"MLflow at {uri}: refuses {what} with {status}; set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), or add this host to its --allowed-hosts"
         )
+    if status == 429 or status >= 500:
+        raise Outage(f"MLflow at {uri}: answers {what} with {status}; look at the server's log")
     if status != 200:
         raise UserError(f"MLflow at {uri}: answers {what} with {status}; look at the server's log")
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pipeline.data import Batch, Loader
+from pipeline.patience import OUTAGE_SECONDS, PAUSE_SECONDS
 from pipeline.store import StoreUnreachable
-from pipeline.store.patience import OUTAGE_SECONDS, PAUSE_SECONDS
 
 log = logging.getLogger(__name__)
 

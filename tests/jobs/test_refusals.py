@@ -19,11 +19,21 @@ NOWHERE = "http://127.0.0.1:9"
 
 def refused(*words: str) -> str:
     """Run `ddpm` with these words; the one line it refuses them with."""
+    return told(words, 2, "error: ")
+
+
+def given_up(*words: str) -> str:
+    """Run `ddpm` with these words; the one line it gives up with, which a supervisor takes for a try."""
+    return told(words, 1, "failed: ")
+
+
+def told(words: tuple[str, ...], code: int, kind: str) -> str:
+    """The one line that a command ends with."""
     result = CliRunner().invoke(app, list(words))
-    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.exit_code == code, (result.output, result.exception)
     lines = [line for line in result.stderr.strip().splitlines() if not line.startswith(("pack ", "train "))]
     assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
+    assert lines[0].startswith(kind)
     assert "Traceback" not in result.output
     return lines[0]
 
@@ -110,11 +120,11 @@ def test_missing_buckets_data_models_and_servers_are_refused_by_name(
     runs = f"runs={prefix}/runs"
     with monkeypatch.context() as wrong:
         wrong.setenv("MLFLOW_TRACKING_URI", NOWHERE)
-        assert f"MLflow at {NOWHERE}: no answer" in refused("train", "digits", data, runs)
+        assert f"MLflow at {NOWHERE}: no answer" in given_up("train", "digits", data, runs)
     with monkeypatch.context() as wrong:
         wrong.setenv("RAY_JOB_ADDRESS", NOWHERE)
-        assert NOWHERE in refused("train", "digits", data, runs)
-        assert NOWHERE in refused("submit", "train", "digits", data, runs)
+        assert NOWHERE in given_up("train", "digits", data, runs)
+        assert NOWHERE in given_up("submit", "train", "digits", data, runs)
     with monkeypatch.context() as wrong:
         wrong.setenv("RAY_AUTH_TOKEN", "wrong")
         assert "refuses this token" in refused("submit", "train", "digits", data, runs)

@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.store import RetryPolicy
 from pipeline.store.s3 import S3Store
-from pipeline.store.s3_client import custom_endpoint, endpoint
+from pipeline.store.s3_client import custom_endpoint, endpoint, whereabouts
 from tests.store.hostile_s3 import Answer, Request, answering, of_code
 
 QUICK = RetryPolicy(attempts=2, first_pause_seconds=0.001)
@@ -150,3 +150,19 @@ def test_settings_that_cannot_be_used_are_a_line(
     for call in (store.require_container, lambda: store.write("x", b""), lambda: store.stat("x")):
         with pytest.raises(UserError, match=words):
             call()
+
+
+def test_another_machine_is_told_where_the_service_is_without_the_files_of_this_one(
+    configured: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured("endpoint_url = http://store.example\nregion = eu-west-7\ns3 =\n  addressing_style = virtual")
+    told = whereabouts()
+    assert told == {
+        "AWS_ENDPOINT_URL_S3": "http://store.example",
+        "AWS_REGION": "eu-west-7",
+        "DDPM_S3_ADDRESSING_STYLE": "virtual",
+    }
+    configured()
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert whereabouts() == told

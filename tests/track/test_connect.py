@@ -1,6 +1,7 @@
 """An unusable tracking server is named in one line within seconds."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,8 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.track.connect import TrackingError, long_transfers, patiently, require_server, tracking_uri
+from pipeline import patience
+from pipeline.errors import Outage, UserError
+from pipeline.track.connect import (
+    TrackingError,
+    long_transfers,
+    patiently,
+    require_server,
+    server_version,
+    tracking_uri,
+)
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -90,9 +99,52 @@ def test_wrong_credentials_and_a_refused_host_are_told_apart_from_an_outage(answ
     assert "--allowed-hosts" in _refusal(answers.address)
 
 
-def test_an_unwell_server_is_refused(answers: type[_Answers]) -> None:
+def test_an_unwell_server_is_an_outage(answers: type[_Answers]) -> None:
     answers.health = 503
-    assert "503" in _refusal(answers.address)
+    with pytest.raises(Outage, match="503"):
+        require_server(answers.address)
+
+
+def test_a_server_that_is_away_at_the_start_is_waited_for(
+    answers: type[_Answers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers.health = 503
+
+    def pause(seconds: float) -> None:
+        answers.health = 200
+
+    monkeypatch.setattr(patience.time, "sleep", pause)
+    monkeypatch.setenv("DDPM_START_WAIT_SECONDS", "30")
+    assert require_server(answers.address) == answers.address
+
+
+def test_the_proxy_in_between_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://me:pw-of-mine@127.0.0.1:9")
+    monkeypatch.delenv("http_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.delenv("no_proxy", raising=False)
+    line = _refusal("http://mlflow.example")
+    assert re.search(
+        "mlflow.example: no answer through the proxy http://.*127.0.0.1:9, which NO_PROXY can", line
+    )
+    assert "pw-of-mine" not in line
+
+
+def test_certificates_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", "/no/such.pem")
+    line = _refusal("https://127.0.0.1:9")
+    assert re.search("/no/such.pem; correct MLFLOW_TRACKING_SERVER_CERT_PATH", line)
+
+
+def test_the_version_is_asked_for_with_the_password(
+    answers: type[_Answers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pw")
+    assert server_version(answers.address) == "{}"
+    assert answers.seen == "Basic bWU6cHc="
+    answers.search = 401
+    assert server_version(answers.address) == ""
 
 
 def test_another_program_on_that_port_is_refused(answers: type[_Answers]) -> None:

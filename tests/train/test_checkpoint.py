@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline import patience
 from pipeline.errors import DamageError
-from pipeline.store import ObjectInfo, Store, StoreUnreachable, open_store, patience
+from pipeline.store import ObjectInfo, Store, StoreUnreachable, open_store
 from pipeline.train.checkpoint import (
     CheckpointWriter,
     checkpoint_uri,

@@ -26,11 +26,11 @@ def data(stack: LocalStack) -> str:
 
 def test_a_lost_cluster_or_store_is_refused_in_one_line(data: str, prefix: str, tmp_path: Path) -> None:
     config = tiny(data, prefix, name="refused", track={"experiment": "tests-refused"})
-    for variables, said in [
-        ({"RAY_JOB_ADDRESS": "http://127.0.0.1:9"}, "Ray"),
-        ({"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "MLflow at http://127.0.0.1:9: no answer"),
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "key"),
-        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "127.0.0.1:9"),
+    for variables, said, code in [
+        ({"RAY_JOB_ADDRESS": "http://127.0.0.1:9"}, "Ray", 1),
+        ({"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "MLflow at http://127.0.0.1:9: no answer", 1),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "key", 2),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "127.0.0.1:9", 1),
     ]:
         settings = tmp_path / "settings.yaml"
         settings.write_text(yaml.safe_dump({"train": config.model_dump(mode="json")}))
@@ -43,8 +43,8 @@ def test_a_lost_cluster_or_store_is_refused_in_one_line(data: str, prefix: str, 
             check=False,
         )
         lines = done.stderr.strip().splitlines()
-        assert done.returncode == 2, done.stderr
-        assert lines[-1].startswith("error: "), done.stderr
+        assert done.returncode == code, done.stderr
+        assert lines[-1].startswith({1: "failed: ", 2: "error: "}[code]), done.stderr
         assert said in lines[-1]
         assert "Traceback" not in done.stderr
     assert list(open_store(config.runs).list()) == []
