@@ -117,7 +117,8 @@ def dpm_solver_pp_2m(denoise: Denoise, x: Tensor, grid: Grid, on_step: OnStep | 
         (_, s_now), (a_after, s_after) = grid.coefficients(k), grid.coefficients(k + 1)
         h = _half_log_snr(grid, k + 1) - _half_log_snr(grid, k)
         data = x0
-        if previous is not None and k + 1 < len(grid):
+        # A schedule of one step has one sigma, however many "karras" asks for: then there is nothing to extrapolate.
+        if previous is not None and previous_h > 0 and k + 1 < len(grid):
             # 1 / (2r), r = h_previous / h; zero after a level without signal, whose h is infinite.
             extrapolate = h / (2 * previous_h)
             data = (1 + extrapolate) * x0 - extrapolate * previous
@@ -244,6 +245,14 @@ def sample(
         return normal(seed, Stream.SAMPLE_NOISE, index, shape, step=k + 1)
 
     x = normal(seed, Stream.SAMPLE_NOISE, index, shape, step=0)
+    image = _sampled(denoise, x, grid, noise, sampler, on_step)
+    # A last step that takes x to the estimate by a difference ("heun") may overshoot it by rounding.
+    return image.clamp(-1, 1) if sampler.clip_x0 else image
+
+
+def _sampled(
+    denoise: Denoise, x: Tensor, grid: Grid, noise: NoiseOf, sampler: SamplerConfig, on_step: OnStep | None
+) -> Tensor:
     if sampler.kind == "ancestral":
         return ancestral(denoise, x, grid, noise, sampler.variance, on_step)
     if sampler.kind == "ddim":

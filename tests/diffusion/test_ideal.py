@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pipeline.config.diffusion import SamplerConfig
+from pipeline.config.diffusion import SamplerConfig, ScheduleConfig
 from pipeline.diffusion import NoiseSchedule, sample
 from pipeline.diffusion.grid import karras_grid
 from pipeline.diffusion.ideal import Mixture, three_blobs
@@ -68,3 +68,37 @@ def test_the_perfect_denoiser_of_one_gaussian_is_linear_regression() -> None:
     slope = math.sqrt(signal) * 0.25 / (signal * 0.25 + 0.3)
     expected = 0.3 + slope * (x - math.sqrt(signal) * 0.3)
     assert torch.allclose(one.expected_x0(x, signal), expected, atol=1e-12)
+
+
+CORNERS = Mixture(
+    weights=torch.full((4,), 0.25, dtype=torch.float64),
+    means=torch.sign(torch.randn(4, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)),
+    stds=torch.full((4,), 0.3, dtype=torch.float64),
+)
+"""Images of 4 x 4 black and white pixels, blurred beyond [-1, 1]."""
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled-linear", "cosine", "sigmoid", "linear of one step"])
+def test_a_sampler_that_clips_ends_within_the_range_of_pixels(schedule: str) -> None:
+    """Whatever its kind, steps and spacing: Heun's last difference used to overshoot by up to 0.002."""
+    kind, _, one = schedule.partition(" of ")
+    process = NoiseSchedule.from_config(
+        ScheduleConfig.model_validate({"kind": kind, "num_steps": 1 if one else 1000})
+    )
+    net = CORNERS.net(process)
+    kinds: list[dict[str, object]] = [
+        {"kind": "ancestral"},
+        {"kind": "ancestral", "variance": "fixed-large"},
+        {"kind": "ddim"},
+        {"kind": "ddim", "eta": 1.0},
+        {"kind": "dpm++2m"},
+        {"kind": "heun"},
+    ]
+    for settings, spacing, steps in itertools.product(
+        kinds, ("trailing", "leading", "karras"), (1, 2, 3, 5, 10)
+    ):
+        if spacing != "karras" and steps > process.T:
+            continue
+        sampler = SamplerConfig.model_validate({**settings, "spacing": spacing, "num_steps": steps})
+        images = sample(net, process, sampler, torch.arange(16), (1, 4, 4), seed=0)
+        assert bool((images.abs() <= 1).all()), (sampler, float(images.abs().max()))
