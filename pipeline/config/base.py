@@ -4,10 +4,15 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """A group of settings. Immutable; an unknown or ill-typed field is refused when it is read."""
+    """A group of settings. Immutable; an unknown or ill-typed field is refused when it is read, and so is a number that
+    is none, or infinite."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 

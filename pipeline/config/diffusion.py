@@ -103,12 +103,12 @@ class SamplerConfig(Settings):
 
     kind: SamplerKind = "ancestral"
     """"ancestral" is DDPM's chain; "ddim", "dpm++2m" and "heun" need far fewer steps."""
-    num_steps: Annotated[int, Field(ge=1)] = 1000
+    num_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     """Steps from noise to image. "heun" evaluates the network twice a step but the last."""
     spacing: Spacing = "trailing"
     """Which noise levels are visited. "trailing" starts at pure noise; "leading" (improved DDPM, DDIM) never
     sees it; "karras" spaces by sigma^(1/rho) and asks the network for fractional timesteps."""
-    karras_rho: Annotated[float, Field(gt=0)] = 7.0
+    karras_rho: Annotated[float, Field(gt=0, le=1000)] = 7.0
     """rho of the "karras" spacing: larger puts more steps near the image. EDM's value."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Fresh noise in "ddim": 0 is deterministic, 1 has the ancestral chain's small variance."""
@@ -116,7 +116,7 @@ class SamplerConfig(Settings):
     """Variance of an "ancestral" step. "fixed-large" is DDPM's best at 1000 steps and collapses at few."""
     clip_x0: bool = True
     """Clip every estimate of the image to [-1, 1]; right for pixels, wrong for unbounded data."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 1.0
     """w of classifier-free guidance, eps = eps_uncond + w (eps_cond - eps_uncond); 1 leaves it off."""
     guidance_interval: tuple[float, float] | None = None
     """Noise levels sigma = sqrt((1-abar)/abar), lowest and highest, between which guidance acts; None is

@@ -5,12 +5,24 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Settings
+from pipeline.config.bounds import MAX_IMAGES, MAX_IMAGES_A_SHARD, MAX_SHARDS
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.evaluate import FeatureNetworkConfig
 from pipeline.config.track import TrackConfig, filed_under
 
 ClassChoice = Literal["auto", "balanced"] | list[int | str] | dict[int | str, float] | None
-INDEX_LIMIT = 10**12  # sample keys have twelve digits
+
+
+def check_plan(first_index: int, count: int, shard_size: int, batch_size: int) -> None:
+    """ValueError unless a generation of these numbers can be planned."""
+    if first_index + count > MAX_IMAGES:
+        raise ValueError(f"first_index + count must be at most {MAX_IMAGES}; keys have twelve digits")
+    if batch_size > shard_size:
+        raise ValueError("batch_size is larger than shard_size; lower it, or raise shard_size")
+    if count > shard_size * MAX_SHARDS:
+        raise ValueError(
+            f"count needs more than {MAX_SHARDS:,} shards of shard_size {shard_size}; raise shard_size"
+        )
 
 
 class GuardConfig(Settings):
@@ -50,23 +62,20 @@ class SpecSettings(Settings):
     """The reverse process: kind, steps, guidance."""
     image_format: Literal["png", "webp", "npy"] = "png"
     """png and webp are lossless; npy is the plain array (height, width, channels) of uint8."""
-    shard_size: int = Field(default=1000, ge=1)
+    shard_size: int = Field(default=1000, ge=1, le=MAX_IMAGES_A_SHARD)
     """Images in a shard. A shard is what a failure costs, so keep one within a few minutes of work."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=MAX_IMAGES_A_SHARD)
     """Images the network sees at once. Part of the bits: a network's rounding depends on its batch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network's arithmetic; the schedule's arithmetic is always full."""
-    cpu_threads: int = Field(default=1, ge=1)
+    cpu_threads: int = Field(default=1, ge=1, le=4096)
     """Threads of a worker without GPU. Part of the bits: a sum split differently rounds differently."""
     compile: bool = False
     """Compile the network with torch.compile: faster after a minute of warm-up, but it rounds differently."""
 
     @model_validator(mode="after")
-    def _indexes_fit_their_keys(self) -> Self:
-        if self.first_index + self.count > INDEX_LIMIT:
-            raise ValueError(f"first_index + count must be at most {INDEX_LIMIT}; keys have twelve digits")
-        if self.batch_size > self.shard_size:
-            raise ValueError("batch_size is larger than shard_size; lower it, or raise shard_size")
+    def _can_be_planned(self) -> Self:
+        check_plan(self.first_index, self.count, self.shard_size, self.batch_size)
         return self
 
 

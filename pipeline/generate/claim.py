@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Literal
 
 from pipeline.config.base import Settings
+from pipeline.config.bounds import Number
 from pipeline.config.document import parse_document
 from pipeline.consensus import NoConsensus, Word, agree
 from pipeline.generate.heartbeat import new_job_id
@@ -20,9 +21,9 @@ class Claim(Settings):
 
     format: Literal[1] = 1
     """Version of the layout of a generation."""
-    round: int
+    round: Number
     """The last round the job has called; it will not go back behind it."""
-    accepted: int = 0
+    accepted: Number = 0
     """The last of its rounds in which it spoke for `spec`; 0 = in none."""
     spec: Spec | None = None
     """What it spoke for then."""

@@ -62,7 +62,7 @@ def check_complete(store: Store, spec: Spec) -> Completeness:
         entries = _check_entries(store, spec, listed, found)
         _check_pictures(store, spec, found)
     except (DamageError, ObjectMissing) as error:
-        found.add(MANIFEST_KEY, str(error))
+        found.add(MANIFEST_KEY, str(error).removeprefix(f"{store.uri}/{MANIFEST_KEY}: "))
         return found
     if num_shards(spec) <= RECORDS_READ:
         _check_records(store, spec, listed, entries, found)
@@ -112,6 +112,6 @@ def _check_records(
     for number, record in read_records(store, spec, present):
         key = shard(spec, number).done_key
         if isinstance(record, str):
-            found.add(key, record)
+            found.add(key, record.removeprefix(f"{store.uri}/{key}: "))
         elif (record.bytes, record.sha256) != (entries[number].bytes, entries[number].sha256):
             found.add(key, "is of other bytes than the manifest's entry")

@@ -12,6 +12,7 @@ from pipeline.store import Store
 
 COLUMNS = 12
 _MAX_ROWS = 24
+_LONGEST_LABEL = 40
 _MAX_SHARDS = 4
 _LOOK_AHEAD = 100_000
 
@@ -46,8 +47,11 @@ def rows_of(gallery: dict[int | None, list[Pixels]]) -> list[list[Pixels]]:
 
 
 def labels_of(gallery: dict[int | None, list[Pixels]], names: tuple[str, ...] | None) -> list[str] | None:
-    """The rows' names, or None without classes."""
-    return None if None in gallery else [class_name(label, names) for label in gallery if label is not None]
+    """The rows' names, long ones cut, or None without classes."""
+    if None in gallery:
+        return None
+    told = [class_name(label, names) for label in gallery if label is not None]
+    return [name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…" for name in told]
 
 
 def class_name(label: int, names: tuple[str, ...] | None) -> str:

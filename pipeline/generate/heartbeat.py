@@ -5,8 +5,12 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+from pydantic import Field
 
 from pipeline.config.base import Settings
+from pipeline.config.bounds import Count, Date, Name, Seconds, Sha256, Text
 from pipeline.config.document import parse_document
 from pipeline.errors import DamageError
 from pipeline.generate.board import UnderWay
@@ -23,38 +27,38 @@ STALE_AFTER_SECONDS = 60.0
 class ShardUnderWay(Settings):
     """A shard that a worker is at."""
 
-    shard: str
+    shard: Name
     """Name of the shard."""
-    worker: str
+    worker: Name
     """Host and process."""
-    seconds: float
+    seconds: Seconds
     """Time since it was begun."""
-    images: int
+    images: Count
     """Samples of it that are sampled."""
 
 
 class Heartbeat(Settings):
     """How one job at a prefix is doing."""
 
-    job: str
+    job: Name
     """Identifies the job."""
-    spec_digest: str
+    spec_digest: Sha256
     """The generation it works on."""
-    state: str
+    state: Name
     """`running`, or how the job ended, in the words of GenerationResult.status."""
-    host: str
+    host: Name
     """Where the job's driver runs."""
-    began_at: float
+    began_at: Date
     """Seconds since 1970 (UTC)."""
-    updated_at: float
+    updated_at: Date
     """Seconds since 1970 (UTC)."""
-    images_made: int
+    images_made: Count
     """Images in shards that this job has finished."""
-    images_per_second: float
+    images_per_second: Annotated[float, Field(ge=0)]
     """Mean over the job's life."""
     under_way: tuple[ShardUnderWay, ...]
     """Shards its workers are at."""
-    failed: dict[str, str]
+    failed: dict[Name, Text]
     """Shards given up or to be tried again, with the last error."""
 
     @property
@@ -73,7 +77,7 @@ def make_heartbeat(
     spec: Spec,
     state: str,
     *,
-    began_at: float,
+    began_at: Date,
     images_made: int,
     under_way: Sequence[UnderWay],
     failed: dict[str, str],

@@ -8,9 +8,12 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
+
+from pydantic import Field
 
 from pipeline.config.base import Settings
+from pipeline.config.bounds import MAX_SHARDS, Bytes, Count, Date, Key, Label, Name, Seconds, Sha256
 from pipeline.config.document import parse_document
 from pipeline.errors import DamageError
 from pipeline.generate.ledger import Harvest
@@ -23,42 +26,45 @@ _SHARDS = b'  "shards": [\n'
 _END = b"  ]\n}\n"
 
 
+Level = Annotated[float, Field(ge=0, le=255)]
+
+
 class ShardEntry(Settings):
     """One shard of a complete generation."""
 
-    key: str
+    key: Key
     """Key of the tar, relative to the prefix."""
-    first_index: int
+    first_index: Count
     """Index of its first sample."""
-    count: int
+    count: Count
     """Samples in it."""
-    bytes: int
+    bytes: Bytes
     """Size of the object."""
-    sha256: str
+    sha256: Sha256
     """Hex digest of the object."""
 
 
 class Statistics(Settings):
     """What the whole generation adds up to."""
 
-    channel_mean: tuple[float, ...]
+    channel_mean: tuple[Level, ...]
     """Mean of each channel, uint8 levels."""
-    channel_std: tuple[float, ...]
+    channel_std: tuple[Level, ...]
     """Standard deviation of each channel, uint8 levels."""
-    constant: int
+    constant: Count
     """Images of one flat colour."""
-    saturated: int
+    saturated: Count
     """Images of nothing but 0 and 255."""
-    classes: dict[int, int] | None
+    classes: dict[Label, Count] | None
     """Samples of each label; None without classes."""
 
 
 class ManifestTimes(Settings):
     """The only part of a manifest that another run of the same work would write otherwise."""
 
-    finished_at: float
+    finished_at: Date
     """Seconds since 1970 (UTC)."""
-    device_seconds: float
+    device_seconds: Seconds
     """Device time of all shards, added up."""
 
 
@@ -67,15 +73,15 @@ class Manifest(Settings):
 
     format: Literal[1] = 1
     """Version of the layout of a generation."""
-    spec_digest: str
+    spec_digest: Sha256
     """Names the generation."""
     spec: Spec
     """What determined its bits, the model's version and hash among it."""
-    count: int
+    count: Count
     """Samples, exactly."""
-    class_names: tuple[str, ...] | None
+    class_names: tuple[Name, ...] | None
     """Names of the labels."""
-    num_shards: int
+    num_shards: int = Field(ge=1, le=MAX_SHARDS)
     """Shards, listed in order of their samples under `shards` in the document; see `read_entries`."""
     statistics: Statistics
     """Sums over all images."""
@@ -154,6 +160,4 @@ def _head(file: BinaryIO, where: str) -> Manifest:
             break
         lines.append(line)
     head = b"".join(lines).rstrip(b",\n") + b"\n}"
-    return parse_document(
-        Manifest, head, where, "a manifest; delete it and generate again, what is done is kept"
-    )
+    return parse_document(Manifest, head, where, "a manifest; generate again, what is done is kept")

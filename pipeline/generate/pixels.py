@@ -1,13 +1,15 @@
 """Sample images as bytes and as numbers: lossless encodings, and exact sums that add up over any split."""
 
 import io
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from pydantic import Field, model_validator
 
 from pipeline.config.base import Settings
+from pipeline.config.bounds import Count, Exact
 from pipeline.data.images import open_image
 from pipeline.data.npy import decode_npy, encode_npy
 from pipeline.errors import DamageError
@@ -19,18 +21,24 @@ Pixels = npt.NDArray[np.uint8]
 class Tally(Settings):
     """What a set of images adds up to. All integers, so sums are exact and order never matters."""
 
-    images: int = 0
+    images: Count = 0
     """Number of images."""
-    values: int = 0
+    values: Exact = 0
     """Values in each channel over all images: images times height times width."""
-    sums: tuple[int, ...] = ()
+    sums: tuple[Exact, ...] = Field(default=(), max_length=4096)
     """Sum of the uint8 values of each channel."""
-    squares: tuple[int, ...] = ()
+    squares: tuple[Exact, ...] = Field(default=(), max_length=4096)
     """Sum of the squared uint8 values of each channel."""
-    constant: int = 0
+    constant: Count = 0
     """Images in which every channel has one value throughout."""
-    saturated: int = 0
+    saturated: Count = 0
     """Images that hold nothing but 0 and 255."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.values < self.images or len(self.sums) != len(self.squares):
+            raise ValueError("values, sums and squares do not belong to the same images")
+        return self
 
     def __add__(self, other: "Tally") -> "Tally":
         if not self.images or not other.images:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.config.generate import INDEX_LIMIT
+from pipeline.config.bounds import MAX_IMAGES, MAX_SHARDS
 from pipeline.diffusion.noise import Stream, uniform
 from pipeline.generate.spec import Spec
 
@@ -91,7 +91,7 @@ def end_of(spec: Spec, name: str) -> int | None:
         return None
     tail = name.partition("-")[2]
     count = number * spec.shard_size + (int(tail) if tail else spec.shard_size)
-    if not number * spec.shard_size < count or spec.first_index + count > INDEX_LIMIT:
+    if number >= MAX_SHARDS or not number * spec.shard_size < count <= MAX_IMAGES - spec.first_index:
         return None
     return count if shard(spec.model_copy(update={"count": count}), number).name == name else None
 

@@ -2,9 +2,8 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
-
 from pipeline.config.base import Settings
+from pipeline.config.bounds import Bytes, Count, Date, Key, Label, Name, Number, Seconds, Sha256, Text
 from pipeline.config.document import parse_document
 from pipeline.errors import DamageError
 from pipeline.generate.pixels import Tally
@@ -16,19 +15,19 @@ from pipeline.store import Store
 class Times(Settings):
     """How a shard came to be. The only part of a record that another run of the same work would write otherwise."""
 
-    finished_at: float
+    finished_at: Date
     """Seconds since 1970 (UTC) at which the record was written."""
-    seconds: float
+    seconds: Seconds
     """Time the device spent on the shard."""
-    upload_seconds: float
+    upload_seconds: Seconds
     """Time from the last sample to the stored object: encoding that had not finished, packing, upload."""
-    attempt: int
+    attempt: Number
     """1 for a shard that was finished at the first try."""
-    worker: str
+    worker: Name
     """Host and process that made it."""
-    micro_batch: int
+    micro_batch: Number
     """Samples the network saw at once; less than the spec's batch size after the device ran out of memory."""
-    software: str
+    software: Text
     """Versions of what rounds and encodes: torch, Pillow, numpy, and the CPU's or GPU's kind."""
 
 
@@ -37,21 +36,21 @@ class DoneRecord(Settings):
 
     format: Literal[1] = 1
     """Version of the layout of a generation."""
-    spec_digest: str
+    spec_digest: Sha256
     """The generation it belongs to."""
-    key: str
+    key: Key
     """Key of the shard."""
-    first_index: int
+    first_index: Count
     """Index of its first sample."""
-    count: int
+    count: Count
     """Samples in it."""
-    bytes: int
+    bytes: Bytes
     """Size of the object."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256
     """Hex digest of the object."""
     tally: Tally
     """What its images add up to."""
-    classes: dict[int, int] | None
+    classes: dict[Label, Count] | None
     """Samples of each label; None without classes."""
     features: dict[str, Any] | None = None
     """Sums of the evaluation network's features; None while nobody has computed them."""
@@ -75,3 +74,11 @@ def check_record(record: DoneRecord, spec: Spec, unit: Shard, where: str) -> Non
     for name, wanted, got in zip(names, expected, found, strict=True):
         if wanted != got:
             raise DamageError(f"{where}: {name} is {got}, but the plan says {wanted}")
+    values = unit.count * spec.size**2
+    tally, classes = record.tally, record.classes
+    if (tally.images, tally.values, len(tally.sums)) != (unit.count, values, spec.channels):
+        raise DamageError(f"{where}: tally is not that of {unit.count} images of this size")
+    if (classes is None) != (spec.classes is None) or sum(
+        (classes or {0: unit.count}).values()
+    ) != unit.count:
+        raise DamageError(f"{where}: classes do not add up to {unit.count}")

@@ -2,12 +2,24 @@
 
 import hashlib
 import json
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import Field, model_validator
 
 from pipeline.config.base import Settings
+from pipeline.config.bounds import (
+    MAX_CLASSES,
+    MAX_IMAGES,
+    MAX_IMAGES_A_SHARD,
+    Count,
+    Label,
+    Name,
+    Number,
+    Sha256,
+)
 from pipeline.config.diffusion import SamplerConfig, check_together
 from pipeline.config.document import parse_document
-from pipeline.config.generate import ClassChoice, SpecSettings
+from pipeline.config.generate import ClassChoice, SpecSettings, check_plan
 from pipeline.errors import UserError
 from pipeline.nets.artifact import ModelCard
 from pipeline.store import ObjectMissing, Store
@@ -19,25 +31,31 @@ CLAIM_PREFIX = "claims/"
 class ModelIdentity(Settings):
     """The network of a generation, pinned."""
 
-    name: str
+    name: Name
     """Registered name; `local` for a folder."""
-    version: int | None
+    version: Number | None
     """Registered version; None for a folder."""
-    sha256: str
+    sha256: Sha256
     """Hex digest of the weights file."""
-    weights: str
+    weights: Name
     """Kind of weights, such as `ema`."""
-    process: str
+    process: Sha256
     """Digest of the card's network, schedule, objective and image shape: how the weights are used."""
 
 
 class ClassPlan(Settings):
     """Which class each sample has; see `pipeline.generate.plan.classes_of`."""
 
-    labels: tuple[int, ...]
+    labels: tuple[Label, ...] = Field(min_length=1, max_length=MAX_CLASSES)
     """The labels that occur, in order."""
-    weights: tuple[float, ...] | None
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None
     """Relative frequency of each label, drawn by (seed, index); None = the labels in turn."""
+
+    @model_validator(mode="after")
+    def _one_weight_a_label(self) -> Self:
+        if self.weights is not None and (len(self.weights) != len(self.labels) or sum(self.weights) <= 0):
+            raise ValueError("weights must be one for each of labels, and not all zero")
+        return self
 
 
 class Spec(Settings):
@@ -47,34 +65,39 @@ class Spec(Settings):
     """Version of the layout of a generation."""
     model: ModelIdentity
     """The network."""
-    channels: int
+    channels: int = Field(ge=1, le=4096)
     """Channels of an image."""
-    size: int
+    size: int = Field(ge=1, le=8192)
     """Height and width of an image, pixels."""
     sampler: SamplerConfig
     """The reverse process."""
     classes: ClassPlan | None
     """Classes of the samples; None = the network is given none."""
-    seed: int
+    seed: int = Field(ge=0, lt=2**63)
     """Names the noise."""
-    first_index: int
+    first_index: Count
     """Index of the first sample."""
-    count: int
+    count: int = Field(ge=1, le=MAX_IMAGES)
     """Samples asked for so far. The only field that is not part of the digest, for it may be raised."""
     image_format: Literal["png", "webp", "npy"]
     """Encoding of a sample."""
-    shard_size: int
+    shard_size: int = Field(ge=1, le=MAX_IMAGES_A_SHARD)
     """Samples in a full shard."""
-    batch_size: int
+    batch_size: int = Field(ge=1, le=MAX_IMAGES_A_SHARD)
     """Samples the network sees at once."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """Precision of the network's arithmetic."""
     device: Literal["cpu", "cuda"]
     """Kind of device: the same network rounds differently on another."""
-    cpu_threads: int | None
+    cpu_threads: Annotated[int, Field(ge=1, le=4096)] | None
     """Threads of a worker on the CPU; None on a GPU, where they change nothing."""
     compile: bool
     """Whether the network is compiled."""
+
+    @model_validator(mode="after")
+    def _can_be_planned(self) -> Self:
+        check_plan(self.first_index, self.count, self.shard_size, self.batch_size)
+        return self
 
     @property
     def digest(self) -> str:

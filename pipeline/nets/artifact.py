@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pipeline.config.base import Settings
+from pipeline.config.bounds import MAX_CLASSES, Name
 from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig
 from pipeline.config.document import first_fault
 from pipeline.config.net import UNetConfig
@@ -95,7 +96,7 @@ class ModelCard(Settings):
     image: ImageShape
     """The images it makes."""
 
-    class_names: tuple[str, ...] | None = None
+    class_names: Annotated[tuple[Name, ...], Field(max_length=MAX_CLASSES)] | None = None
     """Names of the classes by label; None for a network without classes, or with nameless ones."""
 
     data: TrainingData = TrainingData()

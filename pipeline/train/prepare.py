@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pipeline.config.bounds import checked_name
 from pipeline.config.diffusion import check_together
 from pipeline.config.train import TrainConfig
 from pipeline.data import Index, load_index
@@ -80,6 +81,11 @@ def _check_images(config: TrainConfig, index: Index) -> None:
 
 
 def _check_classes(config: TrainConfig, index: Index) -> None:
+    for name in index.class_names or ():
+        try:
+            checked_name(name)  # else the card of the trained model could not hold it
+        except ValueError as error:
+            raise UserError(f"{config.data.uri}: class name {name[:40]!a} {error} and pack again") from None
     wanted, there = config.net.num_classes, index.num_classes
     if wanted is not None and there is None:
         raise UserError(f"train.net.num_classes: {wanted}, but {config.data.uri} has no labels; leave it out")

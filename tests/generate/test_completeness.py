@@ -1,6 +1,7 @@
 """A manifest is believed only as far as the prefix bears it out."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +63,10 @@ FAULTS: dict[str, tuple[Callable[[Store], object], str]] = {
     "manifest torn": (tear("manifest.json"), "manifest.json: "),
     "manifest empty": (lambda store: store.write("manifest.json", b""), "manifest.json: "),
     "manifest of another digest": (
-        edit_line(b'"spec_digest": "', b'"spec_digest": "0'),
+        lambda store: store.write(
+            "manifest.json",
+            re.sub(rb'("spec_digest": )"\w+"', rb'\1"' + b"0" * 64 + b'"', store.read("manifest.json")),
+        ),
         "manifest.json: is that of another generation",
     ),
     "manifest of another seed": (

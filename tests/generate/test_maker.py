@@ -193,7 +193,7 @@ def test_the_object_is_written_before_its_record_and_the_manifest_last(
         "done/000000.json",
         "shards/000001.tar",
         "done/000001.json",
-        "contact-sheet.png",
         "report.html",
+        "contact-sheet.png",
         "manifest.json",
     ]

@@ -1,0 +1,51 @@
+"""Bounded types of stored documents: what anybody may have written is refused by name before it is reckoned with."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+MAX_IMAGES = 10**12
+"""Images of a generation: their keys have twelve digits."""
+MAX_SHARDS = 10_000_000
+"""Shards of a generation: a job keeps a few bytes of each in memory."""
+MAX_IMAGES_A_SHARD = 1_000_000
+MAX_CLASSES = 1_000_000
+_MAX_NAME = 256
+
+
+def checked_name(text: str) -> str:
+    """`text`, if it can be shown on one line. Raises ValueError saying what is wrong with it."""
+    if not 1 <= len(text) <= _MAX_NAME:
+        raise ValueError(f"is not of 1 to {_MAX_NAME} characters; rename it")
+    return checked_line(text)
+
+
+def checked_line(text: str) -> str:
+    """`text`, if it holds no control characters and no surrogates. Raises ValueError."""
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" for c in text):
+        raise ValueError("holds a line break or another control character; rename it")
+    if any(0xD800 <= ord(c) < 0xE000 for c in text):
+        raise ValueError("holds a surrogate, which is no character; rename it")
+    return text
+
+
+Name = Annotated[str, AfterValidator(checked_name)]
+"""A name that people read: of a class, a model, a host."""
+Text = Annotated[str, Field(max_length=10_000)]
+"""Something said, such as an error."""
+Key = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(checked_line)]
+"""Key of an object."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Label = Annotated[int, Field(ge=0, le=MAX_CLASSES)]
+Count = Annotated[int, Field(ge=0, le=MAX_IMAGES)]
+"""Number of images, or index of one."""
+Bytes = Annotated[int, Field(ge=0, le=2**50)]
+"""Size of an object."""
+Exact = Annotated[int, Field(ge=0, le=2**100)]
+"""A sum over all values of all images."""
+Date = Annotated[float, Field(ge=0, le=253_402_300_799)]
+"""Seconds since 1970 (UTC), up to the year 9999."""
+Seconds = Annotated[float, Field(ge=0, le=1e15)]
+"""A duration."""
+Number = Annotated[int, Field(ge=0, le=2**31)]
+"""A count of anything small."""
