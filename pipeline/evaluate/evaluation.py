@@ -1,6 +1,8 @@
 """An evaluation: figures, and everything that must be equal before two of them may be compared."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from pipeline.config.base import Settings
 from pipeline.config.document import parse_document
@@ -11,15 +13,15 @@ from pipeline.evaluate.figures import Figure
 class Terms(Settings):
     """What figures depend on besides the samples' quality."""
 
-    count: int
+    count: int = Field(ge=0, lt=2**53)
     """Samples."""
-    reference_digest: str
+    reference_digest: str = Field(max_length=128)
     """Digest of the reference data set."""
-    reference_count: int
+    reference_count: int = Field(ge=0, lt=2**53)
     """Its images."""
-    network: str
+    network: str = Field(max_length=128)
     """Identity of the feature network."""
-    settings: str
+    settings: str = Field(max_length=128)
     """Digest of the settings that change figures."""
 
 
@@ -28,25 +30,25 @@ class Evaluation(Settings):
 
     format: Literal[1] = 1
     """Version of this document's layout."""
-    subject: str
+    subject: str = Field(max_length=2048)
     """What was evaluated, such as a generation's prefix."""
-    model: str | None
+    model: str | None = Field(max_length=512)
     """`name/version` of the model that made the samples; None when it is not known."""
-    model_sha256: str | None
+    model_sha256: str | None = Field(max_length=128)
     """Of its weights."""
-    spec_digest: str | None
+    spec_digest: str | None = Field(max_length=128)
     """Of the generation; None when the samples are no generation's."""
-    sampler: str | None
+    sampler: str | None = Field(max_length=512)
     """Kind, steps and guidance, for people."""
-    reference: str
+    reference: str = Field(max_length=4096)
     """URI of the reference data set."""
-    network_label: str
+    network_label: str = Field(max_length=512)
     """The feature network, for people."""
     terms: Terms
     """What must be equal in evaluations that are compared."""
-    metrics: dict[str, Figure]
+    metrics: dict[Annotated[str, Field(max_length=128)], Figure] = Field(max_length=128)
     """Figures by name."""
-    made_at: float
+    made_at: float = Field(ge=0, lt=1e11)
     """Seconds since 1970 (UTC)."""
 
     def __getitem__(self, name: str) -> float:

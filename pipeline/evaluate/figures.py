@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from pipeline.config.base import Settings
 from pipeline.config.evaluate import EvaluateConfig
@@ -29,9 +30,9 @@ class Figure(Settings):
 
     value: float
     """The number itself."""
-    n: int
+    n: int = Field(ge=0, lt=2**53)
     """Samples it was computed from."""
-    n_reference: int
+    n_reference: int = Field(ge=0, lt=2**53)
     """Reference images it was computed from; 0 where none were."""
 
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import math
+import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,19 @@ from pipeline.evaluate.networks import FeatureNetwork
 
 THUMB_EDGE = 32
 _ALWAYS = ("vectors", "thumbs", "prints")
-_ARRAYS = ("vectors", "logits", "labels", "thumbs", "prints")
+_KINDS: dict[str, tuple[type[np.generic], int]] = {
+    "vectors": (np.float32, 2),
+    "logits": (np.float32, 2),
+    "labels": (np.int64, 1),
+    "thumbs": (np.uint8, 2),
+    "prints": (np.uint64, 1),
+}
+_ARRAYS = tuple(_KINDS)
+_MOST_CHARACTERS = 256
+_HEADERS: dict[tuple[int, int], Callable[[Any], tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 Picture = tuple[npt.NDArray[np.uint8], int | None]
 """Pixels (H, W, C) and label."""
 
@@ -39,6 +53,8 @@ class Measured:
     """(N, P): pixels, in images scaled to an edge of at most 32."""
     prints: npt.NDArray[np.uint64]
     """(N,): fingerprints of all pixels; equal images have equal ones."""
+    data: str = ""
+    """Digest of the data set that these images are, all of it; empty where they are no whole data set."""
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -53,19 +69,78 @@ class Measured:
         """As an .npz file without pickle."""
         arrays = {name: array for name in _ARRAYS if (array := getattr(self, name)) is not None}
         buffer = io.BytesIO()
-        np.savez(buffer, network=np.array(self.network), **arrays)
+        np.savez(buffer, network=np.array(self.network), data=np.array(self.data), **arrays)
         return buffer.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Measured":
-        """Back from `to_bytes`. DamageError naming `where`."""
+        """Back from `to_bytes`; takes a small multiple of the memory of `data`. DamageError naming `where`."""
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                found: dict[str, Any] = {name: file[name] for name in file.files}
-            optional: dict[str, Any] = {name: found.get(name) for name in ("logits", "labels")}
-            return cls(str(found["network"]), **{name: found[name] for name in _ALWAYS}, **optional)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            with zipfile.ZipFile(io.BytesIO(data)) as file:
+                found = {name: _array(file, f"{name}.npy") for name in _names(file)}
+            return cls(
+                network=_text(found.pop("network")),
+                data=_text(found.pop("data", np.array(""))),
+                **_checked(found),
+            )
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            RuntimeError,
+            struct.error,
+            zipfile.BadZipFile,
+        ) as error:
             raise DamageError(f"{where}: not a set of features ({' '.join(str(error).split())})") from None
+
+
+def _names(file: zipfile.ZipFile) -> list[str]:
+    """The arrays of an .npz file, of which all must be known. ValueError for others."""
+    names = [info.filename.removesuffix(".npy") for info in file.infolist()]
+    if not set(names) <= {"network", "data", *_ARRAYS} or len(set(names)) < len(names):
+        raise ValueError(f"it holds {', '.join(sorted(names)[:9])}")
+    return names
+
+
+def _array(file: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
+    """An array as it lies in the file: uncompressed, plain numbers or text, as large as its header says. ValueError."""
+    info = file.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    with file.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in _HEADERS:
+            raise ValueError(f"{name} is of npy version {version}")
+        shape, fortran, dtype = _HEADERS[version](member)
+        values = member.read()  # to its end, where its checksum is compared
+    if (
+        dtype.hasobject
+        or fortran
+        or min(shape, default=0) < 0
+        or len(values) != math.prod(shape) * dtype.itemsize
+    ):
+        raise ValueError(f"{name} is no plain array of {len(values)} bytes")
+    return np.frombuffer(values, dtype).reshape(shape).copy()
+
+
+def _text(array: npt.NDArray[Any]) -> str:
+    text = str(array[()]) if array.shape == () and array.dtype.kind == "U" else None
+    if text is None or len(text) > _MOST_CHARACTERS:
+        raise ValueError("its network or data has no name")
+    return text
+
+
+def _checked(found: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """All arrays of a set, once their kinds and shapes fit together. ValueError, KeyError."""
+    rows = len(found["vectors"]) if found["vectors"].ndim else 0
+    for name, array in found.items():
+        kind, edges = _KINDS[name]
+        if array.dtype != kind or array.ndim != edges or len(array) != rows:
+            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, beside {rows} vectors")
+    if not np.isfinite(found["vectors"]).all():
+        raise ValueError("vectors holds a value that is not finite")
+    return {name: found[name] if name in _ALWAYS else found.get(name) for name in _ARRAYS}
 
 
 def measure(network: FeatureNetwork, pictures: Iterable[Picture], batch_size: int) -> Measured:

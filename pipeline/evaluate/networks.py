@@ -24,6 +24,8 @@ from pipeline.store import ObjectMissing, Store, open_store
 
 CARD_KEY = "classifier.json"
 WEIGHTS_KEY = "classifier.safetensors"
+_MOST_CARD_BYTES = 2**16
+_MOST_NETWORK_BYTES = 2**31
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -46,6 +48,11 @@ class FeatureNetwork(Protocol):
         ...
 
     @property
+    def digest(self) -> str:
+        """Hex digest of all that makes its features: what is trusted, where a network is not pinned by its hash."""
+        ...
+
+    @property
     def label(self) -> str:
         """Its name for people."""
         ...
@@ -60,28 +67,33 @@ class ClassifierCard(Settings):
 
     format: Literal[1] = 1
     """Version of this file's layout."""
-    image_channels: int
+    image_channels: int = Field(ge=1, le=64)
     """Channels of the images."""
-    image_size: int
+    image_size: int = Field(ge=1, le=2**14)
     """Height and width of the images, pixels."""
-    num_classes: int
+    num_classes: int = Field(ge=1, le=2**20)
     """Classes it tells apart."""
-    channels: int
+    channels: int = Field(ge=8, le=2**12, multiple_of=8)
     """Channels of its first convolutions."""
-    num_features: int
+    num_features: int = Field(ge=1, le=2**16)
     """Length of a feature vector."""
-    sha256: str
+    sha256: str = Field(pattern=r"^([0-9a-f]{64})?$")
     """Hex digest of `classifier.safetensors`."""
-    data_digest: str
+    data_digest: str = Field(max_length=128)
     """Digest of the data set it was trained on."""
-    num_train: int
+    num_train: int = Field(ge=0, lt=2**53)
     """Samples it was trained on."""
-    num_held_out: int
+    num_held_out: int = Field(ge=0, lt=2**53)
     """Samples it was not trained on."""
     held_out_accuracy: float = Field(ge=0, le=1)
     """Share of those that it labels right."""
-    seed: int
+    seed: int = Field(ge=0, lt=2**63)
     """Names the split and the training."""
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the whole card, and so of the weights, which it names."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,11 @@ class TrainedClassifier:
     def identity(self) -> str:
         """The weights' sha256."""
         return self.card.sha256
+
+    @property
+    def digest(self) -> str:
+        """The card's."""
+        return self.card.digest
 
     @property
     def label(self) -> str:
@@ -127,6 +144,11 @@ class ScriptedNetwork:
         """Digest of the file's sha256 and of how images are given to it."""
         treatment = f"{self.sha256}/{self.config.input}/{self.config.size}/{self.config.rgb}"
         return hashlib.sha256(treatment.encode()).hexdigest()
+
+    @property
+    def digest(self) -> str:
+        """The same as its identity."""
+        return self.identity
 
     @property
     def label(self) -> str:
@@ -187,7 +209,7 @@ def open_network(config: FeatureNetworkConfig, reference: str) -> FeatureNetwork
         raise UserError(
             f"network.sha256: required for {name}, for a TorchScript file holds code; give the digest you trust"
         )
-    data = _read(store, name, uri)
+    data = _read(store, name, uri, _MOST_NETWORK_BYTES)
     if hashlib.sha256(data).hexdigest() != config.sha256:
         raise DamageError(f"{uri}: its sha256 is {hashlib.sha256(data).hexdigest()}, not {config.sha256}")
     try:
@@ -206,25 +228,32 @@ def is_there(config: FeatureNetworkConfig) -> bool:
 
 def load_classifier(store: Store, uri: str, sha256: str | None = None) -> TrainedClassifier:
     """The classifier whose card is in `store`; `sha256`, if given, is what its weights must have."""
-    card = parse_document(ClassifierCard, _read(store, CARD_KEY, uri), uri, "a classifier's card")
-    data = _read(store, WEIGHTS_KEY, uri)
+    data = _read(store, CARD_KEY, uri, _MOST_CARD_BYTES)
+    card = parse_document(ClassifierCard, data, uri, "a classifier's card")
+    data = _read(store, WEIGHTS_KEY, uri, _MOST_NETWORK_BYTES)
     found = hashlib.sha256(data).hexdigest()
     if found != card.sha256 or sha256 not in (None, found):
         raise DamageError(f"{store.uri}/{WEIGHTS_KEY}: its sha256 is {found}, not {sha256 or card.sha256}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.device(
+        "meta"
+    ):  # takes no memory: whatever the card says, there is no more than the weights' file holds
         net = Classifier(
             card.image_channels, card.image_size, card.num_classes, card.channels, card.num_features, 0.0
         )
     try:
-        net.load_state_dict(load_tensors(data))
+        net.load_state_dict(load_tensors(data), assign=True)
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DamageError(f"{uri}: the weights do not fit the card: {reason}") from None
-    return TrainedClassifier(net.eval().requires_grad_(False), card)
+    return TrainedClassifier(net.float().eval().requires_grad_(False), card)
 
 
-def _read(store: Store, key: str, uri: str) -> bytes:
+def _read(store: Store, key: str, uri: str, most_bytes: int) -> bytes:
+    """An object of a feature network. UserError when it is missing, DamageError for more bytes than such a one has."""
     try:
+        found = store.stat(key)
+        if found is not None and found.size_bytes > most_bytes:
+            raise DamageError(f"{store.uri}/{key}: has {found.size_bytes} bytes, more than {most_bytes}")
         return store.read(key)
     except ObjectMissing:
         raise UserError(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.config.base import Settings
 from pipeline.config.evaluate import FeatureNetworkConfig
@@ -18,20 +18,17 @@ from pipeline.evaluate.networks import (
     features_folder,
     open_network,
 )
-from pipeline.evaluate.sums import Sums, sums_of
-
-MOST_FEATURES = 256
-"""Longest feature vector whose sums fit a done-record: 256 take half a megabyte."""
+from pipeline.evaluate.sums import MOST_FEATURES, Sums, sums_of
 
 
 class FeatureRecord(Settings):
     """What a shard's samples add up to under a feature network. Exact, so shards add up in any order."""
 
-    network: str
+    network: str = Field(max_length=128)
     """Identity of the network."""
-    sums: str
+    sums: str = Field(max_length=2**21)
     """`Sums` of the feature vectors, as text."""
-    right: int | None
+    right: int | None = Field(ge=0, lt=2**53)
     """Samples that the network labels as asked; None without classes."""
 
 
@@ -70,13 +67,20 @@ class FeatureTally:
 
 
 def add_records(records: Iterable[FeatureRecord]) -> FeatureRecord:
-    """Several records as one, none kept longer than it takes to add it. ValueError for none, or unequal networks."""
+    """Several records as one, none kept longer than it takes to add it. ValueError for none, or unequal networks;
+    DamageError for records of one network whose sums cannot be added up.
+    """
     network, total, right = None, None, 0
     for part in records:
         if network not in (None, part.network):
             raise ValueError("records must be of one feature network")
         sums = Sums.from_text(part.sums)
-        network, total = part.network, sums if total is None else total + sums
+        try:
+            network, total = part.network, sums if total is None else total + sums
+        except ValueError as error:
+            raise DamageError(
+                f"feature sums: cannot be added up ({error}); evaluate without records_only"
+            ) from None
         right = None if right is None or part.right is None else right + part.right
     if network is None or total is None:
         raise ValueError("records must hold at least one")

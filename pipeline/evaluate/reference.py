@@ -1,6 +1,8 @@
 """Measured data sets: once for each digest and feature network, kept beside the index."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -10,10 +12,12 @@ from torch import Tensor
 from pipeline.config.evaluate import FeatureNetworkConfig
 from pipeline.data import Index, read_forward
 from pipeline.data.location import Location
+from pipeline.errors import DamageError
 from pipeline.evaluate.measured import Measured, Picture, join, measure
 from pipeline.evaluate.networks import FeatureNetwork, features_folder, open_network
 from pipeline.store import ObjectMissing, Store, open_store
 
+_log = logging.getLogger(__name__)
 OnShard = Callable[[int, int], None]
 ShardWork = Callable[[int], bytes]
 """Number of a shard to its measured images, as `Measured.to_bytes`."""
@@ -54,7 +58,7 @@ def reference(
     network = open_network(config, data_root(index.uri))
     store = open_store(features_folder(data_root(index.uri)))
     key = reference_key(index, network)
-    kept = _kept(store, key)
+    kept = _kept(store, key, index, network)
     if kept is not None:
         return kept
     work = DatasetShard(index, config, batch_size)
@@ -63,7 +67,7 @@ def reference(
     for number, data in enumerate(pool(work, range(total))):
         parts.append(Measured.from_bytes(data, index.shards[number].name))
         on_shard(number + 1, total)
-    whole = join(parts)
+    whole = replace(join(parts), data=index.digest)
     store.write(key, whole.to_bytes())
     return whole
 
@@ -100,8 +104,19 @@ def load_images(index: Index, on_image: OnShard = lambda done, total: None) -> t
     return torch.from_numpy(np.ascontiguousarray(np.stack(pixels))), torch.tensor(labels)
 
 
-def _kept(store: Store, key: str) -> Measured | None:
+def _kept(store: Store, key: str, index: Index, network: FeatureNetwork) -> Measured | None:
+    """The data set as it was measured before, or None, with a line where what is kept is not that."""
     try:
-        return Measured.from_bytes(store.read(key), f"{store.uri}/{key}")
+        found = Measured.from_bytes(store.read(key), f"{store.uri}/{key}")
     except ObjectMissing:
         return None
+    except DamageError as error:
+        _log.warning("%s: the reference is measured anew", error)
+        return None
+    told = (found.network, found.data or index.digest, len(found))  # older ones hold no digest of their data
+    if told != (network.identity, index.digest, index.num_samples):
+        _log.warning(
+            "%s/%s: is of another data set or network: the reference is measured anew", store.uri, key
+        )
+        return None
+    return found

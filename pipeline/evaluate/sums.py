@@ -22,6 +22,9 @@ _LIMB = 2**18
 _LARGEST = 2.0**13  # of a value; two limbs hold twice as much
 _CHUNK = 2**16
 MOST_VECTORS = 2**26  # int64 holds the sum of so many products of limbs
+MOST_FEATURES = 256
+"""Longest feature vector whose sums fit a done-record: 256 take half a megabyte."""
+_MOST_BYTES = 8 * (2 + MOST_FEATURES + 3 * MOST_FEATURES * (MOST_FEATURES + 1) // 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +77,14 @@ class Sums:
 
     @classmethod
     def from_text(cls, text: str) -> "Sums":
-        """Back from `to_text`. DamageError for anything else."""
+        """Back from `to_text` of at most MOST_FEATURES features. DamageError for anything else."""
         try:
-            values = np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), "<i8")
+            unpacking = zlib.decompressobj()
+            data = unpacking.decompress(base64.b64decode(text, validate=True), _MOST_BYTES + 1)
+            values = np.frombuffer(data, "<i8")
             size = int(values[1])
+            if not unpacking.eof or not (0 < size <= MOST_FEATURES and 0 < values[0] <= MOST_VECTORS):
+                raise ValueError("its numbers are out of bounds")
             triangle = size * (size + 1) // 2
             if len(values) != 2 + size + 3 * triangle:
                 raise ValueError("its length does not fit its head")

@@ -1,15 +1,17 @@
 """`ddpm features train`: from a labelled data set to a classifier beside its index."""
 
+import logging
 from collections.abc import Callable
 
 from pipeline.config.evaluate import FeaturesConfig
 from pipeline.data import load_index
-from pipeline.errors import UserError
+from pipeline.errors import DamageError, UserError
 from pipeline.evaluate.classifier import accuracy, split_rows, train_classifier
 from pipeline.evaluate.networks import ClassifierCard, features_folder, load_classifier, save_classifier
 from pipeline.evaluate.reference import data_root, load_images
-from pipeline.store import ObjectMissing, open_store
+from pipeline.store import open_store
 
+_log = logging.getLogger(__name__)
 _MOST_BYTES = 2_000_000_000
 
 
@@ -32,7 +34,10 @@ def train_features(
     store = open_store(folder)
     try:
         there = load_classifier(store, folder).card
-    except (ObjectMissing, UserError):
+    except UserError:  # there is none
+        there = None
+    except DamageError as error:
+        _log.warning("%s: a classifier is trained anew", error)
         there = None
     if there is not None and (there.data_digest, there.seed) == (index.digest, config.seed):
         return folder, there, False
