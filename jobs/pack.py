@@ -50,7 +50,15 @@ def _spread(config: PackConfig, num_pictures: int) -> Generator[Spread]:
 def _say(report: PackReport, dest: str) -> None:
     done = "already packed" if report.already_complete else "packed"
     print(f"{done}: {report.num_samples} images in {report.num_shards} shards at {dest}")
-    for kind, names in (("unreadable", report.unreadable), ("duplicate", report.duplicates)):
+    for note in report.notes:
+        print(f"note     {note}")
+    if report.left_out:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in list(report.left_out.items())[:20])
+        print(f"left out {report.other_files} files that are no pictures: {kinds}")
+    for kind, names in (
+        ("unreadable or small, left out", report.unreadable),
+        ("duplicate", report.duplicates),
+    ):
         if names:
             print(f"{len(names)} {kind}: see {dest}/pack-report.json")
 

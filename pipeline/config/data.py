@@ -15,9 +15,27 @@ class PackConfig(Settings):
     """How pictures become shards."""
 
     source: str
-    """Where the pictures are: `digits` (scikit-learn's 8x8 digits), or the path of a folder (with a
-    sub-folder for each class, or none), of a zip or tar of such a folder, or of a parquet file or folder
-    of parquet files in the Hugging Face image layout."""
+    """Where the pictures are: `digits` (scikit-learn's 8x8 digits), or the path of a folder, a zip, a tar
+    (also compressed), a parquet file, or a folder or pattern (`train-{00..09}.tar`, `*.parquet`) of such. docs/data.md
+    has a table of layouts."""
+
+    labels: Literal["auto", "folder", "none"] = "auto"
+    """auto: the class of a picture stands in a file or column (dataset.json, metadata.csv, .cls, .json, parquet), or
+    else is its class folder. folder: the first folder is the class, whatever its name. none: no classes."""
+
+    label_column: Annotated[str, Field(min_length=1)] | None = None
+    """Column of parquet or metadata.csv, or field of json (nested ones with dots), that holds the class. None takes
+    `label`, or the only one that is named as classes usually are."""
+
+    image_column: Annotated[str, Field(min_length=1)] | None = None
+    """Column of parquet that holds the picture; where samples of a tar or folder have several pictures, the extension
+    of the one to pack (`input.jpg`), or `all` to make each a sample."""
+
+    split: Annotated[str, Field(min_length=1)] | None = None
+    """Which of the splits (`train`, `validation`, `test`) of a source that has several to pack, or `all`."""
+
+    image_root: str | None = None
+    """Folder of the pictures that parquet names by path. None: the parquet's own folder."""
 
     dest: str
     """URI of the data set to make; shards go to `<dest>/shards/`, the index beside them."""
@@ -25,6 +43,10 @@ class PackConfig(Settings):
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Edge in pixels: the shorter side is scaled to it with anti-aliasing and the middle square is kept.
     None keeps pictures as they are, which then must all have one size."""
+
+    on_small: Literal["enlarge", "skip", "fail"] = "enlarge"
+    """What becomes of pictures smaller than image_size. enlarge: they are scaled up and counted. skip: they are left
+    out and listed in pack-report.json. fail: they end the job before anything is written."""
 
     channels: Literal[1, 3] = 3
     """1 stores grey, 3 stores red, green, blue."""

@@ -1,179 +1,194 @@
-"""Pictures in one big file that has no cheap random access of its own: tars and parquet."""
+"""Tars as sources: read where they lie when they are plain, unpacked to a temporary file when compressed."""
 
 from __future__ import annotations
 
-import json
+import bz2
+import errno
+import gzip
+import lzma
 import os
+import posixpath
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, cast
 
-from pipeline.data.shards import plain_stream, split_name
-from pipeline.data.sources import PICTURES, Item, Source, classed, common_folder, pictures
-from pipeline.data.tar import read_members
+from pipeline.data.files import MAX_FILE_BYTES, FileName, Files, clean_name, is_counted_hidden, is_hidden
+from pipeline.data.tar import Entry, list_members
 from pipeline.errors import DamageError, UserError
 
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+MAX_NESTED = 2
+"""Tars in tars are opened so far: ImageNet's is one of a tar for each class."""
 
-class Blob:
+
+class _Place(NamedTuple):
+    offset: int
+    size: int
+
+
+class TarFiles(Files):
+    """The files of a tar. A tar inside counts as a folder of its name. Links inside are followed."""
+
+    def __init__(self, path: Path) -> None:
+        self.where, self.left_out = str(path), Counter()
+        self._file = _opened(path)
+        found: dict[str, _Place] = {}
+        links: dict[str, str] = {}
+        try:
+            for entry in self._entries(str(path), 0, os.fstat(self._file.fileno()).st_size, 0):
+                self._add(entry, found, links)
+        except DamageError as error:
+            raise UserError(f"source: {error}; get the file again") from error
+        for name, target in links.items():
+            end = _followed(target, links)
+            if end in found:
+                found[name] = found[end]
+            else:
+                self.left_out["links to nothing"] += 1
+        self.names = [FileName("", name) for name in sorted(found)]
+        self._places = [found[name] for name in sorted(found)]
+
+    def read(self, number: int) -> bytes:
+        offset, size = self._places[number]
+        if size > MAX_FILE_BYTES:
+            raise OSError(f"it has {size} bytes; the limit is {MAX_FILE_BYTES}")
+        data = os.pread(self._file.fileno(), size, offset)
+        if len(data) != size:
+            raise OSError("the tar was cut while it was read")
+        return data
+
+    def _entries(self, label: str, start: int, size: int, depth: int) -> Iterator[Entry]:
+        view = cast(BinaryIO, _Window(self._file.fileno(), start, size))
+        for entry in list_members(view, label):
+            place = Entry(entry.name, start + entry.offset, entry.size_bytes, entry.kind, entry.target)
+            if entry.kind == "file" and entry.name.lower().endswith(".tar") and depth < MAX_NESTED:
+                folder = entry.name[: -len(".tar")]
+                inside = self._entries(f"{label}: {entry.name}", place.offset, place.size_bytes, depth + 1)
+                for inner in inside:
+                    yield Entry(
+                        f"{folder}/{inner.name}", inner.offset, inner.size_bytes, inner.kind, inner.target
+                    )
+            else:
+                yield place
+
+    def _add(self, entry: Entry, found: dict[str, _Place], links: dict[str, str]) -> None:
+        name = clean_name(entry.name, self.where)
+        parts = PurePosixPath(name).parts
+        if any(map(is_hidden, parts)):
+            self.left_out["hidden"] += is_counted_hidden(parts[-1])
+        elif entry.kind == "other":
+            self.left_out["devices"] += 1
+        elif name in found or name in links:
+            raise UserError(f"source: {self.where}: {name} occurs twice; keep one")
+        elif entry.kind == "file":
+            found[name] = _Place(entry.offset, entry.size_bytes)
+        elif entry.kind == "hard link":
+            links[name] = posixpath.normpath(entry.target.lstrip("/"))
+        else:
+            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), entry.target))
+
+
+class Spool:
     """Byte strings by number, kept in an unnamed temporary file, so that memory does not grow with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, where: str) -> None:
         self._file = tempfile.TemporaryFile(prefix="ddpm-pack-")  # noqa: SIM115 - lives as long as the source
-        self._places: list[tuple[int, int]] = []
-        self._end = 0
+        self._where, self._end = where, 0
 
-    def add(self, data: bytes) -> int:
-        """Keep `data`; its number."""
-        self._file.write(data)
-        self._places.append((self._end, len(data)))
+    def add(self, data: bytes) -> tuple[int, int]:
+        """Keep `data`; its place. Raises UserError when TMPDIR is full."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise _no_room(self._where, error) from error
         self._end += len(data)
-        return len(self._places) - 1
+        return self._end - len(data), len(data)
 
-    def get(self, number: int) -> bytes:
-        """Bytes by number; safe for several threads once everything is added."""
-        self._file.flush()
-        offset, size = self._places[number]
+    def get(self, offset: int, size: int) -> bytes:
+        """Bytes by place; safe for several threads once everything is added and `done` was called."""
         return os.pread(self._file.fileno(), size, offset)
 
-
-class TarSource(Source):
-    """Pictures in a tar or tar.gz, laid out as in a folder, or as a WebDataset with a .cls beside each picture."""
-
-    def __init__(self, path: Path) -> None:
-        self._blob = Blob()
-        numbers: dict[str, int] = {}
-        labels: dict[str, int] = {}
-        others = 0
-        for name, data in _tar_files(path):
-            key, extension = split_name(name) or (name, "")
-            if name.lower().endswith(PICTURES):
-                if name in numbers:
-                    raise UserError(f"source: {path}: {name} occurs twice; keep one")
-                numbers[name] = self._blob.add(data)
-            elif extension == "cls":
-                labels[key] = _class_number(data, f"source: {path}: {name}")
-            else:
-                others += 1
-        names, hidden = pictures(sorted(numbers), str(path))
-        self.other_files = others + hidden
-        if labels:
-            self.class_names = None
-            self.items = [Item(name, _label_beside(name, labels, path)) for name in names]
-            self._numbers = [numbers[name] for name in names]
-            return
-        prefix = common_folder(names)
-        self.items, self.class_names = classed([name[len(prefix) :] for name in names], str(path))
-        self._numbers = [numbers[name] for name in names]
-
-    def read(self, number: int) -> bytes:
-        return self._blob.get(self._numbers[number])
+    def done(self) -> None:
+        """Everything is added."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise _no_room(self._where, error) from error
 
 
-class ParquetSource(Source):
-    """Parquet in the Hugging Face image layout: a column of {bytes, path} or of bytes, and integer labels.
+class _Window:
+    """A part of an open file, read and skipped through."""
 
-    The first column of such a type is the image; `label`, `labels`, `class` or `fine_label` the class. Class names
-    come from the schema's "huggingface" metadata when they are there.
-    """
+    def __init__(self, fd: int, start: int, size: int) -> None:
+        self._fd, self._place, self._end = fd, start, start + size
 
-    def __init__(self, path: Path) -> None:
-        import pyarrow.parquet as pq  # 60 ms and 40 MB: for this source only
+    def read(self, size: int, /) -> bytes:
+        data = os.pread(self._fd, max(0, min(size, self._end - self._place)), self._place)
+        self._place += len(data)
+        return data
 
-        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-        self._blob = Blob()
-        items: list[Item] = []
-        self.class_names = None
-        for file in files:
-            try:
-                table = pq.ParquetFile(file)
-            except (OSError, ValueError) as error:
-                raise UserError(f"source: {file}: not parquet ({str(error).splitlines()[0]})") from None
-            image, label = _columns(table.schema_arrow, file)
-            self.class_names = _hugging_face_names(table.schema_arrow.metadata, label) or self.class_names
-            columns = [image] if label is None else [image, label]
-            for row, record in enumerate(_parquet_rows(table, columns, file)):
-                name = f"{file.name}#{row:09d}"
-                value = record[image]
-                data = value.get("bytes") if isinstance(value, dict) else value
-                if data is None:
-                    raise UserError(
-                        f"source: {name}: holds no image bytes; only embedded images can be packed"
-                    )
-                self._blob.add(data)
-                items.append(Item(name, -1 if label is None else _parquet_label(record[label], name)))
-        if not items:
-            raise UserError(f"source: {path} holds no rows; check the path")
-        self.items = items
-
-    def read(self, number: int) -> bytes:
-        return self._blob.get(number)
+    def seek(self, offset: int, whence: int = os.SEEK_CUR, /) -> int:
+        self._place += offset
+        return self._place
 
 
-def _parquet_rows(table: Any, columns: Sequence[str], file: Path) -> Iterator[dict[str, Any]]:
+def _opened(path: Path) -> BinaryIO:
+    """The plain tar, which is the file itself unless it is compressed."""
     try:
-        for batch in table.iter_batches(batch_size=256, columns=columns):
-            yield from batch.to_pylist()
-    except (OSError, ValueError) as error:  # Arrow's own errors are both
-        raise UserError(
-            f"source: {file}: damaged ({str(error).splitlines()[0]}); get the file again"
-        ) from None
-
-
-def _tar_files(path: Path) -> Iterator[tuple[str, bytes]]:
+        file = path.open("rb")
+        head = file.read(6)
+    except OSError as error:
+        raise UserError(f"source: {path}: cannot be read ({error.strerror})") from None
+    unpack = next((unpack for magic, unpack in _UNPACKERS.items() if head.startswith(magic)), None)
+    if unpack is None:
+        return file
+    plain = tempfile.TemporaryFile(prefix="ddpm-pack-")  # noqa: SIM115 - lives as long as the source
+    file.seek(0)
     try:
-        with path.open("rb") as file, plain_stream(file, str(path)) as plain:
-            for member, data in read_members(plain, str(path)):
-                yield member.name.removeprefix("./"), data
-    except DamageError as error:
-        raise UserError(f"source: {error}; get the file again") from error
+        with file, unpack(file) as stream:
+            shutil.copyfileobj(stream, plain, 1 << 20)
+        plain.flush()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _no_room(str(path), error) from error
+        raise UserError(f"source: {path}: damaged ({error}); get the file again") from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"source: {path}: damaged ({error}); get the file again") from None
+    return cast(BinaryIO, plain)
 
 
-def _class_number(data: bytes, where: str) -> int:
-    text = data.strip()
-    if not text.isdigit() or len(text) > 9:
-        raise UserError(f"{where} holds {text[:40]!r}; a class number is expected")
-    return int(text)
+def _gzip(file: BinaryIO) -> Any:
+    return gzip.GzipFile(fileobj=file)
 
 
-def _label_beside(name: str, labels: dict[str, int], path: Path) -> int:
-    key, _ = split_name(name) or (name, "")
-    if key not in labels:
-        raise UserError(
-            f"source: {path}: {name} has no .cls beside it, others do; add it or remove the others"
-        )
-    return labels[key]
+def _zstd(file: BinaryIO) -> Any:
+    import pyarrow as pa  # 60 ms and 40 MB: for this compression only
+
+    return pa.CompressedInputStream(file, "zstd")
 
 
-def _columns(schema: Any, file: Path) -> tuple[str, str | None]:
-    import pyarrow.types as kinds
+_UNPACKERS: dict[bytes, Any] = {
+    b"\x1f\x8b": _gzip,
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": _zstd,
+}
 
-    def holds_bytes(kind: Any) -> bool:
-        if kinds.is_struct(kind):
-            return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-        return kinds.is_binary(kind) or kinds.is_large_binary(kind)
 
-    image = next((field.name for field in schema if holds_bytes(field.type)), None)
-    if image is None:
-        raise UserError(f"source: {file}: no column holds image bytes (columns: {', '.join(schema.names)})")
-    wanted = ("label", "labels", "class", "fine_label")
-    return image, next(
-        (n for n in wanted if n in schema.names and kinds.is_integer(schema.field(n).type)), None
+def _no_room(where: str, error: OSError) -> UserError:
+    return UserError(
+        f"source: {where}: is unpacked in {tempfile.gettempdir()} and that failed ({error.strerror}); "
+        "set TMPDIR to a place with more room"
     )
 
 
-def _hugging_face_names(metadata: dict[bytes, bytes] | None, label: str | None) -> tuple[str, ...] | None:
-    try:
-        features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        names = features[label]["names"]
-    except (KeyError, TypeError, ValueError):
-        return None  # a parquet without, or with other, metadata: its labels stay numbers
-    return tuple(str(name) for name in names)
-
-
-def _parquet_label(value: Any, name: str) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise UserError(
-            f"source: {name}: label {value!r}; every row needs a class number from 0, or none a label"
-        )
-    return value
+def _followed(target: str, links: dict[str, str]) -> str:
+    for _ in range(len(links)):
+        if target not in links:
+            break
+        target = links[target]
+    return target

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config.data import PackConfig
 
-READING = 1
+READING = 2
 """Counts changes of what this program makes of the same files: raised, every source is looked at anew."""
 _SAME_RESULT = {"source", "dest", "num_threads"}
 """Settings that neither change what is packed nor what is refused."""

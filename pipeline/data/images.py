@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -15,19 +17,55 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.data import npy
 from pipeline.data.npy import UInt8
-from pipeline.data.png import MAGIC, decode_png, header_shape
+from pipeline.data.png import MAGIC, decode_png, header_shape, png_problem, tells_orientation
 from pipeline.errors import DamageError
 
-EXTENSIONS = ("png", "jpg", "jpeg", "webp", "npy")
-MAX_PIXELS = 1 << 26  # 8192 x 8192: what claims more is a decompression bomb
+EXTENSIONS = (
+    *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "jif", "webp", "npy", "gif", "bmp", "dib", "tif", "tiff"),
+    *("avif", "jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm"),
+)
+PICTURE_SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb, too
+MAX_SCANNED_PIXELS = 1 << 30
+"""Pixels times scans of a progressive JPEG: some seconds of work. Cameras and encoders use up to a dozen scans."""
 WHITE = (255, 255, 255)
 
 _MODES = {1: "L", 3: "RGB"}
-# By their first bytes, and straight to the decoder: Image.open tries a list of formats, for a tenth of a decode.
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TELLS_ORIENTATION = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
+UNDECODABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+"""What Pillow raises over damaged pictures."""
+
+
+def _by_name(kind: str, data: io.BytesIO) -> Image.Image:
+    return Image.open(data, formats=(kind,))
+
+
+# By their first bytes, and the frequent ones straight to the decoder: Image.open tries a list of formats, for a tenth
+# of a decode. Only these are read: others that Pillow knows start programs (EPS) or are no pictures.
 _KINDS: tuple[tuple[bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
     (MAGIC, PngImageFile),
     (b"\xff\xd8\xff", JpegImageFile),
     (b"RIFF", WebPImageFile),
+    (b"GIF8", partial(_by_name, "GIF")),
+    (b"BM", partial(_by_name, "BMP")),
+    (b"II*\0", partial(_by_name, "TIFF")),
+    (b"MM\0*", partial(_by_name, "TIFF")),
+    (b"\0\0\0\x0cjP  ", partial(_by_name, "JPEG2000")),
+    (b"\xff\x4f\xff\x51", partial(_by_name, "JPEG2000")),
+    *((b"P%d" % n, partial(_by_name, "PPM")) for n in range(1, 7)),
 )
 
 
@@ -52,17 +90,26 @@ class ImageShape:
 
 
 def probe(data: bytes) -> ImageShape:
-    """Shape from the header alone. Raises DamageError for anything but PNG, JPEG, WebP or a uint8 npy."""
-    if (found := header_shape(data)) is not None:
-        return ImageShape(*found)
+    """Shape of the upright picture, from the header alone where it tells. Raises DamageError for anything that is
+    not a whole picture of a known kind or a uint8 npy.
+    """
     if data.startswith(npy.MAGIC):
         return _shape_of_npy(npy.read_header(data)[0])
+    if (found := header_shape(data)) is not None and not tells_orientation(data):
+        _require_sound_png(data)
+        return ImageShape(*found)
     with open_image(data) as image:
-        return _shape_of(image)
+        if not isinstance(
+            image, JpegImageFile | WebPImageFile
+        ):  # others tell of their turn only when decoded
+            return _shape_of(upright(image))
+        shape = _shape_of(image)
+        turned = orientation(image) >= 5
+        return ImageShape(shape.channels, shape.width, shape.height) if turned else shape
 
 
 def decode(data: bytes, shape: ImageShape) -> UInt8:
-    """Pixels, uint8 (height, width, channels).
+    """Pixels of the upright picture, uint8 (height, width, channels).
 
     Grey becomes colour and colour grey as `shape` asks; transparency is laid on white. Raises DamageError when
     the bytes do not decode, or hold another size than `shape`'s; the size is checked before decompression.
@@ -75,50 +122,135 @@ def decode(data: bytes, shape: ImageShape) -> UInt8:
         _require_size(ImageShape(pixels.shape[2], *pixels.shape[:2]), shape)
         return _with_channels(pixels, shape.channels)
     with open_image(data) as image:
-        if image.size != (shape.width, shape.height):
+        if sorted(image.size) != sorted((shape.width, shape.height)):
             _require_size(_shape_of(image), shape)
-        return to_array(image, shape.channels, WHITE)
+        pixels = to_array(upright(image), shape.channels, WHITE)
+    _require_size(ImageShape(shape.channels, *pixels.shape[:2]), shape)
+    return pixels
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture decoded to its end and turned as its EXIF or XMP says. Raises DamageError."""
+    try:
+        image.load()
+    except UNDECODABLE as error:
+        raise DamageError(f"image does not decode: {error}") from error
+    turn = _TURNS.get(orientation(image))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info.update(image.info)  # transparency and colour profile
+    return turned
+
+
+def orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8; 1 as well when nothing tells, or what tells it is damaged."""
+    if not any(name in image.info for name in _TELLS_ORIENTATION):
+        return 1
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except UNDECODABLE:  # broken notes about a picture do not make the picture unreadable
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def to_array(image: Image.Image, channels: int, background: tuple[int, int, int]) -> UInt8:
     """Pixels of a Pillow image, uint8 (height, width, channels), transparency laid on `background`.
 
-    Raises DamageError when the image does not decode to its end.
+    Raises DamageError when the image does not decode to its end, or has values beyond 16 bits.
     """
     try:
         image.load()
         if image.mode == _MODES[channels] and "transparency" not in image.info:
             return np.asarray(image).reshape(image.height, image.width, channels)
-        if image.mode.startswith("I;16"):
-            # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image = _eight_bits(image)
         if "A" in image.getbands() or "transparency" in image.info:
             layer = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), layer)
         image = image.convert(_MODES[channels])
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except UNDECODABLE as error:
         raise DamageError(f"image does not decode: {error}") from error
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled, which Pillow's own conversion clips at 255; a transparent level becomes an alpha channel."""
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit values; save it with 8 or 16 bits")
+    if not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    grey = Image.fromarray((values // 257).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
 def open_image(data: bytes) -> Image.Image:
-    """A Pillow image, header read, if it is PNG, JPEG or WebP. Raises DamageError."""
+    """A Pillow image, header read, of a kind that is read here. Raises DamageError."""
     kind = next((kind for magic, kind in _KINDS if data.startswith(magic)), None)
+    if kind is None and data[4:12] in (b"ftypavif", b"ftypavis"):
+        kind = partial(_by_name, "AVIF")
     if kind is None:
-        raise DamageError("not a PNG, JPEG or WebP image")
+        raise DamageError("not a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 or PNM image")
     try:
         image = kind(io.BytesIO(data))
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except UNDECODABLE as error:
         raise DamageError(f"image header does not decode: {error}") from error
     if image.width * image.height > MAX_PIXELS:
         raise DamageError(
             f"image claims {image.width}x{image.height} pixels; the limit is {MAX_PIXELS} in all"
         )
-    return image
+    _require_sound(image, data)
+    return _with_alpha(image, data) if isinstance(image, PngImageFile) else image
+
+
+def _require_sound(image: Image.Image, data: bytes) -> None:
+    """Damage that decoders read over, and work that is out of all proportion."""
+    if isinstance(image, PngImageFile):
+        _require_sound_png(data)
+    elif isinstance(image, WebPImageFile):
+        if int.from_bytes(data[4:8], "little") + 8 > len(data):
+            raise DamageError("image is truncated: its header claims more bytes than there are")
+    elif isinstance(image, JpegImageFile):
+        scans = data.count(b"\xff\xda")
+        if scans > 12 and scans * image.width * image.height > MAX_SCANNED_PIXELS:
+            raise DamageError(
+                f"image has {scans} scans of {image.width}x{image.height} pixels: too much work"
+            )
+
+
+def _require_sound_png(data: bytes) -> None:
+    problem = png_problem(data)
+    if problem is not None:
+        raise DamageError(f"image does not decode: {problem}")
+
+
+def _with_alpha(image: PngImageFile, data: bytes) -> Image.Image:
+    """The PNG with its transparent colour in the levels that Pillow gives pixels in, or as an alpha channel."""
+    clear, depth = image.info.get("transparency"), data[24]
+    if image.mode == "L" and isinstance(clear, int) and depth < 8:
+        image.info["transparency"] = clear * 255 // ((1 << depth) - 1)
+    if image.mode != "RGB" or not isinstance(clear, tuple) or depth != 16:
+        return image
+    try:
+        # Pillow unpacks 16 bits to the upper eight; asked for the other byte order it gives the lower ones.
+        upper, lower = np.asarray(image).astype(np.uint16), PngImageFile(io.BytesIO(data))
+        lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+        values = upper << 8 | np.asarray(lower)
+    except UNDECODABLE as error:
+        raise DamageError(f"image does not decode: {error}") from error
+    whole = image.copy()
+    whole.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    whole.putalpha(Image.fromarray(np.where((values == clear).all(axis=2), 0, 255).astype(np.uint8)))
+    return whole
 
 
 def _shape_of(image: Image.Image) -> ImageShape:
-    return ImageShape(1 if image.mode in ("1", "L", "LA", "I;16", "I", "F") else 3, image.height, image.width)
+    return ImageShape(
+        1 if image.mode in ("1", "L", "LA", "I;16", "I;16B", "I", "F") else 3, image.height, image.width
+    )
 
 
 def _require_size(found: ImageShape, wanted: ImageShape) -> None:

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import IO, BinaryIO, cast
 
 from pipeline.config.data import PackConfig
-from pipeline.data.archives import ParquetSource, TarSource
 from pipeline.data.encode import Encoded, encode_run, runs_of
 from pipeline.data.fingerprint import fingerprint
 from pipeline.data.index import assemble_index
-from pipeline.data.location import SUFFIXES, Location
+from pipeline.data.location import Location
 from pipeline.data.moments import Moments, add_moments
+from pipeline.data.opening import open_source
 from pipeline.data.packed import (
     REPORT_KEY,
     SOURCE_KEY,
@@ -49,7 +49,7 @@ from pipeline.data.picture import Fact, examine
 from pipeline.data.plan import PackPlan, PackReport, PackUnit, listing_digest, plan_pack
 from pipeline.data.scan import ShardFacts, shard_entry
 from pipeline.data.shards import ShardStream
-from pipeline.data.sources import DigitsSource, FolderSource, Source, ZipSource, read_item
+from pipeline.data.sources import Source, read_item
 from pipeline.data.spread import Spread, by_threads
 from pipeline.errors import DamageError, UserError
 from pipeline.store import FileStore, ObjectInfo, Store, open_store
@@ -94,12 +94,10 @@ def pack(config: PackConfig, progress: Progress | None = None, spread: SpreadFor
     seen = fingerprint(config)
     reports = _standing(places, seen, progress)
     if reports is None:
-        source = open_source(config.source)
+        source = open_source(config)
         listing = plans[0].listing if plans[0] is not None else None
-        if config.on_unreadable == "fail" and listing not in (
-            None,
-            listing_digest(source.items, source.class_names),
-        ):
+        all_packed = config.on_unreadable == "fail" and config.on_small != "skip"
+        if all_packed and listing not in (None, listing_digest(source.items, source.class_names)):
             raise other_pack(config)
         reports = _pack(config, source, seen, _Steps(2 * len(source.items), progress), spread)
     return reports[0] if len(reports) == 1 else replace(reports[0], held_out=reports[1])
@@ -141,6 +139,7 @@ def _pack(
             for (side, plan), done in zip(sides, there, strict=True)
         ]
     steps.finish()
+    seen = seen if source.self_contained else None
     for (side, _), report in zip(sides, reports, strict=True):
         made_of = PackedSource(fingerprint=seen, index_digest=report.index_digest)
         open_store(side.dest).write(SOURCE_KEY, made_of.model_dump_json().encode() + b"\n")
@@ -211,33 +210,6 @@ def _is_held_out(config: PackConfig, fact: Fact) -> bool:
         bytes.fromhex(fact.sha256), digest_size=8, key=config.seed.to_bytes(8, "big"), person=b"held out"
     )
     return int.from_bytes(drawn.digest(), "big") < config.held_out * 2**64
-
-
-def open_source(source: str) -> Source:
-    """The pictures `source` names. Raises UserError when there are none, or it is of no known kind.
-
-    Pickled, a source is its name: where it arrives it is opened again, once a process.
-    """
-    found = _open_source(source)
-    found.name = source
-    return found
-
-
-def _open_source(source: str) -> Source:
-    if source == "digits":
-        return DigitsSource()
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise UserError(f"source: {source} does not exist; give a folder, zip, tar or parquet, or `digits`")
-    if path.is_dir():
-        return ParquetSource(path) if any(path.rglob("*.parquet")) else FolderSource(path)
-    if path.suffix.lower() == ".zip":
-        return ZipSource(path)
-    if path.name.lower().endswith(SUFFIXES):
-        return TarSource(path)
-    if path.suffix.lower() == ".parquet":
-        return ParquetSource(path)
-    raise UserError(f"source: {source} is of no known kind; give a folder, zip, tar or parquet, or `digits`")
 
 
 def examine_item(config: PackConfig, source: Source, item: int) -> Fact:

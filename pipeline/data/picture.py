@@ -6,10 +6,11 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pipeline.config.data import PackConfig
-from pipeline.data.images import ImageShape, UInt8, open_image, read_npy, to_array
+from pipeline.data.colour import to_srgb
+from pipeline.data.images import ImageShape, UInt8, open_image, read_npy, to_array, upright
 from pipeline.errors import DamageError
 
 _FILTERS = {
@@ -20,6 +21,10 @@ _FILTERS = {
 }
 
 
+ENLARGED = "are smaller than image_size and were enlarged"
+SMALL = "are smaller than image_size"
+
+
 @dataclass(frozen=True)
 class Fact:
     """What a look at a picture found: its bytes' hash, and the shape it will have or why it cannot be used."""
@@ -27,18 +32,26 @@ class Fact:
     sha256: str
     shape: ImageShape | None
     problem: str | None
+    notes: tuple[str, ...] = ()
+    """What was done to its pixels beyond the settings; what people are told of it, with the count before it."""
 
 
 def examine(config: PackConfig, data: bytes) -> Fact:
     """Decode a picture to its end and say what it is; what is wrong with it is an answer, not an exception."""
     digest = source_digest(data)
     try:
-        height, width, _ = _decoded(config, data).shape
+        pixels, notes = _decoded(config, data)
     except DamageError as error:
         return Fact(digest, None, str(error))
+    height, width, _ = pixels.shape
     if config.image_size is not None:
+        if min(height, width) < config.image_size:
+            if config.on_small != "enlarge":
+                small = f"is {width}x{height}, smaller than image_size ({config.image_size})"
+                return Fact(digest, None, small, (SMALL,))
+            notes = (*notes, ENLARGED)
         height = width = config.image_size
-    return Fact(digest, ImageShape(config.channels, height, width), None)
+    return Fact(digest, ImageShape(config.channels, height, width), None, notes)
 
 
 def source_digest(data: bytes) -> str:
@@ -51,7 +64,7 @@ def to_pixels(config: PackConfig, data: bytes) -> UInt8:
 
     With `image_size`, the largest middle square, scaled by a filter as wide as the reduction (anti-aliased).
     """
-    pixels = _decoded(config, data)
+    pixels, _ = _decoded(config, data)
     if config.image_size is None:
         return pixels
     height, width, channels = pixels.shape
@@ -65,13 +78,11 @@ def to_pixels(config: PackConfig, data: bytes) -> UInt8:
     return out[:, :, None] if out.ndim == 2 else out
 
 
-def _decoded(config: PackConfig, data: bytes) -> UInt8:
+def _decoded(config: PackConfig, data: bytes) -> tuple[UInt8, tuple[str, ...]]:
+    """The upright picture in sRGB, and what was done for that."""
     if (raw := read_npy(data)) is not None:
         image = Image.fromarray(raw[:, :, 0] if raw.shape[2] == 1 else raw)
-        return to_array(image, config.channels, config.background)
+        return to_array(image, config.channels, config.background), ()
     with open_image(data) as image:
-        try:
-            upright = ImageOps.exif_transpose(image)
-        except (OSError, SyntaxError, ValueError, EOFError, KeyError) as error:
-            raise DamageError(f"image does not decode: {error}") from error
-        return to_array(upright, config.channels, config.background)
+        coloured, note = to_srgb(upright(image))
+        return to_array(coloured, config.channels, config.background), () if note is None else (note,)

@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.config.data import PackConfig
+from pipeline.data.colour import CONVERTED
 from pipeline.data.images import ImageShape
 from pipeline.data.index import MAX_CLASSES
-from pipeline.data.picture import Fact
+from pipeline.data.picture import SMALL, Fact
 from pipeline.data.sources import Item, Source
 from pipeline.errors import UserError
 
@@ -28,8 +29,11 @@ _ALWAYS_DIGESTED = {
     "seed",
 }
 """Settings in the digest whatever they are; others join it when they are not at their default."""
-_NEVER_DIGESTED = {"source", "dest", "num_threads", "on_unreadable", "held_out"}
-"""The pictures themselves tell what these did to them."""
+_NEVER_DIGESTED = {
+    *("source", "dest", "num_threads", "on_unreadable", "on_small", "held_out"),
+    *("labels", "label_column", "image_column", "split", "image_root"),
+}
+"""The pictures themselves, and their labels, tell what these did to them."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ class PackReport:
     """(item, reason) of what was left out."""
     other_files: int
     """Files that are not pictures."""
+    left_out: dict[str, int] = field(default_factory=dict[str, int])
+    """These files by extension."""
+    notes: tuple[str, ...] = ()
+    """How the source was understood, and what was done to pixels beyond the settings, a line each."""
     index_digest: str = ""
     already_complete: bool = False
     """Nothing was done: this very pack was there. Not part of the written report."""
@@ -98,17 +106,12 @@ def plan_pack(config: PackConfig, source: Source, facts: Sequence[Fact], items: 
     """Deal the usable ones of these pictures to shards. Raises UserError when they cannot make one data set."""
     names = [item.name for item in source.items]
     problems = [(names[i], facts[i].problem) for i in items]
+    _refuse_unusable(config, names, facts, items)
     unreadable = tuple((name, problem) for name, problem in problems if problem is not None)
-    if unreadable and config.on_unreadable == "fail":
-        listed = "; ".join(f"{name}: {problem}" for name, problem in unreadable[:MOST_NAMED])
-        raise UserError(
-            f"source: {len(unreadable)} of {len(names)} pictures cannot be read: {listed}; "
-            "remove them, or set on_unreadable=skip"
-        )
     usable = [i for i in items if facts[i].shape is not None]
     if not usable:
         raise UserError(
-            f"source: {config.source}: none of its {len(names)} pictures can be read; check the path"
+            f"source: {config.source}: none of its {len(names)} pictures can be used; check the path"
         )
     _check_labels(source, usable)
     shape = _one_shape(config, names, facts, usable)
@@ -124,6 +127,8 @@ def plan_pack(config: PackConfig, source: Source, facts: Sequence[Fact], items: 
         duplicates=_duplicates(names, facts, usable),
         unreadable=unreadable,
         other_files=source.other_files,
+        left_out=dict(source.left_out.most_common()),
+        notes=(*source.notes, *_notes_on_pixels(facts, usable)),
     )
     return PackPlan(
         digest=_plan_digest(config, source, facts, order),
@@ -133,6 +138,27 @@ def plan_pack(config: PackConfig, source: Source, facts: Sequence[Fact], items: 
         class_names=source.class_names,
         report=report,
     )
+
+
+def _refuse_unusable(
+    config: PackConfig, names: Sequence[str], facts: Sequence[Fact], items: Sequence[int]
+) -> None:
+    """Raise UserError for pictures that the settings do not allow to leave out."""
+    bad = [(i, facts[i].problem, SMALL in facts[i].notes) for i in items if facts[i].problem is not None]
+    for small, setting, why, remedy in (
+        (False, config.on_unreadable, "cannot be read", "remove them, or set on_unreadable=skip"),
+        (True, config.on_small, SMALL, "remove them, or set on_small=skip or enlarge"),
+    ):
+        found = [f"{names[i]}: {problem}" for i, problem, is_small in bad if is_small == small]
+        if found and setting == "fail":
+            raise UserError(
+                f"source: {len(found)} of {len(names)} pictures {why}: {'; '.join(found[:MOST_NAMED])}; {remedy}"
+            )
+
+
+def _notes_on_pixels(facts: Sequence[Fact], usable: Sequence[int]) -> list[str]:
+    counts = Counter(note for i in usable for note in facts[i].notes)
+    return [f"{count} of {len(usable)} pictures {note}" for note, count in sorted(counts.items())]
 
 
 def settings_digest(config: PackConfig) -> str:
@@ -158,7 +184,9 @@ def _plan_digest(config: PackConfig, source: Source, facts: Sequence[Fact], orde
     """Hash over everything that determines the shards' bytes, and not over paths or the number of threads."""
     digest = hashlib.sha256(json.dumps([_digested(config), source.class_names], sort_keys=True).encode())
     for i in order:
-        line = f"{source.items[i].name}\0{source.items[i].label}\0{facts[i].sha256}\n"
+        # A pack begun before colour profiles were converted is not continued with other pixels.
+        pixels = "\0sRGB" if CONVERTED in facts[i].notes else ""
+        line = f"{source.items[i].name}\0{source.items[i].label}\0{facts[i].sha256}{pixels}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 

@@ -23,7 +23,8 @@ _NONE, _SUB, _UP = range(3)
 _COLOUR_KINDS = {1: 0, 3: 2}  # channels to PNG's colour type
 _MODES = {1: ("L", "L"), 3: ("RGB", "RGB;L")}  # Pillow's, and how it writes colour after colour in each line
 # What says nothing of the values of pixels, or nothing that Pillow heeds.
-_HARMLESS = frozenset(b"gAMA cHRM sRGB iCCP sBIT bKGD pHYs tIME tEXt zTXt iTXt eXIf".split())
+_HARMLESS = frozenset(b"gAMA cHRM sRGB iCCP sBIT bKGD pHYs tIME tEXt zTXt iTXt".split())
+_ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 _BODY = len(MAGIC) + 25  # after the header chunk
 _END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
 # The best level is also a sign: most writers use another, so that their files are passed on before inflating them.
@@ -51,7 +52,7 @@ def decode_png(data: bytes, channels: int, height: int, width: int) -> UInt8 | N
 
     None for any other file, damaged ones among them: Pillow then reads it or says what is wrong.
     """
-    if not data.startswith(_head(channels, height, width)):
+    if not data.startswith(_head(channels, height, width)) or tells_orientation(data):
         return None
     stream = _image_stream(data)
     if stream is None:
@@ -122,6 +123,28 @@ def header_shape(data: bytes) -> tuple[int, int, int] | None:
     width, height, _, kind = struct.unpack(">IIBB", data[16:26])
     # Palettes count as colour, and transparency as no channel: it is laid on a background.
     return {0: 1, 2: 3, 3: 3, 4: 1, 6: 3}.get(kind, 0), height, width
+
+
+def tells_orientation(data: bytes) -> bool:
+    """Whether a PNG may say how it is to be turned. Rarely true of one that does not: marks by chance."""
+    return any(mark in data for mark in _ORIENTATION_MARKS)
+
+
+def png_problem(data: bytes) -> str | None:
+    """What is wrong with the chunks that make a PNG's pixels, whose checksums decoders do not all compare."""
+    place = len(MAGIC)
+    while place + 12 <= len(data):
+        size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        end = place + 12 + size
+        if end <= len(data) and kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
+            if zlib.crc32(memoryview(data)[place + 4 : end - 4]) != int.from_bytes(
+                data[end - 4 : end], "big"
+            ):
+                return f"the checksum of its chunk {kind.decode()} at byte {place} is wrong"
+            if kind == b"IEND":
+                return None
+        place = end
+    return "it is truncated" if place > len(data) else None
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pipeline.errors import DamageError
 
@@ -26,6 +26,14 @@ _REFUSED = {
     b"4": "device",
     b"6": "pipe",
     b"S": "sparse",
+}
+_WITHOUT_PAYLOAD = (b"1", b"2", b"3", b"4", _DIRECTORY, b"6")
+_ENTRY_KINDS: dict[bytes, Literal["file", "hard link", "symbolic link", "other"]] = {
+    b"0": "file",
+    b"\0": "file",
+    b"7": "file",
+    b"1": "hard link",
+    b"2": "symbolic link",
 }
 
 
@@ -44,6 +52,12 @@ class Reader(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+class SeekableReader(Reader, Protocol):
+    """A reader that can also jump, as files can."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+
+
 def read_members(stream: Reader, label: str) -> Iterator[tuple[Member, bytes]]:
     """Regular files of a tar in their order, with their bytes. `label` names the tar in errors.
 
@@ -51,7 +65,53 @@ def read_members(stream: Reader, label: str) -> Iterator[tuple[Member, bytes]]:
     devices, and names that are absolute or contain '..'.
     """
     reader = _Blocks(stream, label)
-    long_name: str | None = None
+    for head in _heads(reader, "strict"):
+        _refuse_hostile(head, label)
+        if head.kind == _DIRECTORY:
+            continue
+        offset = reader.position
+        yield Member(head.name, offset, head.size), reader.payload(head.size, f"member {head.name!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a tar lists: a file with the place of its payload, or a link with what it points at."""
+
+    name: str
+    offset: int
+    size_bytes: int
+    kind: Literal["file", "hard link", "symbolic link", "other"]
+    target: str = ""
+
+
+def list_members(stream: SeekableReader, label: str) -> Iterator[Entry]:
+    """What a tar holds, payloads left unread: files, links, and `other` for devices and the like.
+
+    Names may be anything, odd bytes in them are written out; nothing is extracted by them. Raises DamageError, naming
+    the offset, when headers are damaged or the tar is cut short.
+    """
+    reader = _Blocks(stream, label)
+    for head in _heads(reader, "backslashreplace"):
+        offset, kind = reader.position, _ENTRY_KINDS.get(head.kind, "other")
+        if head.kind not in _WITHOUT_PAYLOAD:
+            reader.skip(head.size, f"member {head.name!r}", stream)
+        if head.kind not in (_DIRECTORY, b"V"):
+            yield Entry(head.name, offset, head.size, kind, head.target)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    name: str
+    kind: bytes
+    size: int
+    start: int
+    target: str
+
+
+def _heads(reader: _Blocks, names: str) -> Iterator[_Head]:
+    """The header of each member; the caller takes the payload before it asks for the next. `names`: how to decode."""
+    label = reader.label
+    long: dict[bytes, str] = {}
     pax: dict[str, str] = {}
     while True:
         start = reader.position
@@ -66,19 +126,15 @@ def read_members(stream: Reader, label: str) -> Iterator[tuple[Member, bytes]]:
                     f"{label}: at byte {start}: an extended header of {size} bytes; not a sane tar"
                 )
             body = reader.payload(size, "an extended header")
-            if kind == b"L":
-                long_name = _text(body.rstrip(b"\0"), label, start)
+            if kind in (b"L", b"K"):
+                long[kind] = _text(body.rstrip(b"\0"), label, start, names)
             elif kind == b"x":
-                pax = _pax_records(body, label, start)
+                pax = _pax_records(body, label, start, names)
             continue
-        name = pax.get("path") or long_name or _header_name(header, label, start)
-        size = _pax_size(pax, size, label, start)
-        long_name, pax = None, {}
-        _refuse_hostile(name, kind, size, label, start)
-        if kind == _DIRECTORY:
-            continue
-        offset = reader.position
-        yield Member(name, offset, size), reader.payload(size, f"member {name!r}")
+        name = pax.get("path") or long.get(b"L") or _header_name(header, label, start, names)
+        target = pax.get("linkpath") or long.get(b"K") or _link_name(header, label, start, names)
+        yield _Head(name, kind, _pax_size(pax, size, label, start), start, target)
+        long, pax = {}, {}
 
 
 def member_bytes(name: str, data: bytes) -> bytes:
@@ -126,6 +182,17 @@ class _Blocks:
         self.take(-size % BLOCK, f"the padding of {what}")
         return data
 
+    def skip(self, size: int, what: str, stream: SeekableReader) -> None:
+        """Pass over a payload and its padding; its last byte is read, to see that it is there."""
+        padded = size + -size % BLOCK
+        if padded:
+            stream.seek(padded - 1, 1)
+            if len(stream.read(1)) != 1:
+                raise DamageError(
+                    f"{self.label}: ends in {what}, which starts at byte {self.position}: it is cut short"
+                )
+        self.position += padded
+
     def require_end(self) -> None:
         """After one zero block: another, then zeros up to the end of the file."""
         start = self.position
@@ -156,21 +223,26 @@ def _number(field: bytes, label: str, start: int) -> int:
     return int(digits or b"0", 8)
 
 
-def _header_name(header: bytes, label: str, start: int) -> str:
+def _header_name(header: bytes, label: str, start: int, names: str) -> str:
     name = header[0:100].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345] != 0:
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return _text(name, label, start)
+    return _text(name, label, start, names)
 
 
-def _text(data: bytes, label: str, start: int) -> str:
+def _link_name(header: bytes, label: str, start: int, names: str) -> str:
+    target = header[157:257].split(b"\0", 1)[0]
+    return _text(target, label, start, names) if header[156:157] in _REFUSED else ""
+
+
+def _text(data: bytes, label: str, start: int, names: str) -> str:
     try:
-        return data.decode()
+        return data.decode(errors=names)
     except UnicodeDecodeError:
         raise DamageError(f"{label}: at byte {start}: a member's name is not UTF-8") from None
 
 
-def _pax_records(body: bytes, label: str, start: int) -> dict[str, str]:
+def _pax_records(body: bytes, label: str, start: int, names: str) -> dict[str, str]:
     records: dict[str, str] = {}
     while body:
         digits, _, _ = body.partition(b" ")
@@ -179,8 +251,8 @@ def _pax_records(body: bytes, label: str, start: int) -> dict[str, str]:
         if not record.endswith(b"\n") or b"=" not in record:
             raise DamageError(f"{label}: at byte {start}: a damaged extended header")
         key, _, value = record[:-1].partition(b"=")
-        if key in (b"path", b"size"):
-            records[key.decode()] = _text(value, label, start)
+        if key in (b"path", b"size", b"linkpath"):
+            records[key.decode()] = _text(value, label, start, names)
         body = body[length:]
     return records
 
@@ -192,8 +264,9 @@ def _pax_size(pax: dict[str, str], size: int, label: str, start: int) -> int:
     return int(stated)
 
 
-def _refuse_hostile(name: str, kind: bytes, size: int, label: str, start: int) -> None:
-    where = f"{label}: member {name[:200]!r} at byte {start}"
+def _refuse_hostile(head: _Head, label: str) -> None:
+    name, kind, size = head.name, head.kind, head.size
+    where = f"{label}: member {name[:200]!r} at byte {head.start}"
     if kind in _REFUSED:
         raise DamageError(f"{where}: is a {_REFUSED[kind]}; only plain files are accepted")
     if kind not in _REGULAR and kind != _DIRECTORY:

@@ -1,0 +1,82 @@
+"""Colour profiles: pictures in Adobe RGB, Display P3 or CMYK brought to sRGB, which is what pixels mean here."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms
+
+CONVERTED = "were converted from their colour profile to sRGB"
+UNREADABLE = "have a colour profile that cannot be used; their values are taken for sRGB"
+_SPACES = {"L": "GRAY", "LA": "GRAY", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
+_SAME = 2
+"""Levels that values may differ by when a profile is as good as sRGB; no picture is touched for less."""
+
+
+def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
+    """The loaded picture in sRGB, and what was done: CONVERTED, UNREADABLE, or None when there was nothing to do."""
+    profile = image.info.get("icc_profile")
+    if not isinstance(profile, bytes) or not profile:
+        return image, None
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if image.mode not in _SPACES:
+        return image, UNREADABLE
+    try:
+        change = _change(profile, image.mode)
+        return (image, None) if change is None else (change(image), CONVERTED)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image, UNREADABLE
+
+
+@lru_cache(maxsize=64)
+def _change(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+    """How pictures of this profile are converted; None when their values hardly change. Raises PyCMSError."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    header: Any = source.profile
+    if str(header.xcolor_space).strip() != _SPACES[mode]:
+        raise ImageCms.PyCMSError("the profile is for other colours than the picture has")
+    srgb = ImageCms.createProfile("sRGB")
+    if mode in ("L", "LA"):
+        return _change_of_grey(ImageCms.buildTransform(source, srgb, "L", "RGB"))
+    transform = ImageCms.buildTransform(source, srgb, mode, "RGB" if mode == "CMYK" else mode)
+    if mode != "CMYK" and _largest_change(_lattice(mode), transform) <= _SAME:
+        return None
+    return lambda image: _applied(image, transform)
+
+
+def _change_of_grey(transform: Any) -> Callable[[Image.Image], Image.Image] | None:
+    """Grey goes by way of colour, as there is no grey sRGB to convert to; the result is a table of 256 levels."""
+    levels = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    table = np.asarray(_applied(levels, transform))[0, :, 1].tolist()
+    if max(abs(after - before) for before, after in enumerate(table)) <= _SAME:
+        return None
+
+    def change(image: Image.Image) -> Image.Image:
+        grey, *rest = image.split()
+        return Image.merge(image.mode, (grey.point(table), *rest))
+
+    return change
+
+
+def _applied(image: Image.Image, transform: Any) -> Image.Image:
+    out = ImageCms.applyTransform(image, transform)
+    if out is None:
+        raise ImageCms.PyCMSError("the profile cannot be applied")
+    return out
+
+
+def _largest_change(image: Image.Image, transform: Any) -> int:
+    before, after = np.asarray(image).astype(int), np.asarray(_applied(image, transform)).astype(int)
+    return int(np.abs(after - before).max())
+
+
+def _lattice(mode: str) -> Image.Image:
+    """A picture of colours from all over their range."""
+    steps = np.arange(0, 256, 17, dtype=np.uint8)
+    grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+    return Image.fromarray(grid).convert(mode)

@@ -1,0 +1,194 @@
+"""From what people write down as a class (numbers, names, one-hot lists, nothing) to class numbers from 0."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pipeline.data.index import MAX_CLASSES
+from pipeline.errors import UserError
+
+MAX_NAME = 200
+"""Characters of a class name; more is a caption."""
+FIELDS = (
+    "label", "labels", "class", "cls", "class_id", "classid", "class_idx", "target", "targets", "category",
+    "category_id", "digit", "y", "fine_label", "coarse_label", "label_id", "label_idx", "class_label",
+    "class_name", "classname", "label_name", "image_label", "species", "breed",
+)  # fmt: skip
+"""Names under which a class is looked for, in parquet, json and metadata files."""
+
+_NUMBER = re.compile(r"-?[0-9]{1,20}(\.0+)?")
+
+Labels = tuple[list[int], tuple[str, ...] | None]
+"""The class number of each picture, -1 throughout when there are none, and the classes' names if they have any."""
+
+
+def is_label_field(field: str) -> bool:
+    """Whether the last part of a dotted name is one of FIELDS."""
+    return field.rpartition(".")[2].lower() in FIELDS
+
+
+def choose_field(
+    wanted: str | None, candidates: Iterable[str], fields: Iterable[str], where: str
+) -> str | None:
+    """The field that holds the class: the one asked for, else `label`, else the only candidate; None for none.
+
+    Raises UserError when the field asked for is not there, or several could be it.
+    """
+    there = sorted(set(fields))
+    if wanted is not None:
+        if wanted not in there:
+            raise UserError(
+                f"label_column: {where} has no {wanted!r}; it has: {', '.join(there[:50]) or 'none'}"
+            )
+        return wanted
+    found = sorted(set(candidates))
+    plain = [name for name in found if name.lower() == "label"]
+    outer = plain or [name for name in found if "." not in name] or found
+    if len(outer) > 1:
+        raise UserError(
+            f"source: {where}: each of {', '.join(outer[:20])} could be the class; "
+            "set label_column to one of them, or labels=none"
+        )
+    return outer[0] if outer else None
+
+
+def flattened(content: Any, depth: int = 4) -> dict[str, Any]:
+    """The leaves of nested mappings under dotted names: {"a": {"b": 1}} gives {"a.b": 1}."""
+    if not isinstance(content, dict):
+        return {}
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict) and depth > 1:
+            found |= {f"{name}.{inner}": leaf for inner, leaf in flattened(value, depth - 1).items()}
+        else:
+            found[str(name)] = value
+    return found
+
+
+def numbered(
+    values: Sequence[Any],
+    pictures: Sequence[str],
+    where: str,
+    names: tuple[str, ...] | None = None,
+    asked: bool = False,
+) -> Labels:
+    """Class numbers of raw labels. `names` are those of numbers, if the source gives them.
+
+    Numbers stay as they are; digits in a text are a number; other texts are names, numbered in their order. A
+    missing label is None, NaN, -1 or an empty text. `asked` says that the user named the field, so that many
+    different texts are accepted. Raises UserError, naming a picture, for labels that are missing on some pictures
+    only, and for what is no class.
+    """
+    plain = [_plain(value, picture, where) for value, picture in zip(values, pictures, strict=True)]
+    missing = plain.count(None)
+    if missing == len(plain):
+        return [-1] * len(plain), None
+    if missing:
+        raise UserError(
+            f"source: {where}: {missing} of {len(plain)} pictures have no label "
+            f"({pictures[plain.index(None)]}); label or remove them, or set labels=none"
+        )
+    texts = {value for value in plain if isinstance(value, str)}
+    if not texts:
+        numbers = [value for value in plain if isinstance(value, int)]
+        _bounded(numbers, pictures, where, names)
+        return numbers, names
+    if names is not None and texts <= set(names):
+        by_name = {name: number for number, name in enumerate(names)}
+        if all(isinstance(value, str) for value in plain):
+            return [by_name[str(value)] for value in plain], names
+    odd = next((i for i, value in enumerate(plain) if not isinstance(value, str)), None)
+    if odd is not None:
+        raise UserError(
+            f"source: {where}: some labels are numbers ({pictures[odd]}: {plain[odd]}) and some are names "
+            f"({min(texts)!r}); write all in one way, or set labels=none"
+        )
+    _require_classes(texts, len(plain), where, asked)
+    classes = in_order(texts)
+    number = {name: i for i, name in enumerate(classes)}
+    return [number[str(value)] for value in plain], classes
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Class names in the order of their numbers: by value when all are numbers, else as texts."""
+    found = set(names)
+    if all(name.isascii() and name.isdigit() for name in found):
+        return tuple(sorted(found, key=lambda name: (int(name), name)))
+    return tuple(sorted(found))
+
+
+def mapping_line(how: str, classes: tuple[str, ...] | None, numbers: Sequence[int]) -> str:
+    """What the classes are, for people: `labels from class folders: 0 cat, 1 dog`."""
+    if classes is None:
+        seen = sorted(set(numbers))
+        listed = ", ".join(map(str, seen[:10])) + (f" … {seen[-1]}" if len(seen) > 10 else "")
+        return f"labels from {how}: the numbers {listed}"
+    listed = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:10]))
+    more = f" … {len(classes) - 1} {classes[-1]}" if len(classes) > 10 else ""
+    return f"labels from {how}: {listed}{more}"
+
+
+def _plain(value: Any, picture: str, where: str) -> int | str | None:
+    """One raw label as a number, a name, or None for a missing one."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="backslashreplace")
+    if isinstance(value, (list, tuple)):
+        value = _of_list(list(value), picture, where)
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        if not value.is_integer():
+            raise UserError(f"source: {where}: {picture} has the label {value!r}; a class is a whole number")
+        value = int(value)
+    if isinstance(value, str):
+        text = value.strip()
+        if _NUMBER.fullmatch(text):
+            value = int(text.partition(".")[0])
+        elif len(text) > MAX_NAME:
+            raise UserError(
+                f"source: {where}: {picture} has the label {text[:40]!r}… of {len(text)} characters; "
+                "that is a caption: name the class with label_column, or set labels=none"
+            )
+        else:
+            return text or None
+    if value is None or value == -1:
+        return None
+    if not isinstance(value, int) or value < 0:
+        raise UserError(
+            f"source: {where}: {picture} has the label {str(value)[:80]!r}; a class is a number from 0 or a name"
+        )
+    return int(value)
+
+
+def _of_list(value: list[Any], picture: str, where: str) -> Any:
+    """The one label of a list: its only entry, or the place of the only one among zeros."""
+    if len(value) == 1:
+        return value[0]
+    if len(value) > 1 and all(v in (0, 1) for v in value) and sum(map(int, value)) == 1:
+        return [int(v) for v in value].index(1)
+    raise UserError(
+        f"source: {where}: {picture} has the label {str(value)[:80]}; one class a picture is expected: "
+        "name another with label_column, or set labels=none"
+    )
+
+
+def _bounded(numbers: list[int], pictures: Sequence[str], where: str, names: tuple[str, ...] | None) -> None:
+    largest = max(numbers)
+    limit = MAX_CLASSES if names is None else len(names)
+    if largest >= limit:
+        said = "the limit is" if names is None else "the names given are"
+        raise UserError(
+            f"source: {where}: {pictures[numbers.index(largest)]} has the label {largest}; {said} {limit}; "
+            "name another with label_column, or set labels=none"
+        )
+
+
+def _require_classes(texts: set[str], count: int, where: str, asked: bool) -> None:
+    if len(texts) > MAX_CLASSES or (not asked and count >= 50 and len(texts) > count // 2):
+        raise UserError(
+            f"source: {where}: the labels have {len(texts)} different texts among {count} pictures, as captions "
+            "do; name the class with label_column, or set labels=none"
+        )
