@@ -96,8 +96,9 @@ def probe(data: bytes) -> ImageShape:
     if data.startswith(npy.MAGIC):
         return _shape_of_npy(npy.read_header(data)[0])
     if (found := header_shape(data)) is not None and not tells_orientation(data):
+        shape = ImageShape(*found)
         _require_sound_png(data)
-        return ImageShape(*found)
+        return shape
     with open_image(data) as image:
         if not isinstance(
             image, JpegImageFile | WebPImageFile
