@@ -166,7 +166,7 @@ def test_the_second_pack_of_an_unchanged_source_reads_no_picture(
         raise AssertionError("a picture was read")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.sources.FolderSource.read", read)
+        patch.setattr("pipeline.data.sources.FilesSource.read", read)
         again = pack(config(str(mine), uri))
     assert again.already_complete
     assert (again.index_digest, again.num_samples, again.image) == (first.index_digest, 40, first.image)
@@ -187,7 +187,7 @@ def test_a_taken_place_is_refused_before_any_picture_is_read(
     def read(*_: object) -> bytes:
         raise AssertionError("a picture was read")
 
-    monkeypatch.setattr("pipeline.data.sources.FolderSource.read", read)
+    monkeypatch.setattr("pipeline.data.sources.FilesSource.read", read)
     with pytest.raises(UserError, match="holds a pack of other pictures or settings"):
         pack(config(source, uri, seed=3))
     with pytest.raises(UserError, match="holds a pack of other pictures or settings"):
