@@ -164,6 +164,7 @@ def _work(plan: Plan, run: Run, progress: Progress, stop: threading.Event, alone
         spared=protected_sources(),
         initial_sha256=None if plan.initial is None else plan.initial.sha256,
         started_seconds=run.started_seconds,
+        finished_steps=plan.finished_steps,
     )
     with ModelLog(plan, run.run_id):
         if alone:

@@ -66,7 +66,8 @@ class CheckpointConfig(Settings):
     every_steps: int = Field(default=1000, ge=1)
     """Steps between checkpoints."""
     keep_last: int = Field(default=3, ge=1)
-    """Older checkpoints are deleted once this many newer, whole ones exist."""
+    """Older checkpoints are deleted once this many newer, whole ones exist. At least two stay: workers that begin
+    may be reading the one before the newest."""
     keep_best: int = Field(default=1, ge=0)
     """This many with the lowest eval/loss are kept however old they are."""
     eval_samples: int = Field(default=256, ge=0, le=1_000_000)

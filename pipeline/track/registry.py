@@ -6,6 +6,7 @@ the code.
 """
 
 import hashlib
+import logging
 import re
 import shutil
 import tempfile
@@ -30,10 +31,14 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 
+log = logging.getLogger(__name__)
+
 WEIGHTS = "model.safetensors"
 CARD = "model.json"
 SHA256_TAG = "sha256"
 CHECKPOINT_TAG = "ddpm.checkpoint_uri"
+IDENTITY_TAG = "identity"
+"""Digest of the training that a version came from, where its caller tells it."""
 _REFERENCE = re.compile(r"^(?:models:/)?(?P<name>[^@/:]+)(?:@(?P<alias>[\w\-]+)|/(?P<version>\d+))$")
 _UPLOAD_PATIENCE_SECONDS = 300.0
 _LOGGED_MODEL = "models:/"
@@ -76,28 +81,36 @@ def register(
     """Register the exported model in `directory` as the next version of `name`.
 
     `logged_name` (such as unet-ema-0012000; default: `name`) and `step` are what the run page shows;
-    `checkpoint_uri` is the checkpoint it was cut from, which retention then spares. The same weights of the
-    same run are registered once: a repeated call returns the version that is there. UserError when the
-    directory is no export.
+    `checkpoint_uri` is the checkpoint it was cut from, which retention then spares. The same weights of the same
+    training (its tag `identity`, else its run) are registered once: a repeated call returns the version that is there,
+    and of two calls at once both return the lower version. UserError when the directory is no export.
     """
     sha256 = _weights_sha256(directory)
     client = tracking_client(uri)
+    training = (run_id, tags.get(IDENTITY_TAG))
     all_tags = {**{k: str(v) for k, v in redact(tags).items()}, SHA256_TAG: sha256}
     if checkpoint_uri is not None:
         all_tags[CHECKPOINT_TAG] = checkpoint_uri
 
     def attempt() -> ModelVersion:
         # Registered by an earlier call, or by a try that got no answer.
-        found = _registered(client, name, run_id, sha256)
+        found = _registered(client, name, training, sha256)
         if found is not None:
-            return found
+            return _view(client, found)
         model_id = log_model(directory, run_id, tags, logged_name=logged_name or name, step=step, uri=uri)
         _make_registered_model(client, name)
         source = f"{_LOGGED_MODEL}{model_id}"
         made = client.create_model_version(
             name, source, run_id, all_tags, None, redact(description), await_creation_for=0, model_id=model_id
         )
-        return _view(client, made)
+        # MLflow has no "unless it is there": whoever finds a lower version beside its own takes its own back.
+        first = _registered(client, name, training, sha256) or made
+        if int(first.version) < int(made.version):
+            log.warning(
+                "%s/%s: registered at the same time as %s; taken back", name, made.version, first.version
+            )
+            client.delete_model_version(name, str(made.version))
+        return _view(client, first)
 
     return patiently(f"registering {name}", attempt, _UPLOAD_PATIENCE_SECONDS)
 
@@ -277,11 +290,18 @@ def _make_registered_model(client: "MlflowClient", name: str) -> None:
             raise
 
 
-def _registered(client: "MlflowClient", name: str, run_id: str, sha256: str) -> ModelVersion | None:
-    for version in _search_versions(client, f"name='{_quotable(name)}'"):
-        if version.run_id == run_id and version.tags.get(SHA256_TAG) == sha256:
-            return _view(client, version)
-    return None
+def _registered(
+    client: "MlflowClient", name: str, training: tuple[str, str | None], sha256: str
+) -> "MlflowVersion | None":
+    """The lowest version with these weights of this training: (run id, identity)."""
+    run_id, identity = training
+    found = [
+        version
+        for version in _search_versions(client, f"name='{_quotable(name)}'")
+        if version.tags.get(SHA256_TAG) == sha256
+        and (version.run_id == run_id or (identity and version.tags.get(IDENTITY_TAG) == identity))
+    ]
+    return min(found, key=lambda version: int(version.version), default=None)
 
 
 def _fetch(client: "MlflowClient", version: ModelVersion, name: str, folder: Path, address: str) -> None:

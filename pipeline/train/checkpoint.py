@@ -4,15 +4,18 @@
     checkpoints/000000001000/record.json           last: step, size and sha256 of the state, what it belongs to
 
 A checkpoint without its record was never finished; one whose bytes are not what the record says is damaged. Both
-are passed over for the one before, with a warning.
+are passed over for the one before, with a warning. Where there are checkpoints and none is whole, a training ends
+rather than begin anew.
 """
 
 import hashlib
 import json
 import logging
 import math
+import re
 import tempfile
 import threading
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +35,22 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints/"
 STATE, RECORD = "state.safetensors", "record.json"
+FEWEST_KEPT = 2
+"""Kept while a training goes on, whatever the settings say: a group that begins may be reading the one before."""
+MOST_LOOKS, PAUSE_SECONDS = 5, 2.0
+_RECORD_KEY = re.compile(rf"{FOLDER}([0-9]{{12}})/{re.escape(RECORD)}")
 
 
 class Record(Settings):
     """The proof beside a finished checkpoint."""
 
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, lt=10**12)
     """Finished optimiser steps; the next one takes positions from step * global_batch on."""
-    sha256: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of state.safetensors."""
-    size_bytes: int = Field(ge=0)
+    size_bytes: int = Field(ge=0, le=1 << 46)
     """Of state.safetensors."""
-    identity: str
+    identity: str = Field(max_length=200)
     """Digest of the training it belongs to."""
     eval_loss: float | None = None
     """eval/loss of its averaged weights; None where that was not measured, or was not finite."""
@@ -75,6 +82,7 @@ def save_checkpoint(
 def load_checkpoint(store: Store, step: int) -> Checkpoint:
     """Read one checkpoint. Raises DamageError when it is not what its record says, ObjectMissing when absent."""
     record = load_record(store, step)
+    _require_size(store, step, record)
     with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
         file = Path(folder) / STATE
         store.download(_key(step, STATE), file)
@@ -92,23 +100,43 @@ def load_checkpoint(store: Store, step: int) -> Checkpoint:
 def load_record(store: Store, step: int) -> Record:
     """The record of one checkpoint. Raises DamageError when it is none, ObjectMissing when absent."""
     key = _key(step, RECORD)
-    return parse_document(Record, store.read(key), f"{store.uri}/{key}", "a checkpoint record")
+    record = parse_document(Record, store.read(key), f"{store.uri}/{key}", "a checkpoint record")
+    if record.step != step:
+        raise DamageError(f"{store.uri}/{key}: is the record of step {record.step}")
+    return record
 
 
 def finished_steps(store: Store) -> list[int]:
     """Steps of the checkpoints that have a record, ascending."""
-    names = (info.key.removeprefix(FOLDER).split("/") for info in store.list(FOLDER))
-    return sorted(int(step) for step, *rest in names if rest == [RECORD] and step.isdigit())
+    found = (_RECORD_KEY.fullmatch(info.key) for info in store.list(FOLDER))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def latest_checkpoint(store: Store) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None. A damaged one is passed over with a warning."""
-    for step in reversed(finished_steps(store)):
-        try:
-            return load_checkpoint(store, step)
-        except (DamageError, ObjectMissing) as error:
-            log.warning("checkpoint %d passed over: %s", step, error)
-    return None
+    """The newest checkpoint that is whole; None where there is none at all.
+
+    A damaged one is passed over with a warning. Where one is gone that was listed, another group has written newer
+    ones and deleted it: they are listed again. Raises DamageError when there are checkpoints and none can be had.
+    """
+    for look in range(MOST_LOOKS):
+        steps = finished_steps(store)
+        if not steps and look == 0:
+            return None
+        for step in reversed(steps):
+            try:
+                return load_checkpoint(store, step)
+            except DamageError as error:
+                log.warning("checkpoint %d passed over: %s", step, error)
+            except ObjectMissing as error:
+                if store.stat(_key(step, RECORD)) is None:
+                    break
+                log.warning("checkpoint %d passed over: %s", step, error)
+        else:
+            time.sleep(PAUSE_SECONDS)  # the way here may be to blame
+    raise DamageError(
+        f"{store.uri}/{FOLDER}: has had checkpoints, and none of them can be read (the warnings say why); restore one, "
+        "or delete them all to begin this training anew"
+    )
 
 
 def checkpoint_uri(store: Store, step: int) -> str:
@@ -143,6 +171,18 @@ def prune_checkpoints(store: Store, keep_last: int, spared: Collection[str] = ()
         store.delete(_key(step, STATE))
 
 
+def _require_size(store: Store, step: int, record: Record) -> None:
+    """Raise before a download that could only be in vain."""
+    key = _key(step, STATE)
+    found = store.stat(key)
+    if found is None:
+        raise ObjectMissing(key, f"{store.uri}/{key}")
+    if found.size_bytes != record.size_bytes:
+        raise DamageError(
+            f"{store.uri}/{key}: {found.size_bytes} bytes, its record says {record.size_bytes}: it was cut or replaced"
+        )
+
+
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time, from copies that training can no longer change.
 
@@ -162,7 +202,7 @@ class CheckpointWriter:
         self._store = store
         self._spared = spared
         self._identity = identity
-        self._keep_last, self._keep_best = keep_last, keep_best
+        self._keep_last, self._keep_best = max(keep_last, FEWEST_KEPT), keep_best
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 

@@ -61,7 +61,7 @@ class Diary:
     def take_over(self, tensors: Mapping[str, Tensor]) -> None:
         """Deliver the points a checkpoint carries; those MLflow has by now are not sent again."""
         if self._spool is not None and TENSOR in tensors:
-            self._spool.absorb(tensors[TENSOR].numpy().tobytes())
+            self._spool.absorb(tensors[TENSOR].reshape(-1).view(torch.uint8).numpy().tobytes())
 
     def __enter__(self) -> "Diary":
         return self

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.train import EMAConfig, OptimizerConfig, TrainConfig
+from pipeline.errors import DamageError
 from pipeline.nets import ConstantEMA, PowerEMA, UNet, WeightAverage, seeded_init
 
 
@@ -37,7 +38,14 @@ class TrainState:
         return out
 
     def load(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Take over a checkpoint. Raises KeyError or RuntimeError when it is of another network."""
+        """Take over a checkpoint. Raises DamageError when it is of another network."""
+        try:
+            self._load(step, tensors)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DamageError(f"checkpoint {step} does not fit this network: {reason}") from error
+
+    def _load(self, step: int, tensors: dict[str, Tensor]) -> None:
         self.net.load_state_dict(_below("net/", tensors))
         self.ema.load_state_dict(_below("ema/", tensors))
         moments = _below("optimizer/", tensors)

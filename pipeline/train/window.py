@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.errors import DamageError
+
 QUARTILES = 4
 
 
@@ -104,12 +106,23 @@ class Window:
         """Go on inside a window; times begin anew.
 
         These are everyone's sums, so only rank 0 (`leads`) takes them up. The others count zeros for the same steps:
-        all must bring the same number of values to `reduce`.
+        all must bring the same number of values to `reduce`. Raises DamageError for tensors that are no window's.
         """
-        if "window/losses" in tensors:
-            share = 1.0 if leads else 0.0
-            self._losses = list(tensors["window/losses"].to(self._device) * share)
-            self._quartiles = tensors["window/quartiles"].to(self._device) * share
-            self._grad_norms = tensors["window/grad_norms"].tolist()
-            self.skipped_steps, replaced = tensors["window/counts"].tolist()
-            self.replaced_samples = replaced if leads else 0
+        if "window/losses" not in tensors:
+            return
+        try:
+            losses, quartiles, norms, counts = (
+                tensors[f"window/{name}"].to(torch.float64)
+                for name in ("losses", "quartiles", "grad_norms", "counts")
+            )
+            shapes = (losses.ndim, tuple(quartiles.shape), norms.ndim, tuple(counts.shape))
+            if shapes != (1, (2, QUARTILES), 1, (2,)) or not bool(counts.isfinite().all()):
+                raise ValueError(f"has other shapes: {shapes}")
+        except (KeyError, ValueError) as error:
+            raise DamageError(f"the checkpoint's sums for its next point are damaged ({error})") from None
+        share = 1.0 if leads else 0.0
+        self._losses = list(losses.to(self._device) * share)
+        self._quartiles = quartiles.to(self._device) * share
+        self._grad_norms = norms.tolist()
+        self.skipped_steps = int(counts[0])
+        self.replaced_samples = int(counts[1]) if leads else 0

@@ -11,10 +11,16 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config.train import TrainConfig
 from pipeline.data import Batch, Loader, load_index
 from pipeline.diffusion import NoiseSchedule
-from pipeline.errors import DamageError
+from pipeline.errors import DamageError, WorkFailed
 from pipeline.logs import name_process
-from pipeline.store import Store, open_store, patiently
-from pipeline.train.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint, load_checkpoint
+from pipeline.store import ObjectMissing, Store, open_store, patiently
+from pipeline.train.checkpoint import (
+    MOST_LOOKS,
+    Checkpoint,
+    CheckpointWriter,
+    latest_checkpoint,
+    load_checkpoint,
+)
 from pipeline.train.diary import Diary
 from pipeline.train.initial import staged_weights
 from pipeline.train.loop import Trainer, chunk_loss, micro_batches
@@ -44,6 +50,8 @@ class Task:
     """Of the weights staged beside the checkpoints, which fine-tuning begins with; None = drawn from the seed."""
     started_seconds: float = 0.0
     """Unix time of the run's first start, from which system metrics are counted."""
+    finished_steps: int = 0
+    """Of the newest checkpoint that the driver saw; more than 0: the training goes on, or it ends."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
     config = with_micro_batch(task.config, place.world, place.device)
     store = open_store(task.run_uri)
     checkpoint = _starting_point(store, place)
+    _check_belonging(task, checkpoint)
     begins_with = task.initial_sha256 if checkpoint is None else None
     weights = staged_weights(store, begins_with) if begins_with is not None else None
     state = initial_state(config, place.device, weights)
@@ -93,18 +102,53 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
         Session(trainer, state, diary, writer, driver).run(loader, tensors)
 
 
+def _check_belonging(task: Task, checkpoint: Checkpoint | None) -> None:
+    """Raise DamageError where this training would begin anew, or go on from another's state, without a word."""
+    if checkpoint is None and task.finished_steps:
+        raise DamageError(
+            f"{task.run_uri}: its checkpoints, the newest of step {task.finished_steps}, are gone since the job began; "
+            "restore them, or start the job again to begin anew"
+        )
+    if checkpoint is not None and checkpoint.record.identity != task.identity:
+        raise DamageError(
+            f"{task.run_uri}: checkpoint {checkpoint.record.step} is of training {checkpoint.record.identity}, "
+            f"not of {task.identity}; delete it"
+        )
+
+
 def _starting_point(store: Store, place: Place) -> Checkpoint | None:
     """The newest whole checkpoint as rank 0 finds it, on every rank; None for a training that begins.
 
-    Each looking for itself might find another: a writer of the group before may still be publishing or deleting.
+    Each looking for itself might find another: a writer of the group before may still be publishing or deleting. Where
+    it deletes what rank 0 found before another rank has read it, all look again.
     """
-    if place.rank == 0:
-        found = patiently(lambda: latest_checkpoint(store))
-        if place.world > 1:
-            _told_by_rank_0(-1 if found is None else found.record.step, place)
-        return found
-    step = _told_by_rank_0(0, place)
-    return None if step < 0 else patiently(lambda: load_checkpoint(store, step))
+    for _ in range(MOST_LOOKS):
+        found = patiently(lambda: latest_checkpoint(store)) if place.rank == 0 else None
+        if place.world == 1:
+            return found
+        step = _told_by_rank_0(-1 if found is None else found.record.step, place)
+        if step < 0:
+            return None
+        found = found or _still_there(store, step)
+        if _all_have(found is not None, place):
+            return found
+    raise WorkFailed(
+        f"{store.uri}: each checkpoint was deleted before all workers had read it; does another job write there?"
+    )
+
+
+def _still_there(store: Store, step: int) -> Checkpoint | None:
+    try:
+        return patiently(lambda: load_checkpoint(store, step))
+    except ObjectMissing:
+        return None
+
+
+def _all_have(one: bool, place: Place) -> bool:
+    """Whether every rank says so. A collective call."""
+    votes = torch.tensor([int(one)], dtype=torch.int64, device=place.device)
+    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    return bool(votes)
 
 
 def _told_by_rank_0(number: int, place: Place) -> int:

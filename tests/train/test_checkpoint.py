@@ -1,7 +1,10 @@
 """Checkpoints: whole or passed over, never half there, and never in the way of a restart."""
 
+import json
 import logging
+import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,11 @@ from torch import Tensor
 
 from pipeline import patience
 from pipeline.errors import DamageError
-from pipeline.store import ObjectInfo, Store, StoreUnreachable, open_store
+from pipeline.store import FileStore, ObjectInfo, Store, StoreUnreachable, open_store
+from pipeline.train import checkpoint
 from pipeline.train.checkpoint import (
+    RECORD,
+    STATE,
     CheckpointWriter,
     checkpoint_uri,
     finished_steps,
@@ -21,6 +27,7 @@ from pipeline.train.checkpoint import (
     save_checkpoint,
 )
 from pipeline.train.state import initial_state
+from pipeline.train.window import Window
 from tests.train.tiny import tiny
 
 TENSORS = {"net/weight": torch.arange(12.0).reshape(3, 4), "optimizer/step": torch.tensor(3.0)}
@@ -77,7 +84,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_warning(
 def test_damage_names_the_object(store: Store) -> None:
     save_checkpoint(store, 10, TENSORS, "id")
     file_of(store, 10, "state.safetensors").write_bytes(b"x")
-    with pytest.raises(DamageError, match=r"000000000010/state\.safetensors: sha256"):
+    with pytest.raises(DamageError, match=r"000000000010/state\.safetensors: 1 bytes, its record says"):
         load_checkpoint(store, 10)
 
 
@@ -94,6 +101,134 @@ def test_a_checkpoint_that_a_registered_model_was_cut_from_is_never_deleted(stor
         save_checkpoint(store, step, TENSORS, "id")
     prune_checkpoints(store, keep_last=1, spared={checkpoint_uri(store, 20)})
     assert finished_steps(store) == [20, 40]
+
+
+def test_the_one_before_the_newest_stays_for_who_is_reading_it(store: Store) -> None:
+    writer = CheckpointWriter(store, "id", keep_last=1)
+    for step in (10, 20, 30):
+        writer.submit(step, TENSORS)
+    writer.wait()
+    assert finished_steps(store) == [20, 30]
+
+
+class Pruned(FileStore):
+    """A store in which another group writes and deletes checkpoints while this one reads."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.newer: list[int] = []
+        """Each is written, and all before it deleted, when a state is asked for."""
+        self.moment = STATE
+
+    def _another_group(self, key: str) -> None:
+        if self.newer and key.endswith(self.moment):
+            other, step = FileStore(self.root), self.newer.pop(0)
+            save_checkpoint(other, step, TENSORS, "id")
+            prune_checkpoints(other, keep_last=1)
+
+    def read(self, key: str) -> bytes:
+        self._another_group(key)
+        return super().read(key)
+
+    def download(self, key: str, path: Path) -> None:
+        self._another_group(key)
+        super().download(key, path)
+
+
+@pytest.mark.parametrize("moment", [STATE, RECORD])
+@pytest.mark.parametrize("newer", [[30], [30, 40], [30, 40, 50]])
+def test_checkpoints_deleted_after_they_were_listed_are_listed_again(
+    tmp_path: Path, moment: str, newer: list[int]
+) -> None:
+    store = Pruned(tmp_path)
+    for step in (10, 20):
+        save_checkpoint(store, step, TENSORS, "id")
+    store.newer, store.moment = list(newer), moment
+    found = latest_checkpoint(store)
+    assert found is not None
+    assert found.record.step == newer[-1]
+
+
+@pytest.mark.parametrize("loss", ["all damaged", "all deleted"])
+def test_where_checkpoints_were_and_none_can_be_read_nothing_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    monkeypatch.setattr(checkpoint, "PAUSE_SECONDS", 0.0)
+    store = Pruned(tmp_path)
+    for step in (10, 20):
+        save_checkpoint(store, step, TENSORS, "id")
+        if loss == "all damaged":
+            store.path(f"checkpoints/{step:012d}/{STATE}").write_bytes(b"x")
+    if loss == "all deleted":
+        monkeypatch.setattr(store, "_another_group", lambda _: shutil.rmtree(tmp_path / "checkpoints", True))
+    with pytest.raises(DamageError, match=r"checkpoints/: has had checkpoints, and none .* delete them all"):
+        latest_checkpoint(store)
+
+
+def test_damage_on_the_way_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "PAUSE_SECONDS", 0.0)
+    store, times = FileStore(tmp_path), 0
+    save_checkpoint(store, 10, TENSORS, "id")
+    download = FileStore.download
+
+    def flips_twice(key: str, path: Path) -> None:
+        nonlocal times
+        times += 1
+        download(store, key, path)
+        if times <= 2:
+            path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+
+    monkeypatch.setattr(store, "download", flips_twice)
+    found = latest_checkpoint(store)
+    assert found is not None
+    assert found.record.step == 10
+
+
+@pytest.mark.parametrize("name", ["²", "9" * 5000, "00000000001x", "10", "٠٠٠٠٠٠٠٠٠٠١٠"])
+def test_a_folder_whose_name_is_no_step_is_no_checkpoint(
+    store: Store, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(store, 10, TENSORS, "id")
+    listed = [*store.list("checkpoints/"), ObjectInfo(f"checkpoints/{name}/record.json", 1, "")]
+    monkeypatch.setattr(store, "list", lambda prefix: iter(listed))
+    assert finished_steps(store) == [10]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 11},
+        {"step": -1},
+        {"step": 10**30},
+        {"size_bytes": 2**80},
+        {"size_bytes": 5},
+        {"sha256": "../../etc/passwd"},
+        {"identity": "x" * 10_000},
+        {"identity": ["x"]},
+        {"eval_loss": "low"},
+        {"more": 1},
+    ],
+)
+def test_a_record_of_odd_values_is_damage_in_one_line_and_nothing_is_downloaded(
+    store: Store, change: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(store, 10, TENSORS, "id")
+    record = file_of(store, 10, "record.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    monkeypatch.delattr(type(store), "download")
+    with pytest.raises(DamageError, match=r"000000000010/(record\.json|state\.safetensors): ") as refusal:
+        load_checkpoint(store, 10)
+    assert len(str(refusal.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "data", [b"[" * 100_000, b"[]", b"null", b"\xff\xfe", b'{"step": ' + b"9" * 5000 + b"}"]
+)
+def test_a_record_that_is_none_is_damage(store: Store, data: bytes) -> None:
+    save_checkpoint(store, 10, TENSORS, "id")
+    file_of(store, 10, "record.json").write_bytes(data)
+    with pytest.raises(DamageError, match=r"record\.json: not a checkpoint record"):
+        load_checkpoint(store, 10)
 
 
 def test_training_may_change_its_tensors_while_a_checkpoint_is_written(store: Store) -> None:
@@ -172,6 +307,47 @@ def test_the_whole_state_of_a_training_goes_through_a_checkpoint(
     for name, value in state.tensors().items():
         assert torch.equal(again[name], value), name
         assert again[name].stride() == value.stride(), f"{name}: the fused optimiser would mix its elements"
+
+
+def lacking(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if not name.startswith("ema/")}
+
+
+def misshapen(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros(3) if name.startswith("net/") else value for name, value in tensors.items()}
+
+
+def empty(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {}
+
+
+@pytest.mark.parametrize("change", [lacking, misshapen, empty])
+def test_a_state_that_does_not_fit_is_damage_in_one_line(
+    digits: str, runs: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> None:
+    state = initial_state(tiny(digits, runs), torch.device("cpu"))
+    with pytest.raises(DamageError, match="checkpoint 7 does not fit this network: "):
+        state.load(7, change(contiguous(state.tensors())))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"losses": torch.tensor(1.0)},
+        {"quartiles": torch.zeros(3)},
+        {"counts": torch.zeros(5)},
+        {"counts": torch.tensor([float("nan"), 0])},
+        {"grad_norms": torch.zeros(2, 2)},
+        {"grad_norms": None},
+    ],
+)
+def test_sums_that_are_none_are_damage(change: dict[str, Tensor | None]) -> None:
+    window = Window(10, torch.device("cpu"))
+    window.open_step()
+    tensors = window.tensors() | {f"window/{name}": value for name, value in change.items()}
+    kept = {name: value for name, value in tensors.items() if value is not None}
+    with pytest.raises(DamageError, match="sums for its next point are damaged"):
+        Window(10, torch.device("cpu")).load(kept, leads=True)
 
 
 def bits(tensor: Tensor) -> Tensor:

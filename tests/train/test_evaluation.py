@@ -119,11 +119,11 @@ def test_of_equally_good_checkpoints_the_newer_is_kept(store: Store) -> None:
 
 
 def test_the_writer_ranks_what_it_writes(store: Store) -> None:
-    writer = CheckpointWriter(store, "id", keep_last=1, keep_best=1)
-    for step, loss in [(1, 0.1), (2, 0.3), (3, 0.2)]:
+    writer = CheckpointWriter(store, "id", keep_last=2, keep_best=1)
+    for step, loss in [(1, 0.1), (2, 0.3), (3, 0.2), (4, 0.2)]:
         writer.submit(step, TENSORS, loss)
     writer.wait()
-    assert finished_steps(store) == [1, 3]
+    assert finished_steps(store) == [1, 3, 4]
 
 
 POWER = {"kind": "power", "widths": (0.05, 0.2)}
