@@ -90,10 +90,9 @@ def open_private(path: Path, flags: int = os.O_RDONLY) -> int:
 def read_private(path: Path, most_bytes: int) -> bytes:
     """The bytes of a file as `open_private` opens it. UserError when there are more than `most_bytes`."""
     with open(open_private(path), "rb") as file:
-        data = file.read(most_bytes + 1)
-    if len(data) > most_bytes:
-        raise UserError(f"{path}: is longer than {most_bytes} bytes; remove it")
-    return data
+        if os.fstat(file.fileno()).st_size > most_bytes:
+            raise UserError(f"{path}: is longer than {most_bytes} bytes; remove it")
+        return file.read()
 
 
 def _is_safe(path: Path) -> bool:

@@ -39,7 +39,7 @@ class ScheduleConfig(Settings):
     """tau of "sigmoid": below 1 steepens the middle. Chen 2023's default."""
     max_beta: Annotated[float, Field(gt=0, le=0.999999)] = 0.999
     """Ceiling of a beta of "cosine" and "sigmoid", whose last step would otherwise be singular."""
-    betas: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    betas: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(max_length=1_000_000)] = ()
     """The betas of a "given" schedule, first step first."""
     zero_terminal_snr: bool = False
     """Rescale so that x_T holds no trace of the image (Lin et al. 2023). Needs target "x0" or "v"."""

@@ -21,7 +21,9 @@ class UNetConfig(Settings):
     """Channels of the prediction: those of the image, or twice as many when the variance is learned too."""
     base_channels: Annotated[int, Field(ge=2, le=8192, multiple_of=2)] = 128
     """Width that the multipliers scale; also the size of the timestep's sinusoidal embedding."""
-    multipliers: Annotated[tuple[Annotated[float, Field(gt=0, le=64)], ...], Field(min_length=1)] = (
+    multipliers: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=64)], ...], Field(min_length=1, max_length=14)
+    ] = (
         1.0,
         2.0,
         2.0,
@@ -30,7 +32,7 @@ class UNetConfig(Settings):
     """Width of each level over `base_channels`, finest first; each level halves the resolution."""
     num_res_blocks: Annotated[int, Field(ge=1, le=64)] = 2
     """Residual blocks a level on the way down; the way up has one more."""
-    attention_resolutions: tuple[int, ...] = (16,)
+    attention_resolutions: Annotated[tuple[int, ...], Field(max_length=14)] = (16,)
     """Resolutions in pixels whose residual blocks are followed by self-attention."""
     mid_attention: bool = True
     """Self-attention between the two residual blocks of the coarsest level."""

@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pipeline.config.base import Settings
-from pipeline.config.bounds import MAX_CLASSES, Name
+from pipeline.config.bounds import MAX_CLASSES, Key, Name
 from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig
 from pipeline.config.document import first_fault
 from pipeline.config.net import UNetConfig
@@ -27,6 +27,10 @@ from pipeline.nets.unet import UNet
 
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "model.json"
+MOST_CARD_BYTES = 1 << 26
+MOST_TIMES_STORED = 4
+"""How much larger than its file a network may be: weights may be stored in 8 bits and are computed with in 32."""
+_Levels = Annotated[tuple[float, ...], Field(max_length=4096)]
 
 
 class ImageShape(Settings):
@@ -42,39 +46,39 @@ class ImageShape(Settings):
 class TrainingData(Settings):
     """What is worth knowing, when generating, about the data a network was trained on."""
 
-    digest: str | None = None
+    digest: Name | None = None
     """Digest of the index of the shards; None when it is not known (an imported network)."""
 
-    channel_mean: tuple[float, ...] | None = None
+    channel_mean: _Levels | None = None
     """Mean of each channel over the training set, in uint8 levels (0..255); None when it was not measured."""
 
-    channel_std: tuple[float, ...] | None = None
+    channel_std: _Levels | None = None
     """Standard deviation of each channel over the training set, in uint8 levels; None: not measured."""
 
 
 class WeightsInfo(Settings):
     """Which weights of a training these are."""
 
-    kind: str = "ema"
+    kind: Name = "ema"
     """The kind of weights: `ema` (an exponential moving average), `raw`, or a name that training gives."""
 
-    sha256: str = ""
+    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     """Hex digest of the bytes of `model.safetensors`; `save_model` fills it in."""
 
 
 class TrainingInfo(Settings):
     """Where a network comes from."""
 
-    step: int | None = None
+    step: int | None = Field(default=None, ge=0, lt=2**63)
     """Optimiser steps taken; None when it is not known."""
 
-    run_id: str | None = None
+    run_id: Name | None = None
     """The MLflow run of the training; None when there was none."""
 
-    init_from: str | None = None
+    init_from: Key | None = None
     """The model that was fine-tuned (`name/3`, or a directory); None for a training from the start."""
 
-    init_sha256: str | None = None
+    init_sha256: Name | None = None
     """Hex digest of that model's weights."""
 
 
@@ -129,6 +133,8 @@ def load_card(directory: Path) -> ModelCard:
     """Read `model.json` alone. UserError when it is missing or not a card."""
     path = directory / CARD_FILE
     try:
+        if path.stat().st_size > MOST_CARD_BYTES:
+            raise UserError(f"{path}: longer than {MOST_CARD_BYTES} bytes, which no model card is")
         return ModelCard.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory}: no {CARD_FILE} here; name a directory that holds a model") from None
@@ -174,6 +180,7 @@ def _check(card: ModelCard, data: bytes, where: str) -> None:
 
 
 def _built(card: ModelCard, data: bytes, device: str | torch.device, where: str) -> UNet:
+    _require_room(card, len(data), where)
     # The initial weights are thrown away: leave no trace of having drawn them.
     with torch.random.fork_rng(devices=[]):
         net = UNet(card.net)
@@ -183,6 +190,17 @@ def _built(card: ModelCard, data: bytes, device: str | torch.device, where: str)
         reason = " ".join(str(error).split())[:300]
         raise DamageError(f"{where}: the weights do not fit the network in {CARD_FILE}: {reason}") from None
     return net.to(device).eval().requires_grad_(False)
+
+
+def _require_room(card: ModelCard, size_bytes: int, where: str) -> None:
+    """Raise DamageError before memory is taken for a network that these weights cannot fill."""
+    with torch.device("meta"):
+        values = [*UNet(card.net).state_dict().values()]
+    wanted = sum(value.numel() * value.element_size() for value in values)
+    if wanted > MOST_TIMES_STORED * size_bytes:
+        raise DamageError(
+            f"{where}: {size_bytes} bytes of weights do not fit the network in {CARD_FILE}, which has {wanted}"
+        )
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -7,7 +7,7 @@ spool. Only points travel in checkpoints.
 from pathlib import PurePosixPath
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.config.base import Settings
 from pipeline.config.document import first_fault
@@ -29,7 +29,9 @@ def _relative(path: str) -> str:
 
 
 class PointRecord(Settings):
-    """Values of some metrics at one step."""
+    """Values of some metrics at one step. A loss may be infinite, or no number, and is told so."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
 
     t: Int64
     """Unix time in milliseconds."""

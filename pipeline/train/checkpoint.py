@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.config.base import Settings
+from pipeline.config.bounds import Bytes, Name, Sha256
 from pipeline.config.document import parse_document
 from pipeline.errors import DamageError
 from pipeline.store import ObjectMissing, Store, patiently
@@ -46,11 +47,11 @@ class Record(Settings):
 
     step: int = Field(ge=0, lt=10**12)
     """Finished optimiser steps; the next one takes positions from step * global_batch on."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256
     """Of state.safetensors."""
-    size_bytes: int = Field(ge=0, le=1 << 46)
+    size_bytes: Bytes
     """Of state.safetensors."""
-    identity: str = Field(max_length=200)
+    identity: Name
     """Digest of the training it belongs to."""
     eval_loss: float | None = None
     """eval/loss of its averaged weights; None where that was not measured, or was not finite."""
