@@ -7,7 +7,6 @@ the same twice joins the first.
 
 import hashlib
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -15,13 +14,11 @@ from pathlib import Path
 import yaml
 from ray.job_submission import JobSubmissionClient
 
-import infra
-import jobs
-import pipeline
 from jobs.agreement import require_agreement
 from jobs.cluster import SUBMITTED, shared_variables
 from jobs.progress import MODE_VARIABLE
 from jobs.shell import DONE
+from jobs.staging import stage_program
 from jobs.watch import follow, job_client
 from pipeline.config.base import Settings
 from pipeline.config.generate import GenerateConfig
@@ -33,7 +30,6 @@ from pipeline.track import TrackingError
 from pipeline.track.lineage import SOURCE_VARIABLE, source_tags
 from pipeline.train.prepare import prepare
 
-PACKAGES = (pipeline, jobs, infra)
 SETTINGS_FILE = "settings.yaml"
 SETTINGS_DIGEST = "settings_sha256"
 NAME_DIGITS = 12
@@ -121,10 +117,7 @@ def _job_name(client: JobSubmissionClient, base: str, digest: str) -> tuple[str,
 
 def _stage(folder: Path, settings: str) -> None:
     """The program and its settings, and nothing else of the folders they lie in."""
-    for package in PACKAGES:
-        source = Path(str(package.__file__)).parent
-        hidden = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
-        shutil.copytree(source, folder / package.__name__, ignore=hidden)
+    stage_program(folder)
     (folder / SETTINGS_FILE).write_text(settings, encoding="utf-8")
 
 
