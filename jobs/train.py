@@ -22,6 +22,7 @@ from jobs.progress import Progress
 from jobs.shell import DONE, STOPPED, Call, guarded, parse_words, run_job
 from jobs.signals import on_stop_signal
 from pipeline.config.train import TrainConfig, WorkerConfig
+from pipeline.errors import WorkFailed
 from pipeline.nets import UNet, parameter_count
 from pipeline.track import (
     ModelVersion,
@@ -49,13 +50,15 @@ from pipeline.train.diary import FINAL_GRID
 from pipeline.train.initial import stage_initial
 from pipeline.train.models import ModelLog, logged_name
 from pipeline.train.prepare import Plan, prepare
-from pipeline.train.restart import GroupCameToNothingError
+from pipeline.train.restart import GroupCameToNothingError, UnreachableError
 from pipeline.train.result import export_model
 from pipeline.train.worker import Task
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 MOST_STARTS = 10
 """How often workers may be lost before they train: enough for bad luck, too few for what is broken."""
+MOST_UNREACHABLE = 3
+"""How often they may fail to join each other: that a worker dies just then is rare, a wrong network stays wrong."""
 log = logging.getLogger(__name__)
 
 
@@ -77,6 +80,11 @@ def train(config: TrainConfig, progress: Progress, alone: bool = False) -> int:
         try:
             return _train(config, progress, alone, again=start > 1)
         except GroupCameToNothingError as error:
+            if isinstance(error, UnreachableError) and start >= MOST_UNREACHABLE:
+                raise WorkFailed(
+                    f"{error}; {start} times. Do the nodes reach each other at the addresses that Ray gives them? "
+                    "GLOO_SOCKET_IFNAME in the nodes' environment names another interface"
+                ) from None
             log.warning("%s; starting over, %d of %d", error, start + 1, MOST_STARTS)
     return _train(config, progress, alone, again=True)
 

@@ -32,7 +32,8 @@ from pipeline.logs import set_up_logging
 from pipeline.quiet import Quiet
 from pipeline.store import StoreUnreachable
 from pipeline.train.loop import NonFiniteError
-from pipeline.train.restart import GroupCameToNothingError
+from pipeline.train.rendezvous import Rendezvous
+from pipeline.train.restart import GroupCameToNothingError, UnreachableError
 from pipeline.train.session import OnProgress
 from pipeline.train.worker import Place, Task, train_worker
 
@@ -126,7 +127,9 @@ def _fit(task: Task, board: Any, scratch: str, stop: threading.Event) -> None:
         try:
             return _run(_trainer(task, board, scratch))
         except ControllerError as error:
-            reason = error.controller_failure
+            reason = _cause(error.controller_failure)
+            if isinstance(reason, UserError | UnreachableError):
+                raise reason from None
             if type(reason).__name__ != NO_ROOM and not stop.is_set():
                 words = " ".join(str(reason).split())[:200] or type(reason).__name__
                 raise GroupCameToNothingError(f"workers were lost before they trained ({words})") from None
@@ -136,6 +139,11 @@ def _fit(task: Task, board: Any, scratch: str, stop: threading.Event) -> None:
             return None
         log.warning("no room for all workers; looking again, %d of %d", start + 1, MOST_STARTS)
     return None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a worker met, out of Ray's wrapping."""
+    return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
 
 
 def _run(trainer: TorchTrainer) -> None:
@@ -167,6 +175,7 @@ def _trainer(task: Task, board: Any, scratch: str) -> TorchTrainer:
     return TorchTrainer(
         _on_worker,
         train_loop_config={"task": task, "board": board},
+        torch_config=Rendezvous(),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             elastic_resize_monitor_interval_s=workers.resize_seconds,

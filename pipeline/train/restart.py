@@ -9,3 +9,7 @@ class GroupCameToNothingError(WorkFailed):
     Ray Train keeps what such a group had reserved, workers and placement group, for as long as its driver is
     connected: no group after it would find room. So the job leaves the cluster and begins again.
     """
+
+
+class UnreachableError(GroupCameToNothingError):
+    """The workers of a group lived and could not join: one of them died meanwhile, or their nodes' network is wrong."""

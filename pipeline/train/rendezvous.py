@@ -1,0 +1,159 @@
+"""How the workers of a group find each other: torch's key-value store, at the node's own address.
+
+Ray Train's own set-up opens that store, which asks for no password, on every interface of rank 0's node, and lets
+gloo take the address that the host's name resolves to: loopback, on most Debian machines, where no other node is.
+"""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.backend import BackendConfig
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend  # pyright: ignore[reportPrivateUsage]  (for its shutdown)
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from pipeline.errors import UserError
+from pipeline.train.restart import UnreachableError
+
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+JOIN_SECONDS = 180
+"""Within which the workers of a group, all started by now, have met."""
+_stores: list[TCPStore] = []
+"""Rank 0's store, from `_listen` until `_join` hands it to torch."""
+
+
+@dataclass
+class Rendezvous(TorchConfig):
+    """Ray Train's settings for joining the workers of a group."""
+
+    @property
+    def backend_cls(self) -> type["_Backend"]:
+        """What joins them."""
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Called in the controller once all workers live. A worker alone joins nobody, so nothing listens."""
+        gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
+        worker_group.execute(_prepare, gpus=gpus)
+        world = len(worker_group)
+        if world == 1:
+            return
+        place = worker_group.execute_single(0, _listen, world=world)
+        joins = [
+            worker_group.execute_single_async(
+                rank, _join, rank=rank, world=world, place=place, backend="nccl" if gpus else "gloo"
+            )
+            for rank in range(world)
+        ]
+        ray.get(joins)
+
+
+def interface_of(address: str, interfaces: Mapping[str, Sequence[Any]] | None = None) -> str | None:
+    """Name of the interface that carries `address`, or None where this machine has no such address.
+
+    `interfaces`: as psutil.net_if_addrs() lists them. Every address of 127.0.0.0/8 is the loopback interface's.
+    """
+    wanted = ipaddress.ip_address(address)
+    for name, carried in (psutil.net_if_addrs() if interfaces is None else interfaces).items():
+        for entry in carried:
+            if entry.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            own = ipaddress.ip_address(entry.address.partition("%")[0])
+            if own == wanted or (own.is_loopback and wanted.is_loopback and own.version == wanted.version):
+                return name
+    return None
+
+
+def use_interface(address: str, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Make gloo and NCCL use the interface of this node's `address`, unless their variables say otherwise.
+
+    UserError where this machine has no such address.
+    """
+    name = interface_of(address)
+    if name is None:
+        raise UserError(
+            f"node {address}: no network interface of the machine has the address that Ray gives it; start Ray there "
+            "with --node-ip-address=ADDRESS, one at which the other nodes reach it"
+        )
+    for variable in INTERFACE_VARIABLES:
+        environ.setdefault(variable, name)
+
+
+def _prepare(gpus: bool) -> None:
+    """On every worker, before they join."""
+    address = ray.util.get_node_ip_address()
+    if gpus and not torch.cuda.is_available():
+        raise UserError(
+            f"train.workers.gpus_per_worker: Ray gave a GPU of node {address}, but torch {torch.__version__} there "
+            "can use none; install its CUDA build and a driver that fits"
+        )
+    use_interface(address)
+    context = ray.train.get_context()
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = (
+        str(context.get_world_rank()),
+        str(context.get_world_size()),
+    )
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    os.environ.setdefault(
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"
+    )  # end with a lost partner, do not wait for it
+
+
+def _listen(world: int) -> tuple[str, int]:
+    """On rank 0: open the store at the node's address only; returns its host and port."""
+    place, store = open_store_at(ray.util.get_node_ip_address(), world)
+    _stores[:] = [store]
+    return place
+
+
+def open_store_at(address: str, world: int) -> tuple[tuple[str, int], TCPStore]:
+    """A store for `world` processes that listens at `address`, and nowhere else, on a free port."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.bind((address, 0))
+        listener.listen(max(128, world))
+        place = (address, int(listener.getsockname()[1]))
+        store = TCPStore(
+            *place,
+            world_size=world,
+            is_master=True,
+            timeout=timedelta(seconds=JOIN_SECONDS),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),  # the store's from now on
+        )
+    return place, store
+
+
+def _join(rank: int, world: int, place: tuple[str, int], backend: str) -> None:
+    """On every worker: become `rank` of the group whose store is at `place`."""
+    limit = timedelta(seconds=JOIN_SECONDS)
+    try:
+        if rank == 0:
+            store = _stores.pop()
+        else:
+            store = TCPStore(*place, world_size=world, timeout=limit, wait_for_workers=False)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=TorchConfig.timeout_s),
+        )
+    except (dist.DistError, RuntimeError) as error:
+        here = f"{ray.util.get_node_ip_address()}, {os.environ[INTERFACE_VARIABLES[0]]}"
+        reason = " ".join(str(error).split())[:300]
+        raise UnreachableError(
+            f"rank {rank} ({here}) could not join rank 0 at {place[0]}: {reason}"
+        ) from None
