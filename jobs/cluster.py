@@ -104,11 +104,13 @@ def require_resources(num_workers: int, cpus_each: float, gpus_each: float, sect
     """Refuse a request that the cluster, as it stands, could never fill; an autoscaling one is trusted to grow."""
     import ray
 
+    from pipeline.generate.cluster import GROWS_VARIABLE
+
     have = ray.cluster_resources()
     for kind, each in (("CPU", cpus_each), ("GPU", gpus_each)):
         need = num_workers * each
-        if need > have.get(kind, 0.0) and not os.environ.get("DDPM_CLUSTER_GROWS"):
+        if need > have.get(kind, 0.0) and not os.environ.get(GROWS_VARIABLE):
             raise UserError(
                 f"{section}.num_workers: {num_workers} workers need {need:g} {kind}s, the cluster has "
-                f"{have.get(kind, 0.0):g}; ask for fewer, or set DDPM_CLUSTER_GROWS=1 if it scales by itself"
+                f"{have.get(kind, 0.0):g}; ask for fewer, or set {GROWS_VARIABLE}=1 if it scales by itself"
             )

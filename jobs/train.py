@@ -146,6 +146,9 @@ def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
 @contextmanager
 def _cluster(config: TrainConfig, alone: bool, again: bool) -> Generator[None]:
     if alone:
+        from pipeline.train.alone import require_device
+
+        require_device(config.workers)
         yield
         return
     with ray_cluster():

@@ -4,6 +4,8 @@ import threading
 
 import torch
 
+from pipeline.config.train import WorkerConfig
+from pipeline.errors import UserError
 from pipeline.train.session import OnProgress
 from pipeline.train.worker import Place, Task, train_worker
 
@@ -19,6 +21,15 @@ class _Here:
 
     def asks_to_stop(self) -> bool:
         return self._stop.is_set()
+
+
+def require_device(workers: WorkerConfig) -> None:
+    """UserError when the settings ask for a GPU that torch cannot use here."""
+    if workers.gpus_per_worker and not torch.cuda.is_available():
+        raise UserError(
+            f"train.workers.gpus_per_worker: {workers.gpus_per_worker:g} asked for, but torch {torch.__version__} can "
+            "use no GPU of this machine (see ddpm doctor); set it to 0 to train on the CPU"
+        )
 
 
 def train_alone(task: Task, on_progress: OnProgress, stop: threading.Event) -> None:

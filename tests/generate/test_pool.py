@@ -78,3 +78,13 @@ def test_a_share_of_a_gpu_needs_a_node_that_has_one(monkeypatch: pytest.MonkeyPa
         require_room(config(gpus_per_worker=0.5))
     nodes.append({"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}})
     require_room(config(gpus_per_worker=0.5))
+
+
+def test_a_cluster_that_grows_is_trusted_to_get_a_large_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 0.0}}]
+    monkeypatch.setattr(pipeline.generate.cluster.ray, "nodes", lambda: nodes)
+    monkeypatch.setenv("DDPM_CLUSTER_GROWS", "1")
+    require_room(config(gpus_per_worker=0.5))
+    monkeypatch.setenv("DDPM_CLUSTER_GROWS", "")
+    with pytest.raises(UserError, match="or set DDPM_CLUSTER_GROWS=1"):
+        require_room(config())
