@@ -1,20 +1,20 @@
 """Whether a cluster has the software that a job from here needs, asked before the job is handed over.
 
 Ray and Python are told by the head. The packages are told by a job of a second, `versions-SESSION`, that runs once in a
-cluster's life and whose output is read again from then on.
+cluster's life and whose output is read again from then on. One that failed, or was evicted, is run anew.
 """
 
 import json
-import shlex
 import sys
-import time
 from importlib import metadata
+from typing import cast
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs.dashboard import ask
+from jobs.scripts import names_of, next_name, start_script, statuses, told_by, wait_for
 from pipeline.errors import UserError
 
 PROGRAM = "ddpm-pipeline"
@@ -79,22 +79,21 @@ def requirements() -> list[Requirement]:
 
 
 def _packages(client: JobSubmissionClient, session: str) -> dict[str, str | None]:
-    name = f"versions-{session.removeprefix('session_')}"
-    names = json.dumps([need.name for need in requirements()])
-    status = {info.submission_id: info.status for info in client.list_jobs()}.get(name)
-    if status is None:
-        client.submit_job(
-            entrypoint=shlex.join(["python", "-c", _PROBE, names]), submission_id=name, entrypoint_num_cpus=0
-        )
-    deadline = time.monotonic() + _PROBE_SECONDS
-    while not (status := client.get_job_status(name)).is_terminal():
-        if time.monotonic() > deadline:
-            raise UserError(f"{client.get_address()}: job {name} does not start; see `ddpm logs {name}`")
-        time.sleep(0.2)
-    lines = [line for line in client.get_job_logs(name).splitlines() if line.startswith(_MARK)]
-    if status != JobStatus.SUCCEEDED or not lines:
+    """What a probe that succeeded has told, or one that runs or is started now tells."""
+    base = f"versions-{session.removeprefix('session_')}"
+    known = statuses(client)
+    for name in names_of(known, base):
+        if known[name] == JobStatus.SUCCEEDED and (told := told_by(client, name, _MARK)) is not None:
+            return cast("dict[str, str | None]", told)
+    going = [name for name in names_of(known, base) if not known[name].is_terminal()]
+    name = going[0] if going else next_name(known, base)
+    if not going:
+        start_script(client, name, _PROBE, [json.dumps([need.name for need in requirements()])])
+    status = wait_for(client, name, _PROBE_SECONDS)
+    told = told_by(client, name, _MARK)
+    if status != JobStatus.SUCCEEDED or told is None:
         raise UserError(f"{client.get_address()}: cannot tell its packages; see `ddpm logs {name}`")
-    return json.loads(lines[-1].removeprefix(_MARK))
+    return cast("dict[str, str | None]", told)
 
 
 def _public(version: str) -> str:

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from infra.local import check_ray
 from infra.local.service import get
-from jobs.dashboard import ask
+from jobs.dashboard import ask, dashboard_address
 from pipeline.errors import UserError
 from pipeline.store import open_store
 from pipeline.track import require_server, server_version
@@ -31,6 +31,10 @@ MIN_FREE_BYTES = 2 * 2**30
 MAX_USED_SHARE = 0.95  # Ray gives no more work to a node whose disk is fuller
 MIN_SHM_BYTES = 2**30  # Docker gives 64 MiB, in which Ray's object store and NCCL do not fit
 TIMEOUT_SECONDS = 5.0
+STOP_ADVICE = (
+    "end jobs by `ddpm stop`, which lets them save: Ray's own stop kills after RAY_JOB_STOP_WAIT_TIME_S, 3 s unless "
+    "the cluster's owner changed it"
+)
 Environ = Mapping[str, str]
 
 
@@ -126,7 +130,7 @@ def check_mlflow_password(environ: Environ = os.environ) -> Finding:
 
 def check_ray_cluster(environ: Environ = os.environ) -> Finding:
     """Whether the cluster answers, accepts our token, and is of our version."""
-    url = environ.get("RAY_JOB_ADDRESS", "").rstrip("/")
+    url = dashboard_address(environ)
     if not url:
         remedy = "start the local stack (ddpm up), or name your cluster's dashboard"
         return Finding("ray", False, "RAY_JOB_ADDRESS is not set", remedy)
@@ -143,13 +147,16 @@ def check_ray_cluster(environ: Environ = os.environ) -> Finding:
     alive = sum(node.get("raylet", {}).get("state") == "ALIVE" for node in nodes)
     if alive == 0:
         return Finding("ray", False, f"{url}: no node is alive", "look at the head's log (ddpm status)")
-    return Finding("ray", True, f"{url} runs {theirs}, {alive} node{'s' * (alive != 1)} alive")
+    found = f"{url} runs {theirs}, {alive} node{'s' * (alive != 1)} alive"
+    if (urlsplit(url).hostname or "").startswith("127."):
+        return Finding("ray", True, found)
+    return Finding("ray", True, found, STOP_ADVICE)
 
 
 def check_ray_token(environ: Environ = os.environ) -> Finding:
     """Ray runs code for whoever reaches it: a token must be asked for, and only its owner may read the file."""
-    url = environ.get("RAY_JOB_ADDRESS", "")
-    token = get(f"{url.rstrip('/')}/api/version") if url else None
+    url = dashboard_address(environ)
+    token = get(f"{url}/api/version") if url else None
     if token is not None:
         remedy = "set RAY_AUTH_MODE=token on head, nodes and clients, and restart the cluster"
         return Finding("ray token", False, f"{url} lets anybody in without a token", remedy)

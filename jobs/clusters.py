@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from infra.local.clients import environment
 from infra.local.state import read_state
-from jobs.dashboard import ADDRESS_VARIABLE
+from jobs.dashboard import ADDRESS_VARIABLE, RAYS_VARIABLE, settle_address, settle_token
 from jobs.shell import LOCAL
 from pipeline.config.base import Settings
 from pipeline.config.load import read_yaml
@@ -39,24 +39,25 @@ class Cluster(Settings):
 
 
 def use_cluster(name: str | None, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Point this process at a cluster, given by its name or its dashboard's address; None changes nothing.
+    """Point this process at a cluster, given by its name or its dashboard's address; None: the one that the
+    environment names.
 
     The local stack's variables go: its keys are not for others. UserError for a name that is not known.
     """
     if name is None:
-        return
+        return settle_address(environ)
     cluster = Cluster(address=name) if name.startswith(("http://", "https://")) else named(name, environ)
     if read_state(LOCAL) is not None:
         for variable, value in environment(LOCAL).items():
             if environ.get(variable) == value:
                 del environ[variable]
     environ.update(cluster.variables)
-    environ[ADDRESS_VARIABLE] = environ["RAY_API_SERVER_ADDRESS"] = cluster.address
+    environ[ADDRESS_VARIABLE] = environ[RAYS_VARIABLE] = cluster.address
     if cluster.token_path is not None:
         environ.pop("RAY_AUTH_TOKEN", None)
         environ["RAY_AUTH_TOKEN_PATH"] = str(cluster.token_path.expanduser())
-    if "RAY_AUTH_TOKEN" in environ or "RAY_AUTH_TOKEN_PATH" in environ:
-        environ["RAY_AUTH_MODE"] = "token"
+    settle_token(environ)
+    return None
 
 
 def named(name: str, environ: MutableMapping[str, str] = os.environ) -> Cluster:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 from jobs.checks import Finding, all_checks
+from jobs.dashboard import settle_address
 from jobs.shell import DONE, FAILED, use_running_stack
 
 
@@ -13,6 +14,7 @@ def doctor(as_json: bool = False, write: bool = False) -> int:
     `write` also writes, reads back and deletes a small object in the data root, which some roles may not.
     """
     use_running_stack()
+    settle_address()
     findings: list[Finding] = []
     for check in all_checks(write):
         finding = check()

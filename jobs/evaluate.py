@@ -1,9 +1,10 @@
-"""Evaluation of a finished generation: `python -m jobs.evaluate digits prefix=s3://bucket/samples/digits`.
+"""Evaluation of a finished generation: `python -m jobs.evaluate digits --prefix s3://bucket/samples/digits`.
 
 The figures are printed and kept beside the prefix, as `<prefix>.evaluation.json`, never inside it: a generation
 holds nothing but itself.
 """
 
+import argparse
 import hashlib
 import json
 import sys
@@ -43,14 +44,18 @@ OPERATION = {"reference", "network", "batch_size", "num_workers", "records_only"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Settings in, exit code out."""
-    return guarded(lambda: run_call(parse_words("evaluate", argv)))
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--prefix", help="output prefix of a generation; without it, the preset's")
+    parser.add_argument("--against", help="another, evaluated before, to show beside it")
+    told, rest = parser.parse_known_args(argv)
+    return guarded(lambda: run_call(parse_words("evaluate", rest), told.prefix, told.against))
 
 
 def run_call(call: Call, prefix: str | None = None, against: str | None = None) -> int:
     """Evaluate `prefix`, or the one that the preset's generation fills; beside what `against` was found to be."""
 
     def work(config: EvaluateConfig, progress: Progress) -> int:
-        return run(config, prefix or _output_of(call), progress, call.as_json, against)
+        return run(config, prefix or output_of(call), progress, call.as_json, against)
 
     return run_job("evaluate", EvaluateConfig, work, call, unit="images")
 
@@ -297,7 +302,8 @@ def _model_of(manifest: Manifest) -> str | None:
     return None if model.version is None else f"{model.name}/{model.version}"
 
 
-def _output_of(call: Call) -> str:
+def output_of(call: Call) -> str:
+    """The prefix that the call's preset generates. UserError where the call names no preset."""
     if call.preset is None:
         raise UserError("prefix: name the output prefix of a generation, or a preset that generates one")
     return settings_of(GenerateConfig, "generate", Call(preset=call.preset, files=call.files)).output

@@ -15,6 +15,31 @@ import pipeline
 PACKAGES = {"pipeline": pipeline, "jobs": jobs, "infra": infra}
 DATA = {"jobs": "presets/*.yaml"}
 """Files beside the modules, as pyproject.toml's package-data lists them."""
+LAUNCHER_FILE = "launch.sh"
+# Ray may have been started by its full path, with no `python` on PATH or with another one: the raylet, from which a
+# job's shell descends, was told which interpreter its workers use.
+LAUNCHER = r"""
+pid=$PPID python=
+while [ -z "$python" ] && [ "${pid:-0}" -gt 1 ]; do
+    python=$(tr '\0' '\n' <"/proc/$pid/cmdline" | sed -n 's/^--python_worker_command=\([^" ]*\) .*/\1/p')
+    pid=$(sed -n 's/^PPid:[[:space:]]*//p' "/proc/$pid/status")
+done 2>/dev/null
+for program in "$python" python python3; do
+    if [ -n "$program" ] && command -v "$program" >/dev/null 2>&1; then exec "$program" "$@"; fi
+done
+echo "error: no python on this node's PATH ($PATH), and Ray's own is not to be found" >&2
+exit 127
+"""
+
+
+def stage_launcher(folder: Path) -> None:
+    """Put the script that `entrypoint` calls into a job's working directory."""
+    (folder / LAUNCHER_FILE).write_text(LAUNCHER.lstrip(), encoding="utf-8")
+
+
+def entrypoint(*words: str) -> str:
+    """A job's command: Ray's own interpreter with these words, which are quoted where they must be."""
+    return " ".join(["sh", LAUNCHER_FILE, *words])
 
 
 def stage_program(folder: Path) -> list[Path]:

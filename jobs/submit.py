@@ -1,14 +1,16 @@
 """Handing a job to a Ray cluster, and watching it from here.
 
-What travels is the program itself (three packages) and the settings, resolved here, so that the cluster needs
-neither this folder nor these files. A job is named by what determines its result and by where that goes: submitting
-the same twice joins the first.
+What travels is the program itself (the modules of three packages) and the settings, resolved here, so that the
+cluster needs neither this folder nor these files. A job is named by what determines its result and by where that
+goes: submitting the same twice joins the first.
 """
 
 import hashlib
 import json
+import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -17,14 +19,20 @@ from ray.job_submission import JobSubmissionClient
 from jobs.agreement import require_agreement
 from jobs.cluster import SUBMITTED, shared_variables
 from jobs.progress import MODE_VARIABLE
+from jobs.scripts import names_of, next_name
 from jobs.shell import DONE
-from jobs.staging import stage_program
+from jobs.staging import entrypoint, stage_launcher, stage_program
 from jobs.watch import follow, job_client
 from pipeline.config.base import Settings
+from pipeline.config.data import PackConfig
+from pipeline.config.evaluate import EvaluateConfig, FeaturesConfig, PromoteConfig, TuneConfig
 from pipeline.config.generate import GenerateConfig
+from pipeline.config.nightly import NightlyConfig
 from pipeline.config.train import TrainConfig
 from pipeline.errors import DamageError, UserError
+from pipeline.evaluate.reference import data_root
 from pipeline.generate.model import pin
+from pipeline.redaction import redact
 from pipeline.store import open_store
 from pipeline.track import TrackingError
 from pipeline.track.lineage import SOURCE_VARIABLE, source_tags
@@ -32,33 +40,28 @@ from pipeline.train.prepare import prepare
 
 SETTINGS_FILE = "settings.yaml"
 SETTINGS_DIGEST = "settings_sha256"
+PREFIX_FLAG = "--prefix"
+"""Before the generation that `evaluate` measures."""
 NAME_DIGITS = 12
 PLACE_DIGITS = 6
 
 
-def submit(job: str, settings: Settings, detach: bool = False) -> int:
-    """Submit `python -m jobs.<job>` with these settings and follow it. Returns the job's exit code.
+def submit(job: str, settings: Settings, detach: bool = False, flags: Sequence[str] = ()) -> int:
+    """Submit `python -m jobs.<job>` with these settings and flags, and follow it. Returns the job's exit code.
 
     Raises UserError when no cluster answers, or refuses our token.
     """
     client = job_client()
+    settings = _for_elsewhere(settings)
     content = yaml.safe_dump({job: settings.model_dump(mode="json")}, sort_keys=False)
     require_agreement(client)
-    base = _base_name(job, settings)
-    digest = _digest(content)
+    base = _base_name(job, settings, flags)
+    digest = _digest("\0".join([content, *flags]))
     name, going = _job_name(client, base, digest)
     if going:
         print(f"joined   job {name}, which is already going on")
     else:
-        with tempfile.TemporaryDirectory(prefix="ddpm-submit-") as folder:
-            _stage(Path(folder), content)
-            client.submit_job(
-                entrypoint=f"python -m jobs.{job} --config {SETTINGS_FILE}",
-                submission_id=name,
-                metadata={"job": job, SETTINGS_DIGEST: digest},
-                entrypoint_num_cpus=0,
-                runtime_env={"working_dir": folder, "env_vars": _variables(name)},
-            )
+        _start(client, name, job, content, flags, digest)
         print(f"job      {name}  {client.get_address()}/#/jobs/{name}", flush=True)
     if detach:
         print(f"next     ddpm logs -f {name}")
@@ -66,28 +69,84 @@ def submit(job: str, settings: Settings, detach: bool = False) -> int:
     return follow(client, name)
 
 
-def _base_name(job: str, settings: Settings) -> str:
-    """`train-IDENTITY-PLACE` or `generate-SPEC DIGEST-PLACE`: equal names, equal bits at the same place.
+def _start(
+    client: JobSubmissionClient, name: str, job: str, content: str, flags: Sequence[str], digest: str
+) -> None:
+    """Hand the program and its settings over. UserError when the cluster does not take them."""
+    with tempfile.TemporaryDirectory(prefix="ddpm-submit-") as folder:
+        _stage(Path(folder), content)
+        try:
+            client.submit_job(
+                entrypoint=entrypoint(
+                    "-m", f"jobs.{job}", "--config", SETTINGS_FILE, *map(shlex.quote, flags)
+                ),
+                submission_id=name,
+                metadata={"job": job, SETTINGS_DIGEST: digest},
+                entrypoint_num_cpus=0,
+                runtime_env={"working_dir": folder, "env_vars": _variables(name)},
+            )
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{client.get_address()}: does not take job {name} ({reason})") from None
+
+
+def _for_elsewhere(settings: Settings) -> Settings:
+    """The settings as another machine shall read them. What travels is kept by Ray: no secret may be in it."""
+    if isinstance(settings, NightlyConfig) and settings.webhook is not None:
+        print(
+            "note     nightly.webhook is not sent: its path may be a secret, and Ray keeps a job's settings; the exit "
+            "code tells of a failed night",
+            file=sys.stderr,
+        )
+        settings = settings.model_copy(update={"webhook": None})
+    if isinstance(settings, PackConfig) and Path(settings.source).exists() and settings.source != "digits":
+        settings = settings.model_copy(update={"source": str(Path(settings.source).resolve())})
+    content = settings.model_dump(mode="json")
+    if redact(content) != content:
+        raise UserError(
+            "settings: hold a secret (a password in an address, a key), which Ray would keep and show; leave it to "
+            "the environment of the cluster's nodes"
+        )
+    return settings
+
+
+def _base_name(job: str, settings: Settings, flags: Sequence[str] = ()) -> str:
+    """`train-IDENTITY-PLACE` or `generate-SPEC DIGEST-PLACE`: equal names, equal bits at the same place. Other jobs
+    are named by their place alone, where two of them would be in each other's way.
 
     Where this machine cannot reach what the work is made of, the settings name it instead, and the cluster decides
     whether they are right.
     """
     try:
-        identity, place = _identity_and_place(settings)
-        return f"{job}-{identity[:NAME_DIGITS]}-{_digest(place)[:PLACE_DIGITS]}"
+        identity, place = _identity_and_place(settings, flags)
+        return "-".join([job, *([identity[:NAME_DIGITS]] if identity else []), _digest(place)[:PLACE_DIGITS]])
     except (UserError, DamageError, TrackingError) as error:
         print(f"note     named by its settings, for here {error}", file=sys.stderr)
         return f"{job}-{_digest(settings.model_dump_json())[:NAME_DIGITS]}"
 
 
-def _identity_and_place(settings: Settings) -> tuple[str, str]:
-    """What determines the bits, and where they go: the same work at two places is two jobs."""
-    if isinstance(settings, TrainConfig):
-        plan = prepare(settings)
-        return plan.identity, plan.store.uri
-    if isinstance(settings, GenerateConfig):
-        return pin(settings)[1].digest, open_store(settings.output).uri
-    raise TypeError(f"{type(settings).__name__} cannot be submitted")
+def _identity_and_place(settings: Settings, flags: Sequence[str]) -> tuple[str | None, str]:
+    """What determines the bits, where one digest tells, and where they go: the same work at two places is two jobs."""
+    match settings:
+        case TrainConfig():
+            plan = prepare(settings)
+            return plan.identity, plan.store.uri
+        case GenerateConfig():
+            return pin(settings)[1].digest, open_store(settings.output).uri
+        case PackConfig():
+            return None, open_store(settings.dest).uri
+        case NightlyConfig():
+            return None, open_store(settings.generate.output).uri
+        case FeaturesConfig():
+            return None, open_store(settings.output or f"{data_root(settings.data)}/features").uri
+        case PromoteConfig():
+            return None, f"models:/{settings.model}@{settings.champion}"
+        case TuneConfig():
+            return None, f"{open_store(settings.output).uri} {settings.model}"
+        case EvaluateConfig():
+            return None, open_store(flags[flags.index(PREFIX_FLAG) + 1]).uri
+        case _:
+            raise TypeError(f"{type(settings).__name__} cannot be submitted")
 
 
 def _digest(text: str) -> str:
@@ -101,8 +160,7 @@ def _job_name(client: JobSubmissionClient, base: str, digest: str) -> tuple[str,
     the one that is going on was given other settings (another count, other workers).
     """
     known = {str(info.submission_id): info for info in client.list_jobs()}
-    name, again = base, 1
-    while name in known:
+    for name in names_of(known, base):
         if not known[name].status.is_terminal():
             if (known[name].metadata or {}).get(SETTINGS_DIGEST) != digest:
                 raise UserError(
@@ -110,14 +168,13 @@ def _job_name(client: JobSubmissionClient, base: str, digest: str) -> tuple[str,
                     f"or end it (ddpm stop {name}), then submit again"
                 )
             return name, True
-        again += 1
-        name = f"{base}-r{again}"
-    return name, False
+    return next_name(known, base), False
 
 
 def _stage(folder: Path, settings: str) -> None:
     """The program and its settings, and nothing else of the folders they lie in."""
     stage_program(folder)
+    stage_launcher(folder)
     (folder / SETTINGS_FILE).write_text(settings, encoding="utf-8")
 
 

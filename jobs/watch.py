@@ -4,7 +4,6 @@ import asyncio
 import difflib
 import json
 import logging
-import os
 import re
 import sys
 import time
@@ -15,10 +14,11 @@ from typing import Any
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from infra.local import check_ray
-from jobs.dashboard import ADDRESS_VARIABLE
+from jobs.dashboard import ADDRESS_VARIABLE, dashboard_address, settle_address
 from jobs.progress import MARK, Progress, clock, progress_of
 from jobs.shell import DONE, FAILED
 from pipeline.errors import UserError
+from pipeline.redaction import redact
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 # Said of actors that Ray Data and Ray Train start themselves: each of their pools, and Train's PreemptionWatcher. What
@@ -32,9 +32,10 @@ _FACTS = {"what", "unit", "done", "total", "note"}
 
 
 def job_client() -> JobSubmissionClient:
-    """A client of the job server that RAY_JOB_ADDRESS names. Raises UserError when it cannot be used."""
-    address = os.environ.get(ADDRESS_VARIABLE)
-    if not address:
+    """A client of the job server that the environment names. Raises UserError when it cannot be used."""
+    settle_address()
+    address = dashboard_address()
+    if address is None:
         raise UserError(
             f"{ADDRESS_VARIABLE}: not set; start the local stack with `ddpm up`, or give your cluster's "
             "dashboard, such as http://ray.example:8265"
@@ -45,7 +46,7 @@ def job_client() -> JobSubmissionClient:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{ADDRESS_VARIABLE} {address}: {reason}; is the cluster up?") from None
+        raise UserError(f"{ADDRESS_VARIABLE} {redact(address)}: {reason}; is the cluster up?") from None
 
 
 def follow(client: JobSubmissionClient, name: str) -> int:
@@ -78,18 +79,6 @@ def print_log(client: JobSubmissionClient, name: str) -> None:
     for line in client.get_job_logs(name).splitlines():
         if _progress_fact(line) is None:
             _print_line(line)
-
-
-def stop_job(client: JobSubmissionClient, name: str) -> int:
-    """Ask a job to save and end, and say so; or that it has ended already."""
-    status = client.get_job_status(name)
-    if status.is_terminal():
-        print(f"{name} has ended already: {status}")
-        return DONE
-    client.stop_job(name)
-    print(f"asked {name} to end; the same command starts it again where it was")
-    print(f"next     ddpm logs -f {name}")
-    return DONE
 
 
 def require_job(client: JobSubmissionClient, name: str) -> None:

@@ -130,7 +130,7 @@ def external_services(own: Mapping[str, str]) -> tuple[str, ...]:
     named = {
         "s3": own.get("AWS_ENDPOINT_URL") or own.get("AWS_ENDPOINT_URL_S3") or _s3_root(own),
         "mlflow": own.get("MLFLOW_TRACKING_URI"),
-        "ray": own.get("RAY_ADDRESS"),
+        "ray": own.get("RAY_ADDRESS") or own.get("RAY_JOB_ADDRESS") or own.get("RAY_API_SERVER_ADDRESS"),
     }
     return tuple(name for name, value in named.items() if value)
 

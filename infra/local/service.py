@@ -5,12 +5,14 @@ import http.client
 import json
 import os
 import secrets
+import socket
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from infra.local import processes
 from infra.local.processes import Identity
@@ -91,6 +93,17 @@ def get(url: str, headers: Mapping[str, str] | None = None, timeout_seconds: flo
             return answer.read() if answer.status == 200 else None
     except (OSError, ValueError, http.client.HTTPException):  # the last two also of an address that is none
         return None
+
+
+def listens(url: str, timeout_seconds: float = 2.0) -> bool:
+    """Whether anything takes a connection at the host and port of this URL."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        with socket.create_connection((parts.hostname or "", port), timeout_seconds):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def without_proxy(environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,12 +1,26 @@
 """Commands that hand jobs to a cluster and look after them there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jobs.cli.options import CLUSTER, AsJson, Config, Detach, DryRun, Words, end, examples
+from jobs.cli.options import (
+    CLUSTER,
+    SECTION_OF_COMMAND,
+    Against,
+    AsJson,
+    Config,
+    Detach,
+    DryRun,
+    First,
+    Last,
+    Prefix,
+    Words,
+    end,
+    examples,
+)
 from jobs.clusters import use_cluster
 from jobs.sections import SECTIONS
 from jobs.shell import DONE, FAILED, Call, print_settings, settings_of
@@ -23,31 +37,69 @@ Cluster = Annotated[
 Job = Annotated[str, typer.Argument(help="Name of the job, as `ddpm submit` printed it.")]
 
 
-@submit_app.command(
-    "train",
-    epilog=examples("ddpm submit train digits", "ddpm submit train digits steps=500 --detach --cluster work"),
-)
-def submit_train(
+_EXAMPLES = {
+    "pack": "ddpm submit pack source=s3://team/photos.zip dest=s3://team/data/photos",
+    "train": "ddpm submit train digits steps=500 --detach --cluster work",
+    "generate": "ddpm submit generate digits count=10000",
+    "features": "ddpm submit features digits",
+    "tune-sampler": "ddpm submit tune-sampler digits steps=[10,20]",
+    "promote": "ddpm submit promote digits",
+}
+"""The jobs that take settings and nothing else, each with a line to copy."""
+
+
+def _register(command: str, example: str) -> None:
+    @submit_app.command(
+        command, epilog=examples(example), help=f"Submit `ddpm {command}` and follow it; Ctrl-C detaches."
+    )
+    def _(
+        words: Words = None,
+        config: Config = None,
+        dry_run: DryRun = False,
+        detach: Detach = False,
+        cluster: Cluster = None,
+    ) -> None:
+        _submit(SECTION_OF_COMMAND.get(command, command), words, config, dry_run, detach, cluster)
+
+
+for _command, _example in _EXAMPLES.items():
+    _register(_command, _example)
+
+
+@submit_app.command("nightly", epilog=examples("ddpm submit nightly digits --from 2026-03-01"))
+def submit_nightly(
     words: Words = None,
     config: Config = None,
+    first: First = None,
+    last: Last = None,
     dry_run: DryRun = False,
     detach: Detach = False,
     cluster: Cluster = None,
 ) -> None:
-    """Submit a training and follow it; Ctrl-C detaches."""
-    _submit("train", lambda: Call.of(words or [], config or [], dry_run), detach, cluster)
+    """Submit `ddpm nightly` and follow it; Ctrl-C detaches."""
+    flags = [*(["--from", first] if first else []), *(["--to", last] if last else [])]
+    _submit("nightly", words, config, dry_run, detach, cluster, lambda _: flags)
 
 
-@submit_app.command("generate", epilog=examples("ddpm submit generate digits count=10000"))
-def submit_generate(
+@submit_app.command("evaluate", epilog=examples("ddpm submit evaluate digits"))
+def submit_evaluate(
     words: Words = None,
     config: Config = None,
+    prefix: Prefix = None,
+    against: Against = None,
     dry_run: DryRun = False,
     detach: Detach = False,
     cluster: Cluster = None,
 ) -> None:
-    """Submit a generation and follow it; Ctrl-C detaches."""
-    _submit("generate", lambda: Call.of(words or [], config or [], dry_run), detach, cluster)
+    """Submit `ddpm evaluate` and follow it; Ctrl-C detaches."""
+
+    def flags(call: Call) -> list[str]:
+        from jobs.evaluate import output_of
+
+        beside = ["--against", against] if against else []
+        return ["--prefix", prefix or output_of(call), *beside]
+
+    _submit("evaluate", words, config, dry_run, detach, cluster, flags)
 
 
 @app.command("jobs", rich_help_panel=CLUSTER, epilog=examples("ddpm jobs"))
@@ -86,16 +138,23 @@ def logs(
 
 
 @app.command(rich_help_panel=CLUSTER, epilog=examples("ddpm stop train-1a2b3c4d5e"))
-def stop(job: Job, cluster: Cluster = None) -> None:
+def stop(
+    job: Job,
+    now: Annotated[
+        bool, typer.Option("--now", help="By Ray's own stop, which kills after seconds: work may be lost.")
+    ] = False,
+    cluster: Cluster = None,
+) -> None:
     """Ask a submitted job to save and end."""
 
     def work() -> int:
         use_cluster(cluster)  # first: Ray reads its way of authentication when it is imported
         from jobs import watch
+        from jobs.stop import stop_job
 
         client = watch.job_client()
         watch.require_job(client, job)
-        return watch.stop_job(client, job)
+        return stop_job(client, job, now)
 
     end(work)
 
@@ -137,16 +196,24 @@ def janitor(
     end(work)
 
 
-def _submit(job: str, called: Callable[[], Call], detach: bool, cluster: str | None) -> None:
+def _submit(
+    job: str,
+    words: Sequence[str] | None,
+    config: Sequence[Path] | None,
+    dry_run: bool,
+    detach: bool,
+    cluster: str | None,
+    flags: Callable[[Call], Sequence[str]] = lambda _: (),
+) -> None:
     def work() -> int:
         use_cluster(cluster)
         from jobs.submit import submit as run
 
-        call = called()
+        call = Call.of(words or [], config or [], dry_run)
         settings = settings_of(SECTIONS[job], job, call)
         if call.dry_run:
             print_settings({job: settings.model_dump(mode="json")}, call.as_json)
             return DONE
-        return run(job, settings, detach)
+        return run(job, settings, detach, flags(call))
 
     end(work)

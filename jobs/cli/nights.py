@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import NIGHTS, AsJson, Config, DryRun, Words, end_job, examples
+from jobs.cli.options import NIGHTS, AsJson, Config, DryRun, First, Last, Words, end_job, examples
 
 app = typer.Typer()
 
@@ -16,8 +16,8 @@ app = typer.Typer()
 def nightly(
     words: Words = None,
     config: Config = None,
-    first: Annotated[str | None, typer.Option("--from", help="First night, YYYY-MM-DD.")] = None,
-    last: Annotated[str | None, typer.Option("--to", help="Last night, YYYY-MM-DD.")] = None,
+    first: First = None,
+    last: Last = None,
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:

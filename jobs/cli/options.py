@@ -22,7 +22,7 @@ DATA, MODELS, SAMPLES, NIGHTS, CLUSTER, MACHINE = (
 )
 """Headings of `ddpm --help`."""
 
-_SECTION_OF_COMMAND = {
+SECTION_OF_COMMAND = {
     "tune-sampler": "tune",
     "schedule": "nightly",
 }  # the others are called like their section
@@ -32,7 +32,7 @@ def complete_words(context: typer.Context, incomplete: str) -> list[str]:
     """For the shell: presets, and `name=` of every setting of the command's job."""
     name = context.info_name or ""
     parent = context.parent.info_name if context.parent else None
-    section = "features" if parent == "features" else _SECTION_OF_COMMAND.get(name, name)
+    section = "features" if parent == "features" else SECTION_OF_COMMAND.get(name, name)
     words = [*presets(), *(f"{setting}=" for setting in setting_names(SECTIONS[section]))]
     return [word for word in words if word.startswith(incomplete)]
 
@@ -50,6 +50,12 @@ Config = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the job.")]
+First = Annotated[str | None, typer.Option("--from", help="First night, YYYY-MM-DD.")]
+Last = Annotated[str | None, typer.Option("--to", help="Last night, YYYY-MM-DD.")]
+Prefix = Annotated[str | None, typer.Option(help="Generation; without it, the preset's.")]
+Against = Annotated[
+    str | None, typer.Option(help="Another, evaluated before on equal terms, to show beside it.")
+]
 Store = Annotated[
     StoreKind | None, typer.Option(help="Object store of the stack; default: as before, first s3.")
 ]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import SAMPLES, AsJson, Config, DryRun, Words, end, end_job, examples
+from jobs.cli.options import SAMPLES, Against, AsJson, Config, DryRun, Prefix, Words, end, end_job, examples
 from jobs.shell import Call, run_job
 
 app = typer.Typer()
@@ -62,10 +62,8 @@ def verify(
 def evaluate(
     words: Words = None,
     config: Config = None,
-    prefix: Annotated[str | None, typer.Option(help="Generation; without it, the preset's.")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="Another, evaluated before on equal terms, to show beside it.")
-    ] = None,
+    prefix: Prefix = None,
+    against: Against = None,
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:

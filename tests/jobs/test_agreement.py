@@ -25,12 +25,15 @@ class Client:
     ) -> None:
         self.packages, self.status = packages, status
         self.submitted: list[str] = []
+        self.ended: dict[str, JobStatus] = {}
+        """Jobs of before."""
 
     def get_address(self) -> str:
         return "http://ray.example:8265"
 
     def list_jobs(self) -> list[Any]:
-        return [SimpleNamespace(submission_id=name, status=self.status) for name in self.submitted]
+        now = dict.fromkeys(self.submitted, self.status)
+        return [SimpleNamespace(submission_id=n, status=s) for n, s in {**self.ended, **now}.items()]
 
     def submit_job(self, *, submission_id: str, **_: object) -> None:
         self.submitted.append(submission_id)
@@ -100,6 +103,15 @@ def test_a_missing_unfit_or_differently_rounding_package_is_refused(
 def test_a_cluster_that_cannot_tell_its_packages_is_refused() -> None:
     assert "ddpm logs versions-2026" in refusal(Client(None))
     assert "cannot tell" in refusal(Client(HERE, JobStatus.FAILED))
+
+
+@pytest.mark.usefixtures("answers")
+@pytest.mark.parametrize("end", [JobStatus.FAILED, JobStatus.STOPPED])
+def test_a_probe_that_failed_closes_the_cluster_to_nobody(end: JobStatus) -> None:
+    client = Client(HERE)
+    client.ended = {"versions-2026": end, "versions-2026-r2": end, "versions-2025": JobStatus.SUCCEEDED}
+    require_agreement(client)  # pyright: ignore[reportArgumentType]
+    assert client.submitted == ["versions-2026-r3"]
 
 
 def test_a_builds_label_and_a_harmless_difference_are_no_faults() -> None:

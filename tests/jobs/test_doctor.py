@@ -167,6 +167,7 @@ def test_a_cluster_without_living_nodes_is_a_problem(
     assert checks.check_ray_cluster(environ).found.endswith("no node is alive")
     own.nodes = ("DEAD", "ALIVE", "ALIVE")
     assert checks.check_ray_cluster(environ).found.endswith("2 nodes alive")
+    assert checks.check_ray_cluster(environ).remedy == ""  # the local stack gives a stopped job time to save
 
 
 def test_a_cluster_that_asks_for_no_token_is_a_problem(

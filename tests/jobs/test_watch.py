@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
-from jobs.watch import follow, print_log, stop_job
+from jobs.watch import follow, print_log
 
 RAY = (
     "\x1b[36m(TrainController pid=7)\x1b[0m [2026-11-22 12:56:37,684 E 30940 31262] core_worker.cc:2465: Actor with "
@@ -67,12 +67,3 @@ def test_a_job_is_followed_by_its_lines_and_its_progress(
     said = capsys.readouterr()
     assert said.out.splitlines() == SEEN
     assert "5/10 images (50%)" in said.err
-
-
-def test_only_a_job_that_goes_on_is_asked_to_end(
-    client: JobSubmissionClient, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert stop_job(client, "going") == 0
-    assert "asked going to end" in capsys.readouterr().out
-    assert stop_job(client, "over") == 0
-    assert capsys.readouterr().out == "over has ended already: SUCCEEDED\n"
