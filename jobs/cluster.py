@@ -4,18 +4,28 @@ Ray reads its way of authentication when it is imported. Jobs therefore import i
 local stack's variables have been set.
 """
 
+import ipaddress
 import logging
 import os
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
+
 from infra.local import check_ray
+from infra.local.ray import LOOPBACK_SETTINGS
+from infra.local.service import listens
+from jobs.dashboard import DRIVER_VARIABLE, settle_token
 from jobs.lost import noticing_loss
-from pipeline.errors import UserError
+from jobs.staging import stage_program
+from pipeline.errors import Outage, UserError
 from pipeline.logs import FORM_VARIABLE, as_json
 from pipeline.patience import START_VARIABLE, patiently, start_seconds
+from pipeline.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +54,8 @@ SHARED_VARIABLES = (
     START_VARIABLE,
     *PROXY_VARIABLES,
 )
+ANSWER_SECONDS = 10.0
+"""For the cluster's control store to list its nodes."""
 
 
 SUBMITTED = "DDPM_SUBMITTED_AS"  # the name of a job that `ddpm submit` started
@@ -52,23 +64,32 @@ SUBMITTED = "DDPM_SUBMITTED_AS"  # the name of a job that `ddpm submit` started
 @contextmanager
 def ray_cluster() -> Generator[None]:
     """Connected to the cluster that RAY_ADDRESS names. Raises UserError when it cannot be reached."""
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get(DRIVER_VARIABLE)
     if not address:
         raise UserError(
             "RAY_ADDRESS: not set; start the local stack with `ddpm up`, or name your cluster, as host:port"
         )
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS {redact(address)}: a driver joins a cluster as host:port, on one of its nodes; from "
+            "elsewhere hand the job over by `ddpm submit`, with RAY_JOB_ADDRESS=http://HEAD:8265"
+        )
+    settle_token()
     patiently(check_ray, start_seconds())
+    patiently(lambda: require_node(address), start_seconds())
     import ray
+    from ray.exceptions import RayError
 
     try:
-        ray.init(
-            address=address,
-            runtime_env=_environment(),
-            logging_level=logging.WARNING,
-            # workers' lines would come with Ray's own prefix; as JSON they lie in Ray's log folder on each node
-            log_to_driver=not as_json(),
-        )
-    except (ConnectionError, RuntimeError) as error:
+        with _environment(address) as runtime_env:
+            ray.init(
+                address=address,
+                runtime_env=runtime_env,
+                logging_level=logging.WARNING,
+                # workers' lines would come with Ray's own prefix; as JSON they lie in Ray's log folder on each node
+                log_to_driver=not as_json(),
+            )
+    except (ConnectionError, RuntimeError, RayError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"RAY_ADDRESS {address}: cannot be joined ({reason}); is the cluster up?") from None
     here = ray.get_runtime_context().get_node_id()
@@ -77,6 +98,37 @@ def ray_cluster() -> Generator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+def require_node(address: str) -> None:
+    """UserError unless the cluster at `address` answers, takes our token, and has a node on this machine.
+
+    A driver shares memory with its node; without one, Ray ends it after 40 s in C++ traces.
+    """
+    if address in ("auto", "local"):
+        return  # looked for on this machine, or started here
+    if not listens(f"tcp://{address}"):
+        raise Outage(f"RAY_ADDRESS {address}: nothing answers there; is the cluster up?")
+    from ray._raylet import GcsClient  # pyright: ignore  (the public calls need a node, or the dashboard)
+    from ray.exceptions import RayError
+
+    try:
+        nodes: dict[Any, Any] = GcsClient(address=address).get_all_node_info(timeout=ANSWER_SECONDS)
+    except (RayError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"RAY_ADDRESS {address}: does not let us in ({reason})") from None
+    addresses = {node.node_manager_address for node in nodes.values()}
+    if not any(_is_here(found) for found in addresses):
+        raise UserError(
+            f"RAY_ADDRESS {address}: this machine is no node of that cluster ({', '.join(sorted(addresses)[:3])}), and "
+            "a driver must run on one; from here hand the job over by `ddpm submit`, with RAY_JOB_ADDRESS=http://HEAD:8265"
+        )
+
+
+def _is_here(address: str) -> bool:
+    """Whether an address is one of this machine's."""
+    own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    return address in own or ipaddress.ip_address(address).is_loopback
 
 
 def shared_variables() -> dict[str, str]:
@@ -95,9 +147,22 @@ def shared_variables() -> dict[str, str]:
     return found
 
 
-def _environment() -> dict[str, Any] | None:
-    """What a driver adds to its workers' environment; a submitted job has been given it already."""
-    return None if SUBMITTED in os.environ else {"env_vars": shared_variables()}
+@contextmanager
+def _environment(address: str) -> Generator[dict[str, Any] | None]:
+    """What a driver's workers are given: where the services are, and the program, which their machines may lack.
+
+    None for a submitted job, which was given both already. The local stack's only machine has the program.
+    """
+    if SUBMITTED in os.environ:
+        yield None
+        return
+    alone = all(os.environ.get(name) == value for name, value in LOOPBACK_SETTINGS.items())
+    if alone and address.startswith("127."):
+        yield {"env_vars": shared_variables()}
+        return
+    with tempfile.TemporaryDirectory(prefix="ddpm-driver-") as folder:
+        modules = [str(package) for package in stage_program(Path(folder))]
+        yield {"env_vars": shared_variables(), "py_modules": modules}
 
 
 def require_resources(num_workers: int, cpus_each: float, gpus_each: float, section: str) -> None:

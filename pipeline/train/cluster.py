@@ -19,6 +19,7 @@ import torch
 from ray.train import (
     ControllerError,
     FailureConfig,
+    LoggingConfig,
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
@@ -111,10 +112,7 @@ def train_on_cluster(task: Task, on_progress: OnProgress, stop: threading.Event)
             _raise_failure(board)
             raise WorkFailed(_given_up(error, task.config.workers.max_failures)) from error
         except ray.exceptions.RayError as error:
-            raise WorkFailed(
-                f"the Ray cluster was lost while training ({type(error).__name__}); once it is up again, the same "
-                "command goes on from the last checkpoint"
-            ) from error
+            raise WorkFailed(_what_ended_it(error)) from error
         _raise_failure(board)
 
 
@@ -186,6 +184,8 @@ def _trainer(task: Task, board: Any, scratch: str) -> TorchTrainer:
         run_config=RunConfig(
             name=f"{task.config.name}-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
+            # its tracebacks of lost groups would bury our line on them; Ray's own log files keep them
+            logging_config=LoggingConfig("CRITICAL"),
             # what keeps a group from training is the controller's failure; `_fit` and the job answer it
             failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=0),
         ),
@@ -201,6 +201,20 @@ def _raise_failure(board: Any) -> None:
     failure = _failure(board)
     if failure is not None:
         raise failure
+
+
+def _what_ended_it(error: ray.exceptions.RayError) -> str:
+    """One line: the cluster went away, or it could not begin, which another try would meet again."""
+    text = str(error).strip() or type(error).__name__
+    began = isinstance(error, ray.exceptions.RayActorError) and "creation task" not in text
+    if began or isinstance(error, ray.exceptions.GetTimeoutError):
+        return (
+            f"the Ray cluster was lost while training ({type(error).__name__}); once it is up again, the same command "
+            "goes on from the last checkpoint"
+        )
+    return (
+        f"the cluster could not start the training ({text.splitlines()[-1].strip()[:300]}); mend that first"
+    )
 
 
 def _given_up(error: TrainingFailedError, max_failures: int) -> str:
@@ -232,12 +246,19 @@ def _on_worker(payload: dict[str, Any]) -> None:
         node=f"node{context.get_node_rank()}" if context.get_local_rank() == 0 else None,
     )
     try:
+        if rank == 0:
+            log.info("%d workers train together", place.world)
         train_worker(task, place, _Remote(board) if rank == 0 else None)
-    except StoreUnreachable:
-        raise  # another group may have more luck
     except (UserError, DamageError, NonFiniteError) as error:
-        ray.get(board.fail.remote(error))
+        if not isinstance(error, StoreUnreachable):  # another group may have more luck
+            ray.get(board.fail.remote(error))
         raise  # returning would leave the other ranks waiting for this one
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        log.error(
+            "rank %d ends (%s: %s); another group goes on, if it may", rank, type(error).__name__, reason
+        )
+        raise
 
 
 class _Remote:

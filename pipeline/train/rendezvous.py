@@ -53,7 +53,7 @@ class _Backend(_TorchBackend):
         place = worker_group.execute_single(0, _listen, world=world)
         joins = [
             worker_group.execute_single_async(
-                rank, _join, rank=rank, world=world, place=place, backend="nccl" if gpus else "gloo"
+                rank, _join, world_rank=rank, world=world, place=place, backend="nccl" if gpus else "gloo"
             )
             for rank in range(world)
         ]
@@ -136,18 +136,18 @@ def open_store_at(address: str, world: int) -> tuple[tuple[str, int], TCPStore]:
     return place, store
 
 
-def _join(rank: int, world: int, place: tuple[str, int], backend: str) -> None:
-    """On every worker: become `rank` of the group whose store is at `place`."""
+def _join(world_rank: int, world: int, place: tuple[str, int], backend: str) -> None:
+    """On every worker: become rank `world_rank` of the group whose store is at `place`."""
     limit = timedelta(seconds=JOIN_SECONDS)
     try:
-        if rank == 0:
+        if world_rank == 0:
             store = _stores.pop()
         else:
             store = TCPStore(*place, world_size=world, timeout=limit, wait_for_workers=False)
         dist.init_process_group(
             backend,
             store=store,
-            rank=rank,
+            rank=world_rank,
             world_size=world,
             timeout=timedelta(seconds=TorchConfig.timeout_s),
         )
@@ -155,5 +155,5 @@ def _join(rank: int, world: int, place: tuple[str, int], backend: str) -> None:
         here = f"{ray.util.get_node_ip_address()}, {os.environ[INTERFACE_VARIABLES[0]]}"
         reason = " ".join(str(error).split())[:300]
         raise UnreachableError(
-            f"rank {rank} ({here}) could not join rank 0 at {place[0]}: {reason}"
+            f"rank {world_rank} ({here}) could not join rank 0 at {place[0]}: {reason}"
         ) from None
