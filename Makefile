@@ -56,8 +56,8 @@ fuzz: install-dev ## feed every reader of stored bytes with what a fuzzer thinks
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet 'atheris>=3,<4'
 	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
 
-lock: install-dev ## write the lock files anew from what is installed
-	@$(BIN)/python -m infra.lock
+lock: install-dev ## write the lock files anew, with hashes (UPGRADE=1: newest versions; asks the package index)
+	@infra/lock.sh $(if $(UPGRADE),--upgrade)
 
 docs: install ## write docs/configuration.md and the settings' JSON schema anew
 	@$(BIN)/python -m jobs.reference

@@ -41,14 +41,20 @@ make_venv() {
     rm -f $venv.log
 }
 
-# install_lock LOCK: what the lock names, unless the very same lock was installed before.
+# install_lock LOCK OPTION...: what the lock names, unless the very same lock was installed before.
 install_lock() {
     local lock=$1 stamp=$venv/installed-$1 count
     cmp -s "$lock" "$stamp" && return
-    count=$(grep -c '==' "$lock")
+    count=$(grep -c '^[a-z].*==' "$lock")
     echo "Installing $count packages of $lock into $venv (minutes at the first time; torch is the largest)"
-    $venv/bin/python -m pip install --disable-pip-version-check --no-input -r "$lock"
+    $venv/bin/python -m pip install --disable-pip-version-check --no-input "${@:2}" -r "$lock"
     cp "$lock" "$stamp"
+}
+
+# Only files whose sha256 stands in the lock, and nothing that does not stand there; then torch, for which see its lock.
+install_runtime() {
+    install_lock requirements.lock --require-hashes --no-deps
+    install_lock requirements-torch.lock
 }
 
 # The project itself, editable, so that what runs is what stands here.
@@ -61,8 +67,8 @@ install_project() {
 }
 
 case $what in
-    runtime) make_venv; install_lock requirements.lock ;;
-    dev) make_venv; install_lock requirements.lock; install_lock requirements-dev.lock ;;
+    runtime) make_venv; install_runtime ;;
+    dev) make_venv; install_runtime; install_lock requirements-dev.lock --require-hashes --no-deps ;;
     *) fail "infra/install.sh takes runtime or dev, not '$what'" ;;
 esac
 install_project

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=.supply
-lock=requirements.lock
+locks="requirements.lock requirements-torch.lock"
 wanted=infra/supply-requirements.txt
 
 install_tools() {
@@ -16,18 +16,21 @@ install_tools() {
 
 sbom() {
     mkdir -p build
-    $tools/bin/cyclonedx-py requirements $lock --pyproject pyproject.toml --output-reproducible --validate \
+    # shellcheck disable=SC2086  (a word for each file)
+    cat $locks >build/requirements.txt
+    $tools/bin/cyclonedx-py requirements build/requirements.txt --pyproject pyproject.toml --output-reproducible --validate \
         --output-file build/sbom.cdx.json
     echo "sbom     build/sbom.cdx.json"
 }
 
 licences() {
     local names
-    names=$(sed -n 's/==.*//p' $lock)
+    # shellcheck disable=SC2086
+    names=$(sed -n 's/^\([a-z][^=]*\)==.*/\1/p' $locks)
     {
         echo "# Licences of what is installed"
         echo
-        echo "*Written by \`make licences\` from the packages that \`$lock\` pins, as their own metadata tell it (UNKNOWN: it"
+        echo "*Written by \`make licences\` from the packages that \`requirements.lock\` and \`requirements-torch.lock\` pin, as their own metadata tell it (UNKNOWN: it"
         echo "tells none). This program's own Debian and CUDA layers, in containers, come under their own.*"
         echo
         # shellcheck disable=SC2086  (a word for each package)
@@ -39,7 +42,10 @@ licences() {
 
 audit() {
     # asks the package index for advisories; strict, or a package that it does not know would pass for a sound one
-    $tools/bin/pip-audit --requirement $lock --no-deps --disable-pip --strict --desc on
+    local lock
+    for lock in $locks; do
+        $tools/bin/pip-audit --requirement "$lock" --no-deps --disable-pip --strict --desc on
+    done
 }
 
 case ${1:-} in

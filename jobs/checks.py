@@ -2,6 +2,7 @@
 
 import email.utils
 import os
+import re
 import shutil
 import socket
 import stat
@@ -10,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,8 @@ from pipeline.errors import UserError
 from pipeline.store import open_store
 from pipeline.track import require_server, server_version
 
-LOCK = Path(__file__).resolve().parents[1] / "requirements.lock"
+_HOME = Path(__file__).resolve().parents[1]
+LOCKS = (_HOME / "requirements.lock", _HOME / "requirements-torch.lock")
 MAX_SKEW_SECONDS = 60.0  # S3 refuses signatures 15 minutes off; charts and leases suffer long before
 MIN_FREE_BYTES = 2 * 2**30
 MAX_USED_SHARE = 0.95  # Ray gives no more work to a node whose disk is fuller
@@ -50,20 +52,25 @@ class Finding:
     """What to do about it; empty when all is well."""
 
 
-def check_packages(lock: Path = LOCK) -> Finding:
-    """Installed packages against the lock; jobs and cluster must agree on them to agree on bits."""
-    python = ".".join(map(str, sys.version_info[:3]))
-    if not lock.exists():
-        return Finding("packages", True, f"Python {python}; not compared: no {lock.name} beside the program")
-    wanted = [Requirement(line) for line in lock.read_text().splitlines() if line and line[0] not in "#-"]
+def read_pins(lock: Path) -> list[Requirement]:
+    """What a lock file pins; its hashes and options are pip's to read."""
+    lines = lock.read_text().splitlines()
+    return [Requirement(line.rstrip(" \\")) for line in lines if re.match("[a-z]", line)]
+
+
+def check_packages(locks: Sequence[Path] = LOCKS) -> Finding:
+    """Installed packages against the locks; jobs and cluster must agree on them to agree on bits."""
+    python, names = ".".join(map(str, sys.version_info[:3])), " and ".join(lock.name for lock in locks)
+    if not all(lock.exists() for lock in locks):
+        return Finding("packages", True, f"Python {python}; not compared: no {names} beside the program")
+    wanted = [pin for lock in locks for pin in read_pins(lock)]
     here = [pin for pin in wanted if pin.marker is None or pin.marker.evaluate()]
     wrong = [told for pin in here if (told := _difference(pin))]
     if not wrong:
-        return Finding("packages", True, f"Python {python}; all {len(here)} as {lock.name} pins them")
+        return Finding("packages", True, f"Python {python}; all {len(here)} as {names} pin them")
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return Finding(
-        "packages", False, "; ".join(wrong[:3]) + more, f"pip install -r {lock.name} (make install)"
-    )
+    remedy = f"make install (infra/install.sh runtime), which installs what {names} pin"
+    return Finding("packages", False, "; ".join(wrong[:3]) + more, remedy)
 
 
 def check_credentials(environ: Environ = os.environ) -> Finding:

@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from jobs.checks import LOCKS, read_pins
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TABLE = [
@@ -15,8 +16,7 @@ TABLE = [
 
 
 def test_every_pinned_package_is_listed_in_its_pinned_version_and_no_other() -> None:
-    lines = (REPOSITORY / "requirements.lock").read_text().splitlines()
-    pins = [Requirement(line) for line in lines if re.match(r"[A-Za-z]", line)]
+    pins = [pin for lock in LOCKS for pin in read_pins(lock)]
     here = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
     listed = {canonicalize_name(name): version.partition("+")[0] for name, version, _ in TABLE}
     assert listed == here, "the lock changed: run `make licences`"

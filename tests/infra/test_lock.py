@@ -1,3 +1,5 @@
+"""What is installed: exact versions, and files known by their hash, on every platform and Python of the project."""
+
 import re
 import tomllib
 from pathlib import Path
@@ -6,28 +8,60 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from infra import lock
+from jobs.checks import read_pins
 
-LOCKS = ("requirements.lock", "requirements-dev.lock")
-
-
-def lines_of(name: str) -> list[str]:
-    text = (lock.REPOSITORY / name).read_text()
-    return [line for line in text.splitlines() if line and not line.startswith(("#", "-r requirements.lock"))]
+REPOSITORY = Path(__file__).resolve().parents[2]
+HASHED, TORCH = ("requirements.lock", "requirements-dev.lock"), "requirements-torch.lock"
 
 
-@pytest.mark.parametrize("name", LOCKS)
-def test_a_lock_holds_exact_versions_and_nothing_of_a_place(name: str) -> None:
-    for line in lines_of(name):
-        assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*(; .+)?", line), line
-        assert not line.startswith(("nvidia-", "cuda-", "triton")), line
+def blocks_of(name: str) -> dict[str, list[str]]:
+    """The hash lines of each pin of a lock, by its line."""
+    found: dict[str, list[str]] = {}
+    for line in (REPOSITORY / name).read_text().splitlines():
+        if re.match("[a-z]", line):
+            found[line] = []
+        elif line.startswith(" "):
+            found[next(reversed(found))].append(line)
+    return found
+
+
+@pytest.mark.parametrize("name", HASHED)
+def test_every_pin_is_an_exact_version_with_the_hashes_of_its_files(name: str) -> None:
+    for line, hashes in blocks_of(name).items():
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; .+)? \\", line), line
+        assert hashes, line
+        for number, text in enumerate(hashes, start=1):
+            end = r" \\" if number < len(hashes) else ""
+            assert re.fullmatch(rf"    --hash=sha256:[0-9a-f]{{64}}{end}", text), f"{line}: {text}"
+
+
+@pytest.mark.parametrize("name", [*HASHED, TORCH])
+def test_a_lock_holds_nothing_of_a_place(name: str) -> None:
+    text = (REPOSITORY / name).read_text()
+    assert not re.search(r"://|index-url|find-links|trusted-host|@", text)
+    assert not re.search(r"^(nvidia-|cuda-|triton)|sys_platform == .win32", text, re.M)
+
+
+def test_compiled_packages_have_the_hashes_of_many_builds() -> None:
+    hashes = {line.partition("==")[0]: found for line, found in blocks_of("requirements.lock").items()}
+    for name in (
+        "numpy",
+        "pillow",
+        "pyarrow",
+        "scikit-learn",
+    ):  # 3 Pythons on x86_64, aarch64 and macOS at least
+        assert len(hashes[name]) >= 9, name
+
+
+def test_torch_alone_is_without_hashes_and_the_lock_says_why() -> None:
+    assert list(blocks_of(TORCH)) == [str(pin) for pin in read_pins(REPOSITORY / TORCH)]
+    assert [pin.name for pin in read_pins(REPOSITORY / TORCH)] == ["torch"]
+    assert "no hashes here: which build" in (REPOSITORY / TORCH).read_text()
 
 
 def test_everything_the_project_asks_for_is_pinned_within_what_it_accepts() -> None:
-    project = tomllib.loads((lock.REPOSITORY / "pyproject.toml").read_text())["project"]
-    pins = {
-        r.name: r for r in map(Requirement, lines_of("requirements.lock") + lines_of("requirements-dev.lock"))
-    }
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    pins = {pin.name: pin for name in (*HASHED, TORCH) for pin in read_pins(REPOSITORY / name)}
     extras = project["optional-dependencies"]
     for wanted in map(Requirement, [*project["dependencies"], *extras["stack"], *extras["dev"]]):
         pin = pins[canonicalize_name(wanted.name)]
@@ -35,32 +69,11 @@ def test_everything_the_project_asks_for_is_pinned_within_what_it_accepts() -> N
         assert wanted.specifier.contains(version, prereleases=True), f"{wanted} against {pin}"
 
 
-def test_a_marker_is_true_exactly_where_the_package_is_needed() -> None:
-    everywhere = lock.places()
-    cases = {
-        "new Python": [place["python_version"] != "3.11" for place in everywhere],
-        "one platform": [place["sys_platform"] == "darwin" for place in everywhere],
-        "one of all": [i == 4 for i in range(len(everywhere))],
-        "two corners": [i in (0, 8) for i in range(len(everywhere))],
-        "everywhere": [True] * len(everywhere),
-    }
-    for name, where in cases.items():
-        requirement = Requirement(f"tea==1{lock.marker(where, everywhere)}")
-        found = [
-            requirement.marker is None or requirement.marker.evaluate(dict(place)) for place in everywhere
+def test_the_installer_and_the_image_take_no_file_of_another_hash() -> None:
+    for text in ("infra/install.sh", "infra/docker/Dockerfile"):
+        lines = [line for line in (REPOSITORY / text).read_text().splitlines() if "requirements" in line]
+        hashed = [
+            line for line in lines if re.search(r"requirements(-dev)?\.lock", line) and "install" in line
         ]
-        assert found == where, name
-
-
-def test_a_package_that_is_needed_but_not_installed_is_named() -> None:
-    with pytest.raises(
-        LookupError, match=r"no-such-package-of-ours is needed by Python 3\.11 on linux x86_64"
-    ):
-        lock.lock(["no-such-package-of-ours>=1"])
-
-
-def test_the_lock_follows_extras_and_skips_what_torch_brings(tmp_path: Path) -> None:
-    assert "uvicorn" in lock.lock(["mlflow"])
-    lines = lock.lock(["torch"])
-    assert lines["torch"].count("+") == 0
-    assert not [name for name in lines if name.startswith("nvidia")]
+        assert hashed, text
+        assert all("--require-hashes --no-deps" in line for line in hashed), text

@@ -66,7 +66,7 @@ def test_what_the_image_copies_is_there_and_is_let_through_by_dockerignore() -> 
         if "--from" not in line
         for source in [word for word in line.split() if not word.startswith("--")][:-1]
     ]
-    assert {"pipeline", "jobs", "infra", "requirements.lock"} <= set(sources)
+    assert {"pipeline", "jobs", "infra", "requirements.lock", "requirements-torch.lock"} <= set(sources)
     for source in sources:
         assert (REPOSITORY / source).exists(), source
         assert source in allowed, source

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Write the lock files anew from pyproject.toml:  infra/lock.sh [UV-OPTION...]   (make lock)
+# What is pinned stays pinned where pyproject.toml lets it; --upgrade takes the newest of all. uv asks the package
+# index for every file of each release, so that the hashes are those of all platforms and Pythons.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+uv=${UV:-.venv/bin/uv}
+draft=$(mktemp -d)
+trap 'rm -rf "$draft"' EXIT
+
+compile() { # compile NAME OPTION...: resolves into $draft/NAME
+    cat requirements.lock requirements-dev.lock requirements-torch.lock | grep -v '^-r' >"$draft/$1"
+    "$uv" pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+        --quiet --output-file "$draft/$1" "${@:2}"
+}
+
+# keep PATTERN FILE: the pins of FILE with their hashes, but not those of other systems or whose name matches PATTERN.
+keep() {
+    awk -v pattern="$1" '/^[a-z]/ { skip = $0 ~ pattern || /sys_platform == .(win32|emscripten)/ } !skip' "$2"
+}
+
+torch='^(torch==|triton==|nvidia-|cuda-)'
+head='# Written by `make lock` from pyproject.toml; do not edit.'
+compile runtime --extra stack "$@"
+compile dev --extra stack --extra dev --constraint "$draft/runtime" "$@"
+{ echo "$head"; keep "$torch" "$draft/runtime"; } >"$draft/requirements.lock"
+names=$(sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' "$draft/requirements.lock" | paste -sd '|')
+{
+    echo "$head"
+    echo "-r requirements.lock"
+    keep "$torch|^($names)==" "$draft/dev"
+} >"$draft/requirements-dev.lock"
+{
+    echo "$head"
+    echo "# torch has no hashes here: which build of this version is right depends on the machine (CUDA, or a CPU build from"
+    echo "# another index or disk), and each is another file. A CUDA build names its own nvidia-* packages, by exact version."
+    sed -n 's/^\(torch==[^ ]*\).*/\1/p' "$draft/runtime"
+} >"$draft/requirements-torch.lock"
+for lock in requirements.lock requirements-dev.lock requirements-torch.lock; do
+    cp "$draft/$lock" "$lock"
+    echo "$lock: $(grep -c '^[a-z].*==' "$lock") packages"
+done
