@@ -20,7 +20,7 @@ keep() {
 }
 
 torch='^(torch==|triton==|nvidia-|cuda-)'
-head='# Written by `make lock` from pyproject.toml; do not edit.'
+head='# Written by `make lock`; do not edit.'
 compile runtime --extra stack "$@"
 compile dev --extra stack --extra dev --constraint "$draft/runtime" "$@"
 { echo "$head"; keep "$torch" "$draft/runtime"; } >"$draft/requirements.lock"
@@ -36,7 +36,13 @@ names=$(sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' "$draft/requirements.lock" | paste -
     echo "# another index or disk), and each is another file. A CUDA build names its own nvidia-* packages, by exact version."
     sed -n 's/^\(torch==[^ ]*\).*/\1/p' "$draft/runtime"
 } >"$draft/requirements-torch.lock"
-for lock in requirements.lock requirements-dev.lock requirements-torch.lock; do
+mkdir -p "$draft/infra/docker"
+{
+    echo "$head"
+    echo "psycopg2-binary==2.9.11" | "$uv" pip compile - --universal --python-version 3.11 --generate-hashes --no-annotate \
+        --no-header --quiet
+} >"$draft/infra/docker/mlflow.lock"
+for lock in infra/docker/mlflow.lock requirements.lock requirements-dev.lock requirements-torch.lock; do
     cp "$draft/$lock" "$lock"
     echo "$lock: $(grep -c '^[a-z].*==' "$lock") packages"
 done

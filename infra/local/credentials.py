@@ -1,13 +1,12 @@
 """Secrets made once at the first start, each in a file that only its owner can read."""
 
-import hashlib
-import json
 import os
 import secrets
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from infra.tracking.access import user_line
 from pipeline.config.base import Settings
 from pipeline.config.document import first_fault
 from pipeline.errors import UserError
@@ -64,9 +63,8 @@ def mlflow_password(root: Path) -> str:
 
 def mlflow_users_path(root: Path) -> Path:
     """The file from which the MLflow server knows its one user: without the password itself."""
-    path = root / "secrets" / "mlflow-users.json"
-    user = {"role": "admin", "sha256": hashlib.sha256(mlflow_password(root).encode()).hexdigest()}
-    _write_private(path, json.dumps({MLFLOW_USER: user}, indent=2))
+    path = root / "secrets" / "mlflow-users"
+    _write_private(path, user_line(MLFLOW_USER, "admin", mlflow_password(root)))
     return path
 
 

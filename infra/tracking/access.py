@@ -10,13 +10,11 @@ import hashlib
 import hmac
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-from pydantic import Field, TypeAdapter, ValidationError
-
-from pipeline.config.base import Settings
 from pipeline.errors import UserError
 
 Role = Literal["viewer", "logger", "registrar", "admin"]
@@ -40,6 +38,9 @@ OPEN_PATH = "/health"
 _PAGES = re.compile(r"/(version|get-artifact|model-versions/get-artifact|static-files/.+)?")
 _ENDPOINT = re.compile(r"/(?:ajax-)?api/[23]\.0/(.+)")
 
+_USER_LINE = re.compile(
+    rf"(?P<name>[\w.@-]{{1,64}}) (?P<role>{'|'.join(get_args(Role))}) (?P<sha256>[0-9a-f]{{64}})"
+)
 # Families of routes that hold no more than records, of which this program or the web page reads some.
 _READABLE = re.compile(
     r"mlflow/(experiments|runs|metrics|artifacts|logged-models|registered-models|model-versions|server-info|traces"
@@ -66,12 +67,13 @@ _ERASABLE = re.compile(
 _UPLOADS = re.compile(r"mlflow-artifacts/(?:artifacts|mpu/(?:create|complete|abort))/(?P<place>.+)")
 
 
-class User(Settings):
+@dataclass(frozen=True)
+class User:
     """One who may come in."""
 
     role: Role
     """What they may do."""
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    sha256: str
     """Of the password, which is long and random: no slow hash is needed, and every request asks for it."""
 
 
@@ -91,19 +93,31 @@ class Users:
 
 
 def read_users(path: Path) -> Users:
-    """The users of a JSON file: name to role and sha256. Raises UserError where it cannot be read or has none."""
+    """The users of a file: a line each, of name, role and the password's sha256.
+
+    Raises UserError, which names the line, where it cannot be read or names nobody.
+    """
     try:
-        users = TypeAdapter(dict[str, User]).validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} (MLflow's users) cannot be read: {error.strerror}") from error
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"])) or "not JSON"
-        raise UserError(
-            f"{path} (MLflow's users): {where}: wants name, role and sha256 of a password"
-        ) from None
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} (MLflow's users) cannot be read: {error}") from error
+    users: dict[str, User] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        match = _USER_LINE.fullmatch(line)
+        if match is None or match["name"] in users:
+            wants = f"a new name, a role ({', '.join(get_args(Role))}) and the sha256 of a password"
+            raise UserError(f"{path} (MLflow's users), line {number}: wants {wants}")
+        users[match["name"]] = User(cast("Role", match["role"]), match["sha256"])
     if not users:
         raise UserError(f"{path} (MLflow's users) names nobody, so nobody could come in")
     return Users(users)
+
+
+def user_line(name: str, role: Role, password: str) -> str:
+    """A line of the file that `read_users` reads."""
+    return f"{name} {role} {hashlib.sha256(password.encode()).hexdigest()}\n"
 
 
 def right_for(method: str, path: str) -> Right | None:

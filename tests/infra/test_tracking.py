@@ -17,7 +17,7 @@ from typing import Any, get_args
 import pytest
 
 from infra.local import LocalStack
-from infra.tracking.access import OPEN_PATH, Role, User, Users, permits, read_users, right_for
+from infra.tracking.access import OPEN_PATH, Role, User, Users, permits, read_users, right_for, user_line
 from infra.tracking.app import PasswordGate, users_of_server
 from pipeline.errors import UserError
 
@@ -65,11 +65,7 @@ LEAST = {  # the least role that may make a request; None: nobody
 }
 
 
-def a_user(role: Role, password: str) -> User:
-    return User(role=role, sha256=hashlib.sha256(password.encode()).hexdigest())
-
-
-USERS = Users({role: a_user(role, f"{role}-word") for role in ROLES})
+USERS = Users({role: User(role, hashlib.sha256(f"{role}-word".encode()).hexdigest()) for role in ROLES})
 
 
 def basic(name: str, password: str) -> str:
@@ -173,17 +169,26 @@ def test_a_websocket_is_closed() -> None:
     ("content", "told"),
     [
         (None, "cannot be read"),
-        ("{}", "names nobody"),
-        ("[", "not JSON"),
-        ('{"a": {"role": "god", "sha256": "0"}}', "a.role"),
+        ("\n", "names nobody"),
+        ("anna god " + "0" * 64, "line 1: wants a new name, a role"),
+        ("anna viewer 12", "line 1"),
+        (user_line("anna", "viewer", "x") + user_line("anna", "admin", "y"), "line 2"),
     ],
 )
 def test_a_file_of_users_that_is_none_is_refused(tmp_path: Path, content: str | None, told: str) -> None:
-    path = tmp_path / "users.json"
+    path = tmp_path / "users"
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=told):
         read_users(path)
+
+
+def test_a_file_of_users_says_who_has_which_role(tmp_path: Path) -> None:
+    (tmp_path / "users").write_text(user_line("anna", "viewer", "x") + user_line("ray", "registrar", "y"))
+    users = read_users(tmp_path / "users")
+    assert users.role_of(basic("anna", "x")) == "viewer"
+    assert users.role_of(basic("ray", "y")) == "registrar"
+    assert users.role_of(basic("ray", "x")) is None
 
 
 def test_a_server_without_users_does_not_start() -> None:

@@ -1,5 +1,6 @@
 """The image and the single server: pinned, hardened, and holding what the program needs. Nothing is built here."""
 
+import base64
 import os
 import re
 import shutil
@@ -15,6 +16,11 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
+from infra import s3_users
+from infra.local import LocalStack
+from infra.tracking.access import read_users
+from infra.tracking.app import USERS_VARIABLE
+from pipeline.errors import UserError
 from pipeline.store import open_store
 
 DOCKER = Path(__file__).resolve().parents[2] / "infra" / "docker"
@@ -107,6 +113,7 @@ def test_nothing_listens_beyond_the_server_itself() -> None:
 def test_secrets_are_files_and_stand_in_no_variable_and_no_argument() -> None:
     declared = set(COMPOSE["secrets"])
     assert {name for s in SERVICES.values() for name in s.get("secrets", [])} == declared
+    assert "mlflow-password" not in declared  # for people
     for name, service in SERVICES.items():
         text = yaml.safe_dump([service.get("command"), service.get("environment")])
         for used in re.findall(r"/run/secrets/([a-z0-9-]+)", text):
@@ -130,13 +137,26 @@ def test_ray_asks_for_its_token_and_gives_jobs_time_to_save() -> None:
     assert wait < int(SERVICES["ray"]["stop_grace_period"].removesuffix("s"))
 
 
-def test_mlflow_asks_for_a_password_and_knows_its_own_names() -> None:
+def test_mlflow_stands_behind_its_users_and_knows_its_own_names() -> None:
     script = SERVICES["mlflow"]["command"][-1]
-    assert "--app-name basic-auth" in script
+    assert "exec python -m infra.tracking " in script
+    assert SERVICES["mlflow"]["environment"][USERS_VARIABLE] == "/run/secrets/mlflow-users"
     assert '--allowed-hosts "mlflow:5000,localhost:5000,127.0.0.1:5000' in script
     assert SERVICES["ray"]["environment"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
-    assert "CREATE DATABASE mlflow_auth" in (DOCKER / "postgres-init.sql").read_text()
-    assert "/mlflow_auth" in (DOCKER / "basic_auth.ini").read_text()
+
+
+def test_who_runs_jobs_or_answers_people_holds_no_key_to_everything() -> None:
+    keys = {name: set(service.get("secrets", [])) for name, service in SERVICES.items()}
+    assert keys["ray"] == {"aws-ray", "mlflow-ray", "ray-token"}
+    assert keys["mlflow"] == {"aws-mlflow", "mlflow-users", "pgpass"}
+    for root in ("s3-secret-key", "aws-credentials"):
+        assert {name for name, held in keys.items() if root in held} <= {"s3", "buckets"}
+    assert not [name for name, held in keys.items() if "mlflow-password" in held]
+    for name in ("ray", "mlflow"):
+        environment = SERVICES[name]["environment"]
+        assert environment["AWS_SHARED_CREDENTIALS_FILE"] == f"/run/secrets/aws-{name}"
+        assert f"infra/policies/{name}.json /run/secrets/aws-{name}" in SERVICES["buckets"]["command"][-1]
+    assert "MLFLOW_TRACKING_USERNAME=ray" in SERVICES["ray"]["command"][-1]
 
 
 @pytest.mark.parametrize("name", [n for n, s in SERVICES.items() if s.get("command", [""])[0] == "sh"])
@@ -159,12 +179,68 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_the_one_shot_makes_both_buckets_and_may_run_again(s3: None) -> None:
-    command = SERVICES["buckets"]["command"]
-    assert command[:2] == ["python", "-c"]
+    script = SERVICES["buckets"]["command"][-1]
+    makes_buckets = script.partition("exec ")[0].replace("python", sys.executable)
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", command[2]], cwd=REPOSITORY, check=True)
+        subprocess.run(["sh", "-ec", makes_buckets], cwd=REPOSITORY, check=True)
     for bucket in ("ddpm", "mlflow"):
         open_store(f"s3://{bucket}").require_container()
+
+
+@pytest.mark.stack
+def test_the_gateway_gives_each_user_what_their_policy_says(
+    stack: LocalStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_store("s3://mlflow").write("artifacts/policy-test", b"a model")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    policies, words = REPOSITORY / "infra" / "policies", list[str]()
+    for name in ("ray", "mlflow"):
+        lines = [
+            "[default]",
+            f"aws_access_key_id = {name}-test",
+            f"aws_secret_access_key = {name}-long-secret",
+        ]
+        (tmp_path / name).write_text("\n".join(lines))
+        words += [str(policies / f"{name}.json"), str(tmp_path / name)]
+    assert s3_users.main(words) == 0
+    assert s3_users.main(words) == 0
+    for name, own, other in (
+        ("ray", "ddpm/samples", "mlflow/artifacts"),
+        ("mlflow", "mlflow/artifacts", "ddpm/samples"),
+    ):
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", f"{name}-test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"{name}-long-secret")
+        open_store(f"s3://{own}").write(f"of-{name}", b"content")
+        assert open_store(f"s3://{own}").read(f"of-{name}") == b"content"
+        with pytest.raises(UserError, match="refuses"):
+            open_store(f"s3://{other}").write(f"of-{name}", b"content")
+        with pytest.raises(UserError, match="refuses"):
+            open_store("s3://mlflow/artifacts" if name == "ray" else "s3://ddpm/samples").read("policy-test")
+    with pytest.raises(UserError, match="refuses add-canned-policy with 403"):
+        s3_users.make_user(
+            os.environ["AWS_ENDPOINT_URL"], s3_users.read_keys(tmp_path / "ray"), s3_users.read_keys(tmp_path / "ray"),
+            "all", "{}",
+        )  # fmt: skip
+
+
+def test_a_file_without_keys_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "none").write_text("[other]\n")
+    with pytest.raises(UserError, match="none: no keys under"):
+        s3_users.read_keys(tmp_path / "none")
+    assert s3_users.main(["one"]) == 2
+    assert "pairs of POLICY KEYS" in capsys.readouterr().err
+
+
+def users_of(folder: Path) -> dict[str, str]:
+    """The users of the file that was made whose passwords are among the other secrets, with these."""
+    users = read_users(folder / "secrets" / "mlflow-users")
+    made = [file.read_text() for file in (folder / "secrets").glob("mlflow-*")]
+    return {
+        name: word
+        for name in ("admin", "ray")
+        for word in made
+        if users.role_of("Basic " + base64.b64encode(f"{name}:{word}".encode()).decode())
+    }
 
 
 @pytest.mark.skipif(os.getuid() not in (0, 1000), reason="the script refuses users other than 0 and 1000")
@@ -172,15 +248,20 @@ def test_secrets_are_made_once_for_the_containers_user_alone(tmp_path: Path) -> 
     shutil.copy(DOCKER / "secrets.sh", tmp_path)
     subprocess.run([tmp_path / "secrets.sh"], check=True, capture_output=True)
     made = {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()}
-    assert set(made) == set(COMPOSE["secrets"])
+    assert set(made) == {*COMPOSE["secrets"], "mlflow-password"}
     for file in (tmp_path / "secrets").iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o400
         assert file.stat().st_uid == 1000
-    words = [text for name, text in made.items() if name not in ("pgpass", "aws-credentials")]
+    words = [text for name, text in made.items() if not re.match("pgpass|aws-|mlflow-users", name)]
     assert len(set(words)) == len(words)
     assert all(len(word) >= 20 for word in words)
     assert made["pgpass"] == f"postgres:5432:*:mlflow:{made['postgres-password']}\n"
     assert f"aws_secret_access_key = {made['s3-secret-key']}\n" in made["aws-credentials"]
+    for name in ("ray", "mlflow"):
+        keys = s3_users.read_keys(tmp_path / "secrets" / f"aws-{name}")
+        assert keys.access_key == name
+        assert keys.secret_key not in "".join(words)
+    assert users_of(tmp_path) == {"admin": made["mlflow-password"], "ray": made["mlflow-ray"]}
     subprocess.run([tmp_path / "secrets.sh"], check=True, capture_output=True)
     assert made == {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()}
 
@@ -188,3 +269,22 @@ def test_secrets_are_made_once_for_the_containers_user_alone(tmp_path: Path) -> 
 def test_secrets_are_ignored_by_git_and_by_the_image() -> None:
     assert (DOCKER / ".gitignore").read_text() == "secrets/\n"
     assert "**/secrets" in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
+
+
+@pytest.mark.skipif(os.getuid() not in (0, 1000), reason="the script refuses users other than 0 and 1000")
+def test_a_person_gets_a_password_and_a_role_and_the_others_keep_theirs(tmp_path: Path) -> None:
+    shutil.copy(DOCKER / "secrets.sh", tmp_path)
+    subprocess.run([tmp_path / "secrets.sh"], check=True, capture_output=True)
+    before = users_of(tmp_path)
+    for role in ("admin", "viewer"):  # the second takes the first's place
+        command = [tmp_path / "secrets.sh", "user", "anna", role]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"password of anna: (\w+)", told)
+    assert found is not None
+    users = read_users(tmp_path / "secrets" / "mlflow-users")
+    assert users.role_of("Basic " + base64.b64encode(f"anna:{found[1]}".encode()).decode()) == "viewer"
+    assert users_of(tmp_path) == before
+    refused = subprocess.run(
+        [tmp_path / "secrets.sh", "user", "anna", "god"], check=False, capture_output=True
+    )
+    assert refused.returncode == 2

@@ -25,6 +25,7 @@ READS = {
     "evaluator": {DATA, FEATURES, SAMPLES, NIGHT, TUNING},
     "nightly": {DATA, FEATURES, NIGHT},
     "viewer": {SAMPLES, NIGHT},
+    "ray": set(PLACES),
 }
 WRITES = {
     "packer": {DATA, FEATURES},
@@ -33,6 +34,7 @@ WRITES = {
     "evaluator": {FEATURES, TUNING},
     "nightly": {FEATURES, NIGHT},
     "viewer": set[str](),
+    "ray": set(PLACES),
 }
 
 

@@ -1,2 +1,0 @@
--- MLflow keeps its users apart from its runs.
-CREATE DATABASE mlflow_auth;
