@@ -135,7 +135,7 @@ def test_images_are_of_this_version_and_never_of_none(variant: str) -> None:
     kind = "cuda" if variant == "gpu" else "cpu"
     for where, template in pods(variant):
         for container in containers(template):
-            if container["name"] == "redis":
+            if container["name"].startswith("redis-"):
                 assert re.fullmatch(r"redis:\d+\.\d+\.\d+-alpine", container["image"])
             else:
                 assert container["image"] == f"ddpm:{version}-{kind}", where
@@ -164,7 +164,6 @@ def test_every_cluster_asks_for_a_token_scales_by_version_2_and_keeps_its_state_
         assert cluster["authOptions"] == {"mode": "token"}, where
         assert cluster["enableInTreeAutoscaling"] is True, where
         assert cluster["autoscalerOptions"]["version"] == "v2", where
-        assert cluster["gcsFaultToleranceOptions"]["redisAddress"] == "redis:6379", where
         assert cluster["rayVersion"] == ray, where
         groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
         assert all(g["template"]["spec"]["restartPolicy"] == "Never" for g in groups), where
@@ -286,3 +285,36 @@ def test_every_account_that_reaches_a_bucket_is_a_role_with_a_policy() -> None:
     assert sorted(annotated) == ["generator", "nightly", "trainer"]
     for role in annotated:
         assert (REPOSITORY / "infra" / "policies" / f"{role}.json").is_file()
+
+
+def secrets_of(containers_of: Any) -> set[str]:
+    """Names of the Secrets that containers take variables from."""
+    variables = [variable for container in containers_of for variable in container.get("env", [])]
+    return {
+        v["valueFrom"]["secretKeyRef"]["name"] for v in variables if "secretKeyRef" in v.get("valueFrom", {})
+    }
+
+
+@everywhere
+def test_each_kind_of_cluster_has_a_redis_and_an_mlflow_user_of_its_own(variant: str) -> None:
+    service = named(variant, "Service", "redis")["spec"]["ports"]
+    (redis,) = [template for where, template in pods(variant) if "StatefulSet" in where]
+    servers = {c["name"]: c for c in redis["spec"]["containers"]}
+    addresses: set[str] = set()
+    for where, cluster in clusters(variant):
+        role = where.rpartition("ddpm-")[2]
+        told = cluster["gcsFaultToleranceOptions"]
+        secret = told["redisPassword"]["valueFrom"]["secretKeyRef"]["name"]
+        assert secret == f"ddpm-redis-{role}", where
+        server = servers[f"redis-{role}"]
+        (port,) = [p["port"] for p in service if p["name"] == role]
+        assert told["redisAddress"] == f"redis:{port}", where
+        assert {"name": "PORT", "value": str(port)} in server["env"], where
+        assert secrets_of([server]) == {secret}, where
+        assert {m["subPath"] for m in server["volumeMounts"]} == {role}, where
+        addresses.add(told["redisAddress"])
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+            spec = group["template"]["spec"]
+            account = spec["serviceAccountName"].removeprefix("ddpm-")
+            assert secrets_of(spec["containers"]) == {f"ddpm-mlflow-{account}"}, where
+    assert len(addresses) == len(servers) == 4

@@ -28,6 +28,7 @@ NEIGHBOUR = ("kuberay-system", {"app.kubernetes.io/name": "something-else"})
 PROMETHEUS = ("monitoring", {"app.kubernetes.io/name": "prometheus"})
 MLFLOW = ("mlflow", {"app.kubernetes.io/name": "mlflow"})
 DNS = ("kube-system", {"k8s-app": "kube-dns"})
+REDIS_PORTS = {"train": 6379, "generate": 6380, "nightly": 6381, "interactive": 6382}
 Pod = tuple[str, Labels]
 
 
@@ -94,7 +95,8 @@ def reaches(source: Pod, target: Pod | str, port: int, protocol: str = "TCP") ->
         (SUBMITTER, HEAD, 8265),
         (OPERATOR, HEAD, 8265),
         (PROMETHEUS, WORKER, 8080),
-        (HEAD, REDIS, 6379),
+        (HEAD, REDIS, REDIS_PORTS["train"]),
+        (WORKER, REDIS, REDIS_PORTS["generate"]),
         (WORKER, MLFLOW, 5000),
         (HEAD, "10.96.0.1", 443),
         (LAUNCHER, "10.96.0.1", 443),
@@ -144,3 +146,11 @@ def test_a_pod_without_any_label_of_ours_can_do_nothing_but_look_up_names() -> N
     for target in (HEAD, WORKER, REDIS, MLFLOW, "10.96.0.1", "52.218.0.10"):
         for port in (22, 443, 5000, 6379, 8265, 10001):
             assert not reaches(STRANGER, target, port)
+
+
+@pytest.mark.parametrize("role", REDIS_PORTS)
+def test_a_roles_pods_reach_the_redis_of_their_own_and_no_other(role: str) -> None:
+    for where in ("head", "workers"):
+        kind = "RayCluster" if role == "interactive" else "RayJob"
+        pod = place(f"{kind}/ddpm-{role} {where}")
+        assert [port for port in REDIS_PORTS.values() if reaches(pod, REDIS, port)] == [REDIS_PORTS[role]]
