@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -9,27 +10,62 @@ from PIL import Image
 from jobs.progress import progress_of
 from jobs.shell import DONE, FAILED
 from jobs.spread import spread_for
-from pipeline.data import inspect, plan_index
+from pipeline.data import Index, inspect, plan_index
 
 _SHOWN = 20
 ENOUGH_SHARDS = 16
 """Shards to read from which on joining a cluster is worth its seconds."""
 
 
-def index(uri: str, label_field: str | None, pixels: bool, fresh: bool = False) -> int:
+def index(
+    uri: str,
+    label_field: str | None,
+    pixels: bool,
+    fresh: bool = False,
+    image: str | None = None,
+    skip_unreadable: bool = False,
+) -> int:
     """Index the tars at a prefix or pattern, in one pass over each that the index there does not know already.
 
     `fresh` reads all of them. On the cluster that RAY_ADDRESS names, if there is one and enough to read.
     """
     with progress_of("index", "shards") as progress:
-        found = plan_index(uri, label_field=label_field, pixels=pixels, reuse=not fresh)
+        found = plan_index(
+            uri,
+            label_field=label_field,
+            pixels=pixels,
+            reuse=not fresh,
+            image=image,
+            skip_unreadable=skip_unreadable,
+        )
         with spread_for(len(found.unknown), ENOUGH_SHARDS, local_paths=not uri.startswith("s3:")) as spread:
             made = found.build(spread, progress)
     print(f"indexed: {made.num_samples:,} samples in {len(made.shards):,} shards, digest {made.digest[:12]}")
     if found.known:
         print(f"known    {len(found.known):,} shards, unchanged by size and tag; {len(found.unknown):,} read")
+    print(f"classes  {_classes(made)}")
+    for line in (*found.notes, *_left_out(made)):
+        print(line)
     print(f"next     ddpm train data.uri={uri} …   or   ddpm inspect {uri}")
     return DONE
+
+
+def _classes(made: Index) -> str:
+    if not made.labelled:
+        return "none: no sample has a label"
+    return f"{made.num_classes:,}, " + (", ".join((made.class_names or ())[:_SHOWN]) or "without names")
+
+
+def _left_out(made: Index) -> Iterator[str]:
+    """Lines on what is in the tars and not in the index."""
+    ignored = sum(shard.ignored_members for shard in made.shards)
+    if ignored:
+        yield f"ignored  {ignored:,} files and samples without a picture"
+    skipped = sum(shard.num_skipped for shard in made.shards)
+    if skipped:
+        yield f"skipped  {skipped:,} samples whose picture cannot be read:"
+        named = [name for shard in made.shards for name in shard.skipped]
+        yield from (f"         {name}" for name in named[:_SHOWN])
 
 
 def look(uri: str, sheet: Path, label_field: str | None, as_json: bool) -> int:

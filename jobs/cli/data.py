@@ -39,11 +39,18 @@ def index(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Read also shards whose size and tag are those of before.")
     ] = False,
+    image: Annotated[
+        str | None,
+        typer.Option("--image", help="Extension of the picture to take, where samples have several."),
+    ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out pictures that cannot be read, and name them.")
+    ] = False,
 ) -> None:
     """Make the index of WebDataset tars that are already there."""
     from jobs.dataset import index as run
 
-    end(lambda: run(uri, label_field, pixels, fresh))
+    end(lambda: run(uri, label_field, pixels, fresh, image, skip_unreadable))
 
 
 @app.command(rich_help_panel=DATA, epilog=examples("ddpm inspect s3://ddpm/data/digits --sheet digits.png"))

@@ -9,10 +9,9 @@ from typing import BinaryIO, cast
 from pipeline.data.access import changed, trusted_tag
 from pipeline.data.hashing import HashingReader
 from pipeline.data.images import UInt8, decode
-from pipeline.data.index import Index
+from pipeline.data.index import Index, read_table
 from pipeline.data.location import Location
 from pipeline.data.samples import require_one_shape
-from pipeline.data.scan import image_extension, label_of
 from pipeline.data.shards import plain_stream, read_samples
 from pipeline.errors import DamageError
 from pipeline.store import open_store
@@ -28,9 +27,7 @@ class ForwardSample:
     label: int
 
 
-def read_forward(
-    index: Index, shards: Iterable[int] | None = None, *, label_field: str | None = None
-) -> Iterator[ForwardSample]:
+def read_forward(index: Index, shards: Iterable[int] | None = None) -> Iterator[ForwardSample]:
     """Every sample of the given shards (by default all), in stored order, each exactly once.
 
     Connections that break are resumed. Raises DamageError when a sample does not decode, and, after its last sample,
@@ -41,18 +38,21 @@ def read_forward(
     for number in range(len(index.shards)) if shards is None else shards:
         entry = index.shards[number]
         where = f"{store.uri}/{entry.name}"
+        rows = {int(row["offset"]): int(row["label"]) for row in read_table(index, number, store)}
         count = 0
         with store.open(entry.name, etag=trusted_tag(index, entry)) as stream:
             hashed = HashingReader(stream)
             with plain_stream(cast(BinaryIO, hashed), where) as plain:
                 for key, parts in read_samples(plain, where):
-                    place = f"{where}: sample {key!r}"
-                    member, data = parts[image_extension(parts, place)]
-                    try:
-                        pixels = decode(data, shape)
-                    except DamageError as error:
-                        raise DamageError(f"{place} at byte {member.offset}: {error}") from error
-                    yield ForwardSample(number, key, pixels, label_of(parts, label_field, place))
-                    count += 1
+                    for member, data in parts.values():
+                        if member.offset not in rows:
+                            continue  # not the image of an indexed sample
+                        try:
+                            pixels = decode(data, shape)
+                        except DamageError as error:
+                            place = f"{where}: sample {key!r} at byte {member.offset}"
+                            raise DamageError(f"{place}: {error}") from error
+                        yield ForwardSample(number, key, pixels, rows[member.offset])
+                        count += 1
         if hashed.hash.hexdigest() != entry.sha256 or count != entry.num_samples:
             raise changed(where, entry.size_bytes, entry)

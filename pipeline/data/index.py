@@ -62,6 +62,10 @@ class ShardEntry(BaseModel):
     """-1 when there are no labels."""
     ignored_members: int = 0
     """Files that belong to no sample by the naming rule."""
+    num_skipped: int = 0
+    """Samples left out because their picture cannot be read."""
+    skipped: tuple[str, ...] = ()
+    """The first of these, and what is wrong with them."""
     channel_sums: tuple[int, ...] | None = None
     """Exact sums of the uint8 values of each channel, if the pixels were looked at."""
     channel_squares: tuple[int, ...] | None = None
@@ -91,6 +95,8 @@ class Index(BaseModel):
     labelled: bool
     label_field: str | None = None
     """The field of a sample's json that was asked for its class; None for the usual ones."""
+    image_extension: str | None = None
+    """Which file of each sample is its image, where that had to be said."""
     shards: tuple[ShardEntry, ...]
 
     @cached_property
@@ -160,6 +166,7 @@ def assemble_index(
     scans: Iterable[tuple[ShardEntry, MemberTable]],
     class_names: Sequence[str] | None = None,
     label_field: str | None = None,
+    image_extension: str | None = None,
 ) -> Index:
     """Put the scanned shards, in this order, together; write the tables and then the index.
 
@@ -168,12 +175,13 @@ def assemble_index(
     pairs = list(scans)
     shards = tuple(entry for entry, _ in pairs)
     if not sum(shard.num_samples for shard in shards):
-        raise UserError(f"{location.uri}: the shards hold no samples")
+        raise UserError(f"{location.uri}: the shards hold no samples with a picture; check the prefix")
     labelled = _labelled(location.uri, shards)
     highest = max(shard.max_label for shard in shards)
     if labelled and class_names is not None and highest >= len(class_names):
         raise UserError(
-            f"{location.uri}: label {highest} occurs, but only {len(class_names)} classes have names"
+            f"{location.uri}: label {highest} occurs, but only {len(class_names)} classes have names; "
+            "correct classes.txt"
         )
     shapes = {shape for shard in shards for shape in shard.shapes}
     sizes = {(shape.height, shape.width) for shape in shapes}
@@ -194,6 +202,7 @@ def assemble_index(
         class_names=None if class_names is None else tuple(class_names),
         labelled=labelled,
         label_field=label_field,
+        image_extension=image_extension,
         shards=shards,
     )
     text = index.model_dump_json(exclude={"uri", "name"}, indent=1)

@@ -10,12 +10,13 @@ from typing import BinaryIO, cast
 import numpy as np
 from PIL import Image
 
-from pipeline.data.build import shards_to_index
+from pipeline.data.build import names_beside, shards_to_index
 from pipeline.data.hashing import HashingReader
 from pipeline.data.images import ImageShape, UInt8, decode, probe
 from pipeline.data.index import Index, load_index
+from pipeline.data.location import Location
 from pipeline.data.moments import Moments, add_moments, moments_of
-from pipeline.data.scan import image_extension, label_of
+from pipeline.data.scan import Reading, image_extension, label_of
 from pipeline.data.shards import Parts, plain_stream, read_samples
 from pipeline.errors import DamageError, UserError
 from pipeline.store import Store, open_store
@@ -40,6 +41,8 @@ class Inspection:
     channel_mean: list[float] | None
     """In uint8 units; None when shapes differ."""
     channel_std: list[float] | None
+    without_picture: int
+    """Samples that have no picture: a licence, say. They are no part of the data set."""
     damage: tuple[str, ...]
     """One line for each damaged sample or shard, naming it and the place."""
     contact_sheet: UInt8
@@ -56,8 +59,9 @@ def inspect(
     location, found = shards_to_index(uri)
     keys = [info.key for info in found]
     store = open_store(location.root)
-    tally = _Tally(label_field, -(-num_tiles // len(keys)))
-    index = _index_of(uri, tally)
+    damage = [f"{uri}: {name} is missing" for name in location.missing(keys)]
+    index = _index_of(uri, damage)
+    tally = _Tally(_reading(location, keys, index, label_field), -(-num_tiles // len(keys)), damage=damage)
     indexed = {} if index is None else {shard.name: shard.sha256 for shard in index.shards}
     size_bytes = 0
     for done, key in enumerate(keys, 1):
@@ -76,6 +80,7 @@ def inspect(
         classes=_named(tally.labels, names),
         channel_mean=mean,
         channel_std=std,
+        without_picture=tally.without_picture,
         damage=tuple(tally.damage),
         contact_sheet=contact_sheet(tally.tiles[:num_tiles]),
     )
@@ -101,23 +106,28 @@ def contact_sheet(tiles: list[UInt8], tile_pixels: int = TILE_PIXELS) -> UInt8:
 
 @dataclass
 class _Tally:
-    label_field: str | None
+    reading: Reading
     tiles_per_shard: int
     shapes: Counter[ImageShape] = field(default_factory=Counter[ImageShape])
     labels: Counter[int] = field(default_factory=Counter[int])
     damage: list[str] = field(default_factory=list[str])
     tiles: list[UInt8] = field(default_factory=list[UInt8])
     moments: Moments | None = None
+    without_picture: int = 0
 
     def add(self, where: str, key: str, parts: Parts, keep: bool) -> None:
         """Count a sample, or its damage."""
         place = f"{where}: sample {key!r}"
         try:
-            member, data = parts[image_extension(parts, place)]
+            extension = image_extension(parts, place, self.reading.image)
+            if extension is None:
+                self.without_picture += 1
+                return
+            member, data = parts[extension]
             place = f"{place} at byte {member.offset}"
             shape = probe(data)
             pixels = decode(data, shape)
-            label = label_of(parts, self.label_field, place)
+            label = label_of(parts, self.reading, place)
         except DamageError as error:
             text = str(error)
             self.damage.append(text if text.startswith(where) else f"{place}: {text}")
@@ -136,12 +146,19 @@ class _Tally:
         return self.moments.mean_and_std(count * shape.height * shape.width)
 
 
-def _index_of(uri: str, tally: _Tally) -> Index | None:
+def _index_of(uri: str, damage: list[str]) -> Index | None:
     try:
         return load_index(uri)
     except (UserError, DamageError) as error:
-        tally.damage.append(str(error))
+        damage.append(str(error))
         return None
+
+
+def _reading(location: Location, keys: list[str], index: Index | None, label_field: str | None) -> Reading:
+    """As the index was made, if there is one."""
+    if index is None:
+        return Reading(label_field, class_names=names_beside(location, keys))
+    return Reading(label_field or index.label_field, index.image_extension, index.class_names)
 
 
 def _read_shard(store: Store, key: str, sha256: str | None, tally: _Tally) -> int:

@@ -49,18 +49,28 @@ class Location:
             return "index.json"
         return f"index-{hashlib.sha256(self.pattern.encode()).hexdigest()[:16]}.json"
 
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Names that the pattern writes out and that are not among `keys`."""
+        if self.pattern is None:
+            return []
+        return sorted({name for name in expand(self.pattern) if _no_glob(name)}.difference(keys))
+
     def shard_objects(self, store: Store) -> Iterator[ObjectInfo]:
         """The shards there are now, sorted by key."""
         if self.pattern is None:
             yield from (info for info in store.list() if info.key.endswith(SUFFIXES))
             return
         names = expand(self.pattern)
-        plain = {name for name in names if not set(name) & set("*?[")}
+        plain = {name for name in names if _no_glob(name)}
         globs = [re.compile(fnmatch.translate(name)) for name in names if name not in plain]
         fixed = re.split(r"[{*?\[]", self.pattern, maxsplit=1)[0]
         for info in store.list(fixed):
             if info.key in plain or any(glob.fullmatch(info.key) for glob in globs):
                 yield info
+
+
+def _no_glob(name: str) -> bool:
+    return not set(name) & set("*?[")
 
 
 def expand(pattern: str) -> list[str]:
