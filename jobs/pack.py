@@ -1,17 +1,23 @@
 """The packing job: pictures in, shards and their index out."""
 
+import json
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 
 from jobs.progress import Progress
 from jobs.shell import DONE, Call, guarded, parse_words, run_job
 from jobs.spread import spread_for
 from pipeline.config.data import PackConfig
 from pipeline.data import pack
+from pipeline.data.opening import require_source
 from pipeline.data.pack import PackReport, held_out_uri, spread_here
+from pipeline.data.packed import look_at_place
 from pipeline.data.spread import Spread
 
+INTERRUPTED = 130  # as the shell reports a process that ended on SIGINT
 ENOUGH_PICTURES = 5_000
 """From here on it is worth the seconds that joining a cluster takes."""
 
@@ -22,18 +28,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_call(call: Call) -> int:
-    """Run the job a call describes."""
-    return run_job("pack", PackConfig, pack_images, call, unit="images")
+    """Run the job a call describes. Interrupted, it says how to go on."""
+    run = partial(pack_images, as_json=call.as_json)
+    try:
+        return run_job("pack", PackConfig, run, call, unit="images", foresee=foresee)
+    except KeyboardInterrupt:
+        print("stopped: shards that are written stay; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
 
 
-def pack_images(config: PackConfig, progress: Progress) -> int:
+def pack_images(config: PackConfig, progress: Progress, as_json: bool = False) -> int:
     """Pack, or find that it is done. Raises UserError before anything is written."""
     report = pack(config, progress, _spread)
+    if as_json:
+        print(json.dumps({"dest": config.dest, **asdict(report)}, indent=2))
+        return DONE
     _say(report, config.dest)
     if report.held_out is not None:
         _say(report.held_out, held_out_uri(config.dest))
     print(f"next     ddpm train data.uri={config.dest} …   (or a preset that names it)")
     return DONE
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a dry run finds out."""
+
+    source: str
+    dest: str
+
+    def lines(self) -> list[str]:
+        return [f"source   {self.source}", f"dest     {self.dest}"]
+
+
+def foresee(config: PackConfig) -> Places:
+    """Look whether source and destination can be used. Raises UserError when they cannot."""
+    require_source(config)
+    plan = look_at_place(config)
+    return Places(
+        "is there", "is empty" if plan is None else "holds a pack of these settings, begun or finished"
+    )
 
 
 @contextmanager

@@ -8,13 +8,16 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from typing_extensions import TypeAliasType
 
 from pipeline.config.base import Settings
 from pipeline.config.document import field_of
+from pipeline.config.plain_yaml import parse_yaml
 from pipeline.errors import UserError
 
 S = TypeVar("S", bound=Settings)
@@ -55,14 +58,10 @@ def load_settings(
 def read_yaml(file: Path) -> Tree:
     """The mapping a YAML file holds. Raises UserError for a file that is absent or is no such mapping."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = parse_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: a 13th month, a number of miles
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number of miles
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{file}: not valid YAML ({reason}); correct the file") from None
     if content is None:
@@ -124,13 +123,55 @@ def _override(word: str, model: type[BaseModel]) -> Tree:
         raise UserError(
             f"'{word}': not a setting; write key=value, for example {next(setting_names(model))}=…"
         )
-    try:
-        value = text if ROOT in text else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        value = text  # plain text with YAML's signs in it; refused below where a number belongs
+    value = _value(text, list(_kinds(model, name.split("."))))
     for part in reversed(name.split(".")):
         value = {part: value}
     return cast(Tree, value)
+
+
+def _value(text: str, kinds: Sequence[Any]) -> Any:
+    """What a word says: the very text for a setting that is text, and YAML for others."""
+    of_text = [_is_text(kind) for kind in kinds if kind is not type(None)]
+    if of_text and all(of_text):
+        return None if text == "null" and type(None) in kinds else text
+    lists_of_text = [_holds_text(kind) for kind in kinds if kind is not type(None)]
+    try:
+        all_text = bool(lists_of_text) and all(lists_of_text) and text != "null"
+        return text if ROOT in text else parse_yaml(text, all_text=all_text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text  # plain text with YAML's signs in it; refused below where a number belongs
+
+
+def _kinds(kind: Any, path: Sequence[str]) -> Iterator[Any]:
+    """The types that the setting at `path` below a type may have, unions taken apart."""
+    if isinstance(kind, TypeAliasType):
+        yield from _kinds(kind.__value__, path)
+    elif get_origin(kind) is Annotated:
+        yield from _kinds(get_args(kind)[0], path)
+    elif get_origin(kind) in (Union, UnionType):
+        for part in get_args(kind):
+            yield from _kinds(part, path)
+    elif not path:
+        yield kind
+    elif isinstance(kind, type) and issubclass(kind, BaseModel):
+        if (field := kind.model_fields.get(path[0])) is not None:
+            yield from _kinds(field.annotation, path[1:])
+    elif get_origin(kind) is dict:
+        yield from _kinds(get_args(kind)[1], path[1:])
+
+
+def _is_text(kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return all(isinstance(value, str) for value in get_args(kind))
+    return isinstance(kind, type) and issubclass(kind, str | Path)
+
+
+def _holds_text(kind: Any) -> bool:
+    """Whether it is a list or mapping of nothing but text."""
+    parts = [part for part in get_args(kind) if part is not ...]
+    return get_origin(kind) in (list, tuple, set, frozenset, dict) and all(
+        _is_text(part) for inner in parts for part in _kinds(inner, ())
+    )
 
 
 def _merged(low: Tree, high: Tree) -> Tree:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.config.data import PackConfig
+from pipeline.data.opening import source_paths
 
 READING = 2
 """Counts changes of what this program makes of the same files: raised, every source is looked at anew."""
@@ -16,17 +17,14 @@ _SAME_RESULT = {"source", "dest", "num_threads"}
 """Settings that neither change what is packed nor what is refused."""
 
 
-def fingerprint(config: PackConfig) -> str | None:
+def fingerprint(config: PackConfig) -> str:
     """SHA-256 over the settings and the names, sizes and times of the source's files.
 
-    None for a source that is neither the digits nor one file or folder of this machine.
+    Raises UserError for a source that is not there.
     """
     settings = config.model_dump(mode="json", exclude=_SAME_RESULT)
     digest = hashlib.sha256(json.dumps([READING, settings], sort_keys=True).encode())
-    if config.source != "digits":
-        path = Path(config.source).expanduser()
-        if not path.exists():
-            return None
+    for path in [] if config.source == "digits" else source_paths(config.source):
         for line in sorted(_files(path)):
             digest.update(line)
     return digest.hexdigest()

@@ -11,10 +11,11 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from pipeline.config.document import first_fault
@@ -23,6 +24,7 @@ from pipeline.data.location import Location
 from pipeline.data.moments import Moments, add_moments
 from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectMissing, Store, open_store
+from pipeline.store.base import checked_key
 
 FORMAT = 1
 PLAN_KEY = "pack-plan.json"
@@ -35,40 +37,50 @@ MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label",
 
 MemberTable = np.ndarray[tuple[int], np.dtype[np.void]]
 
+# Limits of what an index may say: far beyond any data set, and near enough that nothing made from it overflows or fills
+# the memory.
+Key = Annotated[str, AfterValidator(checked_key)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=100_000_000)]
+Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
+Total = Annotated[int, Field(ge=0, lt=1 << 96)]
+ClassName = Annotated[str, Field(max_length=4096)]
+Text = Annotated[str, Field(max_length=4096)]
+
 
 class ShardEntry(BaseModel):
     """What one pass over a shard tells."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: Key
     """Key below the data set's URI."""
-    num_samples: int
-    size_bytes: int
+    num_samples: Count
+    size_bytes: Bytes
     """Of the object as it is stored."""
-    plain_bytes: int
+    plain_bytes: Bytes
     """Of the tar once decompressed; the same as size_bytes for a plain tar."""
     compressed: bool
-    sha256: str
+    sha256: Sha256
     """Of the object as it is stored."""
-    etag: str
+    etag: Text
     """The store's own tag, by which a replaced shard is noticed without reading it."""
-    table_sha256: str
+    table_sha256: Sha256
     """Of this shard's rows of the member table."""
-    shapes: tuple[ImageShape, ...]
+    shapes: Annotated[tuple[ImageShape, ...], Field(max_length=64)]
     """Which image shapes occur, sorted; at most scan.MAX_SHAPES of them."""
-    num_labelled: int
-    max_label: int
+    num_labelled: Count
+    max_label: Annotated[int, Field(ge=-1, lt=MAX_CLASSES)]
     """-1 when there are no labels."""
-    ignored_members: int = 0
+    ignored_members: Count = 0
     """Files that belong to no sample by the naming rule."""
-    num_skipped: int = 0
+    num_skipped: Count = 0
     """Samples left out because their picture cannot be read."""
-    skipped: tuple[str, ...] = ()
+    skipped: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
     """The first of these, and what is wrong with them."""
-    channel_sums: tuple[int, ...] | None = None
+    channel_sums: Annotated[tuple[Total, ...], Field(min_length=1, max_length=3)] | None = None
     """Exact sums of the uint8 values of each channel, if the pixels were looked at."""
-    channel_squares: tuple[int, ...] | None = None
+    channel_squares: Annotated[tuple[Total, ...], Field(min_length=1, max_length=3)] | None = None
 
 
 class Index(BaseModel):
@@ -81,23 +93,23 @@ class Index(BaseModel):
     name: str
     """Key of this index below the URI."""
     format: int = FORMAT
-    digest: str
+    digest: Sha256
     """SHA-256 over everything but places and store tags: equal digests, equal samples in equal order."""
-    made_at: str
+    made_at: Text
     """The URI the shards' tags were taken at; tags of a copy elsewhere may differ and are not compared."""
-    tables: str
+    tables: Key
     """Key of the member tables."""
-    tables_offset: int
+    tables_offset: Annotated[int, Field(ge=0, le=1 << 20)]
     """Where their first row begins in that object."""
     image: ImageShape | None
     """The shape all images share; None when sizes differ. Mixed grey and colour count as colour."""
-    class_names: tuple[str, ...] | None
+    class_names: Annotated[tuple[ClassName, ...], Field(max_length=MAX_CLASSES)] | None
     labelled: bool
-    label_field: str | None = None
+    label_field: Text | None = None
     """The field of a sample's json that was asked for its class; None for the usual ones."""
-    image_extension: str | None = None
+    image_extension: Text | None = None
     """Which file of each sample is its image, where that had to be said."""
-    shards: tuple[ShardEntry, ...]
+    shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1, max_length=10_000_000)]
 
     @cached_property
     def counts(self) -> npt.NDArray[np.int64]:

@@ -38,12 +38,18 @@ def open_source(config: PackConfig) -> Source:
 
     Pickled, a source is its settings: where it arrives it is opened again, once a process.
     """
-    source = DigitsSource() if config.source == "digits" else _opened(config, _paths(config.source))
+    source = DigitsSource() if config.source == "digits" else _opened(config, source_paths(config.source))
     source.config = config
     return source
 
 
-def _paths(source: str) -> list[Path]:
+def require_source(config: PackConfig) -> None:
+    """Raise UserError, at once, for a source that is not there."""
+    if config.source != "digits":
+        source_paths(config.source)
+
+
+def source_paths(source: str) -> list[Path]:
     """The files or folders that a source names, sorted."""
     scheme = source.partition(":")[0].lower()
     if source.lower().startswith("file:"):

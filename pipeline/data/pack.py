@@ -109,12 +109,8 @@ def _places(config: PackConfig) -> list[PackConfig]:
     return [config] if config.held_out == 0 else [config, aside]
 
 
-def _standing(
-    places: Sequence[PackConfig], seen: str | None, progress: Progress | None
-) -> list[PackReport] | None:
+def _standing(places: Sequence[PackConfig], seen: str, progress: Progress | None) -> list[PackReport] | None:
     """The reports of a pack that is finished and whose source has not changed, without reading a picture."""
-    if seen is None:
-        return None
     found = [report for place in places if (report := standing_report(place, seen)) is not None]
     if len(found) < len(places):
         return None
@@ -125,7 +121,7 @@ def _standing(
 
 
 def _pack(
-    config: PackConfig, source: Source, seen: str | None, steps: _Steps, spread: SpreadFor
+    config: PackConfig, source: Source, seen: str, steps: _Steps, spread: SpreadFor
 ) -> list[PackReport]:
     with spread(config, len(source.items)) as spreading:
         facts: list[Fact] = []
@@ -139,9 +135,9 @@ def _pack(
             for (side, plan), done in zip(sides, there, strict=True)
         ]
     steps.finish()
-    seen = seen if source.self_contained else None
+    fingerprint_kept = seen if source.self_contained else None
     for (side, _), report in zip(sides, reports, strict=True):
-        made_of = PackedSource(fingerprint=seen, index_digest=report.index_digest)
+        made_of = PackedSource(fingerprint=fingerprint_kept, index_digest=report.index_digest)
         open_store(side.dest).write(SOURCE_KEY, made_of.model_dump_json().encode() + b"\n")
     return reports
 

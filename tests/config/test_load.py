@@ -1,6 +1,8 @@
 """Settings come together from presets, files and words; what is wrong is named in one line."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
 from pipeline.config.diffusion import check_together
 from pipeline.config.generate import GenerateConfig, SampleConfig
-from pipeline.config.load import described_settings, load_settings
+from pipeline.config.load import _kinds, _override, described_settings, load_settings, setting_names
 from pipeline.config.net import UNetConfig
 from pipeline.config.train import TrainConfig, WorkerConfig
 from pipeline.errors import UserError
@@ -142,6 +144,89 @@ def test_one_setting_of_tracking_leaves_the_run_with_the_other_trainings() -> No
 
 def test_numbers_written_as_people_write_them_are_numbers() -> None:
     assert digits("optimizer.lr=1e-4").optimizer.lr == 1e-4
+
+
+AS_IT_STANDS = (
+    "photos #2",
+    "2024-05-01",
+    "007",
+    "yes",
+    "[x]",
+    "{a: 1}",
+    "1e3",
+    "*a",
+    "&a b",
+    "!x",
+    "a: b",
+    "~",
+    "'q'",
+    "",
+)
+
+
+def text_settings() -> Iterator[tuple[str, str]]:
+    """Every setting of every job that is nothing but text, with its section."""
+    for section, model in SECTIONS.items():
+        for name in setting_names(model):
+            kinds = {kind for kind in _kinds(model, name.split(".")) if kind is not type(None)}
+            if kinds == {str}:
+                yield section, name
+
+
+def test_there_are_text_settings_in_every_section() -> None:
+    assert {"pack", "train", "generate"} <= {section for section, _ in text_settings()}
+    assert ("pack", "source") in set(text_settings())
+
+
+@pytest.mark.parametrize(("section", "name"), list(text_settings()))
+def test_a_text_setting_takes_the_text_as_it_stands(section: str, name: str) -> None:
+    for text in AS_IT_STANDS:
+        value: Any = _override(f"{name}={text}", SECTIONS[section])
+        for part in name.split("."):
+            value = value[part]
+        assert value == text
+
+
+def test_null_takes_back_a_text_that_may_be_missing_and_is_text_elsewhere() -> None:
+    assert digits("data.cache_dir=/x", "data.cache_dir=null").data.cache_dir is None
+    words = ("source=null", "dest=file:///x#1")
+    config = load_settings(PackConfig, "pack", [], words)
+    assert (config.source, config.dest) == ("null", "file:///x#1")
+
+
+def test_a_date_in_a_file_is_text(tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text("pack:\n  source: 2024-05-01\n  dest: d\n")
+    assert load_settings(PackConfig, "pack", [file]).source == "2024-05-01"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
+            "more than",
+        ),
+        (
+            "pack:\n  m0: &m0 {a: x}\n"
+            + "".join(f"  m{i}: &m{i} {{a: *m{i - 1}, b: *m{i - 1}}}\n" for i in range(1, 60)),
+            "nested|more than",
+        ),
+        ("pack: &p\n  source: *p\n", "part of"),
+        ("pack: " + "[" * 100 + "]" * 100, "nested deeper"),
+        ("pack: {source: a, source: b}", "'source' occurs twice"),
+        ("pack: {1: a}", "a key is no word"),
+        ("pack: {[a]: b}", "a key is no word"),
+        ("pack: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+        ("pack: {source: '" + "x" * 1_000_001 + "'}", "characters"),
+    ],
+    ids=["aliases", "mappings", "itself", "deep", "twice", "number", "list", "tag", "long"],
+)
+def test_yaml_that_no_person_writes_is_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"f\.yaml: not valid YAML .*({said})"):
+        load_settings(PackConfig, "pack", [file])
 
 
 def test_identity_names_what_determines_the_weights_and_nothing_else() -> None:

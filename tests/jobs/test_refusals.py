@@ -129,3 +129,33 @@ def test_missing_buckets_data_models_and_servers_are_refused_by_name(
         wrong.setenv("RAY_AUTH_TOKEN", "wrong")
         assert "refuses this token" in refused("submit", "train", "digits", data, runs)
     assert list(open_store(f"{prefix}/runs").list()) == []
+
+
+def test_a_dry_run_of_a_pack_looks_at_source_and_destination(root: Path, tmp_path: Path) -> None:
+    assert "does not exist" in refused("pack", "source=nowhere", f"dest={root}/a", "--dry-run")
+    open_store(f"{root}/taken").write("x.tar", b"")
+    assert "holds other data" in refused("pack", "source=digits", f"dest={root}/taken", "--dry-run")
+    done = CliRunner().invoke(app, ["pack", "source=digits", f"dest={root}/a", "--dry-run"])
+    assert done.exit_code == 0
+    assert "# dest     is empty" in done.stdout
+    assert not (root / "a").exists()
+
+
+def test_a_pack_prints_what_it_did_as_json(root: Path) -> None:
+    words = ["pack", "source=digits", f"dest={root}/a", "channels=1", "--json"]
+    for already in (False, True):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0
+        said = json.loads(done.stdout)
+        assert (said["num_samples"], said["already_complete"]) == (1797, already)
+        assert said["index_digest"]
+
+
+def test_a_pack_that_is_interrupted_says_how_to_go_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.pack.pack", interrupted)
+    done = CliRunner().invoke(app, ["pack", "source=digits", f"dest={root}/a"])
+    assert done.exit_code == 130
+    assert "the same command goes on" in done.stderr
