@@ -1,5 +1,6 @@
 """Finding the network of a generation: a folder, or a version in the registry, pinned once by the driver."""
 
+import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,23 @@ class FoundModel:
     version: int | None
     run_id: str | None
     """MLflow run of the training, if known."""
+    card_sha256: str
+    """Hex digest of the bytes of the card's file."""
 
 
 def pin(config: GenerateConfig) -> tuple[FoundModel, Spec]:
     """The network that a generation asks for, and the spec that follows. UserError when the two do not fit."""
     model = find_model(config.model)
     device = "cuda" if config.gpus_per_worker else "cpu"
-    return model, make_spec(config, model.card, name=model.name, version=model.version, device=device)
+    spec = make_spec(
+        config,
+        model.card,
+        name=model.name,
+        version=model.version,
+        device=device,
+        card_sha256=model.card_sha256,
+    )
+    return model, spec
 
 
 def find_model(reference: str) -> FoundModel:
@@ -55,4 +66,5 @@ def _from_registry(reference: str) -> FoundModel:
 
 def _read(folder: Path, name: str, version: int | None, run_id: str | None) -> FoundModel:
     card, weights = read_model(folder)
-    return FoundModel(card, weights, name, version, run_id or card.training.run_id)
+    card_sha256 = hashlib.sha256((folder / CARD_FILE).read_bytes()).hexdigest()
+    return FoundModel(card, weights, name, version, run_id or card.training.run_id, card_sha256)

@@ -57,7 +57,8 @@ def _model(spec: Spec, reference: str | None) -> FoundModel:
     if reference is None and spec.model.version is None:
         raise UserError("model: the generation's network came from a folder; name the folder with --model")
     found = find_model(reference or f"{spec.model.name}/{spec.model.version}")
-    identity = make_model_identity(found.card, spec.model.name, spec.model.version)
+    known = found.card_sha256 if spec.model.card is not None else None
+    identity = make_model_identity(found.card, spec.model.name, spec.model.version, known)
     if identity != spec.model:
         raise UserError(
             f"model: {reference or spec.model.name} is not the network of this generation; name that one"

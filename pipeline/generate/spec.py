@@ -41,6 +41,9 @@ class ModelIdentity(Settings):
     """Kind of weights, such as `ema`."""
     process: Sha256
     """Digest of the card's network, schedule, objective and image shape: how the weights are used."""
+    card: Sha256 | None = None
+    """Hex digest of the card's file, class names and training data's statistics included; None in specs of versions
+    that did not record it. No part of the digest, but compared where both are known."""
 
 
 class ClassPlan(Settings):
@@ -78,7 +81,7 @@ class Spec(Settings):
     first_index: Count
     """Index of the first sample."""
     count: int = Field(ge=1, le=MAX_IMAGES)
-    """Samples asked for so far. The only field that is not part of the digest, for it may be raised."""
+    """Samples asked for so far. Not part of the digest, for it may be raised."""
     image_format: Literal["png", "webp", "npy"]
     """Encoding of a sample."""
     shard_size: int = Field(ge=1, le=MAX_IMAGES_A_SHARD)
@@ -101,8 +104,12 @@ class Spec(Settings):
 
     @property
     def digest(self) -> str:
-        """Hex sha256 of the canonical JSON of all fields but `count`."""
-        return hashlib.sha256(canonical(self.model_dump(mode="json", exclude={"count"}))).hexdigest()
+        """Hex sha256 of the canonical JSON of all fields but `count` and `model.card`."""
+        return hashlib.sha256(canonical(_identity(self))).hexdigest()
+
+
+def _identity(spec: Spec) -> dict[str, Any]:
+    return spec.model_dump(mode="json", exclude={"count": True, "model": {"card": True}})
 
 
 def canonical(document: Any) -> bytes:
@@ -122,6 +129,7 @@ def make_spec(
     name: str = "local",
     version: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
+    card_sha256: str | None = None,
 ) -> Spec:
     """The spec that `settings` ask of the model with this card. UserError when the two do not fit."""
     if settings.weights is not None and settings.weights != card.weights.kind:
@@ -132,7 +140,7 @@ def make_spec(
     check_together(card.schedule, card.objective, settings.sampler)
     _check_guidance(settings, card)
     return Spec(
-        model=make_model_identity(card, name, version),
+        model=make_model_identity(card, name, version, card_sha256),
         channels=card.image.channels,
         size=card.image.size,
         sampler=settings.sampler,
@@ -150,7 +158,9 @@ def make_spec(
     )
 
 
-def make_model_identity(card: ModelCard, name: str, version: int | None) -> ModelIdentity:
+def make_model_identity(
+    card: ModelCard, name: str, version: int | None, card_sha256: str | None = None
+) -> ModelIdentity:
     """The identity of the network with this card under a registered name, or `local`."""
     process = card.model_dump(mode="json", include={"net", "schedule", "objective", "image"})
     return ModelIdentity(
@@ -159,6 +169,7 @@ def make_model_identity(card: ModelCard, name: str, version: int | None) -> Mode
         sha256=card.weights.sha256,
         weights=card.weights.kind,
         process=hashlib.sha256(canonical(process)).hexdigest(),
+        card=card_sha256,
     )
 
 
@@ -235,8 +246,13 @@ def require_extension(store: Store, there: Spec, spec: Spec) -> None:
 
 
 def differences(there: Spec, wanted: Spec) -> list[str]:
-    """The fields, dotted, in which two specs differ apart from `count`: `seed: 0 there, 1 asked for`."""
-    old, new = (_flat(s.model_dump(mode="json", exclude={"count"})) for s in (there, wanted))
+    """The fields, dotted, in which two specs differ apart from `count`: `seed: 0 there, 1 asked for`.
+
+    The card's hash is compared where both specs know it.
+    """
+    old, new = _flat(_identity(there)), _flat(_identity(wanted))
+    if there.model.card is not None and wanted.model.card is not None:
+        old["model.card"], new["model.card"] = there.model.card, wanted.model.card
     return [
         f"{field}: {json.dumps(old.get(field))} there, {json.dumps(new.get(field))} asked for"
         for field in sorted(old.keys() | new.keys())

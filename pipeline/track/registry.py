@@ -1,4 +1,4 @@
-"""The model registry: versions that carry their weights' sha256, and aliases such as champion.
+"""The model registry: versions that carry the sha256 of weights and card, and aliases such as champion.
 
 A registered model is the directory that training exports (`model.safetensors`, `model.json`) inside MLflow's
 "models from code" package, so that no pickle is written or read. `download` fetches the two files only, never
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 CARD = "model.json"
 SHA256_TAG = "sha256"
+CARD_TAG = "card_sha256"
 CHECKPOINT_TAG = "ddpm.checkpoint_uri"
 IDENTITY_TAG = "identity"
 """Digest of the training that a version came from, where its caller tells it."""
@@ -89,6 +90,7 @@ def register(
     client = tracking_client(uri)
     training = (run_id, tags.get(IDENTITY_TAG))
     all_tags = {**{k: str(v) for k, v in redact(tags).items()}, SHA256_TAG: sha256}
+    all_tags[CARD_TAG] = file_sha256(directory / CARD)
     if checkpoint_uri is not None:
         all_tags[CHECKPOINT_TAG] = checkpoint_uri
 
@@ -182,30 +184,40 @@ def resolve(reference: str, uri: str | None = None) -> ModelVersion:
 def download(version: ModelVersion, dest: Path, uri: str | None = None) -> Path:
     """Fetch weights and card into `dest`, checked; returns `dest`. Files already there and right are kept.
 
-    UserError when the version carries no sha256; DamageError, and nothing left in place, when the weights are
+    UserError when the version carries no sha256; DamageError, and nothing left in place, when weights or card are
     not those that were registered.
     """
     if not version.sha256:
         raise UserError(
             f"model {version.reference}: has no sha256 tag; it was not registered by this pipeline"
         )
-    weights = dest / WEIGHTS
-    if (dest / CARD).is_file() and weights.is_file() and file_sha256(weights) == version.sha256:
+    registered = {WEIGHTS: version.sha256, CARD: version.tags.get(CARD_TAG)}
+    if registered[CARD] is None:
+        log.warning(
+            "model %s: its %s is taken as it is, for versions were registered without its hash then",
+            version.reference,
+            CARD,
+        )
+    if all(_is(dest / name, sha256) for name, sha256 in registered.items()):
         return dest
     configured = tracking_client(uri)
     dest.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dest, prefix=".download-") as folder:
-        for name in (WEIGHTS, CARD):
+        for name, sha256 in registered.items():
             _fetch(configured, version, name, Path(folder), tracking_uri(uri))
-        found = file_sha256(Path(folder) / WEIGHTS)
-        if found != version.sha256:
-            raise DamageError(
-                f"model {version.reference}: {WEIGHTS} has sha256 {found}, registered was {version.sha256}; "
-                "its object was changed or torn"
-            )
-        for name in (WEIGHTS, CARD):
+            if not _is(Path(folder) / name, sha256):
+                raise DamageError(
+                    f"model {version.reference}: {name} has sha256 {file_sha256(Path(folder) / name)}, registered was "
+                    f"{sha256}; its object was changed or torn: restore it, or use another version"
+                )
+        for name in registered:
             (Path(folder) / name).replace(dest / name)
     return dest
+
+
+def _is(path: Path, sha256: str | None) -> bool:
+    """Whether there is a file of this hash, or of any where None is known."""
+    return path.is_file() and sha256 in (None, file_sha256(path))
 
 
 @patient("the model registry")

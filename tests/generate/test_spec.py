@@ -1,5 +1,6 @@
 """A spec names a generation; whatever else is asked for at its prefix is refused."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from pydantic import ValidationError
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.generate import GenerateConfig
 from pipeline.errors import DamageError, UserError
-from pipeline.generate.model import find_model
+from pipeline.generate.model import find_model, pin
 from pipeline.generate.spec import SPEC_KEY, make_spec, pretty, read_spec, resolve_classes
-from pipeline.generate.standing import check_prefix
+from pipeline.generate.standing import check_prefix, raise_count
 from pipeline.nets.artifact import load_card, load_model
 from pipeline.store import ObjectInfo, Store, open_store
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model
@@ -228,3 +229,34 @@ def test_a_spec_names_the_network_it_was_made_with(model: Path) -> None:
         found.card.weights.sha256,
     )
     assert spec.cpu_threads is None
+
+
+def test_the_card_is_part_of_what_a_generation_is_compared_by(model: Path, store: Store) -> None:
+    """Class names and statistics are in no weights: who changes them is told before anything is sampled."""
+    _, spec = pin(config(model))
+    store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
+    assert check_prefix(store, pin(config(model))[1]) == spec
+    card = json.loads((model / "model.json").read_bytes())
+    (model / "model.json").write_text(json.dumps(card | {"class_names": ["two", "one", "nought"]}))
+    _, changed = pin(config(model))
+    assert changed.digest == spec.digest
+    with pytest.raises(UserError, match=rf'model.card: "{spec.model.card}" there'):
+        check_prefix(store, changed)
+
+
+def test_a_spec_from_before_cards_were_recorded_keeps_its_digest_and_is_pinned_when_extended(
+    model: Path, store: Store
+) -> None:
+    _, spec = pin(config(model))
+    document = spec.model_dump(mode="json")
+    del document["model"]["card"]
+    store.write(SPEC_KEY, pretty(document))
+    old = read_spec(store)
+    assert old is not None
+    assert old.model.card is None
+    assert old.digest == spec.digest
+    assert check_prefix(store, spec) == old
+    raise_count(store, spec.model_copy(update={"count": spec.count + 1}))
+    extended = read_spec(store)
+    assert extended is not None
+    assert extended.model.card == spec.model.card

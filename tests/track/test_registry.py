@@ -175,6 +175,31 @@ def test_tampered_weights_are_refused_and_not_left_behind(
     assert list((tmp_path / "download").iterdir()) == []
 
 
+def test_a_card_that_was_changed_is_refused_and_one_without_a_recorded_hash_is_taken_with_a_word(
+    server: str,
+    client: "MlflowClient",
+    name: str,
+    new_run: NewRun,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    version = register(name, _export(tmp_path / "a"), new_run().run_id, {}, uri=server)
+    assert version.tags["card_sha256"] == file_sha256(tmp_path / "a" / "model.json")
+    download(version, tmp_path / "sound", uri=server)
+    assert caplog.text == ""
+    forged = tmp_path / "forged" / "model.json"
+    forged.parent.mkdir()
+    forged.write_bytes((tmp_path / "a" / "model.json").read_bytes().replace(b"linear", b"cosine") + b" ")
+    assert version.model_id is not None
+    client.log_model_artifact(version.model_id, str(forged), "artifacts/model")
+    with pytest.raises(DamageError, match=rf"{name}/1: model.json has sha256"):
+        download(version, tmp_path / "download", uri=server)
+    assert list((tmp_path / "download").iterdir()) == []
+    client.delete_model_version_tag(name, "1", "card_sha256")
+    download(resolve(f"{name}/1", uri=server), tmp_path / "old", uri=server)
+    assert f"model {name}/1: its model.json is taken as it is" in caplog.text
+
+
 def test_a_download_keeps_what_is_right_and_replaces_what_is_not(
     server: str, name: str, new_run: NewRun, tmp_path: Path
 ) -> None:
