@@ -29,6 +29,7 @@ from pipeline.evaluate.networks import FeatureNetwork, open_network
 from pipeline.evaluate.record import FeatureRecord, add_records, parse_record
 from pipeline.evaluate.reference import Pool, ShardWork, data_root, in_process, reference
 from pipeline.evaluate.sums import Sums, sums_of
+from pipeline.evaluate.trust import require_trusted_network, require_trusted_reference
 from pipeline.generate.manifest import Manifest, ShardEntry, read_entries, read_manifest
 from pipeline.generate.model import FoundModel, find_model
 from pipeline.generate.pixels import decode
@@ -83,8 +84,12 @@ def run(
     return DONE
 
 
-def evaluate(config: EvaluateConfig, output: str, progress: Progress) -> Evaluation:
-    """The figures of the generation at `output`, kept beside it. UserError when it is not complete."""
+def evaluate(
+    config: EvaluateConfig, output: str, progress: Progress, judged: str | None = None
+) -> Evaluation:
+    """The figures of the generation at `output`, kept beside it. UserError when it is not complete, and where the
+    reference or the network is not the one that is trusted for `judged`, a registered model, if one is named.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -95,8 +100,10 @@ def evaluate(config: EvaluateConfig, output: str, progress: Progress) -> Evaluat
         raise UserError(f"{output}: no manifest, so no complete generation; end it first with: ddpm generate")
     index = load_index(config.reference)
     network = open_network(config.network, data_root(config.reference))
+    require_trusted_network(judged, config.network, data_root(config.reference), network)
     with pool_of(config) as pool:
         real = reference(index, config.network, config.batch_size, pool)
+        require_trusted_reference(judged, index, config.network, data_root(config.reference), real)
         if config.records_only:
             count, metrics = from_records(manifest, output, config, real)
         else:

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 
 from jobs.progress import Progress
 from jobs.shell import DONE, Call, guarded, parse_words, run_job
-from pipeline.config.evaluate import FeaturesConfig
+from pipeline.config.evaluate import FeaturesConfig, PromoteConfig
+from pipeline.data import load_index
+from pipeline.terminal import echo
+from pipeline.track import trust, trusted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +35,33 @@ def run(config: FeaturesConfig, progress: Progress) -> int:
     )
     print(f"network  {folder}/classifier.json  sha256 {card.sha256}")
     print("next     ddpm evaluate PRESET, ddpm promote PRESET")
+    return DONE
+
+
+def trust_call(call: Call) -> int:
+    """Trust what a preset's gate judges by from now on."""
+    return run_job("promote", PromoteConfig, lambda c, p: trust_found(c), call, unit="images")
+
+
+def trust_found(config: PromoteConfig) -> int:
+    """Record the digests of the gate's feature network and measured reference as they are now; print the change."""
+    from pipeline.evaluate.networks import open_network
+    from pipeline.evaluate.reference import data_root, reference
+    from pipeline.evaluate.trust import NETWORK, REFERENCE, network_place, reference_place
+
+    asked = config.gate.evaluate
+    data, index = data_root(asked.reference), load_index(asked.reference)
+    network = open_network(asked.network, data)
+    measured = reference(index, asked.network, asked.batch_size)
+    for what, place, digest in (
+        (NETWORK, network_place(asked.network, data), network.digest),
+        (REFERENCE, reference_place(index, asked.network, data), measured.digest),
+    ):
+        before = trusted(config.model, what, place)
+        was = "nothing" if before is None else before.digest
+        trust(config.model, what, place, digest)
+        change = f"{digest} as before" if was == digest else f"{digest}, before {was}"
+        echo(f"trusted  the {what} of {config.model}: {place}: {change}")
     return DONE
 
 

@@ -47,8 +47,10 @@ from pipeline.evaluate.networks import open_network
 from pipeline.evaluate.page import render
 from pipeline.evaluate.record import network_for_sums
 from pipeline.evaluate.reference import data_root
+from pipeline.evaluate.trust import require_trusted_network
 from pipeline.generate.completeness import check_complete
 from pipeline.generate.manifest import Manifest, read_manifest
+from pipeline.generate.model import registered_name
 from pipeline.generate.report import CONTACT_KEY
 from pipeline.generate.spec import SPEC_KEY, read_spec
 from pipeline.private import open_private, state_folder
@@ -91,9 +93,9 @@ def run(
         asked = dates_to_make(before, today, first, last, config.catch_up_nights)
         if not asked:
             raise UserError("--from: is after --to; swap them")
-        open_network(
-            config.evaluate.network, data_root(config.evaluate.reference)
-        )  # before the work, not after
+        judge, data = config.evaluate.network, data_root(config.evaluate.reference)
+        network = open_network(judge, data)  # before the work, not after
+        require_trusted_network(registered_name(config.generate.model), judge, data, network)
         by_clock = before if first is None and last is None else None
         codes: list[int] = []
         for date in asked:
@@ -235,7 +237,10 @@ def measured_night(
 ) -> Night:
     """Evaluate a complete generation and compare it with the nights before."""
     evaluation = _kept(asked.output, manifest) or evaluate(
-        config.evaluate, asked.output, _measured(manifest.count, progress)
+        config.evaluate,
+        asked.output,
+        _measured(manifest.count, progress),
+        None if manifest.spec.model.version is None else manifest.spec.model.name,
     )
     logged = try_to_log(evaluation, config.evaluate.track)
     if logged is not None:

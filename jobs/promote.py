@@ -21,7 +21,9 @@ from pipeline.data import load_index
 from pipeline.errors import UserError, WorkFailed
 from pipeline.evaluate.gate import Decision, judge, table, verdict
 from pipeline.evaluate.measured import Measured
-from pipeline.evaluate.reference import reference
+from pipeline.evaluate.networks import open_network
+from pipeline.evaluate.reference import data_root, reference
+from pipeline.evaluate.trust import require_trusted_network, require_trusted_reference
 from pipeline.track import ModelVersion, Move, MovingAlias, Overtaken, resolve, set_version_tags, versions
 
 VERDICT_TAG = "ddpm.gate"
@@ -93,9 +95,15 @@ def champion_of(name: str, alias: str = "champion") -> ModelVersion | None:
 def decide(
     gate: GateConfig, challenger: ModelVersion, champion: ModelVersion | None, progress: Progress
 ) -> Decision:
-    """Sample both models from the same noise, measure, judge. A first version has no one to beat."""
+    """Sample both models from the same noise, measure, judge. A first version has no one to beat.
+
+    UserError where the feature network or the measured reference is not the one that is trusted for this model.
+    """
+    judge_by, data = gate.evaluate.network, data_root(gate.evaluate.reference)
+    require_trusted_network(challenger.name, judge_by, data, open_network(judge_by, data))
     index = load_index(gate.evaluate.reference)
-    real = reference(index, gate.evaluate.network, gate.evaluate.batch_size)
+    real = reference(index, judge_by, gate.evaluate.batch_size)
+    require_trusted_reference(challenger.name, index, judge_by, data, real)
     if champion is None:
         judgements, passes, reason = {}, True, "there was no champion"
     else:

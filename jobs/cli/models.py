@@ -66,6 +66,16 @@ def features_train(
     end_job(run_call, words, config, dry_run, json)
 
 
+@features_app.command("trust", epilog=examples("ddpm features trust digits"))
+def features_trust(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
+) -> None:
+    """Accept the feature network and the measured reference by which the gate judges a model, as they are now."""
+    from jobs.features import trust_call
+
+    end_job(trust_call, words, config, dry_run, json)
+
+
 @app.command("export", rich_help_panel=MODELS, epilog=examples("ddpm export demo@champion ./demo-diffusers"))
 def export_model(
     model: Annotated[str, typer.Argument(help="name@alias, name/version, or a model folder.")],

@@ -59,6 +59,17 @@ class Measured:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    @property
+    def digest(self) -> str:
+        """Hex digest of the network's identity and of all arrays."""
+        found = hashlib.sha256(self.network.encode())
+        for name in _ARRAYS:
+            array: npt.NDArray[Any] | None = getattr(self, name)
+            if array is not None:
+                found.update(f"{name} {array.dtype.str} {array.shape}".encode())
+                found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
+
     def part(self, rows: npt.NDArray[np.int64] | slice) -> "Measured":
         """Some of the images."""
         there: list[Any] = [getattr(self, name) for name in _ARRAYS]

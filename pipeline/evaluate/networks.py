@@ -194,9 +194,14 @@ def save_classifier(store: Store, net: Classifier, card: ClassifierCard) -> Clas
     return card
 
 
+def network_uri(config: FeatureNetworkConfig, reference: str) -> str:
+    """Where the network is that the settings name; by default beside the reference data."""
+    return config.uri or f"{features_folder(reference)}/{CARD_KEY}"
+
+
 def open_network(config: FeatureNetworkConfig, reference: str) -> FeatureNetwork:
     """The network that the settings name. UserError when it is missing, DamageError when its hash is wrong."""
-    uri = config.uri or f"{features_folder(reference)}/{CARD_KEY}"
+    uri = network_uri(config, reference)
     folder, _, name = uri.rpartition("/")
     store = open_store(folder)
     if name == CARD_KEY:

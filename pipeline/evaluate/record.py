@@ -11,13 +11,7 @@ from pydantic import Field, ValidationError
 from pipeline.config.base import Settings
 from pipeline.config.evaluate import FeatureNetworkConfig
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.networks import (
-    CARD_KEY,
-    FeatureNetwork,
-    TrainedClassifier,
-    features_folder,
-    open_network,
-)
+from pipeline.evaluate.networks import FeatureNetwork, TrainedClassifier, network_uri, open_network
 from pipeline.evaluate.sums import MOST_FEATURES, Sums, sums_of
 
 
@@ -40,8 +34,7 @@ def network_for_sums(config: FeatureNetworkConfig, reference: str) -> FeatureNet
     network = open_network(config, reference)
     if not isinstance(network, TrainedClassifier) or network.card.num_features > MOST_FEATURES:
         return None
-    uri = config.uri or f"{features_folder(reference)}/{CARD_KEY}"
-    return FeatureNetworkConfig(uri=uri, sha256=network.card.sha256)
+    return FeatureNetworkConfig(uri=network_uri(config, reference), sha256=network.card.sha256)
 
 
 class FeatureTally:

@@ -55,6 +55,13 @@ def find_model(reference: str) -> FoundModel:
     return _from_registry(reference)
 
 
+def registered_name(reference: str) -> str | None:
+    """The registered model that a reference as in `find_model` is about; None for a folder."""
+    if (Path(reference) / CARD_FILE).exists() or reference.startswith((".", "/", "~")):
+        return None
+    return reference.removeprefix("models:/").partition("@")[0].partition("/")[0]
+
+
 def _from_registry(reference: str) -> FoundModel:
     from pipeline.track.registry import download, resolve  # MLflow takes seconds to import
 

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 from pipeline.config.generate import GenerateConfig
 from pipeline.evaluate.networks import is_there, open_network
+from pipeline.evaluate.trust import require_trusted_network
 from pipeline.generate import heartbeat as beats
 from pipeline.generate.board import UnderWay
 from pipeline.generate.claim import claim
@@ -106,7 +107,7 @@ def generate(
     for fault in proof.faults:
         _log.warning("there is a manifest, but %s; it is made anew", fault)
     require_tracking(config)
-    config = _with_network(config)
+    config = _with_network(config, None if model.version is None else model.name)
     with cluster():
         require_room(config)
         if there is None:
@@ -119,14 +120,17 @@ def generate(
         return job.run()
 
 
-def _with_network(config: GenerateConfig) -> GenerateConfig:
-    """`config`, once its feature network is known to be usable, or without one that may be missing and is."""
+def _with_network(config: GenerateConfig, registered: str | None) -> GenerateConfig:
+    """`config`, once its feature network is known to be usable and the one by which the registered model is judged, or
+    without one that may be missing and is.
+    """
     if config.features is None:
         return config
     if config.features_missing == "skip" and not is_there(config.features):
         _log.warning("no feature sums: there is no %s (yet); see ddpm features train", config.features.uri)
         return config.model_copy(update={"features": None})
-    open_network(config.features, "")  # what is wrong with it is said now
+    network = open_network(config.features, "")  # what is wrong with it is said now
+    require_trusted_network(registered, config.features, "", network)
     return config
 
 

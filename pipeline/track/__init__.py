@@ -16,6 +16,7 @@ from pipeline.track.connect import (
 from pipeline.track.janitor import ClosedRun, close_stale_runs, sweep_spools
 from pipeline.track.lineage import link_model, log_dataset, source_tags
 from pipeline.track.moves import Move, MovingAlias, Overtaken
+from pipeline.track.pins import Trusted, require_trusted, trust, trusted
 from pipeline.track.registry import (
     ModelVersion,
     download,
@@ -41,6 +42,7 @@ __all__ = [
     "Spool",
     "SystemSampler",
     "TrackingError",
+    "Trusted",
     "authorization",
     "close_stale_runs",
     "describe",
@@ -59,6 +61,7 @@ __all__ = [
     "replay",
     "replay_all",
     "require_server",
+    "require_trusted",
     "resolve",
     "server_version",
     "set_alias",
@@ -70,5 +73,7 @@ __all__ = [
     "sweep_spools",
     "tracking_client",
     "tracking_uri",
+    "trust",
+    "trusted",
     "versions",
 ]

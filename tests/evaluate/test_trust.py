@@ -1,0 +1,179 @@
+"""What a registered model is judged by is pinned at its first use; what was changed is refused until it is accepted."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import jobs.nightly
+import jobs.promote
+from jobs.features import trust_found
+from pipeline.config.data import PackConfig
+from pipeline.config.evaluate import (
+    EvaluateConfig,
+    FeatureNetworkConfig,
+    FeaturesConfig,
+    GateConfig,
+    PromoteConfig,
+)
+from pipeline.config.generate import GenerateConfig
+from pipeline.config.nightly import NightlyConfig
+from pipeline.data import load_index, pack
+from pipeline.errors import DamageError, UserError
+from pipeline.evaluate.measured import Measured
+from pipeline.evaluate.networks import open_network
+from pipeline.evaluate.reference import reference, reference_key
+from pipeline.evaluate.train_features import train_features
+from pipeline.generate.model import registered_name
+from pipeline.generate.run import _with_network  # pyright: ignore[reportPrivateUsage]
+from pipeline.store import open_store
+from pipeline.track import ModelVersion, require_trusted, trust, trusted
+from tests.generate.tiny import settings
+from tests.track.one_model import Registry
+
+VERSION = ModelVersion("digits", 1, "", "", "")
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    found = Registry()
+    monkeypatch.setattr("pipeline.track.pins.tracking_client", lambda: found)
+    return found
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """The digits with a classifier of their own, which a test may replace."""
+    uri = str(tmp_path / "digits")
+    pack(PackConfig(source="digits", dest=uri, channels=1, shard_size=900), lambda done, total: None)
+    train(uri, 0)
+    return uri
+
+
+def train(uri: str, seed: int) -> None:
+    """Put another classifier where there is one."""
+    config = FeaturesConfig(data=uri, steps=2, channels=8, min_accuracy=0, seed=seed)
+    assert train_features(config, lambda *_: None)[2]
+
+
+def config(uri: str) -> PromoteConfig:
+    return PromoteConfig(model="digits", gate=GateConfig(evaluate=EvaluateConfig(reference=uri)))
+
+
+def judge(uri: str) -> None:
+    """A gate without a champion, which passes whatever its yardstick allows."""
+    jobs.promote.decide(config(uri).gate, VERSION, None, lambda *_: None)
+
+
+def test_a_first_use_is_recorded_and_told_and_the_same_is_used_again(
+    registry: Registry, data: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge(data)
+    assert sorted(key.rpartition(".")[0] for key in registry.tags) == [
+        "ddpm.trust.feature-network",
+        "ddpm.trust.measured-reference",
+    ]
+    assert "is the feature network of model digits from now on (first use)" in caplog.text
+    before = dict(registry.tags)
+    judge(data)
+    assert registry.tags == before
+
+
+def test_a_network_that_was_replaced_judges_nobody_until_it_is_accepted(
+    data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge(data)
+    train(data, 1)
+    changed = r"classifier\.json: its digest is .* ddpm features trust PRESET"
+    with pytest.raises(UserError, match=changed):
+        judge(data)
+    night = NightlyConfig(
+        generate=settings(Path("digits/1"), f"{data}-nights"), evaluate=EvaluateConfig(reference=data)
+    )
+    with pytest.raises(UserError, match=changed):
+        jobs.nightly.run(night, lambda *_: None)
+    features = FeatureNetworkConfig(uri=f"file://{data}/features/classifier.json")
+    generation = GenerateConfig.model_validate(night.generate.model_dump() | {"features": features})
+    with pytest.raises(UserError, match=changed):
+        _with_network(generation, "digits")
+    assert _with_network(generation, None) == generation  # a folder's model is judged by nobody
+
+    assert trust_found(config(data)) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2
+    assert "classifier.json: " in told[0]
+    assert ", before " in told[0]
+    judge(data)
+    assert _with_network(generation, "digits") == generation
+
+
+def test_figures_of_the_reference_that_were_replaced_judge_nobody(data: str) -> None:
+    judge(data)
+    index, network = load_index(data), open_network(FeatureNetworkConfig(), data)
+    store, key = open_store(f"{data}/features"), reference_key(index, network)
+    whole = Measured.from_bytes(store.read(key), key)
+    forged = Measured(**(vars(whole) | {"vectors": whole.vectors * 2}))
+    store.write(key, forged.to_bytes())
+    with pytest.raises(
+        UserError, match=r"by .*classifier\.json: its digest is .* the measured reference by which"
+    ):
+        judge(data)
+    store.delete(key)
+    assert reference(index, FeatureNetworkConfig(), 250).digest == whole.digest
+    judge(data)
+
+
+def test_a_network_that_the_settings_name_by_its_hash_is_trusted_by_them(
+    registry: Registry, data: str
+) -> None:
+    sha256 = open_network(FeatureNetworkConfig(), data).identity
+    pinned = config(data).gate.evaluate.model_copy(update={"network": FeatureNetworkConfig(sha256=sha256)})
+    gate = config(data).gate.model_copy(update={"evaluate": pinned})
+    jobs.promote.decide(gate, VERSION, None, lambda *_: None)
+    assert not [key for key in registry.tags if key.startswith("ddpm.trust.feature-network")]
+
+
+def test_a_card_that_was_changed_beside_its_weights_is_another_network(data: str) -> None:
+    store = open_store(f"{data}/features")
+    before = open_network(FeatureNetworkConfig(), data)
+    card = json.loads(store.read("classifier.json"))
+    store.write("classifier.json", json.dumps(card | {"held_out_accuracy": 1.0}).encode())
+    after = open_network(FeatureNetworkConfig(), data)
+    assert (after.identity, after.digest == before.digest) == (before.identity, False)
+
+
+def test_of_two_first_uses_at_once_the_one_that_does_not_stand_is_refused(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Race(SimpleNamespace):
+        def set_registered_model_tag(self, name: str, key: str, value: str) -> None:
+            registry.set_registered_model_tag(name, key, value)
+            registry.set_registered_model_tag(name, key, value.replace("a" * 64, "b" * 64))
+
+    client = Race(get_registered_model=registry.get_registered_model)
+    monkeypatch.setattr("pipeline.track.pins.tracking_client", lambda: client)
+    with pytest.raises(UserError, match="its digest is aaaaaaaaaaaa, and the network by which model digits"):
+        require_trusted("digits", "network", "s3://b/x", "a" * 64)
+
+
+def test_a_tag_that_is_no_digest_is_named_and_can_be_replaced(registry: Registry) -> None:
+    trust("digits", "network", "s3://b/x", "a" * 64)
+    (key,) = registry.tags
+    registry.tags[key] = "{}"
+    with pytest.raises(DamageError, match=r"tag ddpm\.trust\.network\..*: not a digest"):
+        trusted("digits", "network", "s3://b/x")
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("digits@champion", "digits"),
+        ("digits/3", "digits"),
+        ("models:/digits/3", "digits"),
+        ("/m", None),
+        ("./m", None),
+    ],
+)
+def test_the_model_that_is_judged_is_the_registered_one(told: str, name: str | None) -> None:
+    assert registered_name(told) == name
