@@ -30,6 +30,8 @@ from pipeline.data.location import Location
 from pipeline.data.moments import Moments, add_moments
 from pipeline.data.opening import open_source
 from pipeline.data.packed import (
+    CARD,
+    CARD_KEY,
     REPORT_KEY,
     SOURCE_KEY,
     PackedSource,
@@ -269,6 +271,8 @@ def finish_pack(config: PackConfig, plan: PackPlan, scans: dict[int, Scan]) -> P
     there = {info.key: info for info in store.list("shards/")}
     current = [_current(store, there.get(unit.key), scans[unit.shard]) for unit in plan.units]
     store.write(REPORT_KEY, plan.report.to_json())
+    if store.stat(CARD_KEY) is None:  # a person may have written a better one
+        store.write(CARD_KEY, CARD)
     index = assemble_index(Location.of(config.dest), current, plan.class_names)
     drop_records(store, plan)
     return replace(plan.report, index_digest=index.digest)

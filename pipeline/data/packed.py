@@ -36,6 +36,17 @@ from pipeline.store import ObjectInfo, ObjectMissing, Store, open_store
 from pipeline.store.claim import agree, clear_claims
 
 REPORT_KEY, SOURCE_KEY, CLAIMS = "pack-report.json", "pack-source.json", "claims/"
+CARD_KEY = "README.md"
+CARD = b"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: shards/*.tar
+---
+A WebDataset, packed by `ddpm pack`. The shards are `shards/*.tar`; the other files are their index and records.
+"""
+"""Tells Hugging Face's `load_dataset` which files are the data."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Scan = tuple[ShardEntry, MemberTable]
 _REPORT = TypeAdapter(PackReport)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+import yaml
 from PIL import Image
 
 from pipeline.config.data import PackConfig
@@ -79,6 +80,17 @@ def test_webdataset_reads_a_pack(uri: str) -> None:
     found = list(webdataset.WebDataset(str(path), shardshuffle=False).decode("rgb8").to_tuple("png", "cls"))
     assert len(found) == 60
     assert found[0][0].shape == (8, 8, 3)
+
+
+def test_a_packs_card_names_its_shards_to_hugging_face_and_is_left_alone_once_there(uri: str) -> None:
+    open_store(uri).write("README.md", b"mine")
+    sixty(uri)
+    assert open_store(uri).read("README.md") == b"mine"
+    sixty(f"{uri}-other")
+    card = open_store(f"{uri}-other").read("README.md").decode()
+    (config,) = yaml.safe_load(card.split("---")[1])["configs"]
+    named = Path(f"{uri}-other".removeprefix("file://")).glob(config["data_files"][0]["path"])
+    assert sorted(path.name for path in named) == [f"{number:06d}.tar" for number in range(6)]
 
 
 def zipped(source: Path, out: Path) -> Path:
@@ -321,8 +333,8 @@ def test_a_job_stopped_at_any_write_goes_on_to_the_same_bytes(
         assert contents(dest) == wanted
         assert load_index(dest).digest == digest
     assert (
-        interrupted == 3 + 3 * 3 + 4
-    )  # two claims, the plan; of each of three shards tar, table, record; report, tables, index, source
+        interrupted == 3 + 3 * 3 + 5
+    )  # two claims, the plan; of each of three shards tar, table, record; report, card, tables, index, source
 
 
 def test_progress_counts_pictures_and_ends_at_their_number(uri: str, tmp_path: Path) -> None:
