@@ -16,7 +16,8 @@ from jobs.progress import Progress, progress_of
 from jobs.sections import SECTIONS
 from pipeline.config.base import Settings
 from pipeline.config.load import load_settings
-from pipeline.errors import DamageError, Outage, UserError, WorkFailed
+from pipeline.disk import disk_error
+from pipeline.errors import NoRoom, OneLineError, Outage, UserError
 from pipeline.logs import as_json, set_up_logging
 from pipeline.terminal import echo, echo_json
 from pipeline.track import TrackingError
@@ -108,16 +109,19 @@ def use_running_stack() -> None:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run `work`; a UserError becomes one line and exit code 2, damage or an outage one line and exit code 1."""
+    """Run `work`; a UserError becomes one line and exit code 2; damage, an outage, a full disk one and 1."""
     set_up_logging()
     try:
         return work()
-    except (Outage, DamageError, TrackingError, WorkFailed) as error:
-        _complain("failed", error)
-        return FAILED
-    except UserError as error:
-        _complain("error", error)
-        return REFUSED
+    except (OneLineError, TrackingError) as error:
+        found = error
+    except OSError as error:
+        found = disk_error(error)
+        if found is None:
+            raise
+    refused = isinstance(found, UserError) and not isinstance(found, (Outage, NoRoom))
+    _complain("error" if refused else "failed", found)
+    return REFUSED if refused else FAILED
 
 
 def _complain(kind: str, error: Exception) -> None:

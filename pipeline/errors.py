@@ -29,6 +29,13 @@ class Outage(UserError):  # noqa: N818 - what happened is the name
     """
 
 
+class NoRoom(UserError):  # noqa: N818
+    """A disk, a bucket or a quota is full. What is done is kept; once there is room, the same command goes on.
+
+    The command line prints it without a traceback and exits with code 1.
+    """
+
+
 class DamageError(OneLineError):
     """Stored bytes that are not what their record says: a torn shard, a wrong hash, a missing member.
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from pipeline.data.access import DescriptorAccess, bring
 from pipeline.data.index import Index
 from pipeline.data.order import GlobalOrder, Window
+from pipeline.disk import told_at
 from pipeline.errors import DamageError, UserError
 from pipeline.private import open_private
 from pipeline.store import Store
@@ -64,7 +65,7 @@ class ShardCache:
         count("cache_misses" if fd is None else "cache_hits")
         if fd is not None:
             return fd
-        with _locked(path.with_suffix(".lock")):
+        with told_at(self.directory), _locked(path.with_suffix(".lock")):
             fd = self._there(path)  # another process may have brought it while this one waited
             return self._bring(shard, path) if fd is None else fd
 
@@ -74,7 +75,7 @@ class ShardCache:
         Where another process has replaced that copy by now, its own is taken. Raises as `open` does.
         """
         path = self.path(shard)
-        with _locked(path.with_suffix(".lock")):
+        with told_at(self.directory), _locked(path.with_suffix(".lock")):
             fd = self._there(path)
             if fd is not None and not os.path.sameopenfile(fd, damaged):
                 return fd

@@ -53,6 +53,7 @@ from pipeline.data.scan import ShardFacts, shard_entry
 from pipeline.data.shards import ShardStream
 from pipeline.data.sources import Source, read_item
 from pipeline.data.spread import Spread, by_threads
+from pipeline.disk import told_at
 from pipeline.errors import DamageError, UserError
 from pipeline.store import FileStore, ObjectInfo, Store, open_store
 from pipeline.store.base import TEMP_PREFIX
@@ -225,7 +226,7 @@ def pack_shard(
     store = open_store(config.dest)
     moments: Moments | None = None
     rows: list[tuple[int, int, int, int]] = []
-    with _scratch(store) as file:
+    with told_at(_scratch_folder(store)), _scratch(store) as file:
         stream = ShardStream(cast(BinaryIO, file))
         for some in encoded:
             moments = add_moments(moments, some.moments)
@@ -250,10 +251,13 @@ def pack_shard(
     return entry, table
 
 
+def _scratch_folder(store: Store) -> Path:
+    """Where to write a shard: on the destination's file system if that is this machine's, in TMPDIR otherwise."""
+    return store.root if isinstance(store, FileStore) else Path(tempfile.gettempdir())
+
+
 def _scratch(store: Store) -> AbstractContextManager[IO[bytes]]:
-    """A file to write a shard to: on the destination's file system if that is this machine's, in TMPDIR otherwise."""
-    directory = store.root if isinstance(store, FileStore) else None
-    return tempfile.NamedTemporaryFile(prefix=TEMP_PREFIX, dir=directory)
+    return tempfile.NamedTemporaryFile(prefix=TEMP_PREFIX, dir=_scratch_folder(store))
 
 
 def _published(store: Store, key: str, path: Path, shard: ShardStream) -> ObjectInfo:

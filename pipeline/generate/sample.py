@@ -9,6 +9,7 @@ import torch
 
 from pipeline.config.generate import SampleConfig, SpecSettings
 from pipeline.diffusion.samplers import SamplerStep
+from pipeline.disk import told_at
 from pipeline.generate.contact import grid, png
 from pipeline.generate.engine import Engine
 from pipeline.generate.gallery import class_name
@@ -62,14 +63,15 @@ def _write(
     config: SampleConfig, images: list[Pixels], labels: list[int] | None, names: tuple[str, ...] | None
 ) -> SampleResult:
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
-    for place, image in enumerate(images):
-        path = folder / f"{config.first_index + place:012d}.png"
-        path.write_bytes(encode(image, "png"))
-        paths.append(path)
-    sheet = folder / "grid.png"
-    sheet.write_bytes(png(_sheet(images, labels, names)))
+    with told_at(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for place, image in enumerate(images):
+            path = folder / f"{config.first_index + place:012d}.png"
+            path.write_bytes(encode(image, "png"))
+            paths.append(path)
+        sheet = folder / "grid.png"
+        sheet.write_bytes(png(_sheet(images, labels, names)))
     return SampleResult(tuple(paths), sheet)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -13,8 +14,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline.disk import told_at
 from pipeline.errors import DamageError, UserError
-from pipeline.store.base import TEMP_PREFIX, ObjectChanged, ObjectInfo, ObjectMissing, Store, checked_key
+from pipeline.store.base import (
+    TEMP_PREFIX,
+    ObjectChanged,
+    ObjectInfo,
+    ObjectMissing,
+    Store,
+    StoreUnreachable,
+    checked_key,
+)
 
 TEMP_AGE_SECONDS = 3600.0
 """How old a temporary file must be, beyond having no living writer, to be removed: for file systems shared by machines
@@ -39,11 +49,11 @@ class FileStore(Store):
         return self.root / checked_key(key)
 
     def read(self, key: str) -> bytes:
-        with self._opened(key) as file:
+        with self._told(key), self._opened(key) as file:
             return file.read()
 
     def read_range(self, key: str, start: int, length: int, *, etag: str | None = None) -> bytes:
-        with self._opened(key) as file:
+        with self._told(key), self._opened(key) as file:
             self._check_tag(key, file, etag)
             file.seek(start)
             data = file.read(length)
@@ -64,11 +74,13 @@ class FileStore(Store):
         return file
 
     def stat(self, key: str) -> ObjectInfo | None:
-        try:
-            found = self.path(key).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        if not self.path(key).is_file():
+        path = self.path(key)
+        with self._told(key):
+            try:
+                found = path.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        if not stat.S_ISREG(found.st_mode):
             return None
         return ObjectInfo(key, found.st_size, _tag(found))
 
@@ -76,26 +88,31 @@ class FileStore(Store):
         return self._publish(key, lambda file: _write_all(file, data))
 
     def upload(self, key: str, path: Path) -> ObjectInfo:
-        def copy(file: BinaryIO) -> None:
-            with path.open("rb") as source:
+        with told_at(path), path.open("rb") as source:
+
+            def copy(file: BinaryIO) -> None:
+                source.seek(0)
                 shutil.copyfileobj(source, file, 1 << 20)
 
-        return self._publish(key, copy)
+            return self._publish(key, copy)
 
     def download(self, key: str, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._opened(key) as source, atomic_file(path) as file:
-            shutil.copyfileobj(source, file, 1 << 20)
+        with told_at(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._opened(key) as source, atomic_file(path) as file:
+                shutil.copyfileobj(source, file, 1 << 20)
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
-        for key, entry in _walk(self.root, "", prefix, start_after):
+        for key in _walk(str(self.root), "", prefix, start_after):
             with contextlib.suppress(FileNotFoundError):  # deleted since the directory was read
-                found = entry.stat()
+                with self._told(key):
+                    found = os.stat(f"{self.root}/{key}")
                 yield ObjectInfo(key, found.st_size, _tag(found))
 
     def delete(self, key: str) -> None:
         path = self.path(key)
-        path.unlink(missing_ok=True)
+        with self._told(key), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
         # An object store has no empty directories: leave none behind, up to the root.
         for parent in path.parents:
             if parent == self.root or not parent.is_relative_to(self.root):
@@ -117,53 +134,51 @@ class FileStore(Store):
             )
 
     def create_container(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
+        with told_at(self.uri, StoreUnreachable):
+            self.root.mkdir(parents=True, exist_ok=True)
 
     def server_time(self) -> datetime:
         """When a new file was made, as its file system says: a file server has a clock of its own."""
         nearest = next(p for p in (self.root, *self.root.parents) if p.is_dir())
         probe = nearest / f"{TEMP_PREFIX}{uuid.uuid4().hex}"
-        try:
-            probe.touch(exist_ok=False)
-            return datetime.fromtimestamp(probe.stat().st_mtime, UTC)
-        except PermissionError:
-            raise UserError(f"{self.uri}: no permission to write in {nearest}; change its mode") from None
-        finally:
-            probe.unlink(missing_ok=True)
+        with told_at(nearest, StoreUnreachable):
+            try:
+                probe.touch(exist_ok=False)
+                return datetime.fromtimestamp(probe.stat().st_mtime, UTC)
+            finally:
+                probe.unlink(missing_ok=True)
+
+    def _told(self, key: str) -> contextlib.AbstractContextManager[None]:
+        return told_at(f"{self.uri}/{key}", StoreUnreachable)
 
     def _opened(self, key: str) -> BinaryIO:
-        try:
-            return self.path(key).open("rb")
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise ObjectMissing(key, f"{self.uri}/{key}") from None
-        except PermissionError:
-            raise UserError(f"{self.uri}/{key}: no permission to read it; change its mode") from None
+        with self._told(key):
+            try:
+                return self.path(key).open("rb")
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise ObjectMissing(key, f"{self.uri}/{key}") from None
 
     def _check_tag(self, key: str, file: BinaryIO, etag: str | None) -> None:
         if etag is not None and _tag(os.fstat(file.fileno())) != etag:
             raise ObjectChanged(f"{self.uri}/{key}: replaced since it was listed; index it again")
 
     def _publish(self, key: str, fill: Callable[[BinaryIO], None]) -> ObjectInfo:
-        path = self.path(key)
-        attempts_left = MOST_DIRECTORIES
-        while True:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(path) as file:
-                    fill(file)
-                    file.flush()
-                    found = os.fstat(file.fileno())
-                return ObjectInfo(key, found.st_size, _tag(found))
-            except PermissionError as error:
-                raise UserError(f"{self.uri}/{key}: no permission to write ({error.strerror})") from None
-            except (
-                FileNotFoundError,
-                FileExistsError,
-            ):  # the second from mkdir, when it is gone by its second look
-                # Another process deleted the directory's last object, and the directory with it: make it again.
-                attempts_left -= 1
-                if not attempts_left:
-                    raise
+        path, attempts_left = self.path(key), MOST_DIRECTORIES
+        with self._told(key):
+            while True:
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with atomic_file(path) as file:
+                        fill(file)
+                        file.flush()
+                        found = os.fstat(file.fileno())
+                    return ObjectInfo(key, found.st_size, _tag(found))
+                except (FileNotFoundError, FileExistsError):
+                    # Another process deleted the directory's last object, and the directory with it: make it again.
+                    # mkdir says that something is in its way when the directory is gone by its second look.
+                    attempts_left -= 1
+                    if not attempts_left:
+                        raise
 
 
 @contextlib.contextmanager
@@ -198,37 +213,49 @@ def _tag(found: os.stat_result) -> str:
     return f"{found.st_mtime_ns:x}-{found.st_size:x}"
 
 
-def _sweep(entry: os.DirEntry[str]) -> None:
+def _sweep(path: str) -> None:
     """Remove a temporary file whose writer is dead: the system has let go of its lock, and it is not a new one's."""
     with contextlib.suppress(OSError):  # locked: its writer lives. Gone, or not ours to remove: as well.
-        if time.time() - entry.stat(follow_symlinks=False).st_mtime < TEMP_AGE_SECONDS:
+        if time.time() - os.lstat(path).st_mtime < TEMP_AGE_SECONDS:
             return
-        fd = os.open(entry.path, os.O_RDWR | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(entry.path)
+            os.unlink(path)
         finally:
             os.close(fd)
 
 
-def _walk(
-    directory: Path, base: str, prefix: str, start_after: str
-) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Files below `directory` in key order: a directory sorts as its name with '/', which is how S3 sorts."""
-    try:
-        with os.scandir(directory) as found:
-            entries = [(e.name + "/" if e.is_dir() else e.name, e) for e in found]
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for name, entry in sorted(entries, key=lambda pair: pair[0]):
-        key = base + name
-        if name.startswith(TEMP_PREFIX):
-            _sweep(entry)
-            continue
-        if not (key.startswith(prefix) or prefix.startswith(key)):
-            continue
+def _walk(directory: str, base: str, prefix: str, start_after: str) -> Iterator[str]:
+    """Keys of the files below `directory` in order: a directory sorts as its name with '/', which is how S3 sorts."""
+    for name in _names(directory, base, prefix, start_after):
         if name.endswith("/"):
-            if key > start_after or start_after.startswith(key):
-                yield from _walk(directory / entry.name, key, prefix, start_after)
-        elif key.startswith(prefix) and key > start_after:
-            yield key, entry
+            yield from _walk(f"{directory}/{name[:-1]}", base + name, prefix, start_after)
+        else:
+            yield base + name
+
+
+def _names(directory: str, base: str, prefix: str, start_after: str) -> list[str]:
+    """Sorted names in a directory below which wanted keys may lie. Names alone, for there may be millions."""
+    found: list[str] = []
+    with told_at(directory, StoreUnreachable):
+        try:
+            entries = os.scandir(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            return found
+        with entries:
+            for entry in entries:
+                if entry.name.startswith(TEMP_PREFIX):
+                    _sweep(entry.path)
+                    continue
+                name = f"{entry.name}/" if entry.is_dir() else entry.name
+                key = base + name
+                if name.endswith("/"):
+                    wanted = key.startswith(prefix) or prefix.startswith(key)
+                    wanted = wanted and (key > start_after or start_after.startswith(key))
+                else:
+                    wanted = key.startswith(prefix) and key > start_after
+                if wanted:
+                    found.append(name)
+    found.sort()
+    return found

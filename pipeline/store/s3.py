@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 import botocore.exceptions as boto_errors
 from botocore.parsers import ResponseParserError
 
+from pipeline.disk import told_at
 from pipeline.errors import DamageError, UserError
 from pipeline.store.base import ObjectChanged, ObjectInfo, ObjectMissing, Store, StoreUnreachable, checked_key
 from pipeline.store.files import atomic_file
@@ -124,19 +125,21 @@ class S3Store(Store):
         return ObjectInfo(key, len(data), self._tag_of(key, done))
 
     def upload(self, key: str, path: Path) -> ObjectInfo:
-        size_bytes = path.stat().st_size
-        if size_bytes <= PART_BYTES:
-            return self.write(key, path.read_bytes())
         try:
-            return ObjectInfo(key, size_bytes, self._upload_parts(key, path))
+            with told_at(path):
+                size_bytes = path.stat().st_size
+                if size_bytes <= PART_BYTES:
+                    return self.write(key, path.read_bytes())
+                return ObjectInfo(key, size_bytes, self._upload_parts(key, path))
         except UploadGone as error:
             raise StoreUnreachable(str(error)) from error
 
     def download(self, key: str, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._stream(key, 0, _Tag()) as stream, atomic_file(path) as file:
-            while chunk := stream.read(CHUNK_BYTES):
-                file.write(chunk)
+        with told_at(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._stream(key, 0, _Tag()) as stream, atomic_file(path) as file:
+                while chunk := stream.read(CHUNK_BYTES):
+                    file.write(chunk)
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
         where: Any = {"Bucket": self.bucket, "Prefix": self._base + prefix}

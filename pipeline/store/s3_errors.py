@@ -10,7 +10,7 @@ import botocore.exceptions as boto_errors
 import urllib3.exceptions
 from botocore.parsers import ResponseParserError
 
-from pipeline.errors import DamageError, UserError
+from pipeline.errors import DamageError, NoRoom, UserError
 from pipeline.store.base import ObjectChanged, ObjectMissing, StoreUnreachable
 
 MOST_WORDS = 200  # of a service's own message
@@ -31,6 +31,7 @@ NEVER_STATUSES = {501, 505}  # of the 5xx: no later try ends otherwise
 
 _KEYS = "get new keys (aws sso login, or a new AWS_SESSION_TOKEN) and start the same command again"
 _REGION = "set AWS_REGION to the bucket's"
+_MORE = "delete what is not needed, or ask for a higher quota"
 _OWNER = "ask whoever runs the service"
 _GROUPS: tuple[tuple[str, str, str], ...] = (
     (" ".join(STALE_CODES), "the keys have expired", _KEYS),
@@ -43,7 +44,7 @@ _GROUPS: tuple[tuple[str, str, str], ...] = (
         "QuotaExceeded XMinioAdminBucketQuotaExceeded XMinioStorageFull InsufficientStorage "
         "InsufficientCapacity StorageFull 507",
         "there is no room left",
-        "delete what is not needed, or ask for a higher quota",
+        _MORE,
     ),
     (
         "PermanentRedirect TemporaryRedirect Redirect AuthorizationHeaderMalformed "
@@ -164,7 +165,8 @@ def refusal(error: boto_errors.ClientError, uri: str, bucket: str, key: str, end
     region = _region(error)
     if remedy == _REGION and region:
         what, remedy = f"the bucket is in region {region}", f"set AWS_REGION={region}"
-    return UserError(f"{where}: {what} ({endpoint} says {code}{_words(error)}); {remedy}")
+    kind = NoRoom if remedy == _MORE else UserError
+    return kind(f"{where}: {what} ({endpoint} says {code}{_words(error)}); {remedy}")
 
 
 def not_s3(where: str, endpoint: str, answer: str) -> UserError:

@@ -29,6 +29,7 @@ from torch import Tensor
 from pipeline.config.base import Settings
 from pipeline.config.bounds import Bytes, Name, Sha256
 from pipeline.config.document import parse_document
+from pipeline.disk import told_at
 from pipeline.errors import DamageError
 from pipeline.store import ObjectMissing, Store, patiently
 
@@ -69,7 +70,7 @@ def save_checkpoint(
     store: Store, step: int, tensors: Mapping[str, Tensor], identity: str, eval_loss: float | None = None
 ) -> Record:
     """Write a checkpoint: the state first, its record last."""
-    with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+    with told_at(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
         file = Path(folder) / STATE
         save_file(dict(tensors), file)
         digest, size = _sha256(file)
@@ -84,7 +85,7 @@ def load_checkpoint(store: Store, step: int) -> Checkpoint:
     """Read one checkpoint. Raises DamageError when it is not what its record says, ObjectMissing when absent."""
     record = load_record(store, step)
     _require_size(store, step, record)
-    with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+    with told_at(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
         file = Path(folder) / STATE
         store.download(_key(step, STATE), file)
         digest, size = _sha256(file)
