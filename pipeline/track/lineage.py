@@ -1,5 +1,6 @@
 """What a run is made from: data sets, models, and the code that ran."""
 
+import getpass
 import json
 import os
 import subprocess
@@ -64,13 +65,15 @@ def link_model(run_id: str, version: ModelVersion, *, uri: str | None = None) ->
 
 
 def source_tags(directory: Path | None = None) -> dict[str, str]:
-    """Tags that name the code: the git commit, and whether files differed from it; empty outside a
-    repository. A submitted copy of the code has none: the submitter says in $DDPM_SOURCE_TAGS where it is from.
+    """Tags that say who started the program and which code ran: the user, the git commit, and whether files differed
+    from it (no commit outside a repository). A submitted copy of the code knows neither: the submitter says both in
+    $DDPM_SOURCE_TAGS.
     """
     told = os.environ.get(SOURCE_VARIABLE)
     if told:
         return {str(name): str(value) for name, value in json.loads(told).items()}
     here = directory or Path(__file__).parent
+    tags = {"mlflow.user": _user()}
 
     def git(*arguments: str) -> str | None:
         try:
@@ -83,6 +86,13 @@ def source_tags(directory: Path | None = None) -> dict[str, str]:
 
     commit = git("rev-parse", "HEAD")
     if not commit:
-        return {}
+        return tags
     changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"mlflow.source.git.commit": commit, "ddpm.git_dirty": "true" if changed else "false"}
+    return {**tags, "mlflow.source.git.commit": commit, "ddpm.git_dirty": "true" if changed else "false"}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return f"uid {os.getuid()}"

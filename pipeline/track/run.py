@@ -240,7 +240,14 @@ def _search(
 def _run_tags(
     key: str, tags: Mapping[str, str], description: str | None, color: str | None, parent_run_id: str | None
 ) -> dict[str, str]:
-    own = {KEY_TAG: key, HEARTBEAT_TAG: str(time.time()), OPENED_TAG: uuid.uuid4().hex}
+    own = {
+        KEY_TAG: key,
+        HEARTBEAT_TAG: str(time.time()),
+        OPENED_TAG: uuid.uuid4().hex,
+        # What the list of runs shows as their source: the command.
+        "mlflow.source.name": f"ddpm {key.partition('/')[0]}",
+        "mlflow.source.type": "LOCAL",
+    }
     if description is not None:
         own["mlflow.note.content"] = redact(description)
     if color is not None:

@@ -1,5 +1,8 @@
 """A run is opened once, resumed by its key, and ends in a clear state."""
 
+import getpass
+import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from pipeline.track import (
     set_tags,
     source_tags,
 )
+from pipeline.track.lineage import SOURCE_VARIABLE
 from tests.relay import Relay
 
 if TYPE_CHECKING:
@@ -210,7 +214,25 @@ def test_a_picture_in_the_description_names_run_and_path() -> None:
 
 
 def test_the_code_is_named_by_its_commit_and_nothing_is_invented(tmp_path: Path) -> None:
-    assert source_tags(tmp_path) == {}
+    assert source_tags(tmp_path) == {"mlflow.user": getpass.getuser()}
     here = source_tags()
     assert len(here["mlflow.source.git.commit"]) == 40
     assert here["ddpm.git_dirty"] in ("true", "false")
+
+
+def test_the_list_of_runs_shows_command_and_user(
+    server: str, client: "MlflowClient", new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SOURCE_VARIABLE, json.dumps({"mlflow.user": "who-submitted"}))
+    tags = client.get_run(new_run(tags=source_tags()).run_id).data.tags
+    assert tags["mlflow.user"] == "who-submitted"
+    assert tags["mlflow.source.type"] == "LOCAL"
+    assert tags["mlflow.source.name"].startswith("ddpm ")
+
+
+def test_a_user_without_a_name_is_told_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    assert source_tags(tmp_path) == {"mlflow.user": f"uid {os.getuid()}"}
