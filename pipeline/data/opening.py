@@ -104,14 +104,15 @@ def _of_folder(config: PackConfig, folder: Path) -> Source:
     paths = {name.path: folder / name.path for name in files.names}
     parquet = [path for path in paths.values() if path.suffix.lower() == ".parquet"]
     archives = [path for path in paths.values() if path.name.lower().endswith((*TARS, ".zip"))]
-    pictures = any(path.lower().endswith(PICTURE_SUFFIXES) for path in paths)
+    tables = ".members.npy"  # of a packed set's index
+    pictures = any(path.lower().endswith(PICTURE_SUFFIXES) and not path.endswith(tables) for path in paths)
     embedded = [path for path in parquet if not path.name.startswith("metadata") and holds_pictures(path)]
     kinds = {"pictures": pictures, "archives": bool(archives), "parquet with pictures": bool(embedded)}
     found = [kind for kind, there in kinds.items() if there]
     if len(found) > 1:
         raise UserError(
-            f"source: {folder} holds {' and '.join(found)}; name one of them by its folder or a pattern, "
-            f"such as {folder}/**/*.{'parquet' if embedded else 'tar'}"
+            f"source: {folder} holds {' and '.join(found)}; name one of them by its folder or a pattern "
+            f"such as {folder}/**/*.{'parquet' if embedded else 'tar'}, or move the others away"
         )
     if pictures or not (archives or parquet):
         return FilesSource(files, config)
