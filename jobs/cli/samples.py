@@ -44,12 +44,18 @@ def verify(
     model: Annotated[
         str | None, typer.Option(help="The network, for --regenerate of one that came from a folder.")
     ] = None,
+    discard_damaged: Annotated[
+        bool,
+        typer.Option(
+            help="Delete the records of damaged shards: the same generate command makes them again."
+        ),
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Recount, rehash and decode everything a generation says it made."""
     from jobs.verify import run
 
-    end(lambda: run(prefix, regenerate, model, json))
+    end(lambda: run(prefix, regenerate, model, json, discard_damaged))
 
 
 @app.command(

@@ -63,6 +63,10 @@ class VerifyReport:
     num_problems: int = 0
     problems: list[Problem] = field(default_factory=list[Problem])
     """The first problems; `num_problems` counts all."""
+    damaged: list[Shard] = field(default_factory=list[Shard])
+    """Shards whose bytes are not what they should be, though their sizes may be."""
+    foreign: list[str] = field(default_factory=list[str])
+    """Keys that belong to no generation; the first of them."""
     notes: list[str] = field(default_factory=list[str])
     """What is worth knowing and not wrong."""
     seconds: float = 0.0
@@ -77,6 +81,12 @@ class VerifyReport:
         self.num_problems += 1
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(Problem(where, what))
+
+    def add_foreign(self, key: str, what: str) -> None:
+        """Note an object that is not the generation's."""
+        self.add(key, what)
+        if len(self.foreign) < MAX_PROBLEMS:
+            self.foreign.append(key)
 
 
 @dataclass
@@ -111,6 +121,8 @@ def verify(uri: str, progress: Callable[[int, int], None] = lambda done, total: 
     for findings in _check_shards(store, spec, done):
         for problem in findings.problems:
             report.add(problem.object, problem.what)
+        if findings.problems:
+            report.damaged.append(findings.unit)
         report.shards_checked += 1
         report.samples_checked += findings.samples
         prints.append(findings.prints)
@@ -124,6 +136,17 @@ def verify(uri: str, progress: Callable[[int, int], None] = lambda done, total: 
         _check_manifest(store, manifest, harvest, report)
     report.seconds = time.monotonic() - began
     return report
+
+
+def discard_damaged(report: VerifyReport) -> int:
+    """Delete the records of damaged shards, so that the same generate command makes these again; returns how many.
+
+    The objects stay until then, and the manifest with them: their keys and hashes are what they should be again.
+    """
+    store = open_store(report.output)
+    for unit in report.damaged:
+        store.delete(unit.done_key)
+    return len(report.damaged)
 
 
 def _manifest(store: Store, spec: Spec, report: VerifyReport) -> Manifest | None:
@@ -158,9 +181,9 @@ def check_listing(store: Store, spec: Spec, found: Survey, report: VerifyReport)
     elif missing:
         report.notes.append(f"{len(missing)} of {num_shards(spec)} shards are still to be made")
     for key in found.strange:
-        report.add(key, "belongs to no shard of this generation")
+        report.add_foreign(key, "belongs to no shard of this generation")
     for key in _strangers(store):
-        report.add(key, "is no part of a generation")
+        report.add_foreign(key, "is no part of a generation")
     leftover = found.superseded if report.complete and not read_heartbeats(store) else []
     for key in leftover:
         report.add(key, "is left over from a smaller count; run the generation again to sweep it up")

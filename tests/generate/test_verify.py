@@ -247,3 +247,22 @@ def test_the_command_answers_with_its_exit_code(
     assert any(problem["object"] == SHARD for problem in document["problems"])
     assert main([f"file://{tmp_path}/none"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_it_says_what_to_do_and_damage_can_be_given_up_to_be_made_again(
+    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store(uri)
+    flip_a_byte(store)
+    store.write("notes.txt", b"x")
+    assert main([uri]) == 1
+    said = capsys.readouterr().out
+    assert "next     move away what is not the generation's, such as notes.txt" in said
+    assert f"next     ddpm verify {uri} --discard-damaged" in said
+    assert main([uri, "--discard-damaged"]) == 1
+    said = capsys.readouterr().out
+    assert "note     the records of 1 damaged shards are deleted" in said
+    assert "next     the same `ddpm generate` command (count=23) makes what is missing" in said
+    assert store.stat(RECORD) is None
+    assert store.stat("done/000000.json") is not None
