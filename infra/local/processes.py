@@ -25,6 +25,7 @@ class Identity(Settings):
     """The random word in the environment of all it starts."""
 
 
+_EXEC_SECONDS = 1.0
 _children: dict[int, subprocess.Popen[bytes]] = {}  # kept so that ended children of this process are reaped
 
 
@@ -57,10 +58,13 @@ def is_alive(identity: Identity) -> bool:
         return False
     try:
         process = psutil.Process(identity.pid)
+        deadline = time.monotonic() + _EXEC_SECONDS
         while _runs(process):
-            if environ := process.environ():
-                return environ.get(MARK_VARIABLE) == identity.mark
-            time.sleep(0.005)  # within `exec` a process has none for a moment
+            if environ := _environ(process.pid):
+                return identity.mark == environ.get(MARK_VARIABLE)
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)  # within `exec` a process has no environment for a moment
         return False
     except (psutil.Error, OSError):  # gone, or another user's
         return False
@@ -144,9 +148,20 @@ def _session(pid: int) -> int | None:
 
 def _mark(process: psutil.Process) -> str | None:
     try:
-        return process.environ().get(MARK_VARIABLE)
+        return _environ(process.pid).get(MARK_VARIABLE)
     except (psutil.Error, OSError):
         return None
+
+
+def _environ(pid: int) -> dict[str, str]:
+    """The variables a process was started with. Not as psutil reads them, which ends at the first empty one: JuiceFS
+    blanks the beginning of its own.
+    """
+    file = Path(f"/proc/{pid}/environ")
+    if not file.exists():
+        return psutil.Process(pid).environ()
+    pairs = (entry.partition("=") for entry in file.read_text(errors="replace").split("\0"))
+    return {name: value for name, _, value in pairs if name}
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

@@ -118,3 +118,22 @@ def test_a_session_in_which_nobody_carries_the_mark_is_left_alone(tmp_path: Path
         assert runs(child)
     finally:
         psutil.Process(child).kill()
+
+
+@pytest.mark.parametrize("blanked", [0.5, 1.0], ids=["its beginning", "all of it"])
+def test_a_process_that_blanks_its_environment_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blanked: float
+) -> None:
+    leader, read = spawn(SLEEP, tmp_path), Path.read_text
+    mark = f"{processes.MARK_VARIABLE}={leader.mark}"
+
+    def text(path: Path, *_: object, **how: str) -> str:
+        if path == Path(f"/proc/{leader.pid}/environ"):
+            return "\0" * 15 + (mark + "\0" if blanked < 1 else "")
+        return read(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", text)
+        patch.setattr(processes, "_EXEC_SECONDS", 0.05)
+        assert processes.is_alive(leader) == (blanked < 1)
+    assert processes.end(leader, grace_seconds=1) == 1
