@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from infra.local.service import get
 from pipeline.errors import UserError
 from pipeline.redaction import redact
+from pipeline.terminal import echo
 
 ADDRESS_VARIABLE = "RAY_JOB_ADDRESS"
 RAYS_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -39,10 +39,7 @@ def settle_address(environ: MutableMapping[str, str] = os.environ) -> None:
         )
     for other, value in others:
         if value != address:
-            print(
-                f"note     {variable} {redact(address)} is used; {other} names {redact(value)}",
-                file=sys.stderr,
-            )
+            echo(f"note     {variable} {redact(address)} is used; {other} names {redact(value)}", error=True)
     environ[ADDRESS_VARIABLE] = environ[RAYS_VARIABLE] = address
     settle_token(environ)
 

@@ -1,7 +1,6 @@
 """Looking at data sets: making the index of tars that are there, and inspecting what they hold."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from jobs.progress import progress_of
 from jobs.shell import DONE, FAILED
 from jobs.spread import spread_for
 from pipeline.data import Index, inspect, plan_index
+from pipeline.terminal import echo, echo_json
 
 _SHOWN = 20
 ENOUGH_SHARDS = 16
@@ -40,13 +40,13 @@ def index(
         )
         with spread_for(len(found.unknown), ENOUGH_SHARDS, local_paths=not uri.startswith("s3:")) as spread:
             made = found.build(spread, progress)
-    print(f"indexed: {made.num_samples:,} samples in {len(made.shards):,} shards, digest {made.digest[:12]}")
+    echo(f"indexed: {made.num_samples:,} samples in {len(made.shards):,} shards, digest {made.digest[:12]}")
     if found.known:
-        print(f"known    {len(found.known):,} shards, unchanged by size and tag; {len(found.unknown):,} read")
-    print(f"classes  {_classes(made)}")
+        echo(f"known    {len(found.known):,} shards, unchanged by size and tag; {len(found.unknown):,} read")
+    echo(f"classes  {_classes(made)}")
     for line in (*found.notes, *_left_out(made)):
-        print(line)
-    print(f"next     ddpm train data.uri={uri} …   or   ddpm inspect {uri}")
+        echo(line)
+    echo(f"next     ddpm train data.uri={uri} …   or   ddpm inspect {uri}")
     return DONE
 
 
@@ -76,19 +76,19 @@ def look(uri: str, sheet: Path, label_field: str | None, as_json: bool) -> int:
     if as_json:
         facts = dataclasses.asdict(dataclasses.replace(found, contact_sheet=found.contact_sheet[:0]))
         del facts["contact_sheet"]
-        print(json.dumps(facts, indent=2))
+        echo_json(facts)
         return FAILED if found.damage else DONE
-    print(f"samples  {found.num_samples:,} in {found.num_shards:,} shards, {found.size_bytes:,} bytes")
-    print(f"index    {found.index_digest or 'none'}")
-    print(f"shapes   {_counts(found.shapes)}")
-    print(f"classes  {_counts(found.classes) if found.classes else 'none'}")
+    echo(f"samples  {found.num_samples:,} in {found.num_shards:,} shards, {found.size_bytes:,} bytes")
+    echo(f"index    {found.index_digest or 'none'}")
+    echo(f"shapes   {_counts(found.shapes)}")
+    echo(f"classes  {_counts(found.classes) if found.classes else 'none'}")
     if found.channel_mean and found.channel_std:
-        print(f"mean     {_rounded(found.channel_mean)}   std {_rounded(found.channel_std)}   (0..255)")
+        echo(f"mean     {_rounded(found.channel_mean)}   std {_rounded(found.channel_std)}   (0..255)")
     for line in found.damage[:_SHOWN]:
-        print(f"damaged  {line}")
+        echo(f"damaged  {line}")
     if len(found.damage) > _SHOWN:
-        print(f"         … {len(found.damage) - _SHOWN:,} more")
-    print(f"picture  {sheet}")
+        echo(f"         … {len(found.damage) - _SHOWN:,} more")
+    echo(f"picture  {sheet}")
     return FAILED if found.damage else DONE
 
 

@@ -14,6 +14,7 @@ from jobs.progress import clock
 from jobs.shell import DONE, LOCAL, Call, settings_of, use_running_stack
 from pipeline.config.generate import GenerateConfig
 from pipeline.config.train import TrainConfig
+from pipeline.terminal import echo
 
 PRESET = "demo"
 NUM_PARTS = 7
@@ -80,17 +81,17 @@ def _say_where_to_look(call: Call, seconds: float) -> None:
     config = settings_of(GenerateConfig, "generate", call)
     sheet = Path(f"{PRESET}-contact-sheet.png")
     open_store(config.output).download("contact-sheet.png", LOCAL / sheet)
-    print(f"\ndone in {clock(seconds)}. Where to look:")
-    print(f"  contact sheet   {(LOCAL / sheet).resolve()}")
-    print(f"  samples         {config.output}")
-    print(f"  training run    {find_latest_run(key_prefix='train/')}")
+    echo("", f"done in {clock(seconds)}. Where to look:")
+    echo(f"  contact sheet   {(LOCAL / sheet).resolve()}")
+    echo(f"  samples         {config.output}")
+    echo(f"  training run    {find_latest_run(key_prefix='train/')}")
     for line in sign_in(LOCAL):
-        print(f"  {line}")
-    print("  stop it all     make down")
+        echo(f"  {line}")
+    echo("  stop it all     make down")
 
 
 def _headline(number: int, title: str) -> None:
-    print(f"\n[{number}/{NUM_PARTS}] {title}", flush=True)
+    echo("", f"[{number}/{NUM_PARTS}] {title}")
 
 
 def _say(line: str) -> None:

@@ -1,11 +1,11 @@
 """`ddpm doctor`: is everything there that a job needs, and if not, what to do about it."""
 
 import dataclasses
-import json
 
 from jobs.checks import Finding, all_checks
 from jobs.dashboard import settle_address
 from jobs.shell import DONE, FAILED, use_running_stack
+from pipeline.terminal import echo, echo_json
 
 
 def doctor(as_json: bool = False, write: bool = False) -> int:
@@ -20,14 +20,14 @@ def doctor(as_json: bool = False, write: bool = False) -> int:
         finding = check()
         findings.append(finding)
         if not as_json:
-            print("\n".join(_lines(finding)), flush=True)
+            echo(*_lines(finding))
     problems = sum(not finding.ok for finding in findings)
     if as_json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+        echo_json([dataclasses.asdict(finding) for finding in findings])
     elif problems:
-        print(f"{problems} problem{'s' * (problems != 1)}")
+        echo(f"{problems} problem{'s' * (problems != 1)}")
     else:
-        print("next     ddpm pack digits   (or, all at once: ddpm demo)")
+        echo("next     ddpm pack digits   (or, all at once: ddpm demo)")
     return FAILED if problems else DONE
 
 

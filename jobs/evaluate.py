@@ -38,6 +38,7 @@ from pipeline.generate.records import read_record
 from pipeline.generate.spec import Spec, make_spec
 from pipeline.nets.artifact import build_model
 from pipeline.store import ObjectMissing, open_store
+from pipeline.terminal import echo, echo_json
 
 OPERATION = {"reference", "network", "batch_size", "num_workers", "records_only", "track"}
 """Settings that change no figure, or stand in the terms by themselves."""
@@ -75,12 +76,12 @@ def run(
         require_comparable(evaluation, other)
     logged = try_to_log(evaluation, config.track)
     if as_json:
-        print(json.dumps(evaluation.model_dump(mode="json"), indent=2))
+        echo_json(evaluation.model_dump(mode="json"))
         return DONE
-    print("\n".join(table(evaluation, other)))
-    print(f"kept       {evaluation_uri(output)}")
+    echo(*table(evaluation, other))
+    echo(f"kept       {evaluation_uri(output)}")
     if logged is not None:
-        print(f"mlflow     {logged}")
+        echo(f"mlflow     {logged}")
     return DONE
 
 

@@ -7,6 +7,7 @@ from pipeline.errors import UserError
 from pipeline.generate.model import find_model
 from pipeline.nets.artifact import ImageShape, ModelCard, build_model, save_model
 from pipeline.nets.exchange import export_diffusers, import_diffusers
+from pipeline.terminal import echo
 
 FORMATS = ("diffusers",)
 
@@ -22,8 +23,8 @@ def export(model: str, folder: Path, form: str) -> int:
     found = find_model(model)
     net = build_model(found.card, found.weights, "cpu", where=model)
     export_diffusers(folder, net, found.card.schedule, found.card.objective)
-    print(f"exported {model} to {folder}")
-    print(
+    echo(f"exported {model} to {folder}")
+    echo(
         f"next     python -c \"from diffusers import DDPMPipeline; DDPMPipeline.from_pretrained('{folder}')\""
     )
     return DONE
@@ -44,8 +45,8 @@ def take_in(source: Path, folder: Path) -> int:
         image=ImageShape(channels=config.in_channels, size=config.image_size),
     )
     save_model(folder, imported.net.state_dict(), card)
-    print(f"imported {source} to {folder}")
-    print(f"next     ddpm sample model={folder.resolve()}")
+    echo(f"imported {source} to {folder}")
+    echo(f"next     ddpm sample model={folder.resolve()}")
     return DONE
 
 

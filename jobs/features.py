@@ -29,12 +29,12 @@ def run(config: FeaturesConfig, progress: Progress) -> int:
 
     torch.set_num_threads(config.cpu_threads)
     folder, card, new = train_features(config, progress)
-    print(
+    echo(
         f"{'trained' if new else 'there already'}: classifier of {card.num_classes} classes, "
         f"{card.held_out_accuracy:.2%} of {card.num_held_out} held-out images right"
     )
-    print(f"network  {folder}/classifier.json  sha256 {card.sha256}")
-    print("next     ddpm evaluate PRESET, ddpm promote PRESET")
+    echo(f"network  {folder}/classifier.json  sha256 {card.sha256}")
+    echo("next     ddpm evaluate PRESET, ddpm promote PRESET")
     return DONE
 
 

@@ -28,6 +28,7 @@ from pipeline.diffusion.noise import normal
 from pipeline.diffusion.objective import Net
 from pipeline.diffusion.samplers import Denoise, ddim, dpm_solver_pp_2m, heun
 from pipeline.errors import UserError
+from pipeline.terminal import echo
 
 Pixels = NDArray[np.uint8]
 
@@ -83,7 +84,7 @@ def run(image: Path | None, out_dir: Path) -> int:
     with progress_of("figures", "pictures") as progress:
         paths = figures(pixels, out_dir, progress=progress)
     for path in paths:
-        print(f"drew     {path}")
+        echo(f"drew     {path}")
     return DONE
 
 

@@ -18,6 +18,7 @@ from jobs.progress import Progress
 from jobs.shell import DONE, FAILED, STOPPED, guarded, parse_words, run_job
 from jobs.signals import on_stop_signal
 from pipeline.config.generate import GenerateConfig
+from pipeline.terminal import echo
 
 if TYPE_CHECKING:
     from pipeline.generate.run import GenerationResult
@@ -40,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: GenerateConfig, progress: Progress) -> int:
     """Generate and say in words how it ended."""
     result = generate(config, progress)
-    print("\n".join(summary(result)))
+    echo(*summary(result))
     for key, error in list(result.failed.items())[:20]:
-        print(f"failed   {key}: {error}", file=sys.stderr)
+        echo(f"failed   {key}: {error}", error=True)
     return _EXIT_CODES.get(result.status, FAILED)
 
 

@@ -7,7 +7,6 @@ own node tells the two apart: the new cluster does not know it.
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from pipeline.errors import WorkFailed
+from pipeline.terminal import echo
 
 POLL_SECONDS = 3.0
 SURE_AFTER_SECONDS = 12.0
@@ -65,6 +65,6 @@ def _watch(is_known: Callable[[], bool], over: threading.Event) -> None:
         elif time.monotonic() - absent_since > SURE_AFTER_SECONDS:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
             if not over.wait(FAREWELL_SECONDS):
-                print(f"failed: {SAYING}", file=sys.stderr, flush=True)
+                echo(f"failed: {SAYING}", error=True)
                 os._exit(1)
             return

@@ -1,6 +1,5 @@
 """The packing job: pictures in, shards and their index out."""
 
-import json
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pipeline.data.opening import require_source
 from pipeline.data.pack import PackReport, held_out_uri, spread_here
 from pipeline.data.packed import look_at_place
 from pipeline.data.spread import Spread
+from pipeline.terminal import echo, echo_json
 
 INTERRUPTED = 130  # as the shell reports a process that ended on SIGINT
 ENOUGH_PICTURES = 5_000
@@ -33,7 +33,7 @@ def run_call(call: Call) -> int:
     try:
         return run_job("pack", PackConfig, run, call, unit="images", foresee=foresee)
     except KeyboardInterrupt:
-        print("stopped: shards that are written stay; the same command goes on from there", file=sys.stderr)
+        echo("stopped: shards that are written stay; the same command goes on from there", error=True)
         return INTERRUPTED
 
 
@@ -41,12 +41,12 @@ def pack_images(config: PackConfig, progress: Progress, as_json: bool = False) -
     """Pack, or find that it is done. Raises UserError before anything is written."""
     report = pack(config, progress, _spread)
     if as_json:
-        print(json.dumps({"dest": config.dest, **asdict(report)}, indent=2))
+        echo_json({"dest": config.dest, **asdict(report)})
         return DONE
     _say(report, config.dest)
     if report.held_out is not None:
         _say(report.held_out, held_out_uri(config.dest))
-    print(f"next     ddpm train data.uri={config.dest} …   (or a preset that names it)")
+    echo(f"next     ddpm train data.uri={config.dest} …   (or a preset that names it)")
     return DONE
 
 
@@ -83,18 +83,18 @@ def _spread(config: PackConfig, num_pictures: int) -> Generator[Spread]:
 
 def _say(report: PackReport, dest: str) -> None:
     done = "already packed" if report.already_complete else "packed"
-    print(f"{done}: {report.num_samples} images in {report.num_shards} shards at {dest}")
+    echo(f"{done}: {report.num_samples} images in {report.num_shards} shards at {dest}")
     for note in report.notes:
-        print(f"note     {note}")
+        echo(f"note     {note}")
     if report.left_out:
         kinds = ", ".join(f"{kind} {count}" for kind, count in list(report.left_out.items())[:20])
-        print(f"left out {report.other_files} files that are no pictures: {kinds}")
+        echo(f"left out {report.other_files} files that are no pictures: {kinds}")
     for kind, names in (
         ("unreadable or small, left out", report.unreadable),
         ("duplicate", report.duplicates),
     ):
         if names:
-            print(f"{len(names)} {kind}: see {dest}/pack-report.json")
+            echo(f"{len(names)} {kind}: see {dest}/pack-report.json")
 
 
 if __name__ == "__main__":

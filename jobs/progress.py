@@ -102,7 +102,7 @@ def _json_lines(what: str, unit: str) -> Progress:
     def report(done: int, total: int, note: str = "") -> None:
         if due(done, total):
             fact = {"what": what, "unit": unit, "done": done, "total": total, "note": note}
-            print(MARK + json.dumps(fact), flush=True)
+            echo(MARK + json.dumps(fact))
 
     return report
 

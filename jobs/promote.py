@@ -24,6 +24,7 @@ from pipeline.evaluate.measured import Measured
 from pipeline.evaluate.networks import open_network
 from pipeline.evaluate.reference import data_root, reference
 from pipeline.evaluate.trust import require_trusted_network, require_trusted_reference
+from pipeline.terminal import echo, echo_json
 from pipeline.track import ModelVersion, Move, MovingAlias, Overtaken, resolve, set_version_tags, versions
 
 VERDICT_TAG = "ddpm.gate"
@@ -55,15 +56,15 @@ def run(config: PromoteConfig, progress: Progress, as_json: bool = False) -> int
     champion = champion_of(config.model, config.champion)
     if champion is not None and champion.version == challenger.version:
         note_promotion(challenger, config.champion)
-        print(f"nothing to do: {challenger.reference} is the champion already")
+        echo(f"nothing to do: {challenger.reference} is the champion already")
         return DONE
     decision = decide(config.gate, challenger, champion, progress)
     keep(decision, challenger, champion, config.champion)
     if as_json:
-        print(json.dumps(decision.model_dump(mode="json"), indent=2))
+        echo_json(decision.model_dump(mode="json"))
     else:
-        print("\n".join(table(decision)))
-        print(f"{decision.verdict}: {decision.challenger}: {decision.reason}")
+        echo(*table(decision))
+        echo(f"{decision.verdict}: {decision.challenger}: {decision.reason}")
     return DONE if decision.verdict == "promoted" else FAILED
 
 
@@ -178,14 +179,14 @@ def rollback(name: str, alias: str = "champion", to: int | None = None) -> int:
     if to == champion.version or (to is None and back is not None):
         if back is not None:
             _note_rollback(back, name)
-        print(f"nothing to do: {_already(champion, back, alias)}")
+        echo(f"nothing to do: {_already(champion, back, alias)}")
         return DONE
     before = to or _predecessor(champion, moves)
     if before is None:
         raise UserError(f"model {champion.reference}: replaced no one, so there is no version to go back to")
     previous = resolve(f"{name}/{before}")
     _note_rollback(office.move(champion.version, previous.version, "rollback"), name)
-    print(f"rolled back: {name}@{alias} is {previous.reference} again, no longer {champion.reference}")
+    echo(f"rolled back: {name}@{alias} is {previous.reference} again, no longer {champion.reference}")
     return DONE
 
 

@@ -16,6 +16,7 @@ from jobs.shell import DONE, presets
 from pipeline.config.base import Settings
 from pipeline.config.load import BASE, ROOT_VARIABLE
 from pipeline.errors import UserError
+from pipeline.terminal import echo
 
 Schema = dict[str, Any]
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -56,8 +57,8 @@ def write_schema(folder: Path) -> int:
         file.write_text(schema_text(), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror}); name another folder") from None
-    print(f"schema   {file}")
-    print(f"next     begin your YAML file with:  # yaml-language-server: $schema={file}")
+    echo(f"schema   {file}")
+    echo(f"next     begin your YAML file with:  # yaml-language-server: $schema={file}")
     return DONE
 
 

@@ -23,6 +23,7 @@ from pipeline.config.nightly import NightlyConfig
 from pipeline.errors import UserError
 from pipeline.evaluate.history import read_latest
 from pipeline.store import Store, open_store
+from pipeline.terminal import echo
 
 _STOP_SECONDS = 60.0
 _AT = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
@@ -46,7 +47,7 @@ def schedule(call: Call, at: str, now: bool = False, catch_up: bool = False) -> 
         runner, trigger, id="nightly", max_instances=1, coalesce=True, misfire_grace_time=None, **first
     )
     _on_signals(lambda: threading.Thread(target=_end, args=(scheduler, runner)).start())
-    print(f"schedule: every night at {at} UTC: jobs.nightly {' '.join(call.words())}", flush=True)
+    echo(f"schedule: every night at {at} UTC: jobs.nightly {' '.join(call.words())}")
     scheduler.start()
     return DONE
 
@@ -83,15 +84,13 @@ class Runner:
         if self._ended.is_set():
             return DONE
         began = dt.datetime.now(dt.UTC)
-        print(f"{began:%F %T}Z nightly begins", flush=True)
+        echo(f"{began:%F %T}Z nightly begins")
         self._process = subprocess.Popen(self._command)
         if self._ended.is_set():  # asked while it began
             self.end()
         code = self._process.wait()
         minutes = (dt.datetime.now(dt.UTC) - began).total_seconds() / 60
-        print(
-            f"{dt.datetime.now(dt.UTC):%F %T}Z nightly ended with {code} after {minutes:.1f} min", flush=True
-        )
+        echo(f"{dt.datetime.now(dt.UTC):%F %T}Z nightly ended with {code} after {minutes:.1f} min")
         return code
 
     def end(self) -> None:

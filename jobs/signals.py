@@ -1,11 +1,12 @@
 """Being asked to end: by SIGTERM, as spot machines and schedulers send it, or by Ctrl-C."""
 
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
+
+from pipeline.terminal import echo
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def on_stop_signal(ask: Callable[[], None], saying: str) -> Generator[None]:
         return
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        print(f"{signal.Signals(number).name}: {saying}", file=sys.stderr, flush=True)
+        echo(f"{signal.Signals(number).name}: {saying}", error=True)
         ask()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

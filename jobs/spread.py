@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from jobs.cluster import ray_cluster
 from pipeline.data.spread import Spread
 from pipeline.errors import DamageError, UserError, WorkFailed
+from pipeline.terminal import echo
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,7 +80,7 @@ def spread_for(units: int, worth: int, local_paths: bool) -> Generator[Spread | 
     with ray_cluster():
         spread = ClusterSpread()
         yield spread
-    print(f"cluster  {len(spread.workers)} worker processes", flush=True)
+    echo(f"cluster  {len(spread.workers)} worker processes")
 
 
 def _attempted(work: Callable[[T], R], item: T) -> tuple[tuple[str, int], R | None, Exception | None]:

@@ -1,13 +1,13 @@
 """What runs: the local stack, or a generation, told from its bucket alone."""
 
 import dataclasses
-import json
 
 from infra.local import LocalStack, sign_in
 from jobs.progress import clock
 from jobs.shell import DONE, FAILED, LOCAL, use_running_stack
 from pipeline.generate.status import GenerationStatus
 from pipeline.generate.status import generation_status as look
+from pipeline.terminal import echo, echo_json
 
 
 def stack_status(as_json: bool) -> int:
@@ -15,16 +15,16 @@ def stack_status(as_json: bool) -> int:
     rows = LocalStack(LOCAL).status()
     if as_json:
         facts = [{"service": r.service, "state": r.state, "url": r.url, "pid": r.pid} for r in rows]
-        print(json.dumps(facts, indent=2))
+        echo_json(facts)
     else:
         for row in rows:
-            print(
+            echo(
                 f"{row.service:<8} {row.state:<14} {row.pid or '-':<8} {row.url:<28} {row.log or ''}".rstrip()
             )
-        print("\n".join(sign_in(LOCAL)))
+        echo(*sign_in(LOCAL))
     healthy = all(row.state in ("running", "external") for row in rows)
     if not healthy and not as_json:
-        print("next     ddpm up")
+        echo("next     ddpm up")
     return DONE if healthy else FAILED
 
 
@@ -34,9 +34,9 @@ def generation_status(prefix: str, as_json: bool) -> int:
     found = look(prefix)
     if as_json:
         facts = dataclasses.asdict(dataclasses.replace(found, jobs=()))
-        print(json.dumps(facts | {"spec": found.spec.model_dump(mode="json")}, indent=2, default=str))
+        echo_json(facts | {"spec": found.spec.model_dump(mode="json")})
     else:
-        print("\n".join(_lines(found)))
+        echo(*_lines(found))
     return FAILED if found.state == "damaged" else DONE
 
 

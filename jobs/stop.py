@@ -14,6 +14,7 @@ from jobs.cluster import SUBMITTED
 from jobs.scripts import next_name, start_script, statuses, told_by, wait_for
 from jobs.shell import DONE
 from pipeline.errors import UserError
+from pipeline.terminal import echo
 
 ASK_SECONDS = 60.0
 """For the script to start; a node that is full of work takes its time."""
@@ -38,18 +39,18 @@ def stop_job(client: JobSubmissionClient, name: str, now: bool = False) -> int:
     """Ask a job to save and end, and say so; or that it has ended already. `now`: by Ray's own stop."""
     status = client.get_job_status(name)
     if status.is_terminal():
-        print(f"{name} has ended already: {status}")
+        echo(f"{name} has ended already: {status}")
         return DONE
     asked = not now and status == JobStatus.RUNNING and _ask(client, name)
     if asked:
-        print(f"asked {name} to save and end; the same command starts it again where it was")
+        echo(f"asked {name} to save and end; the same command starts it again where it was")
     else:
         client.stop_job(name)
-        print(
+        echo(
             f"told Ray to end {name}: it kills the job after RAY_JOB_STOP_WAIT_TIME_S (3 s unless the cluster's owner "
             "changed it). The same command starts it again from what was saved: a training from its last checkpoint"
         )
-    print(f"next     ddpm logs -f {name}")
+    echo(f"next     ddpm logs -f {name}")
     return DONE
 
 
@@ -65,5 +66,5 @@ def _ask(client: JobSubmissionClient, name: str) -> bool:
         reason = f"its process was not found (see ddpm logs {script})"
     except (UserError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-    print(f"note     {name} cannot be asked itself: {reason}")
+    echo(f"note     {name} cannot be asked itself: {reason}")
     return False

@@ -8,7 +8,6 @@ goes: submitting the same twice joins the first.
 import hashlib
 import json
 import shlex
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from pipeline.evaluate.reference import data_root
 from pipeline.generate.model import pin
 from pipeline.redaction import redact
 from pipeline.store import open_store
+from pipeline.terminal import echo
 from pipeline.track import TrackingError
 from pipeline.track.lineage import SOURCE_VARIABLE, source_tags
 from pipeline.train.prepare import prepare
@@ -59,12 +59,12 @@ def submit(job: str, settings: Settings, detach: bool = False, flags: Sequence[s
     digest = _digest("\0".join([content, *flags]))
     name, going = _job_name(client, base, digest)
     if going:
-        print(f"joined   job {name}, which is already going on")
+        echo(f"joined   job {name}, which is already going on")
     else:
         _start(client, name, job, content, flags, digest)
-        print(f"job      {name}  {client.get_address()}/#/jobs/{name}", flush=True)
+        echo(f"job      {name}  {client.get_address()}/#/jobs/{name}")
     if detach:
-        print(f"next     ddpm logs -f {name}")
+        echo(f"next     ddpm logs -f {name}")
         return DONE
     return follow(client, name)
 
@@ -93,10 +93,10 @@ def _start(
 def _for_elsewhere(settings: Settings) -> Settings:
     """The settings as another machine shall read them. What travels is kept by Ray: no secret may be in it."""
     if isinstance(settings, NightlyConfig) and settings.webhook is not None:
-        print(
+        echo(
             "note     nightly.webhook is not sent: its path may be a secret, and Ray keeps a job's settings; the exit "
             "code tells of a failed night",
-            file=sys.stderr,
+            error=True,
         )
         settings = settings.model_copy(update={"webhook": None})
     if isinstance(settings, PackConfig) and Path(settings.source).exists() and settings.source != "digits":
@@ -121,7 +121,7 @@ def _base_name(job: str, settings: Settings, flags: Sequence[str] = ()) -> str:
         identity, place = _identity_and_place(settings, flags)
         return "-".join([job, *([identity[:NAME_DIGITS]] if identity else []), _digest(place)[:PLACE_DIGITS]])
     except (UserError, DamageError, TrackingError) as error:
-        print(f"note     named by its settings, for here {error}", file=sys.stderr)
+        echo(f"note     named by its settings, for here {error}", error=True)
         return f"{job}-{_digest(settings.model_dump_json())[:NAME_DIGITS]}"
 
 

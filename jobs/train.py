@@ -24,6 +24,7 @@ from jobs.signals import on_stop_signal
 from pipeline.config.train import TrainConfig, WorkerConfig
 from pipeline.errors import WorkFailed
 from pipeline.nets import UNet, parameter_count
+from pipeline.terminal import echo
 from pipeline.track import (
     ModelVersion,
     MovingAlias,
@@ -95,15 +96,15 @@ def _train(config: TrainConfig, progress: Progress, alone: bool, again: bool) ->
     key = f"train/{config.name}-{plan.identity}-{config.steps}"
     before = find_run(config.track.experiment, key)
     if before is not None and before.status == "FINISHED" and plan.is_trained:
-        print(f"already trained: {config.name} has all {config.steps} steps; nothing to do")
+        echo(f"already trained: {config.name} has all {config.steps} steps; nothing to do")
         _say_where(before, _version_of(config.name, before.run_id))
         return DONE
     stop = threading.Event()
     with _cluster(config, alone, again), on_stop_signal(stop.set, "saving, then ending"):
         run = _open(plan, key)
         if plan.finished_steps:
-            print(f"goes on from step {plan.finished_steps} of {config.steps}")
-        print(f"run      {run.url}", flush=True)
+            echo(f"goes on from step {plan.finished_steps} of {config.steps}")
+        echo(f"run      {run.url}")
         with _closing(run):
             _work(plan, run, progress, stop, alone)
             checkpoint = latest_checkpoint(plan.store)
@@ -138,7 +139,7 @@ def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
     elif plan.config.gate is not None:
         from jobs.promote import after_training  # what a first model never needs
 
-        print(after_training(plan.config.gate, version), flush=True)
+        echo(after_training(plan.config.gate, version))
     describe(run.run_id, _description(plan, run, version))
     return resolve(version.reference)
 
@@ -257,7 +258,7 @@ def _stopped(run: Run, checkpoint: Checkpoint | None) -> int:
     step = checkpoint.record.step if checkpoint is not None else 0
     set_tags(run.run_id, {"ddpm.stopped_at_step": str(step)})
     finish(run.run_id, "KILLED", f"asked to stop; checkpoint at step {step}")
-    print(f"stopped with a checkpoint at step {step}; the same command goes on from there")
+    echo(f"stopped with a checkpoint at step {step}; the same command goes on from there")
     return STOPPED
 
 
@@ -278,11 +279,11 @@ def _version_of(name: str, run_id: str) -> ModelVersion | None:
 
 
 def _say_where(run: Run, version: ModelVersion | None) -> None:
-    print(f"run      {run.url}")
+    echo(f"run      {run.url}")
     if version is not None:
         names = ", ".join(f"{version.name}@{alias}" for alias in version.aliases)
-        print(f"model    {version.reference}" + (f"  ({names})" if names else ""))
-        print(f"next     ddpm generate model={version.reference} output=… count=…")
+        echo(f"model    {version.reference}" + (f"  ({names})" if names else ""))
+        echo(f"next     ddpm generate model={version.reference} output=… count=…")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pipeline.evaluate.measured import Measured
 from pipeline.evaluate.reference import reference
 from pipeline.generate.model import FoundModel, find_model
 from pipeline.store import open_store
+from pipeline.terminal import echo
 
 
 class Candidate(Settings):
@@ -67,15 +68,15 @@ def run(config: TuneConfig, progress: Progress) -> int:
         tried.append(candidate)
         progress(len(tried), len(asked), _name(candidate.sampler))
     best = recommended(tried, config)
-    print("\n".join(table(tried, best, config.metric)))
+    echo(*table(tried, best, config.metric))
     folder = f"{config.output.rstrip('/')}/{model.name}" + (f"-{model.version}" if model.version else "")
     store = open_store(folder)
     document = [c.model_dump(mode="json") for c in tried]
     store.write("samplers.json", (json.dumps(document, indent=2) + "\n").encode())
     store.write("samplers.png", plot(tried, best, config.metric))
     store.write("preset.yaml", preset(best).encode())
-    print(f"kept     {folder}/samplers.json, samplers.png, preset.yaml")
-    print(f"next     ddpm generate … --config preset.yaml:\n{preset(best)}", end="")
+    echo(f"kept     {folder}/samplers.json, samplers.png, preset.yaml")
+    echo("next     ddpm generate … --config preset.yaml:", *preset(best).splitlines())
     return DONE
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ from jobs.progress import progress_of
 from jobs.shell import DONE, FAILED, guarded, use_running_stack
 from pipeline.generate.regenerate import regenerate
 from pipeline.generate.verify import VerifyReport, discard_damaged, verify
+from pipeline.terminal import echo, echo_json
 
 _SHOWN = 50
 
@@ -46,9 +46,9 @@ def run(
         report.notes.append(f"the records of {len(report.damaged):,} damaged shards are deleted")
     if as_json:
         content = dataclasses.asdict(report) | {"spec": report.spec.model_dump(mode="json"), "ok": report.ok}
-        print(json.dumps(content, indent=2))
+        echo_json(content)
     else:
-        print("\n".join(lines(report, discarded=discard)))
+        echo(*lines(report, discarded=discard))
     return DONE if report.ok else FAILED
 
 

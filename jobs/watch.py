@@ -5,7 +5,6 @@ import difflib
 import json
 import logging
 import re
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from jobs.progress import MARK, Progress, clock, progress_of
 from jobs.shell import DONE, FAILED
 from pipeline.errors import UserError
 from pipeline.redaction import redact
+from pipeline.terminal import echo, echo_json
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 # Said of actors that Ray Data and Ray Train start themselves: each of their pools, and Train's PreemptionWatcher. What
@@ -57,7 +57,7 @@ def follow(client: JobSubmissionClient, name: str) -> int:
     try:
         asyncio.run(_follow(client, name))
     except KeyboardInterrupt:
-        print(f"\ndetached; the job goes on.  look again: ddpm logs -f {name}   end it: ddpm stop {name}")
+        echo("", f"detached; the job goes on.  look again: ddpm logs -f {name}   end it: ddpm stop {name}")
         return DONE
     info = client.get_job_info(name)
     if info.status == JobStatus.SUCCEEDED:
@@ -65,12 +65,12 @@ def follow(client: JobSubmissionClient, name: str) -> int:
     if info.driver_exit_code is not None and info.driver_exit_code > 0:
         return int(info.driver_exit_code)
     if not info.status.is_terminal():
-        print(
+        echo(
             f"error: job {name} goes on, but its output broke off; look again: ddpm logs -f {name}",
-            file=sys.stderr,
+            error=True,
         )
         return FAILED
-    print(f"error: job {name} ended {info.status}: {info.message}", file=sys.stderr)
+    echo(f"error: job {name} ended {info.status}: {info.message}", error=True)
     return FAILED
 
 
@@ -95,9 +95,9 @@ def print_jobs(client: JobSubmissionClient, as_json: bool = False) -> int:
     if as_json:
         facts = ("submission_id", "status", "start_time", "end_time", "message", "driver_exit_code")
         rows = [{name: getattr(info, name) for name in facts} for info in _newest_first(client)]
-        print(json.dumps(rows, indent=2))
+        echo_json(rows)
     else:
-        print("\n".join(job_table(client)))
+        echo(*job_table(client))
     return DONE
 
 
@@ -141,7 +141,7 @@ async def _follow(client: JobSubmissionClient, name: str) -> None:
 def _print_line(line: str) -> None:
     if REMARK.search(line):
         return
-    print(line if sys.stdout.isatty() else ANSI.sub("", line), flush=True)
+    echo(ANSI.sub("", line))
 
 
 async def _lines(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:

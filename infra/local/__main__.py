@@ -12,6 +12,7 @@ from infra.local import processes
 from infra.local.clients import environment, sign_in
 from infra.local.stack import LocalStack
 from pipeline.errors import UserError
+from pipeline.terminal import echo
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,12 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo(f"error: {error}", error=True)
         return 2
 
 
 def _say(line: str) -> None:
-    print(f"{line}\n", end="", flush=True)  # one write: services report from several threads
+    echo(line)  # one write: services report from several threads
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -41,9 +42,9 @@ def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "up":
             stack.up(say=_say)
-            print(*sign_in(options.root), sep="\n")
+            echo(*sign_in(options.root))
         case "down":
-            print(f"ended: {', '.join(stack.down()) or 'nothing was running'}")
+            echo(f"ended: {', '.join(stack.down()) or 'nothing was running'}")
         case "remove":
             stack.remove()
         case "guard":
@@ -51,11 +52,11 @@ def _run(options: argparse.Namespace) -> int:
             stack.remove()
         case "env":
             for name, value in environment(options.root).items():
-                print(f"export {name}={shlex.quote(value)}")
+                print(f"export {name}={shlex.quote(value)}")  # noqa: T201 - secrets, for the shell that asked for them
         case _:
             rows = stack.status()
             for row in rows:
-                print(f"{row.service:<8} {row.state:<14} {row.pid or '-':<8} {row.url:<28} {row.log or ''}")
+                echo(f"{row.service:<8} {row.state:<14} {row.pid or '-':<8} {row.url:<28} {row.log or ''}")
             return int(any(row.state not in ("running", "external") for row in rows))
     return 0
 

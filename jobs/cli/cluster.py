@@ -24,6 +24,7 @@ from jobs.cli.options import (
 from jobs.clusters import use_cluster
 from jobs.sections import SECTIONS
 from jobs.shell import DONE, FAILED, Call, print_settings, settings_of
+from pipeline.terminal import echo
 
 app = typer.Typer()
 submit_app = typer.Typer(help="Run a job on the cluster that RAY_JOB_ADDRESS names.", no_args_is_help=True)
@@ -170,8 +171,8 @@ def replay(
 
         left = replay_all(folder or spool_folder())
         for place, points in left.items():
-            print(f"{place}: {'delivered' if points == 0 else f'{points} points still wait'}")
-        print(f"{len(left)} spools looked at")
+            echo(f"{place}: {'delivered' if points == 0 else f'{points} points still wait'}")
+        echo(f"{len(left)} spools looked at")
         return FAILED if any(left.values()) else DONE
 
     end(work)
@@ -188,9 +189,9 @@ def janitor(
 
         closed = close_stale_runs(idle_minutes=idle_minutes)
         for run in closed:
-            print(f"closed   {run}")
+            echo(f"closed   {run}")
         swept = sweep_spools(spool_folder(), idle_minutes)
-        print(f"{len(closed)} runs closed, {len(swept)} delivered spools removed")
+        echo(f"{len(closed)} runs closed, {len(swept)} delivered spools removed")
         return DONE
 
     end(work)

@@ -8,6 +8,7 @@ import typer
 
 from jobs.cli.options import MACHINE, AsJson, Store, end, examples
 from jobs.shell import DONE, LOCAL
+from pipeline.terminal import echo
 
 app = typer.Typer()
 
@@ -39,8 +40,8 @@ def up(
     def work() -> int:
         words = None if schedule is None else [] if schedule == "off" else shlex.split(schedule)
         LocalStack(LOCAL, store=store, schedule=words).up(say=_say)
-        print(*sign_in(LOCAL), sep="\n")
-        print("next     ddpm pack digits   (or, all at once: ddpm demo)")
+        echo(*sign_in(LOCAL))
+        echo("next     ddpm pack digits   (or, all at once: ddpm demo)")
         return DONE
 
     end(work)
@@ -76,8 +77,8 @@ def down() -> None:
     from infra.local import LocalStack
 
     def work() -> int:
-        print(f"stopped: {', '.join(LocalStack(LOCAL).down()) or 'nothing was running'}")
-        print("next     ddpm up   (goes on with the same data), or ddpm clean   (removes it)")
+        echo(f"stopped: {', '.join(LocalStack(LOCAL).down()) or 'nothing was running'}")
+        echo("next     ddpm up   (goes on with the same data), or ddpm clean   (removes it)")
         return DONE
 
     end(work)
@@ -90,7 +91,7 @@ def clean() -> None:
 
     def work() -> int:
         LocalStack(LOCAL).remove()
-        print(f"removed: {LOCAL}")
+        echo(f"removed: {LOCAL}")
         return DONE
 
     end(work)
@@ -107,4 +108,4 @@ def schema(
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    echo(line)
