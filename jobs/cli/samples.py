@@ -61,6 +61,27 @@ def verify(
 @app.command(
     rich_help_panel=SAMPLES,
     epilog=examples(
+        "ddpm download s3://ddpm/samples/digits ./digits --unpack",
+        "ddpm download s3://ddpm/data/digits ./digits-data",
+    ),
+)
+def download(
+    prefix: Annotated[str, typer.Argument(help="A complete generation, or a data set with an index.")],
+    folder: Annotated[str, typer.Argument(help="Folder of this machine; made if need be.")],
+    unpack: Annotated[
+        bool, typer.Option("--unpack", help="Write the images as files, too, into FOLDER-images.")
+    ] = False,
+    json: AsJson = False,
+) -> None:
+    """Bring a generation or a data set to a folder, every shard checked. Fetches only what is missing."""
+    from jobs.download import run
+
+    end(lambda: run(prefix, folder, unpack, json))
+
+
+@app.command(
+    rich_help_panel=SAMPLES,
+    epilog=examples(
         "ddpm evaluate digits",
         "ddpm evaluate digits --prefix s3://ddpm/samples/of-version-3 --against s3://ddpm/samples/digits",
     ),

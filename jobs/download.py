@@ -1,0 +1,66 @@
+"""Bringing a generation or a data set from a store to a folder of this machine."""
+
+from pathlib import Path
+
+from jobs.progress import progress_of
+from jobs.shell import DONE, use_running_stack
+from pipeline.data.download import Download, download_data_set
+from pipeline.data.location import Location
+from pipeline.errors import UserError
+from pipeline.generate.download import download_generation
+from pipeline.generate.spec import SPEC_KEY
+from pipeline.generate.standing import standing_spec
+from pipeline.store import open_store
+from pipeline.terminal import echo, echo_json
+
+
+def run(prefix: str, folder: str, unpack: bool = False, as_json: bool = False) -> int:
+    """Bring what lies at `prefix`, and say where it is now and what to do next."""
+    use_running_stack()
+    location = Location.of(prefix)
+    store = open_store(location.root)
+    store.require_container()
+    spec = None if location.pattern is not None else standing_spec(store)
+    if spec is None and store.stat(location.index_name) is None:
+        raise UserError(
+            f"{prefix}: neither {SPEC_KEY} of a generation nor {location.index_name} of a data set is there; "
+            f"check the prefix, or index tars that lie there: ddpm index {prefix}"
+        )
+    with progress_of("download", "bytes") as progress:
+        if spec is not None:
+            manifest, made = download_generation(prefix, spec, folder, unpack, progress)
+            count, then = manifest.count, f"ddpm verify {made.folder.root.as_uri()}"
+        else:
+            index, made = download_data_set(prefix, folder, unpack, progress)
+            count = index.num_samples
+            then = f"ddpm inspect {_again(made.folder.root, location.pattern)}"
+    if as_json:
+        echo_json(_facts(made, count))
+    else:
+        echo(*_lines(made, count), f"next     {then}")
+    return DONE
+
+
+def _again(root: Path, pattern: str | None) -> str:
+    """The place of a data set as a word for the shell."""
+    return str(root) if pattern is None else f"'{root}/{pattern}'"
+
+
+def _facts(made: Download, count: int) -> dict[str, object]:
+    return {
+        "folder": str(made.folder.root),
+        "images": count,
+        "bytes": made.total_bytes,
+        "shards_fetched": made.fetched,
+        "shards_kept": made.kept,
+        "unpacked": None if made.images is None else str(made.images.folder.root),
+    }
+
+
+def _lines(made: Download, count: int) -> list[str]:
+    lines = [f"brought  {count:,} images, {made.total_bytes:,} bytes, to {made.folder.root}"]
+    if made.kept:
+        lines.append(f"kept     {made.kept:,} shards that were there; {made.fetched:,} fetched")
+    if made.images is not None:
+        lines.append(f"images   {made.images.folder.root}")
+    return lines
