@@ -7,7 +7,6 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from pipeline.errors import UserError
 from pipeline.store import ObjectInfo, Store
@@ -75,10 +74,19 @@ def _no_glob(name: str) -> bool:
 
 def expand(pattern: str) -> list[str]:
     """`a-{00..02}.{x,y}` written out; numbers keep their width. Raises UserError beyond a million names."""
-    names = list(islice(_expanded(pattern), MAX_EXPANDED + 1))
-    if len(names) > MAX_EXPANDED:
-        raise UserError(f"{pattern}: stands for more than {MAX_EXPANDED} names")
-    return names
+    if _num_expanded(pattern) > MAX_EXPANDED:
+        raise UserError(f"{pattern}: stands for more than {MAX_EXPANDED:,} names; use a wildcard")
+    return list(_expanded(pattern))
+
+
+def _num_expanded(pattern: str) -> int:
+    """How many names a pattern stands for, without writing them out; no more exact than MAX_EXPANDED needs."""
+    total = 1
+    while total <= MAX_EXPANDED and (match := _RANGE.search(pattern) or _CHOICE.search(pattern)):
+        options = max(0, int(match[2]) - int(match[1]) + 1) if match.re is _RANGE else match[1].count(",") + 1
+        total *= options
+        pattern = f"{pattern[: match.start()]}-{pattern[match.end() :]}"
+    return total
 
 
 def _expanded(pattern: str) -> Iterator[str]:

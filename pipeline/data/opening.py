@@ -6,7 +6,6 @@ import glob
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from pydantic_core import from_json
 
@@ -18,6 +17,7 @@ from pipeline.data.location import expand
 from pipeline.data.parquet import ParquetSource, holds_pictures
 from pipeline.data.sources import DigitsSource, FilesSource, Source
 from pipeline.errors import UserError
+from pipeline.store import file_path
 
 KINDS = "give a folder, zip, tar or parquet, a pattern of them, or `digits`"
 _ELSEWHERE = {
@@ -53,7 +53,7 @@ def source_paths(source: str) -> list[Path]:
     """The files or folders that a source names, sorted."""
     scheme = source.partition(":")[0].lower()
     if source.lower().startswith("file:"):
-        source = unquote(urlsplit(source).path)
+        source = str(file_path(source))
     elif scheme in _ELSEWHERE and ":" in source and not Path(source).exists():
         remedy = _ELSEWHERE[scheme].format(source)
         raise UserError(f"source: {source}: pictures are packed from this machine's disk only; {remedy}")

@@ -20,6 +20,7 @@ __all__ = [
     "Store",
     "StoreUnreachable",
     "atomic_file",
+    "file_path",
     "open_store",
     "patiently",
 ]
@@ -45,9 +46,17 @@ def open_store(uri: str) -> Store:
 
         return S3Store(parts.netloc, uri[len("s3://") + len(parts.netloc) :])
     if parts.scheme == "file":
-        if parts.netloc not in ("", "localhost") or not parts.path:
-            raise UserError(f"{uri}: not an absolute path; write file:///directory")
-        return FileStore(Path(unquote(parts.path)))
+        return FileStore(file_path(uri))
     if "://" in uri:
         raise UserError(f"{uri}: unknown scheme {parts.scheme!r}; use s3:// or file://")
     return FileStore(Path(uri))
+
+
+def file_path(uri: str) -> Path:
+    """The path that `file:///path` names. `#` and `?` are part of it, as in a shell, not a fragment or a query; what is
+    written as `%23` is read as `#`. Raises UserError for another machine or a relative path.
+    """
+    host, slash, path = uri.partition("://")[2].partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise UserError(f"{uri}: not an absolute path; write file:///directory")
+    return Path(unquote(f"/{path}"))

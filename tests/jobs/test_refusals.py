@@ -159,3 +159,8 @@ def test_a_pack_that_is_interrupted_says_how_to_go_on(root: Path, monkeypatch: p
     done = CliRunner().invoke(app, ["pack", "source=digits", f"dest={root}/a"])
     assert done.exit_code == 130
     assert "the same command goes on" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["set-*", "what?", "{a,b}"])
+def test_a_destination_that_stands_for_several_places_is_refused(root: Path, name: str) -> None:
+    assert "dest: holds" in refused("pack", "source=digits", f"dest={root}/{name}", "channels=1")

@@ -25,6 +25,15 @@ def test_a_plain_path_and_a_file_uri_are_the_same_store(tmp_path: Path) -> None:
     assert (folder / "x").read_bytes() == b"1"
 
 
+@pytest.mark.parametrize("name", ["a#b", "what?", "100%", "a b", "x#y?z=1", "ü"])
+def test_what_a_file_uri_names_is_the_place_that_is_written_to(tmp_path: Path, name: str) -> None:
+    for uri in (f"file://{tmp_path}/{name}", (tmp_path / name).as_uri(), str(tmp_path / name)):
+        store = open_store(uri)
+        store.write("x", uri.encode())
+        assert (tmp_path / name / "x").read_bytes() == uri.encode()
+        assert open_store(store.uri).uri == store.uri
+
+
 @pytest.mark.parametrize(
     ("uri", "complaint"),
     [
