@@ -7,6 +7,7 @@ command goes on after any interruption. `Download` brings a generation too.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,11 +18,11 @@ from pydantic_core import from_json
 
 from pipeline.data.access import COPY_BYTES, trusted_tag
 from pipeline.data.index import MEMBER, Index, ShardEntry, load_index, read_table
-from pipeline.data.location import Location
+from pipeline.data.location import SUFFIXES, Location
 from pipeline.data.packed import CARD_KEY, REPORT_KEY
 from pipeline.data.spread import by_threads
 from pipeline.data.unpack import ImageFolder, images_of
-from pipeline.errors import DamageError, UserError
+from pipeline.errors import DamageError, NoRoom, UserError
 from pipeline.store import FileStore, ObjectMissing, Store, open_store
 from pipeline.store.folder import Folder
 
@@ -42,6 +43,10 @@ class Piece:
     """The tag it must have, where that is known."""
 
 
+class _Ended(Exception):  # noqa: N818 - what happened is the name
+    """The download ends before this shard is whole."""
+
+
 @dataclass
 class Download:
     """Objects of one store on their way to a folder, several at a time. `progress` is told of bytes."""
@@ -58,6 +63,7 @@ class Download:
     """Where the images go as files, if they are wanted so."""
     _done_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _ended: threading.Event = field(default_factory=threading.Event)
 
     def shards(self, work: Callable[[T], None], items: Iterable[T], remedy: str) -> None:
         """`work` on all items. DamageError, after the others are there, names those that are damaged or gone."""
@@ -67,8 +73,14 @@ class Download:
                 work(item)
             except (DamageError, ObjectMissing) as error:
                 return str(error)
+            except _Ended:
+                return None  # the item that failed raises in its turn
+            except BaseException:
+                self._ended.set()  # so that the other threads do not go on to the end of their shards
+                raise
             return None
 
+        require_room(self.folder, self.total_bytes)
         self._tell(0)
         found: list[str] = []
         number = 0
@@ -120,6 +132,8 @@ class Download:
                     sha256.update(chunk)
                     size += len(chunk)
                     self._tell(len(chunk))
+                    if self._ended.is_set():
+                        raise _Ended
                 if (size, sha256.hexdigest()) != (piece.size_bytes, piece.sha256):
                     raise DamageError(
                         f"{self.store.uri}/{piece.key}: is damaged: its size or sha256 is not the recorded one"
@@ -134,6 +148,17 @@ class Download:
             self.fetched += fetched
             self.kept += kept
             self.progress(self._done_bytes, self.total_bytes)
+
+
+def require_room(folder: Folder, total_bytes: int) -> None:
+    """Raise NoRoom, before anything is fetched, where what is still to come cannot fit."""
+    free = shutil.disk_usage(folder.root).free
+    there = sum(path.lstat().st_size for path in folder.root.rglob("*") if path.name.endswith(SUFFIXES))
+    if total_bytes - there > free:
+        raise NoRoom(
+            f"{folder.root}: {total_bytes - there:,} bytes are still to come and {free:,} are free; make room there, "
+            "or choose another folder"
+        )
 
 
 def local_folder(place: str, store: Store) -> Path:

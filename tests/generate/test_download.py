@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -13,12 +15,13 @@ import pytest
 from jobs.download import run
 from jobs.shell import DONE, FAILED, REFUSED, guarded
 from pipeline.data import Index, ShardEntry, build_index, load_index, read_forward, read_shard
+from pipeline.data.download import Download, Piece
 from pipeline.data.images import ImageShape, decode
 from pipeline.data.index import content_digest
 from pipeline.data.unpack import folder_names
 from pipeline.errors import DamageError, NoRoom, UserError
 from pipeline.generate.verify import verify
-from pipeline.store import open_store
+from pipeline.store import FileStore, StoreUnreachable, open_store
 from pipeline.store.base import TEMP_PREFIX
 from pipeline.store.folder import MARKER, Folder
 from tests.data.making import sixty, small_set
@@ -310,6 +313,55 @@ def test_a_name_from_a_bucket_leads_nowhere_else(packed: Path, name: str) -> Non
     (packed / "index.json").write_text(json.dumps(document))
     assert guarded(lambda: run(str(packed), "here")) == FAILED
     assert files(Path("here")) == {}
+
+
+def leave_free(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage
+
+    def told(path: Path) -> object:
+        return usage(path)._replace(free=num_bytes)
+
+    monkeypatch.setattr(shutil, "disk_usage", told)
+
+
+def test_what_cannot_fit_is_refused_before_a_shard_is_fetched(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_free(30_000, monkeypatch)
+    with pytest.raises(NoRoom, match=r"here: [0-9,]+ bytes are still to come and 30,000 are free; make room"):
+        run(str(source), "here")
+    assert list(Path("here").rglob("*.tar")) == []
+
+
+def test_what_is_there_needs_no_room(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(str(source), "here")
+    leave_free(0, monkeypatch)
+    assert run(str(source), "here") == DONE
+
+
+class Endless(FileStore):
+    """One object fails after a while, the others never end."""
+
+    def open(self, key: str, *, start: int = 0, etag: str | None = None) -> BinaryIO:
+        class Stream(BytesIO):
+            asked = 0
+
+            def read(self, size: int | None = -1) -> bytes:
+                self.asked += 1
+                if key == "fails" and self.asked == 100:
+                    raise StoreUnreachable("away")
+                return b"x"
+
+        return Stream()
+
+
+def test_an_outage_in_one_shard_ends_the_others_at_once(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "here")
+    download = Download(Endless(tmp_path), folder, 1, lambda done, total: None)
+    pieces = [Piece(key, 1 << 40, "0" * 64) for key in ("fails", "goes-on")]
+    with pytest.raises(StoreUnreachable):
+        download.shards(download.bring, pieces, "")
+    assert list(folder.root.iterdir()) == []
 
 
 def test_an_index_that_gives_a_shard_its_own_name_is_refused(packed: Path) -> None:
