@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -223,7 +224,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())
+        document = from_json(path.read_bytes())  # unlike the json module's, it refuses nesting without end
     except FileNotFoundError:
         raise UserError(f"{path}: missing; name a directory written by diffusers") from None
     except ValueError as error:

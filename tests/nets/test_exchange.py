@@ -285,6 +285,14 @@ def test_notes_that_disagree_with_the_diffusers_files_are_refused(tmp_path: Path
         import_diffusers(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":', "[1]", "\x00"])
+def test_a_config_that_is_no_json_object_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    export_small(tmp_path)
+    (tmp_path / "unet" / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: not (a )?JSON"):
+        import_diffusers(tmp_path)
+
+
 def test_pickled_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
     export_small(tmp_path)
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
