@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from pipeline.config.base import Settings
 
@@ -80,16 +80,6 @@ class PackConfig(Settings):
 
     num_threads: Annotated[int, Field(ge=1, le=256)] = 4
     """Pictures and shards worked on at a time. Changes no byte of the result."""
-
-    @field_validator("dest")
-    @classmethod
-    def _is_one_place(cls, dest: str) -> str:
-        """Readers take these characters for patterns of shards."""
-        if found := sorted(set(dest) & set("{*?")):
-            raise ValueError(
-                f"holds {' and '.join(found)}, which stand for several places; name one without them"
-            )
-        return dest
 
 
 class DataConfig(Settings):

@@ -28,7 +28,7 @@ from pipeline.data.index import (
     read_table,
     table_hash,
 )
-from pipeline.data.location import SUFFIXES
+from pipeline.data.location import SUFFIXES, Location
 from pipeline.data.plan import PackPlan, PackReport, PackUnit, settings_digest
 from pipeline.data.scan import index_shard
 from pipeline.errors import DamageError, UserError
@@ -82,8 +82,13 @@ class PackedSource(Settings):
 def look_at_place(config: PackConfig) -> PlanDocument | None:
     """The plan that stands at the destination, or None for an empty place.
 
-    Raises UserError, before any picture is read, when it is of other settings or no pack's.
+    Raises UserError, before any picture is read, when it is of other settings or no pack's, and for an address that
+    readers would take for a pattern of shards.
     """
+    if Location.of(config.dest).pattern is not None:
+        raise UserError(
+            f"dest: {config.dest} would be read as a pattern of shards; name it without {{, *, ? and .tar"
+        )
     store = open_store(config.dest)
     store.require_container()
     plan = _plan_there(store)

@@ -114,8 +114,8 @@ def test_a_network_that_is_not_there_is_refused_or_skipped_as_told(digits: str, 
     there = FeatureNetworkConfig(uri=f"{digits}/features/classifier.json")
     config = settings(tiny_model(tmp_path / "model"), str(tmp_path / "out"), features=there)
     lacking = config.model_copy(update={"features": FeatureNetworkConfig(uri=f"{tmp_path}/classifier.json")})
-    assert _with_network(config) == config
-    assert _with_network(config.model_copy(update={"features_missing": "skip"})).features == there
-    assert _with_network(lacking.model_copy(update={"features_missing": "skip"})).features is None
+    assert _with_network(config, None) == config
+    assert _with_network(config.model_copy(update={"features_missing": "skip"}), None).features == there
+    assert _with_network(lacking.model_copy(update={"features_missing": "skip"}), None).features is None
     with pytest.raises(UserError, match="ddpm features train"):
-        _with_network(lacking)
+        _with_network(lacking, None)

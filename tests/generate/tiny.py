@@ -15,9 +15,9 @@ from pipeline.generate.finish import publish
 from pipeline.generate.ledger import Harvest
 from pipeline.generate.maker import ShardMaker
 from pipeline.generate.manifest import MANIFEST_KEY
-from pipeline.generate.model import FoundModel, find_model
+from pipeline.generate.model import FoundModel, pin
 from pipeline.generate.plan import DONE_PREFIX, shards
-from pipeline.generate.spec import SPEC_KEY, Spec, make_spec, pretty
+from pipeline.generate.spec import SPEC_KEY, Spec, pretty
 from pipeline.nets.artifact import ImageShape, ModelCard, TrainingData, build_model, save_model
 from pipeline.nets.unet import seeded_init
 from pipeline.store import Store, open_store
@@ -81,8 +81,8 @@ def settings(model: Path, output: str, **more: object) -> GenerateConfig:
 
 def plan_of(config: GenerateConfig) -> tuple[Spec, FoundModel]:
     """The spec that settings ask of their model, and the model."""
-    model = find_model(config.model)
-    return make_spec(config, model.card), model
+    model, spec = pin(config)
+    return spec, model
 
 
 def maker_of(config: GenerateConfig) -> ShardMaker:
