@@ -16,10 +16,20 @@ from infra.local.s3 import PORTS as S3_PORTS
 from infra.local.s3 import s3_service
 from infra.local.schedule import schedule_service
 from infra.local.service import Service, start, wait_until_ready
-from infra.local.state import ServiceRecord, State, StoreKind, locked, own_root, read_state, write_state
+from infra.local.state import (
+    STATE_FILES,
+    ServiceRecord,
+    State,
+    StoreKind,
+    locked,
+    own_root,
+    read_state,
+    write_state,
+)
 from pipeline.errors import UserError
 
 ALL_PORTS = (*S3_PORTS, *MLFLOW_PORTS, *ray.PORTS)
+_OWN_FOLDERS = ("s3", "mlflow", "mlflow-file", "files", "logs", "secrets")
 _NODE = "ray-node-"
 _GRACE_SECONDS = 30.0  # for a running service to answer: on a busy machine late is not hung
 
@@ -142,10 +152,17 @@ class LocalStack:
             self._forget(node.name)
 
     def remove(self) -> None:
-        """Down, and all data, logs and secrets removed."""
+        """Down, and the stack's data, logs and secrets removed. Other files in its folder stay: where the working
+        directory is a home, `.local` is not the stack's alone.
+        """
         self.down()
         ray.remove_temp_dir(self.root)
-        shutil.rmtree(self.root, ignore_errors=True)
+        for name in _OWN_FOLDERS:
+            shutil.rmtree(self.root / name, ignore_errors=True)
+        for name in STATE_FILES:
+            (self.root / name).unlink(missing_ok=True)
+        if self.root.is_dir() and not any(self.root.iterdir()):
+            self.root.rmdir()
 
     def _own_environment(self, state: State | None) -> dict[str, str]:
         managed = clients.client_variables(self.root, state) if state and state.ports else {}

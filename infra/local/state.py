@@ -15,6 +15,8 @@ from pipeline.errors import UserError
 from pipeline.private import open_private, private_folder, read_private, require_own
 
 _MOST_BYTES = 1 << 20
+STATE_FILES = ("stack.json", "stack.json.new", "stack.lock")
+"""What this module writes into the stack's folder."""
 StoreKind = Literal["s3", "file"]
 
 

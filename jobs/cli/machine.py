@@ -91,7 +91,10 @@ def clean() -> None:
 
     def work() -> int:
         LocalStack(LOCAL).remove()
-        echo(f"removed: {LOCAL}")
+        others = sorted(path.name for path in LOCAL.iterdir()) if LOCAL.is_dir() else []
+        echo(f"removed: the stack's data, logs and keys in {LOCAL}")
+        if others:
+            echo(f"note     {LOCAL} stays: it also holds {', '.join(others[:5])}")
         return DONE
 
     end(work)

@@ -217,3 +217,18 @@ def test_ray_s_folder_is_refused_where_another_user_made_it(
     as_another_user()
     with pytest.raises(UserError, match="belongs to"):
         ray._prepare(tmp_path / "root")
+
+
+def test_what_else_lies_in_the_stacks_folder_survives_its_removal(tmp_path: Path) -> None:
+    root = tmp_path / ".local"
+    root.mkdir(mode=0o700)
+    write_state(root, State(store="file"))
+    for name in ("secrets/ray-token", "logs/s3.log", "share/notes.txt"):
+        (root / name).parent.mkdir(mode=0o700)
+        (root / name).write_text("x")
+    LocalStack(root, environ={}).remove()
+    assert [path.relative_to(root).as_posix() for path in root.rglob("*")] == ["share", "share/notes.txt"]
+    (root / "share/notes.txt").unlink()
+    (root / "share").rmdir()
+    LocalStack(root, environ={}).remove()
+    assert not root.exists()
