@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic_core import from_json
 
+from pipeline.config.bounds import checked_name
 from pipeline.config.data import PackConfig
 from pipeline.data.archives import TARS, TarFiles
 from pipeline.data.files import Files, FolderFiles, ManyFiles, ZipFiles, is_hidden
@@ -39,6 +40,11 @@ def open_source(config: PackConfig) -> Source:
     Pickled, a source is its settings: where it arrives it is opened again, once a process.
     """
     source = DigitsSource() if config.source == "digits" else _opened(config, source_paths(config.source))
+    for name in source.class_names or ():
+        try:
+            checked_name(name)  # else no model trained on them could hold it
+        except ValueError as error:
+            raise UserError(f"source: {config.source}: class name {name[:80]!r} {error}") from None
     source.config = config
     return source
 

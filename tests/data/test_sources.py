@@ -133,6 +133,15 @@ def test_names_that_are_not_utf8_are_packed(tmp_path: Path) -> None:
     assert read_item(found, 0) == encoded(picture(1))
 
 
+@pytest.mark.parametrize("name", ["cat\ndog", "\x1b[31mred"])
+def test_a_class_name_that_no_model_could_hold_is_refused(tmp_path: Path, name: str) -> None:
+    put(tmp_path, "ant/1.png")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "2.png").write_bytes(encoded(picture(2)))
+    with pytest.raises(UserError, match=r"class name .* rename it"):
+        opened(tmp_path)
+
+
 def test_what_is_left_out_is_counted_by_kind(tmp_path: Path) -> None:
     put(tmp_path, "cat/1.png", "dog/2.gif", "dog/3.jfif", "dog/4.npy", ".cache/5.png")
     put(tmp_path, "cat/a.heic", "cat/b.heic", "notes.txt", "LICENSE", "x.parquet", ".DS_Store", data=b"x")
