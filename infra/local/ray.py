@@ -131,15 +131,18 @@ def cluster_settings(token: Path) -> dict[str, str]:
 
 
 def temp_dir(root: Path) -> Path:
-    """Ray's folder for sockets and logs: short, because socket paths must be, and of this root only."""
+    """Ray's folder for sockets and logs: short, because socket paths must be, and of this root only.
+
+    Ray opens its folder to everybody (mode 777), so it lies in one that is this user's alone.
+    """
     base = tempfile.gettempdir()
-    name = f"ddpm-{hashlib.sha256(str(root).encode()).hexdigest()[:10]}"
+    name = f"ddpm-{hashlib.sha256(str(root).encode()).hexdigest()[:10]}/ray"
     return Path(base if len(base) <= _LONGEST_TEMP_DIR - len(name) - 1 else "/tmp") / name
 
 
 def remove_temp_dir(root: Path) -> None:
     """Remove Ray's folder; the cluster must be down."""
-    shutil.rmtree(temp_dir(root), ignore_errors=True)
+    shutil.rmtree(temp_dir(root).parent, ignore_errors=True)
 
 
 def check_cluster(url: str, token: str | None) -> None:
@@ -181,7 +184,7 @@ def _headers(token: str) -> dict[str, str]:
 
 
 def _prepare(root: Path) -> None:
-    folder = private_folder(temp_dir(root))
+    folder = private_folder(temp_dir(root).parent)
     # Each start leaves a folder with logs and sockets; the last one may still be wanted for its logs.
     for session in sorted(folder.glob("session_2*"))[:-1]:
         shutil.rmtree(session, ignore_errors=True)

@@ -212,7 +212,9 @@ def test_ray_s_folder_is_refused_where_another_user_made_it(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(ray, "_LONGEST_TEMP_DIR", 1000)
-    ray.temp_dir(tmp_path / "root").mkdir(mode=0o700)
+    ray._prepare(tmp_path / "root")
+    ray.temp_dir(tmp_path / "root").mkdir(mode=0o777)
+    ray.temp_dir(tmp_path / "root").chmod(0o777)  # as Ray does
     ray._prepare(tmp_path / "root")
     as_another_user()
     with pytest.raises(UserError, match="belongs to"):

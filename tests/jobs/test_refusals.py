@@ -123,6 +123,7 @@ def test_missing_buckets_data_models_and_servers_are_refused_by_name(
         assert f"MLflow at {NOWHERE}: no answer" in given_up("train", "digits", data, runs)
     with monkeypatch.context() as wrong:
         wrong.setenv("RAY_JOB_ADDRESS", NOWHERE)
+        wrong.delenv("RAY_API_SERVER_ADDRESS", raising=False)
         assert NOWHERE in given_up("train", "digits", data, runs)
         assert NOWHERE in given_up("submit", "train", "digits", data, runs)
     with monkeypatch.context() as wrong:

@@ -77,7 +77,13 @@ def test_only_the_program_and_its_settings_travel(tmp_path: Path) -> None:
     from jobs.submit import _stage  # pyright: ignore[reportPrivateUsage]
 
     _stage(tmp_path, "train: {}\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"pipeline", "jobs", "infra", "settings.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "pipeline",
+        "jobs",
+        "infra",
+        "settings.yaml",
+        "launch.sh",
+    }
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix == ".pyc" or path.name.startswith(".")]
     assert sum(path.stat().st_size for path in files) < 2_000_000
