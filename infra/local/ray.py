@@ -184,7 +184,8 @@ def _headers(token: str) -> dict[str, str]:
 
 
 def _prepare(root: Path) -> None:
-    folder = private_folder(temp_dir(root).parent)
+    folder = temp_dir(root)
+    private_folder(folder.parent)
     # Each start leaves a folder with logs and sockets; the last one may still be wanted for its logs.
     for session in sorted(folder.glob("session_2*"))[:-1]:
         shutil.rmtree(session, ignore_errors=True)

@@ -215,7 +215,10 @@ def test_ray_s_folder_is_refused_where_another_user_made_it(
     ray._prepare(tmp_path / "root")
     ray.temp_dir(tmp_path / "root").mkdir(mode=0o777)
     ray.temp_dir(tmp_path / "root").chmod(0o777)  # as Ray does
+    for number in range(3):
+        (ray.temp_dir(tmp_path / "root") / f"session_2026-{number}").mkdir()
     ray._prepare(tmp_path / "root")
+    assert [path.name for path in ray.temp_dir(tmp_path / "root").iterdir()] == ["session_2026-2"]
     as_another_user()
     with pytest.raises(UserError, match="belongs to"):
         ray._prepare(tmp_path / "root")
