@@ -23,6 +23,7 @@ OBJECT_STORE_BYTES = 512 * 2**20
 # store on every address). This switch, meant for other systems, says "one machine": then all of Ray stays on
 # loopback. Clients need it too, to find their own node.
 LOOPBACK_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_STARTS = 3  # on a busy machine head and nodes may miss a time limit of Ray's own (30 s, which cannot be set)
 _LONGEST_TEMP_DIR = 30  # socket paths end at 107 bytes, and Ray adds 70 to its folder
 
 
@@ -55,8 +56,7 @@ def ray_service(
         ports=PORTS,
         is_ready=lambda: _is_head_up(url, token),
         start_seconds=180,
-        # On a machine with much else to do the head misses a time limit of Ray's own (30 s, not to be set) and ends.
-        starts=3,
+        starts=_STARTS,
         prepare=lambda: _prepare(root),
         # The head must not take itself for a client of the cluster it is about to be.
         unset=("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE"),
@@ -88,6 +88,7 @@ def node_service(
         ports=(),
         is_ready=lambda: bool(_nodes_at(address, head.url, token) - before),
         start_seconds=180,
+        starts=_STARTS,
         unset=head.unset,
     )
 
