@@ -39,7 +39,7 @@ def settle_address(environ: MutableMapping[str, str] = os.environ) -> None:
         )
     for other, value in others:
         if value != address:
-            echo(f"note     {variable} {redact(address)} is used; {other} names {redact(value)}", error=True)
+            echo(f"note     {variable} {address} is used; {other} names {value}", error=True)
     environ[ADDRESS_VARIABLE] = environ[RAYS_VARIABLE] = address
     settle_token(environ)
 

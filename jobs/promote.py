@@ -173,15 +173,15 @@ def rollback(name: str, alias: str = "champion", to: int | None = None) -> int:
     if champion is None:
         raise UserError(f"model {name!r}: has no {alias}; see its versions in the registry")
     office = MovingAlias(name, alias)
-    moves = office.look().moves
-    last = moves[max(moves)] if moves else None
+    seen = office.look()
+    last = seen.last
     back = last if last is not None and last.kind == "rollback" and last.after == champion.version else None
     if to == champion.version or (to is None and back is not None):
         if back is not None:
             _note_rollback(back, name)
         echo(f"nothing to do: {_already(champion, back, alias)}")
         return DONE
-    before = to or _predecessor(champion, moves)
+    before = to or _predecessor(champion, seen.moves)
     if before is None:
         raise UserError(f"model {champion.reference}: replaced no one, so there is no version to go back to")
     previous = resolve(f"{name}/{before}")

@@ -123,4 +123,5 @@ def report_crash(kind: type[BaseException], error: BaseException, trace: Traceba
     if as_json() and issubclass(kind, Exception):
         logging.getLogger("pipeline").critical("%s", error, exc_info=(kind, error, trace))
     else:
+        # the whole first: a private key spans lines
         echo(*redact("".join(traceback.format_exception(kind, error, trace))).splitlines(), error=True)

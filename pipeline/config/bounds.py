@@ -10,6 +10,7 @@ MAX_SHARDS = 10_000_000
 """Shards of a generation: a job keeps a few bytes of each in memory."""
 MAX_IMAGES_A_SHARD = 1_000_000
 MAX_CLASSES = 1_000_000
+"""As many as a network's `num_classes` may be."""
 _MAX_NAME = 256
 
 

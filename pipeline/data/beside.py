@@ -41,6 +41,21 @@ class Beside:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Search:
+    """What is searched for labels, and for which."""
+
+    names: Sequence[FileName]
+    pictures: Sequence[int]
+    """Numbers of the pictures among `names`."""
+    read: Read
+    column: str | None
+    """The field that the user named."""
+    where: str
+    number_of: Mapping[FileName, int]
+    """The numbers of `names`."""
+
+
 def labels_beside(
     names: Sequence[FileName], pictures: Sequence[int], read: Read, column: str | None, where: str
 ) -> Beside | None:
@@ -50,8 +65,9 @@ def labels_beside(
     `pictures` are the numbers of the pictures among `names`. Raises UserError for damaged label files.
     """
     number_of = {name: number for number, name in enumerate(names)}
+    search = _Search(names, pictures, read, column, where, number_of)
     for find in (_dataset_json, _tables, _sidecars):
-        found = find(number_of, names, pictures, read, column, where)
+        found = find(search)
         if found is not None:
             return found
     if column is not None:
@@ -70,20 +86,13 @@ def class_list(names: Sequence[FileName], read: Read, where: str) -> tuple[str, 
     return None
 
 
-def _dataset_json(
-    number_of: Mapping[FileName, int],
-    names: Sequence[FileName],
-    pictures: Sequence[int],
-    read: Read,
-    column: str | None,
-    where: str,
-) -> Beside | None:
-    files = [name for name in names if PurePosixPath(name.path).name == "dataset.json"]
+def _dataset_json(search: _Search) -> Beside | None:
+    files = [name for name in search.names if PurePosixPath(name.path).name == "dataset.json"]
     labels: dict[FileName, Any] = {}
     used: set[int] = set()
     for file in files:
-        number = number_of[file]
-        content = _json(read(number), f"{where}: {file.whole}")
+        number = search.number_of[file]
+        content = _json(search.read(number), f"{search.where}: {file.whole}")
         if not isinstance(content, dict) or "labels" not in content:
             continue
         used.add(number)
@@ -94,62 +103,52 @@ def _dataset_json(
                 labels[_neighbour(file, str(name))] = value
         except (TypeError, ValueError):
             raise UserError(
-                f"source: {where}: {file.whole}: labels must be pairs of a file name and a class"
+                f"source: {search.where}: {file.whole}: labels must be pairs of a file name and a class"
             ) from None
-    if not used or column is not None:
+    if not used or search.column is not None:
         return None
-    return Beside("dataset.json", [labels.get(names[i]) for i in pictures], False, used)
+    return Beside("dataset.json", [labels.get(search.names[i]) for i in search.pictures], False, used)
 
 
-def _tables(
-    number_of: Mapping[FileName, int],
-    names: Sequence[FileName],
-    pictures: Sequence[int],
-    read: Read,
-    column: str | None,
-    where: str,
-) -> Beside | None:
-    files = [name for name in names if PurePosixPath(name.path).name in TABLES]
+def _tables(search: _Search) -> Beside | None:
+    files = [name for name in search.names if PurePosixPath(name.path).name in TABLES]
     rows: dict[FileName, dict[str, Any]] = {}
     for file in files:
-        for row in _rows(file, read(number_of[file]), where):
+        for row in _rows(file, search.read(search.number_of[file]), search.where):
             key = next((f for f in _FILE_FIELDS if f in row), None)
             if key is None:
                 raise UserError(
-                    f"source: {where}: {file.whole} has no column file_name; it has: {', '.join(row)[:300]}"
+                    f"source: {search.where}: {file.whole} has no column file_name; it has: {', '.join(row)[:300]}"
                 )
             rows[_neighbour(file, str(row.pop(key)))] = row
     if not rows:
         return None
     fields = {field for row in rows.values() for field in row}
-    if column is not None and column not in fields and _has_sidecars(names):
+    if search.column is not None and search.column not in fields and _has_sidecars(search.names):
         return None
     title = PurePosixPath(files[0].path).name
-    field = choose_field(column, filter(is_label_field, fields), fields, f"{where}: {title}")
+    field = choose_field(search.column, filter(is_label_field, fields), fields, f"{search.where}: {title}")
     if field is None:
         return None
-    absent = sum(name not in number_of for name in rows)
+    absent = sum(name not in search.number_of for name in rows)
     notes = (f"{title} names {absent} pictures that are not there",) if absent else ()
-    values = [rows.get(names[i], {}).get(field) for i in pictures]
-    return Beside(f"{title}, {field}", values, column is not None, {number_of[f] for f in files}, notes)
+    values = [rows.get(search.names[i], {}).get(field) for i in search.pictures]
+    return Beside(
+        f"{title}, {field}", values, search.column is not None, {search.number_of[f] for f in files}, notes
+    )
 
 
-def _sidecars(
-    number_of: Mapping[FileName, int],
-    names: Sequence[FileName],
-    pictures: Sequence[int],
-    read: Read,
-    column: str | None,
-    where: str,
-) -> Beside | None:
-    if not _has_sidecars(names):
+def _sidecars(search: _Search) -> Beside | None:
+    if not _has_sidecars(search.names):
         return None
-    beside = [_sidecar_numbers(names[i], number_of) for i in pictures]
-    for kind in SIDECARS[:2] if column is None else ():
+    beside = [_sidecar_numbers(search.names[i], search.number_of) for i in search.pictures]
+    for kind in SIDECARS[:2] if search.column is None else ():
         if any(kind in found for found in beside):
             used = {found[kind] for found in beside if kind in found}
             values = [
-                _short(read(f[kind]), f"{where}: {names[f[kind]].whole}") if kind in f else None
+                _short(search.read(f[kind]), f"{search.where}: {search.names[f[kind]].whole}")
+                if kind in f
+                else None
                 for f in beside
             ]
             return Beside(f".{kind} files", values, False, used)
@@ -157,20 +156,24 @@ def _sidecars(
     fields: set[str] = set()
     for found in beside:
         content = (
-            flattened(_json(read(found["json"]), f"{where}: {names[found['json']].whole}"))
+            flattened(
+                _json(search.read(found["json"]), f"{search.where}: {search.names[found['json']].whole}")
+            )
             if "json" in found
             else {}
         )
         fields.update(list(content)[:1000] if len(fields) < 1000 else ())
-        contents.append({k: v for k, v in content.items() if k == column or is_label_field(k)})
-    held = {k for content in contents for k, value in content.items() if value is not None or k == column}
+        contents.append({k: v for k, v in content.items() if k == search.column or is_label_field(k)})
+    held = {
+        k for content in contents for k, value in content.items() if value is not None or k == search.column
+    }
     if not fields:
         return None
-    field = choose_field(column, held, fields, f"{where}: the .json files")
+    field = choose_field(search.column, held, fields, f"{search.where}: the .json files")
     if field is None:
         return None
     used = {found["json"] for found in beside if "json" in found}
-    return Beside(f".json files, {field}", [c.get(field) for c in contents], column is not None, used)
+    return Beside(f".json files, {field}", [c.get(field) for c in contents], search.column is not None, used)
 
 
 def _has_sidecars(names: Sequence[FileName]) -> bool:

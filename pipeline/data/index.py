@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from pipeline.config.bounds import MAX_CLASSES
 from pipeline.config.document import first_fault
 from pipeline.data.images import ImageShape
 from pipeline.data.location import Location
@@ -29,8 +30,6 @@ from pipeline.store.base import checked_key
 FORMAT = 1
 PLAN_KEY = "pack-plan.json"
 """Beside the shards that `ddpm pack` makes: written before the first of them, and kept."""
-MAX_CLASSES = 1_000_000
-"""As many as a network's `num_classes` may be."""
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")])
 """A sample's image: where its bytes lie in the (decompressed) tar, their CRC-32, and its class or -1."""

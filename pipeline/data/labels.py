@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pipeline.data.index import MAX_CLASSES
+from pipeline.config.bounds import MAX_CLASSES
 from pipeline.errors import UserError
 
 MAX_NAME = 200

@@ -101,7 +101,7 @@ def pack(config: PackConfig, progress: Progress | None = None, spread: SpreadFor
         listing = plans[0].listing if plans[0] is not None else None
         all_packed = config.on_unreadable == "fail" and config.on_small != "skip"
         if all_packed and listing not in (None, listing_digest(source.items, source.class_names)):
-            raise other_pack(config)
+            raise other_pack(config.dest)
         reports = _pack(config, source, seen, _Steps(2 * len(source.items), progress), spread)
     return reports[0] if len(reports) == 1 else replace(reports[0], held_out=reports[1])
 

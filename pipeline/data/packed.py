@@ -98,13 +98,13 @@ def look_at_place(config: PackConfig) -> PlanDocument | None:
             raise UserError(f"dest: {config.dest} holds other data ({strange}); choose an empty place")
         return None
     if plan.settings not in (None, settings_digest(config)):
-        raise other_pack(config)
+        raise other_pack(config.dest)
     return plan
 
 
-def other_pack(config: PackConfig) -> UserError:
+def other_pack(dest: str) -> UserError:
     """The refusal of a place that is taken."""
-    return UserError(f"dest: {config.dest} holds a pack of other pictures or settings; choose an empty place")
+    return UserError(f"dest: {dest} holds a pack of other pictures or settings; choose an empty place")
 
 
 def begin_pack(store: Store, plan: PackPlan) -> None:
@@ -120,16 +120,10 @@ def begin_pack(store: Store, plan: PackPlan) -> None:
         CLAIMS,
         document.model_dump_json(exclude_none=True),
         read,
-        lambda text: void(store.write(PLAN_KEY, text.encode() + b"\n")),
+        lambda text: store.write(PLAN_KEY, text.encode() + b"\n"),
     )
     if PlanDocument.model_validate_json(stands).digest != plan.digest:
-        raise UserError(
-            f"dest: {store.uri} holds a pack of other pictures or settings; choose an empty place"
-        )
-
-
-def void(result: object) -> None:
-    """Forget a result where none is expected."""
+        raise other_pack(store.uri)
 
 
 def refuse_strays(config: PackConfig, plan: PackPlan) -> None:
@@ -168,7 +162,7 @@ def completed(config: PackConfig, plan: PackPlan) -> PackReport | None:
     if there is None:
         return None
     if there.digest != plan.digest:
-        raise other_pack(config)
+        raise other_pack(config.dest)
     if store.stat(REPORT_KEY) is None:
         return None
     try:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.config.bounds import MAX_CLASSES
 from pipeline.config.data import PackConfig
 from pipeline.data.colour import CONVERTED
 from pipeline.data.images import ImageShape
-from pipeline.data.index import MAX_CLASSES
 from pipeline.data.picture import SMALL, Fact
 from pipeline.data.sources import Item, Source
 from pipeline.errors import UserError

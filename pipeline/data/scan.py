@@ -11,9 +11,10 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from pydantic_core import from_json
 
+from pipeline.config.bounds import MAX_CLASSES
 from pipeline.data.hashing import HashingReader
 from pipeline.data.images import EXTENSIONS, ImageShape, decode, probe
-from pipeline.data.index import MAX_CLASSES, MEMBER, MemberTable, ShardEntry, table_hash
+from pipeline.data.index import MEMBER, MemberTable, ShardEntry, table_hash
 from pipeline.data.moments import Moments, add_moments, moments_of
 from pipeline.data.shards import GZIP_MAGIC, Parts, plain_stream, read_samples
 from pipeline.errors import DamageError

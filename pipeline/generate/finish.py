@@ -5,7 +5,6 @@ writes it looks at again, and what it deletes belongs to counts smaller than its
 """
 
 from pipeline.errors import DamageError
-from pipeline.generate.claim import clear_claims
 from pipeline.generate.completeness import Completeness, check_complete
 from pipeline.generate.contact import grid, png
 from pipeline.generate.gallery import labels_of, pictures, rows_of
@@ -13,9 +12,10 @@ from pipeline.generate.heartbeat import JOBS_PREFIX, clear_heartbeats
 from pipeline.generate.ledger import Harvest, gather, survey
 from pipeline.generate.manifest import Manifest, make_entries, make_manifest, read_manifest, write_manifest
 from pipeline.generate.report import CONTACT_KEY, REPORT_KEY, render
-from pipeline.generate.spec import Spec
+from pipeline.generate.spec import CLAIM_PREFIX, Spec
 from pipeline.generate.standing import raise_count
 from pipeline.store import ObjectMissing, Store, StoreUnreachable
+from pipeline.store.claim import clear_claims
 
 _ATTEMPTS = 100
 
@@ -95,7 +95,7 @@ def sweep(store: Store, spec: Spec) -> None:
     """
     for key in survey(store, spec).superseded:
         store.delete(key)
-    clear_claims(store)
+    clear_claims(store, CLAIM_PREFIX)
     clear_heartbeats(store)
 
 

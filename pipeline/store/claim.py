@@ -9,7 +9,8 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Generic, TypeVar
 
 from pydantic import Field
 
@@ -19,11 +20,12 @@ from pipeline.config.document import parse_document
 from pipeline.consensus import Word
 from pipeline.store.base import ObjectMissing, Store, StoreUnreachable
 
+V = TypeVar("V")
 _Round = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class Claim(Settings):
-    """One job's word on which value shall stand. Rounds are told apart by their number, then by the job's name."""
+    """One job's word on which text shall stand. Rounds are told apart by their number, then by the job's name."""
 
     round: _Round
     """The last round the job has called; it will not go back behind it."""
@@ -33,20 +35,74 @@ class Claim(Settings):
     """What it spoke for then."""
 
 
-def agree(
-    store: Store, prefix: str, own_value: str, read: Callable[[], str | None], write: Callable[[str], None]
-) -> str:
-    """The value that stands: `own_value`, or that of another job which was first.
+@dataclass(frozen=True)
+class Claims(Generic[V]):
+    """The board of the jobs at a prefix: an object for each word, and the answer wherever `read` finds it."""
 
-    `read` looks whether one stands already, `write` makes one stand. Whoever returns, returns the same, and `read`
-    finds it by then. Raises StoreUnreachable in the unlikely case that jobs keep talking over each other.
-    """
-    try:
-        return consensus.agree(_Claims(store, prefix, read, write), uuid.uuid4().hex, own_value)
-    except consensus.NoConsensus:
-        raise StoreUnreachable(
-            f"{store.uri}: other jobs keep claiming this prefix; try again in a minute"
-        ) from None
+    store: Store
+    prefix: str
+    """Of the words' keys."""
+    read: Callable[[], V | None]
+    """Looks whether a value stands already."""
+    write: Callable[[V], object]
+    """Makes one stand."""
+    encode: Callable[[Word[V]], bytes]
+    """A word as the content of its object."""
+    decode: Callable[[bytes, str], Word[V]]
+    """The word in an object's content; the second argument says where it was. Raises DamageError."""
+
+    def agree(self, job: str, proposal: V) -> V:
+        """The value that stands: `proposal`, or that of another job which was first.
+
+        Whoever returns, returns the same, and `read` finds it by then. Raises StoreUnreachable in the unlikely case
+        that jobs keep talking over each other.
+        """
+        try:
+            return consensus.agree(self, job, proposal)
+        except consensus.NoConsensus:
+            raise StoreUnreachable(
+                f"{self.store.uri}: other jobs keep claiming this prefix; try again in a minute"
+            ) from None
+
+    def say(self, job: str, number: int, word: Word[V]) -> None:
+        """Leave word `number` of a job."""
+        self.store.write(self._key(job, number), self.encode(word))
+
+    def take_back(self, job: str, number: int) -> None:
+        """Remove a word of a job."""
+        self.store.delete(self._key(job, number))
+
+    def others(self, job: str) -> dict[str, Word[V]]:
+        """The newest word of each other job."""
+        newest: dict[str, str] = {}
+        for info in self.store.list(self.prefix):  # in order of their keys, so a job's newest comes last
+            name, _, _ = info.key.removeprefix(self.prefix).partition(".")
+            newest[name] = info.key
+        found: dict[str, Word[V]] = {}
+        for name, key in newest.items():
+            if name == job:
+                continue
+            with suppress(ObjectMissing):  # its job is through, so the value stands
+                found[name] = self.decode(self.store.read(key), f"{self.store.uri}/{key}")
+        return found
+
+    def standing(self) -> V | None:
+        """The answer, once there is one."""
+        return self.read()
+
+    def settle(self, value: V) -> None:
+        """Make `value` the answer."""
+        self.write(value)
+
+    def _key(self, job: str, number: int) -> str:
+        return f"{self.prefix}{job}.{number:04d}.json"
+
+
+def agree(
+    store: Store, prefix: str, own_text: str, read: Callable[[], str | None], write: Callable[[str], object]
+) -> str:
+    """The text that stands, as `Claims.agree`."""
+    return Claims(store, prefix, read, write, _encode, _decode).agree(uuid.uuid4().hex, own_text)
 
 
 def clear_claims(store: Store, prefix: str) -> None:
@@ -55,40 +111,10 @@ def clear_claims(store: Store, prefix: str) -> None:
         store.delete(info.key)
 
 
-class _Claims:
-    """The board of the jobs at a prefix: an object for each word, and the answer wherever `read` finds it."""
+def _encode(word: Word[str]) -> bytes:
+    return Claim(round=word.round, accepted=word.accepted, value=word.value).model_dump_json().encode()
 
-    def __init__(
-        self, store: Store, prefix: str, read: Callable[[], str | None], write: Callable[[str], None]
-    ) -> None:
-        self._store, self._prefix, self._read, self._write = store, prefix, read, write
 
-    def say(self, job: str, number: int, word: Word[str]) -> None:
-        claim = Claim(round=word.round, accepted=word.accepted, value=word.value)
-        self._store.write(self._key(job, number), claim.model_dump_json().encode())
-
-    def take_back(self, job: str, number: int) -> None:
-        self._store.delete(self._key(job, number))
-
-    def others(self, job: str) -> dict[str, Word[str]]:
-        newest: dict[str, str] = {}
-        for info in self._store.list(self._prefix):  # in order of their keys, so a job's newest comes last
-            name, _, _ = info.key.removeprefix(self._prefix).partition(".")
-            newest[name] = info.key
-        found: dict[str, Word[str]] = {}
-        for name, key in newest.items():
-            if name == job:
-                continue
-            with suppress(ObjectMissing):  # its job is through, so the value stands
-                said = parse_document(Claim, self._store.read(key), f"{self._store.uri}/{key}", "a claim")
-                found[name] = Word(said.round, said.accepted, said.value)
-        return found
-
-    def standing(self) -> str | None:
-        return self._read()
-
-    def settle(self, value: str) -> None:
-        self._write(value)
-
-    def _key(self, job: str, number: int) -> str:
-        return f"{self._prefix}{job}.{number:04d}.json"
+def _decode(data: bytes, where: str) -> Word[str]:
+    said = parse_document(Claim, data, where, "a claim")
+    return Word(said.round, said.accepted, said.value)

@@ -146,10 +146,10 @@ class MovingAlias:
             raise self._overtaken(before, seen.version)
         wanted = self._next(seen, before, after, kind)
         mark = f"{self._mark_prefix}{self.job}"
-        self._tag(mark, str(time.time()))
+        self.tag(mark, str(time.time()))
         decided = self._decide(wanted)
         if (decided.before, decided.after, decided.kind) != (before, after, kind):
-            self._untag(mark)
+            self.untag(mark)
             self.follow()
             raise self._overtaken(before, decided.after)
         self._carry_out(decided, mark)  # also where a job that was killed had asked for the same
@@ -166,7 +166,7 @@ class MovingAlias:
                     f"{self}: this job was held up for more than a day and no longer sets it; run it again"
                 )
             if seen.version == last.after or last.after is None:
-                self._untag(mark)
+                self.untag(mark)
                 self._sweep(seen)
                 if last.number > move.number:
                     _log.warning("%s was moved on to version %s by a later decision", self, last.after)
@@ -214,13 +214,13 @@ class MovingAlias:
         newest = seen.number()
         for key, made_at in seen.marks.items():
             if time.time() - made_at > MARK_SECONDS:
-                self._untag(key)
+                self.untag(key)
         for key in seen.tags:
             if key.startswith(self.word_prefix) and _number(key.removeprefix(self.word_prefix)) <= newest:
-                self._untag(key)
+                self.untag(key)
         for number in seen.moves:
             if number <= newest - _KEPT_MOVES:
-                self._untag(self.move_key(number))
+                self.untag(self.move_key(number))
 
     def move_key(self, number: int) -> str:
         """The tag of a move."""
@@ -243,10 +243,12 @@ class MovingAlias:
                 f"{self}: cannot be set to version {version} ({redact(str(error))[:200]}); was it deleted?"
             ) from None
 
-    def _tag(self, key: str, text: str) -> None:
+    def tag(self, key: str, text: str) -> None:
+        """Set a tag of the registered model."""
         self.call(lambda client: client.set_registered_model_tag(self.name, key, text))
 
-    def _untag(self, key: str) -> None:
+    def untag(self, key: str) -> None:
+        """Delete a tag of the registered model."""
         self.call(lambda client: client.delete_registered_model_tag(self.name, key))
 
     def call(self, action: "Callable[[MlflowClient], T]") -> T:
@@ -271,11 +273,10 @@ class _Slot:
 
     def say(self, job: str, number: int, word: Word[Move]) -> None:
         said = _Said(round=word.round, accepted=word.accepted, value=word.value)
-        self._tag(f"{self._prefix}{job}.{number:04d}", said.model_dump_json())
+        self._alias.tag(f"{self._prefix}{job}.{number:04d}", said.model_dump_json())
 
     def take_back(self, job: str, number: int) -> None:
-        key = f"{self._prefix}{job}.{number:04d}"
-        self._alias.call(lambda client: client.delete_registered_model_tag(self._alias.name, key))
+        self._alias.untag(f"{self._prefix}{job}.{number:04d}")
 
     def others(self, job: str) -> dict[str, Word[Move]]:
         found: dict[str, Word[Move]] = {}
@@ -294,10 +295,7 @@ class _Slot:
         return seen.moves.get(self._number)
 
     def settle(self, value: Move) -> None:
-        self._tag(self._alias.move_key(self._number), value.model_dump_json())
-
-    def _tag(self, key: str, text: str) -> None:
-        self._alias.call(lambda client: client.set_registered_model_tag(self._alias.name, key, text))
+        self._alias.tag(self._alias.move_key(self._number), value.model_dump_json())
 
 
 def _seconds(text: str) -> float:

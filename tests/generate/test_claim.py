@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import pipeline.consensus
-import pipeline.generate.claim
 from pipeline.errors import DamageError, UserError
-from pipeline.generate.claim import claim, clear_claims
+from pipeline.generate.claim import claim
 from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, read_spec, require_extension
 from pipeline.generate.standing import check_prefix
-from pipeline.store import FileStore, ObjectInfo, Store, open_store
+from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, open_store
+from pipeline.store.claim import clear_claims
 from tests.generate.tiny import plan_of, settings, tiny_model
 from tests.turns import Died, Turns
 
@@ -40,7 +40,7 @@ class Stepped(FileStore):
     def read(self, key: str) -> bytes:
         self._step()
         if key not in self._objects:
-            raise pipeline.generate.claim.ObjectMissing(key)
+            raise ObjectMissing(key)
         return self._objects[key]
 
     def write(self, key: str, data: bytes) -> ObjectInfo:
@@ -123,7 +123,7 @@ def test_what_dead_jobs_left_is_no_stranger_and_is_swept_up(specs: list[Spec], t
     store.write(f"{CLAIM_PREFIX}dead.0004.json", b'{"round": 3}')
     assert check_prefix(store, specs[0]) is None
     assert claim(store, specs[0]) == specs[0]
-    clear_claims(store)
+    clear_claims(store, CLAIM_PREFIX)
     assert [info.key for info in store.list()] == [SPEC_KEY]
     store.write(f"{CLAIM_PREFIX}x.0000.json", b"{}")
     with pytest.raises(DamageError, match=r"claims/x\.0000\.json: not a claim"):
