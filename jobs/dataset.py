@@ -24,9 +24,11 @@ def index(
     fresh: bool = False,
     image: str | None = None,
     skip_unreadable: bool = False,
+    dest: str | None = None,
 ) -> int:
     """Index the tars at a prefix or pattern, in one pass over each that the index there does not know already.
 
+    The index goes to `dest`, where that is given.
     `fresh` reads all of them. On the cluster that RAY_ADDRESS names, if there is one and enough to read.
     """
     with progress_of("index", "shards") as progress:
@@ -37,8 +39,11 @@ def index(
             reuse=not fresh,
             image=image,
             skip_unreadable=skip_unreadable,
+            dest=dest,
         )
-        with spread_for(len(found.unknown), ENOUGH_SHARDS, local_paths=not uri.startswith("s3:")) as spread:
+        with spread_for(
+            len(found.unknown), ENOUGH_SHARDS, local_paths=not found.location.root.startswith("s3:")
+        ) as spread:
             made = found.build(spread, progress)
     echo(f"indexed: {made.num_samples:,} samples in {len(made.shards):,} shards, digest {made.digest[:12]}")
     if found.known:
@@ -46,7 +51,9 @@ def index(
     echo(f"classes  {_classes(made)}")
     for line in (*found.notes, *_left_out(made)):
         echo(line)
-    echo(f"next     ddpm train data.uri={uri} …   or   ddpm inspect {uri}")
+    if made.shards_uri is not None:
+        echo(f"index    {made.uri}, of the shards at {made.shards_uri}")
+    echo(f"next     ddpm train data.uri={made.uri} …   or   ddpm inspect {made.uri}")
     return DONE
 
 

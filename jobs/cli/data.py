@@ -27,7 +27,9 @@ def pack(words: Words = None, config: Config = None, dry_run: DryRun = False, js
 @app.command(
     rich_help_panel=DATA,
     epilog=examples(
-        "ddpm index s3://bucket/set", "ddpm index 's3://bucket/set/train-{000..099}.tar' --pixels"
+        "ddpm index s3://bucket/set",
+        "ddpm index 's3://bucket/set/train-{000..099}.tar' --pixels",
+        "ddpm index /mnt/read-only/set --dest indexes/set",
     ),
 )
 def index(
@@ -46,11 +48,17 @@ def index(
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave out pictures that cannot be read, and name them.")
     ] = False,
+    dest: Annotated[
+        str | None,
+        typer.Option(
+            "--dest", help="Where the index goes. Default: beside the shards, which need write access."
+        ),
+    ] = None,
 ) -> None:
     """Make the index of WebDataset tars that are already there."""
     from jobs.dataset import index as run
 
-    end(lambda: run(uri, label_field, pixels, fresh, image, skip_unreadable))
+    end(lambda: run(uri, label_field, pixels, fresh, image, skip_unreadable, dest))
 
 
 @app.command(rich_help_panel=DATA, epilog=examples("ddpm inspect s3://ddpm/data/digits --sheet digits.png"))

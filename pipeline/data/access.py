@@ -12,10 +12,9 @@ from typing import BinaryIO, Protocol, cast
 
 from pipeline.data.hashing import HashingReader
 from pipeline.data.index import Index, ShardEntry
-from pipeline.data.location import Location
 from pipeline.data.shards import plain_stream
 from pipeline.errors import DamageError
-from pipeline.store import ObjectChanged, Store
+from pipeline.store import ObjectChanged
 
 COPY_BYTES = 1 << 20
 
@@ -45,12 +44,12 @@ class Access(Protocol):
 class DescriptorAccess(ABC):
     """Shards that are files of this machine. Keeps at most `most_open` descriptors."""
 
-    def __init__(self, index: Index, store: Store, most_open: int) -> None:
-        self.index, self.store = index, store
+    def __init__(self, index: Index, most_open: int) -> None:
+        self.index = index
         self.files = OpenFiles(most_open)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        where = f"{self.store.uri}/{self.index.shards[shard].name}"
+        where = f"{self.index.store.uri}/{self.index.shards[shard].name}"
         return read_exactly(self.fd(shard), offset, size, where)
 
     def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
@@ -77,22 +76,24 @@ class FileAccess(DescriptorAccess):
 
     def opened(self, shard: int) -> int:
         entry = self.index.shards[shard]
-        with self.store.open(entry.name, etag=trusted_tag(self.index, entry)) as file:
+        with self.index.store.open(entry.name, etag=self.index.tag(entry)) as file:
             return os.dup(file.fileno())
 
 
 class MemoryAccess:
     """Whole shards held in memory, the longest unused given up first."""
 
-    def __init__(self, index: Index, store: Store, limit_bytes: int, lenient: bool) -> None:
-        self.index, self.store, self.limit_bytes, self.lenient = index, store, limit_bytes, lenient
+    def __init__(self, index: Index, limit_bytes: int, lenient: bool) -> None:
+        self.index, self.limit_bytes, self.lenient = index, limit_bytes, lenient
         self.held: OrderedDict[int, bytes] = OrderedDict()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         data = self._data(shard)
         found = data[offset : offset + size]
         if len(found) != size:
-            raise cut_short(f"{self.store.uri}/{self.index.shards[shard].name}", len(data), offset + size)
+            raise cut_short(
+                f"{self.index.store.uri}/{self.index.shards[shard].name}", len(data), offset + size
+            )
         return found
 
     def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
@@ -117,7 +118,7 @@ class MemoryAccess:
         while self.held and sum(map(len, self.held.values())) + entry.plain_bytes > self.limit_bytes:
             self.held.popitem(last=False)
         file = io.BytesIO()
-        bring(self.index, self.store, shard, file, self.lenient)
+        bring(self.index, shard, file, self.lenient)
         self.held[shard] = file.getvalue()
         return self.held[shard]
 
@@ -156,17 +157,17 @@ def read_exactly(fd: int, offset: int, size: int, where: str) -> bytes:
     return data
 
 
-def bring(index: Index, store: Store, shard: int, file: BinaryIO, lenient: bool) -> None:
+def bring(index: Index, shard: int, file: BinaryIO, lenient: bool) -> None:
     """Fill a file with a shard's plain bytes, checked against the index.
 
     A wrong hash is tried once more, as the way here may be to blame. Then it is DamageError, or, if `lenient`, the
     bytes are taken as far as they go, and the samples' own CRCs will tell which of them are damaged.
     """
     entry = index.shards[shard]
-    where = f"{store.uri}/{entry.name}"
+    where = f"{index.store.uri}/{entry.name}"
     for last_try in (False, True):
         file.seek(0)
-        with store.open(entry.name, etag=trusted_tag(index, entry)) as stream:
+        with index.store.open(entry.name, etag=index.tag(entry)) as stream:
             hashed = HashingReader(stream)
             size, problem = _copy_plain(hashed, file, entry.plain_bytes, where)
         file.truncate()  # not before: until now its size stands for the room it was promised
@@ -196,11 +197,6 @@ def _copy_plain(
     except DamageError as error:
         return size, error
     return size, None
-
-
-def trusted_tag(index: Index, entry: ShardEntry) -> str | None:
-    """The tag a read must match, where tags taken at indexing still mean something."""
-    return entry.etag if index.made_at == Location.of(index.uri).root else None
 
 
 def changed(where: str, size_bytes: int, entry: ShardEntry) -> DamageError:

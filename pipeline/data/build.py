@@ -36,11 +36,17 @@ _MOST_NAMED = 5
 
 
 def shards_to_index(uri: str) -> tuple[Location, list[ObjectInfo]]:
-    """Where the shards are, sorted by key. Raises UserError when there are none, or the store is wrong."""
+    """The shards, sorted by key, that lie at a URI, or that an index there is of.
+
+    Raises UserError when there are none, or the store is wrong.
+    """
     location = Location.of(uri)
     store = open_store(location.root)
     store.require_container()
     found = list(location.shard_objects(store))
+    if not found and (index := _earlier(uri)) is not None and index.shards_uri is not None:
+        location, store = index.location, index.store
+        found = list(location.shard_objects(store))
     if not found:
         other = next((info.key for info in store.list() if info.key.endswith(UNREAD)), None)
         read = "only .tar, .tar.gz and .tgz are read: unpack or repack it"
@@ -56,6 +62,9 @@ class IndexPlan:
     """What an index is to be made of: shards that an earlier one knows, and shards to read."""
 
     location: Location
+    """Where the shards lie."""
+    home: Location
+    """Where the index goes."""
     keys: tuple[str, ...]
     """All shards, sorted."""
     known: dict[str, Scan]
@@ -95,6 +104,7 @@ class IndexPlan:
             class_names or self.reading.class_names,
             self.reading.label_field,
             self.reading.image,
+            self.home,
         )
 
     def _require_as_packed(self, store: Store, scans: Sequence[Scan]) -> None:
@@ -116,8 +126,12 @@ def plan_index(
     reuse: bool = True,
     image: str | None = None,
     skip_unreadable: bool = False,
+    dest: str | None = None,
 ) -> IndexPlan:
     """Look at what is there. `reuse` keeps what an earlier index says of shards unchanged by size and tag.
+
+    The index goes to `dest`, by default beside the shards. Given the place of an index whose shards lie elsewhere, that
+    index is made again.
 
     Class names are those of the earlier index, or of a classes.txt or _info.json beside the shards, or of the packed
     set that these shards are part of. Raises UserError, before anything is read, for a wrong URI, names of a pattern
@@ -126,15 +140,46 @@ def plan_index(
     location, found = shards_to_index(uri)
     keys = [info.key for info in found]
     _require_all(location, keys)
+    location, home = _places(location, Location.of(uri), dest)
     packed = _packed(location, keys)
-    earlier = packed or _earlier(uri)
+    earlier = packed or _earlier(home.uri)
     names = None if packed is not None else names_beside(location, keys)
     names = names or (earlier.class_names if earlier is not None else None)
     reading = Reading(label_field, image, names, skip_unreadable, pixels)
     if packed is not None and packed.channel_mean is not None:
         reading = replace(reading, pixels=True)  # the statistics of a pack are kept
     known = _known(earlier, location, found, reading) if reuse and earlier is not None else {}
-    return IndexPlan(location, tuple(keys), known, reading, packed, tuple(_notes(location, keys)))
+    return IndexPlan(location, home, tuple(keys), known, reading, packed, tuple(_notes(location, keys)))
+
+
+def _places(location: Location, asked: Location, dest: str | None) -> tuple[Location, Location]:
+    """Where the shards lie, and where their index goes: both in full where these are two places. Raises UserError."""
+    home = asked if dest is None else Location.of(dest)
+    shards, place = open_store(location.root), open_store(home.root)
+    if place.uri == shards.uri and (home.pattern is None or home.pattern == location.pattern):
+        return location, location
+    if home.pattern is not None:
+        raise UserError(f"--dest: {dest} is a pattern; name a folder or prefix for the index")
+    if shards.uri.startswith("file:") and not place.uri.startswith("file:"):
+        raise UserError(
+            f"--dest: {dest} is in a bucket and the shards are on a disk ({location.uri}), which not every reader "
+            "of the bucket has; choose a folder"
+        )
+    full = shards.uri if location.pattern is None else f"{shards.uri}/{location.pattern}"
+    _require_no_other(place, home, full)
+    return Location(full, shards.uri, location.pattern), Location(home.uri, place.uri, None)
+
+
+def _require_no_other(place: Store, home: Location, shards_uri: str) -> None:
+    """Raise UserError for a place that holds shards, or the index of others."""
+    place.require_container()
+    if any(home.shard_objects(place)):
+        raise UserError(f"--dest: {home.uri} holds shards itself; choose an empty place for the index")
+    if place.stat(home.index_name) is None:
+        return
+    earlier = _earlier(home.uri)
+    if earlier is not None and earlier.shards_uri != shards_uri:
+        raise UserError(f"--dest: {home.uri} holds the index of {earlier.shards_uri}; choose another place")
 
 
 def build_index(

@@ -30,7 +30,6 @@ from pipeline.data.order import GlobalOrder, Window
 from pipeline.disk import told_at
 from pipeline.errors import DamageError, UserError
 from pipeline.private import open_private
-from pipeline.store import Store
 from pipeline.tally import count
 
 log = logging.getLogger(__name__)
@@ -44,8 +43,8 @@ _OWN_NAME = re.compile(r"[0-9a-f]{32}\.(shard|part)")
 class ShardCache:
     """Plain (decompressed) shards of one data set, in a directory that may hold others' too."""
 
-    def __init__(self, index: Index, store: Store, directory: Path, limit_bytes: int, lenient: bool) -> None:
-        self.index, self.store, self.lenient = index, store, lenient
+    def __init__(self, index: Index, directory: Path, limit_bytes: int, lenient: bool) -> None:
+        self.index, self.lenient = index, lenient
         self.directory, self.limit_bytes = directory, limit_bytes
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -55,7 +54,7 @@ class ShardCache:
     def path(self, shard: int) -> Path:
         """Where a shard is when it is there; the name changes with its content."""
         entry = self.index.shards[shard]
-        identity = f"{self.store.uri}\0{entry.name}\0{entry.sha256}"
+        identity = f"{self.index.store.uri}\0{entry.name}\0{entry.sha256}"
         return self.directory / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.shard"
 
     def open(self, shard: int) -> int:
@@ -105,7 +104,7 @@ class ShardCache:
         self._reserve(part, self.index.shards[shard].plain_bytes)
         try:
             with open(open_private(part, os.O_RDWR), "r+b") as file:
-                bring(self.index, self.store, shard, file, self.lenient)
+                bring(self.index, shard, file, self.lenient)
                 file.flush()
                 os.fsync(file.fileno())
             fd = open_private(part)
@@ -159,7 +158,7 @@ class CacheAccess(DescriptorAccess):
     """Random access to shards through the cache (see access.Access)."""
 
     def __init__(self, cache: ShardCache, most_open: int) -> None:
-        super().__init__(cache.index, cache.store, most_open)
+        super().__init__(cache.index, most_open)
         self.cache = cache
         self._touched: dict[int, float] = {}
         self._renewed: set[int] = set()

@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from pydantic_core import from_json
-
-from pipeline.data.access import COPY_BYTES, trusted_tag
-from pipeline.data.index import MEMBER, Index, ShardEntry, load_index, read_table
-from pipeline.data.location import SUFFIXES, Location
+from pipeline.data.access import COPY_BYTES
+from pipeline.data.index import MEMBER, Index, ShardEntry, index_document, load_index, read_table
+from pipeline.data.location import SUFFIXES
 from pipeline.data.packed import CARD_KEY, REPORT_KEY
 from pipeline.data.spread import by_threads
 from pipeline.data.unpack import ImageFolder, images_of
@@ -181,26 +179,18 @@ def image_folder(root: Path, what: str, class_names: Iterable[str] | None) -> Im
 
 def download_data_set(uri: str, place: str, unpack: bool, progress: Progress) -> tuple[Index, Download]:
     """Bring the shards of an index, its member tables and itself. UserError for a folder that holds anything else."""
-    location = Location.of(uri)
-    store = open_store(location.root)
-    root = local_folder(place, store)
-    try:
-        document = store.read(location.index_name)
-    except ObjectMissing:
-        document = b"{}"  # load_index says what to do
     index = load_index(uri)
-    if from_json(document).get("digest") != index.digest:
-        raise UserError(f"{uri}: was indexed anew at this moment; try again")
+    root = local_folder(place, index.store)
     _require_distinct(index)
     folder, what = Folder(root), f"the data set {index.digest}"
     folder.claim(what)
     images = image_folder(root, what, index.class_names) if unpack else None
-    download = Download(store, folder, index.size_bytes, progress, images=images)
+    download = Download(index.store, folder, index.size_bytes, progress, images=images)
     _bring_tables(download, index)
 
     def work(numbered: tuple[int, ShardEntry]) -> None:
         number, entry = numbered
-        download.bring(Piece(entry.name, entry.size_bytes, entry.sha256, trusted_tag(index, entry)))
+        download.bring(Piece(entry.name, entry.size_bytes, entry.sha256, index.tag(entry)))
         if images is not None:
             table = read_table(index, number, FileStore(root))
             for row, extension, label, data in images_of(folder.path(entry.name), entry.name, table):
@@ -209,10 +199,10 @@ def download_data_set(uri: str, place: str, unpack: bool, progress: Progress) ->
     download.shards(
         work, enumerate(index.shards), f"restore what is damaged, or run ddpm index {uri} --fresh"
     )
-    if location.pattern is None:
+    if index.location.pattern is None:
         download.document(CARD_KEY)
         download.document(REPORT_KEY)
-    folder.put(index.name, document)
+    folder.put(index.name, index_document(index.model_copy(update={"shards_uri": None})))
     return index, download
 
 
@@ -227,7 +217,7 @@ def _require_distinct(index: Index) -> None:
 def _bring_tables(download: Download, index: Index) -> None:
     if _tables_there(download.folder, index):
         return
-    with download.store.open(index.tables) as stream, download.folder.new(index.tables) as out:
+    with index.home.open(index.tables) as stream, download.folder.new(index.tables) as out:
         for data in _checked_tables(index, stream):
             out.write(data)
 

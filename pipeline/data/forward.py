@@ -6,15 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from pipeline.data.access import changed, trusted_tag
+from pipeline.data.access import changed
 from pipeline.data.hashing import HashingReader
 from pipeline.data.images import UInt8, decode
 from pipeline.data.index import Index, read_table
-from pipeline.data.location import Location
 from pipeline.data.samples import require_one_shape
 from pipeline.data.shards import plain_stream, read_samples
 from pipeline.errors import DamageError
-from pipeline.store import open_store
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,12 @@ def read_forward(index: Index, shards: Iterable[int] | None = None) -> Iterator[
     when a shard's hash or count is not the indexed one; ObjectChanged when a shard is replaced meanwhile.
     """
     shape = require_one_shape(index)
-    store = open_store(Location.of(index.uri).root)
     for number in range(len(index.shards)) if shards is None else shards:
         entry = index.shards[number]
-        where = f"{store.uri}/{entry.name}"
-        rows = {int(row["offset"]): int(row["label"]) for row in read_table(index, number, store)}
+        where = f"{index.store.uri}/{entry.name}"
+        rows = {int(row["offset"]): int(row["label"]) for row in read_table(index, number)}
         count = 0
-        with store.open(entry.name, etag=trusted_tag(index, entry)) as stream:
+        with index.store.open(entry.name, etag=index.tag(entry)) as stream:
             hashed = HashingReader(stream)
             with plain_stream(cast(BinaryIO, hashed), where) as plain:
                 for key, parts in read_samples(plain, where):

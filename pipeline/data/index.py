@@ -108,7 +108,28 @@ class Index(BaseModel):
     """The field of a sample's json that was asked for its class; None for the usual ones."""
     image_extension: Text | None = None
     """Which file of each sample is its image, where that had to be said."""
+    shards_uri: Text | None = None
+    """Prefix or pattern of the shards where they lie elsewhere; None: they lie beside the index."""
     shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1, max_length=10_000_000)]
+
+    @property
+    def location(self) -> Location:
+        """Where the shards lie."""
+        return Location.of(self.shards_uri or self.uri)
+
+    @cached_property
+    def store(self) -> Store:
+        """The store of the shards."""
+        return open_store(self.location.root)
+
+    @cached_property
+    def home(self) -> Store:
+        """The store of the index and its member tables."""
+        return open_store(Location.of(self.uri).root)
+
+    def tag(self, shard: ShardEntry) -> str | None:
+        """The tag that reads of a shard must meet; None for a copy, where tags of the original mean nothing."""
+        return shard.etag if self.made_at == self.location.root else None
 
     @cached_property
     def counts(self) -> npt.NDArray[np.int64]:
@@ -178,9 +199,11 @@ def assemble_index(
     class_names: Sequence[str] | None = None,
     label_field: str | None = None,
     image_extension: str | None = None,
+    home: Location | None = None,
 ) -> Index:
     """Put the scanned shards, in this order, together; write the tables and then the index.
 
+    They go to `home`, by default beside the shards, which lie at `location`.
     Raises UserError for no samples, for labels on some samples only, and for labels without a class name.
     """
     pairs = list(scans)
@@ -199,12 +222,13 @@ def assemble_index(
     image = ImageShape(max(s.channels for s in shapes), *sizes.pop()) if len(sizes) == 1 else None
     digest = content_digest(shards, image, class_names)
     header, rows = _npy_parts(np.concatenate([table for _, table in pairs]))
-    store = open_store(location.root)
-    tables = f"{location.index_name.removesuffix('.json')}-{digest[:16]}.members.npy"
+    home = home or location
+    store = open_store(home.root)
+    tables = f"{home.index_name.removesuffix('.json')}-{digest[:16]}.members.npy"
     store.write(tables, header + rows)
     index = Index(
-        uri=location.uri,
-        name=location.index_name,
+        uri=home.uri,
+        name=home.index_name,
         digest=digest,
         made_at=location.root,
         tables=tables,
@@ -214,11 +238,17 @@ def assemble_index(
         labelled=labelled,
         label_field=label_field,
         image_extension=image_extension,
+        shards_uri=None if home == location else location.uri,
         shards=shards,
     )
-    text = index.model_dump_json(exclude={"uri", "name"}, indent=1)
-    store.write(location.index_name, text.encode() + b"\n")
+    store.write(index.name, index_document(index))
     return index
+
+
+def index_document(index: Index) -> bytes:
+    """The index as it is stored."""
+    without = {"uri", "name"} | (set() if index.shards_uri else {"shards_uri"})
+    return index.model_dump_json(exclude=without, indent=1).encode() + b"\n"
 
 
 def load_index(uri: str, *, check: bool = True) -> Index:
@@ -248,9 +278,22 @@ def load_index(uri: str, *, check: bool = True) -> Index:
         raise DamageError(
             f"{where}: its digest does not fit its content: it was edited; {remedy(store, uri)}"
         )
+    _require_shards_uri(index, where)
     if check:
-        _require_fresh(index, location, store)
+        _require_fresh(index)
     return index
+
+
+def _require_shards_uri(index: Index, where: str) -> None:
+    """Raise UserError for shards at no place, and for files that an index in a bucket makes readers open."""
+    try:
+        on_disk = index.store.uri.startswith("file:")
+    except UserError as error:
+        raise UserError(f"{where}: shards_uri: {error}") from None
+    if on_disk and not index.home.uri.startswith("file:"):
+        raise UserError(
+            f"{where}: names shards on a disk ({index.shards_uri}); an index in a bucket is of shards in buckets"
+        )
 
 
 def _no_index(store: Store, uri: str, name: str) -> UserError:
@@ -272,7 +315,7 @@ def read_table(index: Index, shard: int, store: Store | None = None) -> MemberTa
     """The member rows of a shard, (num_samples,) of MEMBER. Raises DamageError when they are not those
     indexed.
     """
-    store = store or open_store(Location.of(index.uri).root)
+    store = store or index.home
     entry = index.shards[shard]
     start = index.tables_offset + int(index.starts[shard]) * MEMBER.itemsize
     data = store.read_range(index.tables, start, entry.num_samples * MEMBER.itemsize)
@@ -308,14 +351,14 @@ def _labelled(uri: str, shards: Sequence[ShardEntry]) -> bool:
     return True
 
 
-def _require_fresh(index: Index, location: Location, store: Store) -> None:
-    again = remedy(store, index.uri)
-    rows = store.stat(index.tables)
+def _require_fresh(index: Index) -> None:
+    again = remedy(index.home, index.uri)
+    rows = index.home.stat(index.tables)
     if rows is None or rows.size_bytes < index.tables_offset + MEMBER.itemsize * sum(
         shard.num_samples for shard in index.shards
     ):
         raise UserError(f"{index.uri}: {index.tables} is missing or cut short; {again}")
-    found = {info.key: info for info in location.shard_objects(store)}
+    found = {info.key: info for info in index.location.shard_objects(index.store)}
     for shard in index.shards:
         info = found.pop(shard.name, None)
         if info is None:
@@ -327,7 +370,7 @@ def _require_fresh(index: Index, location: Location, store: Store) -> None:
                 f"{index.uri}: shard {shard.name} has {info.size_bytes} bytes, {shard.size_bytes} when indexed: "
                 f"it was replaced; {again}"
             )
-        if index.made_at == location.root and info.etag != shard.etag:
+        if index.tag(shard) not in (None, info.etag):
             raise UserError(f"{index.uri}: shard {shard.name} was replaced since it was indexed; {again}")
     if found:
         raise UserError(f"{index.uri}: shard {min(found)} is not in the index ({len(found)} such); {again}")

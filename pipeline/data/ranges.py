@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from pipeline.data.access import trusted_tag
 from pipeline.data.index import Index
 from pipeline.errors import DamageError
-from pipeline.store import ObjectChanged, Store
+from pipeline.store import ObjectChanged
 
 REQUESTS_AT_ONCE = 8
 GAP_BYTES = 256 << 10
@@ -35,8 +34,8 @@ class RangeAccess:
     Holds at most `limit_bytes`: half for samples that wait to be read, half for requests under way.
     """
 
-    def __init__(self, index: Index, store: Store, limit_bytes: int) -> None:
-        self.index, self.store = index, store
+    def __init__(self, index: Index, limit_bytes: int) -> None:
+        self.index = index
         self.held_bytes = limit_bytes // 2
         """How many bytes of samples to gather at a time."""
         self._most_span_bytes = limit_bytes // 2 // REQUESTS_AT_ONCE
@@ -55,7 +54,7 @@ class RangeAccess:
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         entry = self.index.shards[shard]
-        return self.store.read_range(entry.name, offset, size, etag=trusted_tag(self.index, entry))
+        return self.index.store.read_range(entry.name, offset, size, etag=self.index.tag(entry))
 
     def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
         places = zip(offsets, sizes, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 from zlib import crc32
 
@@ -18,13 +18,12 @@ from pipeline.config.data import DataConfig
 from pipeline.data.access import Access
 from pipeline.data.images import ImageShape, UInt8, decode
 from pipeline.data.index import Index, MemberTable, read_table
-from pipeline.data.location import Location
 from pipeline.data.order import GlobalOrder, Int64
 from pipeline.data.ranges import RangeAccess
 from pipeline.data.ways import open_access
 from pipeline.diffusion import noise
 from pipeline.errors import DamageError, UserError
-from pipeline.store import ObjectChanged, open_store
+from pipeline.store import ObjectChanged
 
 MOST_SUBSTITUTES = 1000
 """Damaged neighbours passed over before giving up: beyond this the data set, not a sample, is broken."""
@@ -117,13 +116,8 @@ class _Opened:
         self.order = GlobalOrder(source.index.counts, source.seed, source.config.window_shards)
         limit_bytes = source.limit_bytes // 2 if source.holds_all else source.limit_bytes
         self.access: Access = open_access(source.config, source.index, limit_bytes)
-        store = open_store(Location.of(source.index.uri).root)
         # Two windows of tables: a batch may lie across the seam of two.
-
-        def table(shard: int) -> MemberTable:
-            return read_table(self.index, shard, store)
-
-        self.table = lru_cache(maxsize=2 * self.order.window_shards)(table)
+        self.table = lru_cache(maxsize=2 * self.order.window_shards)(partial(read_table, self.index))
         self.held = _Held(source.index.num_samples, self.shape) if source.holds_all else None
         self._gathered: set[int] = set()
 

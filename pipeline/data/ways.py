@@ -8,39 +8,36 @@ from pipeline.config.data import DataConfig
 from pipeline.data.access import Access, FileAccess, MemoryAccess
 from pipeline.data.cache import CacheAccess, ShardCache, require_room
 from pipeline.data.index import Index
-from pipeline.data.location import Location
 from pipeline.data.ranges import RangeAccess
 from pipeline.errors import UserError
-from pipeline.store import FileStore, open_store
+from pipeline.store import FileStore
 
 
 def open_access(config: DataConfig, index: Index, limit_bytes: int) -> Access:
     """The fastest way the settings allow. Raises UserError when there is none for these shards."""
-    store = open_store(Location.of(index.uri).root)
     compressed = next((shard.name for shard in index.shards if shard.compressed), None)
-    if isinstance(store, FileStore) and compressed is None:
-        return FileAccess(index, store, 2 * config.window_shards)
+    if isinstance(index.store, FileStore) and compressed is None:
+        return FileAccess(index, 2 * config.window_shards)
     cache = open_cache(config, index)
     if cache is not None:
         return CacheAccess(cache, 2 * config.window_shards)
     largest = max(shard.plain_bytes for shard in index.shards)
     needed = min(2 * config.window_shards * largest, sum(shard.plain_bytes for shard in index.shards))
     if needed <= limit_bytes:
-        return MemoryAccess(index, store, limit_bytes, config.on_damage == "skip")
+        return MemoryAccess(index, limit_bytes, config.on_damage == "skip")
     if compressed is not None:
         raise UserError(
             f"data.cache_dir: {compressed} is compressed, and two windows of shards ({needed} bytes) are more than "
             f"memory_bytes allows each process ({limit_bytes}); name a cache directory"
         )
-    return RangeAccess(index, store, limit_bytes)
+    return RangeAccess(index, limit_bytes)
 
 
 def open_cache(config: DataConfig, index: Index) -> ShardCache | None:
     """The shard cache, if one is wanted and of use. Raises UserError when it is too small."""
-    store = open_store(Location.of(index.uri).root)
-    in_place = isinstance(store, FileStore) and not any(shard.compressed for shard in index.shards)
+    in_place = isinstance(index.store, FileStore) and not any(shard.compressed for shard in index.shards)
     if config.cache_dir is None or in_place:
         return None
     require_room(index, config.window_shards, config.cache_bytes)
     directory = Path(config.cache_dir).expanduser()
-    return ShardCache(index, store, directory, config.cache_bytes, config.on_damage == "skip")
+    return ShardCache(index, directory, config.cache_bytes, config.on_damage == "skip")

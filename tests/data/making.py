@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.config.data import DataConfig, PackConfig
 from pipeline.data import Batch, Index, Loader, build_index, pack, write_shard
-from pipeline.store import open_store
+from pipeline.store import Store, open_store
 
 
 def picture(number: int, size: tuple[int, int] = (8, 8), channels: int = 3) -> np.ndarray:
@@ -43,6 +43,13 @@ def small_set(uri: str, counts: tuple[int, ...] = (13, 7, 20, 11, 9)) -> Index:
         store.write(f"{number:03d}.tar", write_shard(sample(i) for i in range(first, first + count)))
         first += count
     return build_index(uri)
+
+
+def read_through(index: Index, store: Store) -> Index:
+    """The index, with its shards read through this object."""
+    index = index.model_copy()
+    index.__dict__["store"] = store
+    return index
 
 
 def digits(dest: str, **settings: object) -> PackConfig:

@@ -21,7 +21,7 @@ from pipeline.data.index import read_table
 from pipeline.data.order import GlobalOrder
 from pipeline.errors import DamageError, UserError
 from pipeline.store import FileStore, open_store
-from tests.data.making import batches, by_position, sample, small_set
+from tests.data.making import batches, by_position, read_through, sample, small_set
 
 SHARDS = (12,) * 12
 
@@ -45,7 +45,9 @@ def used_bytes(directory: Path) -> int:
 
 def use_cache(uri: str, root: str, directory: str, limit: int, number: int, start: Barrier) -> None:
     """One of many processes: reads the first bytes of every shard, several times, in an order of its own."""
-    cache = ShardCache(load_index(uri, check=False), Counting(Path(root)), Path(directory), limit, False)
+    cache = ShardCache(
+        read_through(load_index(uri, check=False), Counting(Path(root))), Path(directory), limit, False
+    )
     access = CacheAccess(cache, 3)
     start.wait()
     for _ in range(2):
@@ -92,7 +94,7 @@ def test_64_processes_never_pass_a_limit_that_holds_a_third(uri: str, tmp_path: 
 def cache_of(uri: str, directory: Path, shards: int = 100, lenient: bool = False) -> tuple[Index, ShardCache]:
     index = load_index(uri, check=False)
     limit = shards * max(shard.plain_bytes for shard in index.shards)
-    return index, ShardCache(index, open_store(uri), directory, limit, lenient)
+    return index, ShardCache(index, directory, limit, lenient)
 
 
 def test_the_longest_unused_shard_goes_first(uri: str, tmp_path: Path) -> None:
@@ -148,11 +150,11 @@ def test_what_is_not_what_was_indexed_is_not_admitted(uri: str, tmp_path: Path) 
     data[700] ^= 1
     store.write("005.tar", bytes(data))
     index = load_index(uri, check=False).model_copy(update={"made_at": "elsewhere"})
-    cache = ShardCache(index, store, tmp_path / "cache", 10**9, False)
+    cache = ShardCache(index, tmp_path / "cache", 10**9, False)
     with pytest.raises(DamageError, match=r"005\.tar: its SHA-256 is not the indexed one"):
         cache.open(5)
     assert used_bytes(tmp_path / "cache") == 0
-    lenient = ShardCache(index, store, tmp_path / "cache", 10**9, True)
+    lenient = ShardCache(index, tmp_path / "cache", 10**9, True)
     os.close(lenient.open(5))
     assert lenient.path(5).read_bytes() == bytes(data)
 
@@ -171,7 +173,7 @@ def test_a_download_damaged_on_the_way_is_tried_once_more(uri: str, tmp_path: Pa
             return stream
 
     store = FlipsOnce(Path(uri.removeprefix("file://")))
-    cache = ShardCache(load_index(uri), store, tmp_path / "cache", 10**9, False)
+    cache = ShardCache(read_through(load_index(uri), store), tmp_path / "cache", 10**9, False)
     os.close(cache.open(0))
     assert cache.path(0).read_bytes() == store.read("000.tar")
 
@@ -182,9 +184,8 @@ def killed_halfway(uri: str, directory: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
             raise AssertionError
 
-    ShardCache(
-        load_index(uri, check=False), Stuck(Path(uri.removeprefix("file://"))), Path(directory), 10**9, False
-    ).open(0)
+    index = read_through(load_index(uri, check=False), Stuck(Path(uri.removeprefix("file://"))))
+    ShardCache(index, Path(directory), 10**9, False).open(0)
 
 
 def test_a_process_killed_while_downloading_keeps_neither_room_nor_lock(uri: str, tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_a_copy_that_rotted_in_the_cache_is_brought_anew_and_blamed(
     index = compressed_set(uri, (12,) * 4)
     settings = {"cache_dir": str(tmp_path / "cache"), "memory_bytes": 0, "on_damage": on_damage}
     plain = by_position(batches(index, 0, 12, **settings))
-    cache = ShardCache(index, open_store(uri), tmp_path / "cache", 10**9, False)
+    cache = ShardCache(index, tmp_path / "cache", 10**9, False)
     copy = cache.path(2)
     whole = copy.read_bytes()
     middle = read_table(index, 2)["offset"][6]
@@ -266,7 +267,7 @@ def test_a_shard_that_is_damaged_itself_is_blamed_and_brought_anew_once(
     data[700] ^= 1
     store.write("005.tar", bytes(data))
     index = load_index(uri, check=False).model_copy(update={"made_at": "elsewhere"})
-    access = CacheAccess(ShardCache(index, store, tmp_path / "cache", 10**9, lenient=True), 2)
+    access = CacheAccess(ShardCache(index, tmp_path / "cache", 10**9, lenient=True), 2)
     with caplog.at_level(logging.WARNING):
         assert access.renew(5)
         assert not access.renew(5)

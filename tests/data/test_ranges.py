@@ -9,7 +9,7 @@ from pipeline.config.data import DataConfig
 from pipeline.data import Index, Loader, samples
 from pipeline.data.ranges import GAP_BYTES, REQUESTS_AT_ONCE, RangeAccess, spans_of
 from pipeline.store import FileStore
-from tests.data.making import batches, by_position, small_set
+from tests.data.making import batches, by_position, read_through, small_set
 
 SHARDS = (100,) * 6
 
@@ -40,7 +40,8 @@ def streamed(
 ) -> tuple[dict[int, tuple[bytes, int]], Counting]:
     """Batches by position, read by request with this much memory."""
     store = Counting(Path(index.uri.removeprefix("file://")))
-    monkeypatch.setattr(samples, "open_access", lambda _, index, __: RangeAccess(index, store, limit_bytes))
+    index = read_through(index, store)
+    monkeypatch.setattr(samples, "open_access", lambda _, index, __: RangeAccess(index, limit_bytes))
     config = DataConfig(uri=index.uri, window_shards=2, memory_bytes=0)
     loader = Loader(config, index, 5, 7)
     found = by_position([list(loader.batches(start, stop))])
