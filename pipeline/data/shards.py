@@ -1,5 +1,7 @@
 """Shards: tars of samples by WebDataset's naming rule, written byte-reproducibly and read without leniency.
 
+webdataset writes them. It is not what reads them here: it passes over damage, a tar cut short for one, without a word.
+
 A sample is a run of neighbouring members with one key. Of `a/b.seg.png` the key is `a/b` and the extension
 `seg.png`: the base name is cut at its first dot.
 """
@@ -10,33 +12,50 @@ import gzip
 import hashlib
 import io
 import re
+import sys
+import tarfile
 import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from pipeline.data.tar import BLOCK, END, Member, Reader, member_bytes, read_members
+from webdataset.writer import TarWriter
+
+from pipeline.data.tar import BLOCK, Member, Reader, read_members
 from pipeline.errors import DamageError
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 GZIP_MAGIC = b"\x1f\x8b"
+MAX_WRITTEN_NAME_BYTES = 100
+"""Longer names need headers that not every reader of tars understands."""
 
 Parts = dict[str, tuple[Member, bytes]]
 """A sample's files by lower-case extension."""
 
 
 class ShardStream:
-    """A shard written sample by sample: the same samples give the same bytes, on any machine."""
+    """A shard written sample by sample: the same samples give the same bytes, on any machine.
+
+    webdataset writes the members, without owner and time. It then fills the tar up with zeros to a multiple of 10,240
+    bytes. Those are left out, so that the loss of any block at the end is noticed.
+    """
 
     def __init__(self, out: BinaryIO) -> None:
-        self._out, self._seen = out, set[str]()
-        self.hash, self.size_bytes = hashlib.sha256(), 0
+        self._sink, self._seen = _Sink(out), set[str]()
+        file = cast(BinaryIO, self._sink)
+        self._tar = TarWriter(
+            file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False, keep_meta=True
+        )
+        # webdataset leaves both to tarfile, whose own choice depends on the locale and the Python version
+        self._tar.tarstream.format, self._tar.tarstream.encoding = tarfile.USTAR_FORMAT, "utf-8"
+        self.hash, self.size_bytes = self._sink.hash, 0
 
     def add(self, key: str, files: dict[str, bytes]) -> list[int]:
         """Write a sample; where the bytes of each of its files begin.
 
-        Raises ValueError for a key or extension that a reader would not find again, and for a repeated key.
+        Raises ValueError for a key or extension that a reader would not find again, for a repeated key, and for a name
+        of more than 100 bytes.
         """
         if key in self._seen:
             raise ValueError(f"key {key!r} occurs twice")
@@ -46,18 +65,34 @@ class ShardStream:
             name = f"{key}.{extension}"
             if split_name(name) != (key, extension.lower()) or extension != extension.lower():
                 raise ValueError(f"{name!r}: a reader would not split it into {key!r} and {extension!r}")
+            if len(name.encode()) > MAX_WRITTEN_NAME_BYTES:
+                raise ValueError(f"name {name!r}: must have at most {MAX_WRITTEN_NAME_BYTES} bytes")
+            # one file at a time, as webdataset would sort them
+            self._tar.write({"__key__": key, extension: data})
             offsets.append(self.size_bytes + BLOCK)
-            self._write(member_bytes(name, data))
+            self.size_bytes += BLOCK + len(data) + -len(data) % BLOCK
         return offsets
 
     def finish(self) -> None:
-        """Write what ends a tar."""
-        self._write(END)
+        """Write what ends a tar: two zero blocks."""
+        self.size_bytes += 2 * BLOCK
+        self._sink.limit = self.size_bytes
+        self._tar.close()
 
-    def _write(self, data: bytes) -> None:
-        self._out.write(data)
-        self.hash.update(data)
-        self.size_bytes += len(data)
+
+class _Sink:
+    """Hashes what is written, and passes on no more than `limit` bytes in all."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out, self._written = out, 0
+        self.hash, self.limit = hashlib.sha256(), sys.maxsize
+
+    def write(self, data: bytes) -> int:
+        kept = data[: self.limit - self._written]
+        self._out.write(kept)
+        self.hash.update(kept)
+        self._written += len(kept)
+        return len(data)
 
 
 def write_shard(samples: Iterable[tuple[str, dict[str, bytes]]]) -> bytes:

@@ -1,4 +1,4 @@
-"""Reading and writing tar without leniency.
+"""Reading tar without leniency.
 
 Python's `tarfile` ends quietly at a damaged header or a cut, losing the rest of a shard (CPython issue
 120740). Here a tar is whole only if every header's checksum holds, every payload is complete, two zero
@@ -135,31 +135,6 @@ def _heads(reader: _Blocks, names: str) -> Iterator[_Head]:
         target = pax.get("linkpath") or long.get(b"K") or _link_name(header, label, start, names)
         yield _Head(name, kind, _pax_size(pax, size, label, start), start, target)
         long, pax = {}, {}
-
-
-def member_bytes(name: str, data: bytes) -> bytes:
-    """Header, payload and padding of one regular file, the same bytes for the same name and data.
-
-    Owner, group and time are zero. Raises ValueError for a name ustar cannot hold (100 bytes).
-    """
-    encoded = name.encode()
-    if not encoded or len(encoded) > 100:
-        raise ValueError(f"name {name!r}: must have 1 to 100 bytes")
-    header = bytearray(BLOCK)
-    header[0 : len(encoded)] = encoded
-    header[100:108] = b"0000644\0"
-    header[108:116] = header[116:124] = b"0000000\0"
-    header[124:136] = b"%011o\0" % len(data)
-    header[136:148] = b"00000000000\0"
-    header[148:156] = b" " * 8
-    header[156:157] = b"0"
-    header[257:265] = b"ustar\x0000"
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header) + data + bytes(-len(data) % BLOCK)
-
-
-END = bytes(2 * BLOCK)
-"""What ends a tar. Exactly this and no more, so that losing any block at the end is noticed."""
 
 
 class _Blocks:

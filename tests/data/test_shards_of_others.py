@@ -1,6 +1,8 @@
 """Shards that others made, or that `ddpm pack` made, indexed as they are: nothing is lost or renamed in silence."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -198,11 +200,14 @@ def test_files_beside_the_samples_are_counted_and_harmless(
 
 
 def test_files_of_a_sample_that_are_no_neighbours_are_refused(uri: str) -> None:
-    from pipeline.data.tar import END, member_bytes
-
-    names = ("a.png", "b.png", "a.cls", "b.cls")
-    tar = b"".join(member_bytes(name, PNG if name.endswith("png") else b"1") for name in names)
-    open_store(uri).write("0.tar", tar + END)
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name in ("a.png", "b.png", "a.cls", "b.cls"):
+            data = PNG if name.endswith("png") else b"1"
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    open_store(uri).write("0.tar", out.getvalue())
     with pytest.raises(DamageError, match=r"'a': comes in two places .* must be neighbours"):
         build_index(uri)
 

@@ -17,6 +17,7 @@ from pipeline.data.shards import split_name
 from pipeline.errors import DamageError
 from tests.data.making import sample
 
+V0_1_0 = Path(__file__).parents[1] / "compatibility/v0.1.0"
 WHOLE = write_shard(sample(i) for i in range(6))
 
 
@@ -49,6 +50,34 @@ def test_plain_webdataset_reads_what_is_written(tmp_path: Path) -> None:
     assert [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in found] == [
         sample(i) for i in range(6)
     ]
+
+
+def test_shards_of_the_first_version_are_written_again_byte_for_byte() -> None:
+    shards = sorted(V0_1_0.glob("*/shards/*.tar"))
+    assert len(shards) == 5
+    for shard in shards:
+        assert write_shard(read_shard(shard)) == shard.read_bytes(), shard
+
+
+def test_a_shard_is_what_webdataset_writes_but_for_the_zeros_that_fill_its_last_record() -> None:
+    out = io.BytesIO()
+    options = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
+    with webdataset.TarWriter(out, **options) as writer:
+        for number in range(6):
+            key, files = sample(number)
+            for extension, data in files.items():
+                writer.write({"__key__": key, extension: data})
+    theirs = out.getvalue()
+    assert theirs == WHOLE + bytes(-len(WHOLE) % tarfile.RECORDSIZE)
+    assert len(theirs) > len(WHOLE)
+
+
+def test_names_are_written_alike_in_every_locale_and_never_longer_than_a_header_holds() -> None:
+    shard = write_shard([("höhe", {"png": b"x"})])
+    assert dict(read_shard(shard)) == {"höhe": {"png": b"x"}}
+    assert shard.startswith("höhe.png\0".encode())
+    with pytest.raises(ValueError, match="at most 100 bytes"):
+        write_shard([("ö" * 49, {"png": b""})])
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
