@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.data import npy
+from pipeline.data.colour import to_srgb
 from pipeline.data.npy import UInt8
 from pipeline.data.png import MAGIC, decode_png, header_shape, png_problem, tells_orientation
 from pipeline.errors import DamageError
@@ -110,7 +111,7 @@ def probe(data: bytes) -> ImageShape:
 
 
 def decode(data: bytes, shape: ImageShape) -> UInt8:
-    """Pixels of the upright picture, uint8 (height, width, channels).
+    """Pixels of the upright picture in sRGB, uint8 (height, width, channels): those that packing makes of it.
 
     Grey becomes colour and colour grey as `shape` asks; transparency is laid on white. Raises DamageError when
     the bytes do not decode, or hold another size than `shape`'s; the size is checked before decompression.
@@ -125,7 +126,8 @@ def decode(data: bytes, shape: ImageShape) -> UInt8:
     with open_image(data) as image:
         if sorted(image.size) != sorted((shape.width, shape.height)):
             _require_size(_shape_of(image), shape)
-        pixels = to_array(upright(image), shape.channels, WHITE)
+        coloured, _ = to_srgb(upright(image))
+        pixels = to_array(coloured, shape.channels, WHITE)
     _require_size(ImageShape(shape.channels, *pixels.shape[:2]), shape)
     return pixels
 

@@ -4,7 +4,7 @@ What makes decoding a small PNG slow is not inflating it but undoing five kinds 
 whose lines all use one of the first three is undone by one running sum over the whole image. Packing writes only
 such files; they are ordinary PNGs, a few percent larger than the best choice for each line would give. The lines of
 other plain PNGs are undone by Pillow's decoder, called without the half of its time that goes into its Python around
-it. Whatever is not plain (palettes, 16 bits, interlace, transparency, damage) is left to Pillow as a whole.
+it. Whatever is not plain (palettes, 16 bits, interlace, transparency, profiles, damage) is left to Pillow as a whole.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ MAGIC = b"\x89PNG\r\n\x1a\n"
 _NONE, _SUB, _UP = range(3)
 _COLOUR_KINDS = {1: 0, 3: 2}  # channels to PNG's colour type
 _MODES = {1: ("L", "L"), 3: ("RGB", "RGB;L")}  # Pillow's, and how it writes colour after colour in each line
-# What says nothing of the values of pixels, or nothing that Pillow heeds.
-_HARMLESS = frozenset(b"gAMA cHRM sRGB iCCP sBIT bKGD pHYs tIME tEXt zTXt iTXt".split())
+# What says nothing of the values of pixels, or nothing that Pillow heeds. A colour profile (iCCP) does.
+_HARMLESS = frozenset(b"gAMA cHRM sRGB sBIT bKGD pHYs tIME tEXt zTXt iTXt".split())
 _ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 _BODY = len(MAGIC) + 25  # after the header chunk
 _END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))

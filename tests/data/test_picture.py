@@ -15,7 +15,7 @@ from pipeline.data.images import ImageShape, decode, probe
 from pipeline.data.picture import ENLARGED, examine, to_pixels
 from pipeline.errors import DamageError, UserError
 from pipeline.store import open_store
-from tests.data.making import encoded, picture
+from tests.data.making import batches, encoded, picture
 
 CONFIG = PackConfig(source="unused", dest="unused")
 PIXELS = picture(3, (12, 8))
@@ -133,6 +133,61 @@ def test_a_colour_profile_is_converted_and_srgb_left_as_it_is() -> None:
     assert note == "were converted from their colour profile to sRGB"
     found = pixels(encoded(PIXELS, icc_profile=wide)).astype(int)
     assert np.abs(found - PIXELS[..., [1, 0, 2]]).max() <= 2
+
+
+def of_all_kinds() -> dict[str, bytes]:
+    """Picture files of 12x8 whose pixels depend on how orientation and colour profile are heeded."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    wide, six = swapped(srgb), exif(SIX)
+    tall, grey, photo = np.rot90(PIXELS), PIXELS[..., :1], Image.fromarray(PIXELS)
+    return {
+        "plain": encoded(PIXELS),
+        "srgb": encoded(PIXELS, icc_profile=srgb),
+        "png": encoded(PIXELS, icc_profile=wide),
+        "unusable": encoded(PIXELS, icc_profile=b"no profile"),
+        "grey": encoded(grey, icc_profile=wide),
+        "jpeg": encoded(PIXELS, "jpeg", quality=95, icc_profile=wide),
+        "webp": encoded(PIXELS, "webp", lossless=True, icc_profile=wide),
+        "turned": turned(encoded(tall, "jpeg", quality=95, icc_profile=wide), six),
+        "palette": saved(photo.quantize(32), icc_profile=wide),
+        "cmyk": saved(photo.convert("CMYK"), "jpeg"),
+    }
+
+
+def saved(image: Image.Image, kind: str = "png", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def test_pack_index_and_loader_take_the_same_pixels_from_the_same_file(uri: str, tmp_path: Path) -> None:
+    files = of_all_kinds()
+    meant = {name: pixels(data) for name, data in files.items()}
+    assert not np.array_equal(meant["png"], PIXELS)
+    assert not np.array_equal(meant["webp"], PIXELS)
+    kinds = {"jpeg": "jpg", "turned": "jpg", "cmyk": "jpg", "webp": "webp"}
+    samples = [(name, {kinds.get(name, "png"): data}) for name, data in sorted(files.items())]
+    open_store(uri).write("000.tar", write_shard(samples))
+    index = build_index(uri, pixels=True)
+    assert {found.key: found.pixels.tobytes() for found in read_forward(index)} == {
+        name: values.tobytes() for name, values in meant.items()
+    }
+    (loaded,), total = (
+        batches(index, 0, 1, batch=len(files)),
+        np.concatenate([values.reshape(-1, 3) for values in meant.values()]),
+    )
+    assert {image.numpy().tobytes() for image in loaded[0].images} == {
+        values.transpose(2, 0, 1).tobytes() for values in meant.values()
+    }
+    assert index.channel_mean == pytest.approx(total.mean(axis=0).tolist())
+    for name, entry in samples:
+        ((kind, data),) = entry.items()
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{name}.{kind}").write_bytes(data)
+    packed = PackConfig(source=str(tmp_path / "in"), dest=f"{uri}-packed")
+    pack(packed)
+    there = {found.pixels.tobytes() for found in read_forward(load_index(packed.dest))}
+    assert there == {values.tobytes() for values in meant.values()}
 
 
 def swapped(profile: bytes) -> bytes:
