@@ -19,7 +19,7 @@ from pipeline.data.index import (
     read_table,
     remedy,
 )
-from pipeline.data.location import SUFFIXES, Location
+from pipeline.data.location import SUFFIXES, Location, require_all
 from pipeline.data.scan import Reading, index_shard
 from pipeline.data.spread import Spread, by_threads
 from pipeline.errors import DamageError, UserError
@@ -32,7 +32,6 @@ UNREAD = (".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".tzst", ".tbz2", ".txz
 SPLITS = ("train", "val", "valid", "validation", "test")
 CLASSES_FILE, INFO_FILE = "classes.txt", "_info.json"
 MAX_NAMES_BYTES = 1 << 26
-_MOST_NAMED = 5
 
 
 def shards_to_index(uri: str) -> tuple[Location, list[ObjectInfo]]:
@@ -139,7 +138,7 @@ def plan_index(
     """
     location, found = shards_to_index(uri)
     keys = [info.key for info in found]
-    _require_all(location, keys)
+    require_all(uri, location.missing(keys))
     location, home = _places(location, Location.of(uri), dest)
     packed = _packed(location, keys)
     earlier = packed or _earlier(home.uri)
@@ -240,15 +239,6 @@ def _names_of_info(store: Store, text: bytes) -> tuple[str, ...] | None:
     if not isinstance(found, list) or not all(isinstance(name, str) for name in cast(list[Any], found)):
         return None
     return tuple(cast(list[str], found))
-
-
-def _require_all(location: Location, keys: Sequence[str]) -> None:
-    missing = location.missing(keys)
-    if missing:
-        named = ", ".join(missing[:_MOST_NAMED]) + (", …" if len(missing) > _MOST_NAMED else "")
-        raise UserError(
-            f"{location.uri}: {len(missing)} of the shards it names are not there ({named}); bring them, or name fewer"
-        )
 
 
 def _packed(location: Location, keys: Sequence[str]) -> Index | None:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+from braceexpand import braceexpand
 
 from pipeline.errors import UserError
 from pipeline.store import ObjectInfo, Store
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
-_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 MAX_EXPANDED = 1_000_000
+MAX_GROUPS = 50
+MAX_DIGITS = 100
+"""Of a range of numbers: Python refuses to read one of thousands."""
+_GROUP = re.compile(r"\{([^{}]*)\}")
+_STEP = r"(?:\.\.-?\d+)?$"
+_RANGE, _LETTERS = re.compile(rf"(-?\d+)\.\.(-?\d+){_STEP}"), re.compile(rf"[A-Za-z]\.\.[A-Za-z]{_STEP}")
+_MOST_LETTERS = 52
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,12 @@ class Location:
         return f"index-{hashlib.sha256(self.pattern.encode()).hexdigest()[:16]}.json"
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Names that the pattern writes out and that are not among `keys`."""
+        """Names that the pattern writes out and that none of `keys` is, or matches where they have wildcards."""
         if self.pattern is None:
             return []
-        return sorted({name for name in expand(self.pattern) if _no_glob(name)}.difference(keys))
+        there = list(keys)
+        names = set(expand(self.pattern)).difference(there)
+        return sorted(name for name in names if not (is_glob(name) and fnmatch.filter(there, name)))
 
     def shard_objects(self, store: Store) -> Iterator[ObjectInfo]:
         """The shards there are now, sorted by key."""
@@ -60,7 +70,7 @@ class Location:
             yield from (info for info in store.list() if info.key.endswith(SUFFIXES))
             return
         names = expand(self.pattern)
-        plain = {name for name in names if _no_glob(name)}
+        plain = {name for name in names if not is_glob(name)}
         globs = [re.compile(fnmatch.translate(name)) for name in names if name not in plain]
         fixed = re.split(r"[{*?\[]", self.pattern, maxsplit=1)[0]
         for info in store.list(fixed):
@@ -68,35 +78,49 @@ class Location:
                 yield info
 
 
-def _no_glob(name: str) -> bool:
-    return not set(name) & set("*?[")
+def require_all(what: str, missing: Sequence[str]) -> None:
+    """Raise UserError when something that a pattern names is not there; `what` begins the line."""
+    if missing:
+        named = ", ".join(missing[:_MOST_NAMED]) + (", …" if len(missing) > _MOST_NAMED else "")
+        raise UserError(
+            f"{what}: {len(missing)} of what it names are not there: {named}; get them, or name those that are there"
+        )
+
+
+def is_glob(name: str) -> bool:
+    """Whether a name written out still stands for several."""
+    return not set(name).isdisjoint("*?[")
 
 
 def expand(pattern: str) -> list[str]:
-    """`a-{00..02}.{x,y}` written out; numbers keep their width. Raises UserError beyond a million names."""
-    if _num_expanded(pattern) > MAX_EXPANDED:
-        raise UserError(f"{pattern}: stands for more than {MAX_EXPANDED:,} names; use a wildcard")
-    return list(_expanded(pattern))
+    """`a-{00..02}.{x,y}` written out as webdataset does it, in order.
+
+    Braces without their counterpart are a part of the name. Raises UserError beyond a million names.
+    """
+    if _most_expanded(pattern) > MAX_EXPANDED:
+        raise UserError(f"{pattern[:200]}: stands for more than {MAX_EXPANDED:,} names; use a wildcard")
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except ValueError:  # of braces without their counterpart
+        return [pattern]
 
 
-def _num_expanded(pattern: str) -> int:
-    """How many names a pattern stands for, without writing them out; no more exact than MAX_EXPANDED needs."""
-    total = 1
-    while total <= MAX_EXPANDED and (match := _RANGE.search(pattern) or _CHOICE.search(pattern)):
-        options = max(0, int(match[2]) - int(match[1]) + 1) if match.re is _RANGE else match[1].count(",") + 1
-        total *= options
-        pattern = f"{pattern[: match.start()]}-{pattern[match.end() :]}"
+def _most_expanded(pattern: str) -> int:
+    """No fewer names than a pattern stands for, told without writing them out: braces within braces multiply."""
+    total, groups = 1, 0
+    while total <= MAX_EXPANDED and (group := _GROUP.search(pattern)):
+        total *= _options(group[1])
+        groups += 1
+        pattern = f"{pattern[: group.start()]}-{pattern[group.end() :]}"
+        if groups > MAX_GROUPS:
+            raise UserError(f"{pattern[:200]}: has more than {MAX_GROUPS} pairs of braces; use a wildcard")
     return total
 
 
-def _expanded(pattern: str) -> Iterator[str]:
-    match = _RANGE.search(pattern) or _CHOICE.search(pattern)
-    if match is None:
-        yield pattern
-        return
-    options: Iterable[str] = match[1].split(",")
-    if match.re is _RANGE:
-        low, high = match[1], match[2]
-        options = (str(n).zfill(len(low)) for n in range(int(low), int(high) + 1))
-    for option in options:
-        yield from _expanded(pattern[: match.start()] + option + pattern[match.end() :])
+def _options(group: str) -> int:
+    """How many a pair of braces chooses from, by what stands in it; a step makes them fewer."""
+    if (numbers := _RANGE.match(group)) is None:
+        return _MOST_LETTERS if _LETTERS.match(group) else group.count(",") + 1
+    if len(group) > MAX_DIGITS:
+        return MAX_EXPANDED + 1
+    return abs(int(numbers[2]) - int(numbers[1])) + 1

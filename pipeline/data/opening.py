@@ -14,7 +14,7 @@ from pipeline.config.data import PackConfig
 from pipeline.data.archives import TARS, TarFiles
 from pipeline.data.files import Files, FolderFiles, ManyFiles, ZipFiles, is_hidden
 from pipeline.data.images import PICTURE_SUFFIXES
-from pipeline.data.location import expand
+from pipeline.data.location import expand, is_glob, require_all
 from pipeline.data.parquet import ParquetSource, holds_pictures
 from pipeline.data.sources import DigitsSource, FilesSource, Source
 from pipeline.errors import UserError
@@ -68,22 +68,15 @@ def source_paths(source: str) -> list[Path]:
         return [path]
     if not set(source) & set("*?[{"):
         raise UserError(f"source: {source} does not exist; {KINDS}")
-    found: list[Path] = []
-    missing: list[str] = []
-    for pattern in expand(str(path)):
-        if set(pattern) & set("*?["):
-            there = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-            found += there
-        else:
-            there = [Path(pattern)] if Path(pattern).exists() else []
-            found += there
-        missing += [] if there else [pattern]
-    if missing:
-        raise UserError(
-            f"source: {len(missing)} of what {source} names do not exist: {', '.join(missing[:5])}; "
-            "get them, or name those that are there"
-        )
-    return sorted(set(found))
+    found = {name: _there(name) for name in expand(str(path))}
+    require_all(f"source: {source}", [name for name, there in found.items() if not there])
+    return sorted({path for there in found.values() for path in there})
+
+
+def _there(name: str) -> list[Path]:
+    if is_glob(name):
+        return [Path(match) for match in glob.glob(name, recursive=True)]
+    return [Path(name)] if Path(name).exists() else []
 
 
 def _opened(config: PackConfig, paths: list[Path]) -> Source:
@@ -157,7 +150,7 @@ def _distinct(paths: Sequence[Path]) -> Sequence[Path]:
 
 
 def _names_of_pack(path: Path) -> tuple[str, ...] | None:
-    """Class names by number that the index of our own data set, or a _info.json, holds for these shards."""
+    """Class names by number that the index of a packed set holds; None for shards that are no part of one."""
     folder = path if path.is_dir() else path.parent
     for place in (folder, folder.parent) if folder.name == "shards" else (folder,):
         file = place / "index.json"

@@ -134,7 +134,7 @@ def test_shards_are_packed_together_by_folder_or_pattern(tmp_path: Path) -> None
     wanted = {"t-00.tar/0.png": 0, "t-01.tar/0.png": 1}
     for source in (tmp_path, tmp_path / "*.tar", tmp_path / "t-{00..01}.tar"):
         assert labels(opened(source)) == wanted
-    with pytest.raises(UserError, match=r"8 of what .* names do not exist: .*t-02\.tar"):
+    with pytest.raises(UserError, match=r"8 of what it names are not there: .*t-02\.tar"):
         opened(tmp_path / "t-{00..09}.tar")
 
 

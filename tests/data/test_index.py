@@ -134,11 +134,27 @@ def test_braces_are_written_out_with_their_zeros() -> None:
     assert sorted(expand("{a,b}{0..1}")) == ["a0", "a1", "b0", "b1"]
     with pytest.raises(UserError, match="more than"):
         expand("{0..9999999}")
+    assert expand("{x,y{1..2}}{a..c..2}") == ["xa", "xc", "y1a", "y1c", "y2a", "y2c"]
+    assert expand("{098..100}{3..1}")[-1] == "1001"
+    assert expand("a{b") == ["a{b"]
     with pytest.raises(UserError, match="must come after a bucket"):
         Location.of("s3://{a,b}/x.tar")
 
 
-@pytest.mark.parametrize("pattern", ["{0..99999}{0..99999}", "{0..999}{0..999}{0..999}{0..999}{0..999}"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..99999}{0..99999}",
+        "{0..999}{0..999}{0..999}{0..999}{0..999}",
+        "{a,{b}}" * 40,
+        "{a..z}" * 9,
+        "{x,{0..-9999999}}",
+        "{0..9999999..2}",
+        "{0..9999999\n}",
+        "{0..1" + "0" * 5000 + "}",
+    ],
+    ids=lambda pattern: ascii(pattern[:24]),
+)
 def test_a_pattern_of_patterns_is_refused_before_it_is_written_out(pattern: str) -> None:
     tracemalloc.start()
     with pytest.raises(UserError, match="more than"):
@@ -148,9 +164,15 @@ def test_a_pattern_of_patterns_is_refused_before_it_is_written_out(pattern: str)
     assert most_bytes < 200_000_000
 
 
-def test_a_number_of_thousands_of_digits_is_a_name_like_any_other() -> None:
-    pattern = "{0..1" + "0" * 5000 + "}"
-    assert expand(pattern) == [pattern]
+def test_a_pattern_of_very_many_braces_is_refused() -> None:
+    with pytest.raises(UserError, match="more than 50 pairs of braces"):
+        expand("{" * 3000 + "}" * 3000)
+
+
+def test_a_wildcard_that_matches_nothing_is_missing_like_a_name(uri: str) -> None:
+    open_store(uri).write("train-0.tar", write_shard([sample(0)]))
+    with pytest.raises(UserError, match=r"1 of what it names are not there: val-\*\.tar"):
+        build_index(f"{uri}/{{train,val}}-*.tar")
 
 
 def test_a_grey_shard_among_coloured_ones_counts_in_every_channel(uri: str) -> None:
