@@ -12,13 +12,14 @@ import shutil
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from pipeline.data.files import MAX_FILE_BYTES, FileName, Files, clean_name, is_counted_hidden, is_hidden
 from pipeline.data.tar import Entry, list_members
-from pipeline.errors import DamageError, UserError
+from pipeline.errors import DamageError, NoRoom, UserError
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 MAX_NESTED = 2
@@ -35,7 +36,7 @@ class TarFiles(Files):
 
     def __init__(self, path: Path) -> None:
         self.where, self.left_out = str(path), Counter()
-        self._file = _opened(path)
+        self._file, self.copied_bytes = _opened(path)
         found: dict[str, _Place] = {}
         links: dict[str, str] = {}
         try:
@@ -99,6 +100,11 @@ class Spool:
         self._file = tempfile.TemporaryFile(prefix="ddpm-pack-")  # noqa: SIM115 - lives as long as the source
         self._where, self._end = where, 0
 
+    @property
+    def num_bytes(self) -> int:
+        """How many are kept."""
+        return self._end
+
     def add(self, data: bytes) -> tuple[int, int]:
         """Keep `data`; its place. Raises UserError when TMPDIR is full."""
         try:
@@ -136,16 +142,51 @@ class _Window:
         return self._place
 
 
-def _opened(path: Path) -> BinaryIO:
-    """The plain tar, which is the file itself unless it is compressed."""
-    try:
-        file = path.open("rb")
+def require_room(where: str, needed_bytes: int) -> None:
+    """Raise NoRoom, before anything is copied, where TMPDIR has not this much room."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise NoRoom(
+            f"source: {where}: its pictures take at least {needed_bytes:,} bytes in {folder}, as they can only be "
+            f"read in order, and {free:,} are free; set TMPDIR to a place with more room"
+        )
+
+
+def unpacked_bytes(path: Path) -> int:
+    """How many bytes a tar takes in TMPDIR: 0 for a plain one, and at least this many for a compressed one."""
+    with _told(path), path.open("rb") as file:
         head = file.read(6)
+        if _unpacker(head) is None:
+            return 0
+        size = file.seek(0, os.SEEK_END)
+        if _unpacker(head) is not _gzip or size < 18:
+            return size
+        file.seek(-4, os.SEEK_END)
+        return max(
+            size, int.from_bytes(file.read(4), "little")
+        )  # a gzip ends with its plain size, modulo 2^32
+
+
+@contextmanager
+def _told(path: Path) -> Generator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"source: {path}: cannot be read ({error.strerror})") from None
-    unpack = next((unpack for magic, unpack in _UNPACKERS.items() if head.startswith(magic)), None)
+
+
+def _unpacker(head: bytes) -> Any:
+    return next((unpack for magic, unpack in _UNPACKERS.items() if head.startswith(magic)), None)
+
+
+def _opened(path: Path) -> tuple[BinaryIO, int]:
+    """The plain tar, which is the file itself unless it is compressed, and how many bytes were unpacked for it."""
+    with _told(path):
+        file = path.open("rb")
+        unpack = _unpacker(file.read(6))
     if unpack is None:
-        return file
+        return file, 0
     plain = tempfile.TemporaryFile(prefix="ddpm-pack-")  # noqa: SIM115 - lives as long as the source
     file.seek(0)
     try:
@@ -158,7 +199,7 @@ def _opened(path: Path) -> BinaryIO:
         raise UserError(f"source: {path}: damaged ({error}); get the file again") from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"source: {path}: damaged ({error}); get the file again") from None
-    return cast(BinaryIO, plain)
+    return cast(BinaryIO, plain), plain.tell()
 
 
 def _gzip(file: BinaryIO) -> Any:
@@ -179,8 +220,8 @@ _UNPACKERS: dict[bytes, Any] = {
 }
 
 
-def _no_room(where: str, error: OSError) -> UserError:
-    return UserError(
+def _no_room(where: str, error: OSError) -> NoRoom:
+    return NoRoom(
         f"source: {where}: is unpacked in {tempfile.gettempdir()} and that failed ({error.strerror}); "
         "set TMPDIR to a place with more room"
     )

@@ -40,6 +40,8 @@ class Files(ABC):
     """What people call it."""
     wrapped: bool = True
     """Whether names are told without a folder that holds everything: of archives, not of folders."""
+    copied_bytes: int = 0
+    """Of the temporary files that they are read from; 0 where they are read in place."""
     names: Sequence[FileName]
     left_out: Counter[str]
     """What was seen and has no name here, by kind: hidden files, links without an end."""
@@ -133,6 +135,7 @@ class ManyFiles(Files):
         self.names, self._places = [], []
         for name, files in archives:
             self.left_out.update(files.left_out)
+            self.copied_bytes += files.copied_bytes
             for number, file in enumerate(files.names):
                 self.names.append(FileName(name, file.path))
                 self._places.append((files, number))

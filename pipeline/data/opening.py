@@ -11,7 +11,7 @@ from pydantic_core import from_json
 
 from pipeline.config.bounds import checked_name
 from pipeline.config.data import PackConfig
-from pipeline.data.archives import TARS, TarFiles
+from pipeline.data.archives import TARS, TarFiles, require_room, unpacked_bytes
 from pipeline.data.files import Files, FolderFiles, ManyFiles, ZipFiles, is_hidden
 from pipeline.data.images import PICTURE_SUFFIXES
 from pipeline.data.location import expand, is_glob, require_all
@@ -85,13 +85,15 @@ def _opened(config: PackConfig, paths: list[Path]) -> Source:
     if all(path.suffix.lower() == ".parquet" for path in paths):
         return ParquetSource(paths, config, config.source, Counter())
     if len(paths) == 1:
-        return FilesSource(_archive(paths[0]), config, _names_of_pack(paths[0]))
+        (archive,) = _archives(config.source, paths)
+        return FilesSource(archive, config, _names_of_pack(paths[0]))
     folder = next((path for path in paths if path.is_dir()), None)
     if folder is not None:
         raise UserError(
             f"source: {config.source} names several things, among them the folder {folder}; {KINDS}"
         )
-    files = ManyFiles(config.source, [(path.name, _archive(path)) for path in _distinct(paths)])
+    names = [path.name for path in _distinct(paths)]
+    files = ManyFiles(config.source, list(zip(names, _archives(config.source, paths), strict=True)))
     return FilesSource(files, config, _names_of_pack(paths[0]))
 
 
@@ -124,11 +126,20 @@ def _of_folder(config: PackConfig, folder: Path) -> Source:
 
 
 def _of_archives(config: PackConfig, folder: Path, archives: Sequence[Path], rest: Counter[str]) -> Source:
-    whole = ManyFiles(str(folder), [(str(p.relative_to(folder)), _archive(p)) for p in sorted(archives)])
+    paths = sorted(archives)
+    names = [str(path.relative_to(folder)) for path in paths]
+    whole = ManyFiles(str(folder), list(zip(names, _archives(str(folder), paths), strict=True)))
     source = FilesSource(whole, config, _names_of_pack(folder))
     packed = (folder / "index.json").exists() and (folder / "pack-report.json").exists()
     source.left_out += Counter() if packed else +rest
     return source
+
+
+def _archives(where: str, paths: Sequence[Path]) -> list[Files]:
+    """The archives, opened. Raises NoRoom before the first of them is unpacked."""
+    tars = [path for path in paths if path.name.lower().endswith(TARS)]
+    require_room(where, sum(map(unpacked_bytes, tars)))
+    return [_archive(path) for path in paths]
 
 
 def _archive(path: Path) -> Files:

@@ -126,7 +126,9 @@ def _standing(places: Sequence[PackConfig], seen: str, progress: Progress | None
 def _pack(
     config: PackConfig, source: Source, seen: str, steps: _Steps, spread: SpreadFor
 ) -> list[PackReport]:
-    with spread(config, len(source.items)) as spreading:
+    # Every process of a spread opens the source for itself: a copy in TMPDIR is made once, for threads that share it.
+    chosen = spread_here if source.copied_bytes else spread
+    with chosen(config, len(source.items)) as spreading:
         facts: list[Fact] = []
         for some in spreading(partial(_look, config, source), _runs(len(source.items))):
             facts += some

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from pipeline.config.data import PackConfig
-from pipeline.data.archives import Spool
+from pipeline.data.archives import Spool, require_room
 from pipeline.data.files import MAX_FILE_BYTES
 from pipeline.data.labels import choose_field, flattened, is_label_field, mapping_line, numbered
 from pipeline.data.layout import choose_split, split_word
@@ -57,11 +57,15 @@ class ParquetSource(Source):
         rows = _Rows()
         found: dict[Path, Columns] = {}
         notes: list[str] = []
+        needed_bytes = 0
         for file in files:
             table = opened(file)
             found[file], told = columns_of(table.schema_arrow, config, file)
             notes += [note for note in told if note not in notes]
-            self._add(table, found[file], file, rows)
+            needed_bytes += _picture_bytes(table.metadata, found[file])
+        require_room(where, needed_bytes)
+        for file in files:
+            self._add(opened(file), found[file], file, rows)
         if not rows.names:
             raise UserError(f"source: {where} holds no rows; check the path")
         if config.split:
@@ -70,6 +74,7 @@ class ParquetSource(Source):
         inside = Path(where) if Path(where).is_dir() and not config.image_root else None
         self.self_contained = inside is not None or not any(isinstance(p, Path) for p in rows.places)
         self._spool.done()
+        self.copied_bytes = self._spool.num_bytes
         self._label(found, rows, where, notes)
 
     def read(self, number: int) -> bytes:
@@ -223,6 +228,15 @@ def _class_names(features: dict[str, Any], column: str) -> tuple[str, ...] | Non
         feature = feature.get(part) if isinstance(feature, dict) else None
     names = feature.get("names") if isinstance(feature, dict) else None
     return tuple(map(str, names)) if isinstance(names, list) else None
+
+
+def _picture_bytes(metadata: Any, columns: Columns) -> int:
+    """How many bytes the pictures in a file take, but for those that stand there once for several rows."""
+    if not columns.embedded:
+        return 0
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == columns.image)
 
 
 def _records(table: Any, columns: list[str], file: Path) -> Iterator[dict[str, Any]]:

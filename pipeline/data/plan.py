@@ -128,7 +128,7 @@ def plan_pack(config: PackConfig, source: Source, facts: Sequence[Fact], items: 
         unreadable=unreadable,
         other_files=source.other_files,
         left_out=dict(source.left_out.most_common()),
-        notes=(*source.notes, *_notes_on_pixels(facts, usable)),
+        notes=(*source.notes, *_notes_on_pixels(facts, usable), *_note_on_copy(source)),
     )
     return PackPlan(
         digest=_plan_digest(config, source, facts, order),
@@ -159,6 +159,13 @@ def _refuse_unusable(
 def _notes_on_pixels(facts: Sequence[Fact], usable: Sequence[int]) -> list[str]:
     counts = Counter(note for i in usable for note in facts[i].notes)
     return [f"{count} of {len(usable)} pictures {note}" for note, count in sorted(counts.items())]
+
+
+def _note_on_copy(source: Source) -> list[str]:
+    if not source.copied_bytes:
+        return []
+    size = f"{source.copied_bytes:,} bytes"
+    return [f"{size} were copied to TMPDIR; folders, zips and plain tars are read in place, and by clusters"]
 
 
 def settings_digest(config: PackConfig) -> str:

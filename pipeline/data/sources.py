@@ -47,6 +47,8 @@ class Source(ABC):
     """What people should know of how the source was understood, a line each."""
     config: PackConfig
     """What it was opened by."""
+    copied_bytes: int = 0
+    """Of the temporary files that pictures are read from; 0 where they are read in place."""
     self_contained: bool = True
     """Whether nothing is read but what lies in the file or folder that it was opened by."""
 
@@ -108,7 +110,7 @@ class FilesSource(Source):
     """Pictures that are files, in a folder or in archives, with the classes that files beside them or folders name."""
 
     def __init__(self, files: Files, config: PackConfig, class_names: tuple[str, ...] | None = None) -> None:
-        self._files, self.config = files, config
+        self._files, self.config, self.copied_bytes = files, config, files.copied_bytes
         names, where = files.names, files.where
         pictures = [i for i, name in enumerate(names) if name.path.lower().endswith(PICTURE_SUFFIXES)]
         if not pictures:

@@ -5,8 +5,10 @@ import gzip
 import io
 import json
 import lzma
+import shutil
 import tarfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +18,8 @@ import pytest
 from pipeline.config.data import PackConfig
 from pipeline.data import pack
 from pipeline.data.sources import read_item
-from pipeline.errors import UserError
+from pipeline.data.spread import Spread
+from pipeline.errors import NoRoom, UserError
 from tests.data.making import encoded, folder, picture
 from tests.data.test_sources import labels, opened
 
@@ -76,7 +79,8 @@ def test_a_plain_tar_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     tarred(tmp_path / "x.tar", ("1.png", PICTURES[0]))
     monkeypatch.setattr("tempfile.TemporaryFile", refused)
-    assert read_item(opened(tmp_path / "x.tar"), 0) == PICTURES[0]
+    found = opened(tmp_path / "x.tar")
+    assert (read_item(found, 0), found.copied_bytes) == (PICTURES[0], 0)
 
 
 def test_a_full_tmpdir_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +92,51 @@ def test_a_full_tmpdir_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Full())
     with pytest.raises(UserError, match=r"is unpacked in .* \(No space left on device\); set TMPDIR"):
         opened(tmp_path / "x.tar.gz")
+
+
+def refuse_to_copy(*_: object, **__: object) -> None:
+    raise AssertionError("something was copied")
+
+
+@pytest.mark.parametrize("kind", ["tar.gz", "tar.zst", "parquet", "folder"])
+def test_a_copy_that_cannot_fit_is_refused_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    plain = tarred(None, ("1.png", PICTURES[0]), ("2.png", PICTURES[1]))
+    if kind == "parquet":
+        table = pa.table({"image": PICTURES[:2]})
+        pq.write_table(table, tmp_path / "x.parquet")
+        needed = sum(map(len, PICTURES[:2]))
+    elif kind == "folder":
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.tar.gz").write_bytes(gzip.compress(plain))
+        needed = 2 * len(plain)
+    else:
+        data = gzip.compress(plain) if kind == "tar.gz" else compressed_by_arrow(plain)
+        (tmp_path / f"x.{kind}").write_bytes(data)
+        needed = len(plain) if kind == "tar.gz" else len(data)
+    source = tmp_path if kind == "folder" else tmp_path / f"x.{kind}"
+    room = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: room._replace(free=needed - 1))
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.data.archives.Spool.add", refuse_to_copy)
+        patched.setattr("shutil.copyfileobj", refuse_to_copy)
+        with pytest.raises(NoRoom, match=r"take at least [0-9,]+ bytes in .* are free; set TMPDIR"):
+            opened(source)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: room)
+    found = opened(source)
+    assert found.copied_bytes >= needed
+    assert read_item(found, 0) == PICTURES[0]
+
+
+def test_a_source_that_is_copied_is_opened_by_this_process_alone(tmp_path: Path) -> None:
+    def nobody(config: PackConfig, count: int) -> AbstractContextManager[Spread]:
+        raise AssertionError(f"{count} pictures of {config.source} were given away")
+
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tarred(None, ("cat/1.png", PICTURES[0]))))
+    config = PackConfig(source=str(tmp_path / "x.tar.gz"), dest=(tmp_path / "set").as_uri())
+    report = pack(config, spread=nobody)
+    assert any("copied to TMPDIR" in note for note in report.notes)
 
 
 def test_links_roots_and_odd_bytes_in_a_tar_lose_no_picture(tmp_path: Path) -> None:
