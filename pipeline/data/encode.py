@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from pipeline.config.data import PackConfig
 from pipeline.data.images import ImageShape
@@ -46,9 +47,12 @@ def runs_of(unit: PackUnit, facts: Sequence[Fact], shape: ImageShape) -> Iterato
         yield Run(items, tuple(facts[i].sha256 for i in items))
 
 
-def encode_run(config: PackConfig, shape: ImageShape, source: Source, run: Run) -> Encoded:
-    """Encode a run. Raises DamageError naming a picture that is no longer what it was when it was looked at."""
-    encode = encode_png if config.payload == "png" else encode_npy
+def encode_run(config: PackConfig, shape: ImageShape, source: Source, encoder: int, run: Run) -> Encoded:
+    """Encode a run; `encoder`: see pipeline.data.png.
+
+    Raises DamageError naming a picture that is no longer what it was when it was looked at.
+    """
+    encode = partial(encode_png, encoder=encoder) if config.payload == "png" else encode_npy
     payloads: list[bytes] = []
     moments: Moments | None = None
     for item, wanted in zip(run.items, run.hashes, strict=True):

@@ -36,6 +36,7 @@ from pipeline.data.packed import (
     SOURCE_KEY,
     PackedSource,
     Part,
+    PlanDocument,
     Scan,
     begin_pack,
     completed,
@@ -102,7 +103,7 @@ def pack(config: PackConfig, progress: Progress | None = None, spread: SpreadFor
         all_packed = config.on_unreadable == "fail" and config.on_small != "skip"
         if all_packed and listing not in (None, listing_digest(source.items, source.class_names)):
             raise other_pack(config.dest)
-        reports = _pack(config, source, seen, _Steps(2 * len(source.items), progress), spread)
+        reports = _pack(config, source, seen, plans, _Steps(2 * len(source.items), progress), spread)
     return reports[0] if len(reports) == 1 else replace(reports[0], held_out=reports[1])
 
 
@@ -124,7 +125,12 @@ def _standing(places: Sequence[PackConfig], seen: str, progress: Progress | None
 
 
 def _pack(
-    config: PackConfig, source: Source, seen: str, steps: _Steps, spread: SpreadFor
+    config: PackConfig,
+    source: Source,
+    seen: str,
+    plans: Sequence[PlanDocument | None],
+    steps: _Steps,
+    spread: SpreadFor,
 ) -> list[PackReport]:
     # Every process of a spread opens the source for itself: a copy in TMPDIR is made once, for threads that share it.
     chosen = spread_here if source.copied_bytes else spread
@@ -133,7 +139,10 @@ def _pack(
         for some in spreading(partial(_look, config, source), _runs(len(source.items))):
             facts += some
             steps.add(len(some))
-        sides = [(side, plan_pack(side, source, facts, items)) for side, items in _sides(config, facts)]
+        sides = [
+            (side, plan_pack(side, source, facts, items, by_bytes=there is None or there.by_bytes))
+            for (side, items), there in zip(_sides(config, facts), plans, strict=True)
+        ]
         there = [completed(side, plan) for side, plan in sides]
         reports = [
             done or _write(side, plan, source, facts, steps, spreading)
@@ -166,13 +175,13 @@ def _write(
 ) -> PackReport:
     store = open_store(config.dest)
     refuse_strays(config, plan)
-    begin_pack(store, plan)
+    standing = begin_pack(store, plan)
     scans = known_shards(config, plan)
     steps.add(sum(len(plan.units[shard].items) for shard in scans))
     todo = [unit for unit in plan.units if unit.shard not in scans]
     shape = plan.report.image
     runs = [(unit, list(runs_of(unit, facts, shape))) for unit in todo]
-    work = partial(encode_run, config, shape, source)
+    work = partial(encode_run, config, shape, source, standing.encoder)
     encoded = iter(spreading(work, (run for _, some in runs for run in some)))
     for unit, some in runs:
         scans[unit.shard] = pack_shard(

@@ -30,6 +30,7 @@ from pipeline.data.index import (
 )
 from pipeline.data.location import SUFFIXES, Location
 from pipeline.data.plan import PackPlan, PackReport, PackUnit, settings_digest
+from pipeline.data.png import ENCODER
 from pipeline.data.scan import index_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectInfo, ObjectMissing, Store, open_store
@@ -61,6 +62,13 @@ class PlanDocument(Settings):
     """Of the settings alone; None in plans of earlier versions."""
     listing: Digest | None = None
     """Of names and labels alone; None in plans of earlier versions, and where some were held out."""
+    encoder: Annotated[int, Field(ge=1, le=ENCODER)] = 1
+    """Which way pictures are compressed, see pipeline.data.png; 1 in plans of earlier versions."""
+
+    @property
+    def by_bytes(self) -> bool:
+        """Whether `shard_bytes` had a part in cutting the shards; version 0.1.0 knew `shard_size` only."""
+        return self.settings is not None
 
 
 class Part(Settings):
@@ -107,9 +115,12 @@ def other_pack(dest: str) -> UserError:
     return UserError(f"dest: {dest} holds a pack of other pictures or settings; choose an empty place")
 
 
-def begin_pack(store: Store, plan: PackPlan) -> None:
-    """Claim the destination for this plan. Of plans that begin at once one stands; UserError for the others."""
-    document = PlanDocument(digest=plan.digest, settings=plan.settings, listing=plan.listing)
+def begin_pack(store: Store, plan: PackPlan) -> PlanDocument:
+    """Claim the destination for this plan; what stands there then. Of plans that begin at once one stands.
+
+    Raises UserError for the others.
+    """
+    document = PlanDocument(digest=plan.digest, settings=plan.settings, listing=plan.listing, encoder=ENCODER)
 
     def read() -> str | None:
         found = _plan_there(store)
@@ -122,8 +133,10 @@ def begin_pack(store: Store, plan: PackPlan) -> None:
         read,
         lambda text: store.write(PLAN_KEY, text.encode() + b"\n"),
     )
-    if PlanDocument.model_validate_json(stands).digest != plan.digest:
+    standing = PlanDocument.model_validate_json(stands)
+    if standing.digest != plan.digest:
         raise other_pack(store.uri)
+    return standing
 
 
 def refuse_strays(config: PackConfig, plan: PackPlan) -> None:

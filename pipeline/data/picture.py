@@ -10,7 +10,17 @@ from PIL import Image
 
 from pipeline.config.data import PackConfig
 from pipeline.data.colour import to_srgb
-from pipeline.data.images import ImageShape, UInt8, open_image, read_npy, to_array, upright
+from pipeline.data.images import (
+    MAX_PIXELS,
+    ImageShape,
+    UInt8,
+    open_image,
+    orientation,
+    read_npy,
+    to_array,
+    upright,
+)
+from pipeline.data.png import decode_png, header_shape, png_problem
 from pipeline.errors import DamageError
 
 _FILTERS = {
@@ -19,7 +29,7 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
+_JPEG = b"\xff\xd8\xff"
 
 ENLARGED = "are smaller than image_size and were enlarged"
 SMALL = "are smaller than image_size"
@@ -40,10 +50,9 @@ def examine(config: PackConfig, data: bytes) -> Fact:
     """Decode a picture to its end and say what it is; what is wrong with it is an answer, not an exception."""
     digest = source_digest(data)
     try:
-        pixels, notes = _decoded(config, data)
+        height, width, notes = _looked_at(config, data)
     except DamageError as error:
         return Fact(digest, None, str(error))
-    height, width, _ = pixels.shape
     if config.image_size is not None:
         if min(height, width) < config.image_size:
             if config.on_small != "enlarge":
@@ -78,11 +87,38 @@ def to_pixels(config: PackConfig, data: bytes) -> UInt8:
     return out[:, :, None] if out.ndim == 2 else out
 
 
+def _looked_at(config: PackConfig, data: bytes) -> tuple[int, int, tuple[str, ...]]:
+    """Height and width of the upright picture, decoded to its end, and what is done to its values."""
+    if not data.startswith(_JPEG):
+        pixels, notes = _decoded(config, data)
+        return pixels.shape[0], pixels.shape[1], notes
+    with open_image(data) as image:
+        width, height = image.size
+        image.draft(None, (1, 1))  # all of the file is read, an eighth of each edge is computed
+        turned = upright(image)
+        _, note = to_srgb(turned)
+        if orientation(image) >= 5:
+            width, height = height, width
+        return height, width, () if note is None else (note,)
+
+
 def _decoded(config: PackConfig, data: bytes) -> tuple[UInt8, tuple[str, ...]]:
     """The upright picture in sRGB, and what was done for that."""
     if (raw := read_npy(data)) is not None:
         image = Image.fromarray(raw[:, :, 0] if raw.shape[2] == 1 else raw)
         return to_array(image, config.channels, config.background), ()
+    if (plain := _plain_png(config, data)) is not None:
+        return plain, ()
     with open_image(data) as image:
         coloured, note = to_srgb(upright(image))
         return to_array(coloured, config.channels, config.background), () if note is None else (note,)
+
+
+def _plain_png(config: PackConfig, data: bytes) -> UInt8 | None:
+    """Pixels of a whole PNG that needs no conversion; None for others."""
+    found = header_shape(data)
+    if found is None or found[0] != config.channels or found[1] * found[2] > MAX_PIXELS:
+        return None
+    if b"iCCP" in data or png_problem(data) is not None:
+        return None
+    return decode_png(data, *found)

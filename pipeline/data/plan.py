@@ -102,8 +102,18 @@ class PackPlan:
     report: PackReport
 
 
-def plan_pack(config: PackConfig, source: Source, facts: Sequence[Fact], items: Sequence[int]) -> PackPlan:
-    """Deal the usable ones of these pictures to shards. Raises UserError when they cannot make one data set."""
+def plan_pack(
+    config: PackConfig,
+    source: Source,
+    facts: Sequence[Fact],
+    items: Sequence[int],
+    *,
+    by_bytes: bool = True,
+) -> PackPlan:
+    """Deal the usable ones of these pictures to shards. Raises UserError when they cannot make one data set.
+
+    Without `by_bytes` shards are cut by `shard_size` alone, as version 0.1.0 did.
+    """
     names = [item.name for item in source.items]
     problems = [(names[i], facts[i].problem) for i in items]
     _refuse_unusable(config, names, facts, items)
@@ -116,7 +126,7 @@ def plan_pack(config: PackConfig, source: Source, facts: Sequence[Fact], items: 
     _check_labels(source, usable)
     shape = _one_shape(config, names, facts, usable)
     order = sorted(usable, key=lambda i: _place(config.seed, names[i]))
-    count = -(-len(order) // _most_samples(config, shape))
+    count = -(-len(order) // (_most_samples(config, shape) if by_bytes else config.shard_size))
     edges = [number * len(order) // count for number in range(count + 1)]
     units = tuple(PackUnit(n, edges[n], tuple(order[edges[n] : edges[n + 1]])) for n in range(count))
     report = PackReport(

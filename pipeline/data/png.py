@@ -27,24 +27,51 @@ _HARMLESS = frozenset(b"gAMA cHRM sRGB sBIT bKGD pHYs tIME tEXt zTXt iTXt".split
 _ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 _BODY = len(MAGIC) + 25  # after the header chunk
 _END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
-# The best level is also a sign: most writers use another, so that their files are passed on before inflating them.
-COMPRESSION_LEVEL, _BEST_LEVEL = 9, b"\x78\xda"
+_BEST_LEVEL = b"\x78\xda"
+"""How the stream of a packed file begins. Most writers name another level, so that theirs are told before inflating."""
+ENCODER = 2
+"""Counts the ways in which pictures were compressed for packing. A pack goes on in the way it was begun."""
 
 
-def encode_png(pixels: UInt8) -> bytes:
-    """PNG of uint8 (height, width, 1 or 3), with the one line filter of three that makes it smallest."""
+def encode_png(pixels: UInt8, encoder: int = ENCODER) -> bytes:
+    """PNG of uint8 (height, width, 1 or 3), all lines by one of three filters.
+
+    Encoder 1 deflates by all three and keeps the smallest. Encoder 2 takes the filter that leaves the smallest values
+    (PNG specification, 12.8) and deflates once: a fifth of the time, at most some percent larger for pictures that are
+    not nearly empty.
+    """
     height, width, channels = pixels.shape
     sub, up = pixels.copy(), pixels.copy()
     sub[:, 1:] -= pixels[:, :-1]
     up[1:] -= pixels[:-1]
+    by_filter = (pixels, sub, up)
+    if encoder == 1:
+        body = min((zlib.compress(_lines(kind, by_filter[kind]), 9) for kind in (_NONE, _SUB, _UP)), key=len)
+    else:
+        kind = min((_NONE, _SUB, _UP), key=lambda kind: _magnitude(by_filter[kind]))
+        body = _deflated(_lines(kind, by_filter[kind]), zlib.Z_FILTERED if kind else zlib.Z_DEFAULT_STRATEGY)
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_KINDS[channels], 0, 0, 0)
-    lines = np.empty((height, 1 + width * channels), np.uint8)
-    bodies: list[bytes] = []
-    for kind, filtered in ((_NONE, pixels), (_SUB, sub), (_UP, up)):
-        lines[:, 0] = kind
-        lines[:, 1:] = filtered.reshape(height, -1)
-        bodies.append(zlib.compress(lines.tobytes(), COMPRESSION_LEVEL))
-    return MAGIC + _chunk(b"IHDR", header) + _chunk(b"IDAT", min(bodies, key=len)) + _END
+    return MAGIC + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _END
+
+
+def _lines(kind: int, filtered: UInt8) -> bytes:
+    height = filtered.shape[0]
+    lines = np.empty((height, 1 + filtered[0].size), np.uint8)
+    lines[:, 0] = kind
+    lines[:, 1:] = filtered.reshape(height, -1)
+    return lines.tobytes()
+
+
+def _magnitude(filtered: UInt8) -> int:
+    """The sum of the values taken as differences, from -128 to 127, without their signs."""
+    return int(np.minimum(filtered, -filtered).sum(dtype=np.int64))
+
+
+def _deflated(lines: bytes, strategy: int) -> bytes:
+    """A zlib stream of level 6. Its head names the best level, which nothing but `decode_png` heeds."""
+    deflater = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, strategy=strategy)
+    body = deflater.compress(lines) + deflater.flush()
+    return _BEST_LEVEL + body + struct.pack(">I", zlib.adler32(lines))
 
 
 def decode_png(data: bytes, channels: int, height: int, width: int) -> UInt8 | None:

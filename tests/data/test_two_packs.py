@@ -50,9 +50,9 @@ def meet_before_the_first_plan(monkeypatch: pytest.MonkeyPatch, jobs: int) -> No
     module = sys.modules["pipeline.data.pack"]
     barrier, begin = threading.Barrier(jobs), module.begin_pack
 
-    def begin_pack(store: Store, plan: object) -> None:
+    def begin_pack(store: Store, plan: object) -> object:
         barrier.wait(30)
-        begin(store, plan)
+        return begin(store, plan)
 
     monkeypatch.setattr(module, "begin_pack", begin_pack)
 
