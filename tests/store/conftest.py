@@ -5,10 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import botocore.loaders
 import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.store import Store, open_store
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_loader() -> Iterator[None]:
+    """boto reads its description of S3 (2 MB of JSON) once for all tests, and not again for each session."""
+    loader = botocore.loaders.create_loader()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("botocore.session.create_loader", lambda _: loader)
+        yield
 
 
 @pytest.fixture(scope="session")
