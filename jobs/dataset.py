@@ -10,6 +10,7 @@ from jobs.progress import progress_of
 from jobs.shell import DONE, FAILED
 from jobs.spread import spread_for
 from pipeline.data import Index, inspect, plan_index
+from pipeline.errors import UserError
 from pipeline.terminal import echo, echo_json
 
 _SHOWN = 20
@@ -76,7 +77,16 @@ def _left_out(made: Index) -> Iterator[str]:
 
 
 def look(uri: str, sheet: Path, label_field: str | None, as_json: bool) -> int:
-    """Read a data set whole and say what is in it; exit code 1 when something is damaged."""
+    """Read a data set whole and say what is in it; exit code 1 when something is damaged.
+
+    UserError, before anything is read, when the contact sheet cannot be written to `sheet`.
+    """
+    if not sheet.parent.is_dir():
+        raise UserError(f"--sheet {sheet}: there is no folder {sheet.parent}; make it, or name another")
+    if sheet.suffix.lower() not in Image.registered_extensions():
+        raise UserError(
+            f"--sheet {sheet}: {sheet.suffix or 'no suffix'} is no kind of picture; end it in .png"
+        )
     with progress_of("inspect", "shards") as progress:
         found = inspect(uri, label_field=label_field, progress=progress)
     Image.fromarray(found.contact_sheet).save(sheet)

@@ -23,7 +23,7 @@ from jobs.cli.options import (
 )
 from jobs.clusters import use_cluster
 from jobs.sections import SECTIONS
-from jobs.shell import DONE, FAILED, Call, print_settings, settings_of
+from jobs.shell import DONE, Call, print_settings, settings_of
 from pipeline.terminal import echo
 
 app = typer.Typer()
@@ -164,16 +164,12 @@ def stop(
 def replay(
     folder: Annotated[Path | None, typer.Argument(help="A spool; default: this machine's.")] = None,
 ) -> None:
-    """Deliver metrics to MLflow that ended jobs could not."""
+    """Deliver metrics to MLflow that ended jobs could not; exit code 1 where something is left or lost."""
 
     def work() -> int:
-        from pipeline.track import replay_all, spool_folder
+        from jobs.replay import run
 
-        left = replay_all(folder or spool_folder())
-        for place, points in left.items():
-            echo(f"{place}: {'delivered' if points == 0 else f'{points} points still wait'}")
-        echo(f"{len(left)} spools looked at")
-        return FAILED if any(left.values()) else DONE
+        return run(folder)
 
     end(work)
 

@@ -29,7 +29,7 @@ from pipeline.track.registry import (
     versions,
 )
 from pipeline.track.run import Run, describe, find_latest_run, find_run, finish, open_run, picture, set_tags
-from pipeline.track.spool import Spool, replay, replay_all, spool_folder, spool_of
+from pipeline.track.spool import Replayed, Spool, replay, replay_all, spool_folder, spool_of
 from pipeline.track.system import SystemSampler
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Move",
     "MovingAlias",
     "Overtaken",
+    "Replayed",
     "Run",
     "Spool",
     "SystemSampler",

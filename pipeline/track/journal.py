@@ -40,9 +40,14 @@ class Entry:
     """One record of the journal, its bytes, and the offset in bytes behind it."""
 
     record: Record | None
-    """None for a damaged line."""
+    """None for a damaged line, and for the empty one that ends a torn one."""
     line: bytes
     end: int
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether something was to be read here and cannot be."""
+        return self.record is None and bool(self.line.strip())
 
 
 class Identity(Settings):

@@ -51,6 +51,10 @@ class Sender:
         self._refused: set[str] = set()
         self.delivered = 0
         """Points and files that this object sent."""
+        self.passed_over = 0
+        """Damaged lines met on the way, which nobody can send."""
+        self.put_aside = 0
+        """Records that the server refused, kept in refused.jsonl."""
 
     def send_next(self) -> bool:
         """Deliver the next records; False when there are none. An outage raises, and nothing is then given
@@ -70,6 +74,7 @@ class Sender:
             raise
         self._offset = entries[-1].end
         self._journal.save_offset(self._offset)
+        self.passed_over += sum(entry.is_damaged for entry in entries)
         for entry in entries:
             name = _file_of(entry.record)
             if name is not None and name not in self._refused:
@@ -106,6 +111,7 @@ class Sender:
                     "run %s: the server refuses a record, kept in refused.jsonl: %s", self._run_id, reason
                 )
                 self._journal.refuse(json.loads(entry.line), reason)
+                self.put_aside += 1
                 self._refused.add(_file_of(entry.record) or "")
 
     def _run_is_active(self) -> bool:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,11 +204,35 @@ def spool_of(run_id: str, part: str = "") -> Path:
     return spool_folder() / (f"{run_id}-{part}" if part else run_id)
 
 
-def replay(directory: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> int:
-    """Deliver what a dead process left in `directory`; returns the points and files still left.
+@dataclass(frozen=True)
+class Replayed:
+    """What a replay of one spool did not deliver."""
+
+    waiting: int = 0
+    """Points and files that are left for another replay."""
+    passed_over: int = 0
+    """Damaged lines, which no replay can deliver."""
+    refused: int = 0
+    """Records that the server does not take; they stay in refused.jsonl."""
+    problem: str = ""
+    """Why nothing was tried, in one line."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether MLflow has all that the spool held."""
+        return self == Replayed()
+
+
+class SpoolInUseError(UserError):
+    """A living process delivers this spool itself."""
+
+
+def replay(directory: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> Replayed:
+    """Deliver what a dead process left in `directory`; returns what could not be delivered.
 
     The points go to the server at `uri`, or MLFLOW_TRACKING_URI, and to no other, whatever the spool names.
-    UserError when the directory is no spool, another living process is delivering it, or the server has no such run.
+    UserError when the directory is no spool or the server has no such run; SpoolInUseError when another living process
+    delivers it.
     """
     identity = read_identity(directory)
     if identity is None:
@@ -215,14 +240,15 @@ def replay(directory: Path, timeout_seconds: float = 60.0, uri: str | None = Non
     address = tracking_uri(uri)
     with closing(Journal(directory)) as journal:
         if not journal.claim():
-            raise UserError(f"{directory}: a living process is delivering it; wait for it or end it")
+            raise SpoolInUseError(f"{directory}: a living process is delivering it; wait for it or end it")
+        sender = Sender(journal, tracking_client(address), identity.run_id)
         try:
-            _send_all(Sender(journal, tracking_client(address), identity.run_id), timeout_seconds)
+            _send_all(sender, timeout_seconds)
         except UserError:
             raise
         except Exception as error:
             raise UserError(_not_taken(directory, identity, address, error)) from error
-        return journal.undelivered()
+        return Replayed(journal.undelivered(), sender.passed_over, sender.put_aside)
 
 
 def _not_taken(directory: Path, identity: Identity, address: str, error: Exception) -> str:
@@ -246,22 +272,24 @@ def _send_all(sender: Sender, timeout_seconds: float) -> None:
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
-def replay_all(root: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> dict[Path, int]:
-    """Replay every spool below `root` that no living process delivers; what is left, by directory.
+def replay_all(root: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> dict[Path, Replayed]:
+    """Replay every spool below `root`; what each did not deliver (see `replay`), by directory.
 
-    What cannot be delivered (see `replay`) is told in a warning each.
+    Spools that living processes deliver are left to them, with a line in the log.
     """
-    left: dict[Path, int] = {}
+    found: dict[Path, Replayed] = {}
     address = tracking_uri(uri)
     if root.exists():
         require_own(root)
     deadline = time.monotonic() + timeout_seconds
     for directory in sorted(p.parent for p in root.glob("*/run.json")):
         try:
-            left[directory] = replay(directory, max(0.0, deadline - time.monotonic()), address)
+            found[directory] = replay(directory, max(0.0, deadline - time.monotonic()), address)
+        except SpoolInUseError as busy:
+            log.warning("%s", busy)
         except UserError as error:
-            log.warning("%s", error)
-    return left
+            found[directory] = Replayed(problem=str(error))
+    return found
 
 
 def _as_npy(image: "np.ndarray[Any, Any]") -> bytes:

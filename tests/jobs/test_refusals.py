@@ -56,6 +56,11 @@ def test_help_shows_every_command_with_what_it_does() -> None:
     assert "--dry-run" in CliRunner().invoke(app, ["train", "--help"]).output
 
 
+def test_a_contact_sheet_that_cannot_be_written_is_refused_before_reading(root: Path) -> None:
+    assert "there is no folder absent" in refused("inspect", NOWHERE, "--sheet", "absent/sheet.png")
+    assert "is no kind of picture" in refused("inspect", NOWHERE, "--sheet", "sheet.pgn")
+
+
 def test_a_dry_run_prints_settings_that_can_be_given_back(root: Path, tmp_path: Path) -> None:
     first = CliRunner().invoke(app, ["train", "digits", "seed=7", "--dry-run"])
     assert first.exit_code == 0

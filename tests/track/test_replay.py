@@ -11,8 +11,10 @@ from threading import Thread
 
 import pytest
 
+from jobs.replay import run
+from jobs.shell import DONE, FAILED
 from pipeline.errors import UserError
-from pipeline.track import Spool, replay, replay_all
+from pipeline.track import Replayed, Spool, replay, replay_all
 from pipeline.track.journal import Journal, write_identity
 
 RUN = "0123456789abcdef0123456789abcdef"
@@ -108,7 +110,7 @@ def test_a_spool_s_points_go_to_the_configured_server_whatever_it_names(
     tmp_path: Path, ours: Server, theirs: Server
 ) -> None:
     spool = planted(tmp_path, theirs.url)
-    assert replay_all(spool.parent, 20) == {spool: 0}
+    assert replay_all(spool.parent, 20) == {spool: Replayed()}
     assert theirs.told == []
     assert ours.passwords == {"me:my-real-password"}
     assert any(b"train/loss" in told for told in ours.told)
@@ -120,7 +122,7 @@ def test_a_record_that_names_a_file_elsewhere_neither_sends_nor_removes_it(
     up = os.path.relpath(victim, tmp_path / "spools" / RUN / "files")
     records = [{"t": 1, "p": "x.bin", "f": name} for name in (str(victim), up, "../run.json")]
     spool = planted(tmp_path, ours.url, *records)
-    assert replay_all(spool.parent, 20) == {spool: 0}
+    assert replay_all(spool.parent, 20) == {spool: Replayed(passed_over=3)}
     assert victim.read_bytes() == SECRET
     assert (spool / "run.json").exists()
     assert not any(SECRET in told for told in ours.told)
@@ -132,14 +134,14 @@ def test_a_link_among_the_spool_s_files_is_put_aside_with_its_reason(
 ) -> None:
     spool = planted(tmp_path, ours.url, {"t": 1, "p": "x.bin", "f": NAME})
     link(spool / "files" / NAME, victim)
-    assert replay_all(spool.parent, 20) == {spool: 0}
+    assert replay_all(spool.parent, 20) == {spool: Replayed(refused=1)}
     assert victim.read_bytes() == SECRET
     assert not any(SECRET in told for told in ours.told)
     assert NAME in json.loads((spool / "refused.jsonl").read_text())["reason"]
 
 
 def test_a_run_that_the_configured_server_does_not_have_is_told_with_the_way_to_its_own(
-    tmp_path: Path, ours: Server, theirs: Server, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, ours: Server, theirs: Server
 ) -> None:
     spool = planted(tmp_path, theirs.url)
     ours.has_run = False
@@ -147,10 +149,27 @@ def test_a_run_that_the_configured_server_does_not_have_is_told_with_the_way_to_
         UserError, match=f"does not take run {RUN} .*opened at {theirs.url}: set MLFLOW_TRACKING_URI"
     ):
         replay(spool, 20)
-    with caplog.at_level(logging.WARNING):
-        assert replay_all(spool.parent, 20) == {}
-    assert "does not take run" in caplog.text
+    assert "does not take run" in replay_all(spool.parent, 20)[spool].problem
     assert theirs.told == []
+
+
+def test_what_was_not_delivered_is_counted_and_fails_the_command(
+    tmp_path: Path, ours: Server, victim: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spool = planted(
+        tmp_path, ours.url, {"t": 1, "p": "x.bin", "f": "../run.json"}, {"t": 1, "p": "x.bin", "f": NAME}
+    )
+    (spool / "files" / NAME).symlink_to(victim)
+    assert run(spool.parent) == FAILED
+    assert (
+        f"{spool}: 1 damaged lines passed over, 1 records refused by MLflow, kept in refused.jsonl\n"
+        "1 spools looked at\n"
+    ) == capsys.readouterr().out
+    assert run(spool.parent) == DONE
+    ours.has_run = False
+    planted(tmp_path, ours.url)
+    assert run(spool.parent) == FAILED
+    assert "does not take run" in capsys.readouterr().out
 
 
 def test_without_a_configured_server_nothing_is_sent_anywhere(

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.track import Run, Spool, SystemSampler, replay, replay_all
+from pipeline.track import Replayed, Run, Spool, SystemSampler, replay, replay_all
 from tests.relay import Relay
 
 if TYPE_CHECKING:
@@ -95,11 +95,11 @@ def test_a_killed_process_leaves_points_that_a_replay_delivers(
     writer.send_signal(signal.SIGKILL)
     last = max([last, *(int(line) for line in writer.stdout.read().split())])
     writer.wait()
-    assert replay(tmp_path, timeout_seconds=20, uri=server) == 0
+    assert replay(tmp_path, timeout_seconds=20, uri=server).complete
     found = _series(client, run)
     assert len(found) >= last + 1
     assert found == [(step, step / 2) for step in range(len(found))]
-    assert replay(tmp_path, timeout_seconds=20, uri=server) == 0
+    assert replay(tmp_path, timeout_seconds=20, uri=server).complete
     assert _series(client, run) == found
 
 
@@ -114,7 +114,7 @@ def test_an_offset_lost_after_sending_sends_nothing_twice(
     assert spool.close(20) == 0
     before = len(client.list_artifacts(run.run_id, "images"))
     (tmp_path / "offset.json").unlink()
-    assert replay(tmp_path, 20, server) == 0
+    assert replay(tmp_path, 20, server).complete
     assert _series(client, run) == [(step, float(step)) for step in range(50)]
     assert len(client.list_artifacts(run.run_id, "images")) == before == 2
 
@@ -210,7 +210,7 @@ def test_points_of_a_deleted_run_wait_until_it_is_restored(
     spool.metrics(0, {"train/loss": 1.0})
     assert spool.close(1.5) == 1
     client.restore_run(run.run_id)
-    assert replay(tmp_path, 20, server) == 0
+    assert replay(tmp_path, 20, server).complete
     assert _series(client, run) == [(0, 1.0)]
 
 
@@ -287,7 +287,7 @@ def test_a_spool_at_work_is_not_replayed_by_another(server: str, new_run: NewRun
         replay(tmp_path / "spool", 1, server)
     assert replay_all(tmp_path, 1, server) == {}
     assert spool.close(20) == 0
-    assert replay_all(tmp_path, 5, server) == {tmp_path / "spool": 0}
+    assert replay_all(tmp_path, 5, server) == {tmp_path / "spool": Replayed()}
 
 
 def test_replaying_a_folder_that_is_no_spool_is_refused(server: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from threading import Thread
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.track import replay_all, sweep_spools
+from pipeline.track import Replayed, replay_all, sweep_spools
 from pipeline.track.journal import Journal, write_identity
 
 LATER = 3600.0
@@ -77,7 +77,7 @@ def test_replaying_many_spools_leaves_no_descriptor_open(tmp_path: Path) -> None
     assert living.claim()
     replay_all(tmp_path, 5, SERVER)  # the first call opens what MLflow's import keeps open
     held = len(os.listdir("/dev/fd"))
-    assert replay_all(tmp_path, 5, SERVER) == {folders[0]: 0, folders[1]: 0}
+    assert replay_all(tmp_path, 5, SERVER) == {folders[0]: Replayed(), folders[1]: Replayed()}
     assert len(os.listdir("/dev/fd")) == held
     living.close()
 
