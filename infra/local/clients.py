@@ -2,10 +2,10 @@
 
 import os
 import shlex
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from pathlib import Path
 
-from infra.local import ray, s3, service
+from infra.local import ports, processes, ray, s3, service
 from infra.local.credentials import (
     MLFLOW_USER,
     mlflow_password,
@@ -23,6 +23,8 @@ REPLACED_WITH_S3 = (
 )  # they would win over our keys
 REPLACED_WITH_MLFLOW = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH")
 REPLACED_WITH_RAY = ("RAY_AUTH_TOKEN",)
+_SENT_SECRETS = {"mlflow": ("mlflow",), "ray": ("ray", "ray-dashboard")}
+"""Ports of each service to which clients send its password or token. S3's clients send signatures only."""
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -37,13 +39,18 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def export_environment(root: Path, environ: MutableMapping[str, str] = os.environ) -> dict[str, str]:
-    """Put the stack's variables into `environ`, except for services the user names there; return them."""
+    """Put the stack's variables into `environ`, except for services the user names there; return them.
+
+    UserError where another program has taken the port of a service, and would be sent its password.
+    """
     variables = environment(root)
     own = users_own(environ, variables)
     state = read_state(own_root(root)) or State()
+    outside = external_services(own)
+    require_own_ports(state, {*outside, *state.external})
     chosen = variables
     for name, prefixes in (("s3", ("AWS_",)), ("mlflow", ("MLFLOW_",)), ("ray", ("RAY_",))):
-        if name in external_services(own):
+        if name in outside:
             chosen = {key: value for key, value in chosen.items() if not key.startswith(prefixes)}
     if "DDPM_ROOT" in own:
         chosen = {key: value for key, value in chosen.items() if key != "DDPM_ROOT"}
@@ -55,6 +62,20 @@ def export_environment(root: Path, environ: MutableMapping[str, str] = os.enviro
     environ.update(chosen)
     environ.update(service.without_proxy(environ))
     return chosen
+
+
+def require_own_ports(state: State, external: Collection[str] = ()) -> None:
+    """UserError where a remembered port is held by a program that the stack did not start: it went down, say, and the
+    port was taken since. Services in `external` are not looked at.
+    """
+    for name, asked in _SENT_SECRETS.items():
+        record = state.services.get(name)
+        for port in () if name in external or not state.ports else (state.ports[one] for one in asked):
+            if not ports.is_free(port) and not (record and processes.listens(record.identity, port)):
+                raise UserError(
+                    f"port {port} of the local stack's {name} is held by another program, which would be sent its "
+                    "password: run `ddpm down` and `ddpm up`, which chooses another port"
+                )
 
 
 def client_variables(root: Path, state: State) -> dict[str, str]:

@@ -110,7 +110,8 @@ def family(identity: Identity) -> list[psutil.Process]:
     in_session = {process.pid for process in running if _session(process.pid) == identity.pid}
     # While any member lives, the kernel gives the session's number to nobody else: a living process of
     # another birth under this pid therefore means that the session is gone.
-    session_is_ours = bool(marked & in_session) and (is_alive(identity) or _born(identity.pid) is None)
+    # The leader itself, a zombie perhaps that nobody reaps, keeps it.
+    session_is_ours = bool(marked & in_session) and _born(identity.pid) in (identity.born, None)
     ours = marked | in_session if session_is_ours else marked
     found = {process.pid: process for process in running if process.pid in ours}
     for process in list(found.values()):
@@ -118,6 +119,11 @@ def family(identity: Identity) -> list[psutil.Process]:
             found.setdefault(descendant.pid, descendant)
     found.pop(os.getpid(), None)
     return list(found.values())
+
+
+def listens(identity: Identity, port: int) -> bool:
+    """Whether the process, or one that came from it, takes connections on this TCP port."""
+    return any(port in _listening(member) for member in family(identity))
 
 
 def wait_for_end(pid: int, poll_seconds: float = 0.5) -> None:
@@ -162,6 +168,14 @@ def _environ(pid: int) -> dict[str, str]:
         return psutil.Process(pid).environ()
     pairs = (entry.partition("=") for entry in file.read_text(errors="replace").split("\0"))
     return {name: value for name, _, value in pairs if name}
+
+
+def _listening(process: psutil.Process) -> set[int]:
+    try:
+        found = process.net_connections(kind="tcp")
+    except psutil.Error:
+        return set()
+    return {one.laddr.port for one in found if one.status == psutil.CONN_LISTEN and one.laddr}
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

@@ -1,14 +1,19 @@
 import base64
+import os
+import socket
 import stat
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from infra.local import check_ray, clients, environment, export_environment, sign_in
+from infra.local import check_ray, clients, environment, export_environment, processes, sign_in
 from infra.local.credentials import mlflow_users_path
 from infra.local.stack import ALL_PORTS, LocalStack
-from infra.local.state import State, StoreKind, write_state
+from infra.local.state import ServiceRecord, State, StoreKind, write_state
 from infra.tracking.access import read_users
 from pipeline.errors import UserError
 
@@ -155,6 +160,54 @@ def test_a_users_own_mlflow_is_not_sent_the_stacks_password(tmp_path: Path) -> N
     export_environment(tmp_path, environ)
     assert environ["MLFLOW_TRACKING_TOKEN"] == "mine"
     assert "MLFLOW_TRACKING_PASSWORD" not in environ
+
+
+@pytest.fixture
+def squatter() -> Iterator[int]:
+    """A port on which a program listens that no stack has started."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("service", "port"), [("mlflow", "mlflow"), ("ray", "ray"), ("ray", "ray-dashboard")]
+)
+def test_no_secret_goes_to_a_program_that_took_a_services_port(
+    tmp_path: Path, squatter: int, service: str, port: str
+) -> None:
+    state = remembered(tmp_path)
+    write_state(tmp_path, state.model_copy(update={"ports": {**state.ports, port: squatter}}))
+    environ: dict[str, str] = {}
+    with pytest.raises(UserError, match=f"port {squatter} of the local stack's {service} is held by another"):
+        export_environment(tmp_path, environ)
+    assert environ == {}
+    own = {"MLFLOW_TRACKING_URI": "https://mlflow.example", "RAY_ADDRESS": "10.0.0.1:6379"}
+    export_environment(tmp_path, own)
+    assert not {"MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN_PATH"} & set(own)
+
+
+def test_the_port_of_a_service_that_the_stack_started_is_its_own(tmp_path: Path) -> None:
+    listen = "import socket; s = socket.create_server(('127.0.0.1', 0))"
+    code = f"{listen}; print(s.getsockname()[1], flush=True); s.accept()"
+    log = tmp_path / "log"
+    identity = processes.spawn([sys.executable, "-c", code], os.environ, log, mark="of-the-test")
+    try:
+        while not log.read_text().endswith("\n"):
+            assert processes.is_alive(identity), log.read_text()
+            time.sleep(0.01)
+        state = remembered(tmp_path)
+        state = state.model_copy(
+            update={
+                "ports": {**state.ports, "mlflow": int(log.read_text())},
+                "services": {"mlflow": ServiceRecord(identity=identity, fingerprint="")},
+            }
+        )
+        write_state(tmp_path, state)
+        environ: dict[str, str] = {}
+        export_environment(tmp_path, environ)
+        assert environ["MLFLOW_TRACKING_URI"].endswith(f":{int(log.read_text())}")
+    finally:
+        processes.end(identity)
 
 
 def test_what_the_web_pages_ask_for_is_told_by_the_command_that_shows_it(tmp_path: Path) -> None:

@@ -59,6 +59,26 @@ def test_a_service_ends_with_all_that_came_from_it(
     assert not runs(child)
 
 
+def test_a_session_is_ended_also_while_nobody_reaps_its_leader(tmp_path: Path) -> None:
+    """As in a container without an init; the second child has no environment, as one that writes its title over it."""
+    start = f"subprocess.Popen([sys.executable, '-c', '{SLEEP}']"
+    leader = spawn(
+        f"import subprocess, sys, time; a = {start}); b = {start}, env={{}}); print(a.pid, b.pid, flush=True); "
+        "time.sleep(60)",
+        tmp_path,
+    )
+    log = tmp_path / "log"
+    wait_until(lambda: log.read_text().endswith("\n"))
+    unreaped = processes._children.pop(leader.pid)
+    psutil.Process(leader.pid).kill()
+    wait_until(lambda: not runs(leader.pid))
+    try:
+        assert processes.end(leader, grace_seconds=1) == 2
+        assert not any(runs(int(pid)) for pid in log.read_text().split())
+    finally:
+        unreaped.wait()
+
+
 def test_a_process_that_ignores_the_request_is_killed(tmp_path: Path) -> None:
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); " + SLEEP
     leader = spawn(deaf, tmp_path)

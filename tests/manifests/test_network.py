@@ -17,8 +17,14 @@ def place(suffix: str) -> tuple[str, Labels]:
     return NAMESPACE, next(t["metadata"]["labels"] for where, t in pods("base") if where.endswith(suffix))
 
 
+def kind_of(role: str) -> str:
+    """What a role's Ray pods belong to."""
+    return "RayCluster" if role == "interactive" else "RayJob"
+
+
 HEAD = place("ddpm-train head")
-WORKER = place("ddpm-generate workers")
+WORKER = place("ddpm-train workers")
+OF_ANOTHER_ROLE = place("ddpm-generate workers")
 SUBMITTER = place("ddpm-train submitter")
 LAUNCHER = place("CronJob/ddpm-nightly")
 REDIS = place("StatefulSet/redis")
@@ -96,7 +102,7 @@ def reaches(source: Pod, target: Pod | str, port: int, protocol: str = "TCP") ->
         (OPERATOR, HEAD, 8265),
         (PROMETHEUS, WORKER, 8080),
         (HEAD, REDIS, REDIS_PORTS["train"]),
-        (WORKER, REDIS, REDIS_PORTS["generate"]),
+        (OF_ANOTHER_ROLE, REDIS, REDIS_PORTS["generate"]),
         (WORKER, MLFLOW, 5000),
         (HEAD, "10.96.0.1", 443),
         (LAUNCHER, "10.96.0.1", 443),
@@ -136,6 +142,9 @@ def test_names_can_be_looked_up(pod: Pod) -> None:
         (WORKER, "169.254.169.254", 443),
         (WORKER, "52.218.0.10", 22),
         (HEAD, WORKER, 22),
+        (HEAD, OF_ANOTHER_ROLE, 10002),
+        (OF_ANOTHER_ROLE, HEAD, 6379),
+        (OF_ANOTHER_ROLE, HEAD, 8265),
     ],
 )
 def test_everything_else_is_closed(source: Pod, target: Pod | str, port: int) -> None:
@@ -149,8 +158,18 @@ def test_a_pod_without_any_label_of_ours_can_do_nothing_but_look_up_names() -> N
 
 
 @pytest.mark.parametrize("role", REDIS_PORTS)
+def test_the_ray_pods_of_a_role_reach_each_other_and_no_other_roles(role: str) -> None:
+    every = {
+        r: [place(f"{kind_of(r)}/ddpm-{r} {where}") for where in ("head", "workers")] for r in REDIS_PORTS
+    }
+    for other, pods_of_other in every.items():
+        for source in every[role]:
+            for target in pods_of_other:
+                assert reaches(source, target, 45123) == (other == role)
+
+
+@pytest.mark.parametrize("role", REDIS_PORTS)
 def test_a_roles_pods_reach_the_redis_of_their_own_and_no_other(role: str) -> None:
     for where in ("head", "workers"):
-        kind = "RayCluster" if role == "interactive" else "RayJob"
-        pod = place(f"{kind}/ddpm-{role} {where}")
+        pod = place(f"{kind_of(role)}/ddpm-{role} {where}")
         assert [port for port in REDIS_PORTS.values() if reaches(pod, REDIS, port)] == [REDIS_PORTS[role]]
