@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jobs.progress import progress_of
-from jobs.shell import DONE, use_running_stack
+from jobs.shell import DONE, INTERRUPTED, use_running_stack
 from pipeline.data.download import Download, download_data_set
 from pipeline.data.location import Location
 from pipeline.errors import UserError
@@ -15,7 +15,15 @@ from pipeline.terminal import echo, echo_json
 
 
 def run(prefix: str, folder: str, unpack: bool = False, as_json: bool = False) -> int:
-    """Bring what lies at `prefix`, and say where it is now and what to do next."""
+    """Bring what lies at `prefix`, and say where it is now and what to do next. Interrupted, it says how to go on."""
+    try:
+        return _run(prefix, folder, unpack, as_json)
+    except KeyboardInterrupt:
+        echo("stopped: shards that are whole stay; the same command brings the rest", error=True)
+        return INTERRUPTED
+
+
+def _run(prefix: str, folder: str, unpack: bool, as_json: bool) -> int:
     use_running_stack()
     location = Location.of(prefix)
     store = open_store(location.root)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from jobs.progress import Progress
-from jobs.shell import DONE, Call, guarded, parse_words, run_job
+from jobs.shell import DONE, INTERRUPTED, Call, guarded, parse_words, run_job
 from jobs.spread import spread_for
 from pipeline.config.data import PackConfig
 from pipeline.data import pack
@@ -17,7 +17,6 @@ from pipeline.data.packed import look_at_place
 from pipeline.data.spread import Spread
 from pipeline.terminal import echo, echo_json
 
-INTERRUPTED = 130  # as the shell reports a process that ended on SIGINT
 ENOUGH_PICTURES = 5_000
 """From here on it is worth the seconds that joining a cluster takes."""
 

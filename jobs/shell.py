@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Settings)
 
 DONE, FAILED, REFUSED = 0, 1, 2
+INTERRUPTED = 130
+"""As the shell reports a process that ended on SIGINT."""
 STOPPED = 143  # as the shell reports a process that ended on SIGTERM
 LOCAL = Path(".local")
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from pipeline.data.access import COPY_BYTES
 from pipeline.data.index import MEMBER, Index, ShardEntry, index_document, load_index, read_table
 from pipeline.data.location import SUFFIXES
 from pipeline.data.packed import CARD_KEY, REPORT_KEY
@@ -27,6 +26,8 @@ from pipeline.store.folder import Folder
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 AT_ONCE = 8
+CHUNK_BYTES = 256 << 10
+"""After so many each thread looks whether the download ends."""
 _NAMED = 5
 
 
@@ -82,7 +83,7 @@ class Download:
         self._tell(0)
         found: list[str] = []
         number = 0
-        for told in by_threads(AT_ONCE)(problem, items):
+        for told in by_threads(AT_ONCE, self._ended)(problem, items):
             if told is not None:
                 number += 1
                 found += [told] if len(found) < _NAMED else []
@@ -116,7 +117,16 @@ class Download:
             if file.seek(0, 2) != piece.size_bytes:
                 return False
             file.seek(0)
-            return hashlib.file_digest(file, "sha256").hexdigest() == piece.sha256
+            sha256 = hashlib.sha256()
+            while chunk := file.read(CHUNK_BYTES):
+                sha256.update(chunk)
+                self._go_on()
+        return sha256.hexdigest() == piece.sha256
+
+    def _go_on(self) -> None:
+        """Raise _Ended once the download ends."""
+        if self._ended.is_set():
+            raise _Ended
 
     def _fetch(self, piece: Piece) -> None:
         size, sha256 = 0, hashlib.sha256()
@@ -125,13 +135,12 @@ class Download:
                 self.store.open(piece.key, etag=piece.etag) as stream,
                 self.folder.new(piece.key) as file,
             ):
-                while size <= piece.size_bytes and (chunk := stream.read(COPY_BYTES)):
+                while size <= piece.size_bytes and (chunk := stream.read(CHUNK_BYTES)):
                     file.write(chunk)
                     sha256.update(chunk)
                     size += len(chunk)
                     self._tell(len(chunk))
-                    if self._ended.is_set():
-                        raise _Ended
+                    self._go_on()
                 if (size, sha256.hexdigest()) != (piece.size_bytes, piece.sha256):
                     raise DamageError(
                         f"{self.store.uri}/{piece.key}: is damaged: its size or sha256 is not the recorded one"

@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 
 from jobs.download import run
-from jobs.shell import DONE, FAILED, REFUSED, guarded
+from jobs.shell import DONE, FAILED, INTERRUPTED, REFUSED, guarded
 from pipeline.data import Index, ShardEntry, build_index, load_index, read_forward, read_shard
 from pipeline.data.download import Download, Piece
 from pipeline.data.images import ImageShape, decode
@@ -362,6 +365,67 @@ def test_an_outage_in_one_shard_ends_the_others_at_once(tmp_path: Path) -> None:
     with pytest.raises(StoreUnreachable):
         download.shards(download.bring, pieces, "")
     assert list(folder.root.iterdir()) == []
+
+
+INTERRUPTED_DOWNLOAD = """
+import sys, time
+from io import BytesIO
+from threading import Event, Lock
+from jobs.download import run
+from jobs.shell import guarded
+from pipeline.store import FileStore
+
+source, folder, manner = sys.argv[1:]
+count, lock, opened = 0, Lock(), FileStore.open
+
+class Slow(BytesIO):
+    def read(self, size=-1):
+        self.reads = getattr(self, "reads", 0) + 1
+        if self.reads == 1:
+            return super().read(100)
+        if manner == "hangs":
+            Event().wait()
+        time.sleep(0.01)
+        return b"x"
+
+def open_slowly(self, key, **how):
+    global count
+    if not key.endswith(".tar") or "source" not in self.uri:
+        return opened(self, key, **how)
+    with lock:
+        count += 1
+        if count == 3:
+            print("under way", flush=True)
+    return Slow(opened(self, key, **how).read())
+
+FileStore.open = open_slowly
+sys.exit(guarded(lambda: run(source, folder)))
+"""
+
+
+@pytest.mark.parametrize("manner", ["hangs", "is slow"])
+def test_ctrl_c_ends_a_download_without_waiting_for_its_shards(packed: Path, manner: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_DOWNLOAD, str(packed), "here", manner]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "under way\n"
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=100)  # waiting for the shards would take for ever
+        finally:
+            process.kill()
+    assert process.returncode == INTERRUPTED
+    assert "stopped: shards that are whole stay; the same command brings the rest" in told
+    assert "Traceback" not in told
+    there = files(Path("here"))
+    assert not [name for name in there if name.endswith(".tar") or name == last(packed)]
+    if manner == "is slow":  # a thread that hangs leaves what a killed process does
+        assert not [path for path in Path("here").rglob(f"{TEMP_PREFIX}*") if path.is_file()]
+    assert run(str(packed), "here") == DONE
+    assert files(Path("here")) == wanted(packed)
 
 
 def test_an_index_that_gives_a_shard_its_own_name_is_refused(packed: Path) -> None:
