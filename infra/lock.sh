@@ -37,12 +37,15 @@ names=$(sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' "$draft/requirements.lock" | paste -
     sed -n 's/^\(torch==[^ ]*\).*/\1/p' "$draft/runtime"
 } >"$draft/requirements-torch.lock"
 mkdir -p "$draft/infra/docker"
-{
-    echo "$head"
-    echo "psycopg2-binary==2.9.11" | "$uv" pip compile - --universal --python-version 3.11 --generate-hashes --no-annotate \
-        --no-header --quiet
-} >"$draft/infra/docker/mlflow.lock"
-for lock in infra/docker/mlflow.lock requirements.lock requirements-dev.lock requirements-torch.lock; do
+named() { # named LOCK PIN...: these packages and what they need
+    cp "$1" "$draft/named"
+    printf '%s\n' "${@:2}" | "$uv" pip compile - --universal --python-version 3.11 --generate-hashes --no-annotate \
+        --no-header --quiet --output-file "$draft/named"
+    { echo "$head"; cat "$draft/named"; } >"$draft/$1"
+}
+named infra/docker/mlflow.lock psycopg2-binary==2.9.11                                  # the driver of a team's database
+named infra/supply.lock cyclonedx-bom==7.5.0 pip-audit==2.10.1 pip-licenses==5.5.5      # the tools of infra/supply.sh
+for lock in infra/docker/mlflow.lock infra/supply.lock requirements.lock requirements-dev.lock requirements-torch.lock; do
     cp "$draft/$lock" "$lock"
     echo "$lock: $(grep -c '^[a-z].*==' "$lock") packages"
 done

@@ -5,12 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=.supply
 locks="requirements.lock requirements-torch.lock"
-wanted=infra/supply-requirements.txt
+wanted=infra/supply.lock  # in a virtual environment of their own: nothing here is needed to run or test the program
 
 install_tools() {
     cmp -s $wanted $tools/installed && return
     .venv/bin/python -m venv --clear $tools
-    $tools/bin/python -m pip install --disable-pip-version-check --no-input --quiet -r $wanted
+    $tools/bin/python -m pip install --disable-pip-version-check --no-input --quiet --require-hashes --no-deps -r $wanted
     cp $wanted $tools/installed
 }
 

@@ -12,6 +12,7 @@ from jobs.checks import read_pins
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HASHED, TORCH = ("requirements.lock", "requirements-dev.lock"), "requirements-torch.lock"
+OF_TOOLS = ("infra/docker/mlflow.lock", "infra/supply.lock")
 
 
 def blocks_of(name: str) -> dict[str, list[str]]:
@@ -25,7 +26,7 @@ def blocks_of(name: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", HASHED)
+@pytest.mark.parametrize("name", [*HASHED, *OF_TOOLS])
 def test_every_pin_is_an_exact_version_with_the_hashes_of_its_files(name: str) -> None:
     for line, hashes in blocks_of(name).items():
         assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; .+)? \\", line), line
@@ -35,7 +36,7 @@ def test_every_pin_is_an_exact_version_with_the_hashes_of_its_files(name: str) -
             assert re.fullmatch(rf"    --hash=sha256:[0-9a-f]{{64}}{end}", text), f"{line}: {text}"
 
 
-@pytest.mark.parametrize("name", [*HASHED, TORCH])
+@pytest.mark.parametrize("name", [*HASHED, *OF_TOOLS, TORCH])
 def test_a_lock_holds_nothing_of_a_place(name: str) -> None:
     text = (REPOSITORY / name).read_text()
     assert not re.search(r"://|index-url|find-links|trusted-host|@", text)
@@ -69,11 +70,10 @@ def test_everything_the_project_asks_for_is_pinned_within_what_it_accepts() -> N
         assert wanted.specifier.contains(version, prereleases=True), f"{wanted} against {pin}"
 
 
-def test_the_installer_and_the_image_take_no_file_of_another_hash() -> None:
-    for text in ("infra/install.sh", "infra/docker/Dockerfile"):
-        lines = [line for line in (REPOSITORY / text).read_text().splitlines() if "requirements" in line]
-        hashed = [
-            line for line in lines if re.search(r"requirements(-dev)?\.lock", line) and "install" in line
-        ]
+def test_whatever_installs_takes_no_file_of_another_hash() -> None:
+    for text in ("infra/install.sh", "infra/supply.sh", "infra/docker/Dockerfile"):
+        lines = (REPOSITORY / text).read_text().splitlines()
+        locks = r"requirements(-dev)?\.lock|mlflow\.lock|\$wanted"
+        hashed = [line for line in lines if re.search(rf"(install_lock|pip install) .*({locks})", line)]
         assert hashed, text
         assert all("--require-hashes --no-deps" in line for line in hashed), text

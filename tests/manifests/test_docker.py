@@ -48,7 +48,8 @@ def test_the_images_run_as_nobody_special_and_bases_are_pinned_to_a_patch_versio
     assert re.fullmatch(r"3\.1[123]\.\d+", version)
     stages = [line.split() for line in instructions("FROM")]
     bases = {words[0] for words in stages} - {words[2] for words in stages}
-    assert bases == {"python:${PYTHON_VERSION}-slim-bookworm"}
+    assert bases == {"python:${PYTHON_VERSION}-slim-bookworm${PYTHON_DIGEST}"}
+    assert "PYTHON_DIGEST=" in instructions("ARG")  # none unless one is given
     assert stages[-1][2] == "runtime"  # what is built unless another target is named
     assert instructions("USER") == ["1000:1000"]
     assert not re.search(r"(?i)\b(ADD|curl|sudo|chmod 777)\b", DOCKERFILE)
@@ -100,7 +101,9 @@ def test_every_service_is_hardened_bounded_and_watched() -> None:
             assert "healthcheck" in service, name
         if name != "postgres":
             assert "cap_add" not in service, name
-        assert re.fullmatch(r"[a-z-]+:\d+\.\d+(\.\d+)?(-[a-z]+)?", service["image"]), name
+        assert re.fullmatch(
+            r"[a-z-]+:\d+\.\d+(\.\d+)?(-[a-z]+)?(\$\{[A-Z]+_DIGEST:-\})?", service["image"]
+        ), name
 
 
 def test_nothing_listens_beyond_the_server_itself() -> None:
