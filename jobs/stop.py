@@ -64,7 +64,7 @@ def _ask(client: JobSubmissionClient, name: str) -> bool:
         if told_by(client, script, _MARK):
             return True
         reason = f"its process was not found (see ddpm logs {script})"
-    except (UserError, RuntimeError) as error:
+    except UserError as error:
         reason = " ".join(str(error).split())[:200]
     echo(f"note     {name} cannot be asked itself: {reason}")
     return False

@@ -75,19 +75,13 @@ def _start(
     """Hand the program and its settings over. UserError when the cluster does not take them."""
     with tempfile.TemporaryDirectory(prefix="ddpm-submit-") as folder:
         _stage(Path(folder), content)
-        try:
-            client.submit_job(
-                entrypoint=entrypoint(
-                    "-m", f"jobs.{job}", "--config", SETTINGS_FILE, *map(shlex.quote, flags)
-                ),
-                submission_id=name,
-                metadata={"job": job, SETTINGS_DIGEST: digest},
-                entrypoint_num_cpus=0,
-                runtime_env={"working_dir": folder, "env_vars": _variables(name)},
-            )
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{client.get_address()}: does not take job {name} ({reason})") from None
+        client.submit_job(
+            entrypoint=entrypoint("-m", f"jobs.{job}", "--config", SETTINGS_FILE, *map(shlex.quote, flags)),
+            submission_id=name,
+            metadata={"job": job, SETTINGS_DIGEST: digest},
+            entrypoint_num_cpus=0,
+            runtime_env={"working_dir": folder, "env_vars": _variables(name)},
+        )
 
 
 def _for_elsewhere(settings: Settings) -> Settings:

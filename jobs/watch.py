@@ -15,8 +15,9 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from infra.local import check_ray
 from jobs.dashboard import ADDRESS_VARIABLE, dashboard_address, settle_address
 from jobs.progress import MARK, Progress, clock, progress_of
+from jobs.server import UNREACHABLE, JobServer, reason
 from jobs.shell import DONE, FAILED
-from pipeline.errors import UserError
+from pipeline.errors import Outage, UserError
 from pipeline.redaction import redact
 from pipeline.terminal import echo, echo_json
 
@@ -43,19 +44,22 @@ def job_client() -> JobSubmissionClient:
     check_ray()  # Ray's own client would retry a wrong token for minutes
     _quieten_ray()
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{ADDRESS_VARIABLE} {redact(address)}: {reason}; is the cluster up?") from None
+        return JobServer(address)
+    except (ConnectionError, RuntimeError, *UNREACHABLE) as error:
+        raise UserError(
+            f"{ADDRESS_VARIABLE} {redact(address)}: {reason(error)}; is the cluster up?"
+        ) from None
 
 
 def follow(client: JobSubmissionClient, name: str) -> int:
     """Print a job's output and draw its progress until it ends; Ctrl-C leaves it running.
 
-    Returns the job's own exit code.
+    Returns the job's own exit code. Raises Outage where the cluster is gone, and with it the job.
     """
     try:
         asyncio.run(_follow(client, name))
+    except Outage as error:
+        echo(f"note     the output of {name} broke off; {error}", error=True)
     except KeyboardInterrupt:
         echo("", f"detached; the job goes on.  look again: ddpm logs -f {name}   end it: ddpm stop {name}")
         return DONE
