@@ -1,12 +1,13 @@
 """Attack the pipeline: `python -m tests.chaos --seed 7 --rounds 10`, or one round again: `--seed 7 --round 3`.
 
 Starts a stack of its own, ends with exit code 1 if anything was lost, and appends what it found to a file of JSON
-lines, from which `--write docs/reliability.md` makes that page's tables.
+lines. `--write docs/reliability.md` adds them to the rounds which that page lists.
 """
 
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -16,15 +17,21 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from benchmarks.common import put_between
 from infra.local import LocalStack, export_environment
 from infra.local.ray import LOOPBACK_SETTINGS
 from tests.driving import ended_after
 
+if TYPE_CHECKING:
+    from tests.chaos.rounds import Outcome
+
 RECORD = Path(".local/chaos.jsonl")
 HEAD_CPUS = 2
 START, END = "<!-- rounds: written by `python -m tests.chaos --write` -->", "<!-- end of rounds -->"
+ROUND_ROW = re.compile(r"\| \d+ \| \d+ \| ")
+STRUCK = re.compile(r"([a-z ]+) at \d+%")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kind", action="append", help="only rounds of this job; may be repeated")
     parser.add_argument("--record", type=Path, default=RECORD, help="file that outcomes are appended to")
     parser.add_argument(
-        "--write", type=Path, help="write a table of all recorded outcomes here, play nothing"
+        "--write", type=Path, help="add all recorded outcomes to the tables of this page, play nothing"
     )
     options = parser.parse_args(argv)
     if options.write is not None:
-        put_between(options.write, START, END, tables(options.record))
+        put_between(options.write, START, END, tables(options.record, options.write.read_text()))
         return 0
     numbers = (
         range(options.first, options.first + options.rounds) if options.round is None else [options.round]
@@ -56,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = arena.play(options.seed, number, options.kind or KINDS)
             with options.record.open("a") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
-            print(row(asdict(outcome)), flush=True)
+            print(row(outcome), flush=True)
             lost += bool(outcome.lost)
     print(f"{len(numbers)} rounds, {lost} with a loss" + (f"; logs in {folder}" if lost else ""))
     return 1 if lost else 0
@@ -84,30 +91,40 @@ def _leave(_number: int, _frame: FrameType | None) -> None:
     sys.exit(143)
 
 
-def row(outcome: dict[str, object]) -> str:
+def row(outcome: "Outcome") -> str:
     """A round on one line."""
-    faults, lost = outcome["faults"], outcome["lost"]
-    assert isinstance(faults, list | tuple)
-    assert isinstance(lost, list | tuple)
-    result = "nothing lost" if not lost else "LOST " + "; ".join(map(str, lost))[:300]
+    result = "nothing lost" if not outcome.lost else "LOST " + "; ".join(outcome.lost)[:300]
     return (
-        f"seed {outcome['seed']} round {outcome['number']:>3}  {outcome['kind']:<10}  {', '.join(map(str, faults))}"
-        f"  ->  {outcome['starts']} starts, {outcome['seconds']} s, {result}"
+        f"seed {outcome.seed} round {outcome.number:>3}  {outcome.kind:<10}  "
+        f"{', '.join((*outcome.faults, *outcome.missed))}  ->  "
+        f"{outcome.starts} starts, {outcome.seconds} s, {result}"
     )
 
 
-def tables(record: Path) -> str:
-    """All recorded rounds as Markdown, a count of each fault above."""
-    outcomes = [json.loads(line) for line in record.read_text().splitlines()]
-    struck = Counter(fault.rpartition(" at ")[0] for o in outcomes for fault in o["faults"])
-    lines = ["| fault | times |", "| --- | --- |", *(f"| {n} | {c} |" for n, c in sorted(struck.items())), ""]
-    lines += ["| seed | round | job | faults | starts | seconds | lost |", "|" + " --- |" * 7]
-    for o in outcomes:
-        faults, lost = ", ".join(o["faults"]), "; ".join(o["lost"]) or "nothing"
-        lines.append(
+def tables(record: Path, page: str) -> str:
+    """The rounds that `page` lists and those recorded since as Markdown, a count of each fault above."""
+    rows = [line for line in page.splitlines() if ROUND_ROW.match(line)]
+    for line in record.read_text().splitlines():
+        o = json.loads(line)
+        faults, lost = ", ".join(o["faults"] + o["missed"]), "; ".join(o["lost"]) or "nothing"
+        rows.append(
             f"| {o['seed']} | {o['number']} | {o['kind']} | {faults} | {o['starts']} | {o['seconds']} | {lost} |"
         )
-    return "\n".join(lines)
+    rows = list(dict.fromkeys(rows))  # written twice, a record is listed once
+    struck = Counter(name.strip() for line in rows for name in STRUCK.findall(line))
+    jobs = Counter(line.split(" | ")[2] for line in rows)
+    return "\n".join(
+        (
+            *("| job | rounds |", "| --- | --- |", *(f"| {n} | {c} |" for n, c in sorted(jobs.items())), ""),
+            *(
+                "| fault | times |",
+                "| --- | --- |",
+                *(f"| {n} | {c} |" for n, c in sorted(struck.items())),
+                "",
+            ),
+            *("| seed | round | job | faults | starts | seconds | lost |", "|" + " --- |" * 7, *rows),
+        )
+    )
 
 
 if __name__ == "__main__":

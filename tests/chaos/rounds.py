@@ -42,6 +42,8 @@ class Outcome:
     seconds: float
     lost: tuple[str, ...]
     """What differs from the undisturbed run; empty = nothing was lost."""
+    missed: tuple[str, ...] = ()
+    """Faults that were drawn and did not strike, each with the reason."""
 
 
 class Arena:
@@ -81,15 +83,18 @@ class Arena:
         work = self._work(kind, f"{kind}-{seed}-{number}", scene.disk)
         work.start(_variables(scene))
         struck: list[str] = []
+        missed: list[str] = []
         lost: list[str] = []
         try:
             for goal, fault in plan:
                 _until(work, goal)
-                if scene.disk is not None or not fault.needs_disk:
+                if work.driver.process.poll() == 0:
+                    missed.append(f"{fault.name}: the job had ended")
+                elif fault.needs_disk and scene.disk is None:
+                    missed.append(f"{fault.name}: no file system may be mounted here")
+                else:
                     fault.strike(scene, work, chance)
                     struck.append(f"{fault.name} at {goal:.0%}")
-                else:
-                    struck.append(f"{fault.name}: not here, where no file system may be mounted")
             _until(work, float("inf"))
             _join_others(work)
             lost = differences(expected, work.fingerprint())
@@ -101,7 +106,16 @@ class Arena:
                 with suppress(ProcessLookupError):
                     process.kill()
         seconds = time.monotonic() - began
-        return Outcome(seed, number, kind, tuple(struck), work.driver.starts, round(seconds, 1), tuple(lost))
+        return Outcome(
+            seed=seed,
+            number=number,
+            kind=kind,
+            faults=tuple(struck),
+            starts=work.driver.starts,
+            seconds=round(seconds, 1),
+            lost=tuple(lost),
+            missed=tuple(missed),
+        )
 
     def _expected(self, kind: str) -> Fingerprint:
         if kind not in self._undisturbed:
