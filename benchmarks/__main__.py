@@ -23,6 +23,7 @@ PAGE = HERE.parent / "docs/benchmarks.md"
 PLOT = HERE.parent / "docs/images/benchmarks.svg"
 COMMANDS: dict[str, list[str]] = {
     "loader": ["--peers", "{work}/peers"],
+    "pack": [],
     "train": ["--peers", "{work}/trainers"],
     "generate": [],
     "listings": [],

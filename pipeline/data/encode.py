@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from pipeline.config.data import PackConfig
 from pipeline.data.images import ImageShape
-from pipeline.data.moments import Moments, add_moments, moments_of
-from pipeline.data.npy import encode_npy
+from pipeline.data.moments import Moments, moments_of
+from pipeline.data.npy import UInt8, encode_npy
 from pipeline.data.picture import Fact, source_digest, to_pixels
 from pipeline.data.plan import PackUnit
 from pipeline.data.png import encode_png
@@ -54,7 +56,7 @@ def encode_run(config: PackConfig, shape: ImageShape, source: Source, encoder: i
     """
     encode = partial(encode_png, encoder=encoder) if config.payload == "png" else encode_npy
     payloads: list[bytes] = []
-    moments: Moments | None = None
+    all_pixels: list[UInt8] = []
     for item, wanted in zip(run.items, run.hashes, strict=True):
         name = source.items[item].name
         try:
@@ -64,8 +66,6 @@ def encode_run(config: PackConfig, shape: ImageShape, source: Source, encoder: i
             raise DamageError(f"{name}: {error}; it changed while being packed: pack again") from error
         if source_digest(data) != wanted or pixels.shape != (shape.height, shape.width, shape.channels):
             raise DamageError(f"{name}: it changed while being packed: pack again")
-        moments = add_moments(moments, moments_of(pixels))
+        all_pixels.append(pixels)
         payloads.append(encode(pixels))
-    if moments is None:
-        raise ValueError("a run of no pictures")
-    return Encoded(tuple(payloads), moments)
+    return Encoded(tuple(payloads), moments_of(np.concatenate(all_pixels)))

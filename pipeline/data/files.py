@@ -64,11 +64,13 @@ class FolderFiles(Files):
 
     def read(self, number: int) -> bytes:
         path = self._paths[number]
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError("it is no plain file")
-        if os.stat(path).st_size > MAX_FILE_BYTES:
+        if found.st_size > MAX_FILE_BYTES:
             raise OSError(f"it has more than {MAX_FILE_BYTES} bytes")
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
 
     def _walk(
         self, folder: str, above: tuple[tuple[int, int], ...], linked: int = 0

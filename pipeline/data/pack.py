@@ -238,15 +238,14 @@ def pack_shard(
     moments: Moments | None = None
     rows: list[tuple[int, int, int, int]] = []
     with told_at(_scratch_folder(store)), _scratch(store) as file:
-        stream = ShardStream(cast(BinaryIO, file))
-        for some in encoded:
-            moments = add_moments(moments, some.moments)
-            for payload in some.payloads:
-                label = source.items[unit.items[len(rows)]].label
-                files = {config.payload: payload} | ({"cls": str(label).encode()} if label >= 0 else {})
-                offset = stream.add(f"{unit.first_sample + len(rows):09d}", files)[0]
-                rows.append((offset, len(payload), zlib.crc32(payload), label))
-        stream.finish()
+        with ShardStream(cast(BinaryIO, file)) as stream:
+            for some in encoded:
+                moments = add_moments(moments, some.moments)
+                for payload in some.payloads:
+                    label = source.items[unit.items[len(rows)]].label
+                    files = {config.payload: payload} | ({"cls": str(label).encode()} if label >= 0 else {})
+                    offset = stream.add(f"{unit.first_sample + len(rows):09d}", files)[0]
+                    rows.append((offset, len(payload), zlib.crc32(payload), label))
         file.flush()
         info = _published(store, unit.key, Path(file.name), stream)
     entry, table = shard_entry(

@@ -39,6 +39,8 @@ class ShardStream:
 
     webdataset writes the members, without owner and time. It then fills the tar up with zeros to a multiple of 10,240
     bytes. Those are left out, so that the loss of any block at the end is noticed.
+
+    A context manager: left in order, what ends a tar is written; left by an exception, nothing more is.
     """
 
     def __init__(self, out: BinaryIO) -> None:
@@ -50,6 +52,19 @@ class ShardStream:
         # webdataset leaves both to tarfile, whose own choice depends on the locale and the Python version
         self._tar.tarstream.format, self._tar.tarstream.encoding = tarfile.USTAR_FORMAT, "utf-8"
         self.hash, self.size_bytes = self._sink.hash, 0
+
+    def __enter__(self) -> ShardStream:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.size_bytes += 2 * BLOCK
+            self._sink.limit = self.size_bytes
+            self._tar.close()
+        else:
+            self._sink.limit = (
+                0  # tarfile writes what it holds back when it is collected, the file closed or not
+            )
 
     def add(self, key: str, files: dict[str, bytes]) -> list[int]:
         """Write a sample; where the bytes of each of its files begin.
@@ -73,12 +88,6 @@ class ShardStream:
             self.size_bytes += BLOCK + len(data) + -len(data) % BLOCK
         return offsets
 
-    def finish(self) -> None:
-        """Write what ends a tar: two zero blocks."""
-        self.size_bytes += 2 * BLOCK
-        self._sink.limit = self.size_bytes
-        self._tar.close()
-
 
 class _Sink:
     """Hashes what is written, and passes on no more than `limit` bytes in all."""
@@ -88,20 +97,19 @@ class _Sink:
         self.hash, self.limit = hashlib.sha256(), sys.maxsize
 
     def write(self, data: bytes) -> int:
-        kept = data[: self.limit - self._written]
-        self._out.write(kept)
-        self.hash.update(kept)
-        self._written += len(kept)
+        if kept := data[: max(0, self.limit - self._written)]:
+            self._out.write(kept)
+            self.hash.update(kept)
+            self._written += len(kept)
         return len(data)
 
 
 def write_shard(samples: Iterable[tuple[str, dict[str, bytes]]]) -> bytes:
     """The tar of (key, {extension: bytes}) samples, as a ShardStream writes it."""
     out = io.BytesIO()
-    stream = ShardStream(out)
-    for key, files in samples:
-        stream.add(key, files)
-    stream.finish()
+    with ShardStream(out) as stream:
+        for key, files in samples:
+            stream.add(key, files)
     return out.getvalue()
 
 

@@ -1,9 +1,11 @@
 """Tars are written reproducibly, and read without forgiving anything."""
 
+import gc
 import gzip
 import io
 import random
 import struct
+import sys
 import tarfile
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import read_shard, write_shard
-from pipeline.data.shards import split_name
+from pipeline.data.shards import ShardStream, split_name
 from pipeline.errors import DamageError
 from tests.data.making import sample
 
@@ -70,6 +72,27 @@ def test_a_shard_is_what_webdataset_writes_but_for_the_zeros_that_fill_its_last_
     theirs = out.getvalue()
     assert theirs == WHOLE + bytes(-len(WHOLE) % tarfile.RECORDSIZE)
     assert len(theirs) > len(WHOLE)
+
+
+def test_a_shard_that_is_given_up_writes_nothing_more_and_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unraisable: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    path = tmp_path / "x.tar"
+
+    def give_up() -> None:
+        with path.open("wb") as file, ShardStream(file) as stream:
+            stream.add(*sample(0))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        give_up()
+    written = path.read_bytes()
+    gc.collect()
+    assert unraisable == []
+    assert path.read_bytes() == written
+    assert len(written) < len(write_shard([sample(0)]))
 
 
 def test_names_are_written_alike_in_every_locale_and_never_longer_than_a_header_holds() -> None:
