@@ -1,8 +1,10 @@
-"""A generation of a million shards, as far as its lists go: `python -m benchmarks.listings [--shards N] [--out FILE]`.
+"""A generation of a million shards, as far as its lists go:
+`python -m benchmarks.listings [--shards N] [--folder FOLDER] [--out FILE]`.
 
 A server of its own process on loopback answers S3's ListObjectsV2 and GetObject for a prefix that holds N shards with
 their done-records, but for a few that are missing; the pages are full ones of 1,000 keys, with all that S3 says of an
-object. Each task runs in a fresh process:
+object. With --folder, the prefix is a folder that is made in FOLDER and removed at the end, of two empty files for each
+shard. Each task runs in a fresh process:
 
 - resume: what a job does before it hands out work: look at the prefix, list the records, tell what is missing
 - status: `ddpm status`
@@ -10,7 +12,7 @@ object. Each task runs in a fresh process:
 - manifest: write the manifest of N shards to a local folder, read its head, read every entry back
 
 Told of each: seconds of the wall clock and of the processor, and the most memory the process ever held, less what it
-held before it began. The server's own time is part of the wall clock.
+held before it began. The server's own time is part of the wall clock, and so is a cold disk's.
 """
 
 import argparse
@@ -22,7 +24,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import filterfalse
 from multiprocessing.connection import Connection
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from benchmarks.common import add_output_options, machine, publish
@@ -45,10 +49,12 @@ from pipeline.generate.verify import VerifyReport, check_listing
 from pipeline.store import open_store
 
 Facts = dict[str, float]
-URI = "s3://bucket/vast"
+BUCKET_URI = "s3://bucket/vast"
 SHARD_SIZE = 1000
 GAP, FIRST_GAP = 100_000, 7  # every so many shards one is missing
 PAGE = 1000
+RECORD_GAP = 1000
+"""So many shards lie between those whose records are written in full, where a folder is measured."""
 _ENTRY = (
     "<Contents><Key>{key}</Key><LastModified>2026-03-01T02:00:00.000Z</LastModified>"
     "<ETag>&quot;9b2cf535f27731c974343645a3985328&quot;</ETag><Size>{size}</Size>"
@@ -202,9 +208,24 @@ def _serve(shards: int, ready: Connection) -> None:
     server.serve_forever()
 
 
-def resume(spec: Spec) -> None:
+def fill(root: Path, shards: int) -> str:
+    """The same prefix in a folder; its URI."""
+    spec = vast_spec(shards)
+    for folder in ("done", "shards"):
+        (root / folder).mkdir(parents=True)
+    (root / SPEC_KEY).write_bytes(pretty(spec.model_dump(mode="json")))
+    for number in filterfalse(is_missing, range(shards)):
+        # Empty files: names are what lists are made of, and few records are read.
+        for name in (f"done/{number:06d}.json", f"shards/{number:06d}.tar"):
+            os.close(os.open(f"{root}/{name}", os.O_CREAT | os.O_WRONLY))
+        if number % RECORD_GAP == 0:
+            (root / shard(spec, number).done_key).write_text(vast_record(spec, number).model_dump_json())
+    return root.as_uri()
+
+
+def resume(spec: Spec, uri: str) -> None:
     """What a job does before it hands out work."""
-    store = open_store(URI)
+    store = open_store(uri)
     store.require_container()
     assert check_prefix(store, spec) == spec
     assert survey(store, spec, objects=False).missing() == [
@@ -212,24 +233,24 @@ def resume(spec: Spec) -> None:
     ]
 
 
-def status(spec: Spec) -> None:
+def status(spec: Spec, uri: str) -> None:
     """`ddpm status`."""
-    found = generation_status(URI)
+    found = generation_status(uri)
     assert found.shards_done == sum(not is_missing(n) for n in range(num_shards(spec)))
 
 
-def verify(spec: Spec) -> None:
+def verify(spec: Spec, uri: str) -> None:
     """The lists of `ddpm verify`."""
-    store = open_store(URI)
-    report = VerifyReport(URI, spec)
+    store = open_store(uri)
+    report = VerifyReport(uri, spec)
     found = survey(store, spec)
     check_listing(store, spec, found, report)
     assert report.num_problems == 0, report.problems
     assert len(found.missing()) == sum(is_missing(n) for n in range(num_shards(spec)))
 
 
-def manifest(spec: Spec) -> None:
-    """Write a manifest, read its head, read all of it."""
+def manifest(spec: Spec, _: str) -> None:
+    """Write a manifest, read its head, read all of it. In a scratch folder, whichever store is measured."""
     harvest = Harvest()
     record = vast_record(spec, 0)
     for number in range(num_shards(spec)):
@@ -242,7 +263,7 @@ def manifest(spec: Spec) -> None:
         assert head.num_shards == sum(1 for _ in read_entries(store)) == num_shards(spec)
 
 
-TASKS: dict[str, Callable[[Spec], None]] = {
+TASKS: dict[str, Callable[[Spec, str], None]] = {
     "resume": resume,
     "status": status,
     "verify": verify,
@@ -250,15 +271,20 @@ TASKS: dict[str, Callable[[Spec], None]] = {
 }
 
 
-def measure(shards: int) -> dict[str, Facts]:
-    """Every task's facts."""
-    with serving(shards) as address:
-        return {name: _alone(name, shards, address) for name in TASKS}
+def measure(shards: int, folder: Path | None = None) -> dict[str, Facts]:
+    """Every task's facts, of a bucket, or of a folder that is made in `folder`."""
+    if folder is None:
+        with serving(shards) as address:
+            return {name: _alone(name, shards, BUCKET_URI, address) for name in TASKS}
+    with tempfile.TemporaryDirectory(prefix="ddpm-listings-", dir=folder) as scratch:
+        uri = fill(Path(scratch), shards)
+        return {name: _alone(name, shards, uri, "http://127.0.0.1:9") for name in TASKS}
 
 
-def _alone(name: str, shards: int, address: str) -> Facts:
+def _alone(name: str, shards: int, uri: str, address: str) -> Facts:
     ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.get_context("spawn").Process(target=_run, args=(name, shards, address, theirs))
+    arguments = (name, shards, uri, address, theirs)
+    child = multiprocessing.get_context("spawn").Process(target=_run, args=arguments)
     child.start()
     theirs.close()
     try:
@@ -269,7 +295,7 @@ def _alone(name: str, shards: int, address: str) -> Facts:
         child.join()
 
 
-def _run(name: str, shards: int, address: str, result: Connection) -> None:
+def _run(name: str, shards: int, uri: str, address: str, result: Connection) -> None:
     os.environ |= {
         "AWS_ENDPOINT_URL": address,
         "AWS_ACCESS_KEY_ID": "none",
@@ -278,7 +304,7 @@ def _run(name: str, shards: int, address: str, result: Connection) -> None:
     }
     spec = vast_spec(shards)
     before, wall, processor = _peak_mib(), time.monotonic(), time.process_time()
-    TASKS[name](spec)
+    TASKS[name](spec, uri)
     facts = {
         "wall_seconds": round(time.monotonic() - wall, 2),
         "processor_seconds": round(time.process_time() - processor, 2),
@@ -296,10 +322,13 @@ def main() -> None:
     """Run everything and publish the numbers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.listings", description=__doc__)
     parser.add_argument("--shards", type=int, default=1_000_000)
+    parser.add_argument(
+        "--folder", type=Path, help="Measure file:// in a folder made there, instead of s3://."
+    )
     add_output_options(parser)
     told = parser.parse_args()
     numbers: dict[str, object] = {"shards": told.shards, **machine("boto3")}
-    for task, facts in measure(told.shards).items():
+    for task, facts in measure(told.shards, told.folder).items():
         numbers |= {f"{task}_{name}": value for name, value in facts.items()}
     publish(numbers, told)
 

@@ -1,19 +1,26 @@
-"""The lists of a vast generation, against a server that answers as S3 does: the benchmark, with fewer shards."""
+"""The lists of a vast generation, in a folder and of a server that answers as S3 does: the benchmark, but smaller."""
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import benchmarks.listings
+from benchmarks.listings import BUCKET_URI, fill, is_missing, vast_spec
 from pipeline.generate.spec import Spec
 
 SHARDS = 20_500
 
 
+@pytest.fixture(autouse=True)
+def several_shards_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.listings, "GAP", 5_000)
+    assert sum(map(is_missing, range(SHARDS))) == 5
+
+
 @pytest.fixture
 def spec(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spec]:
-    monkeypatch.setattr(benchmarks.listings, "GAP", 5_000)  # several shards are missing
     server = benchmarks.listings.make_server(SHARDS)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -24,7 +31,7 @@ def spec(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spec]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    yield benchmarks.listings.vast_spec(SHARDS)
+    yield vast_spec(SHARDS)
     server.shutdown()
     server.server_close()
     thread.join()
@@ -32,5 +39,10 @@ def spec(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spec]:
 
 @pytest.mark.parametrize("task", benchmarks.listings.TASKS)
 def test_many_pages_of_shards_are_listed_to_the_end(task: str, spec: Spec) -> None:
-    assert sum(benchmarks.listings.is_missing(number) for number in range(SHARDS)) == 5
-    benchmarks.listings.TASKS[task](spec)
+    benchmarks.listings.TASKS[task](spec, BUCKET_URI)
+
+
+def test_a_folder_of_many_shards_is_listed_to_the_end(tmp_path: Path) -> None:
+    uri = fill(tmp_path, SHARDS)
+    for task in benchmarks.listings.TASKS.values():
+        task(vast_spec(SHARDS), uri)
