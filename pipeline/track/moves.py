@@ -83,6 +83,18 @@ class Standing:
         """Of the newest move; 0 for an empty log."""
         return max(self.moves, default=0)
 
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether a job that was killed or held up left the alias where the log does not say."""
+        known = {version for move in self.moves.values() for version in (move.before, move.after)}
+        behind = self.last is not None and self.version != self.last.after
+        return behind and bool(self.marks) and self.version in known
+
+    @property
+    def in_office(self) -> int | None:
+        """The version that the alias means once what was decided is carried out."""
+        return self.last.after if self.last is not None and self.is_left_behind else self.version
+
 
 class MovingAlias:
     """An alias of a registered model and the log of its moves."""
@@ -120,7 +132,7 @@ class MovingAlias:
             if last is None or seen.version == last.after:
                 self._sweep(seen)
                 return seen
-            if self._left_behind(seen) and last.after is not None:
+            if seen.is_left_behind and last.after is not None:
                 _log.warning(
                     "%s stood at version %s, behind move %d of the log: set to version %d",
                     self, seen.version, last.number, last.after,
@@ -196,12 +208,6 @@ class MovingAlias:
     ) -> Move:
         number = seen.number() + 1
         return Move(number=number, before=before, after=after, kind=kind, job=self.job, at=time.time())
-
-    def _left_behind(self, seen: Standing) -> bool:
-        versions = {move.after for move in seen.moves.values()} | {
-            move.before for move in seen.moves.values()
-        }
-        return bool(seen.marks) and seen.version in versions
 
     def _overtaken(self, before: int | None, now: int | None) -> Overtaken:
         return Overtaken(

@@ -25,6 +25,7 @@ from pipeline.track.connect import (
     tracking_client,
     tracking_uri,
 )
+from pipeline.track.moves import MovingAlias
 from pipeline.track.packaging import MODEL_FOLDER, package
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ def log_model(
 def resolve(reference: str, uri: str | None = None) -> ModelVersion:
     """The version that `name@alias`, `name/3` or the same after `models:/` stands for now.
 
+    Where a killed or suspended job left an alias behind the log of its moves, the log says it; readers write nothing.
     UserError names what is missing and lists what exists.
     """
     match = _REFERENCE.match(reference)
@@ -171,7 +173,8 @@ def resolve(reference: str, uri: str | None = None) -> ModelVersion:
         chosen = [v for v in known if v.version == int(match["version"])]
         missing = f"version {match['version']}: not registered; {name} has versions {_span(known)}"
     else:
-        chosen = [v for v in known if match["alias"] in v.aliases]
+        office = MovingAlias(name, match["alias"], uri).look().in_office
+        chosen = [v for v in known if v.version == office]
         aliases = sorted(f"{a} -> {v.version}" for v in known for a in v.aliases)
         missing = (
             f"alias {match['alias']!r}: not set; {name} has {_listing(aliases)}, versions {_span(known)}"

@@ -110,6 +110,21 @@ def test_a_job_held_up_before_it_sets_the_alias_undoes_no_later_decision() -> No
     assert log(registry) == [(1, 2), (2, 3)]
 
 
+def test_a_reader_is_given_what_was_decided_while_the_alias_stands_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry = Registry()
+    first = alias(registry)
+    first.move(1, 2, "promotion")
+    first.move(2, 1, "rollback")
+    registry.aliases["champion"] = 2  # by a job that was suspended since it looked, and is killed now
+    assert alias(registry).look().in_office == 2  # nobody says so: this was somebody's hand
+    registry.tags["ddpm.moving.champion.0123"] = str(time.time())
+    assert alias(registry).look().in_office == 1
+    assert (registry.aliases["champion"], len(log(registry))) == (2, 2)
+    assert alias(registry).follow().version == 1
+
+
 def test_what_was_moved_by_hand_is_recorded_and_not_undone(caplog: pytest.LogCaptureFixture) -> None:
     registry = Registry()
     alias(registry).move(1, 2, "promotion")
