@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -111,6 +111,17 @@ class ModelCard(Settings):
 
     training: TrainingInfo = TrainingInfo()
     """The training they come from."""
+
+    @field_validator("class_names")
+    @classmethod
+    def _no_more_names_than_classes(
+        cls, names: tuple[str, ...] | None, info: ValidationInfo
+    ) -> tuple[str, ...] | None:
+        net: UNetConfig | None = info.data.get("net")  # none where it is wrong itself
+        classes = None if net is None else net.num_classes
+        if names is not None and classes is not None and len(names) > classes:
+            raise ValueError(f"{len(names)} names for a network of {classes} classes")
+        return names
 
 
 def save_model(directory: Path, net_state: Mapping[str, Tensor], card: ModelCard) -> ModelCard:

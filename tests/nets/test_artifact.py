@@ -38,6 +38,7 @@ def changed(model: Path, tmp_path: Path, change: Callable[[Card], object]) -> Pa
         (lambda card: card["net"].update(base_channels=10**30), "net.base_channels"),
         (lambda card: card["schedule"].update(num_steps=10**9), "schedule.num_steps"),
         (lambda card: card.update(class_names=["x" * 10_000]), "class_names.0"),
+        (lambda card: card.update(class_names=["x"] * 1_000_000), "class_names"),
         (lambda card: card["data"].update(channel_mean=[0.5] * 10_000), "data.channel_mean"),
         (lambda card: card["weights"].update(sha256="../../etc/passwd"), "weights.sha256"),
         (lambda card: card["training"].update(step=2**80), "training.step"),
