@@ -2,6 +2,7 @@
 
 import random
 import socket
+import time
 from collections.abc import Collection
 
 _RANGE = range(20_000, 32_000)
@@ -16,6 +17,13 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def wait_until_free(numbers: Collection[int], seconds: float) -> None:
+    """Return once all these ports are free, at the latest after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not all(map(is_free, numbers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def choose(names: Collection[str], taken: Collection[int] = ()) -> dict[str, int]:

@@ -31,6 +31,8 @@ from pipeline.errors import UserError
 ALL_PORTS = (*S3_PORTS, *MLFLOW_PORTS, *ray.PORTS)
 _OWN_FOLDERS = ("s3", "mlflow", "mlflow-file", "files", "logs", "secrets")
 _NODE = "ray-node-"
+_PORTS_OF = {"s3": S3_PORTS, "mlflow": MLFLOW_PORTS, "ray": ray.PORTS}
+_ORPHAN_SECONDS = 15.0  # for what a killed service left behind to notice that it is alone
 _GRACE_SECONDS = 30.0  # for a running service to answer: on a busy machine late is not hung
 
 Progress = Callable[[int, int], None]
@@ -194,18 +196,23 @@ class LocalStack:
         return plan
 
     def _without_dead(self) -> State | None:
-        """What is remembered, less the services that died: their orphans would still hold the ports."""
+        """What is remembered, less the services that died: their orphans would still hold the ports.
+
+        Ray's agents write their title over the mark by which they would be known. Once nobody of their session carries
+        it any more they cannot be ended for certain, so they are given the time to end by themselves.
+        """
         state = read_state(self.root)
         for name, record in (state.services if state else {}).items():
             if not processes.is_alive(record.identity):
                 processes.end(record.identity)
                 state = self._forget(name)
+                left = [state.ports[port] for port in _PORTS_OF.get(name, ()) if port in state.ports]
+                ports.wait_until_free(left, _ORPHAN_SECONDS)
         return state
 
     def _ports_of_running(self, state: State) -> set[str]:
-        by_service = {"s3": S3_PORTS, "mlflow": MLFLOW_PORTS, "ray": ray.PORTS}
         alive = [name for name, record in state.services.items() if processes.is_alive(record.identity)]
-        return {port for name in alive for port in by_service.get(name, ())}
+        return {port for name in alive for port in _PORTS_OF.get(name, ())}
 
     def _services(self, state: State) -> list[Service]:
         services: list[Service] = []

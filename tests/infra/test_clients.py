@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from infra.local import check_ray, clients, environment, export_environment, processes, sign_in
+from infra.local import check_ray, clients, environment, export_environment, ports, processes, sign_in
 from infra.local.credentials import mlflow_users_path
 from infra.local.stack import ALL_PORTS, LocalStack
 from infra.local.state import ServiceRecord, State, StoreKind, write_state
@@ -208,6 +209,33 @@ def test_the_port_of_a_service_that_the_stack_started_is_its_own(tmp_path: Path)
         assert environ["MLFLOW_TRACKING_URI"].endswith(f":{int(log.read_text())}")
     finally:
         processes.end(identity)
+
+
+def test_a_killed_service_keeps_its_port_though_an_orphan_without_the_mark_holds_it_for_a_while(
+    tmp_path: Path,
+) -> None:
+    (port,) = ports.choose(["mlflow"]).values()
+    hold = f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); time.sleep(2)"
+    code = (
+        "import subprocess, sys, time; "
+        f'subprocess.Popen([sys.executable, "-c", "{hold}"], env={{}}); time.sleep(60)'
+    )
+    identity = processes.spawn([sys.executable, "-c", code], os.environ, tmp_path / "log", mark="of-the-test")
+    while ports.is_free(port):
+        assert processes.is_alive(identity), (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    psutil.Process(identity.pid).kill()
+    while processes.is_alive(identity):
+        time.sleep(0.01)
+    assert not ports.is_free(port)
+    state = remembered(tmp_path, store="file")
+    update = {
+        "ports": {**state.ports, "mlflow": port},
+        "services": {"mlflow": ServiceRecord(identity=identity, fingerprint="")},
+    }
+    write_state(tmp_path, state.model_copy(update=update))
+    plan = LocalStack(tmp_path, environ={})._plan()
+    assert (plan.ports["mlflow"], plan.services) == (port, {})
 
 
 def test_what_the_web_pages_ask_for_is_told_by_the_command_that_shows_it(tmp_path: Path) -> None:
