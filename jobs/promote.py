@@ -144,10 +144,13 @@ def keep(decision: Decision, challenger: ModelVersion, champion: ModelVersion | 
         return
     set_version_tags(challenger, {DECISION_TAG: text})
     before = None if champion is None else champion.version
+    office = MovingAlias(challenger.name, alias)
     try:
-        move = MovingAlias(challenger.name, alias).move(before, challenger.version, "promotion")
+        move = office.move(before, challenger.version, "promotion")
     except Overtaken:
-        set_version_tags(challenger, {VERDICT_TAG: "not promoted: another decision came first"})
+        moves = office.look().moves.values()
+        if not any((move.kind, move.after) == ("promotion", challenger.version) for move in moves):
+            set_version_tags(challenger, {VERDICT_TAG: "not promoted: another decision came first"})
         raise
     set_version_tags(challenger, _promoted(move))
 

@@ -150,17 +150,20 @@ class MovingAlias:
     def move(self, before: int | None, after: int, kind: Literal["first", "promotion", "rollback"]) -> Move:
         """Move the alias from version `before`, which it must still mean, to `after`; returns the move.
 
-        Overtaken, with nothing moved, when another decision came first. WorkFailed when the alias, after it was set,
-        does not stay where the log says.
+        Where another job has just made this very move, that one is returned. Overtaken, with nothing moved, when
+        another decision came first. WorkFailed when the alias, after it was set, does not stay where the log says.
         """
         seen = self.follow()
+        asked = (before, after, kind)
         if seen.version != before:
+            if seen.last is not None and (seen.last.before, seen.last.after, seen.last.kind) == asked:
+                return seen.last
             raise self._overtaken(before, seen.version)
         wanted = self._next(seen, before, after, kind)
         mark = f"{self._mark_prefix}{self.job}"
         self.tag(mark, str(time.time()))
         decided = self._decide(wanted)
-        if (decided.before, decided.after, decided.kind) != (before, after, kind):
+        if (decided.before, decided.after, decided.kind) != asked:
             self.untag(mark)
             self.follow()
             raise self._overtaken(before, decided.after)

@@ -88,6 +88,24 @@ def test_a_challenger_that_was_compared_with_a_champion_of_before_is_not_promote
     }
 
 
+def test_one_promotion_by_two_jobs_is_one_move_and_both_say_promoted(models: Models) -> None:
+    promoted(models, 3, 2)
+    promoted(models, 3, 2)  # it began beside the first and took longer
+    assert [(move.before, move.after) for move in moves.MovingAlias("digits").look().moves.values()] == [
+        (2, 3)
+    ]
+    assert models.version_tags[3]["ddpm.gate"] == "promoted"
+
+
+def test_what_became_of_a_promoted_version_since_is_not_overwritten_by_a_late_job(models: Models) -> None:
+    promoted(models, 3, 2)
+    promoted(models, 4, 3)
+    with pytest.raises(Overtaken, match="means version 4 by now"):
+        promoted(models, 3, 2)
+    assert models.version_tags[3]["ddpm.gate"] == "promoted"
+    assert models.aliases["champion"] == 4
+
+
 def test_who_is_overtaken_exits_with_1_in_one_line(
     models: Models, capsys: pytest.CaptureFixture[str]
 ) -> None:

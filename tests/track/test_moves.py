@@ -89,6 +89,17 @@ def test_a_decision_against_a_champion_that_is_no_more_moves_nothing() -> None:
     assert log(registry) == [(1, 2)]
 
 
+def test_a_move_that_another_job_has_just_made_is_the_same_move() -> None:
+    registry = Registry()
+    first = alias(registry).move(1, 2, "promotion")
+    assert alias(registry).move(1, 2, "promotion") == first
+    back = alias(registry).move(2, 1, "rollback")
+    assert alias(registry).move(2, 1, "rollback") == back
+    assert log(registry) == [(1, 2), (2, 1)]
+    with pytest.raises(Overtaken, match="means version 1 by now"):
+        alias(registry).move(2, 1, "promotion")  # decided on other grounds
+
+
 def test_a_job_held_up_before_it_sets_the_alias_undoes_no_later_decision() -> None:
     registry = Registry()
     late = Stepped(registry, None, 0, None)
