@@ -92,9 +92,10 @@ def ray_cluster() -> Generator[None]:
     except (ConnectionError, RuntimeError, RayError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"RAY_ADDRESS {address}: cannot be joined ({reason}); is the cluster up?") from None
-    here = ray.get_runtime_context().get_node_id()
+    context = ray.get_runtime_context()
+    store, here = context.gcs_address, context.get_node_id()
     try:
-        with noticing_loss(lambda: any(node["NodeID"] == here and node["Alive"] for node in ray.nodes())):
+        with noticing_loss(lambda: any(n.node_id.hex() == here and not n.state for n in nodes_of(store))):
             yield
     finally:
         ray.shutdown()
@@ -109,20 +110,31 @@ def require_node(address: str) -> None:
         return  # looked for on this machine, or started here
     if not listens(f"tcp://{address}"):
         raise Outage(f"RAY_ADDRESS {address}: nothing answers there; is the cluster up?")
-    from ray._raylet import GcsClient  # pyright: ignore  (the public calls need a node, or the dashboard)
     from ray.exceptions import RayError
 
     try:
-        nodes: dict[Any, Any] = GcsClient(address=address).get_all_node_info(timeout=ANSWER_SECONDS)
+        nodes = nodes_of(address)
     except (RayError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"RAY_ADDRESS {address}: does not let us in ({reason})") from None
-    addresses = {node.node_manager_address for node in nodes.values()}
+    addresses = {node.node_manager_address for node in nodes}
     if not any(_is_here(found) for found in addresses):
         raise UserError(
             f"RAY_ADDRESS {address}: this machine is no node of that cluster ({', '.join(sorted(addresses)[:3])}), and "
             "a driver must run on one; from here hand the job over by `ddpm submit`, with RAY_JOB_ADDRESS=http://HEAD:8265"
         )
+
+
+def nodes_of(address: str) -> list[Any]:
+    """Nodes of the cluster whose control store answers at `address`, living (state 0) and dead.
+
+    Not by ray.nodes(): where a new cluster has taken the address of the one that this process joined, it ends the
+    process in C++. The other public calls need a node, or the dashboard.
+    """
+    from ray._raylet import GcsClient  # pyright: ignore
+
+    nodes: dict[Any, Any] = GcsClient(address=address).get_all_node_info(timeout=ANSWER_SECONDS)
+    return list(nodes.values())
 
 
 def _is_here(address: str) -> bool:
