@@ -19,4 +19,6 @@ def _jumping_time() -> float:
         return _true_time()
 
 
+# Ray Data sends the function to actors of the cluster by its name: there it is the true clock, as on any other machine.
+_jumping_time.__module__, _jumping_time.__qualname__, _jumping_time.__name__ = "time", "time", "time"
 time.time = _jumping_time
