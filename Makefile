@@ -60,7 +60,7 @@ lock: install-dev ## write the lock files anew, with hashes (UPGRADE=1: newest v
 	@infra/lock.sh $(if $(UPGRADE),--upgrade)
 
 docs: install ## write docs/configuration.md and the settings' JSON schema anew
-	@$(BIN)/python -m jobs.reference
+	@$(BIN)/python -m jobs.config_docs
 
 sbom: install ## bill of materials of what is shipped: build/sbom.cdx.json (CycloneDX)
 	@infra/supply.sh sbom

@@ -28,16 +28,16 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from benchmarks.common import add_output_options, machine, publish, ratio_of, take_turns
 from benchmarks.pool_simulation import PoolModel, simulate
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
-from pipeline.config.generate import GenerateConfig, GuardConfig
+from pipeline.config.generation import GenerateConfig, GuardConfig
 from pipeline.config.net import UNetConfig
-from pipeline.generate.engine import Engine, prepare_process
-from pipeline.generate.maker import ShardMaker
-from pipeline.generate.model import find_model
+from pipeline.generate.done_records import DoneRecord, read_record
+from pipeline.generate.engine import Engine, set_up_torch
+from pipeline.generate.model_source import find_model
 from pipeline.generate.plan import shard, shards
-from pipeline.generate.records import DoneRecord, read_record
+from pipeline.generate.shard_writer import ShardWriter
 from pipeline.generate.spec import Spec, make_spec
-from pipeline.nets.artifact import ImageShape, ModelCard, build_model, save_model
-from pipeline.nets.exchange import export_diffusers
+from pipeline.nets.diffusers_weights import export_diffusers
+from pipeline.nets.model_files import ImageShape, ModelCard, build_model, save_model
 from pipeline.nets.unet import UNet, seeded_init
 from pipeline.store import open_store
 
@@ -153,14 +153,14 @@ def _shards(config: GenerateConfig) -> Callable[[], int]:
     """Making a whole shard: sampled, encoded, packed, stored."""
     model = find_model(config.model)
     spec = make_spec(config, model.card)
-    prepare_process(spec)
+    set_up_torch(spec)
     engine = Engine(spec, build_model(model.card, model.weights, where="benchmark"), model.card)
-    maker = ShardMaker(engine, open_store(config.output), config.guards)
+    maker = ShardWriter(engine, open_store(config.output), config.guards)
     unit = shard(spec, 0)
 
     def run() -> int:
         maker.store.delete(unit.done_key)
-        return maker.make(unit).count
+        return maker.write(unit).count
 
     return run
 
@@ -201,7 +201,7 @@ def _job(config: GenerateConfig) -> Facts:
     """Shards by one worker under Ray: wall time from the first shard's end to the last's, against device time."""
     import ray
 
-    from pipeline.generate.run import generate
+    from pipeline.generate.driver import generate
 
     config = config.model_copy(update={"output": config.output + "-job"})
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)

@@ -22,11 +22,11 @@ import torch
 
 from benchmarks.common import ratio_of
 from benchmarks.trainers import pack_images
-from pipeline.config.train import TrainConfig
-from pipeline.data import load_index
-from pipeline.train import cluster
+from pipeline.config.training import TrainConfig
+from pipeline.data.index import load_index
+from pipeline.train import ray_trainer
 from pipeline.train.session import Driver
-from pipeline.train.worker import Place, Task, train_worker
+from pipeline.train.worker import TrainTask, WorkerContext, train_worker
 
 NAMES = ("torchrun", "ray")
 WINDOW_STEPS, WINDOWS = 10, 24
@@ -115,7 +115,7 @@ def measure_launchers(scratch: Path) -> dict[str, object]:
     return found
 
 
-def _task(uri: str, run_uri: str) -> Task:
+def _task(uri: str, run_uri: str) -> TrainTask:
     plain: dict[str, Any] = {
         "name": "launched",
         "data": {"uri": uri},
@@ -130,7 +130,7 @@ def _task(uri: str, run_uri: str) -> Task:
         "grid": {"every_steps": 10**7, "count": 1, "sampler": {"kind": "ddim", "num_steps": 1}},
         "workers": {"num_workers": 2},
     }  # fmt: skip
-    return Task(TrainConfig.model_validate(plain), "bench", run_uri, load_index(uri).digest)
+    return TrainTask(TrainConfig.model_validate(plain), "bench", run_uri, load_index(uri).digest)
 
 
 def _windows(relay: Path, name: str) -> list[dict[str, float]]:
@@ -152,7 +152,7 @@ def _daemons_cpu_seconds() -> float:
     return sum(each.user + each.system for each in times)
 
 
-def _on_ray(task: Task, relay: Path) -> None:
+def _on_ray(task: TrainTask, relay: Path) -> None:
     """The job's own way of training on a cluster, with a timed driver on rank 0."""
     import ray
 
@@ -162,21 +162,21 @@ def _on_ray(task: Task, relay: Path) -> None:
     task = replace(task, run_uri=task.run_uri + "-ray")
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
-        with mock.patch.object(cluster, "_on_worker", body):
-            cluster.train_on_cluster(task, lambda done, total, text: None, threading.Event())
+        with mock.patch.object(ray_trainer, "_on_worker", body):
+            ray_trainer.train_on_cluster(task, lambda done, total, text: None, threading.Event())
     finally:
         ray.shutdown()
 
 
 def _timed_worker(payload: dict[str, Any], relay: Path) -> None:
     """In a worker of Ray's: the driver of the job, timed."""
-    real = cluster._Remote
-    with mock.patch.object(cluster, "_Remote", lambda board: Timed(Relay(relay, "ray"), real(board))):
-        cluster._on_worker(payload)
+    real = ray_trainer._Remote
+    with mock.patch.object(ray_trainer, "_Remote", lambda board: Timed(Relay(relay, "ray"), real(board))):
+        ray_trainer._on_worker(payload)
 
 
 @contextmanager
-def _torchrun(task: Task, relay: Path) -> Generator[None]:
+def _torchrun(task: TrainTask, relay: Path) -> Generator[None]:
     """The same training by torchrun, alongside. Raises CalledProcessError if it fails."""
     order = relay / "order.json"
     order.write_text(
@@ -212,8 +212,8 @@ def _torchrun_worker(order: Path) -> None:
     torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     driver = Timed(Relay(order.parent, "torchrun"), None) if rank == 0 else None
-    place = Place(rank, world, torch.device("cpu"))
-    train_worker(Task(config, "bench", told["run"], told["data"]), place, driver)
+    place = WorkerContext(rank, world, torch.device("cpu"))
+    train_worker(TrainTask(config, "bench", told["run"], told["data"]), place, driver)
     torch.distributed.destroy_process_group()
 
 

@@ -31,7 +31,10 @@ from urllib.parse import parse_qs, urlsplit
 
 from benchmarks.common import add_output_options, machine, publish
 from pipeline.config.diffusion import SamplerConfig
-from pipeline.generate.ledger import Harvest, survey
+from pipeline.data.formats.pixels import ImageStats
+from pipeline.generate.done_records import DoneRecord, Times
+from pipeline.generate.generation_status import generation_status
+from pipeline.generate.listing import RecordAggregate, list_prefix
 from pipeline.generate.manifest import (
     make_entries,
     make_manifest,
@@ -39,13 +42,10 @@ from pipeline.generate.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.generate.pixels import Tally
 from pipeline.generate.plan import num_shards, shard
-from pipeline.generate.records import DoneRecord, Times
+from pipeline.generate.proven_count import check_prefix
 from pipeline.generate.spec import SPEC_KEY, ModelIdentity, Spec, pretty
-from pipeline.generate.standing import check_prefix
-from pipeline.generate.status import generation_status
-from pipeline.generate.verify import VerifyReport, check_listing
+from pipeline.generate.verification import VerifyReport, check_listing
 from pipeline.store import open_store
 
 Facts = dict[str, float]
@@ -94,7 +94,7 @@ def vast_record(spec: Spec, number: int) -> DoneRecord:
         count=unit.count,
         bytes=3_000_000 + number,
         sha256=f"{number:064x}",
-        tally=Tally(images=unit.count, values=pixels, sums=(pixels,) * 3, squares=(2 * pixels,) * 3),
+        tally=ImageStats(images=unit.count, values=pixels, sums=(pixels,) * 3, squares=(2 * pixels,) * 3),
         classes=None,
         times=Times(
             finished_at=1.8e9 + number,
@@ -228,7 +228,7 @@ def resume(spec: Spec, uri: str) -> None:
     store = open_store(uri)
     store.require_container()
     assert check_prefix(store, spec) == spec
-    assert survey(store, spec, objects=False).missing() == [
+    assert list_prefix(store, spec, objects=False).missing() == [
         n for n in range(num_shards(spec)) if is_missing(n)
     ]
 
@@ -243,7 +243,7 @@ def verify(spec: Spec, uri: str) -> None:
     """The lists of `ddpm verify`."""
     store = open_store(uri)
     report = VerifyReport(uri, spec)
-    found = survey(store, spec)
+    found = list_prefix(store, spec)
     check_listing(store, spec, found, report)
     assert report.num_problems == 0, report.problems
     assert len(found.missing()) == sum(is_missing(n) for n in range(num_shards(spec)))
@@ -251,7 +251,7 @@ def verify(spec: Spec, uri: str) -> None:
 
 def manifest(spec: Spec, _: str) -> None:
     """Write a manifest, read its head, read all of it. In a scratch folder, whichever store is measured."""
-    harvest = Harvest()
+    harvest = RecordAggregate()
     record = vast_record(spec, 0)
     for number in range(num_shards(spec)):
         harvest.add(number, record.model_copy(update={"sha256": f"{number:064x}"}))

@@ -36,15 +36,15 @@ def decoder(name: str) -> Decode:
     """The decoder all contenders of a group use."""
     if name == "pillow":
         return by_pillow
-    from pipeline.data.images import ImageShape, decode
+    from pipeline.data.formats.images import PixelShape, decode
 
-    shape = ImageShape(3, EDGE, EDGE)
+    shape = PixelShape(3, EDGE, EDGE)
     return partial(decode, shape=shape)
 
 
 def picture_files(tars: Path) -> Iterator[bytes]:
     """The pictures of a folder of tars, as files."""
-    from pipeline.data import read_shard
+    from pipeline.data.formats.shards import read_shard
 
     for tar in sorted(tars.glob("*.tar")):
         for _, parts in read_shard(tar):
@@ -73,7 +73,9 @@ def ours(uri: str, decode: Decode, cold: Path | None = None) -> Epoch:
     import torch
 
     from pipeline.config.data import DataConfig
-    from pipeline.data import Loader, load_index, samples
+    from pipeline.data.index import load_index
+    from pipeline.data.reading import samples
+    from pipeline.data.reading.loader import Loader
 
     torch.set_num_threads(1)
     if decode is by_pillow:

@@ -16,10 +16,13 @@ import numpy as np
 import psutil
 
 from pipeline.config.data import DataConfig
-from pipeline.data import Index, Loader, assemble_index, index_shard, load_index, write_shard
+from pipeline.data.formats.png import encode_png
+from pipeline.data.formats.shards import write_shard
+from pipeline.data.index import Index, assemble_index, load_index
 from pipeline.data.location import Location
-from pipeline.data.order import GlobalOrder
-from pipeline.data.png import encode_png
+from pipeline.data.packing.scan_shard import index_shard
+from pipeline.data.reading.loader import Loader
+from pipeline.data.reading.order import GlobalOrder
 from pipeline.store import Store, open_store
 
 NUM_SHARDS, EACH = 1000, 10_000

@@ -28,7 +28,7 @@ from webdataset.writer import TarWriter
 
 from benchmarks.common import add_output_options, machine, publish, ratio_of, take_turns
 from pipeline.config.data import PackConfig
-from pipeline.data import pack
+from pipeline.data.packing.pack_dataset import pack
 
 
 class Kind(NamedTuple):

@@ -32,13 +32,13 @@ from benchmarks.trainers import (
     pack_images,
     use_peers,
 )
-from jobs.shell import preset_file
-from pipeline.config.evaluate import FeaturesConfig
+from jobs.runner import preset_file
+from pipeline.config.evaluation import FeaturesConfig
 from pipeline.config.load import read_yaml
-from pipeline.config.train import TrainConfig
-from pipeline.diffusion.images import from_uint8
-from pipeline.evaluate.classifier import Classifier, accuracy, split_rows, train_classifier
-from pipeline.evaluate.metrics import Moments, frechet_distance, moments_of
+from pipeline.config.training import TrainConfig
+from pipeline.diffusion.image_scaling import from_uint8
+from pipeline.features.classifier import Classifier, accuracy, split_rows, train_classifier
+from pipeline.features.distances import GaussianMoments, frechet_distance, moments_of
 
 RECIPES = ("ours", "diffusers", "denoising_diffusion", "diffusers_our_lr", "denoising_diffusion_our_lr")
 SEEDS = (0, 1, 2)
@@ -144,7 +144,7 @@ def ours_of(section: dict[str, object], uri: str, steps: int, batch: int, seed: 
     )
 
 
-def moments(digits: Digits, images: Tensor) -> Moments:
+def moments(digits: Digits, images: Tensor) -> GaussianMoments:
     """Of the judge's features of images uint8 (N, 1, 8, 8)."""
     with torch.inference_mode():
         return moments_of(digits.judge(from_uint8(images))[0].numpy())

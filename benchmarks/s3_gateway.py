@@ -9,7 +9,7 @@ from pathlib import Path
 
 from infra.local import ports, processes, service
 from infra.local.credentials import s3_keys
-from infra.local.s3 import PORTS, REGION, s3_service
+from infra.local.s3_gateway import PORTS, REGION, s3_service
 
 
 @contextlib.contextmanager

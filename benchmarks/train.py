@@ -29,7 +29,7 @@ from benchmarks.trainers import (
     use_peers,
 )
 from pipeline.config.net import UNetConfig
-from pipeline.config.train import CheckpointConfig, TrainConfig
+from pipeline.config.training import CheckpointConfig, TrainConfig
 from pipeline.store import open_store
 from pipeline.train.checkpoint import CheckpointWriter
 

@@ -25,17 +25,20 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.net import UNetConfig
-from pipeline.config.train import TrainConfig
-from pipeline.data import Loader, build_index, load_index, write_shard
-from pipeline.data.png import encode_png
+from pipeline.config.training import TrainConfig
+from pipeline.data.formats.png import encode_png
+from pipeline.data.formats.shards import write_shard
+from pipeline.data.index import load_index
+from pipeline.data.packing.build_index import build_index
+from pipeline.data.reading.loader import Loader
 from pipeline.diffusion import NoiseSchedule
-from pipeline.diffusion.images import from_uint8, to_uint8
+from pipeline.diffusion.image_scaling import from_uint8, to_uint8
 from pipeline.diffusion.samplers import sample
 from pipeline.nets.diffusers_config import net_to_diffusers
 from pipeline.store import open_store
 from pipeline.train.loop import Trainer
 from pipeline.train.state import initial_state
-from pipeline.train.window import Window
+from pipeline.train.step_metrics import StepMetrics
 
 PEERS = ("accelerate==1.15.0", "denoising-diffusion-pytorch==2.3.4", "ema-pytorch==0.8.3", "einops>=0.8")
 SAMPLING_STEPS = 50
@@ -79,7 +82,7 @@ class Ours:
             self.state.net.compile()
         schedule = NoiseSchedule.from_config(config.schedule)
         self.trainer = Trainer(config, schedule, self.state.net, torch.device("cpu"), 1)
-        self.window = Window(schedule.T, torch.device("cpu"))
+        self.window = StepMetrics(schedule.T, torch.device("cpu"))
         self._steps = self.trainer.steps(self.state, self.loader.batches(0, config.steps), self.window)
 
     def steps(self, count: int) -> None:

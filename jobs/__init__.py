@@ -4,7 +4,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-_MODULES = {"pipeline": "redaction.py", "infra": "local/clients.py"}
+_MODULES = {"pipeline": "telemetry/redaction.py", "infra": "local/client_environment.py"}
 """A module by which our package of this name is known: on a cluster each lies in a folder of its own."""
 
 

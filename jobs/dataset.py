@@ -6,12 +6,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from jobs.progress import progress_of
-from jobs.shell import DONE, FAILED
-from jobs.spread import spread_for
-from pipeline.data import Index, inspect, plan_index
+from jobs.progress_bar import progress_of
+from jobs.ray_map import ray_map_for
+from jobs.runner import DONE, FAILED
+from pipeline.data.index import Index
+from pipeline.data.packing.build_index import plan_index
+from pipeline.data.packing.inspect_dataset import inspect
 from pipeline.errors import UserError
-from pipeline.terminal import echo, echo_json
+from pipeline.telemetry.terminal import echo, echo_json
 
 _SHOWN = 20
 ENOUGH_SHARDS = 16
@@ -42,7 +44,7 @@ def index(
             skip_unreadable=skip_unreadable,
             dest=dest,
         )
-        with spread_for(
+        with ray_map_for(
             len(found.unknown), ENOUGH_SHARDS, local_paths=not found.location.root.startswith("s3:")
         ) as spread:
             made = found.build(spread, progress)
@@ -76,7 +78,7 @@ def _left_out(made: Index) -> Iterator[str]:
         yield from (f"         {name}" for name in named[:_SHOWN])
 
 
-def look(uri: str, sheet: Path, label_field: str | None, as_json: bool) -> int:
+def inspect_dataset(uri: str, sheet: Path, label_field: str | None, as_json: bool) -> int:
     """Read a data set whole and say what is in it; exit code 1 when something is damaged.
 
     UserError, before anything is read, when the contact sheet cannot be written to `sheet`.

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infra.local import LocalStack, sign_in
-from infra.local.state import StoreKind
-from jobs.progress import clock
-from jobs.shell import DONE, LOCAL, Call, settings_of, use_running_stack
-from pipeline.config.generate import GenerateConfig
-from pipeline.config.train import TrainConfig
-from pipeline.terminal import echo
+from infra.local.stack_state import StoreKind
+from jobs.progress_bar import clock
+from jobs.runner import DONE, LOCAL, JobArguments, settings_of, use_running_stack
+from pipeline.config.generation import GenerateConfig
+from pipeline.config.training import TrainConfig
+from pipeline.telemetry.terminal import echo
 
 PRESET = "demo"
 NUM_PARTS = 7
@@ -23,7 +23,7 @@ NUM_PARTS = 7
 def demo(store: StoreKind | None = None) -> int:
     """Stack, data, training, samples, proof, figures; then where to look. Returns the first exit code that is not 0."""
     began = time.monotonic()
-    call = Call(preset=PRESET)
+    call = JobArguments(preset=PRESET)
     _headline(1, "start the local stack")
     LocalStack(LOCAL, store=store).up(say=_say)
     use_running_stack()
@@ -44,39 +44,39 @@ def demo(store: StoreKind | None = None) -> int:
     return DONE
 
 
-def _pack(call: Call) -> int:
+def _pack(call: JobArguments) -> int:
     from jobs.pack import run_call
 
     return run_call(call)
 
 
-def _submit(job: str, model: type[TrainConfig] | type[GenerateConfig], call: Call) -> int:
+def _submit(job: str, model: type[TrainConfig] | type[GenerateConfig], call: JobArguments) -> int:
     from jobs.submit import submit
 
     return submit(job, settings_of(model, job, call))
 
 
-def _verify(call: Call) -> int:
+def _verify(call: JobArguments) -> int:
     from jobs.verify import main
 
     return main([settings_of(GenerateConfig, "generate", call).output])
 
 
-def _features(call: Call) -> int:
+def _features(call: JobArguments) -> int:
     from jobs.features import run_call
 
     return run_call(call)
 
 
-def _evaluate(call: Call) -> int:
+def _evaluate(call: JobArguments) -> int:
     from jobs.evaluate import run_call
 
     return run_call(call)
 
 
-def _say_where_to_look(call: Call, seconds: float) -> None:
+def _say_where_to_look(call: JobArguments, seconds: float) -> None:
     from pipeline.store import open_store
-    from pipeline.track import find_latest_run
+    from pipeline.tracking import find_latest_run
 
     config = settings_of(GenerateConfig, "generate", call)
     sheet = Path(f"{PRESET}-contact-sheet.png")

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from jobs.checks import Finding, all_checks
-from jobs.dashboard import settle_address
-from jobs.shell import DONE, FAILED, use_running_stack
-from pipeline.terminal import echo, echo_json
+from jobs.doctor_checks import Finding, all_checks
+from jobs.ray_dashboard import settle_address
+from jobs.runner import DONE, FAILED, use_running_stack
+from pipeline.telemetry.terminal import echo, echo_json
 
 
 def doctor(as_json: bool = False, write: bool = False) -> int:

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from jobs.progress import progress_of
-from jobs.shell import DONE, INTERRUPTED, use_running_stack
-from pipeline.data.download import Download, download_data_set
+from jobs.progress_bar import progress_of
+from jobs.runner import DONE, INTERRUPTED, use_running_stack
 from pipeline.data.location import Location
+from pipeline.data.reading.download_dataset import Download, download_data_set
 from pipeline.errors import UserError
-from pipeline.generate.download import download_generation
+from pipeline.generate.download_generation import download_generation
+from pipeline.generate.proven_count import proven_spec
 from pipeline.generate.spec import SPEC_KEY
-from pipeline.generate.standing import standing_spec
 from pipeline.store import open_store
-from pipeline.terminal import echo, echo_json
+from pipeline.telemetry.terminal import echo, echo_json
 
 
 def run(prefix: str, folder: str, unpack: bool = False, as_json: bool = False) -> int:
@@ -28,7 +28,7 @@ def _run(prefix: str, folder: str, unpack: bool, as_json: bool) -> int:
     location = Location.of(prefix)
     store = open_store(location.root)
     store.require_container()
-    spec = None if location.pattern is not None else standing_spec(store)
+    spec = None if location.pattern is not None else proven_spec(store)
     if spec is None and store.stat(location.index_name) is None:
         raise UserError(
             f"{prefix}: neither {SPEC_KEY} of a generation nor {location.index_name} of a data set is there; "

@@ -12,33 +12,39 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
-from jobs.progress import Progress
-from jobs.shell import DONE, Call, guarded, parse_words, run_job, settings_of
-from pipeline.config.evaluate import EvaluateConfig, LikelihoodConfig
-from pipeline.config.generate import GenerateConfig, SpecSettings
-from pipeline.data import load_index
-from pipeline.data.shards import read_shard
+from jobs.progress_bar import Progress
+from jobs.runner import DONE, JobArguments, handle_errors, parse_words, run_job, settings_of
+from pipeline.config.evaluation import EvaluateConfig, LikelihoodConfig
+from pipeline.config.generation import GenerateConfig, SpecSettings
+from pipeline.data.formats.pixels import decode
+from pipeline.data.formats.shards import read_shard
+from pipeline.data.index import load_index
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.evaluation import Evaluation, Terms, read_evaluation, require_comparable, table
-from pipeline.evaluate.figures import Figure, figures
-from pipeline.evaluate.likelihood import held_out_bits
-from pipeline.evaluate.logbook import try_to_log
-from pipeline.evaluate.measured import Measured, Picture, join, measure
-from pipeline.evaluate.metrics import frechet_distance
-from pipeline.evaluate.networks import FeatureNetwork, open_network
-from pipeline.evaluate.record import FeatureRecord, add_records, parse_record
-from pipeline.evaluate.reference import Pool, ShardWork, data_root, in_process, reference
-from pipeline.evaluate.sums import Sums, sums_of
-from pipeline.evaluate.trust import require_trusted_network, require_trusted_reference
-from pipeline.generate.manifest import Manifest, ShardEntry, read_entries, read_manifest
-from pipeline.generate.model import FoundModel, find_model
-from pipeline.generate.pixels import decode
+from pipeline.evaluate.bits_per_dim import held_out_bits
+from pipeline.evaluate.document import (
+    Evaluation,
+    EvaluationConditions,
+    read_evaluation,
+    require_comparable,
+    table,
+)
+from pipeline.evaluate.evaluation_runs import try_to_log
+from pipeline.evaluate.metrics import Metric, compute_metrics
+from pipeline.features.distances import frechet_distance
+from pipeline.features.exact_sums import Sums, sums_of
+from pipeline.features.feature_set import FeatureSet, Picture, extract_features, join
+from pipeline.features.networks import FeatureNetwork, open_network
+from pipeline.features.reference_set import Pool, ShardWork, data_root, in_process, load_reference
+from pipeline.features.shard_sums import FeatureRecord, add_records, parse_record
+from pipeline.features.trust import require_trusted_network, require_trusted_reference
+from pipeline.generate.done_records import read_record
+from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
+from pipeline.generate.model_source import ResolvedModel, find_model
 from pipeline.generate.plan import classes_of, shards
-from pipeline.generate.records import read_record
 from pipeline.generate.spec import Spec, make_spec
-from pipeline.nets.artifact import build_model
+from pipeline.nets.model_files import build_model
 from pipeline.store import ObjectMissing, open_store
-from pipeline.terminal import echo, echo_json
+from pipeline.telemetry.terminal import echo, echo_json
 
 OPERATION = {"reference", "network", "batch_size", "num_workers", "records_only", "track"}
 """Settings that change no figure, or stand in the terms by themselves."""
@@ -50,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefix", help="output prefix of a generation; without it, the preset's")
     parser.add_argument("--against", help="another, evaluated before, to show beside it")
     told, rest = parser.parse_known_args(argv)
-    return guarded(lambda: run_call(parse_words("evaluate", rest), told.prefix, told.against))
+    return handle_errors(lambda: run_call(parse_words("evaluate", rest), told.prefix, told.against))
 
 
-def run_call(call: Call, prefix: str | None = None, against: str | None = None) -> int:
+def run_call(call: JobArguments, prefix: str | None = None, against: str | None = None) -> int:
     """Evaluate `prefix`, or the one that the preset's generation fills; beside what `against` was found to be."""
 
     def work(config: EvaluateConfig, progress: Progress) -> int:
@@ -103,13 +109,13 @@ def evaluate(
     network = open_network(config.network, data_root(config.reference))
     require_trusted_network(judged, config.network, data_root(config.reference), network)
     with pool_of(config) as pool:
-        real = reference(index, config.network, config.batch_size, pool)
+        real = load_reference(index, config.network, config.batch_size, pool)
         require_trusted_reference(judged, index, config.network, data_root(config.reference), real)
         if config.records_only:
             count, metrics = from_records(manifest, output, config, real)
         else:
             samples = measure_generation(manifest, output, config, pool, progress)
-            count, metrics = len(samples), figures(samples, real, config)
+            count, metrics = len(samples), compute_metrics(samples, real, config)
     if config.likelihood is not None:
         metrics["bits_per_dim"] = _held_out(config, config.likelihood, manifest, progress)
     found = Evaluation(
@@ -133,7 +139,7 @@ class GenerationShard:
     """Measures one shard of a generation; opens the network once in each process it travels to."""
 
     def __init__(
-        self, spec: Spec, entries: Sequence[ShardEntry], output: str, config: EvaluateConfig
+        self, spec: Spec, entries: Sequence[ManifestShard], output: str, config: EvaluateConfig
     ) -> None:
         self.spec, self.entries, self.output, self.config = spec, entries, output, config
         self._network: FeatureNetwork | None = None
@@ -142,7 +148,7 @@ class GenerationShard:
         """Measured samples of shard `number`, in the order of their indexes."""
         if self._network is None:
             self._network = open_network(self.config.network, data_root(self.config.reference))
-        return measure(self._network, self._pictures(number), self.config.batch_size).to_bytes()
+        return extract_features(self._network, self._pictures(number), self.config.batch_size).to_bytes()
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_network": None}
@@ -159,28 +165,28 @@ class GenerationShard:
 
 def measure_generation(
     manifest: Manifest, output: str, config: EvaluateConfig, pool: Pool, progress: Progress
-) -> Measured:
+) -> FeatureSet:
     """The samples of a complete generation as the feature network sees them."""
     entries = list(read_entries(open_store(output)))
-    parts: list[Measured] = []
+    parts: list[FeatureSet] = []
     done = 0
     for data in pool(GenerationShard(manifest.spec, entries, output, config), range(len(entries))):
-        parts.append(Measured.from_bytes(data, output))
+        parts.append(FeatureSet.from_bytes(data, output))
         done += len(parts[-1])
         progress(done, manifest.count)
     return join(parts)
 
 
 def from_records(
-    manifest: Manifest, output: str, config: EvaluateConfig, real: Measured
-) -> tuple[int, dict[str, Figure]]:
+    manifest: Manifest, output: str, config: EvaluateConfig, real: FeatureSet
+) -> tuple[int, dict[str, Metric]]:
     """Number of samples and figures by the feature sums of the done-records alone. UserError where these lack."""
     total = add_records(_feature_records(manifest.spec, output, real.network))
     sums = Sums.from_text(total.sums)
     distance = frechet_distance(sums.moments(), sums_of(real.vectors).moments())
-    metrics = {"frechet": Figure(value=distance, n=sums.count, n_reference=len(real))}
+    metrics = {"frechet": Metric(value=distance, n=sums.count, n_reference=len(real))}
     if total.right is not None:
-        metrics["class_accuracy"] = Figure(value=total.right / sums.count, n=sums.count, n_reference=0)
+        metrics["class_accuracy"] = Metric(value=total.right / sums.count, n=sums.count, n_reference=0)
     return sums.count, metrics
 
 
@@ -196,7 +202,7 @@ def _feature_records(spec: Spec, output: str, network: str) -> Iterator[FeatureR
         yield found
 
 
-def measure_model(model: FoundModel, asked: SpecSettings, config: EvaluateConfig) -> Measured:
+def measure_model(model: ResolvedModel, asked: SpecSettings, config: EvaluateConfig) -> FeatureSet:
     """Samples of a model as the feature network sees them, made in this process and not kept."""
     import torch
 
@@ -213,7 +219,7 @@ def measure_model(model: FoundModel, asked: SpecSettings, config: EvaluateConfig
                 yield image, None if labels is None else int(labels[place])
 
     network = open_network(config.network, data_root(config.reference))
-    return measure(network, pictures(), config.batch_size)
+    return extract_features(network, pictures(), config.batch_size)
 
 
 @contextmanager
@@ -222,12 +228,12 @@ def pool_of(config: EvaluateConfig) -> Generator[Pool]:
     if config.num_workers == 0:
         yield in_process
         return
-    from jobs.cluster import ray_cluster, require_resources
-    from jobs.spread import ClusterSpread
+    from jobs.ray_map import RayMap
+    from jobs.ray_session import ray_cluster, require_resources
 
     with ray_cluster():
         require_resources(config.num_workers, 1, 0, "evaluate")
-        spread = ClusterSpread(config.num_workers)
+        spread = RayMap(config.num_workers)
         yield lambda work, shards: spread(_OneThread(work), shards)
 
 
@@ -244,10 +250,10 @@ class _OneThread:
         return self._work(number)
 
 
-def terms_of(config: EvaluateConfig, count: int, real: Measured, digest: str) -> Terms:
+def terms_of(config: EvaluateConfig, count: int, real: FeatureSet, digest: str) -> EvaluationConditions:
     """What another evaluation must share to be compared with this one."""
     chosen = json.dumps(config.model_dump(mode="json", exclude=OPERATION), sort_keys=True)
-    return Terms(
+    return EvaluationConditions(
         count=count,
         reference_digest=digest,
         reference_count=len(real),
@@ -293,7 +299,7 @@ def _evaluated(output: str) -> Evaluation:
 
 def _held_out(
     config: EvaluateConfig, likelihood: LikelihoodConfig, manifest: Manifest, progress: Progress
-) -> Figure:
+) -> Metric:
     """bits_per_dim of the model that made a generation."""
     reference = _model_of(manifest)
     if reference is None:
@@ -310,11 +316,11 @@ def _model_of(manifest: Manifest) -> str | None:
     return None if model.version is None else f"{model.name}/{model.version}"
 
 
-def output_of(call: Call) -> str:
+def output_of(call: JobArguments) -> str:
     """The prefix that the call's preset generates. UserError where the call names no preset."""
     if call.preset is None:
         raise UserError("prefix: name the output prefix of a generation, or a preset that generates one")
-    return settings_of(GenerateConfig, "generate", Call(preset=call.preset, files=call.files)).output
+    return settings_of(GenerateConfig, "generate", JobArguments(preset=call.preset, files=call.files)).output
 
 
 if __name__ == "__main__":

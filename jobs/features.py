@@ -3,20 +3,20 @@
 import sys
 from collections.abc import Sequence
 
-from jobs.progress import Progress
-from jobs.shell import DONE, Call, guarded, parse_words, run_job
-from pipeline.config.evaluate import FeaturesConfig, PromoteConfig
-from pipeline.data import load_index
-from pipeline.terminal import echo
-from pipeline.track import trust, trusted
+from jobs.progress_bar import Progress
+from jobs.runner import DONE, JobArguments, handle_errors, parse_words, run_job
+from pipeline.config.evaluation import FeaturesConfig, PromoteConfig
+from pipeline.data.index import load_index
+from pipeline.telemetry.terminal import echo
+from pipeline.tracking import trust, trusted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Settings in, exit code out."""
-    return guarded(lambda: run_call(parse_words("features", argv)))
+    return handle_errors(lambda: run_call(parse_words("features", argv)))
 
 
-def run_call(call: Call) -> int:
+def run_call(call: JobArguments) -> int:
     """Run the job that a call describes."""
     return run_job("features", FeaturesConfig, run, call, unit="steps")
 
@@ -25,7 +25,7 @@ def run(config: FeaturesConfig, progress: Progress) -> int:
     """Train the classifier, or find it trained."""
     import torch
 
-    from pipeline.evaluate.train_features import train_features
+    from pipeline.features.train_classifier import train_features
 
     torch.set_num_threads(config.cpu_threads)
     folder, card, new = train_features(config, progress)
@@ -38,21 +38,21 @@ def run(config: FeaturesConfig, progress: Progress) -> int:
     return DONE
 
 
-def trust_call(call: Call) -> int:
+def trust_call(call: JobArguments) -> int:
     """Trust what a preset's gate judges by from now on."""
     return run_job("promote", PromoteConfig, lambda c, p: trust_found(c), call, unit="images")
 
 
 def trust_found(config: PromoteConfig) -> int:
     """Record the digests of the gate's feature network and measured reference as they are now; print the change."""
-    from pipeline.evaluate.networks import open_network
-    from pipeline.evaluate.reference import data_root, reference
-    from pipeline.evaluate.trust import NETWORK, REFERENCE, network_place, reference_place
+    from pipeline.features.networks import open_network
+    from pipeline.features.reference_set import data_root, load_reference
+    from pipeline.features.trust import NETWORK, REFERENCE, network_place, reference_place
 
     asked = config.gate.evaluate
     data, index = data_root(asked.reference), load_index(asked.reference)
     network = open_network(asked.network, data)
-    measured = reference(index, asked.network, asked.batch_size)
+    measured = load_reference(index, asked.network, asked.batch_size)
     for what, place, digest in (
         (NETWORK, network_place(asked.network, data), network.digest),
         (REFERENCE, reference_place(index, asked.network, data), measured.digest),

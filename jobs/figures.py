@@ -17,18 +17,18 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
 
-from jobs.progress import progress_of
-from jobs.shell import DONE
+from jobs.progress_bar import progress_of
+from jobs.runner import DONE
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
 from pipeline.diffusion import NoiseSchedule, SamplerStep, Stream, from_uint8, sample, to_uint8
-from pipeline.diffusion.grid import Grid, karras_grid
 from pipeline.diffusion.ideal import Mixture, three_blobs
-from pipeline.diffusion.images import tile
+from pipeline.diffusion.image_scaling import tile
 from pipeline.diffusion.noise import normal
 from pipeline.diffusion.objective import Net
 from pipeline.diffusion.samplers import Denoise, ddim, dpm_solver_pp_2m, heun
+from pipeline.diffusion.timesteps import SamplingGrid, karras_grid
 from pipeline.errors import UserError
-from pipeline.terminal import echo
+from pipeline.telemetry.terminal import echo
 
 Pixels = NDArray[np.uint8]
 
@@ -195,7 +195,7 @@ def draw_orders(path: Path, seed: int = 0, exact_steps: int = 1000) -> Path:
     schedule, blobs = NoiseSchedule.linear(), three_blobs()
     x = normal(seed, Stream.SAMPLE_NOISE, torch.arange(256), (2,)).double()
 
-    def run(method: Callable[[Denoise, Tensor, Grid], Tensor], num_steps: int) -> Tensor:
+    def run(method: Callable[[Denoise, Tensor, SamplingGrid], Tensor], num_steps: int) -> Tensor:
         grid = karras_grid(schedule, num_steps)
         return method(blobs.denoise(grid), x, grid)
 

@@ -13,15 +13,15 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jobs.cluster import ray_cluster
-from jobs.progress import Progress
-from jobs.shell import DONE, FAILED, STOPPED, guarded, parse_words, run_job
+from jobs.progress_bar import Progress
+from jobs.ray_session import ray_cluster
+from jobs.runner import DONE, FAILED, STOPPED, handle_errors, parse_words, run_job
 from jobs.signals import on_stop_signal
-from pipeline.config.generate import GenerateConfig
-from pipeline.terminal import echo
+from pipeline.config.generation import GenerateConfig
+from pipeline.telemetry.terminal import echo
 
 if TYPE_CHECKING:
-    from pipeline.generate.run import GenerationResult
+    from pipeline.generate.driver import GenerationResult
 
 _EXIT_CODES: dict[str, int] = {
     "complete": DONE,
@@ -33,7 +33,7 @@ _EXIT_CODES: dict[str, int] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Settings in, exit code out: 0 complete, 1 failed, 2 refused; STOPPED when drained by SIGTERM or Ctrl-C."""
-    return guarded(
+    return handle_errors(
         lambda: run_job("generate", GenerateConfig, run, parse_words("generate", argv), unit="images")
     )
 
@@ -49,7 +49,7 @@ def run(config: GenerateConfig, progress: Progress) -> int:
 
 def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:
     """Generate on the cluster that RAY_ADDRESS names; SIGTERM or Ctrl-C drains."""
-    from pipeline.generate.run import generate as run_generation  # imports Ray; see jobs.cluster
+    from pipeline.generate.driver import generate as run_generation  # imports Ray; see jobs.ray_session
 
     stop = threading.Event()
 

@@ -19,15 +19,24 @@ from pathlib import Path
 
 from jobs.evaluate import evaluate, kept_evaluation
 from jobs.generate import generate
-from jobs.progress import Progress
+from jobs.progress_bar import Progress
 from jobs.retention import retain
-from jobs.shell import DONE, FAILED, STOPPED, Call, guarded, run_job
-from jobs.webhook import send
-from pipeline.config.generate import GenerateConfig
-from pipeline.config.nightly import NightlyConfig
+from jobs.runner import DONE, FAILED, STOPPED, JobArguments, handle_errors, run_job
+from pipeline.config.generation import GenerateConfig
+from pipeline.config.nights import NightlyConfig
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.evaluation import Evaluation
-from pipeline.evaluate.history import (
+from pipeline.evaluate.document import Evaluation
+from pipeline.evaluate.evaluation_runs import try_to_log
+from pipeline.features.networks import open_network
+from pipeline.features.reference_set import data_root
+from pipeline.features.shard_sums import network_for_sums
+from pipeline.features.trust import require_trusted_network
+from pipeline.generate.completeness import check_complete
+from pipeline.generate.manifest import Manifest, read_manifest
+from pipeline.generate.model_source import registered_name
+from pipeline.generate.report import CONTACT_KEY
+from pipeline.generate.spec import SPEC_KEY, read_spec
+from pipeline.nightly.history import (
     PAGE_KEY,
     Night,
     advance_latest,
@@ -42,21 +51,12 @@ from pipeline.evaluate.history import (
     today_by,
     write_night,
 )
-from pipeline.evaluate.logbook import try_to_log
-from pipeline.evaluate.networks import open_network
-from pipeline.evaluate.page import render
-from pipeline.evaluate.record import network_for_sums
-from pipeline.evaluate.reference import data_root
-from pipeline.evaluate.trust import require_trusted_network
-from pipeline.generate.completeness import check_complete
-from pipeline.generate.manifest import Manifest, read_manifest
-from pipeline.generate.model import registered_name
-from pipeline.generate.report import CONTACT_KEY
-from pipeline.generate.spec import SPEC_KEY, read_spec
-from pipeline.private import open_private, state_folder
-from pipeline.redaction import redact
+from pipeline.nightly.history_page import render
+from pipeline.nightly.webhook import send
+from pipeline.private_files import open_private, state_folder
 from pipeline.store import ObjectMissing, Store, open_store
-from pipeline.terminal import echo
+from pipeline.telemetry.redaction import redact
+from pipeline.telemetry.terminal import echo
 
 DRIFTED = 3
 """Exit code of a night that is complete and unlike the nights before."""
@@ -71,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", dest="last", help="last night, YYYY-MM-DD")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
     told = parser.parse_intermixed_args(argv)
-    call = Call.of(told.words, told.config, told.dry_run)
-    return guarded(lambda: run_call(call, told.first, told.last))
+    call = JobArguments.of(told.words, told.config, told.dry_run)
+    return handle_errors(lambda: run_call(call, told.first, told.last))
 
 
-def run_call(call: Call, first: str | None = None, last: str | None = None) -> int:
+def run_call(call: JobArguments, first: str | None = None, last: str | None = None) -> int:
     """Run the nights from `first` to `last`, or those that are due."""
     span = (_date(first, "--from"), _date(last, "--to"))
     return run_job("nightly", NightlyConfig, lambda c, p: run(c, p, *span), call, unit="images")

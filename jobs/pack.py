@@ -6,16 +6,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from jobs.progress import Progress
-from jobs.shell import DONE, INTERRUPTED, Call, guarded, parse_words, run_job
-from jobs.spread import spread_for
+from jobs.progress_bar import Progress
+from jobs.ray_map import ray_map_for
+from jobs.runner import DONE, INTERRUPTED, JobArguments, handle_errors, parse_words, run_job
 from pipeline.config.data import PackConfig
-from pipeline.data import pack
-from pipeline.data.opening import require_source
-from pipeline.data.pack import PackReport, held_out_uri, spread_here
-from pipeline.data.packed import look_at_place
-from pipeline.data.spread import Spread
-from pipeline.terminal import echo, echo_json
+from pipeline.data.packing.open_source import require_source
+from pipeline.data.packing.pack_dataset import PackReport, held_out_uri, local_parallel_map, pack
+from pipeline.data.packing.pack_state import look_at_place
+from pipeline.parallel import ParallelMap
+from pipeline.telemetry.terminal import echo, echo_json
 
 ENOUGH_PICTURES = 5_000
 """From here on it is worth the seconds that joining a cluster takes."""
@@ -23,14 +22,14 @@ ENOUGH_PICTURES = 5_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Settings in, exit code out."""
-    return guarded(lambda: run_call(parse_words("pack", argv)))
+    return handle_errors(lambda: run_call(parse_words("pack", argv)))
 
 
-def run_call(call: Call) -> int:
+def run_call(call: JobArguments) -> int:
     """Run the job a call describes. Interrupted, it says how to go on."""
     run = partial(pack_images, as_json=call.as_json)
     try:
-        return run_job("pack", PackConfig, run, call, unit="images", foresee=foresee)
+        return run_job("pack", PackConfig, run, call, unit="images", foresee=estimate_pack)
     except KeyboardInterrupt:
         echo("stopped: shards that are written stay; the same command goes on from there", error=True)
         return INTERRUPTED
@@ -60,7 +59,7 @@ class Places:
         return [f"source   {self.source}", f"dest     {self.dest}"]
 
 
-def foresee(config: PackConfig) -> Places:
+def estimate_pack(config: PackConfig) -> Places:
     """Look whether source and destination can be used. Raises UserError when they cannot."""
     require_source(config)
     plan = look_at_place(config)
@@ -70,13 +69,13 @@ def foresee(config: PackConfig) -> Places:
 
 
 @contextmanager
-def _spread(config: PackConfig, num_pictures: int) -> Generator[Spread]:
+def _spread(config: PackConfig, num_pictures: int) -> Generator[ParallelMap]:
     """A cluster on this machine for many pictures, threads for few."""
-    with spread_for(num_pictures, ENOUGH_PICTURES, local_paths=True) as cluster:
+    with ray_map_for(num_pictures, ENOUGH_PICTURES, local_paths=True) as cluster:
         if cluster is not None:
             yield cluster
             return
-        with spread_here(config, num_pictures) as threads:
+        with local_parallel_map(config, num_pictures) as threads:
             yield threads
 
 

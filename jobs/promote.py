@@ -1,9 +1,9 @@
 """The registry's gate: `python -m jobs.promote digits`, and `python -m jobs.promote --rollback digits`.
 
 A challenger becomes champion only when it passes. Every decision, with all its numbers, is kept on the challenger's
-model version as tags. The champion's alias moves by a log (`pipeline.track.moves`), so that of two decisions made at
-once against one champion only one moves it; the log also tells whom a promoted version replaced, which makes going back
-one command.
+model version as tags. The champion's alias moves by a log (`pipeline.tracking.alias_log`), so that of two decisions
+made at once against one champion only one moves it; the log also tells whom a promoted version replaced, which
+makes going back one command.
 """
 
 import argparse
@@ -13,19 +13,27 @@ import time
 from collections.abc import Mapping, Sequence
 
 from jobs.evaluate import measure_model
-from jobs.progress import Progress
-from jobs.shell import DONE, FAILED, Call, guarded, parse_words, run_job, use_running_stack
-from pipeline.config.evaluate import GateConfig, PromoteConfig
-from pipeline.config.generate import SpecSettings
-from pipeline.data import load_index
-from pipeline.errors import UserError, WorkFailed
+from jobs.progress_bar import Progress
+from jobs.runner import DONE, FAILED, JobArguments, handle_errors, parse_words, run_job, use_running_stack
+from pipeline.config.evaluation import GateConfig, PromoteConfig
+from pipeline.config.generation import SpecSettings
+from pipeline.data.index import load_index
+from pipeline.errors import JobError, UserError
 from pipeline.evaluate.gate import Decision, judge, table, verdict
-from pipeline.evaluate.measured import Measured
-from pipeline.evaluate.networks import open_network
-from pipeline.evaluate.reference import data_root, reference
-from pipeline.evaluate.trust import require_trusted_network, require_trusted_reference
-from pipeline.terminal import echo, echo_json
-from pipeline.track import ModelVersion, Move, MovingAlias, Overtaken, resolve, set_version_tags, versions
+from pipeline.features.feature_set import FeatureSet
+from pipeline.features.networks import open_network
+from pipeline.features.reference_set import data_root, load_reference
+from pipeline.features.trust import require_trusted_network, require_trusted_reference
+from pipeline.telemetry.terminal import echo, echo_json
+from pipeline.tracking import (
+    LoggedAlias,
+    ModelVersion,
+    Move,
+    MoveConflictError,
+    resolve,
+    set_version_tags,
+    versions,
+)
 
 VERDICT_TAG = "ddpm.gate"
 DECISION_TAG = "ddpm.gate.decision"
@@ -41,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("name")
         parser.add_argument("--to", type=int)
         told = parser.parse_args(words[1:] or [""])
-        return guarded(lambda: rollback(told.name, to=told.to))
-    return guarded(lambda: run_call(parse_words("promote", words)))
+        return handle_errors(lambda: rollback(told.name, to=told.to))
+    return handle_errors(lambda: run_call(parse_words("promote", words)))
 
 
-def run_call(call: Call) -> int:
+def run_call(call: JobArguments) -> int:
     """Run the job that a call describes."""
     return run_job("promote", PromoteConfig, lambda c, p: run(c, p, call.as_json), call, unit="models")
 
@@ -79,7 +87,7 @@ def after_training(gate: GateConfig, challenger: ModelVersion) -> str:
     try:
         decision = decide(gate, challenger, champion, lambda done, total, note="": None)
         keep(decision, challenger, champion, "champion")
-    except (UserError, WorkFailed) as error:
+    except (UserError, JobError) as error:
         return f"gate     not run: {error}; then: ddpm promote"
     return f"gate     {decision.verdict}: {decision.reason}"
 
@@ -89,7 +97,7 @@ def champion_of(name: str, alias: str = "champion") -> ModelVersion | None:
     known = versions(name)
     if not known:
         return None
-    office = MovingAlias(name, alias).follow().version
+    office = LoggedAlias(name, alias).follow().version
     return next((version for version in known if version.version == office), None)
 
 
@@ -103,12 +111,12 @@ def decide(
     judge_by, data = gate.evaluate.network, data_root(gate.evaluate.reference)
     require_trusted_network(challenger.name, judge_by, data, open_network(judge_by, data))
     index = load_index(gate.evaluate.reference)
-    real = reference(index, judge_by, gate.evaluate.batch_size)
+    real = load_reference(index, judge_by, gate.evaluate.batch_size)
     require_trusted_reference(challenger.name, index, judge_by, data, real)
     if champion is None:
         judgements, passes, reason = {}, True, "there was no champion"
     else:
-        measured: list[Measured] = []
+        measured: list[FeatureSet] = []
         for version in (challenger, champion):
             measured.append(_sampled(version, gate))
             progress(len(measured), 2, version.reference)
@@ -132,7 +140,7 @@ def decide(
 def keep(decision: Decision, challenger: ModelVersion, champion: ModelVersion | None, alias: str) -> None:
     """Write the decision onto the challenger's version; if it passed, move the alias, and then say so there.
 
-    Overtaken, with the alias untouched, when `champion` is not in office any more.
+    MoveConflictError, with the alias untouched, when `champion` is not in office any more.
     """
     text = json.dumps(decision.model_dump(mode="json", exclude_defaults=True), separators=(",", ":"))
     if len(text) > _TAG_LIMIT:
@@ -144,11 +152,11 @@ def keep(decision: Decision, challenger: ModelVersion, champion: ModelVersion | 
         return
     set_version_tags(challenger, {DECISION_TAG: text})
     before = None if champion is None else champion.version
-    office = MovingAlias(challenger.name, alias)
+    office = LoggedAlias(challenger.name, alias)
     try:
         move = office.move(before, challenger.version, "promotion")
-    except Overtaken:
-        moves = office.look().moves.values()
+    except MoveConflictError:
+        moves = office.read().moves.values()
         if not any((move.kind, move.after) == ("promotion", challenger.version) for move in moves):
             set_version_tags(challenger, {VERDICT_TAG: "not promoted: another decision came first"})
         raise
@@ -157,7 +165,7 @@ def keep(decision: Decision, challenger: ModelVersion, champion: ModelVersion | 
 
 def note_promotion(champion: ModelVersion, alias: str) -> None:
     """Tag a champion as promoted that was promoted by a job which was killed before it could say so."""
-    move = MovingAlias(champion.name, alias).look().last
+    move = LoggedAlias(champion.name, alias).read().last
     if move is not None and (move.kind, move.after) == ("promotion", champion.version):
         missing = {k: v for k, v in _promoted(move).items() if champion.tags.get(k) != v}
         set_version_tags(champion, missing)
@@ -175,8 +183,8 @@ def rollback(name: str, alias: str = "champion", to: int | None = None) -> int:
     champion = champion_of(name, alias)
     if champion is None:
         raise UserError(f"model {name!r}: has no {alias}; see its versions in the registry")
-    office = MovingAlias(name, alias)
-    seen = office.look()
+    office = LoggedAlias(name, alias)
+    seen = office.read()
     last = seen.last
     back = last if last is not None and last.kind == "rollback" and last.after == champion.version else None
     if to == champion.version or (to is None and back is not None):
@@ -222,8 +230,8 @@ def _utc(seconds: float) -> str:
     return f"{time.strftime('%F %T', time.gmtime(seconds))}Z"
 
 
-def _sampled(version: ModelVersion, gate: GateConfig) -> Measured:
-    from pipeline.generate.model import find_model
+def _sampled(version: ModelVersion, gate: GateConfig) -> FeatureSet:
+    from pipeline.generate.model_source import find_model
 
     asked = SpecSettings(
         model=version.reference,

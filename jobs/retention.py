@@ -4,9 +4,14 @@ import datetime as dt
 import logging
 
 from jobs.evaluate import evaluation_place
-from pipeline.config.nightly import NightlyConfig
+from pipeline.config.nights import NightlyConfig
 from pipeline.errors import DamageError
-from pipeline.evaluate.history import (
+from pipeline.generate.heartbeat import JOBS_PREFIX, read_heartbeats
+from pipeline.generate.manifest import MANIFEST_KEY, read_manifest
+from pipeline.generate.plan import DONE_PREFIX, SHARD_PREFIX
+from pipeline.generate.report import CONTACT_KEY, REPORT_KEY
+from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, read_spec
+from pipeline.nightly.history import (
     Night,
     expired,
     newest,
@@ -16,13 +21,8 @@ from pipeline.evaluate.history import (
     read_nights,
     write_night,
 )
-from pipeline.generate.heartbeat import JOBS_PREFIX, read_heartbeats
-from pipeline.generate.manifest import MANIFEST_KEY, read_manifest
-from pipeline.generate.plan import DONE_PREFIX, SHARD_PREFIX
-from pipeline.generate.report import CONTACT_KEY, REPORT_KEY
-from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, read_spec
 from pipeline.store import Store, open_store
-from pipeline.terminal import echo
+from pipeline.telemetry.terminal import echo
 
 _log = logging.getLogger(__name__)
 

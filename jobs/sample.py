@@ -1,10 +1,10 @@
 """A few images for a look, in this process, without a cluster."""
 
-from jobs.progress import Progress
-from jobs.shell import DONE
-from pipeline.config.generate import SampleConfig
-from pipeline.generate.sample import draw
-from pipeline.terminal import echo
+from jobs.progress_bar import Progress
+from jobs.runner import DONE
+from pipeline.config.generation import SampleConfig
+from pipeline.generate.preview import draw
+from pipeline.telemetry.terminal import echo
 
 
 def run(config: SampleConfig, progress: Progress) -> int:

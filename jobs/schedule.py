@@ -18,18 +18,18 @@ from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.blocking import BlockingScheduler
 from apscheduler.triggers.cron import CronTrigger
 
-from jobs.shell import DONE, Call, settings_of, use_running_stack
-from pipeline.config.nightly import NightlyConfig
+from jobs.runner import DONE, JobArguments, settings_of, use_running_stack
+from pipeline.config.nights import NightlyConfig
 from pipeline.errors import UserError
-from pipeline.evaluate.history import read_latest
+from pipeline.nightly.history import read_latest
 from pipeline.store import Store, open_store
-from pipeline.terminal import echo
+from pipeline.telemetry.terminal import echo
 
 _STOP_SECONDS = 60.0
 _AT = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
 
 
-def schedule(call: Call, at: str, now: bool = False, catch_up: bool = False) -> int:
+def schedule(call: JobArguments, at: str, now: bool = False, catch_up: bool = False) -> int:
     """Run the nightly job of `call` daily at `at` (HH:MM, UTC) until SIGTERM or Ctrl-C.
 
     It runs at once, too, with `now`, and with `catch_up` if a night has been missed. UserError for a time that is

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
-from pipeline.terminal import echo
+from pipeline.telemetry.terminal import echo
 
 
 @contextmanager

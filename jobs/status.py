@@ -3,11 +3,11 @@
 import dataclasses
 
 from infra.local import LocalStack, sign_in
-from jobs.progress import clock
-from jobs.shell import DONE, FAILED, LOCAL, use_running_stack
-from pipeline.generate.status import GenerationStatus
-from pipeline.generate.status import generation_status as look
-from pipeline.terminal import echo, echo_json
+from jobs.progress_bar import clock
+from jobs.runner import DONE, FAILED, LOCAL, use_running_stack
+from pipeline.generate.generation_status import GenerationStatus
+from pipeline.generate.generation_status import generation_status as look
+from pipeline.telemetry.terminal import echo, echo_json
 
 
 def stack_status(as_json: bool) -> int:

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.cluster import SUBMITTED
+from jobs.ray_session import SUBMITTED
+from jobs.runner import DONE
 from jobs.scripts import next_name, start_script, statuses, told_by, wait_for
-from jobs.shell import DONE
 from pipeline.errors import UserError
-from pipeline.terminal import echo
+from pipeline.telemetry.terminal import echo
 
 ASK_SECONDS = 60.0
 """For the script to start; a node that is full of work takes its time."""

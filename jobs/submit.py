@@ -15,28 +15,28 @@ from pathlib import Path
 import yaml
 from ray.job_submission import JobSubmissionClient
 
-from jobs.agreement import require_agreement
-from jobs.cluster import SUBMITTED, shared_variables
-from jobs.progress import MODE_VARIABLE
+from jobs.cluster_compatibility import require_compatible_cluster
+from jobs.progress_bar import MODE_VARIABLE
+from jobs.ray_jobs import follow, job_client
+from jobs.ray_session import SUBMITTED, shared_variables
+from jobs.runner import DONE
 from jobs.scripts import names_of, next_name
-from jobs.shell import DONE
 from jobs.staging import entrypoint, stage_launcher, stage_program
-from jobs.watch import follow, job_client
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
-from pipeline.config.evaluate import EvaluateConfig, FeaturesConfig, PromoteConfig, TuneConfig
-from pipeline.config.generate import GenerateConfig
-from pipeline.config.nightly import NightlyConfig
-from pipeline.config.train import TrainConfig
+from pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, PromoteConfig, TuneConfig
+from pipeline.config.generation import GenerateConfig
+from pipeline.config.nights import NightlyConfig
+from pipeline.config.training import TrainConfig
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.reference import data_root
-from pipeline.generate.model import pin
-from pipeline.redaction import redact
+from pipeline.features.reference_set import data_root
+from pipeline.generate.model_source import resolve_model
 from pipeline.store import open_store
-from pipeline.terminal import echo
-from pipeline.track import TrackingError
-from pipeline.track.lineage import SOURCE_VARIABLE, source_tags
-from pipeline.train.prepare import prepare
+from pipeline.telemetry.redaction import redact
+from pipeline.telemetry.terminal import echo
+from pipeline.tracking import TrackingError
+from pipeline.tracking.lineage import SOURCE_VARIABLE, source_tags
+from pipeline.train.training_plan import plan_training
 
 SETTINGS_FILE = "settings.yaml"
 SETTINGS_DIGEST = "settings_sha256"
@@ -54,7 +54,7 @@ def submit(job: str, settings: Settings, detach: bool = False, flags: Sequence[s
     client = job_client()
     settings = _for_elsewhere(settings)
     content = yaml.safe_dump({job: settings.model_dump(mode="json")}, sort_keys=False)
-    require_agreement(client)
+    require_compatible_cluster(client)
     base = _base_name(job, settings, flags)
     digest = _digest("\0".join([content, *flags]))
     name, going = _job_name(client, base, digest)
@@ -123,10 +123,10 @@ def _identity_and_place(settings: Settings, flags: Sequence[str]) -> tuple[str |
     """What determines the bits, where one digest tells, and where they go: the same work at two places is two jobs."""
     match settings:
         case TrainConfig():
-            plan = prepare(settings)
+            plan = plan_training(settings)
             return plan.identity, plan.store.uri
         case GenerateConfig():
-            return pin(settings)[1].digest, open_store(settings.output).uri
+            return resolve_model(settings)[1].digest, open_store(settings.output).uri
         case PackConfig():
             return None, open_store(settings.dest).uri
         case NightlyConfig():

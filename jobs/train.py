@@ -16,19 +16,19 @@ from pathlib import Path
 
 import yaml
 
-from jobs.cluster import SUBMITTED, ray_cluster, require_resources
-from jobs.estimate import estimate
-from jobs.progress import Progress
-from jobs.shell import DONE, STOPPED, Call, guarded, parse_words, run_job
+from jobs.dry_run import estimate
+from jobs.progress_bar import Progress
+from jobs.ray_session import SUBMITTED, ray_cluster, require_resources
+from jobs.runner import DONE, STOPPED, JobArguments, handle_errors, parse_words, run_job
 from jobs.signals import on_stop_signal
-from pipeline.config.train import TrainConfig, WorkerConfig
-from pipeline.errors import WorkFailed
+from pipeline.config.training import TrainConfig, WorkerConfig
+from pipeline.errors import JobError
 from pipeline.nets import UNet, parameter_count
-from pipeline.terminal import echo
-from pipeline.track import (
+from pipeline.telemetry.terminal import echo
+from pipeline.tracking import (
+    LoggedAlias,
     ModelVersion,
-    MovingAlias,
-    Overtaken,
+    MoveConflictError,
     Run,
     describe,
     find_run,
@@ -37,7 +37,7 @@ from pipeline.track import (
     log_dataset,
     open_run,
     picture,
-    protected_sources,
+    protected_model_sources,
     register,
     require_server,
     resolve,
@@ -47,13 +47,13 @@ from pipeline.track import (
     versions,
 )
 from pipeline.train.checkpoint import Checkpoint, checkpoint_uri, latest_checkpoint
-from pipeline.train.diary import FINAL_GRID
-from pipeline.train.initial import stage_initial
-from pipeline.train.models import ModelLog, logged_name
-from pipeline.train.prepare import Plan, prepare
-from pipeline.train.restart import GroupCameToNothingError, UnreachableError
-from pipeline.train.result import export_model
-from pipeline.train.worker import Task
+from pipeline.train.export import export_model
+from pipeline.train.finetune import stage_initial
+from pipeline.train.logged_models import ModelLog, logged_name
+from pipeline.train.restart import UnreachableError, WorkerGroupStartError
+from pipeline.train.run_logger import FINAL_GRID
+from pipeline.train.training_plan import TrainPlan, plan_training
+from pipeline.train.worker import TrainTask
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 MOST_STARTS = 10
@@ -65,10 +65,10 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Settings in, exit code out."""
-    return guarded(lambda: run_call(parse_words("train", argv)))
+    return handle_errors(lambda: run_call(parse_words("train", argv)))
 
 
-def run_call(call: Call, alone: bool = False) -> int:
+def run_call(call: JobArguments, alone: bool = False) -> int:
     """Run the job a call describes; `alone` trains in this process, without Ray."""
     return run_job(
         "train", TrainConfig, lambda c, p: train(c, p, alone), call, unit="steps", foresee=estimate
@@ -80,9 +80,9 @@ def train(config: TrainConfig, progress: Progress, alone: bool = False) -> int:
     for start in range(1, MOST_STARTS):
         try:
             return _train(config, progress, alone, again=start > 1)
-        except GroupCameToNothingError as error:
+        except WorkerGroupStartError as error:
             if isinstance(error, UnreachableError) and start >= MOST_UNREACHABLE:
-                raise WorkFailed(
+                raise JobError(
                     f"{error}; {start} times. Do the nodes reach each other at the addresses that Ray gives them? "
                     "GLOO_SOCKET_IFNAME in the nodes' environment names another interface"
                 ) from None
@@ -92,7 +92,7 @@ def train(config: TrainConfig, progress: Progress, alone: bool = False) -> int:
 
 def _train(config: TrainConfig, progress: Progress, alone: bool, again: bool) -> int:
     require_server()
-    plan = prepare(config)
+    plan = plan_training(config)
     key = f"train/{config.name}-{plan.identity}-{config.steps}"
     before = find_run(config.track.experiment, key)
     if before is not None and before.status == "FINISHED" and plan.is_trained:
@@ -116,7 +116,7 @@ def _train(config: TrainConfig, progress: Progress, alone: bool, again: bool) ->
     return DONE
 
 
-def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
+def publish(plan: TrainPlan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
     """Register the averaged weights as the challenger; champion it becomes where there is none, or by the gate."""
     name, step = plan.config.name, checkpoint.record.step
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as folder:
@@ -132,9 +132,9 @@ def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
             checkpoint_uri=checkpoint_uri(plan.store, step),
         )
     set_alias(name, CHALLENGER, version.version)
-    office = MovingAlias(name, CHAMPION)
+    office = LoggedAlias(name, CHAMPION)
     if office.follow().version is None:
-        with suppress(Overtaken):  # another first model came first
+        with suppress(MoveConflictError):  # another first model came first
             office.move(None, version.version, "first")
     elif plan.config.gate is not None:
         from jobs.promote import after_training  # what a first model never needs
@@ -147,7 +147,7 @@ def publish(plan: Plan, run: Run, checkpoint: Checkpoint) -> ModelVersion:
 @contextmanager
 def _cluster(config: TrainConfig, alone: bool, again: bool) -> Generator[None]:
     if alone:
-        from pipeline.train.alone import require_device
+        from pipeline.train.local import require_device
 
         require_device(config.workers)
         yield
@@ -161,35 +161,35 @@ def _cluster(config: TrainConfig, alone: bool, again: bool) -> Generator[None]:
         yield
 
 
-def _work(plan: Plan, run: Run, progress: Progress, stop: threading.Event, alone: bool) -> None:
+def _work(plan: TrainPlan, run: Run, progress: Progress, stop: threading.Event, alone: bool) -> None:
     if plan.is_trained:
         return  # only the registration is missing
     if plan.initial is not None:
         stage_initial(plan.store, plan.initial)
-    task = Task(
+    task = TrainTask(
         config=plan.config,
         identity=plan.identity,
         run_uri=plan.store.uri,
         data_digest=plan.index.digest,
         tracking_uri=run.tracking_uri,
         run_id=run.run_id,
-        spared=protected_sources(),
+        spared=protected_model_sources(),
         initial_sha256=None if plan.initial is None else plan.initial.sha256,
         started_seconds=run.started_seconds,
         finished_steps=plan.finished_steps,
     )
     with ModelLog(plan, run.run_id):
         if alone:
-            from pipeline.train.alone import train_alone
+            from pipeline.train.local import train_local
 
-            train_alone(task, progress, stop)
+            train_local(task, progress, stop)
         else:
-            from pipeline.train.cluster import train_on_cluster
+            from pipeline.train.ray_trainer import train_on_cluster
 
             train_on_cluster(task, progress, stop)
 
 
-def _open(plan: Plan, key: str) -> Run:
+def _open(plan: TrainPlan, key: str) -> Run:
     config = plan.config
     settings = yaml.safe_dump({"train": config.model_dump(mode="json")}, sort_keys=False)
     run = open_run(
@@ -223,7 +223,7 @@ def _count(workers: WorkerConfig) -> str:
     return str(most) if few == most else f"{few} to {most}"
 
 
-def _link_initial(plan: Plan, run: Run) -> None:
+def _link_initial(plan: TrainPlan, run: Run) -> None:
     """The model that is fine-tuned: its name and hash, and where it is registered, the way to it."""
     if plan.initial is None:
         return
@@ -262,7 +262,7 @@ def _stopped(run: Run, checkpoint: Checkpoint | None) -> int:
     return STOPPED
 
 
-def _description(plan: Plan, run: Run, version: ModelVersion) -> str:
+def _description(plan: TrainPlan, run: Run, version: ModelVersion) -> str:
     config = plan.config
     return (
         f"{picture(run.run_id, FINAL_GRID, 'samples')}\n\n"

@@ -13,20 +13,20 @@ from functools import partial
 import yaml
 
 from jobs.evaluate import measure_model
-from jobs.progress import Progress
-from jobs.shell import DONE, Call, guarded, parse_words, run_job
+from jobs.progress_bar import Progress
+from jobs.runner import DONE, JobArguments, handle_errors, parse_words, run_job
 from pipeline.config.base import Settings
 from pipeline.config.diffusion import SamplerConfig, check_together
-from pipeline.config.evaluate import TuneConfig
-from pipeline.config.generate import SpecSettings
-from pipeline.data import load_index
+from pipeline.config.evaluation import TuneConfig
+from pipeline.config.generation import SpecSettings
+from pipeline.data.index import load_index
 from pipeline.errors import UserError
-from pipeline.evaluate.figures import Figure, figures
-from pipeline.evaluate.measured import Measured
-from pipeline.evaluate.reference import reference
-from pipeline.generate.model import FoundModel, find_model
+from pipeline.evaluate.metrics import Metric, compute_metrics
+from pipeline.features.feature_set import FeatureSet
+from pipeline.features.reference_set import load_reference
+from pipeline.generate.model_source import ResolvedModel, find_model
 from pipeline.store import open_store
-from pipeline.terminal import echo
+from pipeline.telemetry.terminal import echo
 
 
 class Candidate(Settings):
@@ -38,16 +38,16 @@ class Candidate(Settings):
     """Times the network is evaluated for an image."""
     seconds: float
     """Time of all images on one core, measuring included."""
-    metrics: dict[str, Figure]
+    metrics: dict[str, Metric]
     """Figures by name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Settings in, exit code out."""
-    return guarded(lambda: run_call(parse_words("tune", argv)))
+    return handle_errors(lambda: run_call(parse_words("tune", argv)))
 
 
-def run_call(call: Call) -> int:
+def run_call(call: JobArguments) -> int:
     """Run the job that a call describes."""
     return run_job("tune", TuneConfig, run, call, unit="samplers")
 
@@ -57,7 +57,7 @@ def run(config: TuneConfig, progress: Progress) -> int:
     model = find_model(config.model)
     asked = samplers(config, model)
     index = load_index(config.evaluate.reference)
-    real = reference(index, config.evaluate.network, config.evaluate.batch_size)
+    real = load_reference(index, config.evaluate.network, config.evaluate.batch_size)
     tried: list[Candidate] = []
     for candidate in _try_all(config, model, asked, real):
         if config.metric not in candidate.metrics:
@@ -80,7 +80,7 @@ def run(config: TuneConfig, progress: Progress) -> int:
     return DONE
 
 
-def samplers(config: TuneConfig, model: FoundModel) -> list[SamplerConfig]:
+def samplers(config: TuneConfig, model: ResolvedModel) -> list[SamplerConfig]:
     """Every candidate, cheapest first. UserError for one that the model cannot do."""
     card = model.card
     if set(config.guidance) != {1.0} and card.net.null_label is None:
@@ -166,7 +166,9 @@ def preset(best: Candidate) -> str:
     return yaml.safe_dump({"generate": {"sampler": sampler}}, sort_keys=False)
 
 
-def try_sampler(config: TuneConfig, model: FoundModel, sampler: SamplerConfig, real: Measured) -> Candidate:
+def try_sampler(
+    config: TuneConfig, model: ResolvedModel, sampler: SamplerConfig, real: FeatureSet
+) -> Candidate:
     """Sample, measure, compare: a function of its arguments but for the seconds."""
     began = time.perf_counter()
     asked = SpecSettings(
@@ -182,23 +184,23 @@ def try_sampler(config: TuneConfig, model: FoundModel, sampler: SamplerConfig, r
         sampler=sampler,
         evaluations=evaluations(sampler),
         seconds=time.perf_counter() - began,
-        metrics=figures(samples, real, config.evaluate),
+        metrics=compute_metrics(samples, real, config.evaluate),
     )
 
 
 def _try_all(
-    config: TuneConfig, model: FoundModel, asked: Sequence[SamplerConfig], real: Measured
+    config: TuneConfig, model: ResolvedModel, asked: Sequence[SamplerConfig], real: FeatureSet
 ) -> Iterator[Candidate]:
     if config.num_workers == 0:
         for sampler in asked:
             yield try_sampler(config, model, sampler, real)
         return
-    from jobs.cluster import ray_cluster, require_resources
-    from jobs.spread import ClusterSpread
+    from jobs.ray_map import RayMap
+    from jobs.ray_session import ray_cluster, require_resources
 
     with ray_cluster():
         require_resources(config.num_workers, 1, 0, "tune")
-        yield from ClusterSpread(config.num_workers)(partial(try_sampler, config, model, real=real), asked)
+        yield from RayMap(config.num_workers)(partial(try_sampler, config, model, real=real), asked)
 
 
 def _name(sampler: SamplerConfig) -> str:

@@ -5,11 +5,11 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from jobs.progress import progress_of
-from jobs.shell import DONE, FAILED, guarded, use_running_stack
+from jobs.progress_bar import progress_of
+from jobs.runner import DONE, FAILED, handle_errors, use_running_stack
 from pipeline.generate.regenerate import regenerate
-from pipeline.generate.verify import VerifyReport, discard_damaged, verify
-from pipeline.terminal import echo, echo_json
+from pipeline.generate.verification import VerifyReport, discard_damaged, verify
+from pipeline.telemetry.terminal import echo, echo_json
 
 _SHOWN = 50
 
@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--discard-damaged", action="store_true", help="delete the records of damaged shards")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     told = parser.parse_args(argv)
-    return guarded(lambda: run(told.prefix, told.regenerate, told.model, told.json, told.discard_damaged))
+    return handle_errors(
+        lambda: run(told.prefix, told.regenerate, told.model, told.json, told.discard_damaged)
+    )
 
 
 def run(

@@ -29,7 +29,7 @@ class Outage(UserError):  # noqa: N818 - what happened is the name
     """
 
 
-class NoRoom(UserError):  # noqa: N818
+class DiskFull(UserError):  # noqa: N818
     """A disk, a bucket or a quota is full. What is done is kept; once there is room, the same command goes on.
 
     The command line prints it without a traceback and exits with code 1.
@@ -43,7 +43,7 @@ class DamageError(OneLineError):
     """
 
 
-class WorkFailed(OneLineError):  # noqa: N818 - what happened is the name
+class JobError(OneLineError):
     """What went wrong after work had begun and is neither the user's nor the data's: a lost cluster, a divergence.
 
     The message is one line that says what to do; the command line prints it and exits with code 1.

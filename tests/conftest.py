@@ -10,7 +10,7 @@ import pytest
 from infra.local import LocalStack, export_environment
 from infra.local.ray import LOOPBACK_SETTINGS
 from pipeline.errors import UserError
-from pipeline.patience import START_VARIABLE
+from pipeline.retry import START_VARIABLE
 from tests.chronicle import PROPERTY
 from tests.driving import ended_after
 

@@ -12,7 +12,7 @@ import psutil
 
 from infra.local import LocalStack
 from infra.local.ray import remove_temp_dir
-from infra.local.state import read_state
+from infra.local.stack_state import read_state
 from pipeline.config.base import Settings
 
 ROOT = Path(__file__).parents[1]

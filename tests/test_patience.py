@@ -2,15 +2,15 @@
 
 import pytest
 
-from jobs.shell import FAILED, REFUSED, guarded
-from pipeline import patience
+from jobs.runner import FAILED, REFUSED, handle_errors
+from pipeline import retry
 from pipeline.errors import UserError
-from pipeline.store import StoreUnreachable, patiently
+from pipeline.store import StoreUnreachable, retry_during_outage
 
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "PAUSE_SECONDS", 0.01)
 
 
 def test_an_outage_is_waited_for() -> None:
@@ -22,7 +22,7 @@ def test_an_outage_is_waited_for() -> None:
             raise answer
         return "there"
 
-    assert patiently(ask) == "there"
+    assert retry_during_outage(ask) == "there"
 
 
 def test_a_store_that_stays_away_is_reported_after_the_time_given() -> None:
@@ -33,7 +33,7 @@ def test_a_store_that_stays_away_is_reported_after_the_time_given() -> None:
         raise StoreUnreachable("away")
 
     with pytest.raises(StoreUnreachable, match="away"):
-        patiently(ask, seconds=0.1)
+        retry_during_outage(ask, seconds=0.1)
     assert 2 <= len(calls) <= 11
 
 
@@ -45,7 +45,7 @@ def test_other_errors_are_not_waited_for() -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        patiently(ask)
+        retry_during_outage(ask)
     assert len(calls) == 1
 
 
@@ -56,14 +56,14 @@ def test_how_long_a_start_waits_is_settable(
     monkeypatch.delenv("DDPM_START_WAIT_SECONDS")
     if told is not None:
         monkeypatch.setenv("DDPM_START_WAIT_SECONDS", told)
-    assert patience.start_seconds() == seconds
+    assert retry.start_seconds() == seconds
 
 
 @pytest.mark.parametrize("told", ["", "soon", "-1", "nan", "inf"])
 def test_a_time_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
     monkeypatch.setenv("DDPM_START_WAIT_SECONDS", told)
     with pytest.raises(UserError, match=r"DDPM_START_WAIT_SECONDS=.*: not a number of seconds"):
-        patience.start_seconds()
+        retry.start_seconds()
 
 
 def test_what_an_outage_ends_is_tried_again_by_a_supervisor_and_what_a_user_must_change_is_not() -> None:
@@ -73,4 +73,4 @@ def test_what_an_outage_ends_is_tried_again_by_a_supervisor_and_what_a_user_must
     def wrong() -> int:
         raise UserError("s3://bucket: wrong; correct it")
 
-    assert (guarded(away), guarded(wrong)) == (FAILED, REFUSED)
+    assert (handle_errors(away), handle_errors(wrong)) == (FAILED, REFUSED)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.quiet import QUIET_SECONDS, Quiet
+from pipeline.telemetry.stall import STALL_SECONDS, StallDetector
 
 
 def test_silence_is_told_after_a_minute_then_after_two_four_and_anew_after_news(
@@ -10,12 +10,12 @@ def test_silence_is_told_after_a_minute_then_after_two_four_and_anew_after_news(
 ) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    quiet = Quiet()
+    quiet = StallDetector()
     told: list[float] = []
     for second in range(1000):
         now = float(second)
         if second == 500:
-            quiet.news()
-        told += [second] if quiet.to_tell() is not None else []
-    waits = [int(QUIET_SECONDS) * times for times in (1, 2, 4, 8)]
+            quiet.progress()
+        told += [second] if quiet.due() is not None else []
+    waits = [int(STALL_SECONDS) * times for times in (1, 2, 4, 8)]
     assert told == waits + [500 + wait for wait in waits]

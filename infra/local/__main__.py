@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from infra.local import processes
-from infra.local.clients import environment, sign_in
+from infra.local.client_environment import environment, sign_in
 from infra.local.stack import LocalStack
 from pipeline.errors import UserError
-from pipeline.terminal import echo
+from pipeline.telemetry.terminal import echo
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,9 +8,9 @@ from pydantic import ValidationError
 
 from infra.tracking.access import user_line
 from pipeline.config.base import Settings
-from pipeline.config.document import first_fault
+from pipeline.config.json_document import first_fault
 from pipeline.errors import UserError
-from pipeline.private import private_folder, read_private
+from pipeline.private_files import private_folder, read_private
 
 MLFLOW_USER = "ddpm"
 """The local MLflow's one user."""

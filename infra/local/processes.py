@@ -14,7 +14,7 @@ MARK_VARIABLE = "DDPM_SERVICE_MARK"
 """Set to a random word in everything a service starts, so that its orphans are still recognised."""
 
 
-class Identity(Settings):
+class ProcessIdentity(Settings):
     """One process for certain: a pid alone may have been given to another program since."""
 
     pid: int
@@ -29,7 +29,7 @@ _EXEC_SECONDS = 1.0
 _children: dict[int, subprocess.Popen[bytes]] = {}  # kept so that ended children of this process are reaped
 
 
-def spawn(argv: Sequence[str], environ: Mapping[str, str], log: Path, mark: str) -> Identity:
+def spawn(argv: Sequence[str], environ: Mapping[str, str], log: Path, mark: str) -> ProcessIdentity:
     """Start `argv` in a session of its own, with no input, and both outputs appended to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -42,10 +42,10 @@ def spawn(argv: Sequence[str], environ: Mapping[str, str], log: Path, mark: str)
             start_new_session=True,
         )
     _children[child.pid] = child
-    return Identity(pid=child.pid, born=_born(child.pid) or "ended", mark=mark)
+    return ProcessIdentity(pid=child.pid, born=_born(child.pid) or "ended", mark=mark)
 
 
-def is_alive(identity: Identity) -> bool:
+def is_alive(identity: ProcessIdentity) -> bool:
     """Whether this very process still runs: born then, and with the mark that only what was started here carries.
 
     A zombie or another program with its pid does not count, whoever wrote the identity.
@@ -70,7 +70,7 @@ def is_alive(identity: Identity) -> bool:
         return False
 
 
-def end(identity: Identity, grace_seconds: float = 10.0) -> int:
+def end(identity: ProcessIdentity, grace_seconds: float = 10.0) -> int:
     """End the process and all that came from it; return how many there were.
 
     The leader is asked first (SIGTERM) and may end its own children in order. What is left after
@@ -93,13 +93,13 @@ def end(identity: Identity, grace_seconds: float = 10.0) -> int:
     return count
 
 
-def kill(identity: Identity) -> None:
+def kill(identity: ProcessIdentity) -> None:
     """Kill the whole family at one stroke, as a machine that loses its power would."""
     _signal(family(identity), kill=True)
     end(identity)
 
 
-def family(identity: Identity) -> list[psutil.Process]:
+def family(identity: ProcessIdentity) -> list[psutil.Process]:
     """The leader if it lives, its session, its descendants, and whoever carries its mark.
 
     A session counts only with somebody in it who carries the mark: its number may be another's, or made up.
@@ -121,7 +121,7 @@ def family(identity: Identity) -> list[psutil.Process]:
     return list(found.values())
 
 
-def listens(identity: Identity, port: int) -> bool:
+def listens(identity: ProcessIdentity, port: int) -> bool:
     """Whether the process, or one that came from it, takes connections on this TCP port."""
     return any(port in _listening(member) for member in family(identity))
 

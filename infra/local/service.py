@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from infra.local import processes
-from infra.local.processes import Identity
-from infra.local.state import ServiceRecord
+from infra.local.processes import ProcessIdentity
+from infra.local.stack_state import ServiceRecord
 from pipeline.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ def start(service: Service, environ: Mapping[str, str]) -> ServiceRecord:
     return ServiceRecord(identity=identity, fingerprint=service.fingerprint)
 
 
-def wait_until_ready(service: Service, identity: Identity, seconds: float | None = None) -> None:
+def wait_until_ready(service: Service, identity: ProcessIdentity, seconds: float | None = None) -> None:
     """Return once the service serves; otherwise a UserError that names its log and shows the last line."""
     limit_seconds = service.start_seconds if seconds is None else seconds
     deadline = time.monotonic() + limit_seconds

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from infra.local import clients, ports, processes, ray
+from infra.local import client_environment, ports, processes, ray
 from infra.local.credentials import ray_token_path, s3_keys
 from infra.local.mlflow import PORTS as MLFLOW_PORTS
 from infra.local.mlflow import mlflow_service
-from infra.local.s3 import PORTS as S3_PORTS
-from infra.local.s3 import s3_service
-from infra.local.schedule import schedule_service
+from infra.local.nightly_schedule import schedule_service
+from infra.local.s3_gateway import PORTS as S3_PORTS
+from infra.local.s3_gateway import s3_service
 from infra.local.service import Service, start, wait_until_ready
-from infra.local.state import (
+from infra.local.stack_state import (
     STATE_FILES,
     ServiceRecord,
     State,
@@ -58,7 +58,7 @@ class Node:
     name: str
     address: str
     """Its own loopback address, by which Ray lists it."""
-    identity: processes.Identity
+    identity: processes.ProcessIdentity
 
 
 class LocalStack:
@@ -106,7 +106,7 @@ class LocalStack:
             return [ServiceStatus(name, "stopped", "", None, None) for name in names]
         services = self._services(state)
         rows = [self._row(service, state.services.get(service.name)) for service in services]
-        outside = clients.external_services(self._own_environment(state))
+        outside = client_environment.external_services(self._own_environment(state))
         urls = {"s3": "AWS_ENDPOINT_URL", "mlflow": "MLFLOW_TRACKING_URI", "ray": "RAY_ADDRESS"}
         shown = [name for name in state.external if name in outside]
         rows += [ServiceStatus(n, "external", self._environ.get(urls[n], ""), None, None) for n in shown]
@@ -167,14 +167,14 @@ class LocalStack:
             self.root.rmdir()
 
     def _own_environment(self, state: State | None) -> dict[str, str]:
-        managed = clients.client_variables(self.root, state) if state and state.ports else {}
-        return clients.users_own(self._environ, managed)
+        managed = client_environment.client_variables(self.root, state) if state and state.ports else {}
+        return client_environment.users_own(self._environ, managed)
 
     def _plan(self) -> State:
         """The state to reach: what was remembered, ports that are free or ours, the user's choices."""
         before = self._without_dead()
         own = self._own_environment(before)
-        external = clients.external_services(own)
+        external = client_environment.external_services(own)
         state = before or State()
         store: StoreKind = self._store or (before.store if before else "s3")
         if store == "file":
@@ -216,7 +216,7 @@ class LocalStack:
 
     def _services(self, state: State) -> list[Service]:
         services: list[Service] = []
-        s3 = clients.s3_variables(self.root, state)
+        s3 = client_environment.s3_variables(self.root, state)
         if state.store == "s3" and "s3" not in state.external:
             services.append(s3_service(self.root, state.ports, s3_keys(self.root)))
         if "mlflow" not in state.external:
@@ -224,7 +224,7 @@ class LocalStack:
             artifacts = self._artifacts(state, home)
             services.append(mlflow_service(self.root, home, state.ports, artifacts, s3))
         if "ray" not in state.external:
-            jobs = clients.client_variables(self.root, state)
+            jobs = client_environment.client_variables(self.root, state)
             jobs = {name: value for name, value in jobs.items() if name != "RAY_ADDRESS"}
             token = ray_token_path(self.root)
             num_cpus = state.num_cpus or default_num_cpus()
@@ -234,14 +234,14 @@ class LocalStack:
         return services
 
     def _scheduler(self, state: State) -> Service:
-        own = clients.client_variables(self.root, state)
+        own = client_environment.client_variables(self.root, state)
         chosen = {
             name: value for name, value in own.items() if name != "DDPM_ROOT" or name not in self._environ
         }
         replaced = (
-            *(clients.REPLACED_WITH_S3 if "AWS_ENDPOINT_URL" in own else ()),
-            *(clients.REPLACED_WITH_MLFLOW if "MLFLOW_TRACKING_URI" in own else ()),
-            *(clients.REPLACED_WITH_RAY if "RAY_ADDRESS" in own else ()),
+            *(client_environment.REPLACED_WITH_S3 if "AWS_ENDPOINT_URL" in own else ()),
+            *(client_environment.REPLACED_WITH_MLFLOW if "MLFLOW_TRACKING_URI" in own else ()),
+            *(client_environment.REPLACED_WITH_RAY if "RAY_ADDRESS" in own else ()),
         )
         return schedule_service(self.root, state.schedule, chosen, replaced)
 
@@ -249,7 +249,8 @@ class LocalStack:
         if state.store == "file":
             return f"file://{home / 'artifacts'}"
         if "s3" in state.external:  # in the user's store nothing is written outside the data root
-            return f"{self._environ.get('DDPM_ROOT', clients.data_root(self.root, state)).rstrip('/')}/mlflow"
+            root = self._environ.get("DDPM_ROOT", client_environment.data_root(self.root, state))
+            return f"{root.rstrip('/')}/mlflow"
         return "s3://mlflow/artifacts"
 
     def _start_all(self, state: State, progress: Progress | None, say: Say | None) -> None:

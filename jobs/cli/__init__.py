@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli import cluster, data, machine, models, nights, samples
-from jobs.shell import DONE, REFUSED, guarded, use_running_stack
-from pipeline.logs import FORM_VARIABLE, JSON
+from jobs.cli import cluster, datasets, machine, models, nightly_runs, sampling
+from jobs.runner import DONE, REFUSED, handle_errors, use_running_stack
+from pipeline.telemetry.logs import FORM_VARIABLE, JSON
 
 app = typer.Typer(
     name="ddpm",
@@ -17,7 +17,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for _part in (data, models, samples, nights, cluster, machine):
+for _part in (datasets, models, sampling, nightly_runs, cluster, machine):
     app.add_typer(_part.app)
 
 
@@ -35,7 +35,7 @@ def options(
 
 def main() -> None:
     """The `ddpm` program."""
-    if guarded(_with_stack) != DONE:
+    if handle_errors(_with_stack) != DONE:
         raise SystemExit(REFUSED)
     # not app(): that puts an excepthook of Typer's in place of ours, which masks secrets
     typer.main.get_command(app)()

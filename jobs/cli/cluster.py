@@ -21,10 +21,10 @@ from jobs.cli.options import (
     end,
     examples,
 )
-from jobs.clusters import use_cluster
-from jobs.sections import SECTIONS
-from jobs.shell import DONE, Call, print_settings, settings_of
-from pipeline.terminal import echo
+from jobs.cluster_profiles import use_cluster
+from jobs.config_sections import SECTIONS
+from jobs.runner import DONE, JobArguments, print_settings, settings_of
+from pipeline.telemetry.terminal import echo
 
 app = typer.Typer()
 submit_app = typer.Typer(help="Run a job on the cluster that RAY_JOB_ADDRESS names.", no_args_is_help=True)
@@ -94,7 +94,7 @@ def submit_evaluate(
 ) -> None:
     """Submit `ddpm evaluate` and follow it; Ctrl-C detaches."""
 
-    def flags(call: Call) -> list[str]:
+    def flags(call: JobArguments) -> list[str]:
         from jobs.evaluate import output_of
 
         beside = ["--against", against] if against else []
@@ -109,9 +109,9 @@ def list_jobs(json: AsJson = False, cluster: Cluster = None) -> None:
 
     def work() -> int:
         use_cluster(cluster)  # first: Ray reads its way of authentication when it is imported
-        from jobs import watch
+        from jobs import ray_jobs
 
-        return watch.print_jobs(watch.job_client(), json)
+        return ray_jobs.print_jobs(ray_jobs.job_client(), json)
 
     end(work)
 
@@ -126,13 +126,13 @@ def logs(
 
     def work() -> int:
         use_cluster(cluster)  # first: Ray reads its way of authentication when it is imported
-        from jobs import watch
+        from jobs import ray_jobs
 
-        client = watch.job_client()
-        watch.require_job(client, job)
+        client = ray_jobs.job_client()
+        ray_jobs.require_job(client, job)
         if follow:
-            return watch.follow(client, job)
-        watch.print_log(client, job)
+            return ray_jobs.follow(client, job)
+        ray_jobs.print_log(client, job)
         return DONE
 
     end(work)
@@ -150,11 +150,11 @@ def stop(
 
     def work() -> int:
         use_cluster(cluster)  # first: Ray reads its way of authentication when it is imported
-        from jobs import watch
+        from jobs import ray_jobs
         from jobs.stop import stop_job
 
-        client = watch.job_client()
-        watch.require_job(client, job)
+        client = ray_jobs.job_client()
+        ray_jobs.require_job(client, job)
         return stop_job(client, job, now)
 
     end(work)
@@ -181,7 +181,7 @@ def janitor(
     """Close runs that say RUNNING although their job is dead, and remove this machine's delivered spools."""
 
     def work() -> int:
-        from pipeline.track import close_stale_runs, spool_folder, sweep_spools
+        from pipeline.tracking import close_stale_runs, spool_folder, sweep_spools
 
         closed = close_stale_runs(idle_minutes=idle_minutes)
         for run in closed:
@@ -200,13 +200,13 @@ def _submit(
     dry_run: bool,
     detach: bool,
     cluster: str | None,
-    flags: Callable[[Call], Sequence[str]] = lambda _: (),
+    flags: Callable[[JobArguments], Sequence[str]] = lambda _: (),
 ) -> None:
     def work() -> int:
         use_cluster(cluster)
         from jobs.submit import submit as run
 
-        call = Call.of(words or [], config or [], dry_run)
+        call = JobArguments.of(words or [], config or [], dry_run)
         settings = settings_of(SECTIONS[job], job, call)
         if call.dry_run:
             print_settings({job: settings.model_dump(mode="json")}, call.as_json)

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from jobs.cli.options import MACHINE, AsJson, Store, end, examples
-from jobs.shell import DONE, LOCAL
-from pipeline.terminal import echo
+from jobs.runner import DONE, LOCAL
+from pipeline.telemetry.terminal import echo
 
 app = typer.Typer()
 
@@ -105,7 +105,7 @@ def schema(
     folder: Annotated[Path, typer.Argument(help="Folder for the schema; made if need be.")] = Path("."),
 ) -> None:
     """Write the JSON schema of settings files, by which editors complete and check them."""
-    from jobs.reference import write_schema
+    from jobs.config_docs import write_schema
 
     end(lambda: write_schema(folder))
 

@@ -83,9 +83,9 @@ def export_model(
     form: Annotated[str, typer.Option("--format", help="Software to write for.")] = "diffusers",
 ) -> None:
     """Write a model as a folder that other software loads."""
-    from jobs.exchange import export
+    from jobs.model_exchange import export_model
 
-    end(lambda: export(model, folder, form))
+    end(lambda: export_model(model, folder, form))
 
 
 @app.command("import", rich_help_panel=MODELS, epilog=examples("ddpm import ./ddpm-cifar10-32 ./cifar10"))
@@ -94,6 +94,6 @@ def import_model(
     folder: Annotated[Path, typer.Argument(help="Model folder to write; new or empty.")],
 ) -> None:
     """Read a diffusers directory into a model folder, which `model=` accepts."""
-    from jobs.exchange import take_in
+    from jobs.model_exchange import import_model
 
-    end(lambda: take_in(source, folder))
+    end(lambda: import_model(source, folder))

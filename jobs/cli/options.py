@@ -7,9 +7,9 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from infra.local.state import StoreKind
-from jobs.sections import SECTIONS
-from jobs.shell import Call, guarded, presets
+from infra.local.stack_state import StoreKind
+from jobs.config_sections import SECTIONS
+from jobs.runner import JobArguments, handle_errors, presets
 from pipeline.config.load import setting_names
 
 DATA, MODELS, SAMPLES, NIGHTS, CLUSTER, MACHINE = (
@@ -68,15 +68,15 @@ def examples(*lines: str) -> str:
 
 def end(work: Callable[[], int]) -> NoReturn:
     """Run a command's work and leave with its exit code; what a user can put right is one line."""
-    raise typer.Exit(guarded(work))
+    raise typer.Exit(handle_errors(work))
 
 
 def end_job(
-    run_call: Callable[[Call], int],
+    run_call: Callable[[JobArguments], int],
     words: Sequence[str] | None,
     config: Sequence[Path] | None,
     dry_run: bool = False,
     json: bool = False,
 ) -> NoReturn:
     """Sort the words into a call, run it, and leave with its exit code."""
-    end(lambda: run_call(Call.of(words or [], config or [], dry_run, json)))
+    end(lambda: run_call(JobArguments.of(words or [], config or [], dry_run, json)))

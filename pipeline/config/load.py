@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from typing_extensions import TypeAliasType
 
 from pipeline.config.base import Settings
-from pipeline.config.document import field_of
+from pipeline.config.json_document import field_of
 from pipeline.config.plain_yaml import parse_yaml
 from pipeline.errors import UserError
 

@@ -19,17 +19,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import from_json
 
 from pipeline.config.bounds import MAX_CLASSES
-from pipeline.config.document import first_fault
-from pipeline.data.images import ImageShape
+from pipeline.config.json_document import first_fault
+from pipeline.data.formats.image_stats import ChannelStats, add_channel_stats
+from pipeline.data.formats.images import PixelShape
 from pipeline.data.location import Location
-from pipeline.data.moments import Moments, add_moments
 from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectMissing, Store, open_store
-from pipeline.store.base import checked_key
+from pipeline.store.interface import checked_key
 
 FORMAT = 1
 PLAN_KEY = "pack-plan.json"
 """Beside the shards that `ddpm pack` makes: written before the first of them, and kept."""
+PACK_REPORT_KEY = "pack-report.json"
+"""What `ddpm pack` left out or changed."""
+DATASET_CARD_KEY = "README.md"
+"""Tells Hugging Face's `load_dataset` which files are the data."""
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")])
 """A sample's image: where its bytes lie in the (decompressed) tar, their CRC-32, and its class or -1."""
@@ -66,7 +70,7 @@ class ShardEntry(BaseModel):
     """The store's own tag, by which a replaced shard is noticed without reading it."""
     table_sha256: Sha256
     """Of this shard's rows of the member table."""
-    shapes: Annotated[tuple[ImageShape, ...], Field(max_length=64)]
+    shapes: Annotated[tuple[PixelShape, ...], Field(max_length=64)]
     """Which image shapes occur, sorted; at most scan.MAX_SHAPES of them."""
     num_labelled: Count
     max_label: Annotated[int, Field(ge=-1, lt=MAX_CLASSES)]
@@ -100,7 +104,7 @@ class Index(BaseModel):
     """Key of the member tables."""
     tables_offset: Annotated[int, Field(ge=0, le=1 << 20)]
     """Where their first row begins in that object."""
-    image: ImageShape | None
+    image: PixelShape | None
     """The shape all images share; None when sizes differ. Mixed grey and colour count as colour."""
     class_names: Annotated[tuple[ClassName, ...], Field(max_length=MAX_CLASSES)] | None
     labelled: bool
@@ -170,18 +174,18 @@ class Index(BaseModel):
         return None if found is None else found[1]
 
     def _mean_and_std(self) -> tuple[list[float], list[float]] | None:
-        total: Moments | None = None
+        total: ChannelStats | None = None
         for shard in self.shards:
             if shard.channel_sums is None or shard.channel_squares is None:
                 return None
-            total = add_moments(total, Moments(shard.channel_sums, shard.channel_squares))
+            total = add_channel_stats(total, ChannelStats(shard.channel_sums, shard.channel_squares))
         if self.image is None or total is None:
             return None
         return total.mean_and_std(self.num_samples * self.image.height * self.image.width)
 
 
 def content_digest(
-    shards: Sequence[ShardEntry], image: ImageShape | None, class_names: Sequence[str] | None
+    shards: Sequence[ShardEntry], image: PixelShape | None, class_names: Sequence[str] | None
 ) -> str:
     """Hash over what the samples are and in which order, and not over where they are kept."""
     content = {
@@ -219,7 +223,7 @@ def assemble_index(
         )
     shapes = {shape for shard in shards for shape in shard.shapes}
     sizes = {(shape.height, shape.width) for shape in shapes}
-    image = ImageShape(max(s.channels for s in shapes), *sizes.pop()) if len(sizes) == 1 else None
+    image = PixelShape(max(s.channels for s in shapes), *sizes.pop()) if len(sizes) == 1 else None
     digest = content_digest(shards, image, class_names)
     header, rows = _npy_parts(np.concatenate([table for _, table in pairs]))
     home = home or location

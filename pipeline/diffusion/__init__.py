@@ -1,6 +1,6 @@
 """Pure maths of diffusion over an immutable schedule: no hidden state, no I/O."""
 
-from pipeline.diffusion.images import from_uint8, to_uint8
+from pipeline.diffusion.image_scaling import from_uint8, to_uint8
 from pipeline.diffusion.noise import Stream
 from pipeline.diffusion.objective import LossTerms, training_loss
 from pipeline.diffusion.samplers import SamplerStep, sample

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.grid import Grid
-from pipeline.diffusion.samplers import Denoise, Estimate
+from pipeline.diffusion.samplers import Denoise, Denoised
 from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.diffusion.timesteps import SamplingGrid
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +51,13 @@ class Mixture:
         each = self.means + (a * variance / spread)[:, None] * away
         return (share[..., None] * each).sum(1).reshape(x.shape).to(x.dtype)
 
-    def denoise(self, grid: Grid) -> Denoise:
+    def denoise(self, grid: SamplingGrid) -> Denoise:
         """The perfect denoiser over the levels of `grid`."""
 
-        def estimate(x: Tensor, k: int) -> Estimate:
+        def estimate(x: Tensor, k: int) -> Denoised:
             a, s = grid.coefficients(k)
             x0 = self.expected_x0(x, grid.alpha_bars[k])
-            return Estimate(x0, (x - a * x0) / s)
+            return Denoised(x0, (x - a * x0) / s)
 
         return estimate
 

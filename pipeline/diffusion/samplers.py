@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, Variance
-from pipeline.diffusion.grid import Grid, make_grid
 from pipeline.diffusion.noise import Stream, normal
 from pipeline.diffusion.objective import Net, call_net, split_output
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.diffusion.targets import eps_of, x0_of
+from pipeline.diffusion.timesteps import SamplingGrid, make_grid
 
 
-class Estimate(NamedTuple):
+class Denoised(NamedTuple):
     """What a network makes of x at one level. All (B, C, H, W)."""
 
     x0: Tensor
@@ -45,7 +45,7 @@ class SamplerStep(NamedTuple):
 class Denoise(Protocol):
     """The estimate at x (B, C, H, W) of level k of the grid in use."""
 
-    def __call__(self, x: Tensor, k: int, /) -> Estimate: ...
+    def __call__(self, x: Tensor, k: int, /) -> Denoised: ...
 
 
 NoiseOf = Callable[[int], Tensor]
@@ -55,7 +55,7 @@ OnStep = Callable[[SamplerStep], None]
 def ancestral(
     denoise: Denoise,
     x: Tensor,
-    grid: Grid,
+    grid: SamplingGrid,
     noise: NoiseOf,
     variance: Variance = "fixed-small",
     on_step: OnStep | None = None,
@@ -82,7 +82,7 @@ def ancestral(
 def ddim(
     denoise: Denoise,
     x: Tensor,
-    grid: Grid,
+    grid: SamplingGrid,
     noise: NoiseOf | None = None,
     eta: float = 0.0,
     on_step: OnStep | None = None,
@@ -102,7 +102,9 @@ def ddim(
     return x
 
 
-def dpm_solver_pp_2m(denoise: Denoise, x: Tensor, grid: Grid, on_step: OnStep | None = None) -> Tensor:
+def dpm_solver_pp_2m(
+    denoise: Denoise, x: Tensor, grid: SamplingGrid, on_step: OnStep | None = None
+) -> Tensor:
     """DPM-Solver++(2M), data prediction (Lu et al. 2022, algorithm 2); first and last step are of first
     order.
 
@@ -127,7 +129,7 @@ def dpm_solver_pp_2m(denoise: Denoise, x: Tensor, grid: Grid, on_step: OnStep | 
     return x
 
 
-def heun(denoise: Denoise, x: Tensor, grid: Grid, on_step: OnStep | None = None) -> Tensor:
+def heun(denoise: Denoise, x: Tensor, grid: SamplingGrid, on_step: OnStep | None = None) -> Tensor:
     """Heun's second-order method on dx/dsigma = (x - D) / sigma (Karras et al. 2022, algorithm 1 without
     churn).
 
@@ -156,7 +158,7 @@ class NetDenoise:
     def __init__(
         self,
         net: Net,
-        grid: Grid,
+        grid: SamplingGrid,
         objective: ObjectiveConfig,
         sampler: SamplerConfig,
         class_labels: Tensor | None = None,
@@ -181,16 +183,16 @@ class NetDenoise:
         whole = all(float(t).is_integer() for t in grid.timesteps)
         self._time_dtype = torch.int64 if whole else torch.float32
 
-    def __call__(self, x: Tensor, k: int) -> Estimate:
+    def __call__(self, x: Tensor, k: int) -> Denoised:
         a, s = self._grid.coefficients(k)
         target = self._objective.target
         prediction, fraction = self._predict(x, k)
         x0 = x0_of(target, prediction, x, a, s)
         if not self._sampler.clip_x0:
-            return Estimate(x0, eps_of(target, prediction, x, a, s), fraction)
+            return Denoised(x0, eps_of(target, prediction, x, a, s), fraction)
         x0 = x0.clamp(-1, 1)
         # The noise that agrees with the clipped image, else a DDIM step would leave the level it aims at.
-        return Estimate(x0, eps_of("x0", x0, x, a, s), fraction)
+        return Denoised(x0, eps_of("x0", x0, x, a, s), fraction)
 
     def _predict(self, x: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
         t = torch.full((len(x),), self._grid.timesteps[k], dtype=self._time_dtype, device=x.device)
@@ -251,7 +253,12 @@ def sample(
 
 
 def _sampled(
-    denoise: Denoise, x: Tensor, grid: Grid, noise: NoiseOf, sampler: SamplerConfig, on_step: OnStep | None
+    denoise: Denoise,
+    x: Tensor,
+    grid: SamplingGrid,
+    noise: NoiseOf,
+    sampler: SamplerConfig,
+    on_step: OnStep | None,
 ) -> Tensor:
     if sampler.kind == "ancestral":
         return ancestral(denoise, x, grid, noise, sampler.variance, on_step)
@@ -262,14 +269,14 @@ def _sampled(
     return heun(denoise, x, grid, on_step)
 
 
-def _look(denoise: Denoise, x: Tensor, k: int, grid: Grid, on_step: OnStep | None) -> Estimate:
+def _look(denoise: Denoise, x: Tensor, k: int, grid: SamplingGrid, on_step: OnStep | None) -> Denoised:
     estimate = denoise(x, k)
     if on_step is not None:
         on_step(SamplerStep(k, len(grid), grid.timesteps[k], grid.alpha_bars[k], x, estimate.x0))
     return estimate
 
 
-def _reverse_std(variance: Variance, small: float, beta: float, estimate: Estimate) -> Tensor | float:
+def _reverse_std(variance: Variance, small: float, beta: float, estimate: Denoised) -> Tensor | float:
     if variance == "fixed-small":
         return math.sqrt(small)
     if variance == "fixed-large":
@@ -279,7 +286,7 @@ def _reverse_std(variance: Variance, small: float, beta: float, estimate: Estima
     return torch.exp(0.5 * (estimate.fraction * math.log(beta) + (1 - estimate.fraction) * math.log(small)))
 
 
-def _half_log_snr(grid: Grid, k: int) -> float:
+def _half_log_snr(grid: SamplingGrid, k: int) -> float:
     """lambda = log(a / s) at level k: -inf without signal, inf at the clean image."""
     signal = grid.alpha_bars[k]
     if signal in (0.0, 1.0):

@@ -11,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.evaluation import EvaluateConfig
 from pipeline.diffusion.noise import Stream, randint
-from pipeline.evaluate.measured import Measured
-from pipeline.evaluate.metrics import (
+from pipeline.features.distances import (
     Array,
-    Moments,
+    GaussianMoments,
     Vectors,
     frechet_distance,
     manifold_radii,
@@ -26,6 +25,7 @@ from pipeline.evaluate.metrics import (
     square_distances,
     within,
 )
+from pipeline.features.feature_set import FeatureSet
 
 Statistic = Callable[[Array], float]
 """Weights (N,) of the samples, whole numbers that add up to N, to a figure."""
@@ -40,7 +40,7 @@ class Interval:
     high: float
 
 
-def statistics(samples: Measured, real: Measured, config: EvaluateConfig) -> dict[str, Statistic]:
+def statistics(samples: FeatureSet, real: FeatureSet, config: EvaluateConfig) -> dict[str, Statistic]:
     """The figures that can be weighed, for samples (N) against a reference. Reference images are not drawn again."""
     reference = moments_of(real.vectors)
     vectors = samples.vectors.astype(np.float64)
@@ -79,12 +79,12 @@ def interval(value: float, values: Array, confidence: float) -> Interval:
     return Interval(value, low, high)
 
 
-def weighted_moments(vectors: Array, weights: Array) -> Moments:
+def weighted_moments(vectors: Array, weights: Array) -> GaussianMoments:
     """Mean and unbiased covariance of vectors (N, F), each counted as often as its weight says."""
     total = float(weights.sum())
     mean = weights @ vectors / total
     centred = vectors - mean
-    return Moments(int(total), mean, (centred * weights[:, None]).T @ centred / (total - 1))
+    return GaussianMoments(int(total), mean, (centred * weights[:, None]).T @ centred / (total - 1))
 
 
 def _share(hits: npt.NDArray[np.bool_]) -> Statistic:

@@ -5,10 +5,10 @@ from typing import Literal
 import numpy as np
 
 from pipeline.config.base import Settings
-from pipeline.config.evaluate import GateConfig, Rule
+from pipeline.config.evaluation import GateConfig, Rule
 from pipeline.errors import UserError
 from pipeline.evaluate.bootstrap import Statistic, draws, interval, statistics
-from pipeline.evaluate.measured import Measured
+from pipeline.features.feature_set import FeatureSet
 
 _OF_CLASSES = {"class_accuracy", "inception_score"}
 """Figures that only some models and feature networks admit."""
@@ -65,7 +65,7 @@ class Decision(Settings):
 
 
 def judge(
-    challenger: Measured, champion: Measured, real: Measured, config: GateConfig
+    challenger: FeatureSet, champion: FeatureSet, real: FeatureSet, config: GateConfig
 ) -> dict[str, Judgement]:
     """Every rule that both models admit. UserError for terms that are not equal, or when no rule can be judged."""
     if len(challenger) != len(champion):

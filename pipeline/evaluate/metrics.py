@@ -1,155 +1,135 @@
-"""Measures on feature vectors. All in float64; all pure functions of their arrays."""
+"""From two measured sets to figures, each with the number of images it rests on."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
-Array = npt.NDArray[np.float64]
-Vectors = npt.NDArray[np.floating[Any]] | npt.NDArray[np.integer[Any]]
-_CHUNK = 1024
+from pipeline.config.base import Settings
+from pipeline.config.evaluation import EvaluateConfig
+from pipeline.diffusion.noise import Stream, permutation
+from pipeline.errors import UserError
+from pipeline.features.distances import (
+    class_accuracy,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    nearest_distances,
+    precision_recall,
+)
+from pipeline.features.exact_sums import sums_of
+from pipeline.features.feature_set import FeatureSet
 
-
-@dataclass(frozen=True)
-class Moments:
-    """A set of feature vectors as a Gaussian."""
-
-    count: int
-    mean: Array
-    """(F,)."""
-    covariance: Array
-    """(F, F), unbiased."""
-
-
-def moments_of(vectors: Vectors) -> Moments:
-    """Mean and unbiased covariance of (N, F). ValueError for fewer than two vectors."""
-    x = _float64(vectors)
-    if len(x) < 2:
-        raise ValueError(f"vectors holds {len(x)} rows; a covariance needs two")
-    mean = x.mean(0)
-    centred = x - mean
-    return Moments(len(x), mean, centred.T @ centred / (len(x) - 1))
+Rows = npt.NDArray[np.int64]
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """Squared Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6): |m1-m2|^2 + tr(C1+C2-2(C1 C2)^1/2).
+class Metric(Settings):
+    """One number."""
 
-    The trace of the root is the sum of the roots of the eigenvalues of the symmetric C1^1/2 C2 C1^1/2, which
-    never leaves the real numbers. Two equal Gaussians give exactly 0.
+    value: float
+    """The number itself."""
+    n: int = Field(ge=0, lt=2**53)
+    """Samples it was computed from."""
+    n_reference: int = Field(ge=0, lt=2**53)
+    """Reference images it was computed from; 0 where none were."""
+
+
+class Halves(NamedTuple):
+    """Rows of the reference in two halves of equal size."""
+
+    a: Rows
+    b: Rows
+
+
+def compute_metrics(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig) -> dict[str, Metric]:
+    """Every measure that the two sets admit. UserError for sets of different networks or image sizes."""
+    if samples.network != reference.network:
+        raise UserError("network: samples and reference were measured by different networks; measure again")
+    if samples.thumbs.shape[1] != reference.thumbs.shape[1]:
+        raise UserError("reference: its images have another shape than the samples; name the right data set")
+    out = _distances(samples, reference, config) | _pairwise(samples, reference, config)
+    out |= _copies(samples, reference, config)
+    if samples.logits is not None:
+        out["inception_score"] = Metric(value=inception_score(samples.logits), n=len(samples), n_reference=0)
+        if samples.labels is not None:
+            accuracy = class_accuracy(samples.logits, samples.labels)
+            out["class_accuracy"] = Metric(value=accuracy, n=len(samples), n_reference=0)
+    return dict(sorted(out.items()))
+
+
+def halves(count: int, config: EvaluateConfig) -> Iterator[Halves]:
+    """The named ways to cut `count` rows into two halves; an odd row is left out."""
+    half = count // 2
+    for number in range(config.num_splits):
+        order = permutation(config.seed, Stream.ORDER_SAMPLES, count, step=number).numpy()
+        yield Halves(order[:half], order[half : 2 * half])
+
+
+def frechet_ratio(
+    samples: npt.NDArray[np.float32], reference: npt.NDArray[np.float32], config: EvaluateConfig
+) -> tuple[float, float]:
+    """The samples' distance to halves of the reference, and the halves' to each other: means over the splits.
+
+    Distances grow as sets shrink, so all are taken between sets of one size, that of a half. ValueError when there
+    are fewer samples.
     """
-    if np.array_equal(a.mean, b.mean) and np.array_equal(a.covariance, b.covariance):
-        return 0.0
-    values, basis = np.linalg.eigh(a.covariance)
-    root = (basis * np.sqrt(values.clip(0))) @ basis.T
-    inner = root @ b.covariance @ root
-    trace = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
-    difference = a.mean - b.mean
-    return max(
-        0.0, float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * trace)
-    )
+    size = len(reference) // 2
+    if len(samples) < size:
+        raise ValueError(f"samples holds {len(samples)} vectors, a half {size}")
+    own: list[float] = []
+    real: list[float] = []
+    for number, (a, b) in enumerate(halves(len(reference), config)):
+        rows = permutation(config.seed, Stream.ORDER_SHARDS, len(samples), step=number).numpy()[:size]
+        moments = [sums_of(vectors).moments() for vectors in (samples[rows], reference[a], reference[b])]
+        own += [frechet_distance(moments[0], moments[1]), frechet_distance(moments[0], moments[2])]
+        real.append(frechet_distance(moments[1], moments[2]))
+    return float(np.mean(own)), float(np.mean(real))
 
 
-def kernel_distance(a: Vectors, b: Vectors) -> float:
-    """Unbiased squared maximum mean discrepancy under (x.y / F + 1)^3 (Bińkowski et al. 2018), over all pairs.
-
-    May be negative by chance. The same array twice gives 0. ValueError for fewer than two vectors in a set.
-    """
-    x, y = _float64(a), _float64(b)
-    if min(len(x), len(y)) < 2:
-        raise ValueError("a and b must hold two vectors each")
-    if x.shape == y.shape and np.array_equal(x, y):
-        return 0.0
-    cross = sum(float(block.sum()) for block in _kernel_blocks(x, y)) / (len(x) * len(y))
-    return _mean_of_pairs(x) + _mean_of_pairs(y) - 2 * cross
-
-
-def precision_recall(samples: Vectors, real: Vectors, neighbours: int = 3) -> tuple[float, float]:
-    """Share of samples inside the real manifold, and of real ones inside the samples' (Kynkäänniemi et al. 2019).
-
-    A manifold is the union of balls around its vectors, each reaching to its k-th nearest fellow.
-    """
-    x, y = _float64(samples), _float64(real)
-    precise = within(x, y, manifold_radii(y, neighbours))
-    recalled = within(y, x, manifold_radii(x, neighbours))
-    return float(precise.mean()), float(recalled.mean())
-
-
-def inception_score(logits: Vectors) -> float:
-    """exp of the mean divergence of each image's classes from all images' (Salimans et al. 2016), one split."""
-    values = _float64(logits)
-    log_p = values - values.max(1, keepdims=True)
-    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
-    p = np.exp(log_p)
-    marginal = p.mean(0)
-    return float(np.exp((p * (log_p - np.log(marginal))).sum(1).mean()))
-
-
-def class_accuracy(logits: Vectors, labels: npt.NDArray[np.integer[Any]]) -> float:
-    """Share of images whose largest logit is that of their label."""
-    return float((np.asarray(logits).argmax(1) == labels).mean())
-
-
-def nearest_distances(queries: Vectors, others: Vectors, *, same: bool = False) -> Array:
-    """Euclidean distance of each query (N, D) to its nearest of `others` (M, D): (N,).
-
-    `same`: the two are one set, and no vector is its own neighbour.
-    """
-    x, y = _float64(queries), _float64(others)
-    out = np.empty(len(x))
-    for start in range(0, len(x), _CHUNK):
-        squares = square_distances(x[start : start + _CHUNK], y)
-        if same:
-            squares[np.arange(len(squares)), start + np.arange(len(squares))] = np.inf
-        out[start : start + _CHUNK] = squares.min(1)
-    return np.sqrt(out)
-
-
-def manifold_radii(members: Vectors, neighbours: int) -> Array:
-    """Squared distance of each vector (M, F) to its k-th nearest fellow: (M,). ValueError for too few vectors."""
-    x = _float64(members)
-    if len(x) <= neighbours:
-        raise ValueError(f"a manifold of {neighbours} neighbours needs more than {len(x)} vectors")
-    radii = np.empty(len(x))
-    for start in range(0, len(x), _CHUNK):
-        squares = square_distances(x[start : start + _CHUNK], x)
-        # The vector itself is among them, at distance 0.
-        radii[start : start + _CHUNK] = np.partition(squares, neighbours, axis=1)[:, neighbours]
-    return radii
-
-
-def within(queries: Vectors, members: Vectors, radii: Array) -> npt.NDArray[np.bool_]:
-    """Which queries (N, F) lie within the squared radius of some member: (N,)."""
-    x, y = _float64(queries), _float64(members)
-    out = np.empty(len(x), np.bool_)
-    for start in range(0, len(x), _CHUNK):
-        out[start : start + _CHUNK] = (square_distances(x[start : start + _CHUNK], y) <= radii).any(1)
+def _distances(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig) -> dict[str, Metric]:
+    n, m = len(samples), len(reference)
+    whole = frechet_distance(sums_of(samples.vectors).moments(), sums_of(reference.vectors).moments())
+    out = {"frechet": Metric(value=whole, n=n, n_reference=m)}
+    half = m // 2
+    if n < half or half < 2:
+        return out
+    own, real = frechet_ratio(samples.vectors, reference.vectors, config)
+    out["frechet_to_half"] = Metric(value=own, n=half, n_reference=half)
+    out["frechet_between_halves"] = Metric(value=real, n=0, n_reference=half)
+    out["frechet_ratio"] = Metric(value=own / real, n=half, n_reference=half)
+    if samples.logits is not None and reference.logits is not None:
+        own, real = frechet_ratio(samples.logits, reference.logits, config)
+        out["frechet_ratio_logits"] = Metric(value=own / real, n=half, n_reference=half)
     return out
 
 
-def pair_kernel(a: Vectors, b: Vectors) -> Array:
-    """(x.y / F + 1)^3 of every pair: (N, M)."""
-    return (_float64(a) @ _float64(b).T / a.shape[1] + 1) ** 3
+def _pairwise(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig) -> dict[str, Metric]:
+    x, y = samples.vectors[: config.max_images], reference.vectors[: config.max_images]
+    sizes: dict[str, Any] = {"n": len(x), "n_reference": len(y)}
+    out = {"kernel": Metric(value=kernel_distance(x, y), **sizes)}
+    if min(len(x), len(y)) > config.neighbours:
+        precision, recall = precision_recall(x, y, config.neighbours)
+        out["precision"] = Metric(value=precision, **sizes)
+        out["recall"] = Metric(value=recall, **sizes)
+    return out
 
 
-def square_distances(a: Vectors, b: Vectors) -> Array:
-    """Squared Euclidean distance of every pair: (N, M)."""
-    x, y = _float64(a), _float64(b)
-    squares = (x * x).sum(1)[:, None] + (y * y).sum(1)[None] - 2 * (x @ y.T)
-    return squares.clip(0)
-
-
-def _kernel_blocks(x: Array, y: Array) -> Iterator[Array]:
-    for start in range(0, len(x), _CHUNK):
-        yield pair_kernel(x[start : start + _CHUNK], y)
-
-
-def _mean_of_pairs(x: Array) -> float:
-    total = sum(float(block.sum()) for block in _kernel_blocks(x, x))
-    own = ((x * x).sum(1) / x.shape[1] + 1) ** 3
-    return (total - float(own.sum())) / (len(x) * (len(x) - 1))
-
-
-def _float64(values: Vectors) -> Array:
-    return np.ascontiguousarray(values, dtype=np.float64)
+def _copies(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig) -> dict[str, Metric]:
+    """How near samples come to reference images, on the scale of how near real images come to other real ones."""
+    x = samples.thumbs[: config.max_images].astype(np.float32)
+    y = reference.thumbs[: config.max_images].astype(np.float32)
+    sizes: dict[str, Any] = {"n": len(x), "n_reference": len(y)}
+    own, real = nearest_distances(x, y), nearest_distances(y, y, same=True)
+    limit = float(np.quantile(real, config.copy_quantile))
+    every: dict[str, Any] = {"n": len(samples), "n_reference": len(reference)}
+    return {
+        "near_copies": Metric(value=float((own < limit).mean()), **sizes),
+        "near_copies_real": Metric(value=float((real < limit).mean()), n=0, n_reference=len(y)),
+        "nearest_ratio": Metric(value=float(np.median(own) / np.median(real)), **sizes),
+        "exact_copies": Metric(value=float(np.isin(samples.prints, reference.prints).sum()), **every),
+        "duplicates": Metric(
+            value=float(len(samples) - len(np.unique(samples.prints))), n=len(samples), n_reference=0
+        ),
+    }

@@ -1,12 +1,12 @@
 """Is a generation that has a manifest still complete? Told from the manifest, the listings, and the records of a
-generation that is not vast; no image is read. `pipeline.generate.verify` reads and decodes everything.
+generation that is not vast; no image is read. `pipeline.generate.verification` reads and decodes everything.
 """
 
 from dataclasses import dataclass, field
 
 from pipeline.errors import DamageError
-from pipeline.generate.ledger import Survey, read_records, survey
-from pipeline.generate.manifest import MANIFEST_KEY, Manifest, ShardEntry, read_entries, read_manifest
+from pipeline.generate.listing import PrefixListing, list_prefix, read_records
+from pipeline.generate.manifest import MANIFEST_KEY, Manifest, ManifestShard, read_entries, read_manifest
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.report import CONTACT_KEY, REPORT_KEY, count_told
 from pipeline.generate.spec import Spec
@@ -26,7 +26,7 @@ class Completeness:
     faults: list[str] = field(default_factory=list[str])
     """What contradicts the manifest, `KEY: what`; the first of them."""
     num_faults: int = 0
-    listed: Survey | None = None
+    listed: PrefixListing | None = None
     """The listings, where there is such a manifest."""
 
     @property
@@ -58,7 +58,7 @@ def check_complete(store: Store, spec: Spec) -> Completeness:
         if manifest.count != spec.count:
             return found
         found.manifest = manifest
-        found.listed = listed = survey(store, spec)
+        found.listed = listed = list_prefix(store, spec)
         entries = _check_entries(store, spec, listed, found)
         _check_pictures(store, spec, found)
     except (DamageError, ObjectMissing) as error:
@@ -69,10 +69,12 @@ def check_complete(store: Store, spec: Spec) -> Completeness:
     return found
 
 
-def _check_entries(store: Store, spec: Spec, listed: Survey, found: Completeness) -> list[ShardEntry]:
+def _check_entries(
+    store: Store, spec: Spec, listed: PrefixListing, found: Completeness
+) -> list[ManifestShard]:
     """Compare the manifest's entries with plan and listing; returns them where records will be compared as well."""
     keep = num_shards(spec) <= RECORDS_READ
-    kept: list[ShardEntry] = []
+    kept: list[ManifestShard] = []
     number = -1
     for number, entry in enumerate(read_entries(store)):
         if number >= num_shards(spec):
@@ -106,7 +108,7 @@ def _check_pictures(store: Store, spec: Spec, found: Completeness) -> None:
 
 
 def _check_records(
-    store: Store, spec: Spec, listed: Survey, entries: list[ShardEntry], found: Completeness
+    store: Store, spec: Spec, listed: PrefixListing, entries: list[ManifestShard], found: Completeness
 ) -> None:
     present = [number for number in range(len(entries)) if listed.recorded[number]]
     for number, record in read_records(store, spec, present):

@@ -9,14 +9,14 @@ import PIL
 import torch
 from torch import Tensor, nn
 
-from pipeline.diffusion.images import to_uint8
+from pipeline.data.formats.pixels import Pixels
+from pipeline.diffusion.image_scaling import to_uint8
 from pipeline.diffusion.samplers import OnStep, sample
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.generate.guards import GuardTripped
-from pipeline.generate.pixels import Pixels
 from pipeline.generate.plan import classes_of
 from pipeline.generate.spec import Spec
-from pipeline.nets.artifact import ModelCard
+from pipeline.nets.model_files import ModelCard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,7 +86,7 @@ class Engine:
             return to_uint8(x0).cpu()
 
 
-def prepare_process(spec: Spec) -> None:
+def set_up_torch(spec: Spec) -> None:
     """Make this process compute as the spec says: fixed threads, no choice of algorithm by speed.
 
     Compiled code is kept in `compiled_code_folder`, so that only the first worker of a machine waits for it.

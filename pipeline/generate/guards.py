@@ -1,15 +1,15 @@
 """Guards: reasons to stop a generation before worthless images fill the bucket."""
 
-from pipeline.config.generate import GuardConfig
-from pipeline.generate.pixels import Tally
-from pipeline.nets.artifact import TrainingData
+from pipeline.config.generation import GuardConfig
+from pipeline.data.formats.pixels import ImageStats
+from pipeline.nets.model_files import TrainingData
 
 
 class GuardTripped(Exception):  # noqa: N818 - it is no fault of the program
     """The images are worthless; making more of them is no use. The message says in what way."""
 
 
-def judge(tally: Tally, guards: GuardConfig, reference: TrainingData | None) -> str | None:
+def check_guards(tally: ImageStats, guards: GuardConfig, reference: TrainingData | None) -> str | None:
     """What is wrong with images of this tally, in one line, or None.
 
     `reference` holds the training data's statistics; None where they are no measure (classes chosen by hand).

@@ -11,9 +11,9 @@ from pydantic import Field
 
 from pipeline.config.base import Settings
 from pipeline.config.bounds import Count, Date, Name, Seconds, Sha256, Text
-from pipeline.config.document import parse_document
+from pipeline.config.json_document import parse_document
 from pipeline.errors import DamageError
-from pipeline.generate.board import UnderWay
+from pipeline.generate.coordinator import ShardProgress
 from pipeline.generate.plan import shard
 from pipeline.generate.spec import Spec, canonical
 from pipeline.store import ObjectMissing, Store
@@ -24,7 +24,7 @@ EVERY_SECONDS = 10.0
 STALE_AFTER_SECONDS = 60.0
 
 
-class ShardUnderWay(Settings):
+class ShardInProgress(Settings):
     """A shard that a worker is at."""
 
     shard: Name
@@ -56,7 +56,7 @@ class Heartbeat(Settings):
     """Images in shards that this job has finished."""
     images_per_second: Annotated[float, Field(ge=0)]
     """Mean over the job's life."""
-    under_way: tuple[ShardUnderWay, ...]
+    under_way: tuple[ShardInProgress, ...]
     """Shards its workers are at."""
     failed: dict[Name, Text]
     """Shards given up or to be tried again, with the last error."""
@@ -79,13 +79,13 @@ def make_heartbeat(
     *,
     began_at: Date,
     images_made: int,
-    under_way: Sequence[UnderWay],
+    under_way: Sequence[ShardProgress],
     failed: dict[str, str],
 ) -> Heartbeat:
     """What a driver has to say at this moment."""
     now = time.time()
     units = [
-        ShardUnderWay(
+        ShardInProgress(
             shard=shard(spec, unit.shard).name,
             worker=unit.worker,
             seconds=max(0.0, now - unit.began_at),

@@ -14,9 +14,9 @@ from pydantic import Field
 
 from pipeline.config.base import Settings
 from pipeline.config.bounds import MAX_SHARDS, Bytes, Count, Date, Key, Label, Name, Seconds, Sha256
-from pipeline.config.document import parse_document
+from pipeline.config.json_document import parse_document
 from pipeline.errors import DamageError
-from pipeline.generate.ledger import Harvest
+from pipeline.generate.listing import RecordAggregate
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.spec import Spec, canonical, pretty
 from pipeline.store import ObjectMissing, Store
@@ -29,7 +29,7 @@ _END = b"  ]\n}\n"
 Level = Annotated[float, Field(ge=0, le=255)]
 
 
-class ShardEntry(Settings):
+class ManifestShard(Settings):
     """One shard of a complete generation."""
 
     key: Key
@@ -89,7 +89,7 @@ class Manifest(Settings):
     """When, and how long."""
 
 
-def make_manifest(spec: Spec, harvest: Harvest, class_names: tuple[str, ...] | None) -> Manifest:
+def make_manifest(spec: Spec, harvest: RecordAggregate, class_names: tuple[str, ...] | None) -> Manifest:
     """The manifest of a complete harvest. ValueError when a shard or a sample is lacking."""
     if harvest.num_shards != num_shards(spec) or harvest.images != spec.count:
         raise ValueError(
@@ -114,14 +114,14 @@ def make_manifest(spec: Spec, harvest: Harvest, class_names: tuple[str, ...] | N
     )
 
 
-def make_entries(spec: Spec, harvest: Harvest) -> Iterator[ShardEntry]:
+def make_entries(spec: Spec, harvest: RecordAggregate) -> Iterator[ManifestShard]:
     """Every shard of a complete harvest, in order of its samples."""
     for number in range(num_shards(spec)):
         unit, (size, sha256) = shard(spec, number), harvest.row(number)
-        yield ShardEntry(key=unit.key, first_index=unit.first, count=unit.count, bytes=size, sha256=sha256)
+        yield ManifestShard(key=unit.key, first_index=unit.first, count=unit.count, bytes=size, sha256=sha256)
 
 
-def write_manifest(store: Store, manifest: Manifest, entries: Iterable[ShardEntry]) -> None:
+def write_manifest(store: Store, manifest: Manifest, entries: Iterable[ManifestShard]) -> None:
     """Publish a generation."""
     with tempfile.TemporaryDirectory(prefix="ddpm-manifest-") as scratch:
         path = Path(scratch) / MANIFEST_KEY
@@ -142,13 +142,13 @@ def read_manifest(store: Store) -> Manifest | None:
         return None
 
 
-def read_entries(store: Store) -> Iterator[ShardEntry]:
+def read_entries(store: Store) -> Iterator[ManifestShard]:
     """Every shard that the manifest at a prefix lists, in order. DamageError when one is lacking or is none."""
     where = f"{store.uri}/{MANIFEST_KEY}"
     with store.open(MANIFEST_KEY) as file:
         for place in range(_head(file, where).num_shards):
             line = file.readline().strip().removesuffix(b",")
-            yield parse_document(ShardEntry, line, where, f"a manifest: shards.{place}")
+            yield parse_document(ManifestShard, line, where, f"a manifest: shards.{place}")
         if file.read() != _END:
             raise DamageError(f"{where}: not a manifest (it does not end after its shards)")
 

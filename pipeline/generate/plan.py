@@ -45,7 +45,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SampleBatch:
     """Samples the network sees at once: [first, first + size), of which the first `keep` are wanted."""
 
     first: int
@@ -96,15 +96,15 @@ def end_of(spec: Spec, name: str) -> int | None:
     return count if shard(spec.model_copy(update={"count": count}), number).name == name else None
 
 
-def batches(spec: Spec, unit: Shard) -> Iterator[Batch]:
+def batches(spec: Spec, unit: Shard) -> Iterator[SampleBatch]:
     """The batches of a shard, in order; the sum of their `keep` is the shard's count."""
     nominal_end = unit.first + spec.shard_size
     for first in range(unit.first, unit.first + unit.count, spec.batch_size):
         size = min(spec.batch_size, nominal_end - first)
-        yield Batch(first=first, size=size, keep=min(size, unit.first + unit.count - first))
+        yield SampleBatch(first=first, size=size, keep=min(size, unit.first + unit.count - first))
 
 
-def locate(spec: Spec, index: int) -> tuple[Shard, Batch]:
+def locate(spec: Spec, index: int) -> tuple[Shard, SampleBatch]:
     """The shard and the batch that hold sample `index`. ValueError when the generation does not hold it."""
     offset = index - spec.first_index
     if not 0 <= offset < spec.count:

@@ -9,16 +9,16 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from pipeline.data.shards import read_shard
+from pipeline.data.formats.pixels import Pixels, decode, encode
+from pipeline.data.formats.shards import read_shard
 from pipeline.errors import DamageError, UserError
-from pipeline.generate.engine import Engine, prepare_process, software
-from pipeline.generate.model import FoundModel, find_model
-from pipeline.generate.pixels import Pixels, decode, encode
-from pipeline.generate.plan import Batch, Shard, locate
-from pipeline.generate.records import read_record
+from pipeline.generate.done_records import read_record
+from pipeline.generate.engine import Engine, set_up_torch, software
+from pipeline.generate.model_source import ResolvedModel, find_model
+from pipeline.generate.plan import SampleBatch, Shard, locate
 from pipeline.generate.spec import Spec, make_model_identity
-from pipeline.generate.verify import VerifyReport
-from pipeline.nets.artifact import build_model
+from pipeline.generate.verification import VerifyReport
+from pipeline.nets.model_files import build_model
 from pipeline.store import ObjectMissing, Store, open_store
 
 
@@ -39,7 +39,7 @@ def regenerate(
     found = _model(spec, model)
     _require_device(spec)
     threads = torch.get_num_threads()
-    prepare_process(spec)
+    set_up_torch(spec)
     try:
         engine = Engine(
             spec, build_model(found.card, found.weights, spec.device, where=spec.model.name), found.card
@@ -53,7 +53,7 @@ def regenerate(
         torch.set_num_threads(threads)
 
 
-def _model(spec: Spec, reference: str | None) -> FoundModel:
+def _model(spec: Spec, reference: str | None) -> ResolvedModel:
     if reference is None and spec.model.version is None:
         raise UserError("model: the generation's network came from a folder; name the folder with --model")
     found = find_model(reference or f"{spec.model.name}/{spec.model.version}")
@@ -73,16 +73,16 @@ def _require_device(spec: Spec) -> None:
         )
 
 
-def _choose(spec: Spec, count: int, seed: int) -> dict[tuple[Shard, Batch], list[int]]:
+def _choose(spec: Spec, count: int, seed: int) -> dict[tuple[Shard, SampleBatch], list[int]]:
     picked = random.Random(seed).sample(range(spec.count), min(count, spec.count))
-    places: dict[tuple[Shard, Batch], list[int]] = defaultdict(list)
+    places: dict[tuple[Shard, SampleBatch], list[int]] = defaultdict(list)
     for offset in sorted(picked):
         places[locate(spec, spec.first_index + offset)].append(spec.first_index + offset)
     return places
 
 
 def _compare(
-    store: Store, engine: Engine, unit: Shard, batch: Batch, indexes: list[int], report: VerifyReport
+    store: Store, engine: Engine, unit: Shard, batch: SampleBatch, indexes: list[int], report: VerifyReport
 ) -> None:
     """Make a batch again and note which samples differ. What is missing or torn is in the report already."""
     spec = engine.spec

@@ -4,10 +4,10 @@ import base64
 import html
 import re
 
-from pipeline.generate.contact import grid, png
-from pipeline.generate.gallery import class_name
+from pipeline.data.formats.contact_sheet import grid, png
+from pipeline.data.formats.pixels import Pixels
 from pipeline.generate.manifest import Statistics
-from pipeline.generate.pixels import Pixels
+from pipeline.generate.sample_gallery import class_name
 from pipeline.generate.spec import Spec, pretty
 from pipeline.store import Store
 

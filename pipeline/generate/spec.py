@@ -18,10 +18,10 @@ from pipeline.config.bounds import (
     Sha256,
 )
 from pipeline.config.diffusion import SamplerConfig, check_together
-from pipeline.config.document import parse_document
-from pipeline.config.generate import ClassChoice, SpecSettings, check_plan
+from pipeline.config.generation import ClassChoice, SpecSettings, check_plan
+from pipeline.config.json_document import parse_document
 from pipeline.errors import UserError
-from pipeline.nets.artifact import ModelCard
+from pipeline.nets.model_files import ModelCard
 from pipeline.store import ObjectMissing, Store
 
 SPEC_KEY = "spec.json"

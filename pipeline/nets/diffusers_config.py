@@ -6,7 +6,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig, Target, Variance
-from pipeline.config.document import first_fault
+from pipeline.config.json_document import first_fault
 from pipeline.config.net import UNetConfig
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.errors import UserError

@@ -6,9 +6,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import UserError
-from pipeline.patience import patiently
-from pipeline.store.base import ObjectChanged, ObjectInfo, ObjectMissing, Store, StoreUnreachable
-from pipeline.store.files import FileStore, atomic_file
+from pipeline.retry import retry_during_outage
+from pipeline.store.file_store import FileStore, atomic_file
+from pipeline.store.interface import ObjectChanged, ObjectInfo, ObjectMissing, Store, StoreUnreachable
 from pipeline.store.retry import RetryPolicy
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "atomic_file",
     "file_path",
     "open_store",
-    "patiently",
+    "retry_during_outage",
 ]
 
 
@@ -40,7 +40,7 @@ def open_store(uri: str) -> Store:
     if parts.scheme == "s3":
         if not parts.netloc:
             raise UserError(f"{uri}: no bucket in it; write s3://bucket/prefix")
-        from pipeline.store.s3 import (
+        from pipeline.store.s3_store import (
             S3Store,
         )  # boto3 takes a quarter of a second to import: only who needs it
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pipeline.tally import count
+from pipeline.telemetry.counters import increment
 
 T = TypeVar("T")
 
@@ -43,5 +43,5 @@ def retrying(policy: RetryPolicy, may_retry: Callable[[Exception], bool], action
             failures += 1
             if failures >= policy.attempts or not may_retry(error):
                 raise
-            count("store_retries")
+            increment("store_retries")
             time.sleep(policy.pause_seconds(failures))

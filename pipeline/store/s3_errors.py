@@ -10,8 +10,8 @@ import botocore.exceptions as boto_errors
 import urllib3.exceptions
 from botocore.parsers import ResponseParserError
 
-from pipeline.errors import DamageError, NoRoom, UserError
-from pipeline.store.base import ObjectChanged, ObjectMissing, StoreUnreachable
+from pipeline.errors import DamageError, DiskFull, UserError
+from pipeline.store.interface import ObjectChanged, ObjectMissing, StoreUnreachable
 
 MOST_WORDS = 200  # of a service's own message
 MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
@@ -165,7 +165,7 @@ def refusal(error: boto_errors.ClientError, uri: str, bucket: str, key: str, end
     region = _region(error)
     if remedy == _REGION and region:
         what, remedy = f"the bucket is in region {region}", f"set AWS_REGION={region}"
-    kind = NoRoom if remedy == _MORE else UserError
+    kind = DiskFull if remedy == _MORE else UserError
     return kind(f"{where}: {what} ({endpoint} says {code}{_words(error)}); {remedy}")
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from pipeline.store.retry import RetryPolicy
-from pipeline.tally import count
+from pipeline.telemetry.counters import increment
 
 READ_ALL_CHUNK_BYTES = 1 << 20  # io's own is 8 KiB: a hundred times the calls
 
@@ -100,7 +100,7 @@ class ResumingStream(io.RawIOBase):
                 self._failures += 1
                 if self._failures >= self._policy.attempts or not self._may_retry(error):
                     raise
-                count("store_retries")
+                increment("store_retries")
                 time.sleep(self._policy.pause_seconds(self._failures))
 
     def _drop_body(self) -> None:

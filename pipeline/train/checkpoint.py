@@ -28,10 +28,10 @@ from torch import Tensor
 
 from pipeline.config.base import Settings
 from pipeline.config.bounds import Bytes, Name, Sha256
-from pipeline.config.document import parse_document
-from pipeline.disk import told_at
+from pipeline.config.json_document import parse_document
+from pipeline.disk_errors import disk_errors_at
 from pipeline.errors import DamageError
-from pipeline.store import ObjectMissing, Store, patiently
+from pipeline.store import ObjectMissing, Store, retry_during_outage
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,10 @@ def save_checkpoint(
     store: Store, step: int, tensors: Mapping[str, Tensor], identity: str, eval_loss: float | None = None
 ) -> Record:
     """Write a checkpoint: the state first, its record last."""
-    with told_at(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+    with (
+        disk_errors_at(tempfile.gettempdir()),
+        tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder,
+    ):
         file = Path(folder) / STATE
         save_file(dict(tensors), file)
         digest, size = _sha256(file)
@@ -85,7 +88,10 @@ def load_checkpoint(store: Store, step: int) -> Checkpoint:
     """Read one checkpoint. Raises DamageError when it is not what its record says, ObjectMissing when absent."""
     record = load_record(store, step)
     _require_size(store, step, record)
-    with told_at(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+    with (
+        disk_errors_at(tempfile.gettempdir()),
+        tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder,
+    ):
         file = Path(folder) / STATE
         store.download(_key(step, STATE), file)
         digest, size = _sha256(file)
@@ -232,8 +238,12 @@ class CheckpointWriter:
 
     def _write(self, step: int, tensors: dict[str, Tensor], eval_loss: float | None) -> None:
         try:
-            patiently(lambda: save_checkpoint(self._store, step, tensors, self._identity, eval_loss))
-            patiently(lambda: prune_checkpoints(self._store, self._keep_last, self._spared, self._keep_best))
+            retry_during_outage(
+                lambda: save_checkpoint(self._store, step, tensors, self._identity, eval_loss)
+            )
+            retry_during_outage(
+                lambda: prune_checkpoints(self._store, self._keep_last, self._spared, self._keep_best)
+            )
         except Exception as error:  # noqa: BLE001  (handed to the training thread, which raises it)
             self._error = error
 

@@ -16,23 +16,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config.train import TrainConfig
-from pipeline.data import Batch
+from pipeline.config.training import TrainConfig
+from pipeline.data.reading.loader import Batch
 from pipeline.diffusion import LossTerms, NoiseSchedule, from_uint8, training_loss
 from pipeline.diffusion.noise import Stream, normal, randint, uniform
-from pipeline.errors import WorkFailed
+from pipeline.errors import JobError
 from pipeline.nets import DropoutKeys
-from pipeline.train.lr import learning_rate
+from pipeline.train.learning_rate import learning_rate
 from pipeline.train.memory import out_of_memory
 from pipeline.train.state import TrainState
-from pipeline.train.window import Window
+from pipeline.train.step_metrics import StepMetrics
 
 log = logging.getLogger(__name__)
 
 MOST_NAMED = 20
 
 
-class NonFiniteError(WorkFailed):
+class NonFiniteError(JobError):
     """Too many steps whose gradient was infinite or NaN; the message names the positions that it came from."""
 
 
@@ -47,7 +47,7 @@ class Trainer:
     device: torch.device
     world: int
 
-    def steps(self, state: TrainState, batches: Iterable[Batch], window: Window) -> Iterator[int]:
+    def steps(self, state: TrainState, batches: Iterable[Batch], window: StepMetrics) -> Iterator[int]:
         """Take a step for every batch; yields the number of finished steps. `window` is filled on the way."""
         for batch in batches:
             window.wait_seconds += batch.wait_seconds
@@ -75,7 +75,7 @@ class Trainer:
             )
 
 
-def train_step(trainer: Trainer, state: TrainState, batch: Batch, window: Window) -> float:
+def train_step(trainer: Trainer, state: TrainState, batch: Batch, window: StepMetrics) -> float:
     """One optimiser step on this worker's share of the global batch. Returns the global gradient norm.
 
     A non-finite gradient is the same on every worker once summed, so all skip the step alike.

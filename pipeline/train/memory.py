@@ -11,9 +11,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline.config.train import TrainConfig, WorkerConfig
+from pipeline.config.training import TrainConfig, WorkerConfig
 from pipeline.errors import UserError
-from pipeline.train.estimate import activation_bytes, state_memory
+from pipeline.train.requirements import activation_bytes, state_memory
 
 USABLE_SHARE = 0.8
 """Of a device's memory; the rest is the runtime's, the libraries', and lost between allocations."""

@@ -6,20 +6,20 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pipeline.data import Loader
-from pipeline.logs import name_process
-from pipeline.meters import Meters
+from pipeline.data.reading.loader import Loader
+from pipeline.data.reading.outages import resilient_batches
+from pipeline.telemetry.logs import name_process
+from pipeline.telemetry.prometheus import JobMetrics
 from pipeline.train.checkpoint import CheckpointWriter
-from pipeline.train.diary import Diary
-from pipeline.train.evaluation import FixedEvaluation
-from pipeline.train.feed import patient_batches
-from pipeline.train.grid import draw_grid
+from pipeline.train.checkpoint_eval import FixedEvaluation
+from pipeline.train.learning_rate import learning_rate
 from pipeline.train.loop import Trainer
-from pipeline.train.lr import learning_rate
 from pipeline.train.memory import largest_micro_batch
+from pipeline.train.run_logger import RunLogger
+from pipeline.train.sample_grid import draw_grid
 from pipeline.train.state import TrainState
-from pipeline.train.vote import StopVote
-from pipeline.train.window import Window
+from pipeline.train.step_metrics import StepMetrics
+from pipeline.train.stop_vote import StopVote
 
 OnProgress = Callable[[int, int, str], None]
 """Hears (finished steps, all steps, a short text)."""
@@ -56,16 +56,16 @@ class Session:
         self,
         trainer: Trainer,
         state: TrainState,
-        diary: Diary,
+        diary: RunLogger,
         writer: CheckpointWriter,
         driver: Driver | None,
     ) -> None:
         """`driver`: given on rank 0, which draws, saves and reports; None on the others."""
         self._trainer, self._state, self._diary, self._writer = trainer, state, diary, writer
         self._driver = driver
-        self._window = Window(trainer.schedule.T, trainer.device)
+        self._window = StepMetrics(trainer.schedule.T, trainer.device)
         self._vote = StopVote()
-        self._meters = Meters("train", trainer.config.name)
+        self._meters = JobMetrics("train", trainer.config.name)
         self._evaluation: FixedEvaluation | None = None
 
     def run(self, loader: Loader, tensors: Mapping[str, Tensor]) -> None:
@@ -80,7 +80,7 @@ class Session:
             self._evaluation = FixedEvaluation(self._trainer, loader.config, loader.index)
         if state.step == 0:
             self._draw()
-        batches = patient_batches(loader, state.step, config.steps)
+        batches = resilient_batches(loader, state.step, config.steps)
         for step in self._trainer.steps(state, batches, self._window):
             name_process(step=step)
             last = step == config.steps
@@ -109,7 +109,7 @@ class Session:
         metrics["train/lr"] = learning_rate(config.optimizer, step - 1, config.steps)
         metrics["perf/micro_batch"] = largest_micro_batch(config, self._trainer.world)
         self._window.reset()
-        self._meters.add_tallied()
+        self._meters.add_counted()
         if self._driver is None:
             return
         # the first point of a training would flatten every chart: the loss falls from 1, caches are cold

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.train import EMAConfig, OptimizerConfig, TrainConfig
+from pipeline.config.training import EMAConfig, OptimizerConfig, TrainConfig
 from pipeline.errors import DamageError
 from pipeline.nets import ConstantEMA, PowerEMA, UNet, WeightAverage, seeded_init
 

@@ -8,12 +8,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config.train import TrainConfig
-from pipeline.data import Batch, Loader, load_index
+from pipeline.config.training import TrainConfig
+from pipeline.data.index import load_index
+from pipeline.data.reading.loader import Batch, Loader
 from pipeline.diffusion import NoiseSchedule
-from pipeline.errors import DamageError, WorkFailed
-from pipeline.logs import name_process
-from pipeline.store import ObjectMissing, Store, open_store, patiently
+from pipeline.errors import DamageError, JobError
+from pipeline.store import ObjectMissing, Store, open_store, retry_during_outage
+from pipeline.telemetry.logs import name_process
 from pipeline.train.checkpoint import (
     MOST_LOOKS,
     Checkpoint,
@@ -21,17 +22,17 @@ from pipeline.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
 )
-from pipeline.train.diary import Diary
-from pipeline.train.initial import staged_weights
+from pipeline.train.finetune import staged_weights
 from pipeline.train.loop import Trainer, chunk_loss, micro_batches
 from pipeline.train.memory import with_micro_batch
-from pipeline.train.node import node_watched
+from pipeline.train.node_metrics import log_node_metrics
+from pipeline.train.run_logger import RunLogger
 from pipeline.train.session import Driver, Session
 from pipeline.train.state import TrainState, initial_state
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainTask:
     """What every worker is told: plain data, the same for all."""
 
     config: TrainConfig
@@ -55,7 +56,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerContext:
     """Where in the group of workers this one stands."""
 
     rank: int
@@ -65,7 +66,7 @@ class Place:
     """Name of the node, on the one worker that reads its load; None on the others."""
 
 
-def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
+def train_worker(task: TrainTask, place: WorkerContext, driver: Driver | None) -> None:
     """Train from the last whole checkpoint to the last step, or until `driver`, given on rank 0, says stop.
 
     Raises DamageError for data that is not what the driver saw, NonFiniteError for a training gone wrong.
@@ -88,9 +89,9 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
         world=place.world,
     )
     run_id = task.run_id if place.rank == 0 else None
-    watched = node_watched(task.tracking_uri, task.run_id, place.node, task.started_seconds, config.track)
+    watched = log_node_metrics(task.tracking_uri, task.run_id, place.node, task.started_seconds, config.track)
     with (
-        Diary(task.tracking_uri, run_id, config.track) as diary,
+        RunLogger(task.tracking_uri, run_id, config.track) as diary,
         watched,
         closing(_loader(task, place)) as loader,
     ):
@@ -102,7 +103,7 @@ def train_worker(task: Task, place: Place, driver: Driver | None) -> None:
         Session(trainer, state, diary, writer, driver).run(loader, tensors)
 
 
-def _check_belonging(task: Task, checkpoint: Checkpoint | None) -> None:
+def _check_belonging(task: TrainTask, checkpoint: Checkpoint | None) -> None:
     """Raise DamageError where this training would begin anew, or go on from another's state, without a word."""
     if checkpoint is None and task.finished_steps:
         raise DamageError(
@@ -116,14 +117,14 @@ def _check_belonging(task: Task, checkpoint: Checkpoint | None) -> None:
         )
 
 
-def _starting_point(store: Store, place: Place) -> Checkpoint | None:
+def _starting_point(store: Store, place: WorkerContext) -> Checkpoint | None:
     """The newest whole checkpoint as rank 0 finds it, on every rank; None for a training that begins.
 
     Each looking for itself might find another: a writer of the group before may still be publishing or deleting. Where
     it deletes what rank 0 found before another rank has read it, all look again.
     """
     for _ in range(MOST_LOOKS):
-        found = patiently(lambda: latest_checkpoint(store)) if place.rank == 0 else None
+        found = retry_during_outage(lambda: latest_checkpoint(store)) if place.rank == 0 else None
         if place.world == 1:
             return found
         step = _told_by_rank_0(-1 if found is None else found.record.step, place)
@@ -132,41 +133,41 @@ def _starting_point(store: Store, place: Place) -> Checkpoint | None:
         found = found or _still_there(store, step)
         if _all_have(found is not None, place):
             return found
-    raise WorkFailed(
+    raise JobError(
         f"{store.uri}: each checkpoint was deleted before all workers had read it; does another job write there?"
     )
 
 
 def _still_there(store: Store, step: int) -> Checkpoint | None:
     try:
-        return patiently(lambda: load_checkpoint(store, step))
+        return retry_during_outage(lambda: load_checkpoint(store, step))
     except ObjectMissing:
         return None
 
 
-def _all_have(one: bool, place: Place) -> bool:
+def _all_have(one: bool, place: WorkerContext) -> bool:
     """Whether every rank says so. A collective call."""
     votes = torch.tensor([int(one)], dtype=torch.int64, device=place.device)
     dist.all_reduce(votes, dist.ReduceOp.MIN)
     return bool(votes)
 
 
-def _told_by_rank_0(number: int, place: Place) -> int:
+def _told_by_rank_0(number: int, place: WorkerContext) -> int:
     """Rank 0's `number`, on every rank. A collective call."""
     told = torch.tensor([number], dtype=torch.int64, device=place.device)
     dist.broadcast(told, src=0)
     return int(told)
 
 
-def _loader(task: Task, place: Place) -> Loader:
+def _loader(task: TrainTask, place: WorkerContext) -> Loader:
     config = task.config
-    index = patiently(lambda: load_index(config.data.uri))
+    index = retry_during_outage(lambda: load_index(config.data.uri))
     if index.digest != task.data_digest:
         raise DamageError(f"{config.data.uri}: its index changed since the job began; start the job again")
     return Loader(config.data, index, config.seed, config.global_batch, place.rank, place.world)
 
 
-def _shared(net: nn.Module, config: TrainConfig, place: Place) -> nn.Module:
+def _shared(net: nn.Module, config: TrainConfig, place: WorkerContext) -> nn.Module:
     """The network as the workers share it: gradients are averaged over them."""
     if config.compile:
         net.compile()
@@ -177,7 +178,7 @@ def _shared(net: nn.Module, config: TrainConfig, place: Place) -> nn.Module:
     return DistributedDataParallel(net, device_ids=devices, init_sync=False)
 
 
-def _prime(trainer: Trainer, state: TrainState, place: Place) -> None:
+def _prime(trainer: Trainer, state: TrainState, place: WorkerContext) -> None:
     """One forward and backward pass whose gradient is thrown away.
 
     DDP regroups the gradients it sends together after its first pass, and with three or more workers the grouping

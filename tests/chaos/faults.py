@@ -15,7 +15,7 @@ import psutil
 from infra.local import LocalStack
 from infra.local.processes import kill
 from infra.local.stack import Node
-from infra.local.state import read_state
+from infra.local.stack_state import read_state
 from tests.chaos.works import Work
 from tests.driving import ray_workers
 from tests.relay import Mode, Relay

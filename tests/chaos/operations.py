@@ -13,14 +13,14 @@ from jobs.promote import BEFORE_TAG, VERDICT_TAG, champion_of
 from jobs.promote import run as promote
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
-from pipeline.config.evaluate import FeaturesConfig, PromoteConfig
-from pipeline.config.nightly import NightlyConfig
-from pipeline.data import load_index
-from pipeline.evaluate.history import read_latest, read_nights
-from pipeline.evaluate.train_features import train_features
+from pipeline.config.evaluation import FeaturesConfig, PromoteConfig
+from pipeline.config.nights import NightlyConfig
+from pipeline.data.index import load_index
+from pipeline.features.train_classifier import train_features
+from pipeline.nightly.history import read_latest, read_nights
 from pipeline.store import open_store
-from pipeline.track import find_run, open_run, register, set_alias, set_tags, versions
-from pipeline.track.run import HEARTBEAT_TAG
+from pipeline.tracking import find_run, open_run, register, set_alias, set_tags, versions
+from pipeline.tracking.run import HEARTBEAT_TAG
 from tests.chaos.works import Fingerprint, Generation, Work
 from tests.driving import Driver
 from tests.generate.tiny import contents, settings, tiny_card, tiny_model

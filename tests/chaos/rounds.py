@@ -13,7 +13,7 @@ from pathlib import Path
 
 from infra.local import LocalStack
 from pipeline.config.data import PackConfig
-from pipeline.data import pack
+from pipeline.data.packing.pack_dataset import pack
 from tests.chaos.faults import FAULTS, Fault, Scene
 from tests.chaos.operations import OPERATIONS, Shared
 from tests.chaos.works import Fingerprint, Generation, Training, Work, differences

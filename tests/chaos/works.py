@@ -9,14 +9,14 @@ from typing import Protocol
 
 import boto3
 
-from pipeline.config.generate import GenerateConfig
-from pipeline.config.train import TrainConfig
-from pipeline.generate.verify import verify
+from pipeline.config.generation import GenerateConfig
+from pipeline.config.training import TrainConfig
+from pipeline.generate.verification import verify
 from pipeline.store import open_store
-from pipeline.track import find_run, resolve, tracking_client
+from pipeline.tracking import find_run, resolve, tracking_client
 from pipeline.train.checkpoint import finished_steps, latest_checkpoint
-from pipeline.train.diary import TENSOR as UNDELIVERED
-from pipeline.train.prepare import prepare
+from pipeline.train.run_logger import TENSOR as UNDELIVERED
+from pipeline.train.training_plan import plan_training
 from tests.driving import Driver
 from tests.generate.tiny import contents, settings
 from tests.train.tiny import tiny
@@ -64,7 +64,7 @@ class Training:
             track={"experiment": f"chaos-{name}", "send_interval_seconds": 0.2},
         )
         self._folder = folder
-        self._plan = prepare(self.config)
+        self._plan = plan_training(self.config)
 
     def start(self, variables: Mapping[str, str]) -> None:
         self.driver = Driver("train", self.config, self._folder, variables)

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.data import inspect, load_index
-from pipeline.generate.verify import verify
-from pipeline.train.alone import train_alone
+from pipeline.data.index import load_index
+from pipeline.data.packing.inspect_dataset import inspect
+from pipeline.generate.verification import verify
 from pipeline.train.checkpoint import latest_checkpoint
-from pipeline.train.prepare import prepare
-from pipeline.train.worker import Task
+from pipeline.train.local import train_local
+from pipeline.train.training_plan import plan_training
+from pipeline.train.worker import TrainTask
 from tests.train.tiny import tiny
 
 STORED = Path(__file__).parent / "v0.1.0"
@@ -47,10 +48,10 @@ def test_a_training_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(
 ) -> None:
     ends: list[dict[str, torch.Tensor]] = []
     for runs, expected in ((f"{stored}/runs", 9), (f"file://{tmp_path}/new", 0)):
-        plan = prepare(tiny(f"{stored}/data", runs))
+        plan = plan_training(tiny(f"{stored}/data", runs))
         assert (plan.identity, plan.finished_steps) == ("86073595ece0", expected)
-        task = Task(plan.config, plan.identity, plan.store.uri, plan.index.digest)
-        train_alone(task, lambda *_: None, threading.Event())
+        task = TrainTask(plan.config, plan.identity, plan.store.uri, plan.index.digest)
+        train_local(task, lambda *_: None, threading.Event())
         checkpoint = latest_checkpoint(plan.store)
         assert checkpoint is not None
         ends.append(dict(checkpoint.tensors))

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.sections import SECTIONS
-from jobs.shell import Call, preset_file, presets, settings_of
+from jobs.config_sections import SECTIONS
+from jobs.runner import JobArguments, preset_file, presets, settings_of
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
 from pipeline.config.diffusion import check_together
-from pipeline.config.generate import GenerateConfig, SampleConfig
+from pipeline.config.generation import GenerateConfig, SampleConfig
 from pipeline.config.load import _kinds, _override, described_settings, load_settings, setting_names
 from pipeline.config.net import UNetConfig
-from pipeline.config.train import TrainConfig, WorkerConfig
+from pipeline.config.training import TrainConfig, WorkerConfig
 from pipeline.errors import UserError
 from pipeline.nets import UNet, parameter_count
 
@@ -38,7 +38,7 @@ def refusal(*overrides: str) -> str:
 
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_every_preset_resolves_to_valid_settings_that_fit_together(name: str) -> None:
-    call = Call(preset=name)
+    call = JobArguments(preset=name)
     train = settings_of(TrainConfig, "train", call)
     generate = settings_of(GenerateConfig, "generate", call)
     assert settings_of(PackConfig, "pack", call).dest == train.data.uri
@@ -52,7 +52,7 @@ def test_the_papers_networks_have_the_papers_sizes() -> None:
         ("ddpm-cifar10", UNetConfig.ddpm_cifar10(), 35_746_307),
         ("ddpm-256", UNetConfig.ddpm_256(), 113_673_219),
     ]:
-        train = settings_of(TrainConfig, "train", Call(preset=name))
+        train = settings_of(TrainConfig, "train", JobArguments(preset=name))
         assert train.net == config
         with torch.device("meta"):
             assert parameter_count(UNet(train.net)) == count

@@ -11,7 +11,11 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config.data import DataConfig, PackConfig
-from pipeline.data import Batch, Index, Loader, build_index, pack, write_shard
+from pipeline.data.formats.shards import write_shard
+from pipeline.data.index import Index
+from pipeline.data.packing.build_index import build_index
+from pipeline.data.packing.pack_dataset import pack
+from pipeline.data.reading.loader import Batch, Loader
 from pipeline.store import Store, open_store
 
 

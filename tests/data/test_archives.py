@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.data import PackConfig
-from pipeline.data import pack
-from pipeline.data.sources import read_item
-from pipeline.data.spread import Spread
-from pipeline.errors import NoRoom, UserError
+from pipeline.data.packing.pack_dataset import pack
+from pipeline.data.packing.sources import read_item
+from pipeline.errors import DiskFull, UserError
+from pipeline.parallel import ParallelMap
 from tests.data.making import encoded, folder, picture
 from tests.data.test_sources import labels, opened
 
@@ -119,9 +119,9 @@ def test_a_copy_that_cannot_fit_is_refused_before_it_begins(
     room = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: room._replace(free=needed - 1))
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.data.archives.Spool.add", refuse_to_copy)
+        patched.setattr("pipeline.data.packing.archives.TemporaryCopies.add", refuse_to_copy)
         patched.setattr("shutil.copyfileobj", refuse_to_copy)
-        with pytest.raises(NoRoom, match=r"take at least [0-9,]+ bytes in .* are free; set TMPDIR"):
+        with pytest.raises(DiskFull, match=r"take at least [0-9,]+ bytes in .* are free; set TMPDIR"):
             opened(source)
     monkeypatch.setattr("shutil.disk_usage", lambda _: room)
     found = opened(source)
@@ -130,7 +130,7 @@ def test_a_copy_that_cannot_fit_is_refused_before_it_begins(
 
 
 def test_a_source_that_is_copied_is_opened_by_this_process_alone(tmp_path: Path) -> None:
-    def nobody(config: PackConfig, count: int) -> AbstractContextManager[Spread]:
+    def nobody(config: PackConfig, count: int) -> AbstractContextManager[ParallelMap]:
         raise AssertionError(f"{count} pictures of {config.source} were given away")
 
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tarred(None, ("cat/1.png", PICTURES[0]))))

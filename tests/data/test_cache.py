@@ -15,10 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import Index, build_index, load_index, write_shard
-from pipeline.data.cache import ADMISSION, CacheAccess, Prefetcher, ShardCache, require_room
-from pipeline.data.index import read_table
-from pipeline.data.order import GlobalOrder
+from pipeline.data.formats.shards import write_shard
+from pipeline.data.index import Index, load_index, read_table
+from pipeline.data.packing.build_index import build_index
+from pipeline.data.reading.order import GlobalOrder
+from pipeline.data.reading.shard_cache import (
+    ADMISSION,
+    CacheAccess,
+    Prefetcher,
+    ShardCache,
+    require_cache_space,
+)
 from pipeline.errors import DamageError, UserError
 from pipeline.store import FileStore, open_store
 from tests.data.making import batches, by_position, read_through, sample, small_set
@@ -222,8 +229,8 @@ def test_a_limit_below_two_windows_is_refused_with_the_number_to_set(uri: str) -
     index = small_set(uri, SHARDS)
     largest = max(shard.plain_bytes for shard in index.shards)
     with pytest.raises(UserError, match=rf"data\.cache_bytes: 1000 .* set it to {4 * largest} or more"):
-        require_room(index, 2, 1000)
-    require_room(index, 2, 4 * largest)
+        require_cache_space(index, 2, 1000)
+    require_cache_space(index, 2, 4 * largest)
 
 
 def compressed_set(uri: str, counts: tuple[int, ...]) -> Index:

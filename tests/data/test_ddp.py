@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config.data import DataConfig
-from pipeline.data import Loader, load_index
+from pipeline.data.index import load_index
+from pipeline.data.reading.loader import Loader
 from tests.data.making import digits
 
 BATCH, WORLD = 7, 5

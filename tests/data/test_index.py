@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data import build_index, index_shard, load_index, plan_index, scan, write_shard
-from pipeline.data.index import read_table
+from pipeline.data.formats.shards import write_shard
+from pipeline.data.index import load_index, read_table
 from pipeline.data.location import Location, expand
+from pipeline.data.packing import scan_shard
+from pipeline.data.packing.build_index import build_index, plan_index
+from pipeline.data.packing.scan_shard import index_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.store import open_store
 from tests.data.making import batches, by_position, encoded, picture, sample, small_set
@@ -42,7 +45,8 @@ def test_an_index_copied_with_its_data_is_good_there(tmp_path: Path, uri: str) -
 
 
 def test_an_index_made_shard_by_shard_is_the_one_made_at_once(uri: str) -> None:
-    from pipeline.data import assemble_index, shards_to_index
+    from pipeline.data.index import assemble_index
+    from pipeline.data.packing.build_index import shards_to_index
 
     whole = small_set(uri)
     location, found = shards_to_index(uri)
@@ -307,7 +311,7 @@ def test_a_picture_that_claims_to_be_huge_is_refused(uri: str) -> None:
 
 def test_a_gzip_bomb_is_stopped(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        scan, "MAX_EXPANSION", 4
+        scan_shard, "MAX_EXPANSION", 4
     )  # of at least 1 MiB: what is below it may expand as it likes
     open_store(uri).write("0.tar.gz", gzip.compress(write_shard([("zeros", {"png": bytes(5 << 20)})])))
     with pytest.raises(DamageError, match="decompression bomb"):

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from jobs import dataset
-from pipeline.data import inspect, load_index, plan_index, read_forward, write_shard
-from pipeline.data.download import download_data_set
+from pipeline.data.formats.shards import write_shard
+from pipeline.data.index import load_index
+from pipeline.data.packing.build_index import plan_index
+from pipeline.data.packing.inspect_dataset import inspect
+from pipeline.data.reading.download_dataset import download_data_set
+from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import DamageError, UserError
 from pipeline.store import FileStore, file_path, open_store
 from tests.data.making import batches, by_position, sample, small_set
@@ -50,7 +54,7 @@ def test_a_read_only_folder_is_indexed_elsewhere_and_read_as_any_other_set(
     assert (index.uri, index.shards_uri) == (dest, shards)
     for settings in ({}, {"memory_bytes": 0, "num_workers": 1}, {"cache_dir": str(tmp_path / "cache")}):
         assert by_position(batches(index, 0, 9, **settings)) == by_position(batches(beside, 0, 9))
-    whole, other = list(read_forward(index)), list(read_forward(beside))
+    whole, other = list(read_sequential(index)), list(read_sequential(beside))
     assert [(s.key, s.label, s.pixels.tobytes()) for s in whole] == [
         (s.key, s.label, s.pixels.tobytes()) for s in other
     ]
@@ -66,7 +70,7 @@ def test_paths_relative_to_the_working_folder_are_kept_in_full(
     monkeypatch.chdir("/")
     index = load_index(str(tmp_path / "here"))
     assert index.shards_uri == f"{shards}/{{000..001}}.tar"
-    assert len(list(read_forward(index))) == sum(COUNTS[:2])
+    assert len(list(read_sequential(index))) == sum(COUNTS[:2])
 
 
 def test_new_shards_are_noticed_and_the_same_place_is_indexed_again(shards: str, dest: str) -> None:
@@ -90,7 +94,7 @@ def test_a_download_brings_shards_and_index_together(shards: str, dest: str, tmp
     index, _ = download_data_set(dest, str(tmp_path / "copy"), False, lambda done, total: None)
     copy = load_index((tmp_path / "copy").as_uri())
     assert (copy.digest, copy.shards_uri) == (index.digest, None)
-    assert len(list(read_forward(copy))) == sum(COUNTS)
+    assert len(list(read_sequential(copy))) == sum(COUNTS)
 
 
 def test_a_place_that_holds_anything_else_is_refused(shards: str, dest: str, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from pipeline.config.data import DataConfig
-from pipeline.data import Index, Loader, build_index, load_index
-from pipeline.data.samples import SampleSource
-from pipeline.data.ways import open_access
+from pipeline.data.index import Index, load_index
+from pipeline.data.packing.build_index import build_index
+from pipeline.data.reading.loader import Loader
+from pipeline.data.reading.open_access import open_shard_access
+from pipeline.data.reading.samples import SampleSource
 from pipeline.errors import DamageError, UserError
 from pipeline.store import open_store
 from tests.data.making import batches, by_position, digits, picture, small_set
@@ -75,7 +77,7 @@ def test_all_ways_of_reading_give_the_same(any_uri: str, tmp_path: Path) -> None
 def test_the_way_of_reading_follows_store_and_settings(prefix: str, uri: str, tmp_path: Path) -> None:
     def way(index: Index, **settings: object) -> str:
         config = DataConfig.model_validate({"uri": index.uri, "window_shards": 2, **settings})
-        return type(open_access(config, index, config.memory_bytes)).__name__
+        return type(open_shard_access(config, index, config.memory_bytes)).__name__
 
     local, remote = small_set(uri), small_set(prefix)
     assert way(local, cache_dir=str(tmp_path)) == "FileAccess"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.npy import decode_npy, encode_npy, read_header
+from pipeline.data.formats.npy import decode_npy, encode_npy, read_header
 from pipeline.errors import DamageError
 
 SHAPES = st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple)

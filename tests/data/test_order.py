@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.order import GlobalOrder, rank_slice
+from pipeline.data.reading.order import GlobalOrder, rank_slice
 
 
 def rows_of(order: GlobalOrder, start: int, stop: int) -> np.ndarray:

@@ -16,8 +16,10 @@ import yaml
 from PIL import Image
 
 from pipeline.config.data import PackConfig
-from pipeline.data import inspect, load_index, pack, read_forward
-from pipeline.data.pack import held_out_uri
+from pipeline.data.index import load_index
+from pipeline.data.packing.inspect_dataset import inspect
+from pipeline.data.packing.pack_dataset import held_out_uri, pack
+from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import DamageError, UserError
 from pipeline.store import open_store
 from tests.data.making import digits, encoded, folder, picture, sixty
@@ -31,7 +33,7 @@ def contents(uri: str) -> dict[str, bytes]:
 
 def pixels_of(uri: str) -> dict[bytes, int]:
     """Pixels to label."""
-    return {sample.pixels.tobytes(): sample.label for sample in read_forward(load_index(uri))}
+    return {sample.pixels.tobytes(): sample.label for sample in read_sequential(load_index(uri))}
 
 
 def test_the_digits_are_packed_as_they_are(any_uri: str) -> None:
@@ -49,7 +51,7 @@ def test_the_digits_are_packed_as_they_are(any_uri: str) -> None:
     }
     assert pixels_of(any_uri) == wanted
     values = np.concatenate(
-        [np.frombuffer(p, np.uint8) for p in (s.pixels.tobytes() for s in read_forward(index))]
+        [np.frombuffer(p, np.uint8) for p in (s.pixels.tobytes() for s in read_sequential(index))]
     )
     assert index.channel_mean == pytest.approx([values.mean()])
     assert index.channel_std == pytest.approx([values.std()])
@@ -70,7 +72,7 @@ def test_no_shard_holds_one_class_only(uri: str, tmp_path: Path) -> None:
     pack(PackConfig(source=str(tmp_path / "in"), dest=uri, shard_size=30))
     index = load_index(uri)
     for shard in range(3):
-        labels = [s.label for s in read_forward(index, [shard])]
+        labels = [s.label for s in read_sequential(index, [shard])]
         assert set(labels) == {0, 1, 2}
 
 
@@ -170,7 +172,7 @@ def test_pictures_are_scaled_with_anti_aliasing_and_the_middle_is_kept(uri: str,
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "stripes.png").write_bytes(encoded(stripes))
     pack(PackConfig(source=str(tmp_path / "in"), dest=uri, image_size=8, resize_filter="box"))
-    (sample,) = read_forward(load_index(uri))
+    (sample,) = read_sequential(load_index(uri))
     assert sample.pixels.shape == (8, 8, 3)
     assert np.abs(sample.pixels.astype(int) - 127).max() <= 1
 
@@ -196,7 +198,7 @@ def test_every_kind_of_pixel_becomes_the_wanted_channels(
     image.save(tmp_path / "in" / "x.png")
     config = {"source": str(tmp_path / "in"), "dest": uri, "channels": channels, "background": (10, 20, 30)}
     pack(PackConfig.model_validate(config))
-    (sample,) = read_forward(load_index(uri))
+    (sample,) = read_sequential(load_index(uri))
     assert (sample.pixels == wanted).all()
 
 
@@ -207,7 +209,7 @@ def test_a_photograph_turned_by_its_camera_is_put_upright(uri: str, tmp_path: Pa
     (tmp_path / "in").mkdir()
     image.save(tmp_path / "in" / "x.webp", lossless=True, exif=exif)
     pack(PackConfig(source=str(tmp_path / "in"), dest=uri))
-    (sample,) = read_forward(load_index(uri))
+    (sample,) = read_sequential(load_index(uri))
     assert np.array_equal(sample.pixels, np.rot90(np.asarray(image), -1))
 
 
@@ -379,14 +381,14 @@ def test_inspect_finds_all_damage_and_goes_on(uri: str) -> None:
 def test_a_set_read_forward_gives_each_sample_once_and_notices_a_change(any_uri: str) -> None:
     sixty(any_uri, payload="npy")
     index = load_index(any_uri)
-    assert len([s.key for s in read_forward(index)]) == len({s.key for s in read_forward(index)}) == 60
+    assert len([s.key for s in read_sequential(index)]) == len({s.key for s in read_sequential(index)}) == 60
     store = open_store(any_uri)
     data = store.read("shards/000001.tar")
     store.write("shards/000001.tar", data[:700] + bytes([data[700] ^ 1]) + data[701:])
     with pytest.raises(DamageError, match=r"000001\.tar"):
-        list(read_forward(index))
+        list(read_sequential(index))
     with pytest.raises(DamageError, match=r"000001\.tar: its SHA-256"):
-        list(read_forward(index.model_copy(update={"made_at": "elsewhere"}), [1]))
+        list(read_sequential(index.model_copy(update={"made_at": "elsewhere"}), [1]))
 
 
 def test_a_tar_of_png_and_one_of_npy_hold_the_same_pixels(uri: str) -> None:
@@ -409,7 +411,7 @@ def test_a_pictures_side_follows_from_its_bytes_and_survives_more_pictures(tmp_p
         return str(folder)
 
     def levels(uri: str) -> list[int]:
-        return sorted(int(sample.pixels[0, 0, 0]) for sample in read_forward(load_index(uri)))
+        return sorted(int(sample.pixels[0, 0, 0]) for sample in read_sequential(load_index(uri)))
 
     few, many = pictures(tmp_path / "few", range(60)), pictures(tmp_path / "many", range(120))
     sides: list[tuple[list[int], list[int]]] = []

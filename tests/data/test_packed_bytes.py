@@ -10,9 +10,12 @@ import pytest
 from PIL import Image
 
 from pipeline.config.data import PackConfig
-from pipeline.data import load_index, pack, read_forward, read_shard
-from pipeline.data.images import ImageShape, decode
-from pipeline.data.png import encode_png
+from pipeline.data.formats.images import PixelShape, decode
+from pipeline.data.formats.png import encode_png
+from pipeline.data.formats.shards import read_shard
+from pipeline.data.index import load_index
+from pipeline.data.packing.pack_dataset import pack
+from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import UserError
 from pipeline.store import open_store
 from tests.data.making import digits, encoded, picture
@@ -95,7 +98,7 @@ def test_pictures_are_still_compressed_as_version_0_1_0_did_where_it_began() -> 
     samples = [s for shard in sorted(V0_1_0.glob("data/shards/*.tar")) for s in read_shard(shard)]
     assert len(samples) == 60
     for key, files in samples:
-        assert encode_png(decode(files["png"], ImageShape(1, 8, 8)), 1) == files["png"], key
+        assert encode_png(decode(files["png"], PixelShape(1, 8, 8)), 1) == files["png"], key
 
 
 def test_a_pack_that_version_0_1_0_began_goes_on_in_its_way(uri: str, tmp_path: Path) -> None:
@@ -108,7 +111,7 @@ def test_a_pack_that_version_0_1_0_began_goes_on_in_its_way(uri: str, tmp_path: 
     samples = [s for n in range(2) for s in read_shard(open_store(uri).read(f"shards/{n:06d}.tar"))]
     assert len(samples) == 6
     for _, files in samples:
-        assert files["png"] == encode_png(decode(files["png"], ImageShape(3, 40, 40)), 1)
+        assert files["png"] == encode_png(decode(files["png"], PixelShape(3, 40, 40)), 1)
 
 
 def test_shard_bytes_cuts_by_pixels_and_evenly(uri: str, tmp_path: Path) -> None:
@@ -140,13 +143,13 @@ def test_a_shard_lost_from_such_a_set_is_made_again_with_its_own_samples(
 ) -> None:
     source = pictures(tmp_path / "in", "png")
     pack(PackConfig(source=source, dest=uri, shard_size=4))
-    samples = {sample.pixels.tobytes() for sample in read_forward(load_index(uri))}
+    samples = {sample.pixels.tobytes() for sample in read_sequential(load_index(uri))}
     as_version_0_1_0_left_it(uri, finished=True)
     open_store(uri).delete("shards/000001.tar")
     monkeypatch.setattr(PackConfig.model_fields["shard_bytes"], "default", 4800)
     report = pack(PackConfig(source=source, dest=uri, shard_size=4, shard_bytes=4800))
     assert (report.num_shards, report.num_samples) == (2, 6)
-    assert {sample.pixels.tobytes() for sample in read_forward(load_index(uri))} == samples
+    assert {sample.pixels.tobytes() for sample in read_sequential(load_index(uri))} == samples
 
 
 def test_a_plan_of_a_later_encoder_is_refused_in_one_line(uri: str, tmp_path: Path) -> None:

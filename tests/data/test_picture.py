@@ -10,9 +10,13 @@ import pytest
 from PIL import Image, ImageCms
 
 from pipeline.config.data import PackConfig
-from pipeline.data import build_index, load_index, pack, read_forward, write_shard
-from pipeline.data.images import ImageShape, decode, probe
-from pipeline.data.picture import ENLARGED, examine, to_pixels
+from pipeline.data.formats.images import PixelShape, decode, probe
+from pipeline.data.formats.shards import write_shard
+from pipeline.data.index import load_index
+from pipeline.data.packing.build_index import build_index
+from pipeline.data.packing.pack_dataset import pack
+from pipeline.data.packing.resize import ENLARGED, probe_image, to_pixels
+from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import DamageError, UserError
 from pipeline.store import open_store
 from tests.data.making import batches, encoded, picture
@@ -82,13 +86,13 @@ def test_orientation_is_read_by_pack_and_by_the_loader_alike(tmp_path: Path) -> 
     flat = np.asarray(Image.open(io.BytesIO(jpeg)))
     data = turned(jpeg, exif(SIX))
     wanted = np.rot90(flat, -1)
-    assert probe(data) == ImageShape(3, 12, 8)
+    assert probe(data) == PixelShape(3, 12, 8)
     assert np.array_equal(decode(data, probe(data)), wanted)
     assert np.array_equal(pixels(data), wanted)
     store = open_store(tmp_path.as_uri())
     store.write("0.tar", write_shard([("0", {"jpg": data})]))
     build_index(tmp_path.as_uri())
-    (sample,) = read_forward(load_index(tmp_path.as_uri()))
+    (sample,) = read_sequential(load_index(tmp_path.as_uri()))
     assert np.array_equal(sample.pixels, wanted)
 
 
@@ -99,7 +103,7 @@ def test_every_format_that_tells_its_orientation_is_turned(kind: str) -> None:
     options = {"quality": 100} if kind == "avif" else {"lossless": True} if kind == "webp" else {}
     data = encoded(PIXELS, kind, exif=notes.tobytes() if kind == "png" else notes, **options)
     plain = np.asarray(Image.open(io.BytesIO(encoded(PIXELS, kind, **options))).convert("RGB"))
-    assert probe(data) == ImageShape(3, 12, 8)
+    assert probe(data) == PixelShape(3, 12, 8)
     assert np.array_equal(decode(data, probe(data)), np.rot90(plain, -1))
 
 
@@ -123,13 +127,13 @@ def test_broken_notes_about_a_picture_do_not_lose_it(entry: tuple[int, int, int,
 def test_a_colour_profile_is_converted_and_srgb_left_as_it_is() -> None:
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert examine(CONFIG, encoded(PIXELS, icc_profile=srgb)).notes == ()
+    assert probe_image(CONFIG, encoded(PIXELS, icc_profile=srgb)).notes == ()
     for unusable in (lab, b"no profile"):
-        (note,) = examine(CONFIG, encoded(PIXELS, icc_profile=unusable)).notes
+        (note,) = probe_image(CONFIG, encoded(PIXELS, icc_profile=unusable)).notes
         assert "cannot be used" in note
         assert np.array_equal(pixels(encoded(PIXELS, icc_profile=unusable)), PIXELS)
     wide = swapped(srgb)
-    (note,) = examine(CONFIG, encoded(PIXELS, icc_profile=wide)).notes
+    (note,) = probe_image(CONFIG, encoded(PIXELS, icc_profile=wide)).notes
     assert note == "were converted from their colour profile to sRGB"
     found = pixels(encoded(PIXELS, icc_profile=wide)).astype(int)
     assert np.abs(found - PIXELS[..., [1, 0, 2]]).max() <= 2
@@ -169,7 +173,7 @@ def test_pack_index_and_loader_take_the_same_pixels_from_the_same_file(uri: str,
     samples = [(name, {kinds.get(name, "png"): data}) for name, data in sorted(files.items())]
     open_store(uri).write("000.tar", write_shard(samples))
     index = build_index(uri, pixels=True)
-    assert {found.key: found.pixels.tobytes() for found in read_forward(index)} == {
+    assert {found.key: found.pixels.tobytes() for found in read_sequential(index)} == {
         name: values.tobytes() for name, values in meant.items()
     }
     (loaded,), total = (
@@ -186,7 +190,7 @@ def test_pack_index_and_loader_take_the_same_pixels_from_the_same_file(uri: str,
         (tmp_path / "in" / f"{name}.{kind}").write_bytes(data)
     packed = PackConfig(source=str(tmp_path / "in"), dest=f"{uri}-packed")
     pack(packed)
-    there = {found.pixels.tobytes() for found in read_forward(load_index(packed.dest))}
+    there = {found.pixels.tobytes() for found in read_sequential(load_index(packed.dest))}
     assert there == {values.tobytes() for values in meant.values()}
 
 
@@ -202,7 +206,7 @@ def test_damage_that_decoders_read_over_is_damage() -> None:
     data[place + 4 + size] ^= 1  # the checksum alone
     cut = encoded(picture(1, (64, 64)), "webp", lossless=True)
     for broken in (bytes(data), cut[: len(cut) // 2]):
-        assert examine(CONFIG, broken).problem is not None
+        assert probe_image(CONFIG, broken).problem is not None
         with pytest.raises(DamageError):
             decode(broken, probe(broken))
 
@@ -213,7 +217,7 @@ def test_a_jpeg_of_absurdly_many_scans_is_refused_by_its_header() -> None:
     many = whole[:scans] + whole[scans:-2] * 200 + b"\xff\xd9"
     with pytest.raises(DamageError, match=r"scans of 4096x4096 pixels: too much work"):
         probe(many)
-    assert probe(whole) == ImageShape(1, 4096, 4096)
+    assert probe(whole) == PixelShape(1, 4096, 4096)
 
 
 @pytest.mark.parametrize("kind", ["gif", "bmp", "tiff", "avif", "jpeg2000", "ppm"])
@@ -221,11 +225,13 @@ def test_formats_that_pillow_reads_are_packed_by_their_content(kind: str) -> Non
     flat = np.full((8, 8, 3), (10, 200, 90), np.uint8)
     data = encoded(flat, kind)
     assert np.abs(pixels(data).astype(int) - flat).max() <= 3
-    assert probe(data) == ImageShape(3, 8, 8)
+    assert probe(data) == PixelShape(3, 8, 8)
 
 
 def test_32_bit_values_are_refused_instead_of_clipped() -> None:
-    assert "32-bit values" in (examine(CONFIG, encoded(np.ones((4, 4, 1), np.float32), "tiff")).problem or "")
+    assert "32-bit values" in (
+        probe_image(CONFIG, encoded(np.ones((4, 4, 1), np.float32), "tiff")).problem or ""
+    )
 
 
 def test_small_pictures_are_counted_left_out_or_refused(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.data import DataConfig
-from pipeline.data import Index, Loader, samples
-from pipeline.data.ranges import GAP_BYTES, REQUESTS_AT_ONCE, RangeAccess, spans_of
+from pipeline.data.index import Index
+from pipeline.data.reading import samples
+from pipeline.data.reading.loader import Loader
+from pipeline.data.reading.range_reads import GAP_BYTES, REQUESTS_AT_ONCE, RangeAccess, spans_of
 from pipeline.store import FileStore
 from tests.data.making import batches, by_position, read_through, small_set
 
@@ -41,7 +43,7 @@ def streamed(
     """Batches by position, read by request with this much memory."""
     store = Counting(Path(index.uri.removeprefix("file://")))
     index = read_through(index, store)
-    monkeypatch.setattr(samples, "open_access", lambda _, index, __: RangeAccess(index, limit_bytes))
+    monkeypatch.setattr(samples, "open_shard_access", lambda _, index, __: RangeAccess(index, limit_bytes))
     config = DataConfig(uri=index.uri, window_shards=2, memory_bytes=0)
     loader = Loader(config, index, 5, 7)
     found = by_position([list(loader.batches(start, stop))])

@@ -9,7 +9,11 @@ import pytest
 
 from jobs import dataset
 from pipeline.config.data import PackConfig
-from pipeline.data import build_index, load_index, pack, plan_index, read_forward, write_shard
+from pipeline.data.formats.shards import write_shard
+from pipeline.data.index import load_index
+from pipeline.data.packing.build_index import build_index, plan_index
+from pipeline.data.packing.pack_dataset import pack
+from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import DamageError, UserError
 from pipeline.store import FileStore, ObjectInfo, open_store
 from tests.data.making import encoded, folder, picture, sample
@@ -18,7 +22,7 @@ PNG = encoded(picture(1))
 
 
 def labels(uri: str) -> list[int]:
-    return [found.label for found in read_forward(load_index(uri))]
+    return [found.label for found in read_sequential(load_index(uri))]
 
 
 @pytest.fixture
@@ -183,7 +187,7 @@ def test_of_two_pictures_of_a_sample_one_is_chosen_by_its_extension(uri: str) ->
         build_index(uri)
     made = plan_index(uri, image="seg.png").build()
     assert made.image_extension == "seg.png"
-    (found,) = read_forward(load_index(uri))
+    (found,) = read_sequential(load_index(uri))
     assert (found.pixels == picture(2)).all()
     assert plan_index(uri, image="seg.png").unknown == []
     assert plan_index(uri, image="jpg").unknown == ["0.tar"]

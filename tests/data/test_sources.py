@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.data import PackConfig
-from pipeline.data.opening import open_source
-from pipeline.data.sources import Source, read_item
+from pipeline.data.packing.open_source import open_source
+from pipeline.data.packing.sources import Source, read_item
 from pipeline.errors import DamageError, UserError
 from tests.data.making import encoded, picture
 

@@ -14,8 +14,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import read_shard, write_shard
-from pipeline.data.shards import ShardStream, split_name
+from pipeline.data.formats.shards import ShardStream, read_shard, split_name, write_shard
 from pipeline.errors import DamageError
 from tests.data.making import sample
 

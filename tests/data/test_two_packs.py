@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from pipeline.config.data import PackConfig
-from pipeline.data import inspect, load_index, pack
-from pipeline.data.index import read_table
+from pipeline.data.index import load_index, read_table
+from pipeline.data.packing.inspect_dataset import inspect
+from pipeline.data.packing.pack_dataset import pack
 from pipeline.errors import UserError
 from pipeline.store import FileStore, ObjectInfo, Store, open_store
 from tests.data.making import encoded, picture
@@ -47,7 +48,7 @@ def meet_before_the_first_plan(monkeypatch: pytest.MonkeyPatch, jobs: int) -> No
     """All jobs have looked at the empty place before any of them writes."""
     import sys
 
-    module = sys.modules["pipeline.data.pack"]
+    module = sys.modules["pipeline.data.packing.pack_dataset"]
     barrier, begin = threading.Barrier(jobs), module.begin_pack
 
     def begin_pack(store: Store, plan: object) -> object:
@@ -166,7 +167,7 @@ def test_the_second_pack_of_an_unchanged_source_reads_no_picture(
         raise AssertionError("a picture was read")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.sources.FilesSource.read", read)
+        patch.setattr("pipeline.data.packing.sources.FilesSource.read", read)
         again = pack(config(str(mine), uri))
     assert again.already_complete
     assert (again.index_digest, again.num_samples, again.image) == (first.index_digest, 40, first.image)
@@ -187,7 +188,7 @@ def test_a_taken_place_is_refused_before_any_picture_is_read(
     def read(*_: object) -> bytes:
         raise AssertionError("a picture was read")
 
-    monkeypatch.setattr("pipeline.data.sources.FilesSource.read", read)
+    monkeypatch.setattr("pipeline.data.packing.sources.FilesSource.read", read)
     with pytest.raises(UserError, match="holds a pack of other pictures or settings"):
         pack(config(source, uri, seed=3))
     with pytest.raises(UserError, match="holds a pack of other pictures or settings"):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, Target
 from pipeline.diffusion import NoiseSchedule, SamplerStep, Stream, sample
-from pipeline.diffusion.grid import make_grid
 from pipeline.diffusion.noise import normal
+from pipeline.diffusion.timesteps import make_grid
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 4, 4)

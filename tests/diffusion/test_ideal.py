@@ -8,10 +8,10 @@ import torch
 
 from pipeline.config.diffusion import SamplerConfig, ScheduleConfig
 from pipeline.diffusion import NoiseSchedule, sample
-from pipeline.diffusion.grid import karras_grid
 from pipeline.diffusion.ideal import Mixture, three_blobs
 from pipeline.diffusion.noise import Stream, normal
 from pipeline.diffusion.samplers import ddim, dpm_solver_pp_2m, heun
+from pipeline.diffusion.timesteps import karras_grid
 
 SCHEDULE = NoiseSchedule.linear()
 BLOBS = three_blobs()

@@ -18,7 +18,7 @@ from pipeline.diffusion.bound import (
     prior_term,
     vlb_term,
 )
-from pipeline.diffusion.evaluation import bits_per_dim
+from pipeline.diffusion.likelihood import bits_per_dim
 from pipeline.diffusion.objective import loss_weight
 from pipeline.diffusion.targets import eps_of, target_of, x0_of
 

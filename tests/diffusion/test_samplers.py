@@ -11,15 +11,15 @@ from torch import Tensor
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig, check_together
 from pipeline.config.net import UNetConfig
 from pipeline.diffusion import NoiseSchedule, SamplerStep, sample
-from pipeline.diffusion.grid import (
-    Grid,
+from pipeline.diffusion.samplers import Denoised, NetDenoise, ddim, heun
+from pipeline.diffusion.timesteps import (
+    SamplingGrid,
     grid_at,
     karras_grid,
     leading_timesteps,
     make_grid,
     trailing_timesteps,
 )
-from pipeline.diffusion.samplers import Estimate, NetDenoise, ddim, heun
 from pipeline.errors import UserError
 
 SCHEDULE = NoiseSchedule.linear()
@@ -163,8 +163,8 @@ def test_any_falling_subset_of_steps_can_be_sampled() -> None:
     assert ddim(lambda x, k: _known(x, k, grid), torch.randn(2, *SHAPE), grid).abs().max() < 1e-5
 
 
-def _known(x: Tensor, k: int, grid: Grid) -> Estimate:
-    return Estimate(torch.zeros_like(x), x / grid.coefficients(k)[1])
+def _known(x: Tensor, k: int, grid: SamplingGrid) -> Denoised:
+    return Denoised(torch.zeros_like(x), x / grid.coefficients(k)[1])
 
 
 ZERO_SNR = SCHEDULE.with_zero_terminal_snr()
@@ -294,7 +294,7 @@ def test_heun_of_a_network_that_knows_the_image_is_exact() -> None:
     grid = karras_grid(SCHEDULE, 5)
 
     def denoise(x: Tensor, k: int) -> object:
-        return Estimate(image, x)
+        return Denoised(image, x)
 
     assert torch.allclose(heun(denoise, torch.randn_like(image), grid), image, atol=1e-4)
     assert math.isinf(make_grid(ZERO_SNR, SamplerConfig(num_steps=2)).sigma(0))

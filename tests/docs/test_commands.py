@@ -10,8 +10,8 @@ import pytest
 import typer.main
 
 from jobs.cli import app
-from jobs.sections import SECTIONS
-from jobs.shell import Call, settings_of
+from jobs.config_sections import SECTIONS
+from jobs.runner import JobArguments, settings_of
 from tests.docs.lines import DOCUMENTS, REPOSITORY, Shown, fences, inline, shown
 
 ROOT: Any = typer.main.get_command(app)
@@ -57,7 +57,7 @@ def test_every_ddpm_command_in_the_documents_is_one(
     settings_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDPM_ROOT", "s3://ddpm")
-    settings_of(SECTIONS[section], section, Call.of(params["words"] or [], params["config"] or []))
+    settings_of(SECTIONS[section], section, JobArguments.of(params["words"] or [], params["config"] or []))
 
 
 @pytest.mark.parametrize("text", INLINE)

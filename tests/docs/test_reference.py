@@ -9,9 +9,9 @@ import jsonschema
 import pytest
 import yaml
 
-from jobs.reference import configuration_page, schema_text, settings_schema, write_schema
-from jobs.sections import SECTIONS
-from jobs.shell import presets
+from jobs.config_docs import configuration_page, schema_text, settings_schema, write_schema
+from jobs.config_sections import SECTIONS
+from jobs.runner import presets
 from pipeline.config.load import setting_names
 from pipeline.errors import UserError
 

@@ -22,8 +22,8 @@ from infra.local import LocalStack
 from infra.local.credentials import mlflow_password_path, ray_token_path, s3_keys
 from infra.local.ray import temp_dir
 from infra.local.service import get
-from infra.local.state import read_state
-from pipeline.meters import METERS
+from infra.local.stack_state import read_state
+from pipeline.telemetry.prometheus import METRICS
 from tests.docs.lines import REPOSITORY, Shown, shown
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
@@ -49,7 +49,7 @@ class Told:
     """Where the commands were typed."""
     spool: Path = Path()
     metered: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
-    """(work, metric) of ours that the head's Prometheus port served meanwhile, by the names of `METERS`."""
+    """(work, metric) of ours that the head's Prometheus port served meanwhile, by the names of `METRICS`."""
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +130,7 @@ def scrape(stack: LocalStack, seen: set[tuple[str, str]], over: threading.Event)
 
 def test_the_heads_prometheus_port_serves_the_pipelines_own_metrics(told: Told) -> None:
     wanted = {(work, name) for work, names in MUST_BE_METERED.items() for name in names}
-    assert {name for _, name in wanted} <= set(METERS)
+    assert {name for _, name in wanted} <= set(METRICS)
     assert wanted - told.metered == set()
 
 

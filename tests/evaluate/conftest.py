@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pipeline.config.data import PackConfig
-from pipeline.config.evaluate import FeaturesConfig
-from pipeline.data import pack
-from pipeline.evaluate.train_features import train_features
+from pipeline.config.evaluation import FeaturesConfig
+from pipeline.data.packing.pack_dataset import pack
+from pipeline.features.train_classifier import train_features
 
 
 @pytest.fixture(scope="module")

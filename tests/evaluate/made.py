@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pipeline.config.evaluate import EvaluateConfig
-from pipeline.evaluate.measured import Measured
+from pipeline.config.evaluation import EvaluateConfig
+from pipeline.features.feature_set import FeatureSet
 
 NETWORK = "n" * 64
 
@@ -17,7 +17,7 @@ def vectors(count: int, size: int = 6, seed: int = 0, shift: float = 0.0) -> np.
 
 def measured(
     count: int = 200, seed: int = 0, shift: float = 0.0, wrong: int = 0, network: str = NETWORK
-) -> Measured:
+) -> FeatureSet:
     """A set whose features are off by `shift` and whose first `wrong` images are taken for another class."""
     rng = np.random.default_rng(1000 + seed)
     labels = np.arange(count) % 4
@@ -26,7 +26,7 @@ def measured(
     logits = np.eye(4, dtype=np.float32)[told] * 5
     thumbs = rng.integers(0, 256, (count, 16), dtype=np.uint8)
     prints = rng.integers(0, 2**63, count).astype(np.uint64)
-    return Measured(network, vectors(count, seed=seed, shift=shift), logits, labels, thumbs, prints)
+    return FeatureSet(network, vectors(count, seed=seed, shift=shift), logits, labels, thumbs, prints)
 
 
 def config(**changes: object) -> EvaluateConfig:

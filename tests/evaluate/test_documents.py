@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from pipeline.config.evaluate import FeatureNetworkConfig
-from pipeline.data import load_index
+from pipeline.config.evaluation import FeatureNetworkConfig
+from pipeline.data.index import load_index
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.evaluation import read_evaluation
-from pipeline.evaluate.measured import Measured
-from pipeline.evaluate.networks import CARD_KEY, WEIGHTS_KEY, load_classifier, open_network
-from pipeline.evaluate.record import FeatureRecord, add_records, parse_record
-from pipeline.evaluate.reference import reference, reference_key
-from pipeline.evaluate.sums import Sums, sums_of
+from pipeline.evaluate.document import read_evaluation
+from pipeline.features.exact_sums import Sums, sums_of
+from pipeline.features.feature_set import FeatureSet
+from pipeline.features.networks import CARD_KEY, WEIGHTS_KEY, load_classifier, open_network
+from pipeline.features.reference_set import load_reference, reference_key
+from pipeline.features.shard_sums import FeatureRecord, add_records, parse_record
 from pipeline.store import Store, open_store
 from tests.evaluate.made import measured
 from tests.evaluate.test_history import evaluation
@@ -114,10 +114,10 @@ def claims(shape: tuple[int, ...]) -> bytes:
 
 def test_a_set_of_features_comes_back_as_it_went() -> None:
     whole = measured(7)
-    again = Measured.from_bytes(whole.to_bytes(), "w")
+    again = FeatureSet.from_bytes(whole.to_bytes(), "w")
     assert (again.network, again.data) == (whole.network, "")
     assert again.vectors.tobytes() == whole.vectors.tobytes()
-    plain = Measured.from_bytes(npz(logits=None, labels=None, data=None), "w")
+    plain = FeatureSet.from_bytes(npz(logits=None, labels=None, data=None), "w")
     assert (len(plain), plain.logits, plain.labels, plain.data) == (3, None, None, "")
 
 
@@ -147,26 +147,26 @@ def test_a_set_of_features_comes_back_as_it_went() -> None:
 )
 def test_what_is_no_set_of_features_is_one_line(data: bytes) -> None:
     with pytest.raises(DamageError, match=r"^w: not a set of features "):
-        Measured.from_bytes(data, "w")
+        FeatureSet.from_bytes(data, "w")
 
 
 def test_a_flipped_bit_in_a_set_of_features_is_noticed() -> None:
     data = bytearray(npz(vectors=np.ones((3, 2), np.float32)))
     data[data.index(np.ones(2, np.float32).tobytes())] ^= 1
     with pytest.raises(DamageError, match="CRC"):
-        Measured.from_bytes(bytes(data), "w")
+        FeatureSet.from_bytes(bytes(data), "w")
 
 
 def other_data(data: bytes) -> bytes:
     """The same features, said to be of another data set."""
-    found = Measured.from_bytes(data, "w")
-    return Measured(**(vars(found) | {"data": "0" * 64})).to_bytes()
+    found = FeatureSet.from_bytes(data, "w")
+    return FeatureSet(**(vars(found) | {"data": "0" * 64})).to_bytes()
 
 
 def fewer(data: bytes) -> bytes:
     """Some of the features."""
-    found = Measured.from_bytes(data, "w")
-    return Measured(**(vars(found.part(slice(0, 9))) | {"data": found.data})).to_bytes()
+    found = FeatureSet.from_bytes(data, "w")
+    return FeatureSet(**(vars(found.part(slice(0, 9))) | {"data": found.data})).to_bytes()
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-9], other_data, fewer])
@@ -174,7 +174,7 @@ def test_a_kept_reference_that_is_not_of_its_data_is_measured_anew(
     digits: str, change: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     index = load_index(digits)
-    whole = reference(index, FeatureNetworkConfig(), 300)
+    whole = load_reference(index, FeatureNetworkConfig(), 300)
     assert whole.data == index.digest
     store, key = (
         open_store(f"{digits}/features"),
@@ -182,9 +182,9 @@ def test_a_kept_reference_that_is_not_of_its_data_is_measured_anew(
     )
     store.write(key, change(store.read(key)))
     with caplog.at_level(logging.WARNING):
-        assert reference(index, FeatureNetworkConfig(), 300).vectors.tobytes() == whole.vectors.tobytes()
+        assert load_reference(index, FeatureNetworkConfig(), 300).vectors.tobytes() == whole.vectors.tobytes()
     assert "the reference is measured anew" in caplog.text
-    assert Measured.from_bytes(store.read(key), key).data == index.digest
+    assert FeatureSet.from_bytes(store.read(key), key).data == index.digest
 
 
 def packed(*values: int) -> str:
@@ -241,7 +241,7 @@ def test_an_evaluation_out_of_bounds_is_one_line(change: dict[str, Any]) -> None
 
 def test_weights_without_end_are_not_read(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.write(CARD_KEY, json.dumps(CARD).encode())
-    monkeypatch.setattr("pipeline.evaluate.networks._MOST_NETWORK_BYTES", 10)
+    monkeypatch.setattr("pipeline.features.networks._MOST_NETWORK_BYTES", 10)
     with pytest.raises(
         (DamageError, UserError), match=r"classifier\.safetensors: has \d+ bytes, more than 10"
     ):

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.evaluate import GateConfig, Rule
+from pipeline.config.evaluation import GateConfig, Rule
 from pipeline.errors import UserError
 from pipeline.evaluate.bootstrap import draws, statistics
-from pipeline.evaluate.figures import figures
 from pipeline.evaluate.gate import judge, verdict
-from pipeline.evaluate.metrics import precision_recall
+from pipeline.evaluate.metrics import compute_metrics
+from pipeline.features.distances import precision_recall
 from tests.evaluate.made import config, measured
 
 REAL = measured(400, seed=50)
@@ -72,7 +72,7 @@ def test_a_figure_that_so_few_images_do_not_have_is_named() -> None:
 
 def test_weights_of_one_give_the_figures_themselves() -> None:
     samples = measured(seed=3, shift=0.2, wrong=7)
-    found, once = figures(samples, REAL, config()), np.ones(len(samples))
+    found, once = compute_metrics(samples, REAL, config()), np.ones(len(samples))
     for name, statistic in statistics(samples, REAL, config()).items():
         assert statistic(once) == pytest.approx(found[name].value, rel=1e-4, abs=1e-9), name
 

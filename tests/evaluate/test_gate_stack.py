@@ -10,11 +10,11 @@ import jobs.features
 import jobs.promote
 import jobs.train
 from infra.local import LocalStack
-from jobs.shell import Call
+from jobs.runner import JobArguments
 from pipeline.config.data import PackConfig
-from pipeline.data import pack
+from pipeline.data.packing.pack_dataset import pack
 from pipeline.errors import UserError
-from pipeline.track import resolve, set_alias, versions
+from pipeline.tracking import resolve, set_alias, versions
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
@@ -53,7 +53,7 @@ def preset(stack: LocalStack, prefix: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def train(preset: Path, steps: int) -> None:
-    assert jobs.train.run_call(Call(files=(preset,), overrides=(f"steps={steps}",)), alone=True) == 0
+    assert jobs.train.run_call(JobArguments(files=(preset,), overrides=(f"steps={steps}",)), alone=True) == 0
 
 
 def champion() -> int:
@@ -63,8 +63,8 @@ def champion() -> int:
 def test_half_the_training_is_refused_and_twice_is_promoted_and_can_be_taken_back(
     preset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert jobs.features.run_call(Call(files=(preset,))) == 0
-    call = Call(files=(preset,))
+    assert jobs.features.run_call(JobArguments(files=(preset,))) == 0
+    call = JobArguments(files=(preset,))
     train(preset, 120)
     assert champion() == 1
     assert jobs.promote.run_call(call) == 0
@@ -103,7 +103,7 @@ def test_a_training_ends_with_the_gate(preset: Path, capsys: pytest.CaptureFixtu
     assert "gate" not in capsys.readouterr().out
     train(preset, 40)
     assert "gate     not run: network.uri" in capsys.readouterr().out
-    assert jobs.features.run_call(Call(files=(preset,))) == 0
+    assert jobs.features.run_call(JobArguments(files=(preset,))) == 0
     train(preset, 200)
     assert "gate     promoted" in capsys.readouterr().out
     assert resolve("judged@champion").version == 3

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.nightly import DriftConfig
+from pipeline.config.nights import DriftConfig
 from pipeline.errors import UserError
-from pipeline.evaluate.evaluation import Evaluation, Terms, require_comparable, table
-from pipeline.evaluate.figures import Figure
-from pipeline.evaluate.history import (
+from pipeline.evaluate.document import Evaluation, EvaluationConditions, require_comparable, table
+from pipeline.evaluate.metrics import Metric
+from pipeline.nightly.history import (
     Night,
     advance_latest,
     dates_to_make,
@@ -27,7 +27,7 @@ from pipeline.evaluate.history import (
     write_latest,
     write_night,
 )
-from pipeline.evaluate.page import render
+from pipeline.nightly.history_page import render
 from pipeline.store import FileStore, ObjectInfo, open_store
 
 DAY = dt.date(2026, 3, 10)
@@ -42,8 +42,10 @@ def evaluation(frechet: float = 1.0, count: int = 100) -> Evaluation:
         sampler=None,
         reference="r",
         network_label="n",
-        terms=Terms(count=count, reference_digest="r", reference_count=50, network="n", settings="s"),
-        metrics={"frechet": Figure(value=frechet, n=count, n_reference=50)},
+        terms=EvaluationConditions(
+            count=count, reference_digest="r", reference_count=50, network="n", settings="s"
+        ),
+        metrics={"frechet": Metric(value=frechet, n=count, n_reference=50)},
         made_at=0,
     )
 

@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.data import PackConfig
-from pipeline.config.evaluate import LikelihoodConfig
-from pipeline.config.generate import SampleConfig
-from pipeline.data import Index, load_index, pack, read_forward
-from pipeline.data.pack import held_out_uri
+from pipeline.config.evaluation import LikelihoodConfig
+from pipeline.config.generation import SampleConfig
+from pipeline.data.index import Index, load_index
+from pipeline.data.packing.pack_dataset import held_out_uri, pack
+from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import UserError
-from pipeline.evaluate.likelihood import held_out_bits
-from pipeline.generate.model import find_model
+from pipeline.evaluate.bits_per_dim import held_out_bits
+from pipeline.generate.model_source import find_model
 from pipeline.nets import UNet
-from pipeline.nets.artifact import ModelCard, TrainingData, build_model
+from pipeline.nets.model_files import ModelCard, TrainingData, build_model
 from tests.generate.tiny import tiny_card, tiny_model
 
 
@@ -52,8 +53,8 @@ def test_what_is_held_out_of_a_pack_is_data_no_model_has_seen(tmp_path: Path) ->
     train, held = load_index(config.dest), load_index(held_out_uri(config.dest))
     assert train.num_samples + held.num_samples == 1797
     assert 120 < held.num_samples < 240
-    assert not {tuple(s.pixels.flat) for s in read_forward(train)} & {
-        tuple(s.pixels.flat) for s in read_forward(held)
+    assert not {tuple(s.pixels.flat) for s in read_sequential(train)} & {
+        tuple(s.pixels.flat) for s in read_sequential(held)
     }
     net, card = loaded(tmp_path / "model", tiny_card(False, 8, TrainingData(digest=train.digest)))
     assert held_out_bits(net, card, held, LikelihoodConfig(data=held.uri, count=4), 0).n_reference == 4

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from pipeline.config.data import PackConfig
-from pipeline.config.evaluate import FeatureNetworkConfig, FeaturesConfig
-from pipeline.data import load_index, pack
+from pipeline.config.evaluation import FeatureNetworkConfig, FeaturesConfig
+from pipeline.data.index import load_index
+from pipeline.data.packing.pack_dataset import pack
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.classifier import shifted, split_rows
-from pipeline.evaluate.measured import Measured, measure
-from pipeline.evaluate.networks import open_network
-from pipeline.evaluate.reference import reference
-from pipeline.evaluate.train_features import train_features
+from pipeline.features.classifier import shifted, split_rows
+from pipeline.features.feature_set import FeatureSet, extract_features
+from pipeline.features.networks import open_network
+from pipeline.features.reference_set import load_reference
+from pipeline.features.train_classifier import train_features
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +43,14 @@ def test_the_classifier_of_the_digits_is_right_on_images_it_never_saw(trained: s
 
 def test_a_data_set_is_measured_once_and_found_again(trained: str, digits: str) -> None:
     index = load_index(digits)
-    measured = reference(index, FeatureNetworkConfig(), 100)
+    measured = load_reference(index, FeatureNetworkConfig(), 100)
     assert len(measured) == 1797
     assert measured.vectors.shape == (1797, 64)
 
     def pool(work: object, shards: object) -> None:
         raise AssertionError("measured a second time")
 
-    again = reference(index, FeatureNetworkConfig(), 100, pool)  # type: ignore[arg-type]
+    again = load_reference(index, FeatureNetworkConfig(), 100, pool)  # type: ignore[arg-type]
     assert again.vectors.tobytes() == measured.vectors.tobytes()
 
 
@@ -102,14 +103,14 @@ def test_a_file_that_is_no_network_is_refused(tmp_path: Path) -> None:
 def test_measured_images_are_stored_without_pickle(trained: str, digits: str) -> None:
     network = open_network(FeatureNetworkConfig(), digits)
     pictures = [(np.full((8, 8, 1), 20 * n, np.uint8), n) for n in range(5)]
-    found = measure(network, pictures, 2)
-    again = Measured.from_bytes(found.to_bytes(), "here")
+    found = extract_features(network, pictures, 2)
+    again = FeatureSet.from_bytes(found.to_bytes(), "here")
     assert again.labels is not None
     assert again.labels.tolist() == [0, 1, 2, 3, 4]
     assert again.vectors.tobytes() == found.vectors.tobytes()
     assert len(set(again.prints.tolist())) == 5
     with pytest.raises(DamageError, match="here"):
-        Measured.from_bytes(found.to_bytes()[:-200], "here")
+        FeatureSet.from_bytes(found.to_bytes()[:-200], "here")
 
 
 def test_the_split_is_named_and_whole() -> None:

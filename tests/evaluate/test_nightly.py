@@ -18,16 +18,16 @@ import jobs.nightly
 from jobs.evaluate import evaluate
 from jobs.nightly import DRIFTED, alert, only_one, run
 from jobs.retention import retain
-from jobs.webhook import send
-from pipeline.config.evaluate import EvaluateConfig, FeatureNetworkConfig
-from pipeline.config.generate import GenerateConfig
-from pipeline.config.nightly import NightlyConfig
+from pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
+from pipeline.config.generation import GenerateConfig
+from pipeline.config.nights import NightlyConfig
 from pipeline.errors import UserError
-from pipeline.evaluate.history import read_latest, read_nights, write_night
 from pipeline.generate.completeness import check_complete
+from pipeline.generate.driver import GenerationResult
 from pipeline.generate.manifest import read_manifest
-from pipeline.generate.run import GenerationResult
 from pipeline.generate.spec import read_spec
+from pipeline.nightly.history import read_latest, read_nights, write_night
+from pipeline.nightly.webhook import send
 from pipeline.store import FileStore, Store, open_store
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model
 

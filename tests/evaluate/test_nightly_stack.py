@@ -14,16 +14,16 @@ import yaml
 import jobs.evaluate
 import jobs.nightly
 from infra.local import LocalStack
-from jobs.shell import Call
+from jobs.runner import JobArguments
 from pipeline.config.data import PackConfig
-from pipeline.config.evaluate import FeaturesConfig
-from pipeline.data import pack
-from pipeline.evaluate.history import read_latest, read_nights, write_latest
-from pipeline.evaluate.measured import Measured
-from pipeline.evaluate.train_features import train_features
-from pipeline.generate.verify import verify
+from pipeline.config.evaluation import FeaturesConfig
+from pipeline.data.packing.pack_dataset import pack
+from pipeline.features.feature_set import FeatureSet
+from pipeline.features.train_classifier import train_features
+from pipeline.generate.verification import verify
+from pipeline.nightly.history import read_latest, read_nights, write_latest
 from pipeline.store import open_store
-from pipeline.track import find_latest_run, open_run, register, tracking_client
+from pipeline.tracking import find_latest_run, open_run, register, tracking_client
 from tests.evaluate.test_history import night
 from tests.generate.tiny import settings, tiny_card, tiny_model
 
@@ -67,7 +67,7 @@ def test_a_killed_night_is_completed_by_the_next_start(preset: Path, prefix: str
     assert night.wait() == -signal.SIGKILL
     assert read_latest(open_store(nights)) is None
 
-    assert jobs.nightly.run_call(Call(files=(preset,))) == 0
+    assert jobs.nightly.run_call(JobArguments(files=(preset,))) == 0
     latest = read_latest(open_store(nights))
     assert latest is not None
     assert (latest.date, latest.count) == (date, 400)
@@ -78,12 +78,12 @@ def test_the_cluster_measures_what_this_process_measures_and_mlflow_is_told(
     preset: Path, prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     date = str(dt.date(2026, 3, 1))
-    assert jobs.nightly.run_call(Call(files=(preset,)), date, date) == 0
+    assert jobs.nightly.run_call(JobArguments(files=(preset,)), date, date) == 0
     output = f"{prefix}/nights/date={date}"
     here = jobs.evaluate.kept_evaluation(output)
     assert here is not None
     # The workers have left their sums, so the distance is had without reading a sample.
-    quick = Call(files=(preset,), overrides=("records_only=true", "track=null"))
+    quick = JobArguments(files=(preset,), overrides=("records_only=true", "track=null"))
     assert jobs.evaluate.run_call(quick, output) == 0
     from_records = jobs.evaluate.kept_evaluation(output)
     assert from_records is not None
@@ -95,12 +95,12 @@ def test_the_cluster_measures_what_this_process_measures_and_mlflow_is_told(
     before = features.read(kept)
     features.delete(kept)
     capsys.readouterr()
-    call = Call(files=(preset,), overrides=("num_workers=2",))
+    call = JobArguments(files=(preset,), overrides=("num_workers=2",))
     assert jobs.evaluate.run_call(call, output, against=output) == 0
     said = capsys.readouterr().out
     assert (
-        Measured.from_bytes(features.read(kept), kept).vectors.tobytes()
-        == Measured.from_bytes(before, kept).vectors.tobytes()
+        FeatureSet.from_bytes(features.read(kept), kept).vectors.tobytes()
+        == FeatureSet.from_bytes(before, kept).vectors.tobytes()
     )
     there = jobs.evaluate.kept_evaluation(output)
     assert there is not None
@@ -135,7 +135,7 @@ def test_a_schedule_of_the_stack_catches_up_and_keeps_others_out(
         while (latest := read_latest(nights)) is None or latest.date < today:
             if not kept_out and next(iter(nights.list(f"date={today}/")), None) is not None:
                 kept_out = True
-                assert jobs.nightly.run_call(Call(files=(preset,))) == 2  # somebody is at work there
+                assert jobs.nightly.run_call(JobArguments(files=(preset,))) == 2  # somebody is at work there
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.2)
     finally:

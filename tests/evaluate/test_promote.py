@@ -7,10 +7,10 @@ import pytest
 
 import jobs.promote
 from jobs.promote import champion_of, keep, rollback
-from jobs.shell import guarded
-from pipeline.config.evaluate import EvaluateConfig, GateConfig
+from jobs.runner import handle_errors
+from pipeline.config.evaluation import EvaluateConfig, GateConfig
 from pipeline.evaluate.gate import Decision
-from pipeline.track import ModelVersion, Overtaken, moves
+from pipeline.tracking import ModelVersion, MoveConflictError, alias_log
 from tests.track.one_model import Registry, Stepped
 from tests.turns import Died
 
@@ -46,7 +46,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Models:
 
 def connect(models: Models, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the job under test speak to `client`."""
-    monkeypatch.setattr(moves, "tracking_client", lambda uri: client)
+    monkeypatch.setattr(alias_log, "tracking_client", lambda uri: client)
     for name in ("versions", "resolve", "set_version_tags"):
         ask = partial(_ask, client, name)
         monkeypatch.setattr(jobs.promote, name, ask)
@@ -77,7 +77,7 @@ def promoted(models: Models, challenger: int, champion: int | None) -> None:
 
 def test_a_challenger_that_was_compared_with_a_champion_of_before_is_not_promoted(models: Models) -> None:
     promoted(models, 3, 2)
-    with pytest.raises(Overtaken, match="run it again"):
+    with pytest.raises(MoveConflictError, match="run it again"):
         promoted(models, 1, 2)
     assert models.aliases["champion"] == 3
     assert models.version_tags[1]["ddpm.gate"] == "not promoted: another decision came first"
@@ -91,7 +91,7 @@ def test_a_challenger_that_was_compared_with_a_champion_of_before_is_not_promote
 def test_one_promotion_by_two_jobs_is_one_move_and_both_say_promoted(models: Models) -> None:
     promoted(models, 3, 2)
     promoted(models, 3, 2)  # it began beside the first and took longer
-    assert [(move.before, move.after) for move in moves.MovingAlias("digits").look().moves.values()] == [
+    assert [(move.before, move.after) for move in moves.LoggedAlias("digits").look().moves.values()] == [
         (2, 3)
     ]
     assert models.version_tags[3]["ddpm.gate"] == "promoted"
@@ -100,7 +100,7 @@ def test_one_promotion_by_two_jobs_is_one_move_and_both_say_promoted(models: Mod
 def test_what_became_of_a_promoted_version_since_is_not_overwritten_by_a_late_job(models: Models) -> None:
     promoted(models, 3, 2)
     promoted(models, 4, 3)
-    with pytest.raises(Overtaken, match="means version 4 by now"):
+    with pytest.raises(MoveConflictError, match="means version 4 by now"):
         promoted(models, 3, 2)
     assert models.version_tags[3]["ddpm.gate"] == "promoted"
     assert models.aliases["champion"] == 4
@@ -110,7 +110,7 @@ def test_who_is_overtaken_exits_with_1_in_one_line(
     models: Models, capsys: pytest.CaptureFixture[str]
 ) -> None:
     promoted(models, 3, 2)
-    assert guarded(lambda: promoted(models, 1, 2)) == 1  # type: ignore[arg-type, return-value, func-returns-value]
+    assert handle_errors(lambda: promoted(models, 1, 2)) == 1  # type: ignore[arg-type, return-value, func-returns-value]
     assert capsys.readouterr().err.startswith("failed: digits@champion: means version 3 by now")
 
 
@@ -197,5 +197,5 @@ def test_a_registry_from_before_the_log_is_rolled_back_by_its_tag(
     assert models.aliases["champion"] == 1
     models.version_tags[2].clear()
     models.aliases["champion"] = 3  # by hand
-    assert guarded(lambda: rollback("digits")) == 2
+    assert handle_errors(lambda: rollback("digits")) == 2
     assert "replaced no one" in capsys.readouterr().err

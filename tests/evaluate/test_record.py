@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-import pipeline.evaluate.record
+import pipeline.features.shard_sums
 from jobs.evaluate import evaluate
-from pipeline.config.evaluate import EvaluateConfig, FeatureNetworkConfig
+from pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.networks import Features
-from pipeline.evaluate.record import (
+from pipeline.features.exact_sums import Sums, sums_of
+from pipeline.features.networks import Features
+from pipeline.features.shard_sums import (
     FeatureRecord,
-    FeatureTally,
+    FeatureSums,
     add_records,
     network_for_sums,
     parse_record,
 )
-from pipeline.evaluate.sums import Sums, sums_of
-from pipeline.generate.finish import publish
-from pipeline.generate.ledger import Harvest
+from pipeline.generate.done_records import read_record
+from pipeline.generate.driver import _with_network
+from pipeline.generate.finalize import publish_manifest
+from pipeline.generate.listing import RecordAggregate
 from pipeline.generate.plan import shard, shards
-from pipeline.generate.records import read_record
-from pipeline.generate.run import _with_network
 from pipeline.generate.spec import SPEC_KEY, pretty
 from pipeline.store import open_store
 from tests.generate.tiny import fill, maker_of, settings, tiny_card, tiny_model
@@ -41,11 +41,11 @@ def test_the_records_alone_give_what_the_samples_give(digits: str, tmp_path: Pat
     named = network_for_sums(FeatureNetworkConfig(), digits)
     assert named is not None
     maker = maker_of(config.model_copy(update={"features": named}))
-    store, spec, harvest = maker.store, maker.spec, Harvest()
+    store, spec, harvest = maker.store, maker.spec, RecordAggregate()
     store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
     for unit in shards(spec):
-        harvest.add(unit.number, maker.make(unit))
-    publish(store, spec, harvest, None)
+        harvest.add(unit.number, maker.write(unit))
+    publish_manifest(store, spec, harvest, None)
     whole = evaluate(EvaluateConfig(reference=digits), config.output, silent)
     quick = evaluate(EvaluateConfig(reference=digits, records_only=True), config.output, silent)
     assert quick.terms == whole.terms
@@ -77,7 +77,7 @@ def test_damaged_sums_and_vectors_too_long_are_refused() -> None:
             return Features(torch.zeros(len(images), 300), None)
 
     with pytest.raises(UserError, match="too long"):
-        FeatureTally(Long()).batch(np.zeros((2, 4, 4, 1), np.uint8), None)
+        FeatureSums(Long()).batch(np.zeros((2, 4, 4, 1), np.uint8), None)
     with pytest.raises(DamageError, match="not feature sums"):
         parse_record({"network": 3}, "here")
     with pytest.raises(ValueError, match="at least one"):
@@ -106,7 +106,7 @@ def test_records_are_added_up_one_at_a_time() -> None:
 
 
 def test_only_sums_that_fit_are_asked_for(digits: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.evaluate.record, "MOST_FEATURES", 63)
+    monkeypatch.setattr(pipeline.features.shard_sums, "MOST_FEATURES", 63)
     assert network_for_sums(FeatureNetworkConfig(), digits) is None
 
 

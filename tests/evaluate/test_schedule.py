@@ -11,7 +11,7 @@ import pytest
 
 from jobs.schedule import Runner, daily, missed
 from pipeline.errors import UserError
-from pipeline.evaluate.history import write_latest
+from pipeline.nightly.history import write_latest
 from pipeline.store import open_store
 from tests.evaluate.test_history import night
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DamageError
-from pipeline.evaluate.metrics import frechet_distance, moments_of
-from pipeline.evaluate.sums import Sums, sums_of
+from pipeline.features.distances import frechet_distance, moments_of
+from pipeline.features.exact_sums import Sums, sums_of
 from tests.evaluate.made import vectors
 
 

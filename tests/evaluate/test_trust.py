@@ -10,25 +10,26 @@ import jobs.nightly
 import jobs.promote
 from jobs.features import trust_found
 from pipeline.config.data import PackConfig
-from pipeline.config.evaluate import (
+from pipeline.config.evaluation import (
     EvaluateConfig,
     FeatureNetworkConfig,
     FeaturesConfig,
     GateConfig,
     PromoteConfig,
 )
-from pipeline.config.generate import GenerateConfig
-from pipeline.config.nightly import NightlyConfig
-from pipeline.data import load_index, pack
+from pipeline.config.generation import GenerateConfig
+from pipeline.config.nights import NightlyConfig
+from pipeline.data.index import load_index
+from pipeline.data.packing.pack_dataset import pack
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.measured import Measured
-from pipeline.evaluate.networks import open_network
-from pipeline.evaluate.reference import reference, reference_key
-from pipeline.evaluate.train_features import train_features
-from pipeline.generate.model import registered_name
-from pipeline.generate.run import _with_network  # pyright: ignore[reportPrivateUsage]
+from pipeline.features.feature_set import FeatureSet
+from pipeline.features.networks import open_network
+from pipeline.features.reference_set import load_reference, reference_key
+from pipeline.features.train_classifier import train_features
+from pipeline.generate.driver import _with_network  # pyright: ignore[reportPrivateUsage]
+from pipeline.generate.model_source import registered_name
 from pipeline.store import open_store
-from pipeline.track import ModelVersion, require_trusted, trust, trusted
+from pipeline.tracking import ModelVersion, require_trusted, trust, trusted
 from tests.generate.tiny import settings
 from tests.track.one_model import Registry
 
@@ -38,7 +39,7 @@ VERSION = ModelVersion("digits", 1, "", "", "")
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     found = Registry()
-    monkeypatch.setattr("pipeline.track.pins.tracking_client", lambda: found)
+    monkeypatch.setattr("pipeline.tracking.pinned_digests.tracking_client", lambda: found)
     return found
 
 
@@ -112,15 +113,15 @@ def test_figures_of_the_reference_that_were_replaced_judge_nobody(data: str) -> 
     judge(data)
     index, network = load_index(data), open_network(FeatureNetworkConfig(), data)
     store, key = open_store(f"{data}/features"), reference_key(index, network)
-    whole = Measured.from_bytes(store.read(key), key)
-    forged = Measured(**(vars(whole) | {"vectors": whole.vectors * 2}))
+    whole = FeatureSet.from_bytes(store.read(key), key)
+    forged = FeatureSet(**(vars(whole) | {"vectors": whole.vectors * 2}))
     store.write(key, forged.to_bytes())
     with pytest.raises(
         UserError, match=r"by .*classifier\.json: its digest is .* the measured reference by which"
     ):
         judge(data)
     store.delete(key)
-    assert reference(index, FeatureNetworkConfig(), 250).digest == whole.digest
+    assert load_reference(index, FeatureNetworkConfig(), 250).digest == whole.digest
     judge(data)
 
 
@@ -152,7 +153,7 @@ def test_of_two_first_uses_at_once_the_one_that_does_not_stand_is_refused(
             registry.set_registered_model_tag(name, key, value.replace("a" * 64, "b" * 64))
 
     client = Race(get_registered_model=registry.get_registered_model)
-    monkeypatch.setattr("pipeline.track.pins.tracking_client", lambda: client)
+    monkeypatch.setattr("pipeline.tracking.pinned_digests.tracking_client", lambda: client)
     with pytest.raises(UserError, match="its digest is aaaaaaaaaaaa, and the network by which model digits"):
         require_trusted("digits", "network", "s3://b/x", "a" * 64)
 

@@ -11,14 +11,14 @@ from pydantic import ValidationError
 
 import jobs.tune
 from infra.local import LocalStack
-from jobs.shell import Call, settings_of
+from jobs.runner import JobArguments, settings_of
 from jobs.tune import Candidate, evaluations, front, recommended, samplers
 from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.evaluate import TuneConfig
-from pipeline.config.generate import GenerateConfig
+from pipeline.config.evaluation import TuneConfig
+from pipeline.config.generation import GenerateConfig
 from pipeline.errors import UserError
-from pipeline.evaluate.figures import Figure
-from pipeline.generate.model import find_model
+from pipeline.evaluate.metrics import Metric
+from pipeline.generate.model_source import find_model
 from tests.generate.tiny import tiny_card, tiny_model
 
 
@@ -45,7 +45,7 @@ def model(tmp_path: Path) -> Path:
 
 def candidate(kind: str, steps: int, distance: float) -> Candidate:
     sampler = SamplerConfig.model_validate({"kind": kind, "num_steps": steps})
-    figure = Figure(value=distance, n=9, n_reference=9)
+    figure = Metric(value=distance, n=9, n_reference=9)
     return Candidate(
         sampler=sampler, evaluations=evaluations(sampler), seconds=1, metrics={"frechet": figure}
     )
@@ -117,7 +117,7 @@ def test_table_plot_and_preset_are_kept_and_a_generation_takes_the_preset(
     (best,) = [line for line in table if line.startswith(">")]
     preset = yaml.safe_load((folder / "preset.yaml").read_text())["generate"]["sampler"]
     assert best[3:].split()[:2] == [preset.get("kind", SamplerConfig().kind), str(preset["num_steps"])]
-    call = Call(
+    call = JobArguments(
         files=(folder / "preset.yaml",), overrides=(f"model={model}", "count=10", f"output={tmp_path}/out")
     )
     chosen = settings_of(GenerateConfig, "generate", call).sampler

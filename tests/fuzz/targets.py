@@ -20,18 +20,19 @@ from PIL import Image
 from safetensors.torch import save
 
 from pipeline.config.data import PackConfig
-from pipeline.config.generate import GenerateConfig
+from pipeline.config.generation import GenerateConfig
 from pipeline.config.load import load_settings
-from pipeline.config.train import TrainConfig
-from pipeline.data import load_index, pack
-from pipeline.data.npy import decode_npy, encode_npy
-from pipeline.data.scan import index_shard
+from pipeline.config.training import TrainConfig
+from pipeline.data.formats.npy import decode_npy, encode_npy
+from pipeline.data.index import load_index
+from pipeline.data.packing.pack_dataset import pack
+from pipeline.data.packing.scan_shard import index_shard
 from pipeline.errors import DamageError, UserError
+from pipeline.generate.done_records import read_record
 from pipeline.generate.manifest import MANIFEST_KEY, read_manifest
 from pipeline.generate.plan import shards
-from pipeline.generate.records import read_record
 from pipeline.generate.spec import SPEC_KEY, read_spec
-from pipeline.nets.artifact import CARD_FILE, load_card
+from pipeline.nets.model_files import CARD_FILE, load_card
 from pipeline.store import Store, open_store
 from pipeline.train.checkpoint import RECORD, STATE, load_checkpoint, save_checkpoint
 from tests.generate.tiny import fill, settings, tiny_model

@@ -13,16 +13,16 @@ from typing import BinaryIO
 import pytest
 import torch
 
-import pipeline.generate.run as run_module
-from pipeline.config.generate import GenerateConfig
+import pipeline.generate.driver as run_module
+from pipeline.config.generation import GenerateConfig
 from pipeline.errors import UserError
-from pipeline.generate.board import UnderWay
+from pipeline.generate.coordinator import ShardProgress
+from pipeline.generate.driver import GenerationResult, generate
 from pipeline.generate.engine import Engine
-from pipeline.generate.maker import ShardMaker
 from pipeline.generate.plan import shard
-from pipeline.generate.run import GenerationResult, generate
-from pipeline.generate.worker import Outcome, WorkOrder
-from pipeline.nets.artifact import build_model
+from pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
+from pipeline.generate.shard_writer import ShardWriter
+from pipeline.nets.model_files import build_model
 from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, open_store
 
 _PATIENCE_SECONDS = 60
@@ -144,17 +144,17 @@ _engines: dict[str, Engine] = {}
 
 
 class _Crew:
-    def __init__(self, order: WorkOrder, weights: bytes) -> None:
+    def __init__(self, order: SampleWorkerConfig, weights: bytes) -> None:
         if order.spec.digest not in _engines:
             net = build_model(order.card, weights, where="test")
             engine = Engine(order.spec, net, order.card)
             images = functools.cache(lambda index: Engine.images(engine, torch.tensor(index)))
             engine.images = lambda index: images(tuple(index.tolist()))
             _engines[order.spec.digest] = engine
-        self.maker = ShardMaker(_engines[order.spec.digest], _store(order.output), order.guards)
+        self.maker = ShardWriter(_engines[order.spec.digest], _store(order.output), order.guards)
         self.maker.spec = order.spec
 
-    def under_way(self) -> list[UnderWay]:
+    def under_way(self) -> list[ShardProgress]:
         return []
 
     def drain(self, seconds: float) -> None:
@@ -169,7 +169,7 @@ class _Stream:
         if not self._numbers:
             return None
         number = self._numbers.pop(0)
-        record = self._crew.maker.make(shard(self._crew.maker.spec, number))
+        record = self._crew.maker.write(shard(self._crew.maker.spec, number))
         return [Outcome(shard=number, status="done", record=record, worker="here")]
 
     def close(self) -> None:
@@ -181,9 +181,9 @@ def without_cluster() -> Generator[None]:
     """`generate` makes its shards in the thread that calls it, with the store of its Driver if there is one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "open_store", _store)
-        patch.setattr(run_module, "require_room", lambda config: None)
-        patch.setattr(run_module, "hire", _Crew)
-        patch.setattr(run_module, "Stream", _Stream)
+        patch.setattr(run_module, "require_pool_resources", lambda config: None)
+        patch.setattr(run_module, "start_pool", _Crew)
+        patch.setattr(run_module, "OutcomeStream", _Stream)
         yield
 
 

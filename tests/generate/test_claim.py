@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.consensus
+import pipeline.store.consensus
 from pipeline.errors import DamageError, UserError
-from pipeline.generate.claim import claim
+from pipeline.generate.proven_count import check_prefix
 from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, read_spec, require_extension
-from pipeline.generate.standing import check_prefix
+from pipeline.generate.spec_claim import claim_prefix
 from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, open_store
-from pipeline.store.claim import clear_claims
+from pipeline.store.prefix_claim import clear_claims
 from tests.generate.tiny import plan_of, settings, tiny_model
 from tests.turns import Died, Turns
 
@@ -74,7 +74,7 @@ def _no_pause(seconds: float) -> None:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses: the turns decide."""
-    monkeypatch.setattr(pipeline.consensus.time, "sleep", _no_pause)
+    monkeypatch.setattr(pipeline.store.consensus.time, "sleep", _no_pause)
 
 
 def race(seed: int, specs: list[Spec], dying: dict[int, int]) -> tuple[list[Spec], dict[str, bytes]]:
@@ -84,7 +84,7 @@ def race(seed: int, specs: list[Spec], dying: dict[int, int]) -> tuple[list[Spec
     def job(number: int) -> Spec | None:
         turns.wait(number)
         try:
-            return claim(Stepped(objects, turns, number, dying.get(number)), specs[number])
+            return claim_prefix(Stepped(objects, turns, number, dying.get(number)), specs[number])
         except Died:
             return None
         finally:
@@ -122,12 +122,12 @@ def test_what_dead_jobs_left_is_no_stranger_and_is_swept_up(specs: list[Spec], t
     store = open_store(f"file://{tmp_path}/out")
     store.write(f"{CLAIM_PREFIX}dead.0004.json", b'{"round": 3}')
     assert check_prefix(store, specs[0]) is None
-    assert claim(store, specs[0]) == specs[0]
+    assert claim_prefix(store, specs[0]) == specs[0]
     clear_claims(store, CLAIM_PREFIX)
     assert [info.key for info in store.list()] == [SPEC_KEY]
     store.write(f"{CLAIM_PREFIX}x.0000.json", b"{}")
     with pytest.raises(DamageError, match=r"claims/x\.0000\.json: not a claim"):
-        claim(store, specs[0])
+        claim_prefix(store, specs[0])
 
 
 @pytest.mark.parametrize("kind", ["file", pytest.param("gateway", marks=pytest.mark.stack)])
@@ -142,7 +142,7 @@ def test_of_different_jobs_at_an_empty_prefix_one_wins_and_the_others_are_refuse
         def job(spec: Spec, store: Store = store, start: threading.Barrier = start) -> str:
             start.wait(30)
             try:
-                require_extension(store, claim(store, spec), spec)
+                require_extension(store, claim_prefix(store, spec), spec)
             except UserError as error:
                 return str(error)
             return "won"

@@ -13,7 +13,7 @@ from tests.generate.tiny import settings, tiny_model
 WORKER = """
 import sys
 from pathlib import Path
-from pipeline.config.generate import GenerateConfig
+from pipeline.config.generation import GenerateConfig
 from pipeline.generate.engine import prepare_process
 from pipeline.generate.plan import shard
 from tests.generate.tiny import maker_of, plan_of

@@ -9,8 +9,8 @@ import pytest
 
 from jobs.status import generation_status as status_command
 from pipeline.generate.completeness import check_complete
+from pipeline.generate.generation_status import generation_status
 from pipeline.generate.spec import read_spec
-from pipeline.generate.status import generation_status
 from pipeline.store import Store, open_store
 from tests.generate.tiny import fill, settings, tiny_model
 

@@ -11,12 +11,12 @@ import pytest
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.completeness import check_complete
+from pipeline.generate.generation_status import generation_status
 from pipeline.generate.heartbeat import make_heartbeat, new_job_id, read_heartbeats, write_heartbeat
+from pipeline.generate.proven_count import proven_spec
 from pipeline.generate.spec import Spec, read_spec
-from pipeline.generate.standing import standing_spec
-from pipeline.generate.status import generation_status
-from pipeline.generate.verify import verify
-from pipeline.nets.artifact import load_card
+from pipeline.generate.verification import verify
+from pipeline.nets.model_files import load_card
 from pipeline.store import Store, open_store
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model
 
@@ -99,7 +99,7 @@ def test_a_hostile_spec_is_refused_in_one_line_by_whoever_reads_it(
 ) -> None:
     change(store, "spec.json", field, value)
     readers: list[Callable[[], object]] = [
-        lambda: standing_spec(store),
+        lambda: proven_spec(store),
         lambda: generation_status(store.uri),
         lambda: verify(store.uri),
     ]

@@ -16,17 +16,19 @@ import numpy as np
 import pytest
 
 from jobs.download import run
-from jobs.shell import DONE, FAILED, INTERRUPTED, REFUSED, guarded
-from pipeline.data import Index, ShardEntry, build_index, load_index, read_forward, read_shard
-from pipeline.data.download import Download, Piece
-from pipeline.data.images import ImageShape, decode
-from pipeline.data.index import content_digest
-from pipeline.data.unpack import folder_names
-from pipeline.errors import DamageError, NoRoom, UserError
-from pipeline.generate.verify import verify
+from jobs.runner import DONE, FAILED, INTERRUPTED, REFUSED, handle_errors
+from pipeline.data.formats.images import PixelShape, decode
+from pipeline.data.formats.shards import read_shard
+from pipeline.data.index import Index, ShardEntry, content_digest, load_index
+from pipeline.data.packing.build_index import build_index
+from pipeline.data.reading.download_dataset import Download, Piece
+from pipeline.data.reading.sequential import read_sequential
+from pipeline.data.reading.unpack import folder_names
+from pipeline.errors import DamageError, DiskFull, UserError
+from pipeline.generate.verification import verify
 from pipeline.store import FileStore, StoreUnreachable, open_store
-from pipeline.store.base import TEMP_PREFIX
-from pipeline.store.folder import MARKER, Folder
+from pipeline.store.download_folder import MARKER, Folder
+from pipeline.store.interface import TEMP_PREFIX
 from tests.data.making import sixty, small_set
 from tests.generate.tiny import contents, fill, settings, tiny_model
 
@@ -203,7 +205,7 @@ def test_a_generation_that_lost_a_shard_is_refused(generation: Path) -> None:
 
 def test_a_place_with_neither_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert guarded(lambda: run("nothing", "here")) == REFUSED
+    assert handle_errors(lambda: run("nothing", "here")) == REFUSED
     assert not Path("here").exists()
 
 
@@ -232,7 +234,7 @@ def test_another_data_set_in_the_folder_is_refused(packed: Path) -> None:
 
 @pytest.mark.parametrize("place", ["source", "source/inside", "s3://bucket/x"])
 def test_only_a_folder_apart_from_the_source_will_do(generation: Path, place: str) -> None:
-    assert guarded(lambda: run("source", place)) == REFUSED
+    assert handle_errors(lambda: run("source", place)) == REFUSED
 
 
 def test_a_larger_count_replaces_the_tail_that_was_brought_before(made: Path, generation: Path) -> None:
@@ -263,10 +265,10 @@ def test_unpacked_images_of_a_data_set_have_its_pixels(packed: Path) -> None:
     index = load_index(str(packed))
     there = files(Path("here-images"))
     assert len(there) == 60
-    for number, sample in enumerate(read_forward(index)):
+    for number, sample in enumerate(read_sequential(index)):
         assert index.class_names is not None
         data = there[f"{index.class_names[sample.label]}/{number:012d}.png"]
-        assert np.array_equal(decode(data, ImageShape(3, 8, 8)), sample.pixels)
+        assert np.array_equal(decode(data, PixelShape(3, 8, 8)), sample.pixels)
 
 
 def test_unpacking_goes_on_and_mends_what_was_cut(generation: Path) -> None:
@@ -299,9 +301,9 @@ def test_a_full_disk_is_one_line(source: Path, monkeypatch: pytest.MonkeyPatch) 
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(NoRoom, match=r"here/.*: no room left on the disk; make room there"):
+    with pytest.raises(DiskFull, match=r"here/.*: no room left on the disk; make room there"):
         run(str(source), "here")
-    assert guarded(lambda: run(str(source), "here")) == FAILED
+    assert handle_errors(lambda: run(str(source), "here")) == FAILED
     assert files(Path("here")) == {}
 
 
@@ -314,7 +316,7 @@ def test_a_name_from_a_bucket_leads_nowhere_else(packed: Path, name: str) -> Non
     document = json.loads((packed / "index.json").read_bytes())
     document["shards"][0]["name"] = name
     (packed / "index.json").write_text(json.dumps(document))
-    assert guarded(lambda: run(str(packed), "here")) == FAILED
+    assert handle_errors(lambda: run(str(packed), "here")) == FAILED
     assert files(Path("here")) == {}
 
 
@@ -331,7 +333,9 @@ def test_what_cannot_fit_is_refused_before_a_shard_is_fetched(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave_free(30_000, monkeypatch)
-    with pytest.raises(NoRoom, match=r"here: [0-9,]+ bytes are still to come and 30,000 are free; make room"):
+    with pytest.raises(
+        DiskFull, match=r"here: [0-9,]+ bytes are still to come and 30,000 are free; make room"
+    ):
         run(str(source), "here")
     assert list(Path("here").rglob("*.tar")) == []
 
@@ -372,7 +376,7 @@ import sys, time
 from io import BytesIO
 from threading import Event, Lock
 from jobs.download import run
-from jobs.shell import guarded
+from jobs.runner import handle_errors
 from pipeline.store import FileStore
 
 source, folder, manner = sys.argv[1:]
@@ -399,7 +403,7 @@ def open_slowly(self, key, **how):
     return Slow(opened(self, key, **how).read())
 
 FileStore.open = open_slowly
-sys.exit(guarded(lambda: run(source, folder)))
+sys.exit(handle_errors(lambda: run(source, folder)))
 """
 
 
@@ -432,9 +436,9 @@ def test_an_index_that_gives_a_shard_its_own_name_is_refused(packed: Path) -> No
     document = json.loads((packed / "index.json").read_bytes())
     document["shards"][0]["name"] = "index.json"
     shards = [ShardEntry.model_validate(shard) for shard in document["shards"]]
-    document["digest"] = content_digest(shards, ImageShape(**document["image"]), document["class_names"])
+    document["digest"] = content_digest(shards, PixelShape(**document["image"]), document["class_names"])
     (packed / "index.json").write_text(json.dumps(document))
-    assert guarded(lambda: run(str(packed), "here")) in (FAILED, REFUSED)
+    assert handle_errors(lambda: run(str(packed), "here")) in (FAILED, REFUSED)
     assert not Path("here").exists()
 
 

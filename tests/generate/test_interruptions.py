@@ -12,8 +12,8 @@ import pytest
 
 from infra.local import LocalStack
 from infra.local.processes import kill
-from infra.local.state import read_state
-from pipeline.generate.status import generation_status
+from infra.local.stack_state import read_state
+from pipeline.generate.generation_status import generation_status
 from pipeline.store import Store, open_store
 from tests.driving import Driver, ray_workers
 from tests.generate.tiny import contents, fill, settings, tiny_model

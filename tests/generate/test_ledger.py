@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.generate.board import Board, UnderWay
+from pipeline.generate.coordinator import Coordinator, ShardProgress
+from pipeline.generate.generation_status import generation_status
 from pipeline.generate.heartbeat import make_heartbeat, new_job_id, write_heartbeat
-from pipeline.generate.ledger import Harvest, gather, survey
+from pipeline.generate.listing import RecordAggregate, aggregate_records, list_prefix
 from pipeline.generate.manifest import make_manifest
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.spec import SPEC_KEY, Spec, pretty
-from pipeline.generate.status import generation_status
 from pipeline.store import FileStore, ObjectInfo, open_store
 from tests.generate.tiny import fill, maker_of, plan_of, settings, tiny_model
 
@@ -32,9 +32,9 @@ def test_a_shard_is_done_only_with_both_object_and_record(spec: Spec, tmp_path: 
     store = open_store(f"file://{tmp_path}/out")
     for key in ("shards/000000.tar", "done/000000.json", "shards/000001.tar", "done/000002.json"):
         store.write(key, b"x")
-    found = survey(store, spec)
+    found = list_prefix(store, spec)
     assert found.missing() == [1, 2, 3, 4]
-    assert survey(store, spec, objects=False).missing() == [1, 3, 4]
+    assert list_prefix(store, spec, objects=False).missing() == [1, 3, 4]
     assert (found.strange, found.superseded) == ([], [])
 
 
@@ -42,7 +42,7 @@ def test_tails_of_smaller_counts_and_strangers_are_told_apart(spec: Spec, tmp_pa
     store = open_store(f"file://{tmp_path}/out")
     for key in ("shards/000001-0003.tar", "done/000001-0003.json", "done/x.json", "shards/000005.tar"):
         store.write(key, b"x")
-    found = survey(store, spec)
+    found = list_prefix(store, spec)
     assert found.superseded == ["done/000001-0003.json", "shards/000001-0003.tar"]
     assert found.strange == ["done/x.json", "shards/000005.tar"]
     assert found.missing() == [0, 1, 2, 3, 4]
@@ -53,7 +53,7 @@ def test_an_object_that_is_not_what_its_record_says_is_undone(model: Path, tmp_p
     spec, store = fill(config), open_store(config.output)
     store.write("shards/000001.tar", b"short")
     store.write("done/000002.json", b"{}")
-    undone = gather(store, spec, survey(store, spec), Harvest())
+    undone = aggregate_records(store, spec, list_prefix(store, spec), RecordAggregate())
     assert [number for number, _ in undone] == [2, 1]
     assert "not a done-record" in undone[0][1]
     assert "shards/000001.tar has 5 bytes, its record says" in undone[1][1]
@@ -63,8 +63,8 @@ def test_a_harvest_counts_a_shard_once_and_makes_no_manifest_while_one_lacks(
     model: Path, tmp_path: Path
 ) -> None:
     maker = maker_of(settings(model, f"file://{tmp_path}/out", count=20))
-    harvest = Harvest()
-    record = maker.make(shard(maker.spec, 0))
+    harvest = RecordAggregate()
+    record = maker.write(shard(maker.spec, 0))
     harvest.add(0, record)
     harvest.add(0, record)
     assert harvest.images == 10
@@ -89,7 +89,7 @@ def test_a_million_records_are_planned_and_surveyed_within_bounds(spec: Spec, tm
     assert num_shards(vast) == Vast.total
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
-    found = survey(Vast(tmp_path), vast)
+    found = list_prefix(Vast(tmp_path), vast)
     missing = found.missing()
     assert time.process_time() - began < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 200_000
@@ -101,7 +101,7 @@ def test_the_status_is_told_from_the_prefix_alone(model: Path, tmp_path: Path) -
     maker = maker_of(config)
     maker.store.write(SPEC_KEY, pretty(maker.spec.model_dump(mode="json")))
     for number in (0, 1):
-        maker.make(shard(maker.spec, number))
+        maker.write(shard(maker.spec, number))
     still = generation_status(config.output)
     assert (still.state, still.shards_done, still.images_done, still.eta_seconds) == (
         "not complete",
@@ -116,7 +116,7 @@ def test_the_status_is_told_from_the_prefix_alone(model: Path, tmp_path: Path) -
         "running",
         began_at=time.time() - 10,
         images_made=20,
-        under_way=[UnderWay(2, "host:1", time.time() - 3, 4)],
+        under_way=[ShardProgress(2, "host:1", time.time() - 3, 4)],
         failed={"000003": "broken (on host:2)", "000001": "mended since"},
     )
     write_heartbeat(maker.store, beat)
@@ -137,16 +137,16 @@ def test_a_complete_generation_says_so(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_board_counts_attempts_and_passes_on_the_order_to_stop() -> None:
-    board = Board()
+    board = Coordinator()
     assert board.begin(4, "a").attempt == 1
     assert board.begin(4, "b").attempt == 2  # the first worker died
-    assert board.images(4, 8).stop_in_seconds is None
-    assert [(unit.worker, unit.images) for unit in board.view()] == [("b", 8)]
+    assert board.report_images(4, 8).stop_in_seconds is None
+    assert [(unit.worker, unit.images) for unit in board.in_progress()] == [("b", 8)]
     board.drain(5)
     board.drain(500)
-    left = board.images(4, 9).stop_in_seconds
+    left = board.report_images(4, 9).stop_in_seconds
     assert left is not None
     assert 0 < left <= 5
     assert board.begin(5, "a").stop_in_seconds is not None
-    board.leave(4)
-    assert board.view() == []
+    board.end(4)
+    assert board.in_progress() == []

@@ -10,14 +10,14 @@ import torch
 import webdataset as wds
 from torch import nn
 
-from pipeline.config.generate import GuardConfig
-from pipeline.data.shards import read_shard
+from pipeline.config.generation import GuardConfig
+from pipeline.data.formats.shards import read_shard
 from pipeline.generate import engine as engine_module
+from pipeline.generate.done_records import read_record
 from pipeline.generate.engine import Engine
 from pipeline.generate.guards import GuardTripped
-from pipeline.generate.maker import Abandoned, ShardMaker
 from pipeline.generate.plan import shard, shards
-from pipeline.generate.records import read_record
+from pipeline.generate.shard_writer import ShardCancelled, ShardWriter
 from pipeline.store import FileStore
 from tests.generate.tiny import contents, fill, maker_of, settings, tiny_model
 
@@ -27,9 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def shard_bytes(maker: ShardMaker) -> dict[str, bytes]:
+def shard_bytes(maker: ShardWriter) -> dict[str, bytes]:
     for unit in shards(maker.spec):
-        maker.make(unit)
+        maker.write(unit)
     return {info.key: maker.store.read(info.key) for info in maker.store.list("shards/")}
 
 
@@ -49,13 +49,13 @@ def test_shards_are_the_same_in_any_order_and_from_several_threads(model: Path, 
     two = maker_of(settings(model, f"file://{tmp_path}/two"))
     shard_bytes(one)
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(two.make, reversed(list(shards(two.spec)))))
+        list(pool.map(two.write, reversed(list(shards(two.spec)))))
     assert contents(one.store) == contents(two.store)
 
 
 def test_a_shard_reads_through_plain_webdataset(model: Path, tmp_path: Path) -> None:
     maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
-    maker.make(shard(maker.spec, 0))
+    maker.write(shard(maker.spec, 0))
     rows = list(wds.WebDataset(f"{tmp_path}/out/shards/000000.tar", shardshuffle=False).decode("pil"))
     assert [row["__key__"] for row in rows] == [f"{i:012d}" for i in range(10)]
     assert rows[4]["json"] == {"index": 4, "seed": 0, "class": 1, "spec": maker.spec.digest}
@@ -65,7 +65,7 @@ def test_a_shard_reads_through_plain_webdataset(model: Path, tmp_path: Path) -> 
 def test_the_record_says_what_the_object_is(model: Path, tmp_path: Path) -> None:
     maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
     unit = shard(maker.spec, 0)
-    made = maker.make(unit, attempt=2)
+    made = maker.write(unit, attempt=2)
     assert made == read_record(maker.store, maker.spec, unit)
     assert (made.count, made.times.attempt, made.classes) == (10, 2, {0: 4, 1: 3, 2: 3})
     assert made.tally.images == 10
@@ -75,26 +75,26 @@ def test_the_record_says_what_the_object_is(model: Path, tmp_path: Path) -> None
 def test_a_shard_that_another_job_has_made_is_not_made_again(model: Path, tmp_path: Path) -> None:
     maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
     unit = shard(maker.spec, 0)
-    first = maker.make(unit)
-    assert maker.make(unit) == first
+    first = maker.write(unit)
+    assert maker.write(unit) == first
 
 
 def test_a_shard_whose_record_or_object_is_damaged_is_made_again(model: Path, tmp_path: Path) -> None:
     maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
     unit = shard(maker.spec, 0)
-    maker.make(unit)
+    maker.write(unit)
     sound = contents(maker.store)
     for key, data in ((unit.done_key, b"{"), (unit.key, b"short")):
         maker.store.write(key, data)
-        maker.make(unit)
+        maker.write(unit)
         assert contents(maker.store) == sound
 
 
 def test_an_abandoned_shard_leaves_nothing(model: Path, tmp_path: Path) -> None:
     maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
     seen: list[int] = []
-    with pytest.raises(Abandoned):
-        maker.make(shard(maker.spec, 0), should_stop=lambda: len(seen) == 2, on_images=seen.append)
+    with pytest.raises(ShardCancelled):
+        maker.write(shard(maker.spec, 0), should_stop=lambda: len(seen) == 2, on_images=seen.append)
     assert seen == [4, 8]
     assert list(maker.store.list()) == []
 
@@ -161,7 +161,7 @@ def test_nan_stops_the_shard_and_names_the_sample(
 
     monkeypatch.setattr(engine_module, "sample", broken)
     with pytest.raises(GuardTripped, match="sample 6 holds NaN"):
-        maker.make(shard(maker.spec, 0))
+        maker.write(shard(maker.spec, 0))
     assert list(maker.store.list()) == []
 
 
@@ -171,7 +171,7 @@ def test_worthless_images_are_not_stored(model: Path, tmp_path: Path) -> None:
     maker = maker_of(config)
     maker.engine.images = lambda index, on_step=None: np.zeros((len(index), 4, 4, 1), np.uint8)  # type: ignore[method-assign]
     with pytest.raises(GuardTripped, match=r"shards/000000\.tar: 10 of 10 images are constant"):
-        maker.make(shard(maker.spec, 0))
+        maker.write(shard(maker.spec, 0))
     assert list(maker.store.list()) == []
 
 

@@ -7,12 +7,12 @@ import zlib
 import numpy as np
 import pytest
 
-from pipeline.config.generate import GuardConfig
+from pipeline.config.generation import GuardConfig
+from pipeline.data.formats.contact_sheet import grid
+from pipeline.data.formats.pixels import ImageFormat, ImageStats, Pixels, decode, encode, image_stats
 from pipeline.errors import DamageError
-from pipeline.generate.contact import grid
-from pipeline.generate.guards import judge
-from pipeline.generate.pixels import ImageFormat, Pixels, Tally, decode, encode, tally
-from pipeline.nets.artifact import TrainingData
+from pipeline.generate.guards import check_guards
+from pipeline.nets.model_files import TrainingData
 
 
 def noise(count: int, channels: int = 3, size: int = 6) -> Pixels:
@@ -65,7 +65,7 @@ def test_an_image_that_claims_what_it_does_not_hold_is_damage(data: bytes, image
 
 def test_a_tally_is_what_numpy_computes() -> None:
     images = noise(50)
-    found = tally(images)
+    found = image_stats(images)
     assert np.allclose(found.mean, images.mean(axis=(0, 1, 2)))
     assert np.allclose(found.std, images.std(axis=(0, 1, 2)))
 
@@ -74,16 +74,16 @@ def test_tallies_add_up_over_any_split() -> None:
     images = noise(50)
     images[3] = 7
     images[4] = np.where(images[4] > 100, 255, 0)
-    whole = tally(images)
+    whole = image_stats(images)
     assert (whole.constant, whole.saturated) == (1, 1)
-    parts = [tally(part) for part in np.split(images, [1, 4, 30])]
-    assert sum(parts, Tally()) == whole
-    assert sum(reversed(parts), Tally()) == whole
+    parts = [image_stats(part) for part in np.split(images, [1, 4, 30])]
+    assert sum(parts, ImageStats()) == whole
+    assert sum(reversed(parts), ImageStats()) == whole
 
 
 def test_sums_do_not_overflow() -> None:
     white = np.full((3, 600, 600, 1), 255, dtype=np.uint8)
-    assert tally(white).squares == (3 * 600 * 600 * 255 * 255,)
+    assert image_stats(white).squares == (3 * 600 * 600 * 255 * 255,)
 
 
 GUARDS = GuardConfig(min_images=10, max_constant_fraction=0.1, max_saturated_fraction=0.1, max_mean_drift=0.5)
@@ -91,22 +91,25 @@ GUARDS = GuardConfig(min_images=10, max_constant_fraction=0.1, max_saturated_fra
 
 def test_good_images_pass_the_guards() -> None:
     data = TrainingData(channel_mean=(127.0, 127.0, 127.0), channel_std=(70.0, 70.0, 70.0))
-    assert judge(tally(noise(50)), GUARDS, data) is None
+    assert check_guards(image_stats(noise(50)), GUARDS, data) is None
 
 
 def test_constant_saturated_and_drifting_images_are_told_apart() -> None:
     flat = np.full((50, 4, 4, 1), 9, dtype=np.uint8)
-    assert "50 of 50 images are constant" in (judge(tally(flat), GUARDS, None) or "")
+    assert "50 of 50 images are constant" in (check_guards(image_stats(flat), GUARDS, None) or "")
     binary = np.where(noise(50, 1) > 100, 255, 0).astype(np.uint8)
-    assert "50 of 50 images are saturated" in (judge(tally(binary), GUARDS, None) or "")
+    assert "50 of 50 images are saturated" in (check_guards(image_stats(binary), GUARDS, None) or "")
     dark = TrainingData(channel_mean=(20.0,), channel_std=(70.0,))
-    assert "channel 0 has mean" in (judge(tally(noise(50, 1)), GUARDS, dark) or "")
+    assert "channel 0 has mean" in (check_guards(image_stats(noise(50, 1)), GUARDS, dark) or "")
 
 
 def test_a_few_images_are_not_judged_and_neither_is_anything_when_guards_are_off() -> None:
     flat = np.full((9, 4, 4, 1), 9, dtype=np.uint8)
-    assert judge(tally(flat), GUARDS, None) is None
-    assert judge(tally(np.repeat(flat, 9, 0)), GUARDS.model_copy(update={"enabled": False}), None) is None
+    assert check_guards(image_stats(flat), GUARDS, None) is None
+    assert (
+        check_guards(image_stats(np.repeat(flat, 9, 0)), GUARDS.model_copy(update={"enabled": False}), None)
+        is None
+    )
 
 
 def test_a_contact_sheet_shows_each_image_enlarged_in_its_place() -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-import pipeline.generate.cluster
-from pipeline.config.generate import GenerateConfig
+import pipeline.generate.ray_pool
+from pipeline.config.generation import GenerateConfig
 from pipeline.errors import UserError
-from pipeline.generate.cluster import Crew, require_room
+from pipeline.generate.ray_pool import WorkerPool, require_pool_resources
 from tests.generate.tiny import settings
 
 
@@ -20,8 +20,8 @@ class FakeData:
     """Stands for `ray.data`: remembers what is asked for and has no rows."""
 
     asked: dict[str, Any]
-    DataContext = pipeline.generate.cluster.ray.data.DataContext
-    ActorPoolStrategy = pipeline.generate.cluster.ray.data.ActorPoolStrategy
+    DataContext = pipeline.generate.ray_pool.ray.data.DataContext
+    ActorPoolStrategy = pipeline.generate.ray_pool.ray.data.ActorPoolStrategy
 
     def from_items(self, items: list[Any], override_num_blocks: int) -> "FakeData":
         assert len(items) == override_num_blocks
@@ -37,10 +37,10 @@ class FakeData:
 
 def asked_of_ray(config: GenerateConfig, num_shards: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     fake = FakeData()
-    monkeypatch.setattr(pipeline.generate.cluster.ray, "data", fake)
-    crew: Any = Crew
-    crew = Crew(crew, None, None)
-    assert list(pipeline.generate.cluster._wave(config, crew, list(range(num_shards)))) == []
+    monkeypatch.setattr(pipeline.generate.ray_pool.ray, "data", fake)
+    crew: Any = WorkerPool
+    crew = WorkerPool(crew, None, None)
+    assert list(pipeline.generate.ray_pool._wave(config, crew, list(range(num_shards)))) == []
     return fake.asked
 
 
@@ -67,24 +67,24 @@ def test_the_pool_keeps_between_its_sizes_and_never_exceeds_the_shards(
 
 def test_a_share_of_a_gpu_needs_a_node_that_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 4.0}}]
-    monkeypatch.setattr(pipeline.generate.cluster.ray, "nodes", lambda: nodes)
-    require_room(config())
+    monkeypatch.setattr(pipeline.generate.ray_pool.ray, "nodes", lambda: nodes)
+    require_pool_resources(config())
     with pytest.raises(
         UserError, match=r"gpus_per_worker: a worker asks for 0\.5, but the largest node .* has 0"
     ):
-        require_room(config(gpus_per_worker=0.5))
+        require_pool_resources(config(gpus_per_worker=0.5))
     nodes.append({"Alive": False, "Resources": {"CPU": 4.0, "GPU": 8.0}})
     with pytest.raises(UserError, match="gpus_per_worker"):
-        require_room(config(gpus_per_worker=0.5))
+        require_pool_resources(config(gpus_per_worker=0.5))
     nodes.append({"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}})
-    require_room(config(gpus_per_worker=0.5))
+    require_pool_resources(config(gpus_per_worker=0.5))
 
 
 def test_a_cluster_that_grows_is_trusted_to_get_a_large_node(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 0.0}}]
-    monkeypatch.setattr(pipeline.generate.cluster.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(pipeline.generate.ray_pool.ray, "nodes", lambda: nodes)
     monkeypatch.setenv("DDPM_CLUSTER_GROWS", "1")
-    require_room(config(gpus_per_worker=0.5))
+    require_pool_resources(config(gpus_per_worker=0.5))
     monkeypatch.setenv("DDPM_CLUSTER_GROWS", "")
     with pytest.raises(UserError, match="or set DDPM_CLUSTER_GROWS=1"):
-        require_room(config())
+        require_pool_resources(config())

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.generate import GenerateConfig
+from pipeline.config.generation import GenerateConfig
 from pipeline.generate.completeness import check_complete
-from pipeline.generate.run import generate
+from pipeline.generate.driver import generate
+from pipeline.generate.proven_count import proven_spec
 from pipeline.generate.spec import Spec
-from pipeline.generate.standing import standing_spec
-from pipeline.generate.verify import verify
+from pipeline.generate.verification import verify
 from pipeline.store import open_store
 from tests.generate.inprocess import Driver, MemoryStore, run_alone, without_cluster
 from tests.generate.tiny import contents, plan_of, settings, tiny_model
@@ -57,7 +57,7 @@ def spec_of(configs: dict[int, GenerateConfig], count: int) -> Spec:
 def is_whole(objects: dict[str, bytes], spec: Spec, expected: dict[str, bytes]) -> None:
     """The prefix holds the generation of this count and nothing else."""
     store = MemoryStore(objects)
-    assert standing_spec(store) == spec
+    assert proven_spec(store) == spec
     assert check_complete(store, spec).complete, check_complete(store, spec).faults
     assert contents(store) == expected
 
@@ -154,7 +154,7 @@ def test_an_old_manifest_over_a_newer_one_is_replaced_by_the_next_command(
     small, objects = begun(configs, SMALL), begun(configs, LARGE)
     for key in ("spec.json", "report.html", "contact-sheet.png", "manifest.json"):
         objects[key] = small[key]
-        assert standing_spec(MemoryStore(objects)) == spec_of(configs, LARGE)
+        assert proven_spec(MemoryStore(objects)) == spec_of(configs, LARGE)
         result = run_alone(configs[LARGE], objects).result
         assert result is not None
         assert result.status in ("complete", "already complete")
@@ -169,7 +169,7 @@ def test_what_is_no_record_of_this_generation_raises_no_count(configs: dict[int,
     objects["done/000001-0007.json"] = b"{"
     objects["done/999999999999999.json"] = b"{}"
     objects["done/000001-0000.json"] = objects["done/000001-9999.json"] = b"{}"
-    assert standing_spec(MemoryStore(objects)) == spec_of(configs, SMALL)
+    assert proven_spec(MemoryStore(objects)) == spec_of(configs, SMALL)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_what_is_torn_of_a_complete_generation_is_made_by_the_same_command(
 
 SUSPENDED = """
 import os, signal, sys
-import pipeline.generate.finish as finish
-from pipeline.config.generate import GenerateConfig
-from pipeline.generate.run import generate
+import pipeline.generate.finalize as finish
+from pipeline.config.generation import GenerateConfig
+from pipeline.generate.driver import generate
 from tests.generate.inprocess import without_cluster
 real = finish.write_manifest
 def suspended(store, manifest, entries):

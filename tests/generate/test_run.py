@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from jobs.generate import summary
-from pipeline.config.generate import GenerateConfig
-from pipeline.generate.board import UnderWay
-from pipeline.generate.diary import Diary
+from pipeline.config.generation import GenerateConfig
+from pipeline.generate.coordinator import ShardProgress
+from pipeline.generate.driver import GenerationJob, GenerationResult, silent, stall_reason
+from pipeline.generate.generation_run import GenerationRun
 from pipeline.generate.manifest import MANIFEST_KEY, read_manifest
-from pipeline.generate.run import GenerationResult, Job, silent, what_keeps_it
 from pipeline.generate.spec import SPEC_KEY, Spec, pretty, read_spec
 from pipeline.store import Store, open_store
 from tests.generate.tiny import fill, plan_of, settings, tiny_model
@@ -28,8 +28,8 @@ def config(tmp_path: Path) -> GenerateConfig:
 
 def end(config: GenerateConfig) -> GenerationResult:
     spec, model = plan_of(config)
-    store, diary = open_store(config.output), Diary(config, spec, model)
-    return Job(config, spec, model, store, diary, silent, threading.Event(), time.monotonic()).run()
+    store, diary = open_store(config.output), GenerationRun(config, spec, model)
+    return GenerationJob(config, spec, model, store, diary, silent, threading.Event(), time.monotonic()).run()
 
 
 def told(store: Store, spec: Spec, count: int) -> None:
@@ -65,6 +65,6 @@ def test_a_job_of_a_smaller_count_that_spoke_last_is_overruled(config: GenerateC
 def test_a_generation_without_news_says_what_it_may_wait_for(config: GenerateConfig) -> None:
     spec, _ = plan_of(config)
     now = time.time()
-    at_work = [UnderWay(3, "host:12", now - 70, 5), UnderWay(1, "host:11", now - 200, 0)]
-    assert what_keeps_it(spec, 61.0, at_work).startswith("no news for 61 s: host:11 is at 000001 since 200 s")
-    assert "no shard is under way" in what_keeps_it(spec, 61.0, [])
+    at_work = [ShardProgress(3, "host:12", now - 70, 5), ShardProgress(1, "host:11", now - 200, 0)]
+    assert stall_reason(spec, 61.0, at_work).startswith("no news for 61 s: host:11 is at 000001 since 200 s")
+    assert "no shard is under way" in stall_reason(spec, 61.0, [])

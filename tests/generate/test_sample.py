@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.generate import SampleConfig
-from pipeline.generate.sample import draw
+from pipeline.config.generation import SampleConfig
+from pipeline.generate.preview import draw
 from tests.generate.tiny import maker_of, settings, tiny_card, tiny_model
 
 

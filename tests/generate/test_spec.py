@@ -8,12 +8,12 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.generate import GenerateConfig
+from pipeline.config.generation import GenerateConfig
 from pipeline.errors import DamageError, UserError
-from pipeline.generate.model import find_model, pin
+from pipeline.generate.model_source import find_model, resolve_model
+from pipeline.generate.proven_count import check_prefix, raise_count
 from pipeline.generate.spec import SPEC_KEY, make_spec, pretty, read_spec, resolve_classes
-from pipeline.generate.standing import check_prefix, raise_count
-from pipeline.nets.artifact import load_card, load_model
+from pipeline.nets.model_files import load_card, load_model
 from pipeline.store import ObjectInfo, Store, open_store
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model
 
@@ -233,12 +233,12 @@ def test_a_spec_names_the_network_it_was_made_with(model: Path) -> None:
 
 def test_the_card_is_part_of_what_a_generation_is_compared_by(model: Path, store: Store) -> None:
     """Class names and statistics are in no weights: who changes them is told before anything is sampled."""
-    _, spec = pin(config(model))
+    _, spec = resolve_model(config(model))
     store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
-    assert check_prefix(store, pin(config(model))[1]) == spec
+    assert check_prefix(store, resolve_model(config(model))[1]) == spec
     card = json.loads((model / "model.json").read_bytes())
     (model / "model.json").write_text(json.dumps(card | {"class_names": ["two", "one", "nought"]}))
-    _, changed = pin(config(model))
+    _, changed = resolve_model(config(model))
     assert changed.digest == spec.digest
     with pytest.raises(UserError, match=rf'model.card: "{spec.model.card}" there'):
         check_prefix(store, changed)
@@ -247,7 +247,7 @@ def test_the_card_is_part_of_what_a_generation_is_compared_by(model: Path, store
 def test_a_spec_from_before_cards_were_recorded_keeps_its_digest_and_is_pinned_when_extended(
     model: Path, store: Store
 ) -> None:
-    _, spec = pin(config(model))
+    _, spec = resolve_model(config(model))
     document = spec.model_dump(mode="json")
     del document["model"]["card"]
     store.write(SPEC_KEY, pretty(document))

@@ -11,23 +11,23 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import pipeline.generate.run
+import pipeline.generate.driver
 from infra.local import LocalStack
-from jobs.cluster import ray_cluster
 from jobs.generate import main, summary
-from pipeline.config.generate import GenerateConfig, GuardConfig
+from jobs.ray_session import ray_cluster
+from pipeline.config.generation import GenerateConfig, GuardConfig
 from pipeline.errors import UserError
+from pipeline.generate.done_records import read_record
+from pipeline.generate.driver import GenerationJob, GenerationResult, generate
+from pipeline.generate.generation_status import generation_status
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.plan import shards
-from pipeline.generate.records import read_record
-from pipeline.generate.run import GenerationResult, Job, generate
-from pipeline.generate.status import generation_status
-from pipeline.generate.verify import verify
-from pipeline.generate.worker import Outcome
-from pipeline.nets.artifact import TrainingData
+from pipeline.generate.sample_worker import Outcome
+from pipeline.generate.verification import verify
+from pipeline.nets.model_files import TrainingData
 from pipeline.store import open_store
-from pipeline.track import find_run, register, set_alias, tracking_client
-from pipeline.track.run import open_run
+from pipeline.tracking import find_run, register, set_alias, tracking_client
+from pipeline.tracking.run import open_run
 from tests.generate.tiny import contents, fill, plan_of, settings, tiny_card, tiny_model
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(180)]
@@ -129,7 +129,7 @@ def test_of_two_generations_that_find_a_prefix_empty_one_has_it(
     model: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both have looked before either wrote; the one that comes second at the claim is refused by name."""
-    monkeypatch.setattr(pipeline.generate.run, "check_prefix", lambda store, spec: None)
+    monkeypatch.setattr(pipeline.generate.driver, "check_prefix", lambda store, spec: None)
     configs = [settings(model, f"{prefix}/out", seed=seed, num_workers=1) for seed in (3, 4)]
     with ray_cluster(), ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(generate, config, cluster=nullcontext) for config in configs]
@@ -154,15 +154,15 @@ def test_a_failed_shard_is_tried_again_by_another_worker(
 ) -> None:
     config = settings(model, f"file://{tmp_path}/out", num_workers=1)
     tried: list[Outcome] = []
-    take = Job._take
+    take = GenerationJob._take
 
-    def watched(job: Job, outcome: Outcome) -> None:
+    def watched(job: GenerationJob, outcome: Outcome) -> None:
         tried.append(outcome)
         if outcome.status == "failed":
             (tmp_path / "out/shards/000003.tar").rmdir()
         take(job, outcome)
 
-    monkeypatch.setattr(Job, "_take", watched)
+    monkeypatch.setattr(GenerationJob, "_take", watched)
     with ray_cluster():
         hindered = threading.Thread(target=_hinder, args=(tmp_path / "out",))
         hindered.start()

@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.verify import main
-from pipeline.data.shards import read_shard, write_shard
+from pipeline.data.formats.shards import read_shard, write_shard
 from pipeline.errors import UserError
 from pipeline.generate.regenerate import regenerate
 from pipeline.generate.spec import pretty, read_spec
-from pipeline.generate.verify import VerifyReport, verify
+from pipeline.generate.verification import VerifyReport, verify
 from pipeline.store import Store, open_store
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model
 
@@ -86,7 +86,7 @@ def copy_a_sample(store: Store) -> None:
 def flatten_an_image(store: Store) -> None:
     import numpy as np
 
-    from pipeline.generate.pixels import encode
+    from pipeline.data.formats.pixels import encode
 
     samples = list(read_shard(store.read(SHARD)))
     samples[2][1]["png"] = encode(np.zeros((4, 4, 1), np.uint8), "png")

@@ -6,19 +6,19 @@ from pathlib import Path
 import torch
 
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
-from pipeline.config.generate import GenerateConfig, GuardConfig
+from pipeline.config.generation import GenerateConfig, GuardConfig
 from pipeline.config.net import UNetConfig
-from pipeline.evaluate.networks import open_network
-from pipeline.evaluate.record import FeatureTally
+from pipeline.features.networks import open_network
+from pipeline.features.shard_sums import FeatureSums
 from pipeline.generate.engine import Engine
-from pipeline.generate.finish import publish
-from pipeline.generate.ledger import Harvest
-from pipeline.generate.maker import ShardMaker
+from pipeline.generate.finalize import publish_manifest
+from pipeline.generate.listing import RecordAggregate
 from pipeline.generate.manifest import MANIFEST_KEY
-from pipeline.generate.model import FoundModel, pin
+from pipeline.generate.model_source import ResolvedModel, resolve_model
 from pipeline.generate.plan import DONE_PREFIX, shards
+from pipeline.generate.shard_writer import ShardWriter
 from pipeline.generate.spec import SPEC_KEY, Spec, pretty
-from pipeline.nets.artifact import ImageShape, ModelCard, TrainingData, build_model, save_model
+from pipeline.nets.model_files import ImageShape, ModelCard, TrainingData, build_model, save_model
 from pipeline.nets.unet import seeded_init
 from pipeline.store import Store, open_store
 
@@ -79,18 +79,18 @@ def settings(model: Path, output: str, **more: object) -> GenerateConfig:
     return GenerateConfig.model_validate(chosen | more)
 
 
-def plan_of(config: GenerateConfig) -> tuple[Spec, FoundModel]:
+def plan_of(config: GenerateConfig) -> tuple[Spec, ResolvedModel]:
     """The spec that settings ask of their model, and the model."""
-    model, spec = pin(config)
+    model, spec = resolve_model(config)
     return spec, model
 
 
-def maker_of(config: GenerateConfig) -> ShardMaker:
+def maker_of(config: GenerateConfig) -> ShardWriter:
     """A maker of the shards of `config`, in this process."""
     spec, model = plan_of(config)
     net = build_model(model.card, model.weights, where="tiny")
-    sums = None if config.features is None else FeatureTally(open_network(config.features, ""))
-    return ShardMaker(Engine(spec, net, model.card), open_store(config.output), config.guards, sums)
+    sums = None if config.features is None else FeatureSums(open_network(config.features, ""))
+    return ShardWriter(Engine(spec, net, model.card), open_store(config.output), config.guards, sums)
 
 
 def fill(config: GenerateConfig) -> Spec:
@@ -98,10 +98,10 @@ def fill(config: GenerateConfig) -> Spec:
     maker = maker_of(config)
     store, spec = maker.store, maker.spec
     store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
-    harvest = Harvest()
+    harvest = RecordAggregate()
     for unit in shards(spec):
-        harvest.add(unit.number, maker.make(unit))
-    publish(store, spec, harvest, maker.engine.card.class_names)
+        harvest.add(unit.number, maker.write(unit))
+    publish_manifest(store, spec, harvest, maker.engine.card.class_names)
     return spec
 
 

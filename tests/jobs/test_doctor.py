@@ -18,7 +18,7 @@ import torch
 
 from infra.local import LocalStack
 from infra.local.ports import choose
-from jobs import checks
+from jobs import doctor_checks
 from jobs.doctor import doctor
 
 TOKEN = "the-right-token"
@@ -77,7 +77,7 @@ def test_a_package_that_differs_from_the_lock_is_named_with_both_versions(tmp_pa
         f"# head\npyyaml=={mine} \\\n    --hash=sha256:00\nnumpy==0.0.1\nno-such-package==1.0\n"
         "elsewhere==1; sys_platform == 'beos'\n"
     )
-    finding = checks.check_packages([lock])
+    finding = doctor_checks.check_packages([lock])
     assert not finding.ok
     assert finding.found == (
         f"numpy is {metadata.version('numpy')}, pinned is 0.0.1; no-such-package 1.0 is missing"
@@ -88,13 +88,13 @@ def test_a_package_that_differs_from_the_lock_is_named_with_both_versions(tmp_pa
 def test_many_differences_are_counted_not_listed(tmp_path: Path) -> None:
     lock = tmp_path / "requirements.lock"
     lock.write_text("".join(f"no-such-package-{n}==1\n" for n in range(10)))
-    assert checks.check_packages([lock]).found.endswith("no-such-package-2 1 is missing and 7 more")
+    assert doctor_checks.check_packages([lock]).found.endswith("no-such-package-2 1 is missing and 7 more")
 
 
 def test_a_build_label_is_no_difference(tmp_path: Path) -> None:
     lock = tmp_path / "requirements.lock"
     lock.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
-    assert checks.check_packages([lock]).ok
+    assert doctor_checks.check_packages([lock]).ok
 
 
 def test_absent_keys_are_a_problem_for_s3_and_none_for_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,58 +103,60 @@ def test_absent_keys_are_a_problem_for_s3_and_none_for_files(monkeypatch: pytest
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    absent = checks.check_credentials({"DDPM_ROOT": "s3://b"})
+    absent = doctor_checks.check_credentials({"DDPM_ROOT": "s3://b"})
     assert not absent.ok
     assert "AWS_ACCESS_KEY_ID" in absent.remedy
-    assert checks.check_credentials({"DDPM_ROOT": "file:///data"}).ok
+    assert doctor_checks.check_credentials({"DDPM_ROOT": "file:///data"}).ok
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    assert "nobody" in checks.check_credentials({"DDPM_ROOT": "s3://b"}).found
+    assert "nobody" in doctor_checks.check_credentials({"DDPM_ROOT": "s3://b"}).found
 
 
 def test_keys_are_found_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "CANARYKEY")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
-    finding = checks.check_credentials({"DDPM_ROOT": "s3://b"})
+    finding = doctor_checks.check_credentials({"DDPM_ROOT": "s3://b"})
     assert finding.ok
     assert "anary" not in repr(finding).lower()
 
 
 def test_a_data_root_in_files_is_tried_by_writing_to_it(tmp_path: Path) -> None:
     environ = {"DDPM_ROOT": tmp_path.as_uri()}
-    assert checks.check_bucket(environ, write=True).found.endswith("listed, written, read and deleted from")
+    assert doctor_checks.check_bucket(environ, write=True).found.endswith(
+        "listed, written, read and deleted from"
+    )
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     (tmp_path / "a-file").touch()
-    assert not checks.check_bucket({"DDPM_ROOT": f"{tmp_path.as_uri()}/a-file"}).ok
-    assert "DDPM_ROOT" in checks.check_bucket({}).remedy
+    assert not doctor_checks.check_bucket({"DDPM_ROOT": f"{tmp_path.as_uri()}/a-file"}).ok
+    assert "DDPM_ROOT" in doctor_checks.check_bucket({}).remedy
 
 
 def test_an_mlflow_that_does_not_answer_is_a_problem(closed_url: str) -> None:
-    finding = checks.check_mlflow({"MLFLOW_TRACKING_URI": closed_url})
+    finding = doctor_checks.check_mlflow({"MLFLOW_TRACKING_URI": closed_url})
     assert not finding.ok
     assert closed_url in finding.found
     assert finding.remedy
 
 
 def test_another_mlflow_version_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "require_server", lambda url, _, wait_seconds: url)
-    monkeypatch.setattr(checks, "server_version", lambda url, _: "1.2.3")
-    finding = checks.check_mlflow({"MLFLOW_TRACKING_URI": "http://m"})
+    monkeypatch.setattr(doctor_checks, "require_server", lambda url, _, wait_seconds: url)
+    monkeypatch.setattr(doctor_checks, "server_version", lambda url, _: "1.2.3")
+    finding = doctor_checks.check_mlflow({"MLFLOW_TRACKING_URI": "http://m"})
     assert not finding.ok
     assert finding.found == f"http://m runs 1.2.3, here is {metadata.version('mlflow')}"
 
 
 def test_an_mlflow_that_asks_for_no_password_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[bytes | None] = [b"{}", None]
-    monkeypatch.setattr(checks, "get", lambda _: answers.pop(0))
+    monkeypatch.setattr(doctor_checks, "get", lambda _: answers.pop(0))
     environ = {"MLFLOW_TRACKING_URI": "http://m"}
-    assert checks.check_mlflow_password(environ).found == "http://m lets anybody in without a password"
-    assert checks.check_mlflow_password(environ).ok
-    assert checks.check_mlflow_password({}).ok
+    assert doctor_checks.check_mlflow_password(environ).found == "http://m lets anybody in without a password"
+    assert doctor_checks.check_mlflow_password(environ).ok
+    assert doctor_checks.check_mlflow_password({}).ok
 
 
 def test_another_ray_version_is_a_problem(cluster: tuple[type[FakeCluster], dict[str, str]]) -> None:
     _, environ = cluster
-    finding = checks.check_ray_cluster(environ)
+    finding = doctor_checks.check_ray_cluster(environ)
     assert not finding.ok
     assert "runs 0.0.1" in finding.found
     assert metadata.version("ray") in finding.remedy
@@ -165,19 +167,21 @@ def test_a_cluster_without_living_nodes_is_a_problem(
 ) -> None:
     own, environ = cluster
     own.ray_version, own.nodes = metadata.version("ray"), ("DEAD",)
-    assert checks.check_ray_cluster(environ).found.endswith("no node is alive")
+    assert doctor_checks.check_ray_cluster(environ).found.endswith("no node is alive")
     own.nodes = ("DEAD", "ALIVE", "ALIVE")
-    assert checks.check_ray_cluster(environ).found.endswith("2 nodes alive")
-    assert checks.check_ray_cluster(environ).remedy == ""  # the local stack gives a stopped job time to save
+    assert doctor_checks.check_ray_cluster(environ).found.endswith("2 nodes alive")
+    assert (
+        doctor_checks.check_ray_cluster(environ).remedy == ""
+    )  # the local stack gives a stopped job time to save
 
 
 def test_a_cluster_that_asks_for_no_token_is_a_problem(
     cluster: tuple[type[FakeCluster], dict[str, str]],
 ) -> None:
     own, environ = cluster
-    assert checks.check_ray_token(environ).ok
+    assert doctor_checks.check_ray_token(environ).ok
     own.token = None
-    finding = checks.check_ray_token(environ)
+    finding = doctor_checks.check_ray_token(environ)
     assert not finding.ok
     assert "RAY_AUTH_MODE=token" in finding.remedy
 
@@ -186,11 +190,11 @@ def test_a_token_file_that_others_can_read_is_a_problem(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(TOKEN)
     file.chmod(0o644)
-    finding = checks.check_ray_token({"RAY_AUTH_TOKEN_PATH": str(file)})
+    finding = doctor_checks.check_ray_token({"RAY_AUTH_TOKEN_PATH": str(file)})
     assert not finding.ok
     assert finding.remedy == f"chmod 600 {file}"
     file.chmod(0o600)
-    assert checks.check_ray_token({"RAY_AUTH_TOKEN_PATH": str(file)}).ok
+    assert doctor_checks.check_ray_token({"RAY_AUTH_TOKEN_PATH": str(file)}).ok
 
 
 @pytest.mark.parametrize(("offset_seconds", "word"), [(3600.0, "behind"), (-3600.0, "ahead of")])
@@ -198,16 +202,16 @@ def test_a_clock_that_is_off_is_a_problem_also_where_the_service_refuses_us(
     cluster: tuple[type[FakeCluster], dict[str, str]], offset_seconds: float, word: str
 ) -> None:
     own, environ = cluster
-    assert checks.check_clock(environ).ok
+    assert doctor_checks.check_clock(environ).ok
     own.clock_offset_seconds = offset_seconds
-    finding = checks.check_clock(environ)
+    finding = doctor_checks.check_clock(environ)
     assert not finding.ok
     assert word in finding.found
     assert "timedatectl" in finding.remedy
 
 
 def test_a_clock_is_not_compared_where_nobody_answers(closed_url: str) -> None:
-    assert checks.check_clock({"AWS_ENDPOINT_URL": closed_url}).found.endswith("not compared")
+    assert doctor_checks.check_clock({"AWS_ENDPOINT_URL": closed_url}).found.endswith("not compared")
 
 
 def test_a_full_disk_and_little_shared_memory_are_problems(
@@ -219,20 +223,20 @@ def test_a_full_disk_and_little_shared_memory_are_problems(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: sizes[Path(path).name])
     for name in sizes:
         (tmp_path / name).mkdir()
-    assert not checks.check_disk(tmp_path / "full").ok
-    assert not checks.check_disk(tmp_path / "small").ok
-    assert checks.check_disk(tmp_path / "roomy").ok
-    assert "--shm-size" in checks.check_shm(tmp_path / "small").remedy
-    assert checks.check_shm(tmp_path / "roomy").ok
-    assert checks.check_shm(tmp_path / "absent").ok
+    assert not doctor_checks.check_disk(tmp_path / "full").ok
+    assert not doctor_checks.check_disk(tmp_path / "small").ok
+    assert doctor_checks.check_disk(tmp_path / "roomy").ok
+    assert "--shm-size" in doctor_checks.check_shm(tmp_path / "small").remedy
+    assert doctor_checks.check_shm(tmp_path / "roomy").ok
+    assert doctor_checks.check_shm(tmp_path / "absent").ok
 
 
 def test_a_gpu_that_torch_cannot_use_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert checks.check_gpus(tmp_path).ok
+    assert doctor_checks.check_gpus(tmp_path).ok
     (tmp_path / "nvidia0").touch()
     (tmp_path / "nvidiactl").touch()
-    finding = checks.check_gpus(tmp_path)
+    finding = doctor_checks.check_gpus(tmp_path)
     assert not finding.ok
     assert finding.found.startswith("1 in the machine")
 
@@ -241,8 +245,8 @@ def test_the_report_ends_with_the_number_of_problems_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)  # no local stack here
-    fine = checks.Finding("disk", True, "room")
-    broken = checks.Finding("clock", False, "9 s off", "set it")
+    fine = doctor_checks.Finding("disk", True, "room")
+    broken = doctor_checks.Finding("clock", False, "9 s off", "set it")
     monkeypatch.setattr("jobs.doctor.all_checks", lambda _: iter([lambda: fine, lambda: broken]))
     assert doctor() == 1
     out = capsys.readouterr().out.splitlines()
@@ -259,12 +263,12 @@ def test_the_report_ends_with_the_number_of_problems_and_exit_code_1(
 @pytest.mark.stack
 def test_on_the_running_stack_everything_a_job_needs_is_there(stack: LocalStack) -> None:
     service_checks = [
-        checks.check_credentials(),
-        checks.check_bucket(write=True),
-        checks.check_mlflow(),
-        checks.check_ray_cluster(),
-        checks.check_ray_token(),
-        checks.check_clock(),
+        doctor_checks.check_credentials(),
+        doctor_checks.check_bucket(write=True),
+        doctor_checks.check_mlflow(),
+        doctor_checks.check_ray_cluster(),
+        doctor_checks.check_ray_token(),
+        doctor_checks.check_clock(),
     ]
     assert [finding for finding in service_checks if not finding.ok] == []
     assert "not compared" not in service_checks[-1].found
@@ -274,11 +278,11 @@ def test_on_the_running_stack_everything_a_job_needs_is_there(stack: LocalStack)
 def test_wrong_keys_and_a_missing_bucket_are_refused_by_the_real_store(
     stack: LocalStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absent = checks.check_bucket({"DDPM_ROOT": "s3://no-such-bucket"})
+    absent = doctor_checks.check_bucket({"DDPM_ROOT": "s3://no-such-bucket"})
     assert not absent.ok
     assert "no-such-bucket" in absent.found
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-wrong-secret")
-    wrong = checks.check_bucket()
+    wrong = doctor_checks.check_bucket()
     assert not wrong.ok
     assert "AWS_SECRET_ACCESS_KEY" in wrong.remedy
     assert "canary" not in repr(wrong)
@@ -287,7 +291,7 @@ def test_wrong_keys_and_a_missing_bucket_are_refused_by_the_real_store(
 @pytest.mark.stack
 def test_a_wrong_token_is_refused_by_the_real_cluster_within_seconds(stack: LocalStack) -> None:
     began = time.monotonic()
-    finding = checks.check_ray_cluster({**os.environ, "RAY_AUTH_TOKEN": "canary-wrong"})
+    finding = doctor_checks.check_ray_cluster({**os.environ, "RAY_AUTH_TOKEN": "canary-wrong"})
     assert time.monotonic() - began < 30
     assert not finding.ok
     assert "RAY_AUTH_TOKEN" in finding.remedy

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from jobs.progress import Rate, progress_of
-from pipeline import logs
-from pipeline.logs import JsonLines, located, name_process
+from jobs.progress_bar import Rate, progress_of
+from pipeline.telemetry import logs
+from pipeline.telemetry.logs import JsonLines, located, name_process
 
 CANARY = "canary-bird-in-a-coal-mine"
 
@@ -85,7 +85,7 @@ def test_progress_and_records_are_lines_of_json(capsys: pytest.CaptureFixture[st
 
 def test_a_second_piece_of_work_is_timed_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 10.0, 1000.0, 1010.0])
-    monkeypatch.setattr("jobs.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("jobs.progress_bar.time.monotonic", lambda: next(clock))
     rate = Rate()
     assert [rate.measure(done, 100) for done in (0, 100, 0, 50)] == [(0, None), (10, 0), (0, None), (5, 10)]
 
@@ -93,7 +93,7 @@ def test_a_second_piece_of_work_is_timed_for_itself(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_process_dies_without_telling_secrets(form: str) -> None:
     program = (
-        "import logging; from pipeline.logs import set_up_logging; set_up_logging();"
+        "import logging; from pipeline.telemetry.logs import set_up_logging; set_up_logging();"
         "logging.getLogger('pipeline').warning('first %s', 'https://u:' + 'KEY@h'.replace('KEY', C));"
         "raise RuntimeError('secret: ' + C)"
     )

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from infra.local import LocalStack
 from jobs.cli import app
 from pipeline.config.data import PackConfig
-from pipeline.data import pack
+from pipeline.data.packing.pack_dataset import pack
 from pipeline.store import open_store
 
 NOWHERE = "http://127.0.0.1:9"

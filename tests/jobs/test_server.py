@@ -11,11 +11,11 @@ from typing import ClassVar
 import pytest
 from ray.job_submission import JobSubmissionClient
 
+from jobs.ray_jobs import follow, print_jobs, print_log, require_job
+from jobs.runner import FAILED, REFUSED, handle_errors
 from jobs.scripts import start_script
 from jobs.server import JobServer
-from jobs.shell import FAILED, REFUSED, guarded
 from jobs.stop import stop_job
-from jobs.watch import follow, print_jobs, print_log, require_job
 
 NAME = "generate-1"
 WEBSOCKET = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
@@ -93,7 +93,7 @@ def ended(work: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> tup
         work()
         return 0
 
-    code = guarded(job)
+    code = handle_errors(job)
     return code, capsys.readouterr().err
 
 

@@ -10,19 +10,19 @@ import pytest
 from infra.local import LocalStack
 from jobs import dataset
 from jobs import pack as pack_job
-from jobs.cluster import ray_cluster
-from jobs.spread import ClusterSpread, spread_for
+from jobs.ray_map import RayMap, ray_map_for
+from jobs.ray_session import ray_cluster
 from pipeline.config.data import PackConfig
-from pipeline.data import load_index
+from pipeline.data.index import load_index
 from pipeline.errors import DamageError
 from pipeline.store import open_store
 from tests.data.making import folder, small_set
 
 
 @pytest.fixture
-def cluster(stack: LocalStack) -> Iterator[ClusterSpread]:
+def cluster(stack: LocalStack) -> Iterator[RayMap]:
     with ray_cluster():
-        yield ClusterSpread()
+        yield RayMap()
 
 
 def quiet(done: int, total: int, note: str = "") -> None:
@@ -39,7 +39,7 @@ def test_little_work_and_files_a_far_cluster_cannot_see_stay_here(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if address is not None:
         monkeypatch.setenv("RAY_ADDRESS", address)
-    with spread_for(units, 10, local) as spread:
+    with ray_map_for(units, 10, local) as spread:
         assert spread is None
 
 
@@ -90,7 +90,7 @@ def test_a_cluster_indexes_as_one_machine_does_and_reads_only_what_is_new(
 @pytest.mark.stack
 @pytest.mark.timeout(180)
 def test_the_unit_of_a_killed_worker_is_done_again_and_failures_are_told_as_they_were(
-    cluster: ClusterSpread, tmp_path: Path
+    cluster: RayMap, tmp_path: Path
 ) -> None:
     def dies_once(unit: int) -> int:
         mark = tmp_path / f"{unit}.begun"

@@ -7,8 +7,8 @@ import pytest
 
 from infra.local import LocalStack
 from pipeline.config.data import PackConfig
-from pipeline.data import pack
-from pipeline.train.prepare import prepare
+from pipeline.data.packing.pack_dataset import pack
+from pipeline.train.training_plan import plan_training
 from tests.generate.tiny import plan_of, settings, tiny_model
 from tests.train.tiny import tiny
 
@@ -18,15 +18,15 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
 def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_name(
     stack: LocalStack, prefix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    from jobs.ray_jobs import job_client, job_table, print_jobs, require_job
     from jobs.submit import submit  # imports Ray, which reads the stack's settings
-    from jobs.watch import job_client, job_table, print_jobs, require_job
     from pipeline.errors import UserError
 
     pack(PackConfig(source="digits", dest=f"{prefix}/data", channels=1), None)
     config = tiny(f"{prefix}/data", f"{prefix}/runs", name="handed", track={"experiment": "tests-submit"})
     assert submit("train", config, detach=True) == 0
     name = capfd.readouterr().out.split()[1]
-    assert name.rpartition("-")[0] == f"train-{prepare(config).identity}"
+    assert name.rpartition("-")[0] == f"train-{plan_training(config).identity}"
     with pytest.raises(UserError, match=f"job {name}: is at the same work with other settings"):
         submit("train", config.model_copy(update={"steps": 48}))
     assert submit("train", config) == 0  # the same settings: the job that is going on

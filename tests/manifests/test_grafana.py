@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from infra.local import LocalStack
-from infra.local.state import read_state
-from pipeline.meters import METERS, Meters
+from infra.local.stack_state import read_state
+from pipeline.telemetry.prometheus import METRICS, JobMetrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DASHBOARD: dict[str, Any] = json.loads((REPOSITORY / "infra" / "grafana" / "dashboard.json").read_text())
@@ -35,25 +35,27 @@ def asked_for() -> set[str]:
 
 
 def exported_name(name: str) -> str:
-    """What Ray makes of a name of `METERS`."""
-    return f"ray_{name}" + "_total" * (METERS[name].kind == "counter")
+    """What Ray makes of a name of `METRICS`."""
+    return f"ray_{name}" + "_total" * (METRICS[name].kind == "counter")
 
 
 def test_dashboard_and_alerts_ask_for_all_of_our_metrics_and_no_others() -> None:
-    assert {name for name in asked_for() if name.startswith(OURS)} == {exported_name(name) for name in METERS}
+    assert {name for name in asked_for() if name.startswith(OURS)} == {
+        exported_name(name) for name in METRICS
+    }
 
 
 def test_every_metric_of_ours_is_told_by_some_code() -> None:
     files = [*REPOSITORY.glob("pipeline/**/*.py")]
     code = "\n".join(file.read_text() for file in files if file.name != "meters.py")
-    for name in METERS:
+    for name in METRICS:
         assert f'"{name.removeprefix("ddpm_")}"' in code or f'"{name}"' in code, name
 
 
 def test_metrics_outside_a_cluster_do_nothing_and_a_wrong_name_is_an_error() -> None:
-    meters = Meters("train", "nobody")
+    meters = JobMetrics("train", "nobody")
     meters.gauge("ddpm_step", 5)
-    meters.add_tallied()
+    meters.add_counted()
     with pytest.raises(KeyError):
         meters.add("ddpm_shard_done")
 

@@ -14,10 +14,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from jobs.shell import Call, settings_of
-from pipeline.config.generate import GenerateConfig
-from pipeline.config.nightly import NightlyConfig
-from pipeline.config.train import TrainConfig
+from jobs.runner import JobArguments, settings_of
+from pipeline.config.generation import GenerateConfig
+from pipeline.config.nights import NightlyConfig
+from pipeline.config.training import TrainConfig
 from tests.manifests.kustomize import Object
 from tests.manifests.objects import KUBERAY, VARIANTS, label, named, pods, rendered, validate, validate_pod
 
@@ -204,7 +204,7 @@ def test_the_settings_are_such_as_the_jobs_accept_and_their_workers_fit_their_po
         assert words[:2] == ["python", "-m"]
         assert importlib.util.find_spec(module)
         file = tmp_path / Path(words[words.index("--config") + 1]).name
-        config = settings_of(model, section, Call(files=(file,)))
+        config = settings_of(model, section, JobArguments(files=(file,)))
         group = job["rayClusterSpec"]["workerGroupSpecs"][0]
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         wanted = {"train": "workers", "nightly": "generate"}.get(name)

@@ -85,7 +85,7 @@ def test_a_role_reads_and_writes_where_it_must_and_nowhere_else(
     role: str, aws: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     become(role, aws)
-    aws.setattr("pipeline.store.s3.PART_BYTES", 5 << 20)  # S3's least
+    aws.setattr("pipeline.store.s3_store.PART_BYTES", 5 << 20)  # S3's least
     large = tmp_path / "large"
     large.write_bytes(bytes((5 << 20) + 1))  # goes up in parts
     for place in PLACES:

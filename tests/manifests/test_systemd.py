@@ -10,7 +10,7 @@ import typer.main
 
 from jobs.cli import app
 from jobs.nightly import DRIFTED
-from jobs.shell import REFUSED, STOPPED
+from jobs.runner import REFUSED, STOPPED
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "infra" / "systemd"
 UNITS = sorted(SYSTEMD.iterdir())

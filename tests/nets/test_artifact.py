@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DamageError, UserError
-from pipeline.nets import artifact
-from pipeline.nets.artifact import CARD_FILE, load_card, load_model
+from pipeline.nets import model_files
+from pipeline.nets.model_files import CARD_FILE, load_card, load_model
 from tests.generate.tiny import tiny_model
 
 Card = dict[str, Any]
@@ -75,7 +75,7 @@ def test_a_network_that_its_weights_cannot_fill_takes_no_memory(
 def test_a_card_of_a_gigabyte_is_not_read(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact, "MOST_CARD_BYTES", 100)
+    monkeypatch.setattr(model_files, "MOST_CARD_BYTES", 100)
     with pytest.raises(UserError, match=r"model\.json: longer than 100 bytes"):
         load_card(model)
 

@@ -19,7 +19,7 @@ from pipeline.nets.diffusers_config import (
     schedule_from_diffusers,
     scheduler_to_diffusers,
 )
-from pipeline.nets.exchange import (
+from pipeline.nets.diffusers_weights import (
     export_diffusers,
     import_diffusers,
     weights_from_diffusers,

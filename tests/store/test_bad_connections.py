@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.store import ObjectChanged, RetryPolicy, StoreUnreachable, open_store
-from pipeline.store.s3 import S3Store
+from pipeline.store.s3_store import S3Store
 from tests.store.hostile_s3 import Hostile, breaking_off, cut_at_random, serving
 
 QUICK = RetryPolicy(attempts=5, first_pause_seconds=0.001, longest_pause_seconds=0.01)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.shell import FAILED, REFUSED, guarded
-from pipeline.disk import disk_error, told_at
-from pipeline.errors import NoRoom, Outage, UserError
+from jobs.runner import FAILED, REFUSED, handle_errors
+from pipeline.disk_errors import disk_error, disk_errors_at
+from pipeline.errors import DiskFull, Outage, UserError
 from pipeline.store import FileStore, Store, StoreUnreachable
-from pipeline.store import files as files_module
+from pipeline.store import file_store as files_module
 from tests.store.hostile_s3 import Answer, answering
 
 FULL = "no room left on the disk; make room there, or choose another place"
@@ -22,8 +22,8 @@ FULL = "no room left on the disk; make room there, or choose another place"
 @pytest.mark.parametrize(
     ("number", "kind", "words", "code"),
     [
-        (errno.ENOSPC, NoRoom, FULL, FAILED),
-        (errno.EDQUOT, NoRoom, "this user's quota is used up; make room there", FAILED),
+        (errno.ENOSPC, DiskFull, FULL, FAILED),
+        (errno.EDQUOT, DiskFull, "this user's quota is used up; make room there", FAILED),
         (errno.EIO, StoreUnreachable, "the disk does not read or write; look at its health", FAILED),
         (errno.ESTALE, StoreUnreachable, "the file server has lost it; mount it anew", FAILED),
         (errno.ENOTCONN, StoreUnreachable, "the file server is gone; mount it anew", FAILED),
@@ -53,9 +53,9 @@ def test_what_the_system_refuses_a_file_store_is_a_line_of_the_right_kind(
     for write in writes:
         with pytest.raises(UserError, match=rf"({store.uri}/a/x|{tmp_path}/down): {words}") as caught:
             write()
-        assert isinstance(caught.value, NoRoom) == (kind is NoRoom)
+        assert isinstance(caught.value, DiskFull) == (kind is DiskFull)
         assert isinstance(caught.value, Outage) == (kind is StoreUnreachable)
-        assert guarded(lambda write=write: int(bool(write()))) == code
+        assert handle_errors(lambda write=write: int(bool(write()))) == code
     assert [info.key for info in store.list()] == ["here"]
     assert not [name for _, _, names in os.walk(tmp_path) for name in names if name.startswith(".tmp")]
 
@@ -116,7 +116,7 @@ def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_a_file_are_told(tm
 def test_a_full_disk_under_a_download_from_s3_is_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.store.s3 import S3Store
+    from pipeline.store.s3_store import S3Store
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
@@ -128,7 +128,7 @@ def test_a_full_disk_under_a_download_from_s3_is_a_line(
             raise OSError(errno.ENOSPC, "no")
 
         monkeypatch.setattr(files_module.os, "fsync", full)
-        with pytest.raises(NoRoom, match=rf"{tmp_path}/x: {FULL}"):
+        with pytest.raises(DiskFull, match=rf"{tmp_path}/x: {FULL}"):
             S3Store("bucket").download("x", tmp_path / "x")
     assert os.listdir(tmp_path) == []
 
@@ -136,9 +136,9 @@ def test_a_full_disk_under_a_download_from_s3_is_a_line(
 def test_what_rust_says_of_the_disk_is_understood_and_other_errors_pass(tmp_path: Path) -> None:
     from safetensors import SafetensorError
 
-    with pytest.raises(NoRoom, match=FULL), told_at(tmp_path):
+    with pytest.raises(DiskFull, match=FULL), disk_errors_at(tmp_path):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
-    with pytest.raises(FileNotFoundError), told_at(tmp_path):
+    with pytest.raises(FileNotFoundError), disk_errors_at(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "gone")
     assert disk_error(OSError(errno.EACCES, "a port")) is None  # no file is in question
-    assert isinstance(disk_error(OSError(errno.ENOSPC, "somewhere")), NoRoom)
+    assert isinstance(disk_error(OSError(errno.ENOSPC, "somewhere")), DiskFull)

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.store import FileStore, atomic_file, open_store
-from pipeline.store.files import TEMP_AGE_SECONDS
+from pipeline.store.file_store import TEMP_AGE_SECONDS
 
 
 def test_a_plain_path_and_a_file_uri_are_the_same_store(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pipeline.store.retry import RetryPolicy
 from pipeline.store.stream import ResumingStream
-from pipeline.tally import counts
+from pipeline.telemetry.counters import totals
 
 DATA = bytes(range(100))
 
@@ -22,10 +22,10 @@ class _Cut:
 
 
 def test_every_connection_that_is_asked_for_again_counts_as_a_repeated_call() -> None:
-    before = counts().get("store_retries", 0)
+    before = totals().get("store_retries", 0)
     policy = RetryPolicy(attempts=3, first_pause_seconds=0.0)
     stream = ResumingStream(
         lambda start: (_Cut(start), len(DATA)), policy, lambda error: True, lambda action: action()
     )
     assert stream.readall() == DATA
-    assert counts()["store_retries"] - before == 3
+    assert totals()["store_retries"] - before == 3

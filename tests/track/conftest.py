@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from infra.local import LocalStack
-from pipeline.track import Run, open_run, tracking_client
+from pipeline.tracking import Run, open_run, tracking_client
 from tests.relay import Relay
 
 if TYPE_CHECKING:

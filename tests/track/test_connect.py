@@ -12,13 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pipeline import patience
+from pipeline import retry
 from pipeline.errors import Outage, UserError
-from pipeline.track.connect import (
+from pipeline.tracking.connect import (
     TrackingError,
     long_transfers,
-    patiently,
     require_server,
+    retry_request,
     server_version,
     tracking_uri,
 )
@@ -113,7 +113,7 @@ def test_a_server_that_is_away_at_the_start_is_waited_for(
     def pause(seconds: float) -> None:
         answers.health = 200
 
-    monkeypatch.setattr(patience.time, "sleep", pause)
+    monkeypatch.setattr(retry.time, "sleep", pause)
     monkeypatch.setenv("DDPM_START_WAIT_SECONDS", "30")
     assert require_server(answers.address) == answers.address
 
@@ -183,9 +183,9 @@ def test_patience_outlasts_an_outage_and_has_an_end() -> None:
     def always_away() -> str:
         raise ConnectionError("away")
 
-    assert patiently("a call", second_time_lucky, 10.0) == "here"
+    assert retry_request("a call", second_time_lucky, 10.0) == "here"
     with pytest.raises(TrackingError, match="a call: MLflow stayed away"):
-        patiently("a call", always_away, 0.1)
+        retry_request("a call", always_away, 0.1)
 
 
 def test_patience_is_not_for_mistakes() -> None:
@@ -194,17 +194,17 @@ def test_patience_is_not_for_mistakes() -> None:
 
     start = time.monotonic()
     with pytest.raises(ValueError, match="wrong"):
-        patiently("a call", mistaken, 60.0)
+        retry_request("a call", mistaken, 60.0)
     assert time.monotonic() - start < 1
 
 
 def test_importing_the_package_does_not_import_mlflow() -> None:
-    program = "import sys, pipeline.track; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    program = "import sys, pipeline.tracking; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_refused_credentials_are_not_waited_for(answers: type[_Answers]) -> None:
-    from pipeline.track import versions
+    from pipeline.tracking import versions
 
     answers.search = 401
     start = time.monotonic()

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.track.journal import Journal
-from pipeline.track.sender import Sender
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.sender import Sender
 
 
 class _Server:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.track import close_stale_runs, janitor
-from pipeline.track.run import (
+from pipeline.tracking import cleanup, close_stale_runs
+from pipeline.tracking.run import (
     HEARTBEAT_TAG,
     KEY_TAG,
     OPENED_TAG,
@@ -75,8 +75,8 @@ class Registry:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Registry:
     made = Registry()
-    monkeypatch.setattr(janitor, "require_server", lambda uri: "")
-    monkeypatch.setattr(janitor, "tracking_client", lambda address: made)
+    monkeypatch.setattr(cleanup, "require_server", lambda uri: "")
+    monkeypatch.setattr(cleanup, "tracking_client", lambda address: made)
     return made
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.track import journal as journal_module
-from pipeline.track.journal import Identity, Journal, read_identity, write_identity
-from pipeline.track.records import PointRecord
+from pipeline.tracking import journal as journal_module
+from pipeline.tracking.journal import Journal, SpoolIdentity, read_identity, write_identity
+from pipeline.tracking.spool_records import PointRecord
 
 
 def _steps(journal: Journal, offset: int = 0) -> list[int]:
@@ -123,7 +123,7 @@ def test_what_waits_is_counted_in_points_and_files(tmp_path: Path) -> None:
 
 def test_only_one_process_delivers_and_death_frees_the_place(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from pipeline.track.journal import Journal\n"
+        "import sys, time; from pathlib import Path; from pipeline.tracking.journal import Journal\n"
         "print(Journal(Path(sys.argv[1])).claim(), flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
@@ -143,7 +143,7 @@ def test_only_one_process_delivers_and_death_frees_the_place(tmp_path: Path) -> 
 def test_a_directory_belongs_to_one_run(tmp_path: Path) -> None:
     write_identity(tmp_path, "run-a", "http://127.0.0.1:1")
     write_identity(tmp_path, "run-a", "http://127.0.0.1:2")
-    assert read_identity(tmp_path) == Identity(run_id="run-a", tracking_uri="http://127.0.0.1:2")
+    assert read_identity(tmp_path) == SpoolIdentity(run_id="run-a", tracking_uri="http://127.0.0.1:2")
     with pytest.raises(UserError, match="run-a, not run-b"):
         write_identity(tmp_path, "run-b", "http://127.0.0.1:1")
 

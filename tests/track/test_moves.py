@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import pipeline.consensus
-from pipeline.errors import DamageError, WorkFailed
-from pipeline.track import Move, MovingAlias, Overtaken, moves
+import pipeline.store.consensus
+from pipeline.errors import DamageError, JobError
+from pipeline.tracking import LoggedAlias, Move, MoveConflictError, alias_log
 from tests.track.one_model import Registry, Stepped
 from tests.turns import Died, Turns
 
@@ -18,12 +18,12 @@ JOBS = 3
 @pytest.fixture(autouse=True)
 def reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client stands where an address would, and nobody pauses."""
-    monkeypatch.setattr(moves, "tracking_client", lambda uri: uri)
-    monkeypatch.setattr(pipeline.consensus.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(alias_log, "tracking_client", lambda uri: uri)
+    monkeypatch.setattr(pipeline.store.consensus.time, "sleep", lambda seconds: None)
 
 
-def alias(client: object) -> MovingAlias:
-    return MovingAlias("digits", "champion", client)  # type: ignore[arg-type]
+def alias(client: object) -> LoggedAlias:
+    return LoggedAlias("digits", "champion", client)  # type: ignore[arg-type]
 
 
 def race(seed: int, dying: dict[int, int]) -> tuple[list[str], Registry]:
@@ -35,7 +35,7 @@ def race(seed: int, dying: dict[int, int]) -> tuple[list[str], Registry]:
         try:
             client = Stepped(registry, turns, number, dying.get(number))
             return f"moved to {alias(client).move(1, number + 2, 'promotion').after}"
-        except Overtaken:
+        except MoveConflictError:
             return "overtaken"
         except Died:
             return "died"
@@ -48,7 +48,7 @@ def race(seed: int, dying: dict[int, int]) -> tuple[list[str], Registry]:
 
 def log(registry: Registry) -> list[tuple[int | None, int | None]]:
     """Each move of the log, from and to which version."""
-    found = alias(registry).look().moves
+    found = alias(registry).read().moves
     return [(found[number].before, found[number].after) for number in sorted(found)]
 
 
@@ -82,7 +82,7 @@ def test_a_decision_against_a_champion_that_is_no_more_moves_nothing() -> None:
     registry = Registry()
     assert alias(registry).move(1, 2, "promotion").number == 1
     with pytest.raises(
-        Overtaken, match="means version 2 by now, and this decision was made against version 1"
+        MoveConflictError, match="means version 2 by now, and this decision was made against version 1"
     ):
         alias(registry).move(1, 3, "promotion")
     assert registry.aliases == {"champion": 2}
@@ -96,7 +96,7 @@ def test_a_move_that_another_job_has_just_made_is_the_same_move() -> None:
     back = alias(registry).move(2, 1, "rollback")
     assert alias(registry).move(2, 1, "rollback") == back
     assert log(registry) == [(1, 2), (2, 1)]
-    with pytest.raises(Overtaken, match="means version 1 by now"):
+    with pytest.raises(MoveConflictError, match="means version 1 by now"):
         alias(registry).move(2, 1, "promotion")  # decided on other grounds
 
 
@@ -129,9 +129,9 @@ def test_a_reader_is_given_what_was_decided_while_the_alias_stands_elsewhere(
     first.move(1, 2, "promotion")
     first.move(2, 1, "rollback")
     registry.aliases["champion"] = 2  # by a job that was suspended since it looked, and is killed now
-    assert alias(registry).look().in_office == 2  # nobody says so: this was somebody's hand
+    assert alias(registry).read().in_office == 2  # nobody says so: this was somebody's hand
     registry.tags["ddpm.moving.champion.0123"] = str(time.time())
-    assert alias(registry).look().in_office == 1
+    assert alias(registry).read().in_office == 1
     assert (registry.aliases["champion"], len(log(registry))) == (2, 2)
     assert alias(registry).follow().version == 1
 
@@ -154,7 +154,7 @@ def test_an_alias_that_something_else_moves_at_the_same_moment_is_told_of() -> N
         def set_registered_model_alias(self, name: str, alias_: str, version: str) -> None:
             self.aliases[alias_] = 9
 
-    with pytest.raises(WorkFailed, match=r"move 1 to version 2 was decided, yet it stands at version 9"):
+    with pytest.raises(JobError, match=r"move 1 to version 2 was decided, yet it stands at version 9"):
         alias(Fought()).move(1, 2, "promotion")
 
 
@@ -166,7 +166,7 @@ def test_a_job_held_up_for_more_than_a_day_no_longer_sets_the_alias() -> None:
 
     class Slow(Registry):
         def set_registered_model_tag(self, name: str, key: str, value: str) -> None:
-            later = str(time.time() - 2 * moves.MARK_SECONDS) if key == old else value
+            later = str(time.time() - 2 * alias_log.MARK_SECONDS) if key == old else value
             super().set_registered_model_tag(name, key, later)
             if key.startswith("ddpm.move."):
                 alias(self).follow()  # another job sets the alias, and sweeps the old mark
@@ -174,7 +174,7 @@ def test_a_job_held_up_for_more_than_a_day_no_longer_sets_the_alias() -> None:
 
     slow = Slow()
     job.uri = slow  # type: ignore[assignment]
-    with pytest.raises(WorkFailed, match="held up for more than a day"):
+    with pytest.raises(JobError, match="held up for more than a day"):
         job.move(1, 2, "promotion")
     assert slow.aliases == {"champion": 2}
 
@@ -182,11 +182,11 @@ def test_a_job_held_up_for_more_than_a_day_no_longer_sets_the_alias() -> None:
 def test_the_log_keeps_its_newest_moves_and_no_words() -> None:
     registry = Registry()
     registry.tags["ddpm.move-claim.champion.000001.dead.0000"] = '{"round": 1, "accepted": 0, "value": null}'
-    for number in range(moves._KEPT_MOVES + 5):
+    for number in range(alias_log._KEPT_MOVES + 5):
         alias(registry).move(1 + number % 2, 2 - number % 2, "promotion")
-    kept = alias(registry).look()
-    assert sorted(kept.moves)[0] == kept.number() - moves._KEPT_MOVES + 1
-    assert len(kept.tags) == moves._KEPT_MOVES
+    kept = alias(registry).read()
+    assert sorted(kept.moves)[0] == kept.number() - alias_log._KEPT_MOVES + 1
+    assert len(kept.tags) == alias_log._KEPT_MOVES
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"number": 0}', '{"number": 99999999999999999999}'])

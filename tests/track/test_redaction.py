@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipeline.redaction import MASK, redact, secret_values
+from pipeline.telemetry.redaction import MASK, redact, secret_values
 
 AWS_ID = "AKIA" + "ABCDEFGHIJKLMNOP"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.track import register, registry
+from pipeline.tracking import register, registry
 
 RUN = "0123456789abcdef0123456789abcdef"
 

@@ -13,23 +13,23 @@ import torch
 
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from pipeline.config.net import UNetConfig
-from pipeline.diffusion.images import to_uint8
+from pipeline.diffusion.image_scaling import to_uint8
 from pipeline.diffusion.samplers import sample
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.errors import DamageError, UserError
-from pipeline.nets.artifact import ImageShape, ModelCard, load_model, save_model
+from pipeline.nets.model_files import ImageShape, ModelCard, load_model, save_model
 from pipeline.nets.unet import UNet
-from pipeline.track import (
+from pipeline.tracking import (
     Run,
     download,
     link_model,
-    protected_sources,
+    protected_model_sources,
     register,
     resolve,
     set_alias,
     versions,
 )
-from pipeline.track.registry import file_sha256
+from pipeline.tracking.registry import file_sha256
 from tests.relay import Relay
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def test_everything_a_version_needs_is_protected(
     version = register(
         name, _export(tmp_path / "a"), new_run().run_id, {}, checkpoint_uri=checkpoint, uri=server
     )
-    places = protected_sources(uri=server)
+    places = protected_model_sources(uri=server)
     assert {version.source, checkpoint} <= places
     assert any(place.endswith(f"/models/{version.model_id}/artifacts") for place in places)
 

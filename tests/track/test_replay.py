@@ -12,10 +12,10 @@ from threading import Thread
 import pytest
 
 from jobs.replay import run
-from jobs.shell import DONE, FAILED
+from jobs.runner import DONE, FAILED
 from pipeline.errors import UserError
-from pipeline.track import Replayed, Spool, replay, replay_all
-from pipeline.track.journal import Journal, write_identity
+from pipeline.tracking import Replayed, Spool, replay, replay_all
+from pipeline.tracking.journal import Journal, write_identity
 
 RUN = "0123456789abcdef0123456789abcdef"
 NAME = "0123456789abcdef0123456789abcdef.bin"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.track import (
+from pipeline.tracking import (
     Run,
     close_stale_runs,
     describe,
@@ -24,7 +24,7 @@ from pipeline.track import (
     set_tags,
     source_tags,
 )
-from pipeline.track.lineage import SOURCE_VARIABLE
+from pipeline.tracking.lineage import SOURCE_VARIABLE
 from tests.relay import Relay
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.data import PackConfig
-from pipeline.data import pack
+from pipeline.data.packing.pack_dataset import pack
 
 
 @pytest.fixture(scope="session")

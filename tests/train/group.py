@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.config.train import TrainConfig
-from pipeline.data import Batch, Loader
+from pipeline.config.training import TrainConfig
+from pipeline.data.reading.loader import Batch, Loader
+from pipeline.data.reading.outages import resilient_batches
 from pipeline.errors import DamageError
 from pipeline.train import session
 from pipeline.train.checkpoint import Checkpoint, latest_checkpoint
-from pipeline.train.diary import Diary
-from pipeline.train.feed import patient_batches
-from pipeline.train.prepare import prepare
-from pipeline.train.worker import Place, Task, train_worker
+from pipeline.train.run_logger import RunLogger
+from pipeline.train.training_plan import plan_training
+from pipeline.train.worker import TrainTask, WorkerContext, train_worker
 
 CPU = torch.device("cpu")
 PATIENCE_SECONDS = 90
@@ -46,15 +46,16 @@ def run_group(
     """Train with `world` processes. `stop_at`: it ends with a checkpoint after this step; `torn_at`: the last rank
     alone finds its samples of this step damaged.
     """
-    plan = prepare(config)
-    task = Task(config, plan.identity, plan.store.uri, plan.index.digest)
+    plan = plan_training(config)
+    task = TrainTask(config, plan.identity, plan.store.uri, plan.index.digest)
     notes = folder / uuid.uuid4().hex[:8]
     notes.mkdir()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.train.worker"])
     members = [
         context.Process(
-            target=_member, args=(dict(os.environ), task, Place(rank, world, CPU), notes, stop_at, torn_at)
+            target=_member,
+            args=(dict(os.environ), task, WorkerContext(rank, world, CPU), notes, stop_at, torn_at),
         )
         for rank in range(world)
     ]
@@ -71,7 +72,12 @@ def run_group(
 
 
 def _member(
-    variables: dict[str, str], task: Task, place: Place, notes: Path, stop_at: int | None, torn_at: int | None
+    variables: dict[str, str],
+    task: TrainTask,
+    place: WorkerContext,
+    notes: Path,
+    stop_at: int | None,
+    torn_at: int | None,
 ) -> None:
     os.environ.update(variables)  # the server it was forked from may be older than the stack
     torch.set_num_threads(task.config.workers.cpus_per_worker)
@@ -83,9 +89,9 @@ def _member(
         world_size=place.world,
         timeout=timedelta(seconds=PATIENCE_SECONDS),
     )
-    Diary.metrics = _Notes(notes / "points").metrics  # type: ignore[method-assign]
+    RunLogger.metrics = _Notes(notes / "points").metrics  # type: ignore[method-assign]
     tears = torn_at if place.rank == place.world - 1 else None
-    session.patient_batches = _Witness(notes / f"positions-{place.rank}", place.rank, tears)
+    session.resilient_batches = _Witness(notes / f"positions-{place.rank}", place.rank, tears)
     train_worker(task, place, _Asks(stop_at) if place.rank == 0 else None)
     dist.destroy_process_group()
 
@@ -122,7 +128,7 @@ class _Witness:
         self._file, self._rank, self._torn_at = file, rank, torn_at
 
     def __call__(self, loader: Loader, start: int, stop: int) -> Iterator[Batch]:
-        for batch in patient_batches(loader, start, stop):
+        for batch in resilient_batches(loader, start, stop):
             if batch.step == self._torn_at:
                 raise DamageError(f"step {batch.step}: torn")
             with self._file.open("a") as out:

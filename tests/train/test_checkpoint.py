@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import patience
+from pipeline import retry
 from pipeline.errors import DamageError
 from pipeline.store import FileStore, ObjectInfo, Store, StoreUnreachable, open_store
 from pipeline.train import checkpoint
@@ -27,7 +27,7 @@ from pipeline.train.checkpoint import (
     save_checkpoint,
 )
 from pipeline.train.state import initial_state
-from pipeline.train.window import Window
+from pipeline.train.step_metrics import StepMetrics
 from tests.train.tiny import tiny
 
 TENSORS = {"net/weight": torch.arange(12.0).reshape(3, 4), "optimizer/step": torch.tensor(3.0)}
@@ -256,7 +256,7 @@ def test_an_error_of_the_writer_reaches_the_training(store: Store, monkeypatch: 
 
 
 def test_a_checkpoint_outlives_an_outage_of_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "PAUSE_SECONDS", 0.01)
     outages, upload = 5, store.upload
 
     def away(key: str, path: Path) -> ObjectInfo:
@@ -342,12 +342,12 @@ def test_a_state_that_does_not_fit_is_damage_in_one_line(
     ],
 )
 def test_sums_that_are_none_are_damage(change: dict[str, Tensor | None]) -> None:
-    window = Window(10, torch.device("cpu"))
+    window = StepMetrics(10, torch.device("cpu"))
     window.open_step()
     tensors = window.tensors() | {f"window/{name}": value for name, value in change.items()}
     kept = {name: value for name, value in tensors.items() if value is not None}
     with pytest.raises(DamageError, match="sums for its next point are damaged"):
-        Window(10, torch.device("cpu")).load(kept, leads=True)
+        StepMetrics(10, torch.device("cpu")).load(kept, leads=True)
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import pytest
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from pipeline.train import cluster
-from pipeline.train.cluster import what_keeps_it
-from pipeline.train.restart import GroupCameToNothingError
+from pipeline.train import ray_trainer
+from pipeline.train.ray_trainer import stall_reason
+from pipeline.train.restart import WorkerGroupStartError
 from tests.train.tiny import tiny
 
 
@@ -20,7 +20,7 @@ class Fits:
         self._ends = list(ends)
         self.begun = 0
         self.threads: list[threading.Thread] = []
-        monkeypatch.setattr(cluster, "_trainer", self._trainer)
+        monkeypatch.setattr(ray_trainer, "_trainer", self._trainer)
 
     def _trainer(self, *_: object) -> "Fits":
         return self
@@ -34,7 +34,7 @@ class Fits:
 
 
 def fit(stop: threading.Event | None = None) -> None:
-    cluster._fit(tiny("file:///nowhere", "file:///nowhere"), None, "", stop or threading.Event())  # type: ignore[arg-type]
+    ray_trainer._fit(tiny("file:///nowhere", "file:///nowhere"), None, "", stop or threading.Event())  # type: ignore[arg-type]
 
 
 NO_ROOM = ControllerError(WorkerGroupStartupTimeoutError(2))
@@ -51,7 +51,7 @@ def test_where_there_is_no_room_it_looks_again_and_says_so(
 
 
 def test_it_does_not_look_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "MOST_STARTS", 3)
+    monkeypatch.setattr(ray_trainer, "MOST_STARTS", 3)
     fits = Fits(monkeypatch, NO_ROOM, NO_ROOM, NO_ROOM)
     with pytest.raises(ControllerError):
         fit()
@@ -60,7 +60,7 @@ def test_it_does_not_look_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_group_lost_before_it_trained_is_left_to_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     Fits(monkeypatch, ControllerError(RuntimeError("a worker died\nwhile joining")))
-    with pytest.raises(GroupCameToNothingError, match="a worker died while joining"):
+    with pytest.raises(WorkerGroupStartError, match="a worker died while joining"):
         fit()
 
 
@@ -93,7 +93,7 @@ def test_whoever_is_asked_to_stop_while_no_group_trains_stops(
     ("silence", "what"), [(1.0, "workers live"), (float("inf"), "no workers"), (None, "does not answer")]
 )
 def test_a_training_without_news_says_what_it_may_wait_for(silence: float | None, what: str) -> None:
-    said = what_keeps_it(61.0, 240, silence)
+    said = stall_reason(61.0, 240, silence)
     assert "no news for 61 s, after step 240" in said
     assert what in said
     assert "\n" not in said

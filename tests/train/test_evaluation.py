@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.train import TrainConfig
-from pipeline.data import load_index
+from pipeline.config.training import TrainConfig
+from pipeline.data.index import load_index
 from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import UserError
 from pipeline.store import Store, open_store
@@ -20,11 +20,11 @@ from pipeline.train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from pipeline.train.evaluation import FixedEvaluation
+from pipeline.train.checkpoint_eval import FixedEvaluation
+from pipeline.train.export import export_model
 from pipeline.train.loop import Trainer
-from pipeline.train.prepare import prepare
-from pipeline.train.result import export_model
 from pipeline.train.state import TrainState, initial_state
+from pipeline.train.training_plan import plan_training
 from tests.train.test_loop import run_alone
 from tests.train.tiny import tiny
 
@@ -38,7 +38,7 @@ def evaluated(config: TrainConfig, state: TrainState, world: int = 1) -> float |
 
 
 def records_of(config: TrainConfig) -> dict[int, float | None]:
-    store = prepare(config).store
+    store = plan_training(config).store
     return {step: load_record(store, step).eval_loss for step in finished_steps(store)}
 
 
@@ -138,7 +138,7 @@ def test_power_averages_are_all_in_the_checkpoint_and_the_first_is_exported(
         "power-0.050",
         "power-0.200",
     }
-    plan = prepare(config)
+    plan = plan_training(config)
     from pipeline.train.checkpoint import latest_checkpoint
 
     checkpoint = latest_checkpoint(plan.store)

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config.train import OptimizerConfig, TrainConfig, WorkerConfig
-from pipeline.data import Batch, Loader, load_index
+from pipeline.config.training import OptimizerConfig, TrainConfig, WorkerConfig
+from pipeline.data.index import load_index
+from pipeline.data.reading.loader import Batch, Loader
 from pipeline.diffusion import NoiseSchedule
 from pipeline.train.loop import Trainer, chunk_loss, train_step
 from pipeline.train.state import TrainState, initial_state, make_optimizer
-from pipeline.train.window import Window
+from pipeline.train.step_metrics import StepMetrics
 from tests.train.test_loop import run_alone
 from tests.train.tiny import tiny
 
@@ -60,7 +61,7 @@ def test_gradients_are_exchanged_once_a_step_however_many_pieces_it_has(
     shared.register_comm_hook(None, exchange)
     state.net.register_forward_pre_hook(lambda *_: passes.append(1))
     sharing = Trainer(config, trainer.schedule, shared, CPU, 1)
-    train_step(sharing, state, batch, Window(50, CPU))
+    train_step(sharing, state, batch, StepMetrics(50, CPU))
     assert len(passes) == pieces
     assert len(exchanges) == len(set(exchanges)) > 0
 
@@ -71,7 +72,7 @@ def test_weights_gradients_and_moments_lie_channels_last(digits: str, runs: str)
     state.net.stem.register_forward_hook(
         lambda _, given, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
     )
-    train_step(trainer, state, batch, Window(50, CPU))
+    train_step(trainer, state, batch, StepMetrics(50, CPU))
     weight = next(block for block in state.net.modules() if isinstance(block, torch.nn.Conv2d)).weight
     assert seen == [True]
     for tensor in (weight, state.optimizer.state[weight]["exp_avg"]):
@@ -146,6 +147,6 @@ def test_clipping_is_of_the_whole_batch_not_of_its_pieces(digits: str, runs: str
     for micro in (None, 3):
         config = tiny(digits, runs, optimizer={"clip_norm": 1e-3})
         trainer, state, batch = begun(config.model_copy(update={"workers": WorkerConfig(micro_batch=micro)}))
-        norms.append(train_step(trainer, state, batch, Window(50, CPU)))
+        norms.append(train_step(trainer, state, batch, StepMetrics(50, CPU)))
     assert norms[0] > 1e-3
     assert math.isclose(norms[0], norms[1], rel_tol=1e-3)

@@ -7,11 +7,11 @@ from typing import cast
 import pytest
 import torch
 
-from pipeline.data import Batch, Loader
+from pipeline.data.reading import outages
+from pipeline.data.reading.loader import Batch, Loader
+from pipeline.data.reading.outages import resilient_batches
 from pipeline.errors import DamageError
 from pipeline.store import StoreUnreachable
-from pipeline.train import feed
-from pipeline.train.feed import patient_batches
 
 
 @dataclass
@@ -33,11 +33,11 @@ class Flaky:
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(outages, "PAUSE_SECONDS", 0.01)
 
 
 def fed(loader: Flaky, start: int, stop: int, seconds: float = 60.0) -> Iterator[Batch]:
-    return patient_batches(cast(Loader, loader), start, stop, seconds)
+    return resilient_batches(cast(Loader, loader), start, stop, seconds)
 
 
 def test_after_an_outage_every_step_comes_once_and_in_order() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.config.train import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.store import open_store
 from pipeline.train import worker
 from pipeline.train.checkpoint import save_checkpoint
@@ -85,8 +85,8 @@ def test_every_rank_starts_from_the_checkpoint_that_rank_0_found(
 
     monkeypatch.setattr(dist, "broadcast", told)
     monkeypatch.setattr(dist, "all_reduce", lambda votes, op: None)  # rank 0 has it too
-    found = worker._starting_point(store, worker.Place(1, 2, CPU))
+    found = worker._starting_point(store, worker.WorkerContext(1, 2, CPU))
     assert found is not None
     assert found.record.step == 8
     monkeypatch.setattr(dist, "broadcast", lambda tensor, src: tensor.fill_(-1))
-    assert worker._starting_point(store, worker.Place(1, 2, CPU)) is None
+    assert worker._starting_point(store, worker.WorkerContext(1, 2, CPU)) is None

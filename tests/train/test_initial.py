@@ -5,18 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.train import TrainConfig
-from pipeline.data import Loader, load_index
+from pipeline.config.training import TrainConfig
+from pipeline.data.index import load_index
+from pipeline.data.reading.loader import Loader
 from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import DamageError, UserError
-from pipeline.nets.artifact import load_card, load_model
-from pipeline.nets.exchange import export_diffusers
+from pipeline.nets.diffusers_weights import export_diffusers
+from pipeline.nets.model_files import load_card, load_model
 from pipeline.train.checkpoint import latest_checkpoint
-from pipeline.train.initial import find_initial, stage_initial, staged_weights
+from pipeline.train.export import export_model
+from pipeline.train.finetune import find_initial, stage_initial, staged_weights
 from pipeline.train.loop import Trainer, chunk_loss
-from pipeline.train.prepare import prepare
-from pipeline.train.result import export_model
 from pipeline.train.state import initial_state
+from pipeline.train.training_plan import plan_training
 from tests.train.test_loop import run_alone
 from tests.train.tiny import tiny
 
@@ -30,7 +31,7 @@ def source(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "runs").mkdir()
     config = tiny(digits, f"file://{folder}/runs")
     run_alone(config)
-    plan = prepare(config)
+    plan = plan_training(config)
     checkpoint = latest_checkpoint(plan.store)
     assert checkpoint is not None
     export_model(plan, checkpoint, None, folder / "model")
@@ -57,7 +58,7 @@ def first_loss(config: TrainConfig, weights: dict[str, torch.Tensor] | None) -> 
 
 def begun(config: TrainConfig) -> dict[str, torch.Tensor]:
     """The weights as a worker finds them, once the driver has staged them."""
-    plan = prepare(config)
+    plan = plan_training(config)
     assert plan.initial is not None
     stage_initial(plan.store, plan.initial)
     return staged_weights(plan.store, plan.initial.sha256)
@@ -79,9 +80,12 @@ def test_the_first_loss_is_the_source_models_wherever_it_is_read_from(
 def test_what_a_training_begins_with_is_part_of_its_identity_and_where_it_was_read_is_not(
     digits: str, runs: str, source: Path, foreign: Path
 ) -> None:
-    scratch, tuned = prepare(tiny(digits, runs)), prepare(tiny(digits, runs, init_from=str(source)))
+    scratch, tuned = (
+        plan_training(tiny(digits, runs)),
+        plan_training(tiny(digits, runs, init_from=str(source))),
+    )
     assert scratch.identity != tuned.identity
-    assert prepare(tiny(digits, runs, init_from=str(foreign))).identity == tuned.identity
+    assert plan_training(tiny(digits, runs, init_from=str(foreign))).identity == tuned.identity
 
 
 def test_a_fine_tuned_training_is_resumed_from_its_own_checkpoints_and_its_card_names_the_parent(
@@ -95,7 +99,7 @@ def test_a_fine_tuned_training_is_resumed_from_its_own_checkpoints_and_its_card_
     assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
     from_scratch = run_alone(tiny(digits, f"{runs}/c"))
     assert any(not torch.equal(value, from_scratch[name]) for name, value in undisturbed.items())
-    plan = prepare(config)
+    plan = plan_training(config)
     checkpoint = latest_checkpoint(plan.store)
     assert checkpoint is not None
     export_model(plan, checkpoint, None, tmp_path / "tuned")
@@ -115,7 +119,7 @@ def test_a_model_of_another_kind_is_refused_in_one_line_that_names_every_differe
         ({"objective": {"target": "v"}}, r"objective\.target 'eps', here 'v'"),
     ]:
         with pytest.raises(UserError, match=said) as caught:
-            prepare(tiny(digits, runs, init_from=str(source), **changes))
+            plan_training(tiny(digits, runs, init_from=str(source), **changes))
         assert str(caught.value).startswith(f"train.init_from: {source} has ")
         assert "\n" not in str(caught.value)
         assert "dropout" not in str(caught.value)
@@ -130,13 +134,13 @@ def test_a_directory_without_a_model_and_damaged_weights_are_named(
     digits: str, runs: str, source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"config\.json: missing"):
-        prepare(tiny(digits, runs, init_from=str(tmp_path)))
+        plan_training(tiny(digits, runs, init_from=str(tmp_path)))
     for name in ("model.json", "model.safetensors"):
         (tmp_path / name).write_bytes((source / name).read_bytes())
     with (tmp_path / "model.safetensors").open("ab") as file:
         file.write(b"x")
     with pytest.raises(DamageError, match="sha256"):
-        prepare(tiny(digits, runs, init_from=str(tmp_path)))
+        plan_training(tiny(digits, runs, init_from=str(tmp_path)))
 
 
 def test_staged_weights_of_another_model_or_damaged_ones_are_refused(
@@ -144,7 +148,7 @@ def test_staged_weights_of_another_model_or_damaged_ones_are_refused(
 ) -> None:
     config = tiny(digits, runs, init_from=str(source))
     begun(config)
-    store = prepare(config).store
+    store = plan_training(config).store
     with pytest.raises(DamageError, match="is of another model; delete initial/"):
         staged_weights(store, "0" * 64)
     store.write("initial/model.safetensors", b"torn")

@@ -9,19 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.train import OptimizerConfig, TrainConfig, WorkerConfig
-from pipeline.data import Loader, load_index
+from pipeline.config.training import OptimizerConfig, TrainConfig, WorkerConfig
+from pipeline.data.index import load_index
+from pipeline.data.reading.loader import Loader
 from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import UserError
-from pipeline.train.alone import train_alone
 from pipeline.train.checkpoint import latest_checkpoint
-from pipeline.train.initial import stage_initial
+from pipeline.train.finetune import stage_initial
+from pipeline.train.learning_rate import learning_rate
+from pipeline.train.local import train_local
 from pipeline.train.loop import NonFiniteError, Trainer, chunk_loss, micro_batches, train_step
-from pipeline.train.lr import learning_rate
-from pipeline.train.prepare import prepare
 from pipeline.train.state import TrainState, initial_state
-from pipeline.train.window import Window
-from pipeline.train.worker import Task
+from pipeline.train.step_metrics import StepMetrics
+from pipeline.train.training_plan import plan_training
+from pipeline.train.worker import TrainTask
 from tests.train.tiny import tiny
 
 CPU = torch.device("cpu")
@@ -32,13 +33,15 @@ def trainer_of(config: TrainConfig, world: int = 1) -> tuple[Trainer, TrainState
     return Trainer(config, NoiseSchedule.from_config(config.schedule), state.net, CPU, world), state
 
 
-def gradients(config: TrainConfig, rank: int, world: int, step: int = 3) -> tuple[list[torch.Tensor], Window]:
+def gradients(
+    config: TrainConfig, rank: int, world: int, step: int = 3
+) -> tuple[list[torch.Tensor], StepMetrics]:
     """What one rank would hand to the exchange of gradients."""
     trainer, state = trainer_of(config, world)
     for parameter in state.net.parameters():  # zero-initialised outputs would hide most gradients
         with torch.no_grad():
             parameter.add_(0.05)
-    window = Window(trainer.schedule.T, CPU)
+    window = StepMetrics(trainer.schedule.T, CPU)
     loader = Loader(config.data, load_index(config.data.uri), config.seed, config.global_batch, rank, world)
     batch = next(iter(loader.batches(step, step + 1)))
     found: list[torch.Tensor] = []
@@ -104,7 +107,7 @@ def test_a_step_with_an_infinite_gradient_changes_nothing_and_too_many_end_the_r
     with torch.no_grad():
         state.net.head.bias.fill_(math.inf)
     before = {name: value.clone() for name, value in state.tensors().items()}
-    window = Window(trainer.schedule.T, CPU)
+    window = StepMetrics(trainer.schedule.T, CPU)
     batches = Loader(config.data, load_index(digits), 0, config.global_batch).batches(0, 3)
     steps = trainer.steps(state, batches, window)
     assert next(steps) == 1
@@ -130,7 +133,7 @@ def test_of_a_step_that_is_not_finite_the_samples_at_fault_are_named(digits: str
         wanted = batch.positions[batch.labels == fault].tolist()
         said = f"finite at {len(wanted)} of its 14 positions: {', '.join(map(str, wanted))};"
         with pytest.raises(NonFiniteError, match=said):
-            next(trainer.steps(state, [batch], Window(trainer.schedule.T, CPU)))
+            next(trainer.steps(state, [batch], StepMetrics(trainer.schedule.T, CPU)))
 
 
 def test_where_losses_are_finite_and_only_the_gradient_is_not_that_is_said(digits: str, runs: str) -> None:
@@ -140,7 +143,7 @@ def test_where_losses_are_finite_and_only_the_gradient_is_not_that_is_said(digit
     with pytest.raises(
         NonFiniteError, match="each loss at positions 0 to 13 is finite, their gradient is not"
     ):
-        next(trainer.steps(state, batches, Window(trainer.schedule.T, CPU)))
+        next(trainer.steps(state, batches, StepMetrics(trainer.schedule.T, CPU)))
 
 
 def test_samples_that_were_replaced_are_counted_and_named(
@@ -149,7 +152,7 @@ def test_samples_that_were_replaced_are_counted_and_named(
     config = tiny(digits, runs)
     trainer, state = trainer_of(config)
     batch = next(iter(Loader(config.data, load_index(digits), 0, config.global_batch).batches(0, 1)))
-    window = Window(trainer.schedule.T, CPU)
+    window = StepMetrics(trainer.schedule.T, CPU)
     list(trainer.steps(state, [replace(batch, damage=("000001.tar, sample 7: torn",))], window))
     window.reduce()
     assert window.metrics(config.global_batch)["train/replaced_samples"] == 1.0
@@ -158,7 +161,7 @@ def test_samples_that_were_replaced_are_counted_and_named(
 
 def run_alone(config: TrainConfig, stop_at: int | None = None) -> dict[str, torch.Tensor]:
     """Train here and give back the tensors of the last checkpoint."""
-    plan = prepare(config)
+    plan = plan_training(config)
     stop = threading.Event()
 
     def on_progress(step: int, total: int, note: str) -> None:
@@ -168,8 +171,8 @@ def run_alone(config: TrainConfig, stop_at: int | None = None) -> dict[str, torc
     initial = plan.initial.sha256 if plan.initial is not None else None
     if plan.initial is not None:
         stage_initial(plan.store, plan.initial)
-    task = Task(config, plan.identity, plan.store.uri, plan.index.digest, initial_sha256=initial)
-    train_alone(task, on_progress, stop)
+    task = TrainTask(config, plan.identity, plan.store.uri, plan.index.digest, initial_sha256=initial)
+    train_local(task, on_progress, stop)
     checkpoint = latest_checkpoint(plan.store)
     assert checkpoint is not None
     assert stop_at is not None or checkpoint.record.step == config.steps
@@ -179,9 +182,9 @@ def run_alone(config: TrainConfig, stop_at: int | None = None) -> dict[str, torc
 def test_the_loss_falls(digits: str, runs: str) -> None:
     seen: list[float] = []
     config = tiny(digits, runs, steps=120, global_batch=64)
-    plan = prepare(config)
-    task = Task(config, plan.identity, plan.store.uri, plan.index.digest)
-    train_alone(
+    plan = plan_training(config)
+    task = TrainTask(config, plan.identity, plan.store.uri, plan.index.digest)
+    train_local(
         task, lambda s, t, note: seen.append(float(note.split()[1])) if note else None, threading.Event()
     )
     assert seen[-1] < 0.6 * seen[0]
@@ -201,7 +204,7 @@ def test_a_training_stopped_anywhere_and_started_again_ends_in_the_same_bits(
 def test_a_window_cut_in_two_by_a_stop_gives_the_same_point() -> None:
     steps = [(torch.rand(6), torch.randint(0, 50, (6,))) for _ in range(5)]
 
-    def filled(window: Window, part: list[tuple[torch.Tensor, torch.Tensor]]) -> Window:
+    def filled(window: StepMetrics, part: list[tuple[torch.Tensor, torch.Tensor]]) -> StepMetrics:
         for losses, timesteps in part:
             window.open_step()
             window.add(losses, timesteps)
@@ -209,9 +212,9 @@ def test_a_window_cut_in_two_by_a_stop_gives_the_same_point() -> None:
         window.reduce()
         return window
 
-    whole = filled(Window(50, CPU), steps).metrics(6)
-    first = filled(Window(50, CPU), steps[:2])
-    second = Window(50, CPU)
+    whole = filled(StepMetrics(50, CPU), steps).metrics(6)
+    first = filled(StepMetrics(50, CPU), steps[:2])
+    second = StepMetrics(50, CPU)
     second.load(first.tensors(), leads=True)
     rest = filled(second, steps[2:]).metrics(6)
     for name, value in whole.items():
@@ -220,12 +223,12 @@ def test_a_window_cut_in_two_by_a_stop_gives_the_same_point() -> None:
 
 
 def test_every_rank_brings_as_many_values_to_a_window_cut_in_two() -> None:
-    before = Window(50, CPU)
+    before = StepMetrics(50, CPU)
     for _ in range(3):
         before.open_step()
         before.add(torch.rand(4), torch.randint(0, 50, (4,)))
         before.close_step(1.0)
-    leader, other = Window(50, CPU), Window(50, CPU)
+    leader, other = StepMetrics(50, CPU), StepMetrics(50, CPU)
     leader.load(before.tensors(), leads=True)
     other.load(before.tensors(), leads=False)
     assert len(leader._losses) == len(other._losses) == 3
@@ -242,7 +245,7 @@ def test_more_steps_go_on_where_a_constant_rate_training_ended(digits: str, runs
 def test_fewer_steps_than_are_trained_are_refused(digits: str, runs: str) -> None:
     run_alone(tiny(digits, runs))
     with pytest.raises(UserError, match="already at step 24"):
-        prepare(tiny(digits, runs, steps=16))
+        plan_training(tiny(digits, runs, steps=16))
 
 
 def test_settings_that_do_not_fit_the_data_are_refused_by_name(digits: str, runs: str) -> None:
@@ -250,9 +253,9 @@ def test_settings_that_do_not_fit_the_data_are_refused_by_name(digits: str, runs
     for field, value in [("image_size", 16), ("num_classes", 3), ("in_channels", 3)]:
         net = good.net.model_dump() | {field: value} | ({"out_channels": 3} if field == "in_channels" else {})
         with pytest.raises(UserError, match=rf"train\.net\.{field}"):
-            prepare(tiny(digits, runs, net=net))
+            plan_training(tiny(digits, runs, net=net))
     with pytest.raises(UserError, match=r"index\.json"):
-        prepare(tiny(digits + "-absent", runs))
+        plan_training(tiny(digits + "-absent", runs))
 
 
 def test_a_batch_of_noise_is_named_by_position_not_by_the_batch_it_comes_in(digits: str, runs: str) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.track import TrackConfig
-from pipeline.track.spool import SPOOL_VARIABLE
-from pipeline.train.node import node_watched
+from pipeline.config.tracking import TrackConfig
+from pipeline.tracking.spool import SPOOL_VARIABLE
+from pipeline.train.node_metrics import log_node_metrics
 
 NOWHERE = "http://127.0.0.1:9"
 READING = TrackConfig(system_metrics_seconds=1.0, close_timeout_seconds=0.0)
@@ -29,7 +29,7 @@ def points(folder: Path) -> dict[str, float]:
 
 
 def test_load_and_memory_of_the_node_go_to_a_spool_even_while_mlflow_is_away(spools: Path) -> None:
-    with node_watched(NOWHERE, "run", "node1", time.time() - 100, READING):
+    with log_node_metrics(NOWHERE, "run", "node1", time.time() - 100, READING):
         deadline = time.monotonic() + 30
         while not (spools / "run-node1/points.jsonl").exists() or not points(spools / "run-node1"):
             assert time.monotonic() < deadline
@@ -60,7 +60,7 @@ def test_load_and_memory_of_the_node_go_to_a_spool_even_while_mlflow_is_away(spo
 def test_without_a_run_on_other_workers_and_when_switched_off_nothing_is_read(
     spools: Path, run_id: str | None, node: str | None, config: TrackConfig
 ) -> None:
-    with node_watched(NOWHERE, run_id, node, 0.0, config):
+    with log_node_metrics(NOWHERE, run_id, node, 0.0, config):
         pass
     assert not spools.exists()
 
@@ -69,7 +69,7 @@ def test_a_spool_that_cannot_be_made_is_a_warning(spools: Path, caplog: pytest.L
     spools.mkdir()
     (spools / "run-node0").write_text("in the way")
     entered = False
-    with caplog.at_level(logging.WARNING), node_watched(NOWHERE, "run", "node0", 0.0, READING):
+    with caplog.at_level(logging.WARNING), log_node_metrics(NOWHERE, "run", "node0", 0.0, READING):
         entered = True
     assert entered
     assert "no system metrics of node0" in caplog.text

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.shell import Call, settings_of
-from pipeline.config.train import TrainConfig
+from jobs.runner import JobArguments, settings_of
+from pipeline.config.training import TrainConfig
 from pipeline.diffusion import NoiseSchedule
 from pipeline.nets import UNet, parameter_count
-from pipeline.train.lr import learning_rate
+from pipeline.train.learning_rate import learning_rate
 
 DDPM_NET = {
     "base_channels": 128,
@@ -100,7 +100,7 @@ def _root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def preset(name: str) -> TrainConfig:
-    return settings_of(TrainConfig, "train", Call(preset=name))
+    return settings_of(TrainConfig, "train", JobArguments(preset=name))
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> list[str]:

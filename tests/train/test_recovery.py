@@ -14,13 +14,13 @@ import torch
 from infra.local import LocalStack, environment
 from infra.local.processes import kill
 from infra.local.stack import Node
-from infra.local.state import read_state
+from infra.local.stack_state import read_state
 from pipeline.config.data import PackConfig
-from pipeline.config.train import TrainConfig
-from pipeline.data import pack
-from pipeline.track import find_run, resolve, tracking_client
+from pipeline.config.training import TrainConfig
+from pipeline.data.packing.pack_dataset import pack
+from pipeline.tracking import find_run, resolve, tracking_client
 from pipeline.train.checkpoint import finished_steps, latest_checkpoint
-from pipeline.train.prepare import Plan, prepare
+from pipeline.train.training_plan import TrainPlan, plan_training
 from tests.chronicle import PROPERTY, Chronicle
 from tests.driving import Driver, ended_after, ray_workers
 from tests.relay import Relay
@@ -114,7 +114,7 @@ class Job(Driver):
     def __init__(
         self, config: TrainConfig, folder: Path, cluster: LocalStack, relays: Relays | None = None
     ) -> None:
-        self.plan = prepare(config)
+        self.plan = plan_training(config)
         self._cluster = cluster
         found = environment(cluster.root).items()
         variables = {name: value for name, value in found if name.startswith("RAY_")}
@@ -161,14 +161,14 @@ class Job(Driver):
         assert "failed: the Ray cluster was lost while training" in self.said
 
 
-def ema_of(plan: Plan) -> dict[str, torch.Tensor]:
+def ema_of(plan: TrainPlan) -> dict[str, torch.Tensor]:
     checkpoint = latest_checkpoint(plan.store)
     assert checkpoint is not None
     assert checkpoint.record.step == STEPS
     return {name: value for name, value in checkpoint.tensors.items() if name.startswith("ema/")}
 
 
-def series_of(plan: Plan) -> dict[str, list[tuple[int, float]]]:
+def series_of(plan: TrainPlan) -> dict[str, list[tuple[int, float]]]:
     """What MLflow has of the training's metrics: each point once, in order."""
     config = plan.config
     run = find_run(config.track.experiment, f"train/{config.name}-{plan.identity}-{config.steps}")
@@ -187,7 +187,7 @@ def expected_series(calm: Outcome, name: str) -> list[tuple[int, float]]:
     return sorted((step, point[name]) for step, point in calm.points.items() if name in point)
 
 
-def require_same(plan: Plan, calm: Outcome) -> None:
+def require_same(plan: TrainPlan, calm: Outcome) -> None:
     """The same weights, bit for bit, and the same charts."""
     expected, found = calm.checkpoint, ema_of(plan)
     assert expected is not None

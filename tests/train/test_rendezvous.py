@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.config.train import WorkerConfig
+from pipeline.config.training import WorkerConfig
 from pipeline.errors import UserError
 from pipeline.train import rendezvous
-from pipeline.train.alone import require_device
+from pipeline.train.local import require_device
 from pipeline.train.rendezvous import interface_of, open_store_at, use_interface
 
 V4, V6, LINK = socket.AF_INET, socket.AF_INET6, getattr(socket, "AF_PACKET", -1)

@@ -7,23 +7,25 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.train import TrainConfig
-from pipeline.data.access import FileAccess
-from pipeline.data.order import GlobalOrder
+from pipeline.config.training import TrainConfig
+from pipeline.data.reading.order import GlobalOrder
+from pipeline.data.reading.shard_access import FileAccess
 from pipeline.store import FileStore
-from pipeline.train.alone import train_alone
 from pipeline.train.checkpoint import latest_checkpoint, save_checkpoint
-from pipeline.train.prepare import prepare
-from pipeline.train.worker import Task
+from pipeline.train.local import train_local
+from pipeline.train.training_plan import plan_training
+from pipeline.train.worker import TrainTask
 from tests.train.tiny import tiny
 
 STORE = ("read", "read_range", "open", "stat", "write", "upload", "download", "list", "delete")
 
 
 def run(config: TrainConfig) -> None:
-    plan = prepare(config)
-    train_alone(
-        Task(config, plan.identity, plan.store.uri, plan.index.digest), lambda *_: None, threading.Event()
+    plan = plan_training(config)
+    train_local(
+        TrainTask(config, plan.identity, plan.store.uri, plan.index.digest),
+        lambda *_: None,
+        threading.Event(),
     )
 
 
@@ -53,12 +55,12 @@ def counted(work: Callable[[], None]) -> Counter[str]:
 def test_resuming_at_step_a_million_does_the_same_work_as_at_step_twelve(digits: str, runs: str) -> None:
     first = tiny(digits, f"{runs}/first", steps=1, optimizer={"lr": 2e-3})
     run(first)
-    start = latest_checkpoint(prepare(first).store)
+    start = latest_checkpoint(plan_training(first).store)
     assert start is not None
     work: dict[int, Counter[str]] = {}
     for step in (12, 1_000_000):
         config = first.model_copy(update={"runs": f"{runs}/{step}", "steps": step + 3})
-        store = prepare(config).store
+        store = plan_training(config).store
         save_checkpoint(store, step, start.tensors, start.record.identity)
         work[step] = counted(lambda config=config: run(config))
         end = latest_checkpoint(store)

@@ -9,12 +9,12 @@ import pytest
 from infra.local import LocalStack
 from jobs.train import train
 from pipeline.config.data import PackConfig
-from pipeline.config.train import TrainConfig
-from pipeline.data import pack
+from pipeline.config.training import TrainConfig
+from pipeline.data.packing.pack_dataset import pack
 from pipeline.errors import UserError
-from pipeline.track import download, find_run, resolve, set_alias, tracking_client
-from pipeline.track.spool import SPOOL_VARIABLE
-from pipeline.train.prepare import prepare
+from pipeline.tracking import download, find_run, resolve, set_alias, tracking_client
+from pipeline.tracking.spool import SPOOL_VARIABLE
+from pipeline.train.training_plan import plan_training
 from tests.train.tiny import tiny
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def config_of(data: str, prefix: str, **changes: object) -> TrainConfig:
 
 def trained(config: TrainConfig) -> "MlflowRun":
     assert train(config, lambda done, total, note="": None, alone=True) == 0
-    found = find_run("pages", f"train/{config.name}-{prepare(config).identity}-{config.steps}")
+    found = find_run("pages", f"train/{config.name}-{plan_training(config).identity}-{config.steps}")
     assert found is not None
     return tracking_client().get_run(found.run_id)
 
@@ -84,7 +84,7 @@ def test_the_run_page_shows_what_a_person_looks_for(data: str, prefix: str) -> N
     }
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.source.count(data) == 1
-    assert prepare(config).index.digest.startswith(dataset.dataset.digest)
+    assert plan_training(config).index.digest.startswith(dataset.dataset.digest)
     assert [file.path for file in client.list_artifacts(run_id, "config")] == ["config/config.yaml"]
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
     note = run.data.tags["mlflow.note.content"]
@@ -112,10 +112,10 @@ def test_a_fine_tuned_model_leads_back_to_its_parent(data: str, prefix: str, tmp
     assert [model.model_id for model in run.inputs.model_inputs] == [version.model_id]
     folder = download(version, tmp_path / "parent")
     same = child.model_copy(update={"init_from": str(folder)})
-    assert prepare(same).identity == prepare(child).identity != prepare(parent).identity
+    assert plan_training(same).identity == plan_training(child).identity != plan_training(parent).identity
 
     wider = child.net.model_copy(update={"base_channels": 16})
     with pytest.raises(UserError, match=rf"init_from: {parent.name}/1 has net\.base_channels 8, here 16"):
-        prepare(child.model_copy(update={"net": wider}))
+        plan_training(child.model_copy(update={"net": wider}))
     with pytest.raises(UserError, match="no directory of that name, and model 'absent': not in the registry"):
-        prepare(child.model_copy(update={"init_from": "absent@x"}))
+        plan_training(child.model_copy(update={"init_from": "absent@x"}))

@@ -10,7 +10,7 @@ import yaml
 
 from infra.local import LocalStack
 from pipeline.config.data import PackConfig
-from pipeline.data import pack
+from pipeline.data.packing.pack_dataset import pack
 from pipeline.store import open_store
 from tests.train.tiny import tiny
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.errors import DamageError, WorkFailed
+from pipeline.errors import DamageError, JobError
 from pipeline.store import FileStore
 from pipeline.train import worker
 from pipeline.train.checkpoint import (
@@ -19,7 +19,7 @@ from pipeline.train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from pipeline.train.worker import Place, Task, _check_belonging, _starting_point
+from pipeline.train.worker import TrainTask, WorkerContext, _check_belonging, _starting_point
 from tests.train.tiny import tiny
 
 TENSORS = {"net/weight": torch.zeros(2)}
@@ -59,8 +59,8 @@ def begin(monkeypatch: pytest.MonkeyPatch, stores: list[FileStore]) -> list[Chec
 
     def rank(number: int) -> None:
         try:
-            found[number] = _starting_point(stores[number], Place(number, WORLD, torch.device("cpu")))
-        except WorkFailed as error:
+            found[number] = _starting_point(stores[number], WorkerContext(number, WORLD, torch.device("cpu")))
+        except JobError as error:
             found[number] = error
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(WORLD)]
@@ -106,8 +106,8 @@ def test_a_group_without_checkpoints_begins_anew(tmp_path: Path, monkeypatch: py
     assert begin(monkeypatch, [FileStore(tmp_path)] * WORLD) == [None] * WORLD
 
 
-def task(digits: str, runs: str, finished_steps: int) -> Task:
-    return Task(tiny(digits, runs), "id", "file:///run", "digest", finished_steps=finished_steps)
+def task(digits: str, runs: str, finished_steps: int) -> TrainTask:
+    return TrainTask(tiny(digits, runs), "id", "file:///run", "digest", finished_steps=finished_steps)
 
 
 def test_checkpoints_that_are_gone_since_the_job_began_end_it(digits: str, runs: str) -> None:

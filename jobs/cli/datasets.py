@@ -1,0 +1,74 @@
+"""Commands about data sets."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import DATA, AsJson, Config, DryRun, Words, end, end_job, examples
+
+app = typer.Typer()
+LabelField = Annotated[str | None, typer.Option(help="Field of a sample's json that holds its class.")]
+
+
+@app.command(
+    rich_help_panel=DATA,
+    epilog=examples(
+        "ddpm pack digits", "ddpm pack source=photos.zip dest=s3://ddpm/data/photos image_size=64"
+    ),
+)
+def pack(words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False) -> None:
+    """Pack images (a folder, a zip, or the built-in digits) into shards."""
+    from jobs.pack import run_call
+
+    end_job(run_call, words, config, dry_run, json)
+
+
+@app.command(
+    rich_help_panel=DATA,
+    epilog=examples(
+        "ddpm index s3://bucket/set",
+        "ddpm index 's3://bucket/set/train-{000..099}.tar' --pixels",
+        "ddpm index /mnt/read-only/set --dest indexes/set",
+    ),
+)
+def index(
+    uri: Annotated[str, typer.Argument(help="Prefix or brace pattern of .tar or .tar.gz shards.")],
+    label_field: LabelField = None,
+    pixels: Annotated[
+        bool, typer.Option("--pixels", help="Decode every image, for channel statistics.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Read also shards whose size and tag are those of before.")
+    ] = False,
+    image: Annotated[
+        str | None,
+        typer.Option("--image", help="Extension of the picture to take, where samples have several."),
+    ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out pictures that cannot be read, and name them.")
+    ] = False,
+    dest: Annotated[
+        str | None,
+        typer.Option(
+            "--dest", help="Where the index goes. Default: beside the shards, which need write access."
+        ),
+    ] = None,
+) -> None:
+    """Make the index of WebDataset tars that are already there."""
+    from jobs.dataset import index as run
+
+    end(lambda: run(uri, label_field, pixels, fresh, image, skip_unreadable, dest))
+
+
+@app.command(rich_help_panel=DATA, epilog=examples("ddpm inspect s3://ddpm/data/digits --sheet digits.png"))
+def inspect(
+    uri: Annotated[str, typer.Argument(help="Prefix or brace pattern of shards.")],
+    sheet: Annotated[Path, typer.Option(help="Where to put a contact sheet.")] = Path("inspection.png"),
+    label_field: LabelField = None,
+    json: AsJson = False,
+) -> None:
+    """Say what a data set holds, and what is damaged in it."""
+    from jobs.dataset import inspect_dataset
+
+    end(lambda: inspect_dataset(uri, sheet, label_field, json))

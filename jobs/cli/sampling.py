@@ -1,0 +1,140 @@
+"""Commands that make samples and look at them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import SAMPLES, Against, AsJson, Config, DryRun, Prefix, Words, end, end_job, examples
+from jobs.runner import JobArguments, run_job
+
+app = typer.Typer()
+
+
+@app.command(
+    rich_help_panel=SAMPLES,
+    epilog=examples(
+        "ddpm generate digits count=10000",
+        "ddpm generate digits model=digits/3 output=s3://ddpm/samples/of-version-3",
+    ),
+)
+def generate(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
+) -> None:
+    """Fill an output prefix with samples of a registered model. Redoes only what is missing."""
+    from jobs.generate import run
+    from pipeline.config.generation import GenerateConfig
+
+    def work(call: JobArguments) -> int:
+        return run_job("generate", GenerateConfig, run, call, unit="images")
+
+    end_job(work, words, config, dry_run, json)
+
+
+@app.command(
+    rich_help_panel=SAMPLES,
+    epilog=examples(
+        "ddpm verify s3://ddpm/samples/digits --regenerate 16",
+        "ddpm verify s3://ddpm/samples/of-a-folder --regenerate 16 --model ./cifar10",
+    ),
+)
+def verify(
+    prefix: Annotated[str, typer.Argument(help="Output prefix of a generation.")],
+    regenerate: Annotated[int, typer.Option(help="Sample this many again and compare bytes.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="The network, for --regenerate of one that came from a folder.")
+    ] = None,
+    discard_damaged: Annotated[
+        bool,
+        typer.Option(
+            help="Delete the records of damaged shards: the same generate command makes them again."
+        ),
+    ] = False,
+    json: AsJson = False,
+) -> None:
+    """Recount, rehash and decode everything a generation says it made."""
+    from jobs.verify import run
+
+    end(lambda: run(prefix, regenerate, model, json, discard_damaged))
+
+
+@app.command(
+    rich_help_panel=SAMPLES,
+    epilog=examples(
+        "ddpm download s3://ddpm/samples/digits ./digits --unpack",
+        "ddpm download s3://ddpm/data/digits ./digits-data",
+    ),
+)
+def download(
+    prefix: Annotated[str, typer.Argument(help="A complete generation, or a data set with an index.")],
+    folder: Annotated[str, typer.Argument(help="Folder of this machine; made if need be.")],
+    unpack: Annotated[
+        bool, typer.Option("--unpack", help="Write the images as files, too, into FOLDER-images.")
+    ] = False,
+    json: AsJson = False,
+) -> None:
+    """Bring a generation or a data set to a folder, every shard checked. Fetches only what is missing."""
+    from jobs.download import run
+
+    end(lambda: run(prefix, folder, unpack, json))
+
+
+@app.command(
+    rich_help_panel=SAMPLES,
+    epilog=examples(
+        "ddpm evaluate digits",
+        "ddpm evaluate digits --prefix s3://ddpm/samples/of-version-3 --against s3://ddpm/samples/digits",
+    ),
+)
+def evaluate(
+    words: Words = None,
+    config: Config = None,
+    prefix: Prefix = None,
+    against: Against = None,
+    dry_run: DryRun = False,
+    json: AsJson = False,
+) -> None:
+    """Measure a complete generation against its reference data: distances, accuracy, near-copies."""
+    from jobs.evaluate import run_call
+
+    end_job(lambda call: run_call(call, prefix, against), words, config, dry_run, json)
+
+
+@app.command(
+    rich_help_panel=SAMPLES,
+    epilog=examples("ddpm sample model=demo@champion count=30 output=look"),
+)
+def sample(words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False) -> None:
+    """Draw a few images into a local folder, without a cluster."""
+    from jobs.sample import run
+    from pipeline.config.generation import SampleConfig
+
+    def work(call: JobArguments) -> int:
+        return run_job("sample", SampleConfig, run, call, unit="steps")
+
+    end_job(work, words, config, dry_run, json)
+
+
+@app.command(
+    "tune-sampler",
+    rich_help_panel=SAMPLES,
+    epilog=examples("ddpm tune-sampler digits steps=[10,20] kinds=[ddim,dpm++2m]"),
+)
+def tune_sampler(
+    words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
+) -> None:
+    """Measure samplers, steps and guidance for a model: table, plot, and a recommended preset."""
+    from jobs.tune import run_call
+
+    end_job(run_call, words, config, dry_run, json)
+
+
+@app.command(rich_help_panel=SAMPLES, epilog=examples("ddpm figures ./pictures --image photo.png"))
+def figures(
+    folder: Annotated[Path, typer.Argument(help="Folder for the pictures; made if need be.")],
+    image: Annotated[Path | None, typer.Option(help="RGB image for the forward process.")] = None,
+) -> None:
+    """Draw the forward and reverse process, the schedules, and the samplers' order."""
+    from jobs.figures import run
+
+    end(lambda: run(image, folder))

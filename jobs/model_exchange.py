@@ -1,0 +1,55 @@
+"""Models to and from other software, as folders on this machine."""
+
+from pathlib import Path
+
+from jobs.runner import DONE
+from pipeline.errors import UserError
+from pipeline.generate.model_source import find_model
+from pipeline.nets.diffusers_weights import export_diffusers, import_diffusers
+from pipeline.nets.model_files import ImageShape, ModelCard, build_model, save_model
+from pipeline.telemetry.terminal import echo
+
+FORMATS = ("diffusers",)
+
+
+def export_model(model: str, folder: Path, form: str) -> int:
+    """Write `model` (name@alias, name/version or a folder) as a diffusers pipeline directory.
+
+    Raises UserError naming what diffusers cannot express; nothing is written then.
+    """
+    if form not in FORMATS:
+        raise UserError(f"--format {form}: unknown; known are {', '.join(FORMATS)}")
+    _require_empty(folder)
+    found = find_model(model)
+    net = build_model(found.card, found.weights, "cpu", where=model)
+    export_diffusers(folder, net, found.card.schedule, found.card.objective)
+    echo(f"exported {model} to {folder}")
+    echo(
+        f"next     python -c \"from diffusers import DDPMPipeline; DDPMPipeline.from_pretrained('{folder}')\""
+    )
+    return DONE
+
+
+def import_model(source: Path, folder: Path) -> int:
+    """Read a diffusers directory and write it as a model folder that `model=` accepts.
+
+    Raises UserError naming the missing file, or the setting that this network has no word for.
+    """
+    _require_empty(folder)
+    imported = import_diffusers(source)
+    config = imported.net.config
+    card = ModelCard(
+        net=config,
+        schedule=imported.schedule,
+        objective=imported.objective,
+        image=ImageShape(channels=config.in_channels, size=config.image_size),
+    )
+    save_model(folder, imported.net.state_dict(), card)
+    echo(f"imported {source} to {folder}")
+    echo(f"next     ddpm sample model={folder.resolve()}")
+    return DONE
+
+
+def _require_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already; name a folder that is empty or new")

@@ -1,0 +1,193 @@
+"""Joining a Ray cluster as a driver.
+
+Ray reads its way of authentication when it is imported. Jobs therefore import it inside functions only, after the
+local stack's variables have been set.
+"""
+
+import ipaddress
+import logging
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+
+from infra.local import check_ray
+from infra.local.ray import LOOPBACK_SETTINGS
+from infra.local.service import listens
+from jobs.cluster_watch import watch_cluster
+from jobs.ray_dashboard import DRIVER_VARIABLE, settle_token
+from jobs.staging import stage_program
+from pipeline.errors import Outage, UserError
+from pipeline.retry import START_VARIABLE, retry_during_outage, start_seconds
+from pipeline.telemetry.logs import FORM_VARIABLE, as_json
+from pipeline.telemetry.redaction import redact
+
+log = logging.getLogger(__name__)
+
+PROXY_VARIABLES = tuple(
+    spelt for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY") for spelt in (name, name.lower())
+)
+# What workers must know to reach the same services. No keys: Ray shows a job's settings to whoever sees the
+# dashboard, so a cluster's nodes have keys of their own (the local stack's head does).
+SHARED_VARIABLES = (
+    "AWS_CA_BUNDLE",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
+    "AWS_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    "DDPM_ROOT",
+    FORM_VARIABLE,
+    "GLOO_SOCKET_IFNAME",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT",
+    "MLFLOW_TRACKING_INSECURE_TLS",
+    "MLFLOW_TRACKING_SERVER_CERT_PATH",
+    "MLFLOW_TRACKING_URI",
+    "NCCL_SOCKET_IFNAME",
+    "REQUESTS_CA_BUNDLE",
+    START_VARIABLE,
+    *PROXY_VARIABLES,
+)
+ANSWER_SECONDS = 10.0
+"""For the cluster's control store to list its nodes."""
+
+
+SUBMITTED = "DDPM_SUBMITTED_AS"  # the name of a job that `ddpm submit` started
+
+
+@contextmanager
+def ray_cluster() -> Generator[None]:
+    """Connected to the cluster that RAY_ADDRESS names. Raises UserError when it cannot be reached."""
+    address = os.environ.get(DRIVER_VARIABLE)
+    if not address:
+        raise UserError(
+            "RAY_ADDRESS: not set; start the local stack with `ddpm up`, or name your cluster, as host:port"
+        )
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS {redact(address)}: a driver joins a cluster as host:port, on one of its nodes; from "
+            "elsewhere hand the job over by `ddpm submit`, with RAY_JOB_ADDRESS=http://HEAD:8265"
+        )
+    settle_token()
+    retry_during_outage(check_ray, start_seconds())
+    retry_during_outage(lambda: require_node(address), start_seconds())
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        with _environment(address) as runtime_env:
+            ray.init(
+                address=address,
+                runtime_env=runtime_env,
+                logging_level=logging.WARNING,
+                # workers' lines would come with Ray's own prefix; as JSON they lie in Ray's log folder on each node
+                log_to_driver=not as_json(),
+            )
+    except (ConnectionError, RuntimeError, RayError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"RAY_ADDRESS {address}: cannot be joined ({reason}); is the cluster up?") from None
+    context = ray.get_runtime_context()
+    store, here = context.gcs_address, context.get_node_id()
+    try:
+        with watch_cluster(lambda: any(n.node_id.hex() == here and not n.state for n in nodes_of(store))):
+            yield
+    finally:
+        ray.shutdown()
+
+
+def require_node(address: str) -> None:
+    """UserError unless the cluster at `address` answers, takes our token, and has a node on this machine.
+
+    A driver shares memory with its node; without one, Ray ends it after 40 s in C++ traces.
+    """
+    if address in ("auto", "local"):
+        return  # looked for on this machine, or started here
+    if not listens(f"tcp://{address}"):
+        raise Outage(f"RAY_ADDRESS {address}: nothing answers there; is the cluster up?")
+    from ray.exceptions import RayError
+
+    try:
+        nodes = nodes_of(address)
+    except (RayError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"RAY_ADDRESS {address}: does not let us in ({reason})") from None
+    addresses = {node.node_manager_address for node in nodes}
+    if not any(_is_here(found) for found in addresses):
+        raise UserError(
+            f"RAY_ADDRESS {address}: this machine is no node of that cluster ({', '.join(sorted(addresses)[:3])}), and "
+            "a driver must run on one; from here hand the job over by `ddpm submit`, with RAY_JOB_ADDRESS=http://HEAD:8265"
+        )
+
+
+def nodes_of(address: str) -> list[Any]:
+    """Nodes of the cluster whose control store answers at `address`, living (state 0) and dead.
+
+    Not by ray.nodes(): where a new cluster has taken the address of the one that this process joined, it ends the
+    process in C++. The other public calls need a node, or the dashboard.
+    """
+    from ray._raylet import GcsClient  # pyright: ignore
+
+    nodes: dict[Any, Any] = GcsClient(address=address).get_all_node_info(timeout=ANSWER_SECONDS)
+    return list(nodes.values())
+
+
+def _is_here(address: str) -> bool:
+    """Whether an address is one of this machine's."""
+    own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    return address in own or ipaddress.ip_address(address).is_loopback
+
+
+def shared_variables() -> dict[str, str]:
+    """Where the services are, as far as this process knows, be it from a variable or from its AWS config.
+
+    An address that holds a password is left out, and that is said.
+    """
+    found = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
+    with suppress(UserError):  # settings of S3 that cannot be used: who needs it says so
+        from pipeline.store.s3_client import whereabouts  # boto3 takes a quarter of a second to import
+
+        found |= whereabouts()
+    for name in [name for name, value in found.items() if "@" in urlsplit(value).netloc]:
+        log.warning("%s holds a password, which Ray would show: not handed on, so set it on the nodes", name)
+        del found[name]
+    return found
+
+
+@contextmanager
+def _environment(address: str) -> Generator[dict[str, Any] | None]:
+    """What a driver's workers are given: where the services are, and the program, which their machines may lack.
+
+    None for a submitted job, which was given both already. The local stack's only machine has the program.
+    """
+    if SUBMITTED in os.environ:
+        yield None
+        return
+    alone = all(os.environ.get(name) == value for name, value in LOOPBACK_SETTINGS.items())
+    if alone and address.startswith("127."):
+        yield {"env_vars": shared_variables()}
+        return
+    with tempfile.TemporaryDirectory(prefix="ddpm-driver-") as folder:
+        modules = [str(package) for package in stage_program(Path(folder))]
+        yield {"env_vars": shared_variables(), "py_modules": modules}
+
+
+def require_resources(num_workers: int, cpus_each: float, gpus_each: float, section: str) -> None:
+    """Refuse a request that the cluster, as it stands, could never fill; an autoscaling one is trusted to grow."""
+    import ray
+
+    from pipeline.generate.ray_pool import GROWS_VARIABLE
+
+    have = ray.cluster_resources()
+    for kind, each in (("CPU", cpus_each), ("GPU", gpus_each)):
+        need = num_workers * each
+        if need > have.get(kind, 0.0) and not os.environ.get(GROWS_VARIABLE):
+            raise UserError(
+                f"{section}.num_workers: {num_workers} workers need {need:g} {kind}s, the cluster has "
+                f"{have.get(kind, 0.0):g}; ask for fewer, or set {GROWS_VARIABLE}=1 if it scales by itself"
+            )

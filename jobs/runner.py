@@ -1,0 +1,171 @@
+"""What every job has in common: its words on the command line, its dry run, its exit code."""
+
+import argparse
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import yaml
+
+from infra.local import export_environment
+from infra.local.stack_state import read_state
+from jobs.config_sections import SECTIONS
+from jobs.progress_bar import Progress, progress_of
+from pipeline.config.base import Settings
+from pipeline.config.load import load_settings
+from pipeline.disk_errors import disk_error
+from pipeline.errors import DiskFull, OneLineError, Outage, UserError
+from pipeline.telemetry.logs import as_json, set_up_logging
+from pipeline.telemetry.terminal import echo, echo_json
+from pipeline.tracking import TrackingError
+
+log = logging.getLogger(__name__)
+S = TypeVar("S", bound=Settings)
+
+DONE, FAILED, REFUSED = 0, 1, 2
+INTERRUPTED = 130
+"""As the shell reports a process that ended on SIGINT."""
+STOPPED = 143  # as the shell reports a process that ended on SIGTERM
+LOCAL = Path(".local")
+
+
+class JobEstimate(Protocol):
+    """A dataclass that says what a job will need."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        ...
+
+
+@dataclass(frozen=True)
+class JobArguments:
+    """The words of one call of a job."""
+
+    preset: str | None = None
+    files: tuple[Path, ...] = ()
+    overrides: tuple[str, ...] = ()
+    dry_run: bool = False
+    as_json: bool = False
+
+    @classmethod
+    def of(
+        cls, words: Sequence[str], config: Sequence[Path] = (), dry_run: bool = False, as_json: bool = False
+    ) -> "JobArguments":
+        """Sort free words into a preset (the first without '=') and key=value overrides."""
+        presets = [word for word in words if "=" not in word]
+        if len(presets) > 1:
+            raise UserError(f"'{presets[1]}': a second preset; give one preset, then key=value settings")
+        overrides = tuple(word for word in words if "=" in word)
+        return cls(presets[0] if presets else None, tuple(config), overrides, dry_run, as_json)
+
+    def words(self) -> list[str]:
+        """The call as words again, as `python -m jobs.<job>` takes them."""
+        flags = (
+            [f"--config={file}" for file in self.files]
+            + ["--dry-run"] * self.dry_run
+            + ["--json"] * self.as_json
+        )
+        return [*([self.preset] if self.preset else []), *self.overrides, *flags]
+
+
+def presets() -> dict[str, Path]:
+    """The presets that come with the program, by name."""
+    folder = Path(str(files("jobs").joinpath("presets")))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def preset_file(name: str) -> Path:
+    """Path of a preset. Raises UserError naming the known ones."""
+    known = presets()
+    if name not in known:
+        raise UserError(f"preset '{name}': unknown; known are {', '.join(known)}")
+    return known[name]
+
+
+def settings_of(model: type[S], section: str, call: JobArguments) -> S:
+    """The resolved settings of a call: preset, then --config files, then overrides."""
+    layers = [*([preset_file(call.preset)] if call.preset else []), *call.files]
+    return load_settings(model, section, layers, call.overrides, sections=tuple(SECTIONS), presets=presets())
+
+
+def parse_words(job: str, argv: Sequence[str] | None) -> JobArguments:
+    """The words of `python -m jobs.<job>`."""
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job}")
+    parser.add_argument("words", nargs="*", metavar="[PRESET] key=value …")
+    parser.add_argument("--config", action="append", type=Path, default=[], help="YAML file; may be repeated")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    told = parser.parse_intermixed_args(argv)
+    return JobArguments.of(told.words, told.config, told.dry_run, told.json)
+
+
+def use_running_stack() -> None:
+    """Point this process at the working directory's local stack, if there is one; the user's variables win."""
+    if read_state(LOCAL) is not None:
+        export_environment(LOCAL)
+
+
+def handle_errors(work: Callable[[], int]) -> int:
+    """Run `work`; a UserError becomes one line and exit code 2; damage, an outage, a full disk one and 1."""
+    set_up_logging()
+    try:
+        return work()
+    except (OneLineError, TrackingError) as error:
+        found = error
+    except OSError as error:
+        found = disk_error(error)
+        if found is None:
+            raise
+    refused = isinstance(found, UserError) and not isinstance(found, (Outage, DiskFull))
+    _complain("error" if refused else "failed", found)
+    return REFUSED if refused else FAILED
+
+
+def _complain(kind: str, error: Exception) -> None:
+    """Say in one line what ended a job, without the secrets that an address may hold."""
+    if as_json():
+        log.error("%s: %s", kind, error)
+    else:
+        echo(f"{kind}: {error}", error=True)
+
+
+def run_job(
+    section: str,
+    model: type[S],
+    run: Callable[[S, Progress], int],
+    call: JobArguments,
+    *,
+    unit: str,
+    foresee: Callable[[S], JobEstimate] | None = None,
+) -> int:
+    """Resolve the settings of a call and run the job on them, or only print them on a dry run, with what the job
+    can `foresee` of itself.
+    """
+
+    def work() -> int:
+        use_running_stack()
+        config = settings_of(model, section, call)
+        if call.dry_run:
+            print_settings(
+                {section: config.model_dump(mode="json")}, call.as_json, foresee and foresee(config)
+            )
+            return DONE
+        with progress_of(section, unit) as progress:
+            return run(config, progress)
+
+    return handle_errors(work)
+
+
+def print_settings(content: Mapping[str, object], as_json: bool, foreseen: JobEstimate | None = None) -> None:
+    """Settings as YAML that can be given back by --config, with what is foreseen as comments; or both as JSON."""
+    if as_json:
+        beside = {} if foreseen is None else {"estimate": asdict(foreseen)}
+        echo_json({**content, **beside})
+        return
+    echo(*yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True).splitlines())
+    echo(*(f"# {line}" for line in ([] if foreseen is None else foreseen.lines())))

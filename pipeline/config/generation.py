@@ -1,0 +1,141 @@
+"""Settings of a generation: what determines its bits (this becomes the spec), and how the work is done."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Settings
+from pipeline.config.bounds import MAX_IMAGES, MAX_IMAGES_A_SHARD, MAX_SHARDS
+from pipeline.config.diffusion import SamplerConfig
+from pipeline.config.evaluation import FeatureNetworkConfig
+from pipeline.config.tracking import TrackConfig, filed_under
+
+ClassChoice = Literal["auto", "balanced"] | list[int | str] | dict[int | str, float] | None
+
+
+def check_plan(first_index: int, count: int, shard_size: int, batch_size: int) -> None:
+    """ValueError unless a generation of these numbers can be planned."""
+    if first_index + count > MAX_IMAGES:
+        raise ValueError(f"first_index + count must be at most {MAX_IMAGES}; keys have twelve digits")
+    if batch_size > shard_size:
+        raise ValueError("batch_size is larger than shard_size; lower it, or raise shard_size")
+    if count > shard_size * MAX_SHARDS:
+        raise ValueError(
+            f"count needs more than {MAX_SHARDS:,} shards of shard_size {shard_size}; raise shard_size"
+        )
+
+
+class GuardConfig(Settings):
+    """When a generation is stopped because what it makes is worthless. NaN and infinity always stop it."""
+
+    enabled: bool = True
+    """False judges nothing but NaN and infinity."""
+    min_images: int = Field(default=64, ge=1)
+    """Images to see before fractions and means are judged; fewer say too little."""
+    max_constant_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Largest share of images of one flat colour."""
+    max_saturated_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Largest share of images made of nothing but the darkest and the brightest value."""
+    max_mean_drift: float = Field(default=0.75, gt=0)
+    """Largest distance of a channel's mean from the training data's, in the training data's standard
+    deviations. Judged where the model's card carries those statistics and classes are not chosen by hand."""
+
+
+class SpecSettings(Settings):
+    """The settings that determine a generation's bits. Another value is another generation."""
+
+    model: str = Field(min_length=1)
+    """`name@alias`, `name/version`, or a folder that holds model.safetensors and model.json."""
+    weights: str | None = None
+    """The kind of weights the model must hold, such as `ema`; another kind is refused. None accepts any."""
+    count: int = Field(ge=1)
+    """Images to make, exactly. May be raised later: the same generation is then extended."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Names the noise: the same seed and index give the same image."""
+    first_index: int = Field(default=0, ge=0)
+    """Index of the first image; a second prefix can go on where another ended."""
+    classes: ClassChoice = "auto"
+    """Classes of the images. `balanced`: every class in turn; a list of labels or names: those in turn; a
+    mapping from label or name to weight: drawn at random by (seed, index); None: no class is told.
+    `auto` is balanced for a network with classes and None for one without."""
+    sampler: SamplerConfig = SamplerConfig()
+    """The reverse process: kind, steps, guidance."""
+    image_format: Literal["png", "webp", "npy"] = "png"
+    """png and webp are lossless; npy is the plain array (height, width, channels) of uint8."""
+    shard_size: int = Field(default=1000, ge=1, le=MAX_IMAGES_A_SHARD)
+    """Images in a shard. A shard is what a failure costs, so keep one within a few minutes of work."""
+    batch_size: int = Field(default=64, ge=1, le=MAX_IMAGES_A_SHARD)
+    """Images the network sees at once. Part of the bits: a network's rounding depends on its batch."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the network's arithmetic; the schedule's arithmetic is always full."""
+    cpu_threads: int = Field(default=1, ge=1, le=4096)
+    """Threads of a worker without GPU. Part of the bits: a sum split differently rounds differently."""
+    compile: bool = False
+    """Compile the network with torch.compile: faster after a minute of warm-up, but it rounds differently."""
+
+    @model_validator(mode="after")
+    def _can_be_planned(self) -> Self:
+        check_plan(self.first_index, self.count, self.shard_size, self.batch_size)
+        return self
+
+
+class GenerateConfig(SpecSettings):
+    """A generation: its bits, its place, and the workers that make it."""
+
+    output: str = Field(min_length=1)
+    """Prefix to fill, `s3://bucket/path` or `file:///path`. One prefix holds one generation."""
+    num_workers: int = Field(default=2, ge=1)
+    """Workers to begin with and never to fall below."""
+    max_workers: int | None = Field(default=None, ge=1)
+    """Workers to grow to while the cluster has room and shards wait. None = num_workers."""
+    cpus_per_worker: float = Field(default=1, ge=0)
+    """Logical CPUs a worker reserves."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs a worker reserves; 0.5 puts two workers on one. 0 = the CPU does the work."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Times a shard is tried, on other workers each time, before it is reported as failed."""
+    drain_seconds: float = Field(default=20.0, ge=0)
+    """Time to finish shards under way after SIGTERM; what is not done by then is given up, cleanly."""
+    guards: GuardConfig = GuardConfig()
+    """When to stop a generation that makes nothing worth keeping."""
+    features: FeatureNetworkConfig | None = None
+    """A feature network, named by its uri, whose sums workers add to the done-records, so that evaluating takes no
+    second pass over the samples. Changes no sample. None = no sums."""
+    features_missing: Literal["refuse", "skip"] = "refuse"
+    """When there is no such network (yet): refuse the generation, or skip the sums and say so. Presets skip: one can
+    generate before a classifier is trained."""
+    track: Annotated[TrackConfig | None, filed_under("generation")] = TrackConfig(experiment="generation")
+    """The MLflow run of this generation. None = no tracking."""
+    name: str | None = None
+    """Name of the MLflow run. None = made from the model and the output."""
+
+    @model_validator(mode="after")
+    def _workers_make_sense(self) -> Self:
+        if self.max_workers is not None and self.max_workers < self.num_workers:
+            raise ValueError("max_workers is less than num_workers; raise it, or leave it out")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker != int(self.gpus_per_worker):
+            raise ValueError("gpus_per_worker must be a fraction up to 1 or a whole number")
+        return self
+
+
+class SampleConfig(Settings):
+    """A few images for a look, made in this process."""
+
+    model: str = Field(min_length=1)
+    """`name@alias`, `name/version`, or a folder that holds model.safetensors and model.json."""
+    output: str = "samples"
+    """Folder for the images and grid.png; made if need be."""
+    count: int = Field(default=16, ge=1, le=10_000)
+    """Images to draw."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Names the noise."""
+    first_index: int = Field(default=0, ge=0)
+    """Index of the first image."""
+    classes: ClassChoice = "auto"
+    """Classes of the images, as for a generation."""
+    sampler: SamplerConfig = SamplerConfig()
+    """The reverse process: kind, steps, guidance."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the network's arithmetic."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images the network sees at once."""

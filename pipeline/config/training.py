@@ -1,0 +1,240 @@
+"""Settings of a training: what determines the weights, and beside it how the work is carried out."""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import Settings, refuse_idle
+from pipeline.config.data import DataConfig
+from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from pipeline.config.evaluation import GateConfig
+from pipeline.config.net import UNetConfig
+from pipeline.config.tracking import TrackConfig, filed_under
+
+_EXPERIMENT = "training"
+
+
+class OptimizerConfig(Settings):
+    """Adam and the learning rate over the steps."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    """adamw decouples weight decay from the gradient (Loshchilov & Hutter 2019)."""
+    lr: float = Field(default=2e-4, gt=0)
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running mean and the running square of the gradient."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the running square."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Per unit of learning rate. 0 = none."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    decay: Literal["none", "cosine", "linear"] = "none"
+    """Course of the learning rate from the end of warm-up to the last step; cosine and linear end at 0."""
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Largest global L2 norm of the gradient; a larger one is scaled down. None = no clipping."""
+
+
+class EMAConfig(Settings):
+    """The averaged weights that sampling uses."""
+
+    kind: Literal["constant", "power"] = "constant"
+    """constant: DDPM's exponential average with one decay. power: averages whose length grows with the training (Karras
+    et al. 2024, EDM2, section 3.1), as many at once as there are `widths`."""
+    decay: float = Field(default=0.9999, ge=0, lt=1)
+    """Decay per step of the "constant" average."""
+    warmup: bool = True
+    """Start the "constant" average shorter, or early samples show the random initial weights."""
+    widths: tuple[Annotated[float, Field(ge=0.001, le=0.28)], ...] = Field(default=(0.05, 0.10), min_length=1)
+    """Lengths of the "power" averages, relative to the training so far (sigma_rel; EDM2's pair). A checkpoint holds
+    them all; samples, eval/loss and the exported model are of the first."""
+
+    @model_validator(mode="after")
+    def _only_settings_that_act(self) -> Self:
+        idle = ("widths",) if self.kind == "constant" else ("decay", "warmup")
+        refuse_idle(self, idle, f'for kind "{self.kind}"')
+        if len({round(width, 3) for width in self.widths}) != len(self.widths):
+            raise ValueError("widths must differ in their first three decimals, which name them")
+        return self
+
+
+class CheckpointConfig(Settings):
+    """When the whole training state is written to the store, and how long it stays there."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    """Steps between checkpoints."""
+    keep_last: int = Field(default=3, ge=1)
+    """Older checkpoints are deleted once this many newer, whole ones exist. At least two stay: workers that begin
+    may be reading the one before the newest."""
+    keep_best: int = Field(default=1, ge=0)
+    """This many with the lowest eval/loss are kept however old they are."""
+    eval_samples: int = Field(default=256, ge=0, le=1_000_000)
+    """Samples in eval/loss, the loss of the averaged weights at every checkpoint: always the same samples, noise and
+    timesteps. 0 = not measured, and no checkpoint is the best."""
+    log_model_every: int | None = Field(default=None, ge=1)
+    """Every so many checkpoints the averaged weights become a logged model, which the run page lists and MLflow can
+    load. None = only those of the model that is registered in the end."""
+
+    @model_validator(mode="after")
+    def _only_settings_that_act(self) -> Self:
+        if self.eval_samples == 0:
+            refuse_idle(self, ("keep_best",), "while eval_samples is 0")
+        return self
+
+
+class GridConfig(Settings):
+    """Pictures of fixed seeds, logged while training."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    """Steps between grids; one is also drawn before the first step and after the last."""
+    count: int = Field(default=64, ge=1)
+    """Images in a grid. With classes, they are dealt out evenly."""
+    sampler: SamplerConfig = SamplerConfig(kind="dpm++2m", num_steps=20)
+    """How the grid is sampled; few steps suffice for a look."""
+
+
+class WorkerConfig(Settings):
+    """The processes that train together. Their number changes the speed, not the sequence of samples."""
+
+    num_workers: int | tuple[int, int] = 1
+    """DDP processes. Two numbers [fewest, most] make the group elastic: a lost node shrinks it, one that comes grows
+    it, each from the last checkpoint on."""
+    resize_seconds: float = Field(default=60.0, gt=0)
+    """Pause between two looks at whether an elastic group could grow. No effect on one of fixed size. Growing goes
+    back to the last checkpoint, so it should be well above the time between two."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """Cores, and torch threads, of each."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs of each. 0 = train on the CPU with gloo; otherwise NCCL."""
+    max_failures: int = Field(default=3, ge=0)
+    """Lost worker groups that are replaced before the job gives up."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Samples a forward pass; the rest of a worker's share is accumulated. None = as many as a worker's memory holds by
+    estimate: of its device, or of its cores' part of the machine. Another size rounds sums otherwise, so weights are
+    bit-identical on like hardware only, unless it is given."""
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _counts(cls, value: object) -> object:
+        """Said once, where pydantic would say for each of the two forms why it is not that."""
+        counts = cast(list[object], [*value] if isinstance(value, list | tuple) else [value, value])
+        if len(counts) != 2 or not all(type(count) is int and count >= 1 for count in counts):
+            raise ValueError(f"{value!r} is neither a number from 1 nor two of them, [fewest, most]")
+        if cast(int, counts[0]) > cast(int, counts[1]):
+            raise ValueError(f"{value!r}: the fewest come first; write {counts[::-1]!r}")
+        return value
+
+    @property
+    def fewest(self) -> int:
+        """Workers that must be there."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that are used where there is room for them."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+
+class TrainConfig(Settings):
+    """A training run."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)
+    """Name of the run, and of the model it registers."""
+    runs: str = "{root}/runs"
+    """Place for checkpoints: <runs>/<name>-<identity>/ is this run's."""
+    data: DataConfig
+    net: UNetConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
+    steps: int = Field(ge=1)
+    """Optimiser steps."""
+    global_batch: int = Field(default=128, ge=1)
+    """Samples a step, over all workers. Does not change with their number."""
+    init_from: str | None = None
+    """Fine-tuning: the weights to begin with. A registered model (`name@alias`, `name/3`), or a directory, of a
+    diffusers pipeline or as `ddpm import` writes it; network, schedule and target must be those of this training. None
+    = drawn from `seed`. An alias means what it means when the command is started; write a version to be able to go on
+    later."""
+    seed: int = Field(default=0, ge=0)
+    """Names the initial weights, the order of the samples, timesteps, noise, flips and dropout."""
+    label_drop: float = Field(default=0.0, ge=0, le=1)
+    """Share of samples trained without their label, as classifier-free guidance needs (Ho & Salimans 2022)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the network (autocast). Noising, loss and weights are float32 always."""
+    compile: bool = False
+    """Compile the network with torch.compile: a slower start, faster steps."""
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """Steps with a non-finite gradient that are skipped before the run fails."""
+    log_every_steps: int = Field(default=50, ge=1)
+    """Steps in one point of a chart; a point is their mean."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    grid: GridConfig = GridConfig()
+    gate: GateConfig | None = None
+    """How the finished model is compared with the champion, which it replaces if it passes. None = it stays the
+    challenger until `ddpm promote`. The first model of a name is champion without a contest."""
+    workers: WorkerConfig = WorkerConfig()
+    track: Annotated[TrackConfig, filed_under(_EXPERIMENT)] = TrackConfig(experiment=_EXPERIMENT)
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        workers, batch = self.workers.most, self.global_batch
+        if batch < workers:
+            raise ValueError(
+                f"global_batch {batch} is less than workers.num_workers {workers}: some would idle"
+            )
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} exceeds steps {self.steps}"
+            )
+        if self.checkpoint.every_steps % self.log_every_steps:
+            raise ValueError(
+                f"checkpoint.every_steps {self.checkpoint.every_steps} must be a multiple of log_every_steps "
+                f"{self.log_every_steps}, or a restart would log half a point twice"
+            )
+        if bool(self.label_drop) != self.net.null_class:
+            raise ValueError(
+                "label_drop above 0 and net.null_class=true belong together; set both or neither"
+            )
+        return self
+
+    def identity(self, data_digest: str, init_sha256: str | None = None) -> dict[str, Any]:
+        """Everything that determines the weights, as plain data.
+
+        init_sha256: of the weights that `init_from` names. The number of steps is not in it when the learning rate
+        does not depend on it: raising it then continues the same training.
+        """
+        fields = self.model_dump(mode="json", exclude=_OPERATION)
+        order = {"window_shards": self.data.window_shards, "flip": self.data.flip, "crop": self.data.crop}
+        fields["data"] = {"digest": data_digest, **order}
+        acting = {"decay", "warmup"} if self.ema.kind == "constant" else {"kind", "widths"}
+        fields["ema"] = self.ema.model_dump(mode="json", include=acting)
+        if init_sha256 is not None:
+            fields["init"] = init_sha256
+        if self.optimizer.decay == "none":
+            del fields["steps"]
+        return fields
+
+    def digest(self, data_digest: str, init_sha256: str | None = None) -> str:
+        """Name of the training: 12 hex digits of the SHA-256 of its identity."""
+        text = json.dumps(self.identity(data_digest, init_sha256), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+_OPERATION = {
+    "name",
+    "runs",
+    "track",
+    "data",
+    "workers",
+    "checkpoint",
+    "grid",
+    "gate",
+    "log_every_steps",
+    "compile",
+    "init_from",
+}
+"""Settings of how the work is carried out; they do not change which training it is."""

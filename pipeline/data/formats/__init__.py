@@ -1,0 +1,1 @@
+"""File formats: tar shards, images, and statistics of pixels."""

@@ -1,0 +1,284 @@
+"""Image bytes to arrays and back, with every size known before anything is decompressed."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from pipeline.data.formats import npy
+from pipeline.data.formats.color_profiles import to_srgb
+from pipeline.data.formats.npy import UInt8
+from pipeline.data.formats.png import MAGIC, decode_png, header_shape, png_problem, tells_orientation
+from pipeline.errors import DamageError
+
+EXTENSIONS = (
+    *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "jif", "webp", "npy", "gif", "bmp", "dib", "tif", "tiff"),
+    *("avif", "jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm"),
+)
+PICTURE_SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb, too
+MAX_SCANNED_PIXELS = 1 << 30
+"""Pixels times scans of a progressive JPEG: some seconds of work. Cameras and encoders use up to a dozen scans."""
+WHITE = (255, 255, 255)
+
+_MODES = {1: "L", 3: "RGB"}
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TELLS_ORIENTATION = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
+UNDECODABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+"""What Pillow raises over damaged pictures."""
+
+
+def _by_name(kind: str, data: io.BytesIO) -> Image.Image:
+    return Image.open(data, formats=(kind,))
+
+
+# By their first bytes, and the frequent ones straight to the decoder: Image.open tries a list of formats, for a tenth
+# of a decode. Only these are read: others that Pillow knows start programs (EPS) or are no pictures.
+_KINDS: tuple[tuple[bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
+    (MAGIC, PngImageFile),
+    (b"\xff\xd8\xff", JpegImageFile),
+    (b"RIFF", WebPImageFile),
+    (b"GIF8", partial(_by_name, "GIF")),
+    (b"BM", partial(_by_name, "BMP")),
+    (b"II*\0", partial(_by_name, "TIFF")),
+    (b"MM\0*", partial(_by_name, "TIFF")),
+    (b"\0\0\0\x0cjP  ", partial(_by_name, "JPEG2000")),
+    (b"\xff\x4f\xff\x51", partial(_by_name, "JPEG2000")),
+    *((b"P%d" % n, partial(_by_name, "PPM")) for n in range(1, 7)),
+)
+
+
+@dataclass(frozen=True, order=True)
+class PixelShape:
+    """Channels (1 grey, 3 colour) and edges in pixels."""
+
+    channels: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise DamageError(f"image has {self.channels} channels; 1 or 3 are known")
+        if min(self.height, self.width) < 1 or self.height * self.width > MAX_PIXELS:
+            raise DamageError(
+                f"image claims {self.width}x{self.height} pixels; the limit is {MAX_PIXELS} in all"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.channels}"
+
+
+def probe(data: bytes) -> PixelShape:
+    """Shape of the upright picture, from the header alone where it tells. Raises DamageError for anything that is
+    not a whole picture of a known kind or a uint8 npy.
+    """
+    if data.startswith(npy.MAGIC):
+        return _shape_of_npy(npy.read_header(data)[0])
+    if (found := header_shape(data)) is not None and not tells_orientation(data):
+        shape = PixelShape(*found)
+        _require_sound_png(data)
+        return shape
+    with open_image(data) as image:
+        if not isinstance(
+            image, JpegImageFile | WebPImageFile
+        ):  # others tell of their turn only when decoded
+            return _shape_of(upright(image))
+        shape = _shape_of(image)
+        turned = orientation(image) >= 5
+        return PixelShape(shape.channels, shape.width, shape.height) if turned else shape
+
+
+def decode(data: bytes, shape: PixelShape) -> UInt8:
+    """Pixels of the upright picture in sRGB, uint8 (height, width, channels): those that packing makes of it.
+
+    Grey becomes colour and colour grey as `shape` asks; transparency is laid on white. Raises DamageError when
+    the bytes do not decode, or hold another size than `shape`'s; the size is checked before decompression.
+    """
+    pixels = decode_png(data, shape.channels, shape.height, shape.width)
+    if pixels is not None:
+        return pixels
+    pixels = read_npy(data)
+    if pixels is not None:
+        _require_size(PixelShape(pixels.shape[2], *pixels.shape[:2]), shape)
+        return _with_channels(pixels, shape.channels)
+    with open_image(data) as image:
+        if sorted(image.size) != sorted((shape.width, shape.height)):
+            _require_size(_shape_of(image), shape)
+        coloured, _ = to_srgb(upright(image))
+        pixels = to_array(coloured, shape.channels, WHITE)
+    _require_size(PixelShape(shape.channels, *pixels.shape[:2]), shape)
+    return pixels
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture decoded to its end and turned as its EXIF or XMP says. Raises DamageError."""
+    try:
+        image.load()
+    except UNDECODABLE as error:
+        raise DamageError(f"image does not decode: {error}") from error
+    turn = _TURNS.get(orientation(image))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info.update(image.info)  # transparency and colour profile
+    return turned
+
+
+def orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8; 1 as well when nothing tells, or what tells it is damaged."""
+    if not any(name in image.info for name in _TELLS_ORIENTATION):
+        return 1
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except UNDECODABLE:  # broken notes about a picture do not make the picture unreadable
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def to_array(image: Image.Image, channels: int, background: tuple[int, int, int]) -> UInt8:
+    """Pixels of a Pillow image, uint8 (height, width, channels), transparency laid on `background`.
+
+    Raises DamageError when the image does not decode to its end, or has values beyond 16 bits.
+    """
+    try:
+        image.load()
+        if image.mode == _MODES[channels] and "transparency" not in image.info:
+            return np.asarray(image).reshape(image.height, image.width, channels)
+        image = _eight_bits(image)
+        if "A" in image.getbands() or "transparency" in image.info:
+            layer = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), layer)
+        image = image.convert(_MODES[channels])
+    except UNDECODABLE as error:
+        raise DamageError(f"image does not decode: {error}") from error
+    return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled, which Pillow's own conversion clips at 255; a transparent level becomes an alpha channel."""
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit values; save it with 8 or 16 bits")
+    if not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    grey = Image.fromarray((values // 257).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def open_image(data: bytes) -> Image.Image:
+    """A Pillow image, header read, of a kind that is read here. Raises DamageError."""
+    kind = next((kind for magic, kind in _KINDS if data.startswith(magic)), None)
+    if kind is None and data[4:12] in (b"ftypavif", b"ftypavis"):
+        kind = partial(_by_name, "AVIF")
+    if kind is None:
+        raise DamageError("not a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 or PNM image")
+    try:
+        image = kind(io.BytesIO(data))
+    except UNDECODABLE as error:
+        raise DamageError(f"image header does not decode: {error}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise DamageError(
+            f"image claims {image.width}x{image.height} pixels; the limit is {MAX_PIXELS} in all"
+        )
+    _require_sound(image, data)
+    return _with_alpha(image, data) if isinstance(image, PngImageFile) else image
+
+
+def _require_sound(image: Image.Image, data: bytes) -> None:
+    """Damage that decoders read over, and work that is out of all proportion."""
+    if isinstance(image, PngImageFile):
+        _require_sound_png(data)
+    elif isinstance(image, WebPImageFile):
+        if int.from_bytes(data[4:8], "little") + 8 > len(data):
+            raise DamageError("image is truncated: its header claims more bytes than there are")
+    elif isinstance(image, JpegImageFile):
+        scans = data.count(b"\xff\xda")
+        if scans > 12 and scans * image.width * image.height > MAX_SCANNED_PIXELS:
+            raise DamageError(
+                f"image has {scans} scans of {image.width}x{image.height} pixels: too much work"
+            )
+
+
+def _require_sound_png(data: bytes) -> None:
+    problem = png_problem(data)
+    if problem is not None:
+        raise DamageError(f"image does not decode: {problem}")
+
+
+def _with_alpha(image: PngImageFile, data: bytes) -> Image.Image:
+    """The PNG with its transparent colour in the levels that Pillow gives pixels in, or as an alpha channel."""
+    clear, depth = image.info.get("transparency"), data[24]
+    if image.mode == "L" and isinstance(clear, int) and depth < 8:
+        image.info["transparency"] = clear * 255 // ((1 << depth) - 1)
+    if image.mode != "RGB" or not isinstance(clear, tuple) or depth != 16:
+        return image
+    try:
+        # Pillow unpacks 16 bits to the upper eight; asked for the other byte order it gives the lower ones.
+        upper, lower = np.asarray(image).astype(np.uint16), PngImageFile(io.BytesIO(data))
+        lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+        values = upper << 8 | np.asarray(lower)
+    except UNDECODABLE as error:
+        raise DamageError(f"image does not decode: {error}") from error
+    whole = image.copy()
+    whole.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    whole.putalpha(Image.fromarray(np.where((values == clear).all(axis=2), 0, 255).astype(np.uint8)))
+    return whole
+
+
+def _shape_of(image: Image.Image) -> PixelShape:
+    return PixelShape(
+        1 if image.mode in ("1", "L", "LA", "I;16", "I;16B", "I", "F") else 3, image.height, image.width
+    )
+
+
+def _require_size(found: PixelShape, wanted: PixelShape) -> None:
+    if (found.height, found.width) != (wanted.height, wanted.width):
+        raise DamageError(f"image is {found}, {wanted} expected")
+
+
+def _with_channels(pixels: UInt8, channels: int) -> UInt8:
+    if pixels.shape[2] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    return to_array(Image.fromarray(pixels), 1, WHITE)
+
+
+def _shape_of_npy(shape: tuple[int, ...]) -> PixelShape:
+    if len(shape) not in (2, 3):
+        raise DamageError(f"npy holds an array {shape}; (height, width[, channels]) expected")
+    return PixelShape(shape[2] if len(shape) == 3 else 1, shape[0], shape[1])
+
+
+def read_npy(data: bytes) -> UInt8 | None:
+    """Pixels uint8 (height, width, channels) of an npy file; None when it is not one. Raises DamageError."""
+    if not data.startswith(npy.MAGIC):
+        return None
+    pixels = npy.decode_npy(data)
+    shape = _shape_of_npy(pixels.shape)
+    return pixels.reshape(shape.height, shape.width, shape.channels)

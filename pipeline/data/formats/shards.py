@@ -1,0 +1,169 @@
+"""Shards: tars of samples by WebDataset's naming rule, written byte-reproducibly and read without leniency.
+
+webdataset writes them. It is not what reads them here: it passes over damage, a tar cut short for one, without a word.
+
+A sample is a run of neighbouring members with one key. Of `a/b.seg.png` the key is `a/b` and the extension
+`seg.png`: the base name is cut at its first dot.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import re
+import sys
+import tarfile
+import zlib
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from webdataset.writer import TarWriter
+
+from pipeline.data.formats.tar import BLOCK, Member, Reader, read_members
+from pipeline.errors import DamageError
+
+_KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+GZIP_MAGIC = b"\x1f\x8b"
+MAX_WRITTEN_NAME_BYTES = 100
+"""Longer names need headers that not every reader of tars understands."""
+
+Parts = dict[str, tuple[Member, bytes]]
+"""A sample's files by lower-case extension."""
+
+
+class ShardStream:
+    """A shard written sample by sample: the same samples give the same bytes, on any machine.
+
+    webdataset writes the members, without owner and time. It then fills the tar up with zeros to a multiple of 10,240
+    bytes. Those are left out, so that the loss of any block at the end is noticed.
+
+    A context manager: left in order, what ends a tar is written; left by an exception, nothing more is.
+    """
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._sink, self._seen = _Sink(out), set[str]()
+        file = cast(BinaryIO, self._sink)
+        self._tar = TarWriter(
+            file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False, keep_meta=True
+        )
+        # webdataset leaves both to tarfile, whose own choice depends on the locale and the Python version
+        self._tar.tarstream.format, self._tar.tarstream.encoding = tarfile.USTAR_FORMAT, "utf-8"
+        self.hash, self.size_bytes = self._sink.hash, 0
+
+    def __enter__(self) -> ShardStream:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.size_bytes += 2 * BLOCK
+            self._sink.limit = self.size_bytes
+            self._tar.close()
+        else:
+            self._sink.limit = (
+                0  # tarfile writes what it holds back when it is collected, the file closed or not
+            )
+
+    def add(self, key: str, files: dict[str, bytes]) -> list[int]:
+        """Write a sample; where the bytes of each of its files begin.
+
+        Raises ValueError for a key or extension that a reader would not find again, for a repeated key, and for a name
+        of more than 100 bytes.
+        """
+        if key in self._seen:
+            raise ValueError(f"key {key!r} occurs twice")
+        self._seen.add(key)
+        offsets: list[int] = []
+        for extension, data in files.items():
+            name = f"{key}.{extension}"
+            if split_name(name) != (key, extension.lower()) or extension != extension.lower():
+                raise ValueError(f"{name!r}: a reader would not split it into {key!r} and {extension!r}")
+            if len(name.encode()) > MAX_WRITTEN_NAME_BYTES:
+                raise ValueError(f"name {name!r}: must have at most {MAX_WRITTEN_NAME_BYTES} bytes")
+            # one file at a time, as webdataset would sort them
+            self._tar.write({"__key__": key, extension: data})
+            offsets.append(self.size_bytes + BLOCK)
+            self.size_bytes += BLOCK + len(data) + -len(data) % BLOCK
+        return offsets
+
+
+class _Sink:
+    """Hashes what is written, and passes on no more than `limit` bytes in all."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out, self._written = out, 0
+        self.hash, self.limit = hashlib.sha256(), sys.maxsize
+
+    def write(self, data: bytes) -> int:
+        if kept := data[: max(0, self.limit - self._written)]:
+            self._out.write(kept)
+            self.hash.update(kept)
+            self._written += len(kept)
+        return len(data)
+
+
+def write_shard(samples: Iterable[tuple[str, dict[str, bytes]]]) -> bytes:
+    """The tar of (key, {extension: bytes}) samples, as a ShardStream writes it."""
+    out = io.BytesIO()
+    with ShardStream(out) as stream:
+        for key, files in samples:
+            stream.add(key, files)
+    return out.getvalue()
+
+
+def read_shard(source: bytes | Path, label: str | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, {extension: bytes}) of every sample of a tar or gzipped tar, in order.
+
+    Raises DamageError, naming `label` (by default the path) and the offset, for anything torn or changed.
+    """
+    name = label or (str(source) if isinstance(source, Path) else "shard")
+    file = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
+    with file, plain_stream(file, name) as plain:
+        for key, parts in read_samples(plain, name):
+            yield key, {extension: data for extension, (_, data) in parts.items()}
+
+
+def read_samples(plain: Reader, label: str, ignored: list[str] | None = None) -> Iterator[tuple[str, Parts]]:
+    """Samples of a plain tar, with the place of each file. Names outside the naming rule go to `ignored`."""
+    key, parts = "", cast(Parts, {})
+    for member, data in read_members(plain, label):
+        split = split_name(member.name)
+        if split is None:
+            if ignored is not None:
+                ignored.append(member.name)
+            continue
+        if split[0] != key and parts:
+            yield key, parts
+            parts = {}
+        key = split[0]
+        if split[1] in parts:
+            raise DamageError(f"{label}: sample {key!r} has two files .{split[1]} (byte {member.offset})")
+        parts[split[1]] = (member, data)
+    if parts:
+        yield key, parts
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, lower-case extension) of a member's name; None for names that belong to no sample."""
+    match = _KEY_AND_EXTENSION.fullmatch(name)
+    if match is None or (name.startswith("__") and name.endswith("__")):
+        return None
+    return match[1], match[2].lower()
+
+
+@contextmanager
+def plain_stream(stream: BinaryIO, label: str) -> Generator[BinaryIO]:
+    """`stream`, decompressed if it is gzip; damage in the compression is DamageError."""
+    buffered = (
+        stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, stream))
+    )
+    if buffered.peek(2)[:2] != GZIP_MAGIC:
+        yield cast(BinaryIO, buffered)
+        return
+    try:
+        with gzip.GzipFile(fileobj=buffered) as plain:
+            yield cast(BinaryIO, plain)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DamageError(f"{label}: damaged gzip: {error}") from error

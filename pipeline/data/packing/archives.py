@@ -1,0 +1,242 @@
+"""Tars as sources: read where they lie when they are plain, unpacked to a temporary file when compressed."""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import gzip
+import lzma
+import os
+import posixpath
+import shutil
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from pipeline.data.formats.tar import TarEntry, list_members
+from pipeline.data.packing.source_files import (
+    MAX_FILE_BYTES,
+    FileName,
+    Files,
+    clean_name,
+    is_counted_hidden,
+    is_hidden,
+)
+from pipeline.errors import DamageError, DiskFull, UserError
+
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+MAX_NESTED = 2
+"""Tars in tars are opened so far: ImageNet's is one of a tar for each class."""
+
+
+class _Place(NamedTuple):
+    offset: int
+    size: int
+
+
+class TarFiles(Files):
+    """The files of a tar. A tar inside counts as a folder of its name. Links inside are followed."""
+
+    def __init__(self, path: Path) -> None:
+        self.where, self.left_out = str(path), Counter()
+        self._file, self.copied_bytes = _opened(path)
+        found: dict[str, _Place] = {}
+        links: dict[str, str] = {}
+        try:
+            for entry in self._entries(str(path), 0, os.fstat(self._file.fileno()).st_size, 0):
+                self._add(entry, found, links)
+        except DamageError as error:
+            raise UserError(f"source: {error}; get the file again") from error
+        for name, target in links.items():
+            end = _followed(target, links)
+            if end in found:
+                found[name] = found[end]
+            else:
+                self.left_out["links to nothing"] += 1
+        self.names = [FileName("", name) for name in sorted(found)]
+        self._places = [found[name] for name in sorted(found)]
+
+    def read(self, number: int) -> bytes:
+        offset, size = self._places[number]
+        if size > MAX_FILE_BYTES:
+            raise OSError(f"it has {size} bytes; the limit is {MAX_FILE_BYTES}")
+        data = os.pread(self._file.fileno(), size, offset)
+        if len(data) != size:
+            raise OSError("the tar was cut while it was read")
+        return data
+
+    def _entries(self, label: str, start: int, size: int, depth: int) -> Iterator[TarEntry]:
+        view = cast(BinaryIO, _Window(self._file.fileno(), start, size))
+        for entry in list_members(view, label):
+            place = TarEntry(entry.name, start + entry.offset, entry.size_bytes, entry.kind, entry.target)
+            if entry.kind == "file" and entry.name.lower().endswith(".tar") and depth < MAX_NESTED:
+                folder = entry.name[: -len(".tar")]
+                inside = self._entries(f"{label}: {entry.name}", place.offset, place.size_bytes, depth + 1)
+                for inner in inside:
+                    yield TarEntry(
+                        f"{folder}/{inner.name}", inner.offset, inner.size_bytes, inner.kind, inner.target
+                    )
+            else:
+                yield place
+
+    def _add(self, entry: TarEntry, found: dict[str, _Place], links: dict[str, str]) -> None:
+        name = clean_name(entry.name, self.where)
+        parts = PurePosixPath(name).parts
+        if any(map(is_hidden, parts)):
+            self.left_out["hidden"] += is_counted_hidden(parts[-1])
+        elif entry.kind == "other":
+            self.left_out["devices"] += 1
+        elif name in found or name in links:
+            raise UserError(f"source: {self.where}: {name} occurs twice; keep one")
+        elif entry.kind == "file":
+            found[name] = _Place(entry.offset, entry.size_bytes)
+        elif entry.kind == "hard link":
+            links[name] = posixpath.normpath(entry.target.lstrip("/"))
+        else:
+            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), entry.target))
+
+
+class TemporaryCopies:
+    """Byte strings by number, kept in an unnamed temporary file, so that memory does not grow with them."""
+
+    def __init__(self, where: str) -> None:
+        self._file = tempfile.TemporaryFile(prefix="ddpm-pack-")  # noqa: SIM115 - lives as long as the source
+        self._where, self._end = where, 0
+
+    @property
+    def num_bytes(self) -> int:
+        """How many are kept."""
+        return self._end
+
+    def add(self, data: bytes) -> tuple[int, int]:
+        """Keep `data`; its place. Raises UserError when TMPDIR is full."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise _no_room(self._where, error) from error
+        self._end += len(data)
+        return self._end - len(data), len(data)
+
+    def get(self, offset: int, size: int) -> bytes:
+        """Bytes by place; safe for several threads once everything is added and `done` was called."""
+        return os.pread(self._file.fileno(), size, offset)
+
+    def done(self) -> None:
+        """Everything is added."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise _no_room(self._where, error) from error
+
+
+class _Window:
+    """A part of an open file, read and skipped through."""
+
+    def __init__(self, fd: int, start: int, size: int) -> None:
+        self._fd, self._place, self._end = fd, start, start + size
+
+    def read(self, size: int, /) -> bytes:
+        data = os.pread(self._fd, max(0, min(size, self._end - self._place)), self._place)
+        self._place += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_CUR, /) -> int:
+        self._place += offset
+        return self._place
+
+
+def require_room(where: str, needed_bytes: int) -> None:
+    """Raise DiskFull, before anything is copied, where TMPDIR has not this much room."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise DiskFull(
+            f"source: {where}: its pictures take at least {needed_bytes:,} bytes in {folder}, as they can only be "
+            f"read in order, and {free:,} are free; set TMPDIR to a place with more room"
+        )
+
+
+def unpacked_bytes(path: Path) -> int:
+    """How many bytes a tar takes in TMPDIR: 0 for a plain one, and at least this many for a compressed one."""
+    with _told(path), path.open("rb") as file:
+        head = file.read(6)
+        if _unpacker(head) is None:
+            return 0
+        size = file.seek(0, os.SEEK_END)
+        if _unpacker(head) is not _gzip or size < 18:
+            return size
+        file.seek(-4, os.SEEK_END)
+        return max(
+            size, int.from_bytes(file.read(4), "little")
+        )  # a gzip ends with its plain size, modulo 2^32
+
+
+@contextmanager
+def _told(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"source: {path}: cannot be read ({error.strerror})") from None
+
+
+def _unpacker(head: bytes) -> Any:
+    return next((unpack for magic, unpack in _UNPACKERS.items() if head.startswith(magic)), None)
+
+
+def _opened(path: Path) -> tuple[BinaryIO, int]:
+    """The plain tar, which is the file itself unless it is compressed, and how many bytes were unpacked for it."""
+    with _told(path):
+        file = path.open("rb")
+        unpack = _unpacker(file.read(6))
+    if unpack is None:
+        return file, 0
+    plain = tempfile.TemporaryFile(prefix="ddpm-pack-")  # noqa: SIM115 - lives as long as the source
+    file.seek(0)
+    try:
+        with file, unpack(file) as stream:
+            shutil.copyfileobj(stream, plain, 1 << 20)
+        plain.flush()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _no_room(str(path), error) from error
+        raise UserError(f"source: {path}: damaged ({error}); get the file again") from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"source: {path}: damaged ({error}); get the file again") from None
+    return cast(BinaryIO, plain), plain.tell()
+
+
+def _gzip(file: BinaryIO) -> Any:
+    return gzip.GzipFile(fileobj=file)
+
+
+def _zstd(file: BinaryIO) -> Any:
+    import pyarrow as pa  # 60 ms and 40 MB: for this compression only
+
+    return pa.CompressedInputStream(file, "zstd")
+
+
+_UNPACKERS: dict[bytes, Any] = {
+    b"\x1f\x8b": _gzip,
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": _zstd,
+}
+
+
+def _no_room(where: str, error: OSError) -> DiskFull:
+    return DiskFull(
+        f"source: {where}: is unpacked in {tempfile.gettempdir()} and that failed ({error.strerror}); "
+        "set TMPDIR to a place with more room"
+    )
+
+
+def _followed(target: str, links: dict[str, str]) -> str:
+    for _ in range(len(links)):
+        if target not in links:
+            break
+        target = links[target]
+    return target

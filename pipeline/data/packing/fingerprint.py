@@ -1,0 +1,52 @@
+"""What tells, without reading pictures, that a source is still the one that was packed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.config.data import PackConfig
+from pipeline.data.packing.open_source import source_paths
+
+READING = 2
+"""Counts changes of what this program makes of the same files: raised, every source is looked at anew."""
+_SAME_RESULT = {"source", "dest", "num_threads"}
+"""Settings that neither change what is packed nor what is refused."""
+
+
+def fingerprint(config: PackConfig) -> str:
+    """SHA-256 over the settings and the names, sizes and times of the source's files.
+
+    Raises UserError for a source that is not there.
+    """
+    settings = config.model_dump(mode="json", exclude=_SAME_RESULT)
+    digest = hashlib.sha256(json.dumps([READING, settings], sort_keys=True).encode())
+    for path in [] if config.source == "digits" else source_paths(config.source):
+        for line in sorted(_files(path)):
+            digest.update(line)
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> Iterator[bytes]:
+    if path.is_file():
+        yield _line(path.name, path.stat())
+        return
+    seen: set[tuple[int, int]] = set()  # a link may lead back to a folder above it
+    for folder, below, names in os.walk(path, followlinks=True):
+        found = os.stat(folder)
+        if (found.st_dev, found.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        for name in names:
+            file = os.path.join(folder, name)
+            yield _line(os.path.relpath(file, path), os.lstat(file))
+            if os.path.islink(file) and os.path.exists(file):
+                yield _line(os.path.relpath(file, path), os.stat(file))
+
+
+def _line(name: str, found: os.stat_result) -> bytes:
+    return b"%s\0%d %d\n" % (os.fsencode(name), found.st_size, found.st_mtime_ns)

@@ -1,0 +1,186 @@
+"""`ddpm inspect`: what is in a data set, and what is wrong with it. Reads everything once; stops at nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import BinaryIO, cast
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.formats.hashing import HashingReader
+from pipeline.data.formats.image_stats import ChannelStats, add_channel_stats, channel_stats
+from pipeline.data.formats.images import PixelShape, UInt8, decode, probe
+from pipeline.data.formats.shards import Parts, plain_stream, read_samples
+from pipeline.data.index import Index, load_index
+from pipeline.data.location import Location
+from pipeline.data.packing.build_index import shards_to_index, sidecar_class_names
+from pipeline.data.packing.scan_shard import Reading, image_extension, label_of
+from pipeline.errors import DamageError, UserError
+from pipeline.store import Store, open_store
+
+Progress = Callable[[int, int], None]
+TILE_PIXELS = 64
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a full reading found."""
+
+    uri: str
+    index_digest: str | None
+    """None when there is no usable index; `damage` says why."""
+    num_shards: int
+    num_samples: int
+    size_bytes: int
+    shapes: dict[str, int]
+    """How many images have each shape, written width x height x channels; most frequent first."""
+    classes: dict[str, int] | None
+    channel_mean: list[float] | None
+    """In uint8 units; None when shapes differ."""
+    channel_std: list[float] | None
+    without_picture: int
+    """Samples that have no picture: a licence, say. They are no part of the data set."""
+    damage: tuple[str, ...]
+    """One line for each damaged sample or shard, naming it and the place."""
+    contact_sheet: UInt8
+    """uint8 (height, width, 3): samples spread over the shards."""
+
+
+def inspect(
+    uri: str, *, num_tiles: int = 64, label_field: str | None = None, progress: Progress | None = None
+) -> Inspection:
+    """Read all shards of a data set, indexed or not. Progress counts shards.
+
+    Raises UserError when there are no shards, or the store is wrong; damage is reported, not raised.
+    """
+    location, found = shards_to_index(uri)
+    keys = [info.key for info in found]
+    store = open_store(location.root)
+    damage = [f"{uri}: {name} is missing" for name in location.missing(keys)]
+    index = _index_of(uri, damage)
+    tally = _Tally(_reading(location, keys, index, label_field), -(-num_tiles // len(keys)), damage=damage)
+    indexed = {} if index is None else {shard.name: shard.sha256 for shard in index.shards}
+    size_bytes = 0
+    for done, key in enumerate(keys, 1):
+        size_bytes += _read_shard(store, key, indexed.get(key), tally)
+        if progress is not None:
+            progress(done, len(keys))
+    names = None if index is None else index.class_names
+    mean, std = tally.mean_and_std()
+    return Inspection(
+        uri=uri,
+        index_digest=None if index is None else index.digest,
+        num_shards=len(keys),
+        num_samples=sum(tally.shapes.values()),
+        size_bytes=size_bytes,
+        shapes={str(shape): count for shape, count in tally.shapes.most_common()},
+        classes=_named(tally.labels, names),
+        channel_mean=mean,
+        channel_std=std,
+        without_picture=tally.without_picture,
+        damage=tuple(tally.damage),
+        contact_sheet=contact_sheet(tally.tiles[:num_tiles]),
+    )
+
+
+def contact_sheet(tiles: list[UInt8], tile_pixels: int = TILE_PIXELS) -> UInt8:
+    """Images uint8 (h, w, 1 or 3) on a near-square grid, uint8 (H, W, 3). Small ones grow by whole factors."""
+    columns = max(1, int(np.ceil(np.sqrt(len(tiles)))))
+    rows = max(1, -(-len(tiles) // columns))
+    gap, step = 2, tile_pixels + 2
+    sheet = np.full((rows * step + gap, columns * step + gap, 3), 255, np.uint8)
+    for place, tile in enumerate(tiles):
+        image = Image.fromarray(np.repeat(tile, 3, axis=2) if tile.shape[2] == 1 else tile)
+        factor = tile_pixels / max(image.size)
+        if factor >= 1:
+            image = image.resize([int(factor) * edge for edge in image.size], Image.Resampling.NEAREST)
+        else:
+            image.thumbnail((tile_pixels, tile_pixels), Image.Resampling.LANCZOS)
+        top, left = gap + place // columns * step, gap + place % columns * step
+        sheet[top : top + image.height, left : left + image.width] = np.asarray(image)
+    return sheet
+
+
+@dataclass
+class _Tally:
+    reading: Reading
+    tiles_per_shard: int
+    shapes: Counter[PixelShape] = field(default_factory=Counter[PixelShape])
+    labels: Counter[int] = field(default_factory=Counter[int])
+    damage: list[str] = field(default_factory=list[str])
+    tiles: list[UInt8] = field(default_factory=list[UInt8])
+    moments: ChannelStats | None = None
+    without_picture: int = 0
+
+    def add(self, where: str, key: str, parts: Parts, keep: bool) -> None:
+        """Count a sample, or its damage."""
+        place = f"{where}: sample {key!r}"
+        try:
+            extension = image_extension(parts, place, self.reading.image)
+            if extension is None:
+                self.without_picture += 1
+                return
+            member, data = parts[extension]
+            place = f"{place} at byte {member.offset}"
+            shape = probe(data)
+            pixels = decode(data, shape)
+            label = label_of(parts, self.reading, place)
+        except DamageError as error:
+            text = str(error)
+            self.damage.append(text if text.startswith(where) else f"{place}: {text}")
+            return
+        self.shapes[shape] += 1
+        self.labels[label] += 1
+        self.moments = add_channel_stats(self.moments, channel_stats(pixels))
+        if keep:
+            self.tiles.append(pixels)
+
+    def mean_and_std(self) -> tuple[list[float] | None, list[float] | None]:
+        """Mean and standard deviation of each channel, over images of one shape."""
+        if len(self.shapes) != 1 or self.moments is None:
+            return None, None
+        ((shape, count),) = self.shapes.items()
+        return self.moments.mean_and_std(count * shape.height * shape.width)
+
+
+def _index_of(uri: str, damage: list[str]) -> Index | None:
+    try:
+        return load_index(uri)
+    except (UserError, DamageError) as error:
+        damage.append(str(error))
+        return None
+
+
+def _reading(location: Location, keys: list[str], index: Index | None, label_field: str | None) -> Reading:
+    """As the index was made, if there is one."""
+    if index is None:
+        return Reading(label_field, class_names=sidecar_class_names(location, keys))
+    return Reading(label_field or index.label_field, index.image_extension, index.class_names)
+
+
+def _read_shard(store: Store, key: str, sha256: str | None, tally: _Tally) -> int:
+    """Count one shard's samples up to where it breaks, if it does; the bytes it has."""
+    where = f"{store.uri}/{key}"
+    info = store.stat(key)
+    kept = len(tally.tiles) + tally.tiles_per_shard
+    try:
+        with store.open(key) as stream:
+            hashed = HashingReader(stream)
+            with plain_stream(cast(BinaryIO, hashed), where) as plain:
+                for name, parts in read_samples(plain, where):
+                    tally.add(where, name, parts, keep=len(tally.tiles) < kept)
+        if sha256 is not None and hashed.hash.hexdigest() != sha256:
+            tally.damage.append(f"{where}: its SHA-256 is not the indexed one")
+    except DamageError as error:
+        tally.damage.append(str(error))
+    return 0 if info is None else info.size_bytes
+
+
+def _named(labels: Counter[int], names: tuple[str, ...] | None) -> dict[str, int] | None:
+    if set(labels) <= {-1}:
+        return None
+    known = names or ()
+    return {known[n] if 0 <= n < len(known) else str(n): labels[n] for n in sorted(labels)}

@@ -1,0 +1,252 @@
+"""Labels that stand in files beside the pictures: dataset.json, metadata.csv and .jsonl, a .cls or .json each."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from pydantic_core import from_json
+
+from pipeline.data.formats.shards import split_name
+from pipeline.data.packing.labels import choose_field, flattened, is_label_field
+from pipeline.data.packing.source_files import FileName
+from pipeline.errors import DamageError, UserError
+
+SIDECARS = ("cls", "label", "json")
+TABLES = ("metadata.csv", "metadata.jsonl")
+NAME_LISTS = ("classes.txt", "classnames.txt", "labels.txt", "class_names.txt")
+_FILE_FIELDS = ("file_name", "filename", "image", "file", "path")
+_SHORT = 4096
+"""Bytes of a .cls; more is something else."""
+
+Read = Callable[[int], bytes]
+
+
+@dataclass
+class SidecarLabels:
+    """What files beside the pictures say of their classes."""
+
+    how: str
+    """Which files these are."""
+    values: list[Any]
+    """The raw label of each picture; None where there is none."""
+    asked: bool
+    """Whether the user named the field."""
+    used: set[int]
+    """Numbers of the files that were read."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What is searched for labels, and for which."""
+
+    names: Sequence[FileName]
+    pictures: Sequence[int]
+    """Numbers of the pictures among `names`."""
+    read: Read
+    column: str | None
+    """The field that the user named."""
+    where: str
+    number_of: Mapping[FileName, int]
+    """The numbers of `names`."""
+
+
+def sidecar_labels(
+    names: Sequence[FileName], pictures: Sequence[int], read: Read, column: str | None, where: str
+) -> SidecarLabels | None:
+    """The labels in files beside the pictures; None when there are no such files, or none holds a label.
+
+    dataset.json (StyleGAN, EDM) comes before metadata tables (Hugging Face), these before a file a picture.
+    `pictures` are the numbers of the pictures among `names`. Raises UserError for damaged label files.
+    """
+    number_of = {name: number for number, name in enumerate(names)}
+    search = _Search(names, pictures, read, column, where, number_of)
+    for find in (_dataset_json, _tables, _sidecars):
+        found = find(search)
+        if found is not None:
+            return found
+    if column is not None:
+        raise UserError(
+            f"label_column: {where} has no json or metadata file with {column!r} beside the pictures"
+        )
+    return None
+
+
+def class_list(names: Sequence[FileName], read: Read, where: str) -> tuple[str, ...] | None:
+    """Class names by number from a classes.txt, one a line, if there is one at the top."""
+    for number, name in enumerate(names):
+        if name.path in NAME_LISTS:
+            lines = _text(read(number), f"{where}: {name.whole}").splitlines()
+            return tuple(line.strip() for line in lines if line.strip()) or None
+    return None
+
+
+def _dataset_json(search: _Search) -> SidecarLabels | None:
+    files = [name for name in search.names if PurePosixPath(name.path).name == "dataset.json"]
+    labels: dict[FileName, Any] = {}
+    used: set[int] = set()
+    for file in files:
+        number = search.number_of[file]
+        content = _json(search.read(number), f"{search.where}: {file.whole}")
+        if not isinstance(content, dict) or "labels" not in content:
+            continue
+        used.add(number)
+        listed = content["labels"] or []
+        pairs = listed.items() if isinstance(listed, dict) else listed
+        try:
+            for name, value in pairs:
+                labels[_neighbour(file, str(name))] = value
+        except (TypeError, ValueError):
+            raise UserError(
+                f"source: {search.where}: {file.whole}: labels must be pairs of a file name and a class"
+            ) from None
+    if not used or search.column is not None:
+        return None
+    return SidecarLabels("dataset.json", [labels.get(search.names[i]) for i in search.pictures], False, used)
+
+
+def _tables(search: _Search) -> SidecarLabels | None:
+    files = [name for name in search.names if PurePosixPath(name.path).name in TABLES]
+    rows: dict[FileName, dict[str, Any]] = {}
+    for file in files:
+        for row in _rows(file, search.read(search.number_of[file]), search.where):
+            key = next((f for f in _FILE_FIELDS if f in row), None)
+            if key is None:
+                raise UserError(
+                    f"source: {search.where}: {file.whole} has no column file_name; it has: {', '.join(row)[:300]}"
+                )
+            rows[_neighbour(file, str(row.pop(key)))] = row
+    if not rows:
+        return None
+    fields = {field for row in rows.values() for field in row}
+    if search.column is not None and search.column not in fields and _has_sidecars(search.names):
+        return None
+    title = PurePosixPath(files[0].path).name
+    field = choose_field(search.column, filter(is_label_field, fields), fields, f"{search.where}: {title}")
+    if field is None:
+        return None
+    absent = sum(name not in search.number_of for name in rows)
+    notes = (f"{title} names {absent} pictures that are not there",) if absent else ()
+    values = [rows.get(search.names[i], {}).get(field) for i in search.pictures]
+    return SidecarLabels(
+        f"{title}, {field}", values, search.column is not None, {search.number_of[f] for f in files}, notes
+    )
+
+
+def _sidecars(search: _Search) -> SidecarLabels | None:
+    if not _has_sidecars(search.names):
+        return None
+    beside = [_sidecar_numbers(search.names[i], search.number_of) for i in search.pictures]
+    for kind in SIDECARS[:2] if search.column is None else ():
+        if any(kind in found for found in beside):
+            used = {found[kind] for found in beside if kind in found}
+            values = [
+                _short(search.read(f[kind]), f"{search.where}: {search.names[f[kind]].whole}")
+                if kind in f
+                else None
+                for f in beside
+            ]
+            return SidecarLabels(f".{kind} files", values, False, used)
+    contents: list[dict[str, Any]] = []
+    fields: set[str] = set()
+    for found in beside:
+        content = (
+            flattened(
+                _json(search.read(found["json"]), f"{search.where}: {search.names[found['json']].whole}")
+            )
+            if "json" in found
+            else {}
+        )
+        fields.update(list(content)[:1000] if len(fields) < 1000 else ())
+        contents.append({k: v for k, v in content.items() if k == search.column or is_label_field(k)})
+    held = {
+        k for content in contents for k, value in content.items() if value is not None or k == search.column
+    }
+    if not fields:
+        return None
+    field = choose_field(search.column, held, fields, f"{search.where}: the .json files")
+    if field is None:
+        return None
+    used = {found["json"] for found in beside if "json" in found}
+    return SidecarLabels(
+        f".json files, {field}", [c.get(field) for c in contents], search.column is not None, used
+    )
+
+
+def _has_sidecars(names: Sequence[FileName]) -> bool:
+    return any(name.path.lower().endswith(tuple(f".{kind}" for kind in SIDECARS)) for name in names)
+
+
+def _sidecar_numbers(picture: FileName, number_of: Mapping[FileName, int]) -> dict[str, int]:
+    """The files beside a picture by kind: of its name up to the last dot, or up to the first."""
+    stems = [picture.path.rpartition(".")[0]]
+    if (split := split_name(picture.path)) is not None and split[0] != stems[0]:
+        stems.append(split[0])
+    found: dict[str, int] = {}
+    for kind in SIDECARS:
+        for stem in stems:
+            number = number_of.get(FileName(picture.archive, f"{stem}.{kind}"))
+            if number is not None:
+                found.setdefault(kind, number)
+    return found
+
+
+def _neighbour(file: FileName, name: str) -> FileName:
+    """A name that a label file gives, from the top of its archive or source."""
+    folder = PurePosixPath(file.path).parent
+    parts = [p for p in (folder / name.replace("\\", "/")).parts if p != "."]
+    return FileName(file.archive, "/".join(parts))
+
+
+def _rows(file: FileName, data: bytes, where: str) -> Iterator[dict[str, Any]]:
+    text = _text(data, f"{where}: {file.whole}").removeprefix("\ufeff")
+    if file.path.endswith(".csv"):
+        try:
+            for row in csv.DictReader(io.StringIO(text)):
+                yield {str(k): v for k, v in row.items() if k is not None}
+        except csv.Error as error:
+            raise UserError(f"source: {where}: {file.whole}: damaged ({error}); write it again") from None
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            content = _json(line.encode(), f"{where}: {file.whole}: line {number}")
+            yield flattened(content)
+
+
+def _short(data: bytes, where: str) -> str:
+    if len(data) > _SHORT:
+        raise UserError(f"source: {where} has {len(data)} bytes; a class is expected; or set labels=none")
+    return _text(data, where).strip()
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"source: {where} is not UTF-8; write it again") from None
+
+
+def _json(data: bytes, where: str) -> Any:
+    try:
+        return from_json(data)
+    except ValueError as error:
+        raise UserError(
+            f"source: {where}: damaged json ({error}); write it again, or set labels=none"
+        ) from None
+
+
+def checked(read: Read, names: Sequence[FileName], where: str) -> Read:
+    """`read`, with a label file that cannot be read told as what the user can put right."""
+
+    def reading(number: int) -> bytes:
+        try:
+            return read(number)
+        except (OSError, DamageError) as error:
+            raise UserError(f"source: {where}: {names[number].whole}: cannot be read ({error})") from None
+
+    return reading

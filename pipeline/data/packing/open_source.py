@@ -1,0 +1,175 @@
+"""From the word after `source=` to pictures: paths, patterns and URIs, and which kind of source they are."""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic_core import from_json
+
+from pipeline.config.bounds import checked_name
+from pipeline.config.data import PackConfig
+from pipeline.data.formats.images import PICTURE_SUFFIXES
+from pipeline.data.location import expand, is_glob, require_all
+from pipeline.data.packing.archives import TARS, TarFiles, require_room, unpacked_bytes
+from pipeline.data.packing.parquet import ParquetSource, holds_pictures
+from pipeline.data.packing.source_files import CombinedFiles, Files, FolderFiles, ZipFiles, is_hidden
+from pipeline.data.packing.sources import DigitsSource, FilesSource, Source
+from pipeline.errors import UserError
+from pipeline.store import file_path
+
+KINDS = "give a folder, zip, tar or parquet, a pattern of them, or `digits`"
+_ELSEWHERE = {
+    "s3": "bring it here first: aws s3 cp --recursive {} FOLDER",
+    "http": "download it first: curl -LO {}",
+    "https": "download it first: curl -LO {}",
+    "hf": "download it first: hf download --repo-type dataset NAME --local-dir FOLDER",
+    "gs": "bring it here first: gcloud storage cp -r {} FOLDER",
+    "pipe": "write what the command prints to a file and name that",
+}
+_UNSUPPORTED = {".rar": "unpack it", ".7z": "unpack it", ".npz": "write its arrays as .npy or .png files",
+                ".arrow": "write it as parquet: load_from_disk(…).to_parquet(…)",
+                ".mdb": "export its pictures into a folder", ".gz": "unpack it", ".zst": "unpack it"}  # fmt: skip
+
+
+def open_source(config: PackConfig) -> Source:
+    """The pictures that `config.source` names. Raises UserError when there are none, or it is of no known kind.
+
+    Pickled, a source is its settings: where it arrives it is opened again, once a process.
+    """
+    source = DigitsSource() if config.source == "digits" else _opened(config, source_paths(config.source))
+    for name in source.class_names or ():
+        try:
+            checked_name(name)  # else no model trained on them could hold it
+        except ValueError as error:
+            raise UserError(f"source: {config.source}: class name {name[:80]!r} {error}") from None
+    source.config = config
+    return source
+
+
+def require_source(config: PackConfig) -> None:
+    """Raise UserError, at once, for a source that is not there."""
+    if config.source != "digits":
+        source_paths(config.source)
+
+
+def source_paths(source: str) -> list[Path]:
+    """The files or folders that a source names, sorted."""
+    scheme = source.partition(":")[0].lower()
+    if source.lower().startswith("file:"):
+        source = str(file_path(source))
+    elif scheme in _ELSEWHERE and ":" in source and not Path(source).exists():
+        remedy = _ELSEWHERE[scheme].format(source)
+        raise UserError(f"source: {source}: pictures are packed from this machine's disk only; {remedy}")
+    path = Path(source).expanduser()
+    if path.exists():
+        return [path]
+    if not set(source) & set("*?[{"):
+        raise UserError(f"source: {source} does not exist; {KINDS}")
+    found = {name: _there(name) for name in expand(str(path))}
+    require_all(f"source: {source}", [name for name, there in found.items() if not there])
+    return sorted({path for there in found.values() for path in there})
+
+
+def _there(name: str) -> list[Path]:
+    if is_glob(name):
+        return [Path(match) for match in glob.glob(name, recursive=True)]
+    return [Path(name)] if Path(name).exists() else []
+
+
+def _opened(config: PackConfig, paths: list[Path]) -> Source:
+    if len(paths) == 1 and paths[0].is_dir():
+        return _of_folder(config, paths[0])
+    if all(path.suffix.lower() == ".parquet" for path in paths):
+        return ParquetSource(paths, config, config.source, Counter())
+    if len(paths) == 1:
+        (archive,) = _archives(config.source, paths)
+        return FilesSource(archive, config, _names_of_pack(paths[0]))
+    folder = next((path for path in paths if path.is_dir()), None)
+    if folder is not None:
+        raise UserError(
+            f"source: {config.source} names several things, among them the folder {folder}; {KINDS}"
+        )
+    names = [path.name for path in _distinct(paths)]
+    files = CombinedFiles(config.source, list(zip(names, _archives(config.source, paths), strict=True)))
+    return FilesSource(files, config, _names_of_pack(paths[0]))
+
+
+def _of_folder(config: PackConfig, folder: Path) -> Source:
+    """A folder of pictures, of archives, of parquet, or a set that was packed."""
+    if (folder / "pack-plan.json").exists() and not (folder / "index.json").exists():
+        raise UserError(f"source: {folder} is a pack that was interrupted; run that pack again first")
+    files = FolderFiles(folder)
+    paths = {name.path: folder / name.path for name in files.names}
+    parquet = [path for path in paths.values() if path.suffix.lower() == ".parquet"]
+    archives = [path for path in paths.values() if path.name.lower().endswith((*TARS, ".zip"))]
+    tables = ".members.npy"  # of a packed set's index
+    pictures = any(path.lower().endswith(PICTURE_SUFFIXES) and not path.endswith(tables) for path in paths)
+    embedded = [path for path in parquet if not path.name.startswith("metadata") and holds_pictures(path)]
+    kinds = {"pictures": pictures, "archives": bool(archives), "parquet with pictures": bool(embedded)}
+    found = [kind for kind, there in kinds.items() if there]
+    if len(found) > 1:
+        raise UserError(
+            f"source: {folder} holds {' and '.join(found)}; name one of them by its folder or a pattern "
+            f"such as {folder}/**/*.{'parquet' if embedded else 'tar'}, or move the others away"
+        )
+    if pictures or not (archives or parquet):
+        return FilesSource(files, config)
+    rest = Counter(p.suffix.lower() or p.name for p in paths.values() if p not in {*archives, *parquet})
+    if archives:
+        return _of_archives(config, folder, archives, rest + Counter({".parquet": len(parquet)}))
+    ours = embedded or parquet
+    rest[".parquet"] += len(parquet) - len(ours)
+    return ParquetSource(sorted(ours), config, str(folder), +rest + files.left_out)
+
+
+def _of_archives(config: PackConfig, folder: Path, archives: Sequence[Path], rest: Counter[str]) -> Source:
+    paths = sorted(archives)
+    names = [str(path.relative_to(folder)) for path in paths]
+    whole = CombinedFiles(str(folder), list(zip(names, _archives(str(folder), paths), strict=True)))
+    source = FilesSource(whole, config, _names_of_pack(folder))
+    packed = (folder / "index.json").exists() and (folder / "pack-report.json").exists()
+    source.left_out += Counter() if packed else +rest
+    return source
+
+
+def _archives(where: str, paths: Sequence[Path]) -> list[Files]:
+    """The archives, opened. Raises DiskFull before the first of them is unpacked."""
+    tars = [path for path in paths if path.name.lower().endswith(TARS)]
+    require_room(where, sum(map(unpacked_bytes, tars)))
+    return [_archive(path) for path in paths]
+
+
+def _archive(path: Path) -> Files:
+    if path.suffix.lower() == ".zip":
+        return ZipFiles(path)
+    if path.name.lower().endswith(TARS):
+        return TarFiles(path)
+    remedy = _UNSUPPORTED.get(path.suffix.lower())
+    raise UserError(f"source: {path} is of no known kind; " + (f"{remedy}, or {KINDS}" if remedy else KINDS))
+
+
+def _distinct(paths: Sequence[Path]) -> Sequence[Path]:
+    """Paths whose last names, by which their pictures are told apart, differ. Raises UserError."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if (other := seen.setdefault(path.name, path)) != path:
+            raise UserError(f"source: {other} and {path} have one name; rename one, or pack their folder")
+    return paths
+
+
+def _names_of_pack(path: Path) -> tuple[str, ...] | None:
+    """Class names by number that the index of a packed set holds; None for shards that are no part of one."""
+    folder = path if path.is_dir() else path.parent
+    for place in (folder, folder.parent) if folder.name == "shards" else (folder,):
+        file = place / "index.json"
+        if not file.is_file() or any(map(is_hidden, file.parts[-1:])):
+            continue
+        try:
+            names = from_json(file.read_bytes())["class_names"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return tuple(map(str, names)) if names else None
+    return None

@@ -1,0 +1,124 @@
+"""A picture as it comes from outside, brought to the size and channels a data set has."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from pipeline.config.data import PackConfig
+from pipeline.data.formats.color_profiles import to_srgb
+from pipeline.data.formats.images import (
+    MAX_PIXELS,
+    PixelShape,
+    UInt8,
+    open_image,
+    orientation,
+    read_npy,
+    to_array,
+    upright,
+)
+from pipeline.data.formats.png import decode_png, header_shape, png_problem
+from pipeline.errors import DamageError
+
+_FILTERS = {
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_JPEG = b"\xff\xd8\xff"
+
+ENLARGED = "are smaller than image_size and were enlarged"
+SMALL = "are smaller than image_size"
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What a look at a picture found: its bytes' hash, and the shape it will have or why it cannot be used."""
+
+    sha256: str
+    shape: PixelShape | None
+    problem: str | None
+    notes: tuple[str, ...] = ()
+    """What was done to its pixels beyond the settings; what people are told of it, with the count before it."""
+
+
+def probe_image(config: PackConfig, data: bytes) -> ImageInfo:
+    """Decode a picture to its end and say what it is; what is wrong with it is an answer, not an exception."""
+    digest = source_digest(data)
+    try:
+        height, width, notes = _looked_at(config, data)
+    except DamageError as error:
+        return ImageInfo(digest, None, str(error))
+    if config.image_size is not None:
+        if min(height, width) < config.image_size:
+            if config.on_small != "enlarge":
+                small = f"is {width}x{height}, smaller than image_size ({config.image_size})"
+                return ImageInfo(digest, None, small, (SMALL,))
+            notes = (*notes, ENLARGED)
+        height = width = config.image_size
+    return ImageInfo(digest, PixelShape(config.channels, height, width), None, notes)
+
+
+def source_digest(data: bytes) -> str:
+    """SHA-256 of a picture's bytes as they came."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def to_pixels(config: PackConfig, data: bytes) -> UInt8:
+    """The picture as it will be stored, uint8 (height, width, channels). Raises DamageError.
+
+    With `image_size`, the largest middle square, scaled by a filter as wide as the reduction (anti-aliased).
+    """
+    pixels, _ = _decoded(config, data)
+    if config.image_size is None:
+        return pixels
+    height, width, channels = pixels.shape
+    edge = min(height, width)
+    left, top = (width - edge) / 2, (height - edge) / 2
+    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    size = (config.image_size, config.image_size)
+    # Cutting and scaling in one step keeps half pixels where the margin is odd.
+    scaled = image.resize(size, _FILTERS[config.resize_filter], box=(left, top, left + edge, top + edge))
+    out = np.asarray(scaled)
+    return out[:, :, None] if out.ndim == 2 else out
+
+
+def _looked_at(config: PackConfig, data: bytes) -> tuple[int, int, tuple[str, ...]]:
+    """Height and width of the upright picture, decoded to its end, and what is done to its values."""
+    if not data.startswith(_JPEG):
+        pixels, notes = _decoded(config, data)
+        return pixels.shape[0], pixels.shape[1], notes
+    with open_image(data) as image:
+        width, height = image.size
+        image.draft(None, (1, 1))  # all of the file is read, an eighth of each edge is computed
+        turned = upright(image)
+        _, note = to_srgb(turned)
+        if orientation(image) >= 5:
+            width, height = height, width
+        return height, width, () if note is None else (note,)
+
+
+def _decoded(config: PackConfig, data: bytes) -> tuple[UInt8, tuple[str, ...]]:
+    """The upright picture in sRGB, and what was done for that."""
+    if (raw := read_npy(data)) is not None:
+        image = Image.fromarray(raw[:, :, 0] if raw.shape[2] == 1 else raw)
+        return to_array(image, config.channels, config.background), ()
+    if (plain := _plain_png(config, data)) is not None:
+        return plain, ()
+    with open_image(data) as image:
+        coloured, note = to_srgb(upright(image))
+        return to_array(coloured, config.channels, config.background), () if note is None else (note,)
+
+
+def _plain_png(config: PackConfig, data: bytes) -> UInt8 | None:
+    """Pixels of a whole PNG that needs no conversion; None for others."""
+    found = header_shape(data)
+    if found is None or found[0] != config.channels or found[1] * found[2] > MAX_PIXELS:
+        return None
+    if b"iCCP" in data or png_problem(data) is not None:
+        return None
+    return decode_png(data, *found)

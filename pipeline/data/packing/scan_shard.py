@@ -1,0 +1,251 @@
+"""One pass over a shard: is it whole, what is in it, and where."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from pydantic_core import from_json
+
+from pipeline.config.bounds import MAX_CLASSES
+from pipeline.data.formats.hashing import HashingReader
+from pipeline.data.formats.image_stats import ChannelStats, add_channel_stats, channel_stats
+from pipeline.data.formats.images import EXTENSIONS, PixelShape, decode, probe
+from pipeline.data.formats.shards import GZIP_MAGIC, Parts, plain_stream, read_samples
+from pipeline.data.index import MEMBER, MemberTable, ShardEntry, table_hash
+from pipeline.errors import DamageError
+from pipeline.store import ObjectInfo, ObjectMissing, Store
+
+MAX_SHAPES = 64
+"""Shapes listed for a shard; a set of photographs of all sizes would otherwise fill the index with them."""
+LABEL_FIELDS = ("label", "class", "cls", "class_id", "target")
+NO_LABELS = "none"
+MAX_DIGITS = 40
+"""Of a class number; Python refuses to read a number of thousands."""
+MOST_NAMED = 20
+"""Skipped samples named in an index for each shard."""
+_NUMBER = re.compile(r"-?[0-9]+(\.0+)?")
+_CLASS_NUMBER = (
+    f"a class number from 0 to {MAX_CLASSES - 1} is expected, or -1 for none, or a name that stands in classes.txt "
+    "beside the shards (one a line, in order of their numbers); --label-field none leaves labels out"
+)
+MAX_EXPANSION = 256
+"""Plain bytes a gzip may give for each of its own: pictures hardly compress; a bomb does 1000-fold."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the samples of others' shards are to be understood."""
+
+    label_field: str | None = None
+    """The field of a sample's json that names its class; None for the first of LABEL_FIELDS, NO_LABELS for none."""
+    image: str | None = None
+    """Extension of the file to take where samples have several pictures; None where each has one."""
+    class_names: tuple[str, ...] | None = None
+    """What labels that are names stand for, by number."""
+    skip_unreadable: bool = False
+    """Leave out samples whose picture cannot be read, and name them, instead of ending."""
+    pixels: bool = False
+    """Decode every image, for channel statistics and to find damage inside images."""
+
+
+def index_shard(
+    store: Store,
+    key: str,
+    *,
+    label_field: str | None = None,
+    pixels: bool = False,
+    reading: Reading | None = None,
+) -> tuple[ShardEntry, MemberTable]:
+    """The entry and member table of one shard, read in one forward pass.
+
+    `reading` says how; without it, `label_field` and `pixels` do. Raises DamageError naming shard, key and offset;
+    ObjectMissing.
+    """
+    reading = reading or Reading(label_field, pixels=pixels)
+    info = store.stat(key)
+    label = f"{store.uri}/{key}"
+    if info is None:
+        raise ObjectMissing(key, label)
+    facts = _Facts(label, reading)
+    ignored: list[str] = []
+    with store.open(key, etag=info.etag) as stream:
+        hashed = HashingReader(stream)
+        with plain_stream(cast(BinaryIO, hashed), label) as plain:
+            counted = _Counted(plain, MAX_EXPANSION * max(info.size_bytes, 1 << 20), label)
+            for name, parts in read_samples(counted, label, ignored):
+                facts.add(name, parts)
+    return shard_entry(
+        ShardFacts(
+            facts.rows,
+            facts.shapes,
+            facts.moments,
+            len(ignored) + facts.without_picture,
+            tuple(facts.skipped),
+        ),
+        info,
+        plain_bytes=counted.total,
+        compressed=hashed.head == GZIP_MAGIC,
+        sha256=hashed.hash.hexdigest(),
+    )
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What the samples of a shard tell: (offset, size, CRC-32, label) of each image, and what they have in common."""
+
+    rows: Sequence[tuple[int, int, int, int]]
+    shapes: Collection[PixelShape]
+    moments: ChannelStats | None
+    ignored_members: int = 0
+    skipped: tuple[str, ...] = ()
+
+
+def shard_entry(
+    facts: ShardFacts, info: ObjectInfo, *, plain_bytes: int, compressed: bool, sha256: str
+) -> tuple[ShardEntry, MemberTable]:
+    """Entry and member table of the shard that the store holds as `info`."""
+    table = np.array(facts.rows, MEMBER)
+    entry = ShardEntry(
+        name=info.key,
+        num_samples=len(table),
+        size_bytes=info.size_bytes,
+        plain_bytes=plain_bytes,
+        compressed=compressed,
+        sha256=sha256,
+        etag=info.etag,
+        table_sha256=table_hash(table),
+        shapes=tuple(sorted(facts.shapes)[:MAX_SHAPES]),
+        num_labelled=int((table["label"] >= 0).sum()),
+        max_label=int(table["label"].max(initial=-1)),
+        ignored_members=facts.ignored_members,
+        skipped=facts.skipped[:MOST_NAMED],
+        num_skipped=len(facts.skipped),
+        channel_sums=None if facts.moments is None else facts.moments.sums,
+        channel_squares=None if facts.moments is None else facts.moments.squares,
+    )
+    return entry, table
+
+
+@dataclass
+class _Facts:
+    """What gathers while a shard goes by."""
+
+    shard: str
+    reading: Reading
+    rows: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
+    shapes: set[PixelShape] = field(default_factory=set[PixelShape])
+    moments: ChannelStats | None = None
+    keys: set[str] = field(default_factory=set[str])
+    skipped: list[str] = field(default_factory=list[str])
+    without_picture: int = 0
+
+    def add(self, key: str, parts: Parts) -> None:
+        where = f"{self.shard}: sample {key!r}"
+        if key in self.keys:
+            raise DamageError(
+                f"{where}: comes in two places (the second has {sorted(parts)}): files of a sample must be neighbours; "
+                "write the tar anew, sorted by name"
+            )
+        self.keys.add(key)
+        extension = image_extension(parts, where, self.reading.image)
+        if extension is None and "cls" in parts:
+            raise DamageError(
+                f"{where}: 0 images (of {sorted(parts)}); a sample with a class needs one, among its neighbours"
+            )
+        if extension is None:
+            self.without_picture += 1
+            return
+        member, data = parts[extension]
+        if member.size_bytes >= 1 << 32:
+            raise DamageError(f"{self.shard}: {member.name!r}: larger than 4 GiB")
+        try:
+            shape = self._shape(data)
+        except DamageError as error:
+            problem = f"{self.shard}: {member.name!r} at byte {member.offset}: {error}"
+            if not self.reading.skip_unreadable:
+                raise DamageError(f"{problem}; --skip-unreadable leaves such out") from error
+            self.skipped.append(problem)
+            return
+        self.shapes.add(shape)
+        number = label_of(parts, self.reading, where)
+        self.rows.append((member.offset, member.size_bytes, zlib.crc32(data), number))
+
+    def _shape(self, data: bytes) -> PixelShape:
+        shape = probe(data)
+        if self.reading.pixels:
+            self.moments = add_channel_stats(self.moments, channel_stats(decode(data, shape)))
+        return shape
+
+
+def image_extension(parts: Any, where: str, wanted: str | None = None) -> str | None:
+    """The extension of a sample's one image, or of the one that is `wanted`; None when it has none.
+
+    Raises DamageError for several.
+    """
+    if wanted is not None:
+        return wanted if wanted in parts else None
+    found = [extension for extension in parts if extension.rpartition(".")[2] in EXTENSIONS]
+    if len(found) > 1:
+        raise DamageError(
+            f"{where}: {len(found)} images ({sorted(found)}); choose one with --image {found[0]}"
+        )
+    return found[0] if found else None
+
+
+def label_of(parts: Parts, reading: Reading, where: str) -> int:
+    """The class of a sample from its cls, or its json's label; -1 if it has none.
+
+    Raises DamageError for a label that is neither a class number, nor a known class name, nor one-hot.
+    """
+    if reading.label_field == NO_LABELS:
+        return -1
+    if "cls" in parts:
+        return class_number(parts["cls"][1].decode("utf-8", "replace").strip(), reading, f"{where}: its .cls")
+    if "json" not in parts:
+        return -1
+    try:
+        content = from_json(parts["json"][1])
+    except ValueError as error:
+        raise DamageError(f"{where}: its .json is damaged: {error}") from error
+    fields = (reading.label_field,) if reading.label_field else LABEL_FIELDS
+    name = next((f for f in fields if isinstance(content, dict) and f in content), None)
+    return -1 if name is None else class_number(content[name], reading, f"{where}: {name!r} of its .json")
+
+
+def class_number(value: Any, reading: Reading, where: str) -> int:
+    """A class from what stands for it: 3, "3", 3.0, a name, one-hot; -1 or null for none. Raises DamageError."""
+    names = reading.class_names or ()
+    if value is None:
+        return -1
+    if isinstance(value, list) and len(hot := cast(list[Any], value)) > 1:
+        if sorted(set(hot), key=str) not in ([0, 1], [0.0, 1.0]) or hot.count(1) != 1:
+            raise DamageError(f"{where}: a list that is not one-hot; {_CLASS_NUMBER}")
+        return hot.index(1)
+    if isinstance(value, str) and value in names:
+        return names.index(value)
+    if isinstance(value, str) and len(value) <= MAX_DIGITS and _NUMBER.fullmatch(value):
+        value = float(value) if "." in value else int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value < MAX_CLASSES:
+        raise DamageError(f"{where} holds {str(value)[:40]!r}; {_CLASS_NUMBER}")
+    return value
+
+
+class _Counted:
+    """Counts plain bytes, and stops a stream that gives absurdly many."""
+
+    def __init__(self, stream: BinaryIO, limit: int, label: str) -> None:
+        self.stream, self.limit, self.label, self.total = stream, limit, label, 0
+
+    def read(self, size: int, /) -> bytes:
+        if self.total + size > self.limit:  # before reading: the whole of a bomb might not fit in memory
+            raise DamageError(f"{self.label}: expands beyond {self.limit} bytes: a decompression bomb")
+        data = self.stream.read(size)
+        self.total += len(data)
+        return data

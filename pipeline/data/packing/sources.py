@@ -1,0 +1,200 @@
+"""What is packed: a list of pictures, each with a name, a class and a way to its bytes, in the order of the names.
+
+The same source gives the same list wherever it is opened, so that units of work may travel as numbers.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.data import PackConfig
+from pipeline.data.formats.images import PICTURE_SUFFIXES
+from pipeline.data.formats.npy import encode_npy
+from pipeline.data.packing.folder_layout import choose_split, class_folders, interpret_folders, split_word
+from pipeline.data.packing.label_files import checked, class_list, sidecar_labels
+from pipeline.data.packing.labels import in_order, mapping_line, numbered
+from pipeline.data.packing.paired_images import select_one_image
+from pipeline.data.packing.source_files import FileName, Files
+from pipeline.errors import DamageError, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A picture: its name, and its class number or -1."""
+
+    name: str
+    label: int
+
+
+class Source(ABC):
+    """Pictures in a fixed order. `read` may be called by several threads."""
+
+    items: Sequence[Item]
+    class_names: tuple[str, ...] | None
+    left_out: Counter[str]
+    """Files that are not packed, by extension."""
+    notes: tuple[str, ...] = ()
+    """What people should know of how the source was understood, a line each."""
+    config: PackConfig
+    """What it was opened by."""
+    copied_bytes: int = 0
+    """Of the temporary files that pictures are read from; 0 where they are read in place."""
+    self_contained: bool = True
+    """Whether nothing is read but what lies in the file or folder that it was opened by."""
+
+    @abstractmethod
+    def read(self, number: int) -> bytes:
+        """Encoded bytes of item `number`."""
+
+    @property
+    def other_files(self) -> int:
+        """How many files are not packed."""
+        return sum(self.left_out.values())
+
+    def __reduce__(self) -> tuple[Callable[[PackConfig], Source], tuple[PackConfig]]:
+        return reopened, (self.config,)
+
+
+def reopened(config: PackConfig) -> Source:
+    """The source of these settings, opened once in a process that is sent it again and again."""
+    return _reopened(config.model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _reopened(settings: str) -> Source:
+    from pipeline.data.packing.open_source import open_source  # which stands above this module
+
+    return open_source(PackConfig.model_validate_json(settings))
+
+
+def read_item(source: Source, number: int) -> bytes:
+    """Encoded bytes of an item. Raises DamageError when the file or its place in an archive cannot be read."""
+    try:
+        return source.read(number)
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        # RuntimeError and NotImplementedError are how zipfile refuses encryption and unknown compression.
+        raise DamageError(f"cannot be read: {error}") from error
+
+
+class DigitsSource(Source):
+    """The 1,797 handwritten digits of scikit-learn, 8x8; their 17 grey levels are spread over 0..255."""
+
+    def __init__(self) -> None:
+        self.left_out = Counter()
+        labels = self._digits[1]
+        self.items = [Item(f"{i:04d}", int(label)) for i, label in enumerate(labels)]
+        self.class_names = tuple("0123456789")
+
+    def read(self, number: int) -> bytes:
+        return encode_npy(self._digits[0][number][:, :, None])
+
+    @cached_property
+    def _digits(self) -> tuple[np.ndarray[tuple[int, int, int], np.dtype[np.uint8]], list[int]]:
+        from sklearn.datasets import load_digits  # slow to import, and wanted for this source only
+
+        found: Any = load_digits()
+        return ((found.images * 255 + 8) // 16).astype(np.uint8), found.target.tolist()
+
+
+class FilesSource(Source):
+    """Pictures that are files, in a folder or in archives, with the classes that files beside them or folders name."""
+
+    def __init__(self, files: Files, config: PackConfig, class_names: tuple[str, ...] | None = None) -> None:
+        self._files, self.config, self.copied_bytes = files, config, files.copied_bytes
+        names, where = files.names, files.where
+        pictures = [i for i, name in enumerate(names) if name.path.lower().endswith(PICTURE_SUFFIXES)]
+        if not pictures:
+            raise UserError(
+                f"source: {where} holds no pictures ({_counted(_extensions(names)) or 'it is empty'}); "
+                f"these are packed: {' '.join(PICTURE_SUFFIXES)}"
+            )
+        everything = len(pictures)
+        split, pictures = _of_split(names, pictures, config.split, where)
+        layout = interpret_folders([names[i].path for i in pictures], config.labels, split, where)
+        pictures = [pictures[i] for i in layout.kept]
+        notes = [f"split {config.split}: {len(pictures)} of {everything} pictures"] if config.split else []
+        chosen = select_one_image([names[i] for i in pictures], names, config.image_column, where)
+        others_of_sample = len(pictures) - len(chosen)
+        layout = type(layout)(layout.kept, [layout.parts[i] for i in chosen], layout.wraps)
+        self._numbers = [pictures[i] for i in chosen]
+        if others_of_sample:
+            notes.append(
+                f"image_column {config.image_column}: {others_of_sample} other pictures are left out"
+            )
+        shown = _shown([names[i] for i in self._numbers], files.wrapped)
+        labels, self.class_names, used, told = self._labels(layout, shown, class_names)
+        self.items = [Item(name, label) for name, label in zip(shown, labels, strict=True)]
+        pictures_seen = {i for i, name in enumerate(names) if name.path.lower().endswith(PICTURE_SUFFIXES)}
+        rest = [name for i, name in enumerate(names) if i not in pictures_seen and i not in used]
+        self.left_out = _extensions(rest) + files.left_out
+        self.notes = (*notes, *told)
+
+    def read(self, number: int) -> bytes:
+        return self._files.read(self._numbers[number])
+
+    def _labels(
+        self, layout: Any, shown: list[str], class_names: tuple[str, ...] | None
+    ) -> tuple[list[int], tuple[str, ...] | None, set[int], tuple[str, ...]]:
+        """Class numbers, class names, the files that tell them, and what to say of it."""
+        none = [-1] * len(shown)
+        config, names, where = self.config, self._files.names, self._files.where
+        if config.labels == "none":
+            return none, None, set(), ()
+        read = checked(self._files.read, names, where)
+        if config.labels == "auto":
+            found = sidecar_labels(names, self._numbers, read, config.label_column, where)
+            if found is not None:
+                listed = class_names or class_list(names, read, where)
+                labels, classes = numbered(found.values, shown, f"{where}: {found.how}", listed, found.asked)
+                said = (
+                    mapping_line(found.how, classes, labels)
+                    if max(labels) >= 0
+                    else f"{found.how}: no labels"
+                )
+                return labels, classes, found.used, (*found.notes, said)
+        folders, notes = class_folders(layout, config.labels, where)
+        if folders is None:
+            return none, None, set(), notes
+        classes = in_order(folders)
+        number = {name: i for i, name in enumerate(classes)}
+        labels = [number[folder] for folder in folders]
+        return labels, classes, set(), (*notes, mapping_line("class folders", classes, labels))
+
+
+def _of_split(
+    names: Sequence[FileName], pictures: list[int], split: str | None, where: str
+) -> tuple[str | None, list[int]]:
+    """The pictures in archives of the wanted split, and the split that is still to be found in folders."""
+    archives = sorted({names[i].archive for i in pictures})
+    words = {archive: split_word(archive) for archive in archives}
+    if all(word is None for word in words.values()):
+        return split, pictures
+    kept = {archives[i] for i in choose_split(list(words.values()), split, where)}
+    return None if split != "all" else split, [i for i in pictures if names[i].archive in kept]
+
+
+def _shown(names: list[FileName], wrapped: bool) -> list[str]:
+    """Names as people are told them; of an archive without one folder that wraps all class folders."""
+    tops = {PurePosixPath(name.path).parts[0] for name in names}
+    if not wrapped or len(tops) != 1 or any(len(PurePosixPath(name.path).parts) < 3 for name in names):
+        return [name.whole for name in names]
+    length = len(tops.pop()) + 1
+    return [FileName(name.archive, name.path[length:]).whole for name in names]
+
+
+def _extensions(names: Sequence[FileName]) -> Counter[str]:
+    return Counter(PurePosixPath(name.path).suffix.lower() or PurePosixPath(name.path).name for name in names)
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in counts.most_common(10))

@@ -1,0 +1,145 @@
+"""Batches for one training worker, in the global order, from any step on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.data
+from torch import Tensor
+
+from pipeline.config.data import DataConfig
+from pipeline.data.index import Index
+from pipeline.data.reading.open_access import open_cache
+from pipeline.data.reading.order import GlobalOrder, Int64, rank_slice
+from pipeline.data.reading.samples import SampleSource
+from pipeline.data.reading.shard_cache import Prefetcher
+from pipeline.errors import DamageError, UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's part of a global batch. n differs by at most one between workers: weigh by n * W / B."""
+
+    step: int
+    positions: Tensor
+    """int64 (n,): places in the global order, the names of these samples' random numbers."""
+    images: Tensor
+    """uint8 (n, C, H, W)."""
+    labels: Tensor | None
+    """int64 (n,), or None for a data set without labels."""
+    wait_seconds: float
+    """How long the caller waited for this batch."""
+    damage: tuple[str, ...] = ()
+    """With `on_damage: skip`, a line for each damaged sample that another replaced."""
+
+
+class Loader:
+    """A worker's view of the data: no state but its settings. What has been read is one integer, the next step.
+
+    Resuming anywhere, at any world size, is `batches(step)`, provided seed, global batch and index digest are
+    those of before.
+    """
+
+    def __init__(
+        self, config: DataConfig, index: Index, seed: int, global_batch: int, rank: int = 0, world: int = 1
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} must be from 0 to {world - 1}")
+        if global_batch < world:
+            raise UserError(
+                f"global batch {global_batch} is less than one sample for each of {world} workers"
+            )
+        self.config, self.index, self.seed = config, index, seed
+        self.global_batch = global_batch
+        open_cache(config, index)  # a limit that is too small is said now
+        self._dataset = _StepSampler(SampleSource(config, index, seed), global_batch, rank, world)
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """Batches of steps start_step .. stop_step - 1. Raises DamageError (see `on_damage`), StoreUnreachable."""
+        steps = range(start_step, stop_step)
+        self._dataset.stop_step = stop_step
+        made = map(self._dataset.__getitem__, steps) if self.config.num_workers == 0 else self._workers(steps)
+        ahead = self._prefetcher()
+        try:
+            began = time.perf_counter()
+            for step, result in zip(steps, made, strict=True):
+                if isinstance(result, Exception):
+                    raise result
+                if ahead is not None:
+                    ahead.at((step + 1) * self.global_batch)
+                yield replace(result, wait_seconds=time.perf_counter() - began)
+                began = time.perf_counter()
+        finally:
+            if ahead is not None:
+                ahead.close()
+
+    def close(self) -> None:
+        """Give back descriptors and memory."""
+        self._dataset.source.close()
+
+    def _prefetcher(self) -> Prefetcher | None:
+        cache = open_cache(self.config, self.index)
+        if cache is None:
+            return None
+        return Prefetcher(cache, GlobalOrder(self.index.counts, self.seed, self.config.window_shards))
+
+    def _workers(self, steps: range) -> Iterator[Batch | Exception]:
+        # forkserver: a fork of a process with CUDA, gloo or gRPC threads may hang; its server imports once for all.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pipeline.data.reading.loader"])
+        return iter(
+            torch.utils.data.DataLoader(
+                self._dataset,
+                batch_size=None,
+                sampler=steps,
+                num_workers=self.config.num_workers,
+                prefetch_factor=self.config.prefetch,
+                collate_fn=_as_it_is,
+                worker_init_fn=_Environment(dict(os.environ)),
+                multiprocessing_context=context,
+            )
+        )
+
+
+class _StepSampler(torch.utils.data.Dataset["Batch | Exception"]):
+    """Step number to this rank's batch: stateless, so that any loader process can make any batch."""
+
+    def __init__(self, source: SampleSource, global_batch: int, rank: int, world: int) -> None:
+        self.source, self.global_batch, self.rank, self.world = source, global_batch, rank, world
+        self.stop_step = 0
+        """Where reading ahead ends."""
+
+    def __getitem__(self, step: int) -> Batch | Exception:
+        positions = self._positions(step)
+        beside = torch.utils.data.get_worker_info()
+        mine = range(step, self.stop_step, 1 if beside is None else beside.num_workers)
+        try:
+            found = self.source.get(positions, map(self._positions, mine[1:]))
+        except (UserError, DamageError) as error:
+            return error  # as a value: raised in a loader process it would come out wrapped in its traceback
+        return Batch(step, torch.from_numpy(positions), found.images, found.labels, 0.0, found.damage)
+
+    def _positions(self, step: int) -> Int64:
+        places = rank_slice(step, self.global_batch, self.rank, self.world)
+        return np.arange(places.start, places.stop, dtype=np.int64)
+
+
+class _Environment:
+    """Gives a loader process this process's variables: a fork server keeps those of the moment it was started."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self._variables = variables
+
+    def __call__(self, worker: int) -> None:
+        os.environ.update(self._variables)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,277 @@
+"""From positions to pixels: look up, read, check, decode, flip, crop. A pure function of (index, seed, positions)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+from zlib import crc32
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.config.data import DataConfig
+from pipeline.data.formats.images import PixelShape, UInt8, decode
+from pipeline.data.index import Index, MemberTable, read_table
+from pipeline.data.reading.open_access import open_shard_access
+from pipeline.data.reading.order import GlobalOrder, Int64
+from pipeline.data.reading.range_reads import RangeAccess
+from pipeline.data.reading.shard_access import Access
+from pipeline.diffusion import noise
+from pipeline.errors import DamageError, UserError
+from pipeline.store import ObjectChanged
+
+MOST_SUBSTITUTES = 1000
+"""Damaged neighbours passed over before giving up: beyond this the data set, not a sample, is broken."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images uint8 (n, C, H, W), labels int64 (n,) or None, and one line for each damaged sample replaced."""
+
+    images: Tensor
+    labels: Tensor | None
+    damage: tuple[str, ...]
+
+
+class SampleSource:
+    """Samples by position. Cheap to pickle: connections, descriptors and tables are opened on first use."""
+
+    def __init__(self, config: DataConfig, index: Index, seed: int) -> None:
+        self.config, self.index, self.seed = config, index, seed
+        self.shape = require_one_shape(index)
+        if config.crop is not None and config.crop > min(self.shape.height, self.shape.width):
+            raise UserError(
+                f"data.crop: {config.crop} is larger than the images ({self.shape}); make it smaller"
+            )
+        self.limit_bytes = config.memory_bytes // max(1, config.num_workers)
+        decoded_bytes = index.num_samples * self.shape.channels * self.shape.height * self.shape.width
+        self.holds_all = decoded_bytes <= self.limit_bytes // 2
+        self._opened: _Opened | None = None
+
+    def get(self, positions: Int64, upcoming: Iterable[Int64] = ()) -> Samples:
+        """The samples of int64 (n,) positions. Raises DamageError naming shard, sample, offset and cause.
+
+        `upcoming` are the positions of this process's next calls, as far as asked for: it changes how many requests
+        are made where nothing is cached, and no sample.
+        """
+        opened = self._opened or self._open()
+        opened.gather(positions, upcoming)
+        shards, members = opened.order.lookup(positions)
+        pixels, labels, damage = opened.pixels(shards, members)
+        images = self._augmented(pixels, torch.from_numpy(positions))
+        return Samples(images, torch.from_numpy(labels) if self.index.labelled else None, damage)
+
+    def close(self) -> None:
+        """Give back descriptors and memory; the next `get` opens them again."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_opened": None}
+
+    def _open(self) -> _Opened:
+        self._opened = _Opened(self)
+        return self._opened
+
+    def _augmented(self, pixels: UInt8, positions: Tensor) -> Tensor:
+        """Flips and crops, drawn for each position, so that they are the same on any rank and after any restart."""
+        if self.config.crop is not None:
+            edge, count = self.config.crop, len(positions)
+            tops = noise.randint(self.seed, noise.Stream.CROP, positions, self.shape.height - edge + 1, 0)
+            lefts = noise.randint(self.seed, noise.Stream.CROP, positions, self.shape.width - edge + 1, 1)
+            cut = np.empty((count, self.shape.channels, edge, edge), np.uint8)
+            for i, (top, left) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True)):
+                cut[i] = pixels[i, :, top : top + edge, left : left + edge]
+            pixels = cut
+        images = torch.from_numpy(pixels)
+        if self.config.flip:
+            mirrored = noise.uniform(self.seed, noise.Stream.FLIP, positions) < 0.5
+            images[mirrored] = images[mirrored].flip(-1)
+        return images
+
+
+class _Place(NamedTuple):
+    """A sample's row in the whole data set, and what the index says of it."""
+
+    row: int
+    shard: int
+    offset: int
+    size: int
+    crc: int
+    label: int
+
+
+class _Opened:
+    """What a process holds while it reads."""
+
+    def __init__(self, source: SampleSource) -> None:
+        self.index, self.shape = source.index, source.shape
+        self.skips = source.config.on_damage == "skip"
+        self.order = GlobalOrder(source.index.counts, source.seed, source.config.window_shards)
+        limit_bytes = source.limit_bytes // 2 if source.holds_all else source.limit_bytes
+        self.access: Access = open_shard_access(source.config, source.index, limit_bytes)
+        # Two windows of tables: a batch may lie across the seam of two.
+        self.table = lru_cache(maxsize=2 * self.order.window_shards)(partial(read_table, self.index))
+        self.held = _Held(source.index.num_samples, self.shape) if source.holds_all else None
+        self._gathered: set[int] = set()
+
+    def gather(self, positions: Int64, upcoming: Iterable[Int64]) -> None:
+        """Where samples come by request: bring these and those of the next calls together, as many as may be held."""
+        if not isinstance(self.access, RangeAccess) or not len(positions):
+            return
+        if int(positions[0]) in self._gathered:
+            self._gathered.remove(int(positions[0]))
+            return
+        left = self.access.held_bytes
+        batches: list[Int64] = []
+        places: list[tuple[int, MemberTable]] = []
+        for batch in itertools.chain([positions], upcoming):
+            found = self._by_shard(*self.order.lookup(batch))
+            left -= sum(int(table["size"].sum()) for _, table in found)
+            if left < 0 and batches:
+                break
+            batches.append(batch)
+            places += found
+        self._gathered = {int(batch[0]) for batch in batches[1:] if len(batch)}
+        self.access.gather(_in_order(places))
+
+    def _by_shard(self, shards: Int64, members: Int64) -> list[tuple[int, MemberTable]]:
+        return [(shard, self.table(shard)[members[shards == shard]]) for shard in np.unique(shards).tolist()]
+
+    def pixels(self, shards: Int64, members: Int64) -> tuple[UInt8, Int64, tuple[str, ...]]:
+        """Pixels uint8 (n, C, H, W) and labels int64 (n,) of members of shards, int64 (n,) both."""
+        rows = self.index.starts[shards] + members
+        if self.held is not None and self.held.known[rows].all():
+            return self.held.pixels[rows], self.held.labels[rows], ()
+        out = np.empty((len(rows), self.shape.channels, self.shape.height, self.shape.width), np.uint8)
+        labels, damage = np.empty(len(rows), np.int64), list[str]()
+        # In order of place: neighbouring rows are neighbours on disk.
+        order = np.argsort(rows, kind="stable")
+        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            self._fill(int(shards[part[0]]), members[part], part, out, labels, damage)
+        if self.held is not None and not damage:
+            self.held.keep(rows, out, labels)
+        return out, labels, tuple(damage)
+
+    def close(self) -> None:
+        self.access.close()
+
+    def _fill(
+        self, shard: int, members: Int64, slots: Int64, out: UInt8, labels: Int64, damage: list[str]
+    ) -> None:
+        """Put samples of one shard into these slots of a batch. The inner loop of training: it does little else."""
+        places = self.table(shard)[members]
+        labels[slots] = places["label"]
+        crcs = places["crc"].tolist()
+        for member, slot, data, crc in zip(
+            members.tolist(), slots.tolist(), self._bytes(shard, places), crcs, strict=True
+        ):
+            pixels = self._decoded(data) if crc32(data) == crc else None
+            if pixels is None:
+                pixels, labels[slot], problems = self._one(
+                    self._place(int(self.index.starts[shard]) + member)
+                )
+                damage += problems
+            out[slot] = pixels.transpose(2, 0, 1)
+
+    def _bytes(self, shard: int, places: MemberTable) -> Iterable[bytes]:
+        try:
+            return self.access.read_each(shard, places["offset"].tolist(), places["size"].tolist())
+        except DamageError:
+            return [b""] * len(places)  # none of which will fit its CRC; `_one` finds out what each lacks
+
+    def _decoded(self, data: bytes) -> UInt8 | None:
+        try:
+            return decode(data, self.shape)
+        except DamageError:
+            return None  # `_one` meets it again, and says where
+
+    def _place(self, row: int) -> _Place:
+        shard = int(np.searchsorted(self.index.starts, row, side="right")) - 1
+        member = self.table(shard)[row - int(self.index.starts[shard])]
+        offset, size, crc, label = (int(member[name]) for name in ("offset", "size", "crc", "label"))
+        return _Place(row, shard, offset, size, crc, label)
+
+    def _one(self, place: _Place) -> tuple[UInt8, int, list[str]]:
+        """A sample, or, where damage is skipped, the nearest whole one after it: the same one every time."""
+        problems: list[str] = []
+        for distance in range(MOST_SUBSTITUTES):
+            if distance:
+                place = self._place((place.row + 1) % self.index.num_samples)
+            try:
+                return self._read(place), place.label, problems
+            except ObjectChanged:
+                raise
+            except DamageError as error:
+                if not self.skips:
+                    raise
+                problems.append(str(error))
+        raise DamageError(f"{problems[0]} (and so are the {MOST_SUBSTITUTES - 1} samples after it)")
+
+    def _read(self, place: _Place) -> UInt8:
+        try:
+            return self._checked(place)
+        except ObjectChanged:
+            raise
+        except DamageError:
+            if not self.access.renew(place.shard):
+                raise
+        return self._checked(place)
+
+    def _checked(self, place: _Place) -> UInt8:
+        data = self.access.read(place.shard, place.offset, place.size)
+        try:
+            if crc32(data) != place.crc:
+                raise DamageError("its bytes are not the indexed ones (CRC-32)")
+            return decode(data, self.shape)
+        except DamageError as error:
+            entry = self.index.shards[place.shard]
+            name = self._name(place.shard, place.offset)
+            raise DamageError(
+                f"{self.index.uri}: {entry.name}: {name} at byte {place.offset}: {error}"
+            ) from error
+
+    def _name(self, shard: int, offset: int) -> str:
+        """The member's name from its tar header, as far as that can still be read."""
+        try:
+            header = self.access.read(shard, offset - 512, 100)
+        except DamageError:
+            return "a sample"
+        return repr(header.split(b"\0", 1)[0].decode(errors="replace"))
+
+
+def _in_order(places: list[tuple[int, MemberTable]]) -> Iterator[tuple[int, list[int], list[int]]]:
+    """(shard, ascending offsets, sizes) of samples given in several parts."""
+    for shard in sorted({shard for shard, _ in places}):
+        table = np.concatenate([part for other, part in places if other == shard])
+        table = table[np.argsort(table["offset"], kind="stable")]
+        yield shard, table["offset"].tolist(), table["size"].tolist()
+
+
+class _Held:
+    """All samples of a small data set, decoded once."""
+
+    def __init__(self, num_samples: int, shape: PixelShape) -> None:
+        self.pixels: UInt8 = np.empty((num_samples, shape.channels, shape.height, shape.width), np.uint8)
+        self.labels: Int64 = np.empty(num_samples, np.int64)
+        self.known: npt.NDArray[np.bool_] = np.zeros(num_samples, np.bool_)
+
+    def keep(self, rows: Int64, pixels: UInt8, labels: Int64) -> None:
+        self.pixels[rows], self.labels[rows], self.known[rows] = pixels, labels, True
+
+
+def require_one_shape(index: Index) -> PixelShape:
+    """The shape of all images. Raises UserError when sizes differ."""
+    if index.image is None:
+        shapes = sorted({shape for shard in index.shards for shape in shard.shapes})
+        raise UserError(
+            f"{index.uri}: images differ in size ({shapes[0]} to {shapes[-1]}); "
+            "bring them to one with: ddpm pack source=… image_size=…"
+        )
+    return index.image

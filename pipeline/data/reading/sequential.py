@@ -1,0 +1,55 @@
+"""Reading a data set once, forward, shard after shard: no cache, no random access, memory of one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+from pipeline.data.formats.hashing import HashingReader
+from pipeline.data.formats.images import UInt8, decode
+from pipeline.data.formats.shards import plain_stream, read_samples
+from pipeline.data.index import Index, read_table
+from pipeline.data.reading.samples import require_one_shape
+from pipeline.data.reading.shard_access import changed
+from pipeline.errors import DamageError
+
+
+@dataclass(frozen=True)
+class SequentialSample:
+    """A sample as it lies in the data set: pixels uint8 (height, width, channels), label or -1."""
+
+    shard: int
+    key: str
+    pixels: UInt8
+    label: int
+
+
+def read_sequential(index: Index, shards: Iterable[int] | None = None) -> Iterator[SequentialSample]:
+    """Every sample of the given shards (by default all), in stored order, each exactly once.
+
+    Connections that break are resumed. Raises DamageError when a sample does not decode, and, after its last sample,
+    when a shard's hash or count is not the indexed one; ObjectChanged when a shard is replaced meanwhile.
+    """
+    shape = require_one_shape(index)
+    for number in range(len(index.shards)) if shards is None else shards:
+        entry = index.shards[number]
+        where = f"{index.store.uri}/{entry.name}"
+        rows = {int(row["offset"]): int(row["label"]) for row in read_table(index, number)}
+        count = 0
+        with index.store.open(entry.name, etag=index.tag(entry)) as stream:
+            hashed = HashingReader(stream)
+            with plain_stream(cast(BinaryIO, hashed), where) as plain:
+                for key, parts in read_samples(plain, where):
+                    for member, data in parts.values():
+                        if member.offset not in rows:
+                            continue  # not the image of an indexed sample
+                        try:
+                            pixels = decode(data, shape)
+                        except DamageError as error:
+                            place = f"{where}: sample {key!r} at byte {member.offset}"
+                            raise DamageError(f"{place}: {error}") from error
+                        yield SequentialSample(number, key, pixels, rows[member.offset])
+                        count += 1
+        if hashed.hash.hexdigest() != entry.sha256 or count != entry.num_samples:
+            raise changed(where, entry.size_bytes, entry)

@@ -1,0 +1,264 @@
+"""A machine's shard cache: a directory all processes share, whose size never passes its limit.
+
+How that holds. Room is reserved before bytes arrive: under one lock, old shards are removed until the new one fits,
+and a `.part` file of the shard's full size takes its place in the count. A second lock, one for each shard, lets one
+process bring it while others wait. The bytes are hashed on the way in and renamed when they are right. Descriptors
+are opened before the rename, so a shard removed a moment later is still readable; its disk space is freed when the
+last process that has it open lets go, at most two windows later.
+
+The directory may hold other things: only files are opened, counted and removed that have a shard's name (32 hex
+digits), a lock beside them and this user as owner. Links are not followed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipeline.data.index import Index
+from pipeline.data.reading.order import GlobalOrder, ShuffleWindow
+from pipeline.data.reading.shard_access import DescriptorAccess, download_shard
+from pipeline.disk_errors import disk_errors_at
+from pipeline.errors import DamageError, UserError
+from pipeline.private_files import open_private
+from pipeline.telemetry.counters import increment
+
+log = logging.getLogger(__name__)
+
+ADMISSION = "admission.lock"
+POLL_SECONDS = 0.05
+TOUCH_SECONDS = 5.0
+_OWN_NAME = re.compile(r"[0-9a-f]{32}\.(shard|part)")
+
+
+class ShardCache:
+    """Plain (decompressed) shards of one data set, in a directory that may hold others' too."""
+
+    def __init__(self, index: Index, directory: Path, limit_bytes: int, lenient: bool) -> None:
+        self.index, self.lenient = index, lenient
+        self.directory, self.limit_bytes = directory, limit_bytes
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache_dir: {directory} cannot be made ({error.strerror})") from None
+
+    def path(self, shard: int) -> Path:
+        """Where a shard is when it is there; the name changes with its content."""
+        entry = self.index.shards[shard]
+        identity = f"{self.index.store.uri}\0{entry.name}\0{entry.sha256}"
+        return self.directory / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.shard"
+
+    def open(self, shard: int) -> int:
+        """A descriptor of a shard, brought first if need be. Raises DamageError, ObjectChanged, StoreUnreachable."""
+        path = self.path(shard)
+        fd = self._there(path)
+        increment("cache_misses" if fd is None else "cache_hits")
+        if fd is not None:
+            return fd
+        with disk_errors_at(self.directory), _locked(path.with_suffix(".lock")):
+            fd = self._there(path)  # another process may have brought it while this one waited
+            return self._bring(shard, path) if fd is None else fd
+
+    def renew(self, shard: int, damaged: int) -> int:
+        """A descriptor of a shard brought anew in the place of the copy that is open as `damaged`.
+
+        Where another process has replaced that copy by now, its own is taken. Raises as `open` does.
+        """
+        path = self.path(shard)
+        with disk_errors_at(self.directory), _locked(path.with_suffix(".lock")):
+            fd = self._there(path)
+            if fd is not None and not os.path.sameopenfile(fd, damaged):
+                return fd
+            if fd is not None:
+                os.close(fd)
+            before = _sha256(damaged)
+            fd = self._bring(shard, path)
+        if _sha256(fd) != before:
+            log.warning("%s: this machine's copy was damaged, not the shard; brought anew", path)
+        return fd
+
+    def touch(self, shard: int) -> None:
+        """Say that a shard is in use, so that it is not the next to go."""
+        with suppress(FileNotFoundError):
+            os.utime(self.path(shard), follow_symlinks=False)
+
+    def _there(self, path: Path) -> int | None:
+        try:
+            fd = open_private(path)
+        except FileNotFoundError:
+            return None
+        os.utime(fd)  # not the path, which another process may just have removed
+        return fd
+
+    def _bring(self, shard: int, path: Path) -> int:
+        part = path.with_suffix(".part")
+        self._reserve(part, self.index.shards[shard].plain_bytes)
+        try:
+            with open(open_private(part, os.O_RDWR), "r+b") as file:
+                download_shard(self.index, shard, file, self.lenient)
+                file.flush()
+                os.fsync(file.fileno())
+            fd = open_private(part)
+            with _locked(self.directory / ADMISSION):  # a count that is under way must find it under one name
+                os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        return fd
+
+    def _reserve(self, part: Path, size_bytes: int) -> None:
+        """Make room and take it. Waits while the rest of the room is taken by shards still on their way."""
+        while True:
+            with _locked(self.directory / ADMISSION):
+                if self._evict(size_bytes, part):
+                    with open(open_private(part, os.O_WRONLY | os.O_CREAT), "wb") as file:
+                        file.truncate(0)
+                        file.truncate(size_bytes)
+                    return
+            time.sleep(POLL_SECONDS)
+
+    def _evict(self, wanted_bytes: int, own_part: Path) -> bool:
+        """Remove the longest unused shards until `wanted_bytes` fit; whether they do now."""
+        held: list[tuple[float, int, Path]] = []
+        used = 0
+        for path in self.directory.iterdir():
+            if not _OWN_NAME.fullmatch(path.name) or path == own_part:
+                continue
+            with suppress(
+                FileNotFoundError
+            ):  # of the file, or of the lock that each of the cache's files has
+                found = path.lstat()
+                path.with_suffix(".lock").lstat()
+                if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+                    continue
+                if path.suffix == ".part" and _free(path.with_suffix(".lock")):
+                    path.unlink()  # whoever brought it was killed
+                    continue
+                used += found.st_size
+                if path.suffix == ".shard":
+                    held.append((found.st_mtime, found.st_size, path))
+        for _, size, path in sorted(held):
+            if used + wanted_bytes <= self.limit_bytes:
+                break
+            path.unlink(missing_ok=True)
+            used -= size
+        return used + wanted_bytes <= self.limit_bytes
+
+
+class CacheAccess(DescriptorAccess):
+    """Random access to shards through the cache (see access.Access)."""
+
+    def __init__(self, cache: ShardCache, most_open: int) -> None:
+        super().__init__(cache.index, most_open)
+        self.cache = cache
+        self._touched: dict[int, float] = {}
+        self._renewed: set[int] = set()
+
+    def fd(self, shard: int) -> int:
+        fd, now = super().fd(shard), time.monotonic()
+        if now - self._touched[shard] > TOUCH_SECONDS:
+            self.cache.touch(shard)
+            self._touched[shard] = now
+        return fd
+
+    def opened(self, shard: int) -> int:
+        fd = self.cache.open(shard)
+        self._touched[shard] = time.monotonic()
+        return fd
+
+    def renew(self, shard: int) -> bool:
+        """Bring a shard anew, once in this process: its copy here may have rotted."""
+        if shard in self._renewed:
+            return False
+        self._renewed.add(shard)
+        damaged = self.fd(shard)
+        fresh = self.cache.renew(shard, damaged)
+        os.dup2(fresh, damaged)  # under the old number, by which somebody may be reading
+        os.close(fresh)
+        return True
+
+
+class Prefetcher:
+    """A thread that brings the shards of the window in use and of the next one, so that no batch waits for them."""
+
+    def __init__(self, cache: ShardCache, order: GlobalOrder) -> None:
+        self._cache, self._order = cache, order
+        self._wanted: ShuffleWindow | None = None
+        self._news, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shard-prefetch", daemon=True)
+        self._thread.start()
+
+    def at(self, position: int) -> None:
+        """Reading has come to `position`."""
+        window = self._order.window_at(position)
+        if window is not self._wanted:
+            self._wanted = window
+            self._news.set()
+
+    def close(self) -> None:
+        """Ends after the shard it is at."""
+        self._ended.set()
+        self._news.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            self._news.wait()
+            self._news.clear()
+            window = self._wanted
+            if window is None:
+                continue
+            for shard in [*window.shards.tolist(), *self._order.next_window(window).shards.tolist()]:
+                if self._ended.is_set() or self._wanted is not window:
+                    break
+                # The reader meets the same failure when it gets there, and says so; a prefetch may just stop.
+                with suppress(DamageError, UserError, OSError):
+                    os.close(self._cache.open(shard))
+
+
+def require_cache_space(index: Index, window_shards: int, limit_bytes: int) -> None:
+    """Raise UserError unless two windows fit: with less, each window would push the next one out."""
+    sizes = sorted((shard.plain_bytes for shard in index.shards), reverse=True)
+    needed = sum(sizes[: 2 * window_shards])
+    if limit_bytes < needed:
+        raise UserError(
+            f"data.cache_bytes: {limit_bytes} holds less than two windows of shards; "
+            f"set it to {needed} or more, or make window_shards smaller"
+        )
+
+
+@contextmanager
+def _locked(path: Path) -> Generator[None]:
+    fd = open_private(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _free(path: Path) -> bool:
+    """Whether nobody holds a lock. The system lets go of a dead process's locks."""
+    fd = open_private(path, os.O_RDWR)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _sha256(fd: int) -> bytes:
+    with open(os.dup(fd), "rb") as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,0 +1,62 @@
+"""Images of shards as files: a folder a class, and file names that are numbers, so that none comes from a bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipeline.data.formats.images import EXTENSIONS
+from pipeline.data.formats.shards import plain_stream, read_samples
+from pipeline.data.index import MemberTable
+from pipeline.errors import DamageError
+from pipeline.store.download_folder import Folder
+
+PER_FOLDER = 10_000
+"""Images of a folder, where they have no classes."""
+_LONGEST_BYTES = 100
+_PLAIN = " ._-+,()'"
+
+
+class ImageFolder:
+    """Images by class and number in a folder of this machine."""
+
+    def __init__(self, folder: Folder, class_names: Sequence[str] | None) -> None:
+        self.folder, self._names = folder, folder_names(class_names or ())
+
+    def put(self, label: int, number: int, extension: str, data: bytes) -> None:
+        """Write an image unless it is there. Without classes the label is -1."""
+        if label < 0:
+            group = f"{number // PER_FOLDER:06d}"
+        else:
+            group = self._names[label] if label < len(self._names) else str(label)
+        self.folder.keep(f"{group}/{number:012d}.{extension}", data)
+
+
+def folder_names(class_names: Sequence[str]) -> list[str]:
+    """A folder's name for each class, distinct on any file system. Letters, digits and a few signs are kept."""
+    names: list[str] = []
+    seen: set[str] = set()
+    for label, text in enumerate(class_names):
+        name = "".join(sign if sign.isalnum() or sign in _PLAIN else "_" for sign in text)
+        name = name.encode()[:_LONGEST_BYTES].decode(errors="ignore").strip(" .-") or "_"
+        while name.casefold() in seen:
+            name = f"{name}-{label}"
+        seen.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def images_of(path: Path, label: str, table: MemberTable) -> Iterator[tuple[int, str, int, bytes]]:
+    """(row, extension, class, bytes) of each image of a shard that its member table lists.
+
+    DamageError when the shard holds fewer.
+    """
+    rows = {int(row["offset"]): (number, int(row["label"])) for number, row in enumerate(table)}
+    with path.open("rb") as file, plain_stream(file, label) as plain:
+        for _, parts in read_samples(plain, label):
+            for extension, (member, data) in parts.items():
+                if (found := rows.pop(member.offset, None)) is not None:
+                    kind = extension.rpartition(".")[2]
+                    yield found[0], kind if kind in EXTENSIONS else "image", found[1], data
+    if rows:
+        raise DamageError(f"{label}: {len(rows)} of its indexed images are not in it; index it again")

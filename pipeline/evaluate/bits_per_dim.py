@@ -1,0 +1,51 @@
+"""Bits per dimension on held-out images."""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from pipeline.config.evaluation import LikelihoodConfig
+from pipeline.data.index import Index
+from pipeline.data.reading.sequential import read_sequential
+from pipeline.diffusion import NoiseSchedule, from_uint8
+from pipeline.diffusion.likelihood import bits_per_dim
+from pipeline.errors import UserError
+from pipeline.evaluate.metrics import Metric
+from pipeline.nets import UNet
+from pipeline.nets.model_files import ModelCard
+
+
+def held_out_bits(
+    net: UNet,
+    card: ModelCard,
+    index: Index,
+    config: LikelihoodConfig,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Metric:
+    """Mean bound over the first images of a data set. UserError for the training data, and for another image shape."""
+    if index.digest == card.data.digest:
+        raise UserError(
+            f"likelihood.data: {index.uri} is what the model was trained on; name data that was held out"
+        )
+    expected = (card.image.channels, card.image.size, card.image.size)
+    shape = index.image
+    if shape is None or (shape.channels, shape.height, shape.width) != expected:
+        raise UserError(f"likelihood.data: {index.uri} holds no images {expected}, which the model makes")
+    found = list(itertools.islice(read_sequential(index), config.count))
+    pixels = torch.from_numpy(np.stack([sample.pixels for sample in found]).transpose(0, 3, 1, 2).copy())
+    labels = torch.tensor([sample.label for sample in found]) if card.net.num_classes is not None else None
+    if labels is not None and not index.labelled:
+        raise UserError(f"likelihood.data: {index.uri} has no labels, which the model needs")
+    schedule = NoiseSchedule.from_config(card.schedule)
+    totals: list[torch.Tensor] = []
+    for rows in torch.arange(len(found)).split(config.batch_size):
+        own = None if labels is None else labels[rows]
+        bound = bits_per_dim(
+            schedule, card.objective, net, from_uint8(pixels[rows]), rows, seed, class_labels=own
+        )
+        totals.append(bound.total.double())
+        progress(int(rows[-1]) + 1, len(found))
+    return Metric(value=float(torch.cat(totals).mean()), n=0, n_reference=len(found))

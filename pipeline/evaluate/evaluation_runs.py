@@ -1,0 +1,84 @@
+"""Evaluations in MLflow: a run for each generation and terms, tied to the model version that made the samples."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from pipeline.config.tracking import TrackConfig
+from pipeline.errors import UserError
+from pipeline.evaluate.document import Evaluation, table
+from pipeline.tracking import Run, Spool, TrackingError, finish, link_model, open_run, resolve, source_tags
+
+
+def log_evaluation(evaluation: Evaluation, config: TrackConfig) -> Run | None:
+    """Log the figures, each with its N, and all that they rest on; None where no MLflow is configured.
+
+    Logging the same figures again finds the same run. UserError or TrackingError where the server is away.
+    """
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        return None
+    run = _open(evaluation, config)
+    if evaluation.model is not None:
+        link_model(run.run_id, resolve(evaluation.model))
+    step = evaluation.terms.count
+    points = {f"quality/{name}": figure.value for name, figure in evaluation.metrics.items()}
+    points |= {f"samples/{name}": float(figure.n) for name, figure in evaluation.metrics.items()}
+    points |= {f"references/{name}": float(figure.n_reference) for name, figure in evaluation.metrics.items()}
+    with tempfile.TemporaryDirectory(prefix="ddpm-evaluation-") as folder:
+        spool = Spool(Path(folder), None, run.run_id, send_interval_seconds=config.send_interval_seconds)
+        spool.metrics(step, points)
+        spool.artifact(
+            "evaluation.json", (json.dumps(evaluation.model_dump(mode="json"), indent=2) + "\n").encode()
+        )
+        left = spool.close(config.close_timeout_seconds)
+    finish(
+        run.run_id, "FAILED" if left else "FINISHED", f"{left} points were not delivered" if left else None
+    )
+    if left:
+        raise TrackingError(f"MLflow at {run.tracking_uri}: did not take {left} figures")
+    return run
+
+
+def try_to_log(evaluation: Evaluation, config: TrackConfig | None) -> str | None:
+    """Where the figures were logged, or why they were not, in a line; None where nobody asked for it."""
+    if config is None:
+        return None
+    try:
+        run = log_evaluation(evaluation, config)
+    except (UserError, TrackingError) as error:
+        return f"not logged: {error}"
+    return None if run is None else f"logged at {run.url}"
+
+
+def _open(evaluation: Evaluation, config: TrackConfig) -> Run:
+    terms = evaluation.terms
+    identity = json.dumps([evaluation.subject, evaluation.spec_digest, terms.model_dump(mode="json")])
+    lines = "\n".join(table(evaluation))
+    return open_run(
+        config.experiment,
+        evaluation.subject.rstrip("/").rsplit("/", 1)[-1],
+        key=f"evaluate/{hashlib.sha256(identity.encode()).hexdigest()[:32]}",
+        params={
+            "samples": terms.count,
+            "reference": evaluation.reference,
+            "reference_images": terms.reference_count,
+            "network": evaluation.network_label,
+            "sampler": evaluation.sampler,
+        },
+        tags={
+            **source_tags(),
+            "ddpm.output": evaluation.subject,
+            "ddpm.spec": evaluation.spec_digest or "",
+            "ddpm.reference_digest": terms.reference_digest,
+            "ddpm.network": terms.network,
+            "ddpm.settings": terms.settings,
+        },
+        config_yaml=yaml.safe_dump(evaluation.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        description=f"```\n{lines}\n```",
+        color=config.color,
+        reopen_finished=True,
+    )

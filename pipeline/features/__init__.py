@@ -1,0 +1,1 @@
+"""Feature networks, exact sums of features, and distances between sets of images."""

@@ -1,0 +1,214 @@
+"""What evaluation keeps of a set of images, and how it is made and stored. Never the images themselves."""
+
+import hashlib
+import io
+import math
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.errors import DamageError
+from pipeline.features.networks import FeatureNetwork
+
+THUMB_EDGE = 32
+_ALWAYS = ("vectors", "thumbs", "prints")
+_KINDS: dict[str, tuple[type[np.generic], int]] = {
+    "vectors": (np.float32, 2),
+    "logits": (np.float32, 2),
+    "labels": (np.int64, 1),
+    "thumbs": (np.uint8, 2),
+    "prints": (np.uint64, 1),
+}
+_ARRAYS = tuple(_KINDS)
+_MOST_CHARACTERS = 256
+_HEADERS: dict[tuple[int, int], Callable[[Any], tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+Picture = tuple[npt.NDArray[np.uint8], int | None]
+"""Pixels (H, W, C) and label."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """N images as a feature network and the eye's coarse look see them, in the images' order."""
+
+    network: str
+    """Identity of the feature network."""
+    vectors: npt.NDArray[np.float32]
+    """(N, F)."""
+    logits: npt.NDArray[np.float32] | None
+    """(N, K); None for a network without classes."""
+    labels: npt.NDArray[np.int64] | None
+    """(N,): what was asked for, or what the data set says; None without labels."""
+    thumbs: npt.NDArray[np.uint8]
+    """(N, P): pixels, in images scaled to an edge of at most 32."""
+    prints: npt.NDArray[np.uint64]
+    """(N,): fingerprints of all pixels; equal images have equal ones."""
+    data: str = ""
+    """Digest of the data set that these images are, all of it; empty where they are no whole data set."""
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the network's identity and of all arrays."""
+        found = hashlib.sha256(self.network.encode())
+        for name in _ARRAYS:
+            array: npt.NDArray[Any] | None = getattr(self, name)
+            if array is not None:
+                found.update(f"{name} {array.dtype.str} {array.shape}".encode())
+                found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
+
+    def part(self, rows: npt.NDArray[np.int64] | slice) -> "FeatureSet":
+        """Some of the images."""
+        there: list[Any] = [getattr(self, name) for name in _ARRAYS]
+        chosen: list[Any] = [None if array is None else array[rows] for array in there]
+        return FeatureSet(self.network, *chosen)
+
+    def to_bytes(self) -> bytes:
+        """As an .npz file without pickle."""
+        arrays = {name: array for name in _ARRAYS if (array := getattr(self, name)) is not None}
+        buffer = io.BytesIO()
+        np.savez(buffer, network=np.array(self.network), data=np.array(self.data), **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "FeatureSet":
+        """Back from `to_bytes`; takes a small multiple of the memory of `data`. DamageError naming `where`."""
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as file:
+                found = {name: _array(file, f"{name}.npy") for name in _names(file)}
+            return cls(
+                network=_text(found.pop("network")),
+                data=_text(found.pop("data", np.array(""))),
+                **_checked(found),
+            )
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            RuntimeError,
+            struct.error,
+            zipfile.BadZipFile,
+        ) as error:
+            raise DamageError(f"{where}: not a set of features ({' '.join(str(error).split())})") from None
+
+
+def _names(file: zipfile.ZipFile) -> list[str]:
+    """The arrays of an .npz file, of which all must be known. ValueError for others."""
+    names = [info.filename.removesuffix(".npy") for info in file.infolist()]
+    if not set(names) <= {"network", "data", *_ARRAYS} or len(set(names)) < len(names):
+        raise ValueError(f"it holds {', '.join(sorted(names)[:9])}")
+    return names
+
+
+def _array(file: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
+    """An array as it lies in the file: uncompressed, plain numbers or text, as large as its header says. ValueError."""
+    info = file.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    with file.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in _HEADERS:
+            raise ValueError(f"{name} is of npy version {version}")
+        shape, fortran, dtype = _HEADERS[version](member)
+        values = member.read()  # to its end, where its checksum is compared
+    if (
+        dtype.hasobject
+        or fortran
+        or min(shape, default=0) < 0
+        or len(values) != math.prod(shape) * dtype.itemsize
+    ):
+        raise ValueError(f"{name} is no plain array of {len(values)} bytes")
+    return np.frombuffer(values, dtype).reshape(shape).copy()
+
+
+def _text(array: npt.NDArray[Any]) -> str:
+    text = str(array[()]) if array.shape == () and array.dtype.kind == "U" else None
+    if text is None or len(text) > _MOST_CHARACTERS:
+        raise ValueError("its network or data has no name")
+    return text
+
+
+def _checked(found: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """All arrays of a set, once their kinds and shapes fit together. ValueError, KeyError."""
+    rows = len(found["vectors"]) if found["vectors"].ndim else 0
+    for name, array in found.items():
+        kind, edges = _KINDS[name]
+        if array.dtype != kind or array.ndim != edges or len(array) != rows:
+            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, beside {rows} vectors")
+    if not np.isfinite(found["vectors"]).all():
+        raise ValueError("vectors holds a value that is not finite")
+    return {name: found[name] if name in _ALWAYS else found.get(name) for name in _ARRAYS}
+
+
+def extract_features(network: FeatureNetwork, pictures: Iterable[Picture], batch_size: int) -> FeatureSet:
+    """Measure pictures of one size. ValueError when there are none."""
+    parts = [_measure_batch(network, batch) for batch in _batches(pictures, batch_size)]
+    return join(parts)
+
+
+def join(parts: Sequence[FeatureSet]) -> FeatureSet:
+    """Several sets as one, in order. ValueError for none, or for unequal networks."""
+    if not parts or len({part.network for part in parts}) > 1:
+        raise ValueError("parts must be sets of one feature network, at least one")
+
+    def joined(name: str) -> Any:
+        arrays = [getattr(part, name) for part in parts]
+        return None if any(array is None for array in arrays) else np.concatenate(arrays)
+
+    arrays: list[Any] = [joined(name) for name in _ARRAYS]
+    return FeatureSet(parts[0].network, *arrays)
+
+
+def _measure_batch(network: FeatureNetwork, batch: list[Picture]) -> FeatureSet:
+    pixels = np.stack([picture for picture, _ in batch]).transpose(0, 3, 1, 2)
+    images = torch.from_numpy(np.ascontiguousarray(pixels))
+    vectors, logits = network(images)
+    labels = [label for _, label in batch]
+    return FeatureSet(
+        network.identity,
+        vectors.numpy(),
+        None if logits is None else logits.numpy(),
+        None if any(label is None for label in labels) else np.array(labels, np.int64),
+        thumbnails(images).numpy(),
+        np.array([fingerprint(picture) for picture, _ in batch], np.uint64),
+    )
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """Pixel vectors uint8 (B, P) of images uint8 (B, C, H, W), averaged down to an edge of at most 32."""
+    height, width = images.shape[2:]
+    if max(height, width) > THUMB_EDGE:
+        edges = (min(height, THUMB_EDGE), min(width, THUMB_EDGE))
+        images = F.adaptive_avg_pool2d(images.float(), edges).round().to(torch.uint8)
+    return images.flatten(1)
+
+
+def fingerprint(pixels: npt.NDArray[np.uint8]) -> int:
+    """64 bits of the SHA-256 of an image's pixels."""
+    digest = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def _batches(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
+    batch: list[Picture] = []
+    for picture in pictures:
+        batch.append(picture)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,267 @@
+"""Feature networks: our classifier, or any TorchScript file, behind one call from uint8 images to features."""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from pipeline.config.base import Settings
+from pipeline.config.evaluation import FeatureNetworkConfig
+from pipeline.config.json_document import parse_document
+from pipeline.diffusion.image_scaling import from_uint8
+from pipeline.errors import DamageError, UserError
+from pipeline.features.classifier import Classifier
+from pipeline.store import ObjectMissing, Store, open_store
+
+CARD_KEY = "classifier.json"
+WEIGHTS_KEY = "classifier.safetensors"
+_MOST_CARD_BYTES = 2**16
+_MOST_NETWORK_BYTES = 2**31
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Features(NamedTuple):
+    """What a feature network says of B images."""
+
+    vectors: Tensor
+    """float32 (B, F), on the CPU."""
+    logits: Tensor | None
+    """float32 (B, K), on the CPU; None for a network that knows no classes."""
+
+
+class FeatureNetwork(Protocol):
+    """Images to features; a function of each image."""
+
+    @property
+    def identity(self) -> str:
+        """Hex digest of weights and input treatment: features of unequal identities are never compared."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of all that makes its features: what is trusted, where a network is not pinned by its hash."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        ...
+
+    def __call__(self, images: Tensor) -> Features:
+        """Features of images uint8 (B, C, H, W)."""
+        ...
+
+
+class ClassifierCard(Settings):
+    """`classifier.json`: what the weights beside it are."""
+
+    format: Literal[1] = 1
+    """Version of this file's layout."""
+    image_channels: int = Field(ge=1, le=64)
+    """Channels of the images."""
+    image_size: int = Field(ge=1, le=2**14)
+    """Height and width of the images, pixels."""
+    num_classes: int = Field(ge=1, le=2**20)
+    """Classes it tells apart."""
+    channels: int = Field(ge=8, le=2**12, multiple_of=8)
+    """Channels of its first convolutions."""
+    num_features: int = Field(ge=1, le=2**16)
+    """Length of a feature vector."""
+    sha256: str = Field(pattern=r"^([0-9a-f]{64})?$")
+    """Hex digest of `classifier.safetensors`."""
+    data_digest: str = Field(max_length=128)
+    """Digest of the data set it was trained on."""
+    num_train: int = Field(ge=0, lt=2**53)
+    """Samples it was trained on."""
+    num_held_out: int = Field(ge=0, lt=2**53)
+    """Samples it was not trained on."""
+    held_out_accuracy: float = Field(ge=0, le=1)
+    """Share of those that it labels right."""
+    seed: int = Field(ge=0, lt=2**63)
+    """Names the split and the training."""
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the whole card, and so of the weights, which it names."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A classifier of ours with its card."""
+
+    net: Classifier
+    card: ClassifierCard
+
+    @property
+    def identity(self) -> str:
+        """The weights' sha256."""
+        return self.card.sha256
+
+    @property
+    def digest(self) -> str:
+        """The card's."""
+        return self.card.digest
+
+    @property
+    def label(self) -> str:
+        """Name and held-out accuracy."""
+        return f"classifier of {self.card.data_digest[:12]} ({self.card.held_out_accuracy:.2%} held out)"
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Features:
+        """Features and logits of images uint8 (B, C, H, W)."""
+        expected = (self.card.image_channels, self.card.image_size, self.card.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise UserError(
+                f"network: this classifier takes images {expected}, not {tuple(images.shape[1:])}; "
+                "train one on images of that shape: ddpm features train data=…"
+            )
+        vectors, logits = self.net(from_uint8(images))
+        return Features(vectors, logits)
+
+
+@dataclass(frozen=True)
+class ScriptedNetwork:
+    """A TorchScript file: Inception, or whatever else maps images to vectors."""
+
+    module: torch.jit.ScriptModule
+    config: FeatureNetworkConfig
+    sha256: str
+
+    @property
+    def identity(self) -> str:
+        """Digest of the file's sha256 and of how images are given to it."""
+        treatment = f"{self.sha256}/{self.config.input}/{self.config.size}/{self.config.rgb}"
+        return hashlib.sha256(treatment.encode()).hexdigest()
+
+    @property
+    def digest(self) -> str:
+        """The same as its identity."""
+        return self.identity
+
+    @property
+    def label(self) -> str:
+        """The file's name."""
+        return f"{(self.config.uri or '').rsplit('/', 1)[-1]} {self.sha256[:12]}"
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Features:
+        """Features of images uint8 (B, C, H, W)."""
+        vectors = self.module(self._treated(images))
+        if isinstance(vectors, (tuple, list)):
+            vectors = vectors[0]
+        return Features(vectors.float().flatten(1).cpu(), None)
+
+    def _treated(self, images: Tensor) -> Tensor:
+        config = self.config
+        images = images.expand(-1, 3, -1, -1) if config.rgb and images.shape[1] == 1 else images
+        values = images.float()
+        if config.size is not None and config.size != images.shape[-1]:
+            edge = (config.size, config.size)
+            values = F.interpolate(values, edge, mode="bilinear", antialias=True, align_corners=False)
+        if config.input == "uint8":
+            return values.round().clamp(0, 255).to(torch.uint8)
+        if config.input == "signed":
+            return values / 127.5 - 1
+        if config.input == "unit":
+            return values / 255
+        mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
+        return (values / 255 - mean) / std
+
+
+def features_folder(data: str) -> str:
+    """Where the classifier of a data set lies unless told otherwise."""
+    return f"{data.rstrip('/')}/features"
+
+
+def save_classifier(store: Store, net: Classifier, card: ClassifierCard) -> ClassifierCard:
+    """Write the weights and, last, the card with their sha256."""
+    data = save_tensors({name: value.contiguous() for name, value in net.state_dict().items()})
+    card = card.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
+    store.write(WEIGHTS_KEY, data)
+    store.write(CARD_KEY, (json.dumps(card.model_dump(mode="json"), indent=2) + "\n").encode())
+    return card
+
+
+def network_uri(config: FeatureNetworkConfig, reference: str) -> str:
+    """Where the network is that the settings name; by default beside the reference data."""
+    return config.uri or f"{features_folder(reference)}/{CARD_KEY}"
+
+
+def open_network(config: FeatureNetworkConfig, reference: str) -> FeatureNetwork:
+    """The network that the settings name. UserError when it is missing, DamageError when its hash is wrong."""
+    uri = network_uri(config, reference)
+    folder, _, name = uri.rpartition("/")
+    store = open_store(folder)
+    if name == CARD_KEY:
+        return load_classifier(store, uri, config.sha256)
+    if not name.endswith((".pt", ".ts")):
+        raise UserError(
+            f"network.uri: {uri} is neither {CARD_KEY} nor a TorchScript file (.pt, .ts); see docs/quality.md"
+        )
+    if config.sha256 is None:
+        raise UserError(
+            f"network.sha256: required for {name}, for a TorchScript file holds code; give the digest you trust"
+        )
+    data = _read(store, name, uri, _MOST_NETWORK_BYTES)
+    if hashlib.sha256(data).hexdigest() != config.sha256:
+        raise DamageError(f"{uri}: its sha256 is {hashlib.sha256(data).hexdigest()}, not {config.sha256}")
+    try:
+        module = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{uri}: not a TorchScript file ({reason}); see docs/quality.md") from None
+    return ScriptedNetwork(module, config, config.sha256)
+
+
+def is_there(config: FeatureNetworkConfig) -> bool:
+    """Whether the file exists that the settings' uri names."""
+    folder, _, name = (config.uri or "").rpartition("/")
+    return bool(name) and open_store(folder).stat(name) is not None
+
+
+def load_classifier(store: Store, uri: str, sha256: str | None = None) -> TrainedClassifier:
+    """The classifier whose card is in `store`; `sha256`, if given, is what its weights must have."""
+    data = _read(store, CARD_KEY, uri, _MOST_CARD_BYTES)
+    card = parse_document(ClassifierCard, data, uri, "a classifier's card")
+    data = _read(store, WEIGHTS_KEY, uri, _MOST_NETWORK_BYTES)
+    found = hashlib.sha256(data).hexdigest()
+    if found != card.sha256 or sha256 not in (None, found):
+        raise DamageError(f"{store.uri}/{WEIGHTS_KEY}: its sha256 is {found}, not {sha256 or card.sha256}")
+    with torch.device(
+        "meta"
+    ):  # takes no memory: whatever the card says, there is no more than the weights' file holds
+        net = Classifier(
+            card.image_channels, card.image_size, card.num_classes, card.channels, card.num_features, 0.0
+        )
+    try:
+        net.load_state_dict(load_tensors(data), assign=True)
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DamageError(f"{uri}: the weights do not fit the card: {reason}") from None
+    return TrainedClassifier(net.float().eval().requires_grad_(False), card)
+
+
+def _read(store: Store, key: str, uri: str, most_bytes: int) -> bytes:
+    """An object of a feature network. UserError when it is missing, DamageError for more bytes than such a one has."""
+    try:
+        found = store.stat(key)
+        if found is not None and found.size_bytes > most_bytes:
+            raise DamageError(f"{store.uri}/{key}: has {found.size_bytes} bytes, more than {most_bytes}")
+        return store.read(key)
+    except ObjectMissing:
+        raise UserError(
+            f"network.uri: {uri}: there is no {key}; make a feature network with: ddpm features train data=…, "
+            "or name one"
+        ) from None

@@ -1,0 +1,77 @@
+"""Finding the network of a generation: a folder, or a version in the registry, pinned once by the driver."""
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.generation import GenerateConfig
+from pipeline.errors import UserError
+from pipeline.generate.spec import Spec, make_spec
+from pipeline.nets.model_files import CARD_FILE, ModelCard, read_model
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A network, pinned: its card, its weights' bytes, and where it comes from."""
+
+    card: ModelCard
+    weights: bytes
+    name: str
+    """Registered name; `local` for a folder."""
+    version: int | None
+    run_id: str | None
+    """MLflow run of the training, if known."""
+    card_sha256: str
+    """Hex digest of the bytes of the card's file."""
+
+
+def resolve_model(config: GenerateConfig) -> tuple[ResolvedModel, Spec]:
+    """The network that a generation asks for, and the spec that follows. UserError when the two do not fit."""
+    model = find_model(config.model)
+    device = "cuda" if config.gpus_per_worker else "cpu"
+    spec = make_spec(
+        config,
+        model.card,
+        name=model.name,
+        version=model.version,
+        device=device,
+        card_sha256=model.card_sha256,
+    )
+    return model, spec
+
+
+def find_model(reference: str) -> ResolvedModel:
+    """Resolve `name@alias`, `name/version` or a folder. UserError: there is none; DamageError: it is torn."""
+    folder = Path(reference)
+    if (folder / CARD_FILE).exists():
+        return _read(folder, "local", None, None)
+    if folder.is_dir():
+        raise UserError(f"model: {reference} is a folder without {CARD_FILE}; name one that holds a model")
+    if reference.startswith((".", "/", "~")) or not ("@" in reference or "/" in reference):
+        raise UserError(
+            f"model: {reference} is no folder with {CARD_FILE}; write name@alias, name/version or such a folder"
+        )
+    return _from_registry(reference)
+
+
+def registered_name(reference: str) -> str | None:
+    """The registered model that a reference as in `find_model` is about; None for a folder."""
+    if (Path(reference) / CARD_FILE).exists() or reference.startswith((".", "/", "~")):
+        return None
+    return reference.removeprefix("models:/").partition("@")[0].partition("/")[0]
+
+
+def _from_registry(reference: str) -> ResolvedModel:
+    from pipeline.tracking.registry import download, resolve  # MLflow takes seconds to import
+
+    version = resolve(reference)
+    with tempfile.TemporaryDirectory(prefix="ddpm-model-") as scratch:
+        folder = download(version, Path(scratch))
+        return _read(folder, version.name, version.version, version.run_id)
+
+
+def _read(folder: Path, name: str, version: int | None, run_id: str | None) -> ResolvedModel:
+    card, weights = read_model(folder)
+    card_sha256 = hashlib.sha256((folder / CARD_FILE).read_bytes()).hexdigest()
+    return ResolvedModel(card, weights, name, version, run_id or card.training.run_id, card_sha256)

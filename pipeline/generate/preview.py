@@ -1,0 +1,84 @@
+"""A few images for a look: in this process, without a cluster, into a local folder."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.config.generation import SampleConfig, SpecSettings
+from pipeline.data.formats.contact_sheet import grid, png
+from pipeline.data.formats.pixels import Pixels, encode
+from pipeline.diffusion.samplers import SamplerStep
+from pipeline.disk_errors import disk_errors_at
+from pipeline.generate.engine import Engine
+from pipeline.generate.model_source import find_model
+from pipeline.generate.plan import classes_of
+from pipeline.generate.sample_gallery import class_name
+from pipeline.generate.spec import make_spec
+from pipeline.nets.model_files import build_model
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """What was drawn."""
+
+    images: tuple[Path, ...]
+    """One PNG a sample, named by its index."""
+    grid: Path
+    """All of them in one picture; with classes, a row a class."""
+
+
+def draw(
+    config: SampleConfig, progress: Callable[[int, int], None] = lambda done, total: None
+) -> SampleResult:
+    """Sample and write images and grid.png. Progress counts network evaluations of batches."""
+    model = find_model(config.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch_size = min(config.batch_size, config.count)
+    told = config.model_dump(exclude={"output", "batch_size"})
+    asked = SpecSettings.model_validate(
+        told | {"batch_size": batch_size, "shard_size": config.count, "cpu_threads": torch.get_num_threads()}
+    )
+    spec = make_spec(asked, model.card, name=model.name, version=model.version, device=device)
+    net = build_model(model.card, model.weights, device, where=config.model)
+    engine = Engine(spec, net, model.card)
+    images: list[Pixels] = []
+    index = torch.arange(config.first_index, config.first_index + config.count)
+    parts = index.split(batch_size)
+    total = len(parts) * config.sampler.num_steps
+    for number, part in enumerate(parts):
+
+        def on_step(step: SamplerStep, before: int = number * config.sampler.num_steps) -> None:
+            progress(before + step.k + 1, total)
+
+        images.extend(engine.images(part, on_step))
+    labels = classes_of(spec, index)
+    names = model.card.class_names
+    return _write(config, images, None if labels is None else labels.tolist(), names)
+
+
+def _write(
+    config: SampleConfig, images: list[Pixels], labels: list[int] | None, names: tuple[str, ...] | None
+) -> SampleResult:
+    folder = Path(config.output)
+    paths: list[Path] = []
+    with disk_errors_at(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for place, image in enumerate(images):
+            path = folder / f"{config.first_index + place:012d}.png"
+            path.write_bytes(encode(image, "png"))
+            paths.append(path)
+        sheet = folder / "grid.png"
+        sheet.write_bytes(png(_sheet(images, labels, names)))
+    return SampleResult(tuple(paths), sheet)
+
+
+def _sheet(images: list[Pixels], labels: list[int] | None, names: tuple[str, ...] | None) -> Pixels:
+    if labels is None:
+        columns = math.isqrt(len(images) - 1) + 1
+        return grid([images[start : start + columns] for start in range(0, len(images), columns)])
+    present = sorted(set(labels))
+    rows = [[image for image, own in zip(images, labels, strict=True) if own == label] for label in present]
+    return grid(rows, [class_name(label, names) for label in present])

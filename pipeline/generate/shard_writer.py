@@ -1,0 +1,179 @@
+"""Making one shard: sample, encode and upload, record last. Knows nothing of the cluster."""
+
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.config.generation import GuardConfig
+from pipeline.data.formats.pixels import ImageStats, Pixels, encode, image_stats
+from pipeline.data.formats.shards import write_shard
+from pipeline.errors import DamageError
+from pipeline.features.shard_sums import FeatureRecord, FeatureSums, add_records
+from pipeline.generate.done_records import DoneRecord, Times, read_record
+from pipeline.generate.engine import Engine, software
+from pipeline.generate.guards import GuardTripped, check_guards
+from pipeline.generate.plan import SampleBatch, Shard, batches, classes_of
+from pipeline.generate.spec import Spec, canonical
+from pipeline.nets.model_files import TrainingData
+from pipeline.store import ObjectMissing, Store, retry_during_outage
+
+Member = tuple[str, dict[str, bytes]]
+OnImages = Callable[[int], None]
+
+
+class EncodedShard(NamedTuple):
+    """A batch on its way into a shard."""
+
+    members: list[Member]
+    tally: ImageStats
+    features: FeatureRecord | None
+
+
+class ShardCancelled(Exception):  # noqa: N818 - asked for, not an error
+    """The shard was given up between two batches because the job is being drained. Nothing was written."""
+
+
+class ShardWriter:
+    """Makes shards of one generation. Several threads may call `write`: one has the device, the others encode."""
+
+    def __init__(
+        self, engine: Engine, store: Store, guards: GuardConfig, features: FeatureSums | None = None
+    ) -> None:
+        """`features` adds the sums of a feature network to the done-records."""
+        self.features = features
+        self.engine = engine
+        self.spec = engine.spec
+        self.store = store
+        self.guards = guards
+        self._device = threading.Lock()
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._worker = f"{socket.gethostname()}:{os.getpid()}"
+        self._software = software(engine.spec)
+        self._digest = engine.spec.digest
+
+    def write(
+        self,
+        unit: Shard,
+        attempt: int = 1,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_images: OnImages = lambda done: None,
+    ) -> DoneRecord:
+        """Make a shard, or find it made by another job at the same prefix, and return its record.
+
+        `on_images` is told how many of its images are sampled so far. Raises GuardTripped for images not worth
+        keeping, ShardCancelled when `should_stop` says so between two batches; both leave nothing behind.
+        """
+        found = self._made_already(unit)
+        if found is not None:
+            return found
+        with self._device:
+            began = time.monotonic()
+            parts: list[Future[EncodedShard]] = []
+            done = 0
+            for batch in batches(self.spec, unit):
+                if should_stop():
+                    raise ShardCancelled(unit.key)
+                images = self.engine.images(batch.index())[: batch.keep]
+                parts.append(self._encoder.submit(self._encode, batch, images))
+                done += batch.keep
+                on_images(done)
+            sampled = time.monotonic()
+        encoded = [part.result() for part in parts]
+        members = [member for part in encoded for member in part.members]
+        total = sum((part.tally for part in encoded), ImageStats())
+        features = [part.features for part in encoded if part.features is not None]
+        fault = check_guards(total, self.guards, comparable_training_data(self.spec, self.engine.card.data))
+        if fault is not None:
+            raise GuardTripped(f"{unit.key}: {fault}")
+        data = write_shard(members)
+        retry_during_outage(lambda: self.store.write(unit.key, data))
+        times = Times(
+            finished_at=time.time(),
+            seconds=sampled - began,
+            upload_seconds=time.monotonic() - sampled,
+            attempt=attempt,
+            worker=self._worker,
+            micro_batch=self.engine.micro_batch,
+            software=self._software,
+        )
+        return self._record(unit, data, total, add_records(features) if features else None, times)
+
+    def _made_already(self, unit: Shard) -> DoneRecord | None:
+        """The record of a shard that is whole as far as a look at it tells; a damaged one is made again."""
+        there = self.store.stat(unit.key) if self.store.stat(unit.done_key) is not None else None
+        if there is None:
+            return None
+        try:
+            record = read_record(self.store, self.spec, unit)
+        except (DamageError, ObjectMissing):
+            return None
+        return record if record.bytes == there.size_bytes else None
+
+    def _record(
+        self, unit: Shard, data: bytes, total: ImageStats, features: FeatureRecord | None, times: Times
+    ) -> DoneRecord:
+        record = DoneRecord(
+            spec_digest=self._digest,
+            key=unit.key,
+            first_index=unit.first,
+            count=unit.count,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            tally=total,
+            classes=class_counts(self.spec, unit),
+            features=None if features is None else features.model_dump(mode="json"),
+            times=times,
+        )
+        proof = canonical(record.model_dump(mode="json"))
+        retry_during_outage(lambda: self.store.write(unit.done_key, proof))
+        return record
+
+    def _encode(self, batch: SampleBatch, images: Pixels) -> EncodedShard:
+        features = None
+        if self.features is not None:
+            labels = classes_of(self.spec, batch.index())
+            features = self.features.batch(images, None if labels is None else labels[: batch.keep].numpy())
+        return EncodedShard(members_of(self.spec, self._digest, batch, images), image_stats(images), features)
+
+
+def members_of(spec: Spec, digest: str, batch: SampleBatch, images: Pixels) -> list[Member]:
+    """The tar members of a batch's wanted images uint8 (keep, H, W, C)."""
+    labels = classes_of(spec, batch.index())
+    out: list[Member] = []
+    for place, image in enumerate(images):
+        index = batch.first + place
+        label = None if labels is None else int(labels[place])
+        facts = {"index": index, "seed": spec.seed, "class": label, "spec": digest}
+        out.append(
+            (f"{index:012d}", {spec.image_format: encode(image, spec.image_format), "json": _json(facts)})
+        )
+    return out
+
+
+def class_counts(spec: Spec, unit: Shard) -> dict[int, int] | None:
+    """Samples of each label in a shard, labels ascending; None without classes."""
+    labels = classes_of(spec, SampleBatch(unit.first, unit.count, unit.count).index())
+    if labels is None:
+        return None
+    found, counts = np.unique(labels.numpy(), return_counts=True)
+    return {int(label): int(count) for label, count in zip(found, counts, strict=True)}
+
+
+def comparable_training_data(spec: Spec, data: TrainingData) -> TrainingData | None:
+    """The training data's statistics where they are a measure of this generation: all classes, evenly, or none."""
+    chosen = spec.classes is not None and (
+        spec.classes.weights is not None or spec.classes.labels != tuple(range(len(spec.classes.labels)))
+    )
+    return None if chosen else data
+
+
+def _json(facts: dict[str, int | str | None]) -> bytes:
+    return json.dumps(facts, separators=(",", ":")).encode()

@@ -1,0 +1,1 @@
+"""A night: generate with the champion, measure, compare with earlier nights, publish."""

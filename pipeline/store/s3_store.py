@@ -1,0 +1,366 @@
+"""`s3://`: any S3-compatible service through boto3.
+
+No conditional PUT and no bulk delete is relied on: some gateways ignore the first and refuse the second.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+
+import botocore.exceptions as boto_errors
+from botocore.parsers import ResponseParserError
+
+from pipeline.disk_errors import disk_errors_at
+from pipeline.errors import DamageError, UserError
+from pipeline.store.file_store import atomic_file
+from pipeline.store.interface import (
+    ObjectChanged,
+    ObjectInfo,
+    ObjectMissing,
+    Store,
+    StoreUnreachable,
+    checked_key,
+)
+from pipeline.store.retry import RetryPolicy, retrying
+from pipeline.store.s3_client import connected, endpoint, renewed, sends_own_checksums
+from pipeline.store.s3_errors import (
+    CONNECTION_ERRORS,
+    SECRET_CODES,
+    STALE_CODES,
+    NoSuchRange,
+    NotS3Answer,
+    UploadGone,
+    code_of,
+    not_s3,
+    refusal,
+    settings_error,
+    silence,
+    status_of,
+)
+from pipeline.store.stream import Body, ResumingStream
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+else:
+    S3Client = Any
+
+T = TypeVar("T")
+
+POLICY = RetryPolicy()
+PROBE_POLICY = RetryPolicy(attempts=2)  # for `_probe`: a person is waiting
+PART_BYTES = 16 << 20  # S3 asks for at least 5 MiB a part; 10,000 parts of 16 MiB are 156 GiB
+CHUNK_BYTES = 1 << 20
+MD5_TAG = re.compile(r"[0-9a-f]{32}")
+_CONTENT_RANGE = re.compile(r"bytes \d{1,18}-\d{1,18}/(\d{1,18})")
+
+
+class S3Store(Store):
+    """The objects of a bucket under a prefix."""
+
+    def __init__(self, bucket: str, prefix: str = "", *, policy: RetryPolicy = POLICY) -> None:
+        self.bucket, self.policy = bucket, policy
+        self._base = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self.uri = f"s3://{bucket}/{self._base}".rstrip("/")
+
+    def read(self, key: str) -> bytes:
+        """Replaced while it is read, an object is read again. The tag tells when the store does not: JuiceFS's
+        gateway can answer with the length of one version and the bytes of the other.
+        """
+        before: tuple[bytes, str | None] | None = None
+        for failures in range(self.policy.attempts):
+            if failures:
+                time.sleep(self.policy.pause_seconds(failures))
+            with suppress(ObjectChanged):
+                tag = _Tag()
+                with self._stream(key, 0, tag) as stream:
+                    found = (stream.readall(), tag.value)
+                # Twice the same is no accident but a store whose tags are no digests.
+                if tag.encrypted or _bears_out(*found) or found == before:
+                    return found[0]
+                before = found
+        raise StoreUnreachable(f"{self.uri}/{key}: replaced whenever it was read; try again later")
+
+    def read_range(self, key: str, start: int, length: int, *, etag: str | None = None) -> bytes:
+        if length == 0:
+            return b""
+        with self._stream(key, start, _Tag(etag), stop=start + length) as stream:
+            data = stream.read()
+        if len(data) != length:
+            raise DamageError(
+                f"{self.uri}/{key}: ends at byte {start + len(data)}, {start + length} expected"
+            )
+        return data
+
+    def open(self, key: str, *, start: int = 0, etag: str | None = None) -> BinaryIO:
+        return io.BufferedReader(self._stream(key, start, _Tag(etag)), CHUNK_BYTES)
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        name = self._name(key)
+
+        def head(client: S3Client) -> Any:
+            try:
+                return client.head_object(Bucket=self.bucket, Key=name)
+            except boto_errors.ClientError as error:
+                if status_of(error) >= 500:
+                    raise
+                # A HEAD has no body to say why in: no object, no bucket, old keys.
+                client.get_object(Bucket=self.bucket, Key=name, Range="bytes=0-0")["Body"].close()
+                return client.head_object(Bucket=self.bucket, Key=name)
+
+        try:
+            found = self._call(key, head)
+        except ObjectMissing:
+            return None
+        tag = self._tag_of(key, found)
+        return ObjectInfo(key, found["ContentLength"], tag)
+
+    def write(self, key: str, data: bytes) -> ObjectInfo:
+        where: Any = {"Bucket": self.bucket, "Key": self._name(key), "Body": data, **_checksum(data)}
+        done = self._call(key, lambda client: client.put_object(**where))
+        return ObjectInfo(key, len(data), self._tag_of(key, done))
+
+    def upload(self, key: str, path: Path) -> ObjectInfo:
+        try:
+            with disk_errors_at(path):
+                size_bytes = path.stat().st_size
+                if size_bytes <= PART_BYTES:
+                    return self.write(key, path.read_bytes())
+                return ObjectInfo(key, size_bytes, self._upload_parts(key, path))
+        except UploadGone as error:
+            raise StoreUnreachable(str(error)) from error
+
+    def download(self, key: str, path: Path) -> None:
+        with disk_errors_at(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._stream(key, 0, _Tag()) as stream, atomic_file(path) as file:
+                while chunk := stream.read(CHUNK_BYTES):
+                    file.write(chunk)
+
+    def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
+        where: Any = {"Bucket": self.bucket, "Prefix": self._base + prefix}
+        token: Any = {"StartAfter": self._base + start_after} if start_after else {}
+        last = ""
+        while True:
+            page = self._call(prefix, lambda client, token=token: client.list_objects_v2(**where, **token))
+            entries: Any = page.get("Contents", [])
+            for found in entries:
+                key = found["Key"].removeprefix(self._base)
+                if key and not key.endswith("/") and key > start_after:  # some gateways list directories too
+                    yield ObjectInfo(key, found["Size"], _bare(found.get("ETag", "")))
+            if not page.get("IsTruncated"):
+                return
+            before, last = last, max([last, *(found["Key"] for found in entries)])
+            if "NextContinuationToken" not in page or last == before:
+                raise not_s3(self.uri, endpoint(), "a listing that does not go on")
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def delete(self, key: str) -> None:
+        name = self._name(key)
+        self._call(key, lambda client: client.delete_object(Bucket=self.bucket, Key=name))
+
+    def _probe(self) -> None:
+        self._call("", lambda client: client.list_objects_v2(Bucket=self.bucket, MaxKeys=1), PROBE_POLICY)
+
+    def create_container(self) -> None:
+        def create(client: S3Client) -> None:
+            region = client.meta.region_name
+            elsewhere: Any = {"CreateBucketConfiguration": {"LocationConstraint": region}}
+            try:
+                client.create_bucket(Bucket=self.bucket, **({} if region == "us-east-1" else elsewhere))
+            except boto_errors.ClientError as error:
+                if code_of(error) not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                    raise
+
+        self._call("", create, PROBE_POLICY)
+
+    def server_time(self) -> datetime | None:
+        """The Date of an answer."""
+        where: Any = {"Bucket": self.bucket, "Prefix": self._base, "MaxKeys": 1}
+        answer = self._call("", lambda client: client.list_objects_v2(**where))
+        try:
+            return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).astimezone(UTC)
+        except (KeyError, ValueError):
+            return None
+
+    @property
+    def _client(self) -> S3Client:
+        return connected().client
+
+    def _name(self, key: str) -> str:
+        return self._base + checked_key(key)
+
+    def _tag_of(self, key: str, answer: Any) -> str:
+        """The tag in an answer about an object. Every S3 service gives one; a web server need not."""
+        if "ETag" not in answer:
+            raise not_s3(f"{self.uri}/{key}", endpoint(), "no ETag")
+        return _bare(answer["ETag"])
+
+    def _stream(self, key: str, start: int, tag: _Tag, stop: int | None = None) -> ResumingStream:
+        """The first answer sets the object's tag, where none is given; every later range must still match it."""
+        last, name = "" if stop is None else stop - 1, self._name(key)
+
+        def open_range(position: int) -> tuple[Body, int]:
+            where: Any = {"Bucket": self.bucket, "Key": name, "Range": f"bytes={position}-{last}"}
+            if tag.value:
+                where["IfMatch"] = f'"{tag.value}"'
+            try:
+                found: Any = self._explained(key, lambda client: client.get_object(**where))
+            except NoSuchRange:
+                return _NoBytes(), position  # an empty object has no byte 0 to give
+            total = _CONTENT_RANGE.fullmatch(found.get("ContentRange", ""))
+            if "ETag" not in found or total is None:
+                found["Body"].close()
+                if found.get("ContentType", "").startswith(("text/html", "application/json")):
+                    raise not_s3(f"{self.uri}/{key}", endpoint(), "an object without ETag or Content-Range")
+                # seen of an object that was just being deleted
+                raise StoreUnreachable(f"{self.uri}/{key}: {endpoint()} gave half an answer; try again later")
+            if tag.value and tag.value != _bare(found["ETag"]):  # not every service heeds IfMatch
+                found["Body"].close()
+                raise ObjectChanged(
+                    f"{self.uri}/{key}: replaced while it was being read, or since it was indexed"
+                )
+            tag.value = _bare(found["ETag"])
+            tag.encrypted = "SSECustomerAlgorithm" in found or "SSEKMSKeyId" in found
+            end = int(total[1])
+            return _Connection(found["Body"]), end if stop is None else min(end, stop)
+
+        explain = partial(self._heard, key)
+        return ResumingStream(open_range, self.policy, _may_retry, explain, start)
+
+    def _upload_parts(self, key: str, path: Path) -> str:
+        """A multipart upload that, when it fails, takes its parts away: orphans are invisible and billed."""
+        where: Any = {"Bucket": self.bucket, "Key": self._name(key)}
+        begun = self._call(key, lambda client: client.create_multipart_upload(**where))
+        where["UploadId"] = begun["UploadId"]
+        parts: list[Any] = []
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(PART_BYTES):
+                    parts.append(self._upload_part(key, where, len(parts) + 1, chunk))
+            return self._finished(key, {**where, "MultipartUpload": {"Parts": parts}}, path.stat().st_size)
+        except BaseException:
+            with suppress(UserError):  # what failed first is what is told
+                self._call(key, lambda client: client.abort_multipart_upload(**where), PROBE_POLICY)
+            raise
+
+    def _upload_part(self, key: str, where: dict[str, Any], number: int, chunk: bytes) -> dict[str, Any]:
+        """Send a part; what the end of the upload must say of it."""
+        content: Any = {**where, "PartNumber": number, "Body": chunk, **_checksum(chunk)}
+        done: Any = self._call(key, lambda client: client.upload_part(**content))
+        self._tag_of(key, done)
+        checksums = {name: done[name] for name in done if re.fullmatch(r"Checksum(CRC|SHA)\w+", name)}
+        return {"PartNumber": number, "ETag": done["ETag"], **checksums}
+
+    def _finished(self, key: str, where: Any, size_bytes: int) -> str:
+        """The tag of the completed upload. Asked again after a lost answer, a store knows of no upload any more."""
+        try:
+            done = self._call(key, lambda client: client.complete_multipart_upload(**where))
+            return self._tag_of(key, done)
+        except UploadGone:
+            there = self.stat(key)
+            if there is None or there.size_bytes != size_bytes:
+                raise
+            return there.etag
+
+    def _call(self, key: str, action: Callable[[S3Client], T], policy: RetryPolicy | None = None) -> T:
+        return retrying(policy or self.policy, _may_retry, lambda: self._explained(key, action))
+
+    def _explained(self, key: str, action: Callable[[S3Client], T]) -> T:
+        """`action` on the client, and once more where newer keys have been put in place of those that it had."""
+        connection = connected()
+
+        def attempt() -> T:
+            try:
+                return action(connection.client)
+            except boto_errors.ClientError as error:
+                newer = renewed(connection) if code_of(error) in STALE_CODES | SECRET_CODES else None
+                if newer is None:
+                    raise
+                return action(newer.client)
+
+        return self._heard(key, attempt)
+
+    def _heard(self, key: str, action: Callable[[], T]) -> T:
+        """`action()`, with boto's failures turned into this program's, which show no key or secret."""
+        try:
+            return action()
+        except boto_errors.ClientError as error:
+            raise refusal(error, self.uri, self.bucket, key, endpoint()) from error
+        except CONNECTION_ERRORS as error:
+            raise silence(error, self.uri, endpoint()) from error
+        except NotS3Answer as error:
+            raise not_s3(self.uri, endpoint(), str(error)) from error
+        except ResponseParserError as error:
+            raise StoreUnreachable(
+                f"{self.uri}: {endpoint()} gave an answer that cannot be read; try again later"
+            ) from error
+        except boto_errors.BotoCoreError as error:
+            raise settings_error(error) from error
+
+
+@dataclass
+class _Tag:
+    """Which version of an object a stream holds to; empty = the one it meets."""
+
+    value: str | None = None
+    encrypted: bool = False
+    """Its bytes have been encrypted under a key of the user's: the tag is not their digest."""
+
+
+class _NoBytes:
+    """The body of a range that lies at the very end of its object."""
+
+    def read(self, amt: int) -> bytes:
+        return b""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _Connection:
+    """A body whose `read` gives what has arrived, so that no byte is lost when the rest never comes."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    def read(self, amt: int) -> bytes:
+        # botocore's own read(amt) waits for all of it and, when the connection breaks, discards what came.
+        raw: Any = self._body._raw_stream
+        return cast(bytes, raw.read1(amt))
+
+    def close(self) -> None:
+        self._body.close()
+
+
+def _may_retry(error: Exception) -> bool:
+    return isinstance(error, (StoreUnreachable, *CONNECTION_ERRORS))
+
+
+def _bears_out(data: bytes, etag: str | None) -> bool:
+    """Whether the bytes are the tag's, which is their MD5 digest unless it came of parts or of encryption."""
+    if etag is None or not MD5_TAG.fullmatch(etag):
+        return True
+    return hashlib.md5(data, usedforsecurity=False).hexdigest() == etag
+
+
+def _bare(etag: str) -> str:
+    return etag.removeprefix("W/").strip('"')
+
+
+def _checksum(data: bytes) -> dict[str, str]:
+    """Buckets under object lock take no object without one, and MD5 is the one that every service knows."""
+    if sends_own_checksums():
+        return {}
+    return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}

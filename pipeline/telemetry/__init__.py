@@ -1,0 +1,1 @@
+"""Logs, redaction, terminal output, counters, Prometheus metrics and stall detection."""

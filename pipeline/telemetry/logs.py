@@ -1,0 +1,127 @@
+"""How this program's processes log: warnings in words, or, with DDPM_LOG=json, every record as a line of JSON.
+
+A JSON line holds `time` (UTC), `level`, `logger`, `message`, and what is known of where it happened: `run`, `rank`,
+`step`, `shard`. Either way secrets are masked, tracebacks included.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+from pipeline.telemetry.redaction import redact
+from pipeline.telemetry.terminal import echo, one_line, tolerate_narrow_encodings
+
+FORM_VARIABLE = "DDPM_LOG"
+JSON = "json"
+_OWN = ("pipeline", "jobs", "infra")
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+# What is true of the whole process, and what is true of the thread that is at work.
+_process: dict[str, object] = {}
+_here: ContextVar[tuple[tuple[str, object], ...]] = ContextVar("log_context", default=())
+
+
+def as_json() -> bool:
+    """Whether this process logs JSON lines."""
+    return os.environ.get(FORM_VARIABLE) == JSON
+
+
+def name_process(**facts: object) -> None:
+    """Facts that every later record of this process carries, such as run=…, rank=…"""
+    _process.update(facts)
+
+
+@contextmanager
+def located(**facts: object) -> Generator[None]:
+    """Facts that the records of this thread carry inside the block, such as shard=…"""
+    token = _here.set((*_here.get(), *facts.items()))
+    try:
+        yield
+    finally:
+        _here.reset(token)
+
+
+def set_up_logging() -> None:
+    """Put this process's logs, and the traceback it may die with, into the asked form. May be called again."""
+    tolerate_narrow_encodings()
+    if sys.excepthook is sys.__excepthook__:  # Ray has one of its own, which ends in the one it found
+        sys.excepthook = report_crash
+    own = [logging.getLogger(name) for name in _OWN]
+    for logger in own:
+        # said outright: Ray's training workers let everything from INFO on through to the driver's terminal
+        logger.setLevel(logging.INFO if as_json() else logging.WARNING)
+        logger.propagate = not as_json()  # there may be handlers above that write another form
+    logging.setLogRecordFactory(_masked_record)
+    if not as_json():
+        return
+    for logger in (*own, logging.getLogger()):
+        if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+            logger.addHandler(_Stderr())
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON; `extra=` fields stand beside the rest."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        fields: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_process,
+            **dict(_here.get()),
+            **{key: value for key, value in vars(record).items() if key not in _STANDARD},
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(redact(fields), default=lambda value: redact(str(value)), ensure_ascii=False)
+
+
+class _Stderr(logging.Handler):
+    """Writes to what `sys.stderr` is now, not to what it was when logging was set up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(JsonLines())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line; a record that cannot be told must not end the work it tells of."""
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            self.handleError(record)
+
+
+def _masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """A record without secrets, whoever makes it and whatever handler will write it."""
+    record = logging.LogRecord(*args, **kwargs)
+    try:
+        message = record.getMessage()
+    except (TypeError, ValueError):
+        return record  # a message and arguments that do not fit: the handler says so
+    masked = redact(message)
+    if str(record.name).partition(".")[0] in _OWN:  # a record of ours is one line, whatever names it holds
+        masked = one_line(masked)
+    if masked != message:
+        record.msg, record.args = masked, ()
+    if record.exc_info and record.exc_info[0] is not None:
+        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+    return record
+
+
+def report_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Write the traceback of what nobody caught, secrets masked, in the asked form; an excepthook."""
+    if as_json() and issubclass(kind, Exception):
+        logging.getLogger("pipeline").critical("%s", error, exc_info=(kind, error, trace))
+    else:
+        # the whole first: a private key spans lines
+        echo(*redact("".join(traceback.format_exception(kind, error, trace))).splitlines(), error=True)

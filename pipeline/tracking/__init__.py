@@ -1,0 +1,89 @@
+"""Experiment tracking on MLflow: runs, a spool that loses no metric, the model registry.
+
+The only package that speaks to MLflow, whose import (over a second) happens with the first call that needs
+it.
+"""
+
+from pipeline.telemetry.redaction import redact
+from pipeline.tracking.alias_log import LoggedAlias, Move, MoveConflictError
+from pipeline.tracking.cleanup import ClosedRun, close_stale_runs, sweep_spools
+from pipeline.tracking.connect import (
+    TrackingError,
+    authorization,
+    require_server,
+    server_version,
+    tracking_client,
+    tracking_uri,
+)
+from pipeline.tracking.lineage import link_model, log_dataset, source_tags
+from pipeline.tracking.pinned_digests import Trusted, require_trusted, trust, trusted
+from pipeline.tracking.registry import (
+    ModelVersion,
+    download,
+    log_model,
+    protected_model_sources,
+    register,
+    resolve,
+    set_alias,
+    set_version_tags,
+    versions,
+)
+from pipeline.tracking.run import (
+    Run,
+    describe,
+    find_latest_run,
+    find_run,
+    finish,
+    open_run,
+    picture,
+    set_tags,
+)
+from pipeline.tracking.spool import Replayed, Spool, replay, replay_all, spool_folder, spool_of
+from pipeline.tracking.system_metrics import SystemSampler
+
+__all__ = [
+    "ClosedRun",
+    "LoggedAlias",
+    "ModelVersion",
+    "Move",
+    "MoveConflictError",
+    "Replayed",
+    "Run",
+    "Spool",
+    "SystemSampler",
+    "TrackingError",
+    "Trusted",
+    "authorization",
+    "close_stale_runs",
+    "describe",
+    "download",
+    "find_latest_run",
+    "find_run",
+    "finish",
+    "link_model",
+    "log_dataset",
+    "log_model",
+    "open_run",
+    "picture",
+    "protected_model_sources",
+    "redact",
+    "register",
+    "replay",
+    "replay_all",
+    "require_server",
+    "require_trusted",
+    "resolve",
+    "server_version",
+    "set_alias",
+    "set_tags",
+    "set_version_tags",
+    "source_tags",
+    "spool_folder",
+    "spool_of",
+    "sweep_spools",
+    "tracking_client",
+    "tracking_uri",
+    "trust",
+    "trusted",
+    "versions",
+]

@@ -1,0 +1,328 @@
+"""The moves of an alias, such as champion: decided one at a time, in a log that the alias follows.
+
+MLflow moves an alias unconditionally, so two jobs that look, work for long and then move it would undo each other. Here
+a move is first decided: it is numbered, and of the jobs that want to be the next number one wins
+(`pipeline.store.consensus`), against the version that the log says is in office. The log is kept as tags of the
+registered model, one a move. The alias is set afterwards and looked at again; whoever finds it behind the log moves
+it forward.
+
+A job marks its intention (`ddpm.moving.…`) before it decides and removes the mark when the alias stands where the log
+says. So an alias that differs from the log while there is a mark was left by a job that was killed or held up; without
+one it was moved by something else, by hand for example, which is taken into the log as a move of its own.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from pydantic import Field
+
+from pipeline.config.base import Settings
+from pipeline.config.json_document import parse_document
+from pipeline.errors import DamageError, JobError, UserError
+from pipeline.store.consensus import Ballot, NoConsensus, reach_consensus
+from pipeline.telemetry.redaction import redact
+from pipeline.tracking.connect import retry_request, tracking_client
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_TRIES = 20
+_KEPT_MOVES = 100
+MARK_SECONDS = 86400.0
+"""Age from which a mark is a dead job's. A job that is held up for longer stops instead of setting the alias."""
+
+
+class MoveConflictError(JobError):
+    """Another decision was made since this one's grounds were looked at; nothing was moved."""
+
+
+class Move(Settings):
+    """One move of an alias."""
+
+    format: Literal[1] = 1
+    """Version of this document's layout."""
+    number: int = Field(ge=1, lt=10**6)
+    """Its place in the log."""
+    before: int | None = Field(ge=1, lt=2**31)
+    """The version that was in office; None = none was."""
+    after: int | None = Field(ge=1, lt=2**31)
+    """The version that is from then on; None = the alias was removed by hand."""
+    kind: Literal["first", "promotion", "rollback", "by hand"]
+    """What moved it."""
+    job: str = Field(pattern=r"^[0-9a-f]{1,32}$")
+    """Names the job that decided."""
+    at: float = Field(ge=0, lt=1e11)
+    """Seconds since 1970 (UTC) by that job's clock."""
+
+
+@dataclass(frozen=True)
+class AliasHistory:
+    """One look at an alias and its log."""
+
+    version: int | None
+    """What the alias means."""
+    moves: Mapping[int, Move]
+    """The log, by number."""
+    tags: Mapping[str, str]
+    """All tags of the registered model."""
+    marks: Mapping[str, float]
+    """Tags of jobs that are about to set the alias, with the time at which each was made."""
+
+    @property
+    def last(self) -> Move | None:
+        """The newest move."""
+        return self.moves[max(self.moves)] if self.moves else None
+
+    def number(self) -> int:
+        """Of the newest move; 0 for an empty log."""
+        return max(self.moves, default=0)
+
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether a job that was killed or held up left the alias where the log does not say."""
+        known = {version for move in self.moves.values() for version in (move.before, move.after)}
+        behind = self.last is not None and self.version != self.last.after
+        return behind and bool(self.marks) and self.version in known
+
+    @property
+    def in_office(self) -> int | None:
+        """The version that the alias means once what was decided is carried out."""
+        return self.last.after if self.last is not None and self.is_left_behind else self.version
+
+
+class LoggedAlias:
+    """An alias of a registered model and the log of its moves."""
+
+    def __init__(self, name: str, alias: str = "champion", uri: str | None = None) -> None:
+        self.name, self.alias, self.uri = name, alias, uri
+        self.job = uuid.uuid4().hex
+        self._move_prefix = f"ddpm.move.{alias}."
+        self.word_prefix = f"ddpm.move-claim.{alias}."
+        self._mark_prefix = f"ddpm.moving.{alias}."
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.alias}"
+
+    def read(self) -> AliasHistory:
+        """Alias and log as they are. DamageError for a tag that is no move."""
+        model = self.call(lambda client: client.get_registered_model(self.name))
+        tags = dict(model.tags)
+        found = dict(model.aliases).get(self.alias)
+        moves = [self._parse(key, text) for key, text in tags.items() if key.startswith(self._move_prefix)]
+        marks = {key: _seconds(text) for key, text in tags.items() if key.startswith(self._mark_prefix)}
+        return AliasHistory(
+            None if found is None else int(found), {move.number: move for move in moves}, tags, marks
+        )
+
+    def follow(self) -> AliasHistory:
+        """Alias and log, brought together: an alias left behind is moved forward, one moved by hand is recorded.
+
+        A line in the log says so. JobError when others keep moving it.
+        """
+        before: AliasHistory | None = None
+        for _ in range(_TRIES):
+            seen = self.read()
+            last = seen.last
+            if last is None or seen.version == last.after:
+                self._sweep(seen)
+                return seen
+            if seen.is_left_behind and last.after is not None:
+                _log.warning(
+                    "%s stood at version %s, behind move %d of the log: set to version %d",
+                    self, seen.version, last.number, last.after,
+                )  # fmt: skip
+                self._set(last.after)
+            elif seen == before:  # a look need not see tags and aliases of one moment, two in a row do
+                _log.warning(
+                    "%s was moved by hand, from version %s to %s: recorded as move %d",
+                    self, last.after, seen.version, last.number + 1,
+                )  # fmt: skip
+                self._decide(self._next(seen, last.after, seen.version, "by hand"))
+            before = seen
+        raise JobError(f"{self}: others keep moving it; look at the registry, then run this again")
+
+    def move(self, before: int | None, after: int, kind: Literal["first", "promotion", "rollback"]) -> Move:
+        """Move the alias from version `before`, which it must still mean, to `after`; returns the move.
+
+        Where another job has just made this very move, that one is returned. MoveConflictError, with nothing moved, when
+        another decision came first. JobError when the alias, after it was set, does not stay where the log says.
+        """
+        seen = self.follow()
+        asked = (before, after, kind)
+        if seen.version != before:
+            if seen.last is not None and (seen.last.before, seen.last.after, seen.last.kind) == asked:
+                return seen.last
+            raise self._overtaken(before, seen.version)
+        wanted = self._next(seen, before, after, kind)
+        mark = f"{self._mark_prefix}{self.job}"
+        self.tag(mark, str(time.time()))
+        decided = self._decide(wanted)
+        if (decided.before, decided.after, decided.kind) != asked:
+            self.untag(mark)
+            self.follow()
+            raise self._overtaken(before, decided.after)
+        self._carry_out(decided, mark)  # also where a job that was killed had asked for the same
+        return decided
+
+    def _carry_out(self, move: Move, mark: str) -> None:
+        """Set the alias to where the log says, which may be further on by now; look whether it stays; unmark."""
+        set_for, version = 0, move.before
+        for _ in range(_TRIES):
+            seen = self.read()
+            last, version = seen.last or move, seen.version
+            if mark not in seen.marks:
+                raise JobError(
+                    f"{self}: this job was held up for more than a day and no longer sets it; run it again"
+                )
+            if seen.version == last.after or last.after is None:
+                self.untag(mark)
+                self._sweep(seen)
+                if last.number > move.number:
+                    _log.warning("%s was moved on to version %s by a later decision", self, last.after)
+                return
+            if set_for == last.number and len(seen.marks) == 1:
+                break
+            self._set(last.after)
+            set_for = last.number
+        raise JobError(
+            f"{self}: move {move.number} to version {move.after} was decided, yet it stands at version "
+            f"{version}: something else moved it; look at the registry, then run this again"
+        )
+
+    def _decide(self, wanted: Move) -> Move:
+        """The move that comes to stand under the number of `wanted`."""
+        try:
+            return reach_consensus(_MoveBallots(self, wanted.number), self.job, wanted)
+        except NoConsensus:
+            raise JobError(f"{self}: others keep deciding about it; run this again in a minute") from None
+
+    def _next(
+        self,
+        seen: AliasHistory,
+        before: int | None,
+        after: int | None,
+        kind: Literal["first", "promotion", "rollback", "by hand"],
+    ) -> Move:
+        number = seen.number() + 1
+        return Move(number=number, before=before, after=after, kind=kind, job=self.job, at=time.time())
+
+    def _overtaken(self, before: int | None, now: int | None) -> MoveConflictError:
+        return MoveConflictError(
+            f"{self}: means {_version(now)} by now, and this decision was made against {_version(before)}; "
+            "nothing was moved, run it again"
+        )
+
+    def _sweep(self, seen: AliasHistory) -> None:
+        """Remove what dead jobs left, and the oldest moves. Only words on numbers that stand."""
+        newest = seen.number()
+        for key, made_at in seen.marks.items():
+            if time.time() - made_at > MARK_SECONDS:
+                self.untag(key)
+        for key in seen.tags:
+            if key.startswith(self.word_prefix) and _number(key.removeprefix(self.word_prefix)) <= newest:
+                self.untag(key)
+        for number in seen.moves:
+            if number <= newest - _KEPT_MOVES:
+                self.untag(self.move_key(number))
+
+    def move_key(self, number: int) -> str:
+        """The tag of a move."""
+        return f"{self._move_prefix}{number:06d}"
+
+    def _parse(self, key: str, text: str) -> Move:
+        where = f"model {self.name!r}: tag {key}"
+        move = parse_document(Move, text.encode(), where, "a move; delete the tag")
+        if key != self.move_key(move.number):
+            raise DamageError(f"{where}: holds move {move.number}; delete the tag")
+        return move
+
+    def _set(self, version: int) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.call(lambda client: client.set_registered_model_alias(self.name, self.alias, str(version)))
+        except MlflowException as error:
+            raise UserError(
+                f"{self}: cannot be set to version {version} ({redact(str(error))[:200]}); was it deleted?"
+            ) from None
+
+    def tag(self, key: str, text: str) -> None:
+        """Set a tag of the registered model."""
+        self.call(lambda client: client.set_registered_model_tag(self.name, key, text))
+
+    def untag(self, key: str) -> None:
+        """Delete a tag of the registered model."""
+        self.call(lambda client: client.delete_registered_model_tag(self.name, key))
+
+    def call(self, action: "Callable[[MlflowClient], T]") -> T:
+        """Ask the registry, patiently; every question and every write here may be repeated."""
+        return retry_request("the model registry", lambda: action(tracking_client(self.uri)))
+
+
+class _StoredBallot(Settings):
+    """A job's word on one number of the log, as its tag holds it."""
+
+    round: int = Field(ge=0, lt=2**31)
+    accepted: int = Field(ge=0, lt=2**31)
+    value: Move | None
+
+
+class _MoveBallots:
+    """The board on which jobs agree on the move of one number: tags of the registered model."""
+
+    def __init__(self, alias: LoggedAlias, number: int) -> None:
+        self._alias, self._number = alias, number
+        self._prefix = f"{alias.word_prefix}{number:06d}."
+
+    def write_ballot(self, job: str, number: int, word: Ballot[Move]) -> None:
+        said = _StoredBallot(round=word.round, accepted=word.accepted, value=word.value)
+        self._alias.tag(f"{self._prefix}{job}.{number:04d}", said.model_dump_json())
+
+    def delete_ballot(self, job: str, number: int) -> None:
+        self._alias.untag(f"{self._prefix}{job}.{number:04d}")
+
+    def other_ballots(self, job: str) -> dict[str, Ballot[Move]]:
+        found: dict[str, Ballot[Move]] = {}
+        for key, text in sorted(self._alias.read().tags.items()):  # a job's newest comes last
+            name = key.removeprefix(self._prefix).partition(".")[0]
+            if key.startswith(self._prefix) and name != job:
+                where = f"model {self._alias.name!r}: tag {key}"
+                said = parse_document(_StoredBallot, text.encode(), where, "a word; delete the tag")
+                found[name] = Ballot(said.round, said.accepted, said.value)
+        return found
+
+    def decision(self) -> Move | None:
+        seen = self._alias.read()
+        if seen.number() > self._number and self._number not in seen.moves:
+            raise MoveConflictError(
+                f"{self._alias}: was moved many times meanwhile; nothing was moved, run it again"
+            )
+        return seen.moves.get(self._number)
+
+    def decide(self, value: Move) -> None:
+        self._alias.tag(self._alias.move_key(self._number), value.model_dump_json())
+
+
+def _seconds(text: str) -> float:
+    """The time that a mark holds; 0 for one that holds none, which is so as old as can be."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def _number(rest: str) -> int:
+    """The number in a word's tag, behind its prefix; 0 for a tag that is no word."""
+    head = rest.partition(".")[0]
+    return int(head) if head.isascii() and head.isdecimal() and len(head) <= 6 else 0
+
+
+def _version(version: int | None) -> str:
+    return "no version" if version is None else f"version {version}"

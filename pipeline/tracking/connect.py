@@ -1,0 +1,256 @@
+"""Reaching the tracking server: checked quickly before work, patiently during it."""
+
+import base64
+import os
+import random
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from urllib.parse import urlsplit
+
+from pipeline.errors import Outage, UserError
+from pipeline.retry import retry_during_outage as retried
+from pipeline.retry import start_seconds
+from pipeline.telemetry.redaction import redact
+
+if TYPE_CHECKING:
+    import requests
+    from mlflow import MlflowClient
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Waiting is done here and in the spool, where it can be bounded and shown, not inside one HTTP call (whose
+# defaults hold a caller for minutes). All of them can be overruled from outside.
+_CLIENT_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+class TrackingError(Exception):
+    """The tracking server stayed away, or refused, after work had begun."""
+
+
+def configure_client() -> None:
+    """Set what rules MLflow's client in this process; values already in the environment stay."""
+    for name, value in _CLIENT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def tracking_uri(uri: str | None = None) -> str:
+    """`uri`, or MLFLOW_TRACKING_URI, without a trailing slash; UserError when there is none or it is no http
+    URL.
+    """
+    found = (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).strip().rstrip("/")
+    if not found:
+        raise UserError(
+            "MLFLOW_TRACKING_URI is not set: start the local stack (ddpm up) or name your MLflow server"
+        )
+    try:
+        parts = urlsplit(found)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that are not closed, a port that is none
+        parts, whole = urlsplit(""), False
+    if not whole:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={redact(found)}: not an http(s) address; name a running MLflow server"
+        )
+    if parts.username or parts.password:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={redact(found)}: holds a password, which would end up in logs; "
+            "move them to MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return found
+
+
+def require_server(
+    uri: str | None = None, timeout_seconds: float = 5.0, wait_seconds: float | None = None
+) -> str:
+    """Return the server's address once it has answered and accepted our credentials.
+
+    A server that is away is waited for, as long as DDPM_START_WAIT_SECONDS says where nothing is given; one that is
+    slow gets six times `timeout_seconds` from the second try on. Raises Outage when it stays away, and UserError when
+    its address is none or it refuses.
+    """
+    found = tracking_uri(uri)
+    limits = chain([timeout_seconds], repeat(6 * timeout_seconds))
+    retried(lambda: _ask(found, next(limits)), start_seconds() if wait_seconds is None else wait_seconds)
+    return found
+
+
+def server_version(uri: str, timeout_seconds: float = 5.0) -> str:
+    """What the server says that it is; empty when it does not say."""
+    try:
+        answer = _get(f"{uri}/version", timeout_seconds)
+    except UserError:
+        return ""
+    return answer.text.strip()[:40] if answer.status_code == 200 else ""
+
+
+def _ask(uri: str, timeout_seconds: float) -> None:
+    _require_ok(uri, _get(f"{uri}/health", timeout_seconds).status_code, "/health")
+    answer = _get(f"{uri}/api/2.0/mlflow/experiments/search?max_results=1", timeout_seconds)
+    _require_ok(uri, answer.status_code, "a search")
+    if "json" not in answer.headers.get("Content-Type", ""):
+        raise UserError(f"MLflow at {uri}: answers, but is no MLflow server; check MLFLOW_TRACKING_URI")
+
+
+def _get(url: str, timeout_seconds: float) -> "requests.Response":
+    """An answer, asked for with our credentials."""
+    import requests
+
+    server = f"{urlsplit(url).scheme}://{urlsplit(url).netloc}"
+    try:
+        return requests.get(url, headers=authorization(), timeout=timeout_seconds, verify=_verify())
+    except requests.exceptions.SSLError as error:
+        raise UserError(
+            f"MLflow at {server}: no trust in its certificate ({brief(error)}); "
+            "set MLFLOW_TRACKING_SERVER_CERT_PATH to its CA"
+        ) from None
+    except requests.RequestException as error:
+        if isinstance(error, ValueError):  # an address that is none
+            raise UserError(f"MLflow at {server}: {brief(error)}; correct MLFLOW_TRACKING_URI") from None
+        proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
+        through = f" through the proxy {redact(proxy)}, which NO_PROXY can rule out" if proxy else ""
+        raise Outage(
+            f"MLflow at {server}: no answer{through} ({brief(error)}); is the server up? (ddpm up)"
+        ) from None
+    except OSError as error:  # of requests, which looks for the certificates itself
+        raise UserError(
+            f"MLflow at {server}: {brief(error)}; correct MLFLOW_TRACKING_SERVER_CERT_PATH or REQUESTS_CA_BUNDLE"
+        ) from None
+
+
+def tracking_client(uri: str | None = None) -> "MlflowClient":
+    """A client of the server at `uri` (or MLFLOW_TRACKING_URI) for runs, artifacts and the registry alike."""
+    found = tracking_uri(uri)
+    configure_client()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=found, registry_uri=found)
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether waiting may help: the server is away, overloaded or restarting."""
+    import requests
+
+    status = _status(error)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    return isinstance(error, (requests.RequestException, ConnectionError, TimeoutError))
+
+
+def is_denied(error: BaseException) -> bool:
+    """Whether the server does not let us in (which it may again, once somebody renews the credentials)."""
+    return _status(error) in (401, 403)
+
+
+def retry_request(what: str, action: Callable[[], T], wait_seconds: float = 60.0) -> T:
+    """`action()`, tried again with growing pauses while the server is away; it must be idempotent.
+
+    Raises TrackingError, naming `what`, when the server stayed away for `wait_seconds`, and UserError when it does
+    not let us in.
+    """
+    deadline, pause = time.monotonic() + wait_seconds, 0.5
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            if is_denied(error):
+                raise UserError(
+                    f"{what}: MLflow refuses it ({brief(error)}); check MLFLOW_TRACKING_*"
+                ) from error
+            if not is_outage(error):
+                raise
+            if time.monotonic() + pause > deadline:
+                raise TrackingError(
+                    f"{what}: MLflow stayed away for {wait_seconds:.0f} s ({brief(error)})"
+                ) from error
+        time.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(pause * 2, 10.0)
+
+
+def retry_requests(what: str, wait_seconds: float = 60.0) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator: the whole function is idempotent and is run by `retry_request`."""
+
+    def wrap(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def waiting(*args: P.args, **kwargs: P.kwargs) -> T:
+            return retry_request(what, lambda: function(*args, **kwargs), wait_seconds)
+
+        return waiting
+
+    return wrap
+
+
+@contextmanager
+def long_transfers(timeout_seconds: int = 600) -> Generator[None]:
+    """Give the server this long to answer: it takes a whole model before it stores it and says so.
+
+    The setting is the process's, so a spool's thread may meanwhile also wait longer for a frozen server.
+    """
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name)
+    os.environ[name] = str(max(timeout_seconds, int(before or 0)))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def authorization(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Headers for the credentials that MLflow's own client takes from the environment."""
+    user, password = environ.get("MLFLOW_TRACKING_USERNAME"), environ.get("MLFLOW_TRACKING_PASSWORD")
+    if user and password:
+        return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+    token = environ.get("MLFLOW_TRACKING_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status a failed call ended with, if the server answered at all."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code())
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return int(error.response.status_code)
+    return None
+
+
+def _require_ok(uri: str, status: int, what: str) -> None:
+    if status in (401, 403):
+        raise UserError(
+            f"MLflow at {uri}: refuses {what} with {status}; set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), or add this host to its --allowed-hosts"
+        )
+    if status == 429 or status >= 500:
+        raise Outage(f"MLflow at {uri}: answers {what} with {status}; look at the server's log")
+    if status != 200:
+        raise UserError(f"MLflow at {uri}: answers {what} with {status}; look at the server's log")
+
+
+def _verify() -> bool | str:
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true"):
+        return False
+    return os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
+
+
+def brief(error: BaseException) -> str:
+    """The innermost reason of a failed call in a few words, without addresses of Python objects."""
+    text = redact(str(error)).splitlines()[0] if str(error) else type(error).__name__
+    for reason in ("Connection refused", "timed out", "Name or service not known", "Connection reset"):
+        if reason.lower() in text.lower():
+            return reason.lower()
+    return text[:160]

@@ -1,0 +1,87 @@
+"""Lines of a spool: what may stand in one, and nothing else.
+
+Files are named by a pattern that holds no path, so that no record, wherever it came from, names a file outside the
+spool. Only points travel in checkpoints.
+"""
+
+from pathlib import PurePosixPath
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from pipeline.config.base import Settings
+from pipeline.config.json_document import first_fault
+
+MOST_NAME = 250
+MOST_LINE_BYTES = 1 << 24
+RUN_ID = r"^[0-9A-Za-z_\-]{1,64}$"
+
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Name = Annotated[str, Field(pattern=r"^[\w\-./ :]+$", max_length=MOST_NAME)]
+FileName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.(png|npy|bin)$")]
+
+
+def _relative(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or not path.isprintable():
+        raise ValueError("is no relative path of an artifact")
+    return path
+
+
+class PointRecord(Settings):
+    """Values of some metrics at one step. A loss may be infinite, or no number, and is told so."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    t: Int64
+    """Unix time in milliseconds."""
+    s: Int64
+    """The step."""
+    m: dict[Name, float]
+    """Value by name."""
+
+
+class ImageRecord(Settings):
+    """A picture for the run page's slider."""
+
+    t: Int64
+    s: Int64
+    i: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\-./ ]+$", max_length=MOST_NAME)]
+    """Its key."""
+    f: FileName
+    """Its file in the spool."""
+
+
+class ArtifactRecord(Settings):
+    """A file for the run's artifacts."""
+
+    t: Int64
+    p: Annotated[str, Field(max_length=500), AfterValidator(_relative)]
+    """Its path in the run."""
+    f: FileName
+    """Its file in the spool."""
+
+
+T = TypeVar("T")
+Record = PointRecord | ImageRecord | ArtifactRecord
+_ANY: TypeAdapter[Record] = TypeAdapter(Record)
+_POINT = TypeAdapter(PointRecord)
+
+
+def parse_record(line: bytes) -> Record:
+    """A line of a spool. Raises ValueError in one line for anything else."""
+    return _parsed(_ANY, line)
+
+
+def parse_point(line: bytes) -> PointRecord:
+    """A line that holds numbers, no file. Raises ValueError in one line for anything else."""
+    return _parsed(_POINT, line)
+
+
+def _parsed(adapter: TypeAdapter[T], line: bytes) -> T:
+    if len(line) > MOST_LINE_BYTES:
+        raise ValueError(f"{len(line)} bytes are more than a record has")
+    try:
+        return adapter.validate_json(line)
+    except ValidationError as error:
+        raise ValueError(first_fault(error)) from None

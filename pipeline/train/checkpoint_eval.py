@@ -1,0 +1,72 @@
+"""eval/loss: how good the averaged weights are, by a measure that falls with training and with nothing else.
+
+The training loss of a window is noisy, for it is of other samples, timesteps and noise each time. This one always takes
+the same: the samples at the first positions of the global order, timesteps spread evenly over the schedule, noise by
+name. It is of samples that are trained on too, so it ranks the checkpoints of one training and says nothing of
+overfitting (docs/quality.md has measures that do).
+"""
+
+import math
+from contextlib import closing
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config.data import DataConfig
+from pipeline.data.index import Index
+from pipeline.data.reading.samples import SampleSource
+from pipeline.diffusion import from_uint8, training_loss
+from pipeline.diffusion.noise import Stream, normal
+from pipeline.store import retry_during_outage
+from pipeline.train.loop import Trainer
+from pipeline.train.state import TrainState
+
+LARGEST_BATCH = 64
+
+
+class FixedEvaluation:
+    """Made and used by rank 0 alone, without collective calls, so the number of workers does not change the value."""
+
+    def __init__(self, trainer: Trainer, data: DataConfig, index: Index) -> None:
+        self._trainer, self._data, self._index = trainer, data, index
+        self._samples: tuple[Tensor, Tensor | None] | None = None
+
+    def loss(self, state: TrainState) -> float | None:
+        """Mean loss of the first average's weights; None when the settings ask for no samples."""
+        config = self._trainer.config
+        count = config.checkpoint.eval_samples
+        if count == 0:
+            return None
+        images, labels = self._read(count)
+        net, device = state.averaged(), self._trainer.device
+        size = min(LARGEST_BATCH, config.workers.micro_batch or LARGEST_BATCH)
+        total = 0.0
+        for positions in torch.arange(count).split(size):
+            x0 = from_uint8(images[positions].to(device)).contiguous(memory_format=torch.channels_last)
+            # the middles of `count` equal parts of the schedule, each sample its own
+            t = ((2 * positions + 1) * self._trainer.schedule.T // (2 * count)).to(device)
+            noise = normal(config.seed, Stream.EVALUATE_NOISE, positions.to(device), tuple(x0.shape[1:]))
+            known = None if labels is None else labels[positions].to(device)
+            with (
+                torch.no_grad(),
+                torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"),
+            ):
+                terms = training_loss(self._trainer.schedule, config.objective, net, x0, t, noise, known)
+            total += float(terms.per_sample.double().sum())
+        return total / count if math.isfinite(total) else math.nan
+
+    def _read(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """The samples, read once: images uint8 (count, C, H, W), labels int64 (count,) if the network has classes."""
+        if self._samples is None:
+            with closing(SampleSource(self._reading(), self._index, self._trainer.config.seed)) as source:
+                found = retry_during_outage(lambda: source.get(np.arange(count, dtype=np.int64)))
+            told = self._trainer.config.net.num_classes is not None
+            self._samples = found.images, found.labels if told else None
+        return self._samples
+
+    def _reading(self) -> DataConfig:
+        """One sample after the other, where shards allow it: to fetch whole ones for so few would take long."""
+        if any(shard.compressed for shard in self._index.shards):
+            return self._data.model_copy(update={"num_workers": 0})
+        return self._data.model_copy(update={"num_workers": 0, "cache_dir": None, "memory_bytes": 0})

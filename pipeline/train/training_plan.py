@@ -1,0 +1,93 @@
+"""Everything that can be wrong with a training is found here, before any work starts."""
+
+from dataclasses import dataclass
+
+from pipeline.config.bounds import checked_name
+from pipeline.config.diffusion import check_together
+from pipeline.config.training import TrainConfig
+from pipeline.data.index import Index, load_index
+from pipeline.errors import UserError
+from pipeline.store import Store, open_store
+from pipeline.train.checkpoint import finished_steps
+from pipeline.train.finetune import InitialWeights, find_initial
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A training that can begin, or go on."""
+
+    config: TrainConfig
+    index: Index
+    identity: str
+    store: Store
+    """Of the run's checkpoints."""
+    finished_steps: int
+    """Steps of its newest checkpoint; 0 for a new training."""
+    initial: InitialWeights | None = None
+    """The model it begins with, in fine-tuning."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether no step is left."""
+        return self.finished_steps >= self.config.steps
+
+
+def plan_training(config: TrainConfig) -> TrainPlan:
+    """Check settings against data and store. Raises UserError for the first thing a user must put right."""
+    check_together(config.schedule, config.objective, config.grid.sampler, config.net)
+    index = load_index(config.data.uri)
+    _check_images(config, index)
+    _check_classes(config, index)
+    initial = find_initial(config)
+    identity = config.digest(index.digest, initial.sha256 if initial is not None else None)
+    store = open_store(f"{config.runs.rstrip('/')}/{config.name}-{identity}")
+    store.require_container()
+    steps = finished_steps(store)
+    newest = steps[-1] if steps else 0
+    if newest > config.steps:
+        raise UserError(
+            f"train.steps: {config.steps}, but {store.uri} is already at step {newest}; "
+            "ask for at least as many, or give another seed for a new training"
+        )
+    return TrainPlan(config, index, identity, store, newest, initial)
+
+
+def _check_images(config: TrainConfig, index: Index) -> None:
+    image = index.image
+    if image is None:
+        raise UserError(f"{config.data.uri}: its images differ in size; pack them with image_size=…")
+    if image.height != image.width:
+        raise UserError(
+            f"{config.data.uri}: its images are {image.width}x{image.height}; pack them with image_size=…"
+        )
+    size = config.data.crop or image.height
+    if config.net.image_size != size:
+        source = "train.data.crop" if config.data.crop else config.data.uri
+        raise UserError(
+            f"train.net.image_size: {config.net.image_size}, but {source} gives {size}; set it to {size}"
+        )
+    channels = image.channels
+    if config.net.in_channels != channels:
+        raise UserError(
+            f"train.net.in_channels: {config.net.in_channels}, but {config.data.uri} has {channels}; "
+            f"set in_channels and out_channels to {channels}"
+        )
+    expected = channels * (2 if config.objective.variance == "learned" else 1)
+    if config.net.out_channels != expected:
+        raise UserError(
+            f"train.net.out_channels: {config.net.out_channels}, but objective.variance "
+            f"{config.objective.variance} needs {expected}; set it to {expected}"
+        )
+
+
+def _check_classes(config: TrainConfig, index: Index) -> None:
+    for name in index.class_names or ():
+        try:
+            checked_name(name)  # else the card of the trained model could not hold it
+        except ValueError as error:
+            raise UserError(f"{config.data.uri}: class name {name[:40]!a} {error} and pack again") from None
+    wanted, there = config.net.num_classes, index.num_classes
+    if wanted is not None and there is None:
+        raise UserError(f"train.net.num_classes: {wanted}, but {config.data.uri} has no labels; leave it out")
+    if wanted is not None and there is not None and wanted < there:
+        raise UserError(f"train.net.num_classes: {wanted}, but {config.data.uri} has {there} classes")
