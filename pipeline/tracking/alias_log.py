@@ -151,8 +151,8 @@ class LoggedAlias:
     def move(self, before: int | None, after: int, kind: Literal["first", "promotion", "rollback"]) -> Move:
         """Move the alias from version `before`, which it must still mean, to `after`; returns the move.
 
-        Where another job has just made this very move, that one is returned. MoveConflictError, with nothing moved, when
-        another decision came first. JobError when the alias, after it was set, does not stay where the log says.
+        Where another job has just made this very move, that one is returned. MoveConflictError, with nothing moved,
+        when another decision came first. JobError when the alias, after it was set, does not stay where the log says.
         """
         seen = self.follow()
         asked = (before, after, kind)

@@ -91,7 +91,7 @@ def test_a_challenger_that_was_compared_with_a_champion_of_before_is_not_promote
 def test_one_promotion_by_two_jobs_is_one_move_and_both_say_promoted(models: Models) -> None:
     promoted(models, 3, 2)
     promoted(models, 3, 2)  # it began beside the first and took longer
-    assert [(move.before, move.after) for move in moves.LoggedAlias("digits").look().moves.values()] == [
+    assert [(move.before, move.after) for move in alias_log.LoggedAlias("digits").read().moves.values()] == [
         (2, 3)
     ]
     assert models.version_tags[3]["ddpm.gate"] == "promoted"
