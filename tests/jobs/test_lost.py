@@ -12,7 +12,7 @@ import pytest
 from infra.local import LocalStack, environment
 from infra.local.processes import kill
 from infra.local.state import read_state
-from jobs.lost import SAYING
+from jobs.cluster_watch import SAYING
 from tests.driving import ROOT, ended_after
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
