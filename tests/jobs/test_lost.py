@@ -11,7 +11,7 @@ import pytest
 
 from infra.local import LocalStack, environment
 from infra.local.processes import kill
-from infra.local.state import read_state
+from infra.local.stack_state import read_state
 from jobs.cluster_watch import SAYING
 from tests.driving import ROOT, ended_after
 
@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 
 DRIVER = """
 import sys, time
-from jobs.cluster import ray_cluster
-from jobs.shell import guarded
+from jobs.ray_session import ray_cluster
+from jobs.runner import handle_errors
 
 def work():
     with ray_cluster():
@@ -28,7 +28,7 @@ def work():
         time.sleep(300)
     return 0
 
-sys.exit(guarded(work))
+sys.exit(handle_errors(work))
 """
 
 
