@@ -75,4 +75,6 @@ class JobServer(JobSubmissionClient):
 
 def reason(error: Exception) -> str:
     """What an error says, on one short line without secrets."""
+    if isinstance(error, requests.ConnectionError):
+        return "no connection"  # what requests says of it names its own classes
     return redact(" ".join(str(error).split()))[:MOST_CHARACTERS] or type(error).__name__

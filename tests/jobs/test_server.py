@@ -132,7 +132,10 @@ def test_a_server_that_is_gone_is_told_in_one_line(
     server.server_close()
     code, said = ended(lambda: ASKED[command](client), capsys)
     assert code == FAILED
-    assert "once the cluster is up, give the same command again" in said.splitlines()[-1]
+    assert said.splitlines()[-1] == (
+        f"failed: {client.get_address()}: the job server fails (no connection); once the cluster is up, give the same "
+        "command again"
+    )
     assert len(said.splitlines()) <= 2
 
 
