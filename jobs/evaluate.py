@@ -12,7 +12,6 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
-from jobs.progress_bar import Progress
 from jobs.runner import DONE, JobArguments, handle_errors, parse_words, run_job, settings_of
 from pipeline.config.evaluation import EvaluateConfig, LikelihoodConfig
 from pipeline.config.generation import GenerateConfig, SpecSettings
@@ -43,6 +42,7 @@ from pipeline.generate.model_source import ResolvedModel, find_model
 from pipeline.generate.plan import classes_of, shards
 from pipeline.generate.spec import Spec, make_spec
 from pipeline.nets.model_files import build_model
+from pipeline.progress import Progress
 from pipeline.store import ObjectMissing, open_store
 from pipeline.telemetry.terminal import echo, echo_json
 

@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-from jobs.progress_bar import Progress
 from jobs.runner import DONE, JobArguments, handle_errors, parse_words, run_job
 from pipeline.config.evaluation import FeaturesConfig, PromoteConfig
 from pipeline.data.index import load_index
+from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo
 from pipeline.tracking import trust, trusted
 

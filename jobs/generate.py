@@ -13,11 +13,11 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jobs.progress_bar import Progress
 from jobs.ray_session import ray_cluster
 from jobs.runner import DONE, FAILED, STOPPED, handle_errors, parse_words, run_job
 from jobs.signals import on_stop_signal
 from pipeline.config.generation import GenerateConfig
+from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo
 
 if TYPE_CHECKING:

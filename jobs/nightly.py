@@ -19,7 +19,6 @@ from pathlib import Path
 
 from jobs.evaluate import evaluate, kept_evaluation
 from jobs.generate import generate
-from jobs.progress_bar import Progress
 from jobs.retention import retain
 from jobs.runner import DONE, FAILED, STOPPED, JobArguments, handle_errors, run_job
 from pipeline.config.generation import GenerateConfig
@@ -54,6 +53,7 @@ from pipeline.nightly.history import (
 from pipeline.nightly.history_page import render
 from pipeline.nightly.webhook import send
 from pipeline.private_files import open_private, state_folder
+from pipeline.progress import Progress
 from pipeline.store import ObjectMissing, Store, open_store
 from pipeline.telemetry.redaction import redact
 from pipeline.telemetry.terminal import echo

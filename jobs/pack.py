@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from jobs.progress_bar import Progress
 from jobs.ray_map import ray_map_for
 from jobs.runner import DONE, INTERRUPTED, JobArguments, handle_errors, parse_words, run_job
 from pipeline.config.data import PackConfig
@@ -14,6 +13,7 @@ from pipeline.data.packing.open_source import require_source
 from pipeline.data.packing.pack_dataset import PackReport, held_out_uri, local_parallel_map, pack
 from pipeline.data.packing.pack_state import look_at_place
 from pipeline.parallel import ParallelMap
+from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo, echo_json
 
 ENOUGH_PICTURES = 5_000

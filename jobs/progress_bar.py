@@ -7,12 +7,12 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from pipeline.progress import Progress
 from pipeline.telemetry.logs import as_json
 from pipeline.telemetry.terminal import echo, one_line
 
@@ -21,12 +21,6 @@ MODE_VARIABLE = "DDPM_PROGRESS"
 MARK = "::progress "
 LINE_EVERY_SECONDS = 5.0
 JSON_EVERY_SECONDS = 0.5
-
-
-class Progress(Protocol):
-    """Reports that `done` of `total` units are finished; `note` is a short free text (loss, shard, …)."""
-
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
 class Rate:

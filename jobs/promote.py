@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 
 from jobs.evaluate import measure_model
-from jobs.progress_bar import Progress
 from jobs.runner import DONE, FAILED, JobArguments, handle_errors, parse_words, run_job, use_running_stack
 from pipeline.config.evaluation import GateConfig, PromoteConfig
 from pipeline.config.generation import SpecSettings
@@ -24,6 +23,7 @@ from pipeline.features.feature_set import FeatureSet
 from pipeline.features.networks import open_network
 from pipeline.features.reference_set import data_root, load_reference
 from pipeline.features.trust import require_trusted_network, require_trusted_reference
+from pipeline.progress import Progress, no_progress
 from pipeline.telemetry.terminal import echo, echo_json
 from pipeline.tracking import (
     LoggedAlias,
@@ -85,7 +85,7 @@ def after_training(gate: GateConfig, challenger: ModelVersion) -> str:
     if champion is not None and champion.version == challenger.version:
         return f"gate     {challenger.reference} is the champion already"
     try:
-        decision = decide(gate, challenger, champion, lambda done, total, note="": None)
+        decision = decide(gate, challenger, champion, no_progress)
         keep(decision, challenger, champion, "champion")
     except (UserError, JobError) as error:
         return f"gate     not run: {error}; then: ddpm promote"

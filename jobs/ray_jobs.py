@@ -13,11 +13,12 @@ from typing import Any
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from infra.local import check_ray
-from jobs.progress_bar import MARK, Progress, clock, progress_of
+from jobs.progress_bar import MARK, clock, progress_of
 from jobs.ray_dashboard import ADDRESS_VARIABLE, dashboard_address, settle_address
 from jobs.runner import DONE, FAILED
 from jobs.server import UNREACHABLE, JobServer, reason
 from pipeline.errors import Outage, UserError
+from pipeline.progress import Progress
 from pipeline.telemetry.redaction import redact
 from pipeline.telemetry.terminal import echo, echo_json
 

@@ -13,11 +13,12 @@ import yaml
 from infra.local import export_environment
 from infra.local.stack_state import read_state
 from jobs.config_sections import SECTIONS
-from jobs.progress_bar import Progress, progress_of
+from jobs.progress_bar import progress_of
 from pipeline.config.base import Settings
 from pipeline.config.load import load_settings
 from pipeline.disk_errors import disk_error
 from pipeline.errors import DiskFull, OneLineError, Outage, UserError
+from pipeline.progress import Progress
 from pipeline.telemetry.logs import as_json, set_up_logging
 from pipeline.telemetry.terminal import echo, echo_json
 from pipeline.tracking import TrackingError

@@ -1,9 +1,9 @@
 """A few images for a look, in this process, without a cluster."""
 
-from jobs.progress_bar import Progress
 from jobs.runner import DONE
 from pipeline.config.generation import SampleConfig
 from pipeline.generate.preview import draw
+from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import yaml
 
 from jobs.dry_run import estimate
-from jobs.progress_bar import Progress
 from jobs.ray_session import SUBMITTED, ray_cluster, require_resources
 from jobs.runner import DONE, STOPPED, JobArguments, handle_errors, parse_words, run_job
 from jobs.signals import on_stop_signal
 from pipeline.config.training import TrainConfig, WorkerConfig
 from pipeline.errors import JobError
 from pipeline.nets import UNet, parameter_count
+from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo
 from pipeline.tracking import (
     LoggedAlias,

@@ -13,7 +13,6 @@ from functools import partial
 import yaml
 
 from jobs.evaluate import measure_model
-from jobs.progress_bar import Progress
 from jobs.runner import DONE, JobArguments, handle_errors, parse_words, run_job
 from pipeline.config.base import Settings
 from pipeline.config.diffusion import SamplerConfig, check_together
@@ -25,6 +24,7 @@ from pipeline.evaluate.metrics import Metric, compute_metrics
 from pipeline.features.feature_set import FeatureSet
 from pipeline.features.reference_set import load_reference
 from pipeline.generate.model_source import ResolvedModel, find_model
+from pipeline.progress import Progress
 from pipeline.store import open_store
 from pipeline.telemetry.terminal import echo
 

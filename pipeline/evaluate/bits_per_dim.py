@@ -1,7 +1,6 @@
 """Bits per dimension on held-out images."""
 
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.metrics import Metric
 from pipeline.nets import UNet
 from pipeline.nets.model_files import ModelCard
+from pipeline.progress import Progress, no_progress
 
 
 def held_out_bits(
@@ -23,7 +23,7 @@ def held_out_bits(
     index: Index,
     config: LikelihoodConfig,
     seed: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Metric:
     """Mean bound over the first images of a data set. UserError for the training data, and for another image shape."""
     if index.digest == card.data.digest:

@@ -1,7 +1,6 @@
 """The small classifier behind `ddpm features train`: a feature network for domains Inception never saw."""
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +9,10 @@ from torch import Tensor, nn
 from pipeline.config.evaluation import FeaturesConfig
 from pipeline.diffusion.image_scaling import from_uint8
 from pipeline.diffusion.noise import Stream, permutation, randint
+from pipeline.progress import Progress
 
 _SMALLEST_EDGE = 4
 _GROUPS = 8
-OnStep = Callable[[int, int], None]
 
 
 class Classifier(nn.Module):
@@ -58,7 +57,7 @@ def split_rows(num_samples: int, held_out: float, seed: int) -> tuple[Tensor, Te
 
 
 def train_classifier(
-    config: FeaturesConfig, images: Tensor, labels: Tensor, num_classes: int, on_step: OnStep
+    config: FeaturesConfig, images: Tensor, labels: Tensor, num_classes: int, progress: Progress
 ) -> Classifier:
     """Train on images uint8 (N, C, H, W), labels int64 (N,), all of them. A function of its arguments."""
     with torch.random.fork_rng(devices=[]):
@@ -82,7 +81,7 @@ def train_classifier(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            on_step(step + 1, config.steps)
+            progress(step + 1, config.steps)
     return net.eval().requires_grad_(False)
 
 

@@ -16,10 +16,10 @@ from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import DamageError
 from pipeline.features.feature_set import FeatureSet, Picture, extract_features, join
 from pipeline.features.networks import FeatureNetwork, features_folder, open_network
+from pipeline.progress import Progress, no_progress
 from pipeline.store import ObjectMissing, Store, open_store
 
 _log = logging.getLogger(__name__)
-OnShard = Callable[[int, int], None]
 ShardWork = Callable[[int], bytes]
 """Number of a shard to its measured images, as `FeatureSet.to_bytes`."""
 
@@ -50,7 +50,7 @@ def load_reference(
     config: FeatureNetworkConfig,
     batch_size: int,
     pool: Pool = in_process,
-    on_shard: OnShard = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> FeatureSet:
     """The measured data set: read if it was measured before, else measured now and kept.
 
@@ -67,7 +67,7 @@ def load_reference(
     parts: list[FeatureSet] = []
     for number, data in enumerate(pool(work, range(total))):
         parts.append(FeatureSet.from_bytes(data, index.shards[number].name))
-        on_shard(number + 1, total)
+        progress(number + 1, total)
     whole = replace(join(parts), data=index.digest)
     store.write(key, whole.to_bytes())
     return whole
@@ -94,14 +94,14 @@ class DatasetShard:
             yield sample.pixels, sample.label if sample.label >= 0 else None
 
 
-def load_images(index: Index, on_image: OnShard = lambda done, total: None) -> tuple[Tensor, Tensor]:
+def load_images(index: Index, progress: Progress = no_progress) -> tuple[Tensor, Tensor]:
     """A whole, small data set: images uint8 (N, C, H, W) and labels int64 (N,), in stored order."""
     pixels: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = []
     labels: list[int] = []
     for sample in read_sequential(index):
         pixels.append(sample.pixels.transpose(2, 0, 1))
         labels.append(sample.label)
-        on_image(len(pixels), index.num_samples)
+        progress(len(pixels), index.num_samples)
     return torch.from_numpy(np.ascontiguousarray(np.stack(pixels))), torch.tensor(labels)
 
 

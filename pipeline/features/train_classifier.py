@@ -1,7 +1,6 @@
 """`ddpm features train`: from a labelled data set to a classifier beside its index."""
 
 import logging
-from collections.abc import Callable
 
 from pipeline.config.evaluation import FeaturesConfig
 from pipeline.data.index import load_index
@@ -9,15 +8,14 @@ from pipeline.errors import DamageError, UserError
 from pipeline.features.classifier import accuracy, split_rows, train_classifier
 from pipeline.features.networks import ClassifierCard, features_folder, load_classifier, save_classifier
 from pipeline.features.reference_set import data_root, load_images
+from pipeline.progress import Progress
 from pipeline.store import open_store
 
 _log = logging.getLogger(__name__)
 _MOST_BYTES = 2_000_000_000
 
 
-def train_features(
-    config: FeaturesConfig, progress: Callable[[int, int, str], None]
-) -> tuple[str, ClassifierCard, bool]:
+def train_features(config: FeaturesConfig, progress: Progress) -> tuple[str, ClassifierCard, bool]:
     """Train, test on what was held out, save. Returns the folder's URI, the card, and whether it was new.
 
     A classifier of the same data and seed that is there already is kept. UserError for data without labels or of
@@ -44,9 +42,7 @@ def train_features(
     images, labels = load_images(index)
     train, held = split_rows(len(images), config.held_out, config.seed)
     classes = index.num_classes
-    net = train_classifier(
-        config, images[train], labels[train], classes, lambda done, total: progress(done, total, "")
-    )
+    net = train_classifier(config, images[train], labels[train], classes, progress)
     found = accuracy(net, images[held], labels[held])
     if found < config.min_accuracy:
         raise UserError(
