@@ -148,15 +148,25 @@ class LoggedAlias:
             before = seen
         raise JobError(f"{self}: others keep moving it; look at the registry, then run this again")
 
-    def move(self, before: int | None, after: int, kind: Literal["first", "promotion", "rollback"]) -> Move:
+    def move(
+        self,
+        before: int | None,
+        after: int,
+        kind: Literal["first", "promotion", "rollback"],
+        *,
+        seen_number: int | None = None,
+    ) -> Move:
         """Move the alias from version `before`, which it must still mean, to `after`; returns the move.
+
+        `seen_number`: number of the newest move when the caller looked at what it decides on. With it, an alias that
+        was moved away and back in between (2 promoted, rolled back to 1) counts as moved.
 
         Where another job has just made this very move, that one is returned. MoveConflictError, with nothing moved,
         when another decision came first. JobError when the alias, after it was set, does not stay where the log says.
         """
         seen = self.follow()
         asked = (before, after, kind)
-        if seen.version != before:
+        if seen.version != before or seen_number not in (None, seen.number()):
             if seen.last is not None and (seen.last.before, seen.last.after, seen.last.kind) == asked:
                 return seen.last
             raise self._overtaken(before, seen.version)
@@ -214,10 +224,11 @@ class LoggedAlias:
         return Move(number=number, before=before, after=after, kind=kind, job=self.job, at=time.time())
 
     def _overtaken(self, before: int | None, now: int | None) -> MoveConflictError:
-        return MoveConflictError(
-            f"{self}: means {_version(now)} by now, and this decision was made against {_version(before)}; "
-            "nothing was moved, run it again"
-        )
+        if now == before:
+            found = f"was moved away from {_version(before)} and back since this decision was begun"
+        else:
+            found = f"means {_version(now)} by now, and this decision was made against {_version(before)}"
+        return MoveConflictError(f"{self}: {found}; nothing was moved, run it again")
 
     def _sweep(self, seen: AliasHistory) -> None:
         """Remove what dead jobs left, and the oldest moves. Only words on numbers that stand."""

@@ -197,6 +197,17 @@ def test_a_tag_that_is_no_move_is_named(text: str) -> None:
         alias(registry).follow()
 
 
+def test_a_decision_made_before_a_rollback_does_not_undo_it() -> None:
+    registry = Registry()
+    seen_number = alias(registry).follow().number()
+    alias(registry).move(1, 2, "promotion", seen_number=seen_number)
+    alias(registry).move(2, 1, "rollback")
+    with pytest.raises(MoveConflictError, match="was moved away from version 1 and back"):
+        alias(registry).move(1, 2, "promotion", seen_number=seen_number)
+    assert registry.aliases == {"champion": 1}
+    assert log(registry) == [(1, 2), (2, 1)]
+
+
 def test_a_move_of_another_number_than_its_tag_says_is_refused() -> None:
     registry = Registry()
     alias(registry).move(1, 2, "promotion")
