@@ -1,18 +1,16 @@
-"""Evaluation of a finished generation: `python -m jobs.evaluate digits --prefix s3://bucket/samples/digits`.
+"""Evaluation of a finished generation: `ddpm evaluate digits --prefix s3://bucket/samples/digits`.
 
 The figures are printed and kept beside the prefix, as `<prefix>.evaluation.json`, never inside it: a generation
 holds nothing but itself.
 """
 
-import argparse
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
-from jobs.runner import DONE, JobArguments, handle_errors, parse_words, run_job, settings_of
+from jobs.runner import DONE, JobArguments, run_job, settings_of
 from pipeline.config.evaluation import EvaluateConfig, LikelihoodConfig
 from pipeline.config.generation import GenerateConfig, SpecSettings
 from pipeline.data.formats.pixels import decode
@@ -48,15 +46,6 @@ from pipeline.telemetry.terminal import echo, echo_json
 
 OPERATION = {"reference", "network", "batch_size", "num_workers", "records_only", "track"}
 """Settings that change no figure, or stand in the terms by themselves."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Settings in, exit code out."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--prefix", help="output prefix of a generation; without it, the preset's")
-    parser.add_argument("--against", help="another, evaluated before, to show beside it")
-    told, rest = parser.parse_known_args(argv)
-    return handle_errors(lambda: run_call(parse_words("evaluate", rest), told.prefix, told.against))
 
 
 def run_call(call: JobArguments, prefix: str | None = None, against: str | None = None) -> int:
@@ -321,7 +310,3 @@ def output_of(call: JobArguments) -> str:
     if call.preset is None:
         raise UserError("prefix: name the output prefix of a generation, or a preset that generates one")
     return settings_of(GenerateConfig, "generate", JobArguments(preset=call.preset, files=call.files)).output
-
-
-if __name__ == "__main__":
-    sys.exit(main())

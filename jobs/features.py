@@ -1,19 +1,11 @@
-"""The feature network of a data set: `python -m jobs.features digits`."""
+"""The feature network of a data set: `ddpm features train digits`."""
 
-import sys
-from collections.abc import Sequence
-
-from jobs.runner import DONE, JobArguments, handle_errors, parse_words, run_job
+from jobs.runner import DONE, JobArguments, run_job
 from pipeline.config.evaluation import FeaturesConfig, PromoteConfig
 from pipeline.data.index import load_index
 from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo
 from pipeline.tracking import trust, trusted
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Settings in, exit code out."""
-    return handle_errors(lambda: run_call(parse_words("features", argv)))
 
 
 def run_call(call: JobArguments) -> int:
@@ -63,7 +55,3 @@ def trust_found(config: PromoteConfig) -> int:
         change = f"{digest} as before" if was == digest else f"{digest}, before {was}"
         echo(f"trusted  the {what} of {config.model}: {place}: {change}")
     return DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

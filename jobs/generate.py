@@ -1,20 +1,19 @@
 """The generation job: fill an output prefix with samples of a registered model, exactly once.
 
-    python -m jobs.generate digits count=10000
+    ddpm generate digits count=10000
 
 Started again with the same settings it makes only what is missing, and does nothing once all is done.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from jobs.ray_session import ray_cluster
-from jobs.runner import DONE, FAILED, STOPPED, handle_errors, parse_words, run_job
+from jobs.runner import DONE, FAILED, STOPPED
 from jobs.signals import on_stop_signal
 from pipeline.config.generation import GenerateConfig
 from pipeline.progress import Progress
@@ -29,13 +28,6 @@ _EXIT_CODES: dict[str, int] = {
     "superseded": DONE,
     "drained": STOPPED,
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Settings in, exit code out: 0 complete, 1 failed, 2 refused; STOPPED when drained by SIGTERM or Ctrl-C."""
-    return handle_errors(
-        lambda: run_job("generate", GenerateConfig, run, parse_words("generate", argv), unit="images")
-    )
 
 
 def run(config: GenerateConfig, progress: Progress) -> int:
@@ -83,7 +75,3 @@ def summary(result: GenerationResult) -> list[str]:
     if result.status in ("complete", "already complete"):
         lines.append(f"next     ddpm verify {result.output} --regenerate 16")
     return lines
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,26 +1,23 @@
 """The nightly job: the champion fills the night's prefix; the night is measured, compared, filed and pointed at.
 
-    python -m jobs.nightly digits
-    python -m jobs.nightly digits --from 2026-03-01 --to 2026-03-03
+    ddpm nightly digits
+    ddpm nightly digits --from 2026-03-01 --to 2026-03-03
 
 A night is named by its date. Started again, after a crash or for no reason, it looks at what is there, and completes
 what is missing or does nothing. The model of a night is chosen once: a night that began with one champion ends with it.
 """
 
-import argparse
 import datetime as dt
 import fcntl
 import hashlib
 import os
-import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 
 from jobs.evaluate import evaluate, kept_evaluation
 from jobs.generate import generate
 from jobs.retention import retain
-from jobs.runner import DONE, FAILED, STOPPED, JobArguments, handle_errors, run_job
+from jobs.runner import DONE, FAILED, STOPPED, JobArguments, run_job
 from pipeline.config.generation import GenerateConfig
 from pipeline.config.nights import NightlyConfig
 from pipeline.errors import DamageError, UserError
@@ -60,19 +57,6 @@ from pipeline.telemetry.terminal import echo
 
 DRIFTED = 3
 """Exit code of a night that is complete and unlike the nights before."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Settings in, exit code out: 0 done, 1 failed, 2 refused, 3 done and drifted, 143 drained."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.nightly")
-    parser.add_argument("words", nargs="*", metavar="[PRESET] key=value …")
-    parser.add_argument("--config", action="append", type=Path, default=[], help="YAML file; may be repeated")
-    parser.add_argument("--from", dest="first", help="first night, YYYY-MM-DD")
-    parser.add_argument("--to", dest="last", help="last night, YYYY-MM-DD")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
-    told = parser.parse_intermixed_args(argv)
-    call = JobArguments.of(told.words, told.config, told.dry_run)
-    return handle_errors(lambda: run_call(call, told.first, told.last))
 
 
 def run_call(call: JobArguments, first: str | None = None, last: str | None = None) -> int:
@@ -344,7 +328,3 @@ def _date(text: str | None, flag: str) -> dt.date | None:
         return dt.date.fromisoformat(text)
     except ValueError:
         raise UserError(f"{flag}: {text!r} is no date; write YYYY-MM-DD") from None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,13 +1,12 @@
 """The packing job: pictures in, shards and their index out."""
 
-import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 
 from jobs.ray_map import ray_map_for
-from jobs.runner import DONE, INTERRUPTED, JobArguments, handle_errors, parse_words, run_job
+from jobs.runner import DONE, INTERRUPTED, JobArguments, run_job
 from pipeline.config.data import PackConfig
 from pipeline.data.packing.open_source import require_source
 from pipeline.data.packing.pack_dataset import PackReport, held_out_uri, local_parallel_map, pack
@@ -18,11 +17,6 @@ from pipeline.telemetry.terminal import echo, echo_json
 
 ENOUGH_PICTURES = 5_000
 """From here on it is worth the seconds that joining a cluster takes."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Settings in, exit code out."""
-    return handle_errors(lambda: run_call(parse_words("pack", argv)))
 
 
 def run_call(call: JobArguments) -> int:
@@ -93,7 +87,3 @@ def _say(report: PackReport, dest: str) -> None:
     ):
         if names:
             echo(f"{len(names)} {kind}: see {dest}/pack-report.json")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The registry's gate: `python -m jobs.promote digits`, and `python -m jobs.promote --rollback digits`.
+"""The registry's gate: `ddpm promote digits`, and `ddpm rollback digits`.
 
 A challenger becomes champion only when it passes. Every decision, with all its numbers, is kept on the challenger's
 model version as tags. The champion's alias moves by a log (`pipeline.tracking.alias_log`), so that of two decisions
@@ -6,14 +6,12 @@ made at once against one champion only one moves it; the log also tells whom a p
 makes going back one command.
 """
 
-import argparse
 import json
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from jobs.evaluate import measure_model
-from jobs.runner import DONE, FAILED, JobArguments, handle_errors, parse_words, run_job, use_running_stack
+from jobs.runner import DONE, FAILED, JobArguments, run_job, use_running_stack
 from pipeline.config.evaluation import GateConfig, PromoteConfig
 from pipeline.config.generation import SpecSettings
 from pipeline.data.index import load_index
@@ -39,18 +37,6 @@ VERDICT_TAG = "ddpm.gate"
 DECISION_TAG = "ddpm.gate.decision"
 BEFORE_TAG = "ddpm.gate.before"
 _TAG_LIMIT = 7500  # MLflow cuts tags at 8000 characters
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Settings in, exit code out: 0 promoted or nothing to do, 1 refused by the gate or overtaken, 2 a mistake."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["--rollback"]:
-        parser = argparse.ArgumentParser(prog="python -m jobs.promote --rollback")
-        parser.add_argument("name")
-        parser.add_argument("--to", type=int)
-        told = parser.parse_args(words[1:] or [""])
-        return handle_errors(lambda: rollback(told.name, to=told.to))
-    return handle_errors(lambda: run_call(parse_words("promote", words)))
 
 
 def run_call(call: JobArguments) -> int:
@@ -242,7 +228,3 @@ def _sampled(version: ModelVersion, gate: GateConfig) -> FeatureSet:
         batch_size=min(gate.batch_size, gate.count),
     )
     return measure_model(find_model(version.reference), asked, gate.evaluate)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

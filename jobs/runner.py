@@ -1,6 +1,5 @@
 """What every job has in common: its words on the command line, its dry run, its exit code."""
 
-import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +30,10 @@ INTERRUPTED = 130
 """As the shell reports a process that ended on SIGINT."""
 STOPPED = 143  # as the shell reports a process that ended on SIGTERM
 LOCAL = Path(".local")
+PROGRAM = ("-m", "jobs.cli")
+"""What Python is given to run the command line where `ddpm` may not be on PATH."""
+_COMMANDS = {"features": ("features", "train"), "tune": ("tune-sampler",)}
+"""The jobs whose command is not called like their section of the settings."""
 
 
 class JobEstimate(Protocol):
@@ -65,7 +68,7 @@ class JobArguments:
         return cls(presets[0] if presets else None, tuple(config), overrides, dry_run, as_json)
 
     def words(self) -> list[str]:
-        """The call as words again, as `python -m jobs.<job>` takes them."""
+        """The call as words again, as `ddpm JOB` takes them."""
         flags = (
             [f"--config={file}" for file in self.files]
             + ["--dry-run"] * self.dry_run
@@ -94,15 +97,9 @@ def settings_of(model: type[S], section: str, call: JobArguments) -> S:
     return load_settings(model, section, layers, call.overrides, sections=tuple(SECTIONS), presets=presets())
 
 
-def parse_words(job: str, argv: Sequence[str] | None) -> JobArguments:
-    """The words of `python -m jobs.<job>`."""
-    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job}")
-    parser.add_argument("words", nargs="*", metavar="[PRESET] key=value …")
-    parser.add_argument("--config", action="append", type=Path, default=[], help="YAML file; may be repeated")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    told = parser.parse_intermixed_args(argv)
-    return JobArguments.of(told.words, told.config, told.dry_run, told.json)
+def command_of(section: str) -> tuple[str, ...]:
+    """The words after `ddpm`, or after `python -m jobs.cli`, that run the job of a settings section."""
+    return _COMMANDS.get(section, (section,))
 
 
 def use_running_stack() -> None:

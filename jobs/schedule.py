@@ -18,7 +18,7 @@ from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.blocking import BlockingScheduler
 from apscheduler.triggers.cron import CronTrigger
 
-from jobs.runner import DONE, JobArguments, settings_of, use_running_stack
+from jobs.runner import DONE, PROGRAM, JobArguments, settings_of, use_running_stack
 from pipeline.config.nights import NightlyConfig
 from pipeline.errors import UserError
 from pipeline.nightly.history import read_latest
@@ -39,7 +39,7 @@ def schedule(call: JobArguments, at: str, now: bool = False, catch_up: bool = Fa
     config = settings_of(NightlyConfig, "nightly", call)
     trigger = daily(at)
     now = now or (catch_up and missed(open_store(config.generate.output), trigger, dt.datetime.now(dt.UTC)))
-    runner = Runner([sys.executable, "-m", "jobs.nightly", *call.words()])
+    runner = Runner([sys.executable, *PROGRAM, "nightly", *call.words()])
     # One thread and one instance: a night that takes longer than a day delays the next instead of meeting it.
     scheduler = BlockingScheduler(timezone=dt.UTC, executors={"default": ThreadPoolExecutor(1)})
     first: dict[str, Any] = {"next_run_time": dt.datetime.now(dt.UTC)} if now else {}
@@ -47,7 +47,7 @@ def schedule(call: JobArguments, at: str, now: bool = False, catch_up: bool = Fa
         runner, trigger, id="nightly", max_instances=1, coalesce=True, misfire_grace_time=None, **first
     )
     _on_signals(lambda: threading.Thread(target=_end, args=(scheduler, runner)).start())
-    echo(f"schedule: every night at {at} UTC: jobs.nightly {' '.join(call.words())}")
+    echo(f"schedule: every night at {at} UTC: ddpm nightly {' '.join(call.words())}")
     scheduler.start()
     return DONE
 

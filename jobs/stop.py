@@ -25,6 +25,7 @@ name, asked = json.loads(sys.argv[1]), 0
 for process in psutil.process_iter():
     try:
         words = process.cmdline()
+        # jobs.cli, or the job's own module where an earlier version submitted it
         driver = "-m" in words and words[words.index("-m") + 1].startswith("jobs.")
         if driver and process.environ().get("{SUBMITTED}") == name:
             process.send_signal(signal.SIGTERM)

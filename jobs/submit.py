@@ -19,7 +19,7 @@ from jobs.cluster_compatibility import require_compatible_cluster
 from jobs.progress_bar import MODE_VARIABLE
 from jobs.ray_jobs import follow, job_client
 from jobs.ray_session import SUBMITTED, shared_variables
-from jobs.runner import DONE
+from jobs.runner import DONE, PROGRAM, command_of
 from jobs.scripts import names_of, next_name
 from jobs.staging import entrypoint, stage_launcher, stage_program
 from pipeline.config.base import Settings
@@ -47,7 +47,7 @@ PLACE_DIGITS = 6
 
 
 def submit(job: str, settings: Settings, detach: bool = False, flags: Sequence[str] = ()) -> int:
-    """Submit `python -m jobs.<job>` with these settings and flags, and follow it. Returns the job's exit code.
+    """Submit `ddpm JOB` with these settings and flags, and follow it. Returns the job's exit code.
 
     Raises UserError when no cluster answers, or refuses our token.
     """
@@ -76,7 +76,9 @@ def _start(
     with tempfile.TemporaryDirectory(prefix="ddpm-submit-") as folder:
         _stage(Path(folder), content)
         client.submit_job(
-            entrypoint=entrypoint("-m", f"jobs.{job}", "--config", SETTINGS_FILE, *map(shlex.quote, flags)),
+            entrypoint=entrypoint(
+                *PROGRAM, *command_of(job), "--config", SETTINGS_FILE, *map(shlex.quote, flags)
+            ),
             submission_id=name,
             metadata={"job": job, SETTINGS_DIGEST: digest},
             entrypoint_num_cpus=0,

@@ -1,16 +1,15 @@
 """The training job: check, train on the cluster, register the model, leave a run page.
 
-    python -m jobs.train digits steps=3000
+    ddpm train digits steps=3000
 
 Started again with the same settings it goes on from the last checkpoint, and does nothing once it is done.
 """
 
 import logging
 import os
-import sys
 import tempfile
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import yaml
 
 from jobs.dry_run import estimate
 from jobs.ray_session import SUBMITTED, ray_cluster, require_resources
-from jobs.runner import DONE, STOPPED, JobArguments, handle_errors, parse_words, run_job
+from jobs.runner import DONE, STOPPED, JobArguments, run_job
 from jobs.signals import on_stop_signal
 from pipeline.config.training import TrainConfig, WorkerConfig
 from pipeline.errors import JobError
@@ -61,11 +60,6 @@ MOST_STARTS = 10
 MOST_UNREACHABLE = 3
 """How often they may fail to join each other: that a worker dies just then is rare, a wrong network stays wrong."""
 log = logging.getLogger(__name__)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Settings in, exit code out."""
-    return handle_errors(lambda: run_call(parse_words("train", argv)))
 
 
 def run_call(call: JobArguments, alone: bool = False) -> int:
@@ -284,7 +278,3 @@ def _say_where(run: Run, version: ModelVersion | None) -> None:
         names = ", ".join(f"{version.name}@{alias}" for alias in version.aliases)
         echo(f"model    {version.reference}" + (f"  ({names})" if names else ""))
         echo(f"next     ddpm generate model={version.reference} output=… count=…")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

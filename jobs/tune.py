@@ -1,11 +1,10 @@
-"""Search for a model's sampler: `python -m jobs.tune digits model=digits@champion`.
+"""Search for a model's sampler: `ddpm tune-sampler digits model=digits@champion`.
 
 Quality against cost for every candidate, as a table (JSON, and printed), a plot, and a recommended preset.
 """
 
 import io
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,7 +12,7 @@ from functools import partial
 import yaml
 
 from jobs.evaluate import measure_model
-from jobs.runner import DONE, JobArguments, handle_errors, parse_words, run_job
+from jobs.runner import DONE, JobArguments, run_job
 from pipeline.config.base import Settings
 from pipeline.config.diffusion import SamplerConfig, check_together
 from pipeline.config.evaluation import TuneConfig
@@ -40,11 +39,6 @@ class Candidate(Settings):
     """Time of all images on one core, measuring included."""
     metrics: dict[str, Metric]
     """Figures by name."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Settings in, exit code out."""
-    return handle_errors(lambda: run_call(parse_words("tune", argv)))
 
 
 def run_call(call: JobArguments) -> int:
@@ -206,7 +200,3 @@ def _try_all(
 def _name(sampler: SamplerConfig) -> str:
     guidance = f" w={sampler.guidance_scale:g}" if sampler.guidance_scale != 1.0 else ""
     return f"{sampler.kind} {sampler.num_steps}{guidance}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

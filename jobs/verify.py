@@ -1,33 +1,14 @@
-"""Verification of an output prefix: `python -m jobs.verify s3://bucket/prefix --regenerate 16`."""
+"""Verification of an output prefix: `ddpm verify s3://bucket/prefix --regenerate 16`."""
 
-import argparse
 import dataclasses
-import sys
-from collections.abc import Sequence
 
 from jobs.progress_bar import progress_of
-from jobs.runner import DONE, FAILED, handle_errors, use_running_stack
+from jobs.runner import DONE, FAILED, use_running_stack
 from pipeline.generate.regenerate import regenerate
 from pipeline.generate.verification import VerifyReport, discard_damaged, verify
 from pipeline.telemetry.terminal import echo, echo_json
 
 _SHOWN = 50
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prefix in, exit code out: 0 sound and complete, 1 not, 2 refused."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.verify")
-    parser.add_argument("prefix", help="output prefix of a generation, s3://… or file:///…")
-    parser.add_argument(
-        "--regenerate", type=int, default=0, metavar="K", help="make K samples again and compare"
-    )
-    parser.add_argument("--model", help="the network, for --regenerate of one that came from a folder")
-    parser.add_argument("--discard-damaged", action="store_true", help="delete the records of damaged shards")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    told = parser.parse_args(argv)
-    return handle_errors(
-        lambda: run(told.prefix, told.regenerate, told.model, told.json, told.discard_damaged)
-    )
 
 
 def run(
@@ -85,7 +66,3 @@ def next_steps(report: VerifyReport, discarded: bool = False) -> list[str]:
             f"next     the same `ddpm generate` command (count={report.spec.count}) makes what is missing"
         )
     return steps
-
-
-if __name__ == "__main__":
-    sys.exit(main())

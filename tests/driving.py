@@ -13,13 +13,14 @@ import psutil
 from infra.local import LocalStack
 from infra.local.ray import remove_temp_dir
 from infra.local.stack_state import read_state
+from jobs.runner import PROGRAM
 from pipeline.config.base import Settings
 
 ROOT = Path(__file__).parents[1]
 
 
 class Driver:
-    """`python -m jobs.MODULE WORDS --config FILE` with fixed settings; `again` is the same command once more."""
+    """`ddpm COMMAND --config FILE` with fixed settings; `again` is the same command once more."""
 
     def __init__(
         self,
@@ -28,14 +29,13 @@ class Driver:
         folder: Path,
         variables: Mapping[str, str] | None = None,
         *,
-        module: str | None = None,
-        words: Sequence[str] = (),
+        command: Sequence[str] | None = None,
     ) -> None:
-        """`name`: the section that `config` stands under, and the module unless that is named too. `variables` are
+        """`name`: the section that `config` stands under, and the command unless that is given too. `variables` are
         set over the environment of this process.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._command = [sys.executable, "-m", f"jobs.{module or name}", *words]
+        self._command = [sys.executable, *PROGRAM, *(command or (name,))]
         if config is not None:
             settings = folder / f"{name}.json"
             settings.write_text(json.dumps({name: config.model_dump(mode="json")}))

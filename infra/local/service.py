@@ -115,7 +115,7 @@ def without_proxy(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _paths(environ: Mapping[str, str]) -> dict[str, str]:
-    # Jobs are started as `python -m jobs.train`: the same Python and the same code as this one.
+    # Jobs are started as `python -m jobs.cli train`: the same Python and the same code as this one.
     programs = [str(Path(sys.executable).parent), environ.get("PATH", os.defpath)]
     modules = [str(REPOSITORY), *filter(None, [environ.get("PYTHONPATH")])]
     return {

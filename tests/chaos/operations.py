@@ -92,12 +92,11 @@ class _Operation:
         section: str,
         config: Settings | None,
         variables: Mapping[str, str],
-        module: str | None = None,
-        words: tuple[str, ...] = (),
+        command: tuple[str, ...] | None = None,
     ) -> None:
         """Start the command."""
         self._began = time.monotonic()
-        self.driver = Driver(section, config, self.folder, variables, module=module, words=words)
+        self.driver = Driver(section, config, self.folder, variables, command=command)
 
     def done(self) -> float:
         """Share of the work, by the clock."""
@@ -159,7 +158,7 @@ class Rollback(_Operation):
             assert promote(shared.gate(name, version), lambda *_: None) == 0
 
     def start(self, variables: Mapping[str, str]) -> None:
-        self.run("rollback", None, variables, "promote", ("--rollback", self.name))
+        self.run("rollback", None, variables, ("rollback", self.name))
 
     def fingerprint(self) -> Fingerprint:
         return registry(self.name)
@@ -189,7 +188,7 @@ class Night(_Operation):
         self._store = open_store(self.config.generate.output)
 
     def start(self, variables: Mapping[str, str]) -> None:
-        self.run("nightly", self.config, variables, words=("--from", NIGHT, "--to", NIGHT))
+        self.run("nightly", self.config, variables, ("nightly", "--from", NIGHT, "--to", NIGHT))
 
     def done(self) -> float:
         return sum(1 for _ in self._store.list(f"date={NIGHT}/done/")) / NIGHT_SHARDS
@@ -219,7 +218,7 @@ class Cleanup(_Operation):
                 set_tags(run.run_id, {HEARTBEAT_TAG: str(time.time() + AHEAD_SECONDS)})
 
     def start(self, variables: Mapping[str, str]) -> None:
-        self.run("cleanup", None, variables, "cli", ("janitor", "--idle-minutes", "0"))
+        self.run("cleanup", None, variables, ("janitor", "--idle-minutes", "0"))
 
     def fingerprint(self) -> Fingerprint:
         return {key: run.status for key in ("dead", "alive") if (run := find_run(self.experiment, key))}
@@ -231,9 +230,7 @@ class Submission(Generation):
     kind = "submission"
 
     def start(self, variables: Mapping[str, str]) -> None:
-        self.driver = Driver(
-            "generate", self.config, self._folder, variables, module="cli", words=("submit", "generate")
-        )
+        self.driver = Driver("generate", self.config, self._folder, variables, command=("submit", "generate"))
 
 
 def registry(name: str) -> dict[str, object]:

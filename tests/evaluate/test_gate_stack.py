@@ -15,6 +15,7 @@ from pipeline.config.data import PackConfig
 from pipeline.data.packing.pack_dataset import pack
 from pipeline.errors import UserError
 from pipeline.tracking import resolve, set_alias, versions
+from tests.commands import ddpm
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
@@ -85,13 +86,13 @@ def test_half_the_training_is_refused_and_twice_is_promoted_and_can_be_taken_bac
     assert "promoted: gated/3" in capsys.readouterr().out
     assert jobs.promote.rollback("gated") == 0
     assert champion() == 1
-    assert jobs.promote.main(["--rollback", "gated"]) == 0
+    assert ddpm("rollback", "gated") == 0
     assert "nothing to do: gated@champion is gated/1, rolled back from gated/3" in capsys.readouterr().out
     assert champion() == 1
     set_alias("gated", "champion", 2)
     with pytest.raises(UserError, match="replaced no one"):
         jobs.promote.rollback("gated")
-    assert jobs.promote.main(["--rollback", "gated", "--to", "3"]) == 0
+    assert ddpm("rollback", "gated", "--to", "3") == 0
     assert champion() == 3
 
 

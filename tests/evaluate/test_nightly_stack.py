@@ -14,7 +14,7 @@ import yaml
 import jobs.evaluate
 import jobs.nightly
 from infra.local import LocalStack
-from jobs.runner import JobArguments
+from jobs.runner import PROGRAM, JobArguments
 from pipeline.config.data import PackConfig
 from pipeline.config.evaluation import FeaturesConfig
 from pipeline.data.packing.pack_dataset import pack
@@ -55,7 +55,7 @@ def test_a_killed_night_is_completed_by_the_next_start(preset: Path, prefix: str
     nights = f"{prefix}/nights"
     date = dt.datetime.now(dt.UTC).date()
     place = open_store(f"{nights}/date={date}")
-    command = [sys.executable, "-m", "jobs.nightly", f"--config={preset}"]
+    command = [sys.executable, *PROGRAM, "nightly", f"--config={preset}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     night = subprocess.Popen(command, env=environment, start_new_session=True)
     deadline = time.monotonic() + 150

@@ -13,7 +13,7 @@ from PIL import Image
 
 import pipeline.generate.driver
 from infra.local import LocalStack
-from jobs.generate import main, summary
+from jobs.generate import summary
 from jobs.ray_session import ray_cluster
 from pipeline.config.generation import GenerateConfig, GuardConfig
 from pipeline.errors import UserError
@@ -28,6 +28,7 @@ from pipeline.nets.model_files import TrainingData
 from pipeline.store import open_store
 from pipeline.tracking import find_run, register, set_alias, tracking_client
 from pipeline.tracking.run import open_run
+from tests.commands import ddpm
 from tests.generate.tiny import contents, fill, plan_of, settings, tiny_card, tiny_model
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(180)]
@@ -59,15 +60,15 @@ def test_the_command_fills_a_prefix_and_then_has_nothing_to_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = settings(model, prefix, count=47)
-    assert main(words(config, tmp_path)) == 0
+    assert ddpm("generate", *words(config, tmp_path)) == 0
     assert "complete: 47 images in 5 shards" in capsys.readouterr().out
     assert verify(prefix).ok
     before = contents(open_store(prefix))
-    assert main(words(config, tmp_path)) == 0
+    assert ddpm("generate", *words(config, tmp_path)) == 0
     assert "already complete" in capsys.readouterr().out
     assert contents(open_store(prefix)) == before
     # Another request at the same prefix is refused before anything is written.
-    assert main([*words(config, tmp_path), "seed=5"]) == 2
+    assert ddpm("generate", *words(config, tmp_path), "seed=5") == 2
     assert "seed: 0 there, 5 asked for" in capsys.readouterr().err
     assert contents(open_store(prefix)) == before
 
@@ -225,7 +226,7 @@ def test_a_worker_that_fits_no_node_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(words(settings(model, prefix, cpus_per_worker=64), tmp_path)) == 2
+    assert ddpm("generate", *words(settings(model, prefix, cpus_per_worker=64), tmp_path)) == 2
     assert "cpus_per_worker: a worker asks for 64" in capsys.readouterr().err
     assert list(open_store(prefix).list()) == []
 

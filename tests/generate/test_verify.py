@@ -8,13 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.verify import main
 from pipeline.data.formats.shards import read_shard, write_shard
 from pipeline.errors import UserError
 from pipeline.generate.regenerate import regenerate
 from pipeline.generate.spec import pretty, read_spec
 from pipeline.generate.verification import VerifyReport, verify
 from pipeline.store import Store, open_store
+from tests.commands import ddpm
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model
 
 SHARD = "shards/000001.tar"
@@ -195,7 +195,7 @@ def test_making_samples_again_goes_on_past_damage(kind: str, uri: str, model: Pa
     regenerate(report, 23, str(model))
     assert report.regenerated == 23
     assert not report.ok
-    assert main([uri, "--regenerate", "23", "--model", str(model)]) == 1
+    assert ddpm("verify", uri, "--regenerate", "23", "--model", str(model)) == 1
 
 
 def test_samples_are_not_made_again_with_another_network(uri: str, tmp_path: Path) -> None:
@@ -236,16 +236,16 @@ def test_the_command_answers_with_its_exit_code(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = [uri, "--regenerate", "4", "--model", str(model)]
-    assert main(words) == 0
+    assert ddpm("verify", *words) == 0
     assert "sound and complete" in capsys.readouterr().out
     answer = CliRunner().invoke(app, ["verify", *words])
     assert (answer.exit_code, "remade   4 samples" in answer.output) == (0, True)
     drop_a_sample(open_store(uri))
-    assert main([uri, "--json"]) == 1
+    assert ddpm("verify", uri, "--json") == 1
     document = json.loads(capsys.readouterr().out)
     assert document["ok"] is False
     assert any(problem["object"] == SHARD for problem in document["problems"])
-    assert main([f"file://{tmp_path}/none"]) == 2
+    assert ddpm("verify", f"file://{tmp_path}/none") == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -256,11 +256,11 @@ def test_it_says_what_to_do_and_damage_can_be_given_up_to_be_made_again(
     store = open_store(uri)
     flip_a_byte(store)
     store.write("notes.txt", b"x")
-    assert main([uri]) == 1
+    assert ddpm("verify", uri) == 1
     said = capsys.readouterr().out
     assert "next     move away what is not the generation's, such as notes.txt" in said
     assert f"next     ddpm verify {uri} --discard-damaged" in said
-    assert main([uri, "--discard-damaged"]) == 1
+    assert ddpm("verify", uri, "--discard-damaged") == 1
     said = capsys.readouterr().out
     assert "note     the records of 1 damaged shards are deleted" in said
     assert "next     the same `ddpm generate` command (count=23) makes what is missing" in said

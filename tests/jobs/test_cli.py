@@ -1,16 +1,20 @@
 """Every command says what it does, shows lines to copy, and completes what is typed."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import typer.main
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from jobs.config_sections import SECTIONS
+from jobs.runner import command_of, preset_file
 
 
 def commands(group: object = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
@@ -67,3 +71,18 @@ def test_the_shell_completes_commands_presets_and_settings(typed: str, offered: 
         [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=False
     )
     assert offered in result.stdout.split(), result.stderr
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_job_prints_the_settings_of_a_file_as_json(
+    section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DDPM_ROOT", f"file://{tmp_path}/root")
+    words = command_of(section)
+    assert words in ALL
+    file = tmp_path / "settings.yaml"
+    file.write_text(preset_file("digits").read_text())
+    result = CliRunner().invoke(app, [*words, f"--config={file}", "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    settings = json.loads(result.stdout)[section]
+    assert SECTIONS[section].model_validate(settings).model_dump(mode="json") == settings

@@ -14,7 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from jobs.runner import JobArguments, settings_of
+from jobs.runner import PROGRAM, JobArguments, settings_of
 from pipeline.config.generation import GenerateConfig
 from pipeline.config.nights import NightlyConfig
 from pipeline.config.training import TrainConfig
@@ -200,11 +200,9 @@ def test_the_settings_are_such_as_the_jobs_accept_and_their_workers_fit_their_po
     for name, model in models.items():
         job = named(variant, "RayJob", f"ddpm-{name}")["spec"]
         words = job["entrypoint"].split()
-        module, section = words[2], words[2].removeprefix("jobs.")
-        assert words[:2] == ["python", "-m"]
-        assert importlib.util.find_spec(module)
+        assert words[:4] == ["python", *PROGRAM, name]
         file = tmp_path / Path(words[words.index("--config") + 1]).name
-        config = settings_of(model, section, JobArguments(files=(file,)))
+        config = settings_of(model, name, JobArguments(files=(file,)))
         group = job["rayClusterSpec"]["workerGroupSpecs"][0]
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         wanted = {"train": "workers", "nightly": "generate"}.get(name)

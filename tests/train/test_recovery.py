@@ -109,7 +109,7 @@ def calm(data: str, stack: LocalStack, tmp_path_factory: pytest.TempPathFactory)
 
 
 class Job(Driver):
-    """`python -m jobs.train` on the cluster of this module, through relays where they are given."""
+    """`ddpm train` on the cluster of this module, through relays where they are given."""
 
     def __init__(
         self, config: TrainConfig, folder: Path, cluster: LocalStack, relays: Relays | None = None

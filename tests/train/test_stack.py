@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from infra.local import LocalStack
+from jobs.runner import PROGRAM
 from pipeline.config.data import PackConfig
 from pipeline.data.packing.pack_dataset import pack
 from pipeline.store import open_store
@@ -35,7 +36,7 @@ def test_a_lost_cluster_or_store_is_refused_in_one_line(data: str, prefix: str, 
         settings = tmp_path / "settings.yaml"
         settings.write_text(yaml.safe_dump({"train": config.model_dump(mode="json")}))
         done = subprocess.run(
-            [sys.executable, "-m", "jobs.train", "--config", str(settings)],
+            [sys.executable, *PROGRAM, "train", "--config", str(settings)],
             env=os.environ | variables,
             capture_output=True,
             text=True,
