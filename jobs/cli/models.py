@@ -30,7 +30,7 @@ def train(
     """Train a model on the Ray cluster and register it. Goes on where it was interrupted."""
     from jobs.train import run_call
 
-    end_job(lambda call: run_call(call, alone=local), words, config, dry_run, json)
+    end_job(lambda call: run_call(call, local=local), words, config, dry_run, json)
 
 
 @app.command(

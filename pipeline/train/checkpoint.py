@@ -165,15 +165,17 @@ def best_steps(store: Store, count: int) -> list[int]:
     return [-step for _, step in sorted(ranked)[:count]]
 
 
-def prune_checkpoints(store: Store, keep_last: int, spared: Collection[str] = (), keep_best: int = 0) -> None:
+def prune_checkpoints(
+    store: Store, keep_last: int, protected: Collection[str] = (), keep_best: int = 0
+) -> None:
     """Delete all but the newest `keep_last` and the best `keep_best` finished checkpoints, record first, so none is
     ever half there.
 
-    `spared`: URIs of checkpoints that registered models were cut from; they stay.
+    `protected`: URIs of checkpoints that registered models were cut from; they stay.
     """
     best = best_steps(store, keep_best)
     for step in finished_steps(store)[:-keep_last]:
-        if step in best or checkpoint_uri(store, step) in spared:
+        if step in best or checkpoint_uri(store, step) in protected:
             continue
         store.delete(_key(step, RECORD))
         store.delete(_key(step, STATE))
@@ -203,12 +205,12 @@ class CheckpointWriter:
         store: Store,
         identity: str,
         keep_last: int,
-        spared: Collection[str] = (),
+        protected: Collection[str] = (),
         keep_best: int = 0,
     ) -> None:
-        """`spared`: URIs of checkpoints that are kept however old they are."""
+        """`protected`: URIs of checkpoints that are kept however old they are."""
         self._store = store
-        self._spared = spared
+        self._protected = protected
         self._identity = identity
         self._keep_last, self._keep_best = max(keep_last, FEWEST_KEPT), keep_best
         self._thread: threading.Thread | None = None
@@ -242,7 +244,7 @@ class CheckpointWriter:
                 lambda: save_checkpoint(self._store, step, tensors, self._identity, eval_loss)
             )
             retry_during_outage(
-                lambda: prune_checkpoints(self._store, self._keep_last, self._spared, self._keep_best)
+                lambda: prune_checkpoints(self._store, self._keep_last, self._protected, self._keep_best)
             )
         except Exception as error:  # noqa: BLE001  (handed to the training thread, which raises it)
             self._error = error

@@ -1,9 +1,14 @@
-"""From the last checkpoint to a model that others can use."""
+"""From a checkpoint to a model that others can use: its files, and the models that the run page lists."""
 
+import logging
+import tempfile
+import threading
 from pathlib import Path
+from types import TracebackType
 
 import torch
 
+from pipeline.errors import DamageError
 from pipeline.nets.model_files import (
     ImageShape,
     ModelCard,
@@ -12,9 +17,14 @@ from pipeline.nets.model_files import (
     WeightsInfo,
     save_model,
 )
-from pipeline.train.checkpoint import Checkpoint
+from pipeline.store import ObjectMissing
+from pipeline.tracking import log_model
+from pipeline.train.checkpoint import Checkpoint, finished_steps, load_checkpoint
 from pipeline.train.state import initial_state
 from pipeline.train.training_plan import TrainPlan
+
+log = logging.getLogger(__name__)
+LOOK_SECONDS = 5.0
 
 
 def export_model(plan: TrainPlan, checkpoint: Checkpoint, run_id: str | None, folder: Path) -> ModelCard:
@@ -47,3 +57,72 @@ def _card(plan: TrainPlan, kind: str, step: int, run_id: str | None) -> ModelCar
             init_sha256=None if plan.initial is None else plan.initial.sha256,
         ),
     )
+
+
+def logged_name(name: str, step: int) -> str:
+    """What the run page calls the averaged weights after `step` steps: MLflow wants names that differ."""
+    return f"{name}-ema-{step:07d}"
+
+
+class ModelLog:
+    """Logs every `checkpoint.log_model_every`-th checkpoint as a model while inside, from the driver, in a thread.
+
+    The training neither waits for it nor fails with it: a model that cannot be logged is a warning. One that was
+    logged before is not logged again.
+    """
+
+    def __init__(self, plan: TrainPlan, run_id: str) -> None:
+        self._plan, self._run_id = plan, run_id
+        self._over = threading.Event()
+        self._done: set[int] = set()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        if self._plan.config.checkpoint.log_model_every is not None:
+            self._thread = threading.Thread(target=self._watch, name="model-log", daemon=True)
+            self._thread.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        over = False
+        while not over:
+            over = self._over.wait(
+                LOOK_SECONDS
+            )  # asked before the last look, which then sees every checkpoint
+            try:
+                self._look()
+            except Exception:
+                log.exception("checkpoints are not logged as models for now")
+
+    def _look(self) -> None:
+        config = self._plan.config
+        every = config.checkpoint.every_steps * (config.checkpoint.log_model_every or 1)
+        for step in finished_steps(self._plan.store):
+            # the last one is logged when it is registered
+            if step % every == 0 and step < config.steps and step not in self._done:
+                self._log(step)
+                self._done.add(step)
+
+    def _log(self, step: int) -> None:
+        plan = self._plan
+        try:
+            checkpoint = load_checkpoint(plan.store, step)
+        except (DamageError, ObjectMissing) as error:
+            log.warning("step %d is not logged as a model: %s", step, error)
+            return
+        with tempfile.TemporaryDirectory(prefix="ddpm-model-") as folder:
+            export_model(plan, checkpoint, self._run_id, Path(folder))
+            tags = {"step": str(step), "data": plan.index.digest, "identity": plan.identity}
+            log_model(
+                Path(folder),
+                self._run_id,
+                tags,
+                logged_name=logged_name(plan.config.name, step),
+                step=step,
+            )

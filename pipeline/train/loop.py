@@ -22,9 +22,8 @@ from pipeline.diffusion import LossTerms, NoiseSchedule, from_uint8, training_lo
 from pipeline.diffusion.noise import Stream, normal, randint, uniform
 from pipeline.errors import JobError
 from pipeline.nets import DropoutKeys
-from pipeline.train.learning_rate import learning_rate
 from pipeline.train.memory import out_of_memory
-from pipeline.train.state import TrainState
+from pipeline.train.state import TrainState, learning_rate
 from pipeline.train.step_metrics import StepMetrics
 
 log = logging.getLogger(__name__)

@@ -29,14 +29,19 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import DamageError, JobError, UserError
+from pipeline.progress import Progress
 from pipeline.store import StoreUnreachable
 from pipeline.telemetry.logs import set_up_logging
 from pipeline.telemetry.stall import StallDetector
 from pipeline.train.loop import NonFiniteError
 from pipeline.train.rendezvous import Rendezvous
-from pipeline.train.restart import UnreachableError, WorkerGroupStartError
-from pipeline.train.session import OnProgress
-from pipeline.train.worker import TrainTask, WorkerContext, train_worker
+from pipeline.train.worker import (
+    TrainTask,
+    UnreachableError,
+    WorkerContext,
+    WorkerGroupStartError,
+    train_worker,
+)
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +99,7 @@ class TrainCoordinator:
         self._stop = True
 
 
-def train_on_cluster(task: TrainTask, on_progress: OnProgress, stop: threading.Event) -> None:
+def train_on_cluster(task: TrainTask, progress: Progress, stop: threading.Event) -> None:
     """Run the training to its end, or to a checkpoint once `stop` is set. Needs a connected `ray`.
 
     Raises what a worker met and would meet again (UserError, DamageError, NonFiniteError), and JobError when the
@@ -108,7 +113,7 @@ def train_on_cluster(task: TrainTask, on_progress: OnProgress, stop: threading.E
     os.environ.setdefault(ROOM_VARIABLE, ROOM_SECONDS)
     with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as scratch:
         try:
-            with _watching(board, task.config.steps, on_progress, stop):
+            with _watching(board, task.config.steps, progress, stop):
                 _fit(task, board, scratch, stop)
         except TrainingFailedError as error:
             _raise_failure(board)
@@ -290,8 +295,8 @@ class _Remote:
 class _watching:  # noqa: N801  (reads as a phrase after `with`)
     """Carries news from the board to the caller, and the caller's wish to stop to the board, in a thread."""
 
-    def __init__(self, board: Any, total: int, on_progress: OnProgress, stop: threading.Event) -> None:
-        self._board, self._total, self._tell, self._stop = board, total, on_progress, stop
+    def __init__(self, board: Any, total: int, progress: Progress, stop: threading.Event) -> None:
+        self._board, self._total, self._tell, self._stop = board, total, progress, stop
         self._over = threading.Event()
         self._step: int | None = None
         self._quiet = StallDetector()

@@ -23,7 +23,7 @@ from ray.train.torch.config import _TorchBackend  # pyright: ignore[reportPrivat
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from pipeline.errors import UserError
-from pipeline.train.restart import UnreachableError
+from pipeline.train.worker import UnreachableError
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 JOIN_SECONDS = 180

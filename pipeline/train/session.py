@@ -1,9 +1,11 @@
 """A training from one step to another: takes the steps, and at their marks logs, draws, saves and asks to go on."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.data.reading.loader import Loader
@@ -11,18 +13,12 @@ from pipeline.data.reading.outages import resilient_batches
 from pipeline.telemetry.logs import name_process
 from pipeline.telemetry.prometheus import JobMetrics
 from pipeline.train.checkpoint import CheckpointWriter
-from pipeline.train.checkpoint_eval import FixedEvaluation
-from pipeline.train.learning_rate import learning_rate
+from pipeline.train.checkpoint_eval import FixedEvaluation, draw_grid
 from pipeline.train.loop import Trainer
 from pipeline.train.memory import largest_micro_batch
 from pipeline.train.run_logger import RunLogger
-from pipeline.train.sample_grid import draw_grid
-from pipeline.train.state import TrainState
+from pipeline.train.state import TrainState, learning_rate
 from pipeline.train.step_metrics import StepMetrics
-from pipeline.train.stop_vote import StopVote
-
-OnProgress = Callable[[int, int, str], None]
-"""Hears (finished steps, all steps, a short text)."""
 
 log = logging.getLogger(__name__)
 
@@ -137,3 +133,28 @@ class Session:
             self._diary.metrics(self._state.step, {EVAL_LOSS: loss})
         tensors = self._state.tensors() | self._diary.tensors() | dict(window)
         self._writer.submit(self._state.step, tensors, loss)
+
+
+class StopVote:
+    """A one-number exchange a step, on its way while the next step computes, so that nobody waits for it.
+
+    All ranks construct it and call `decide` once a step. It has a group of its own, on gloo, because the device's
+    group would make every step wait for the device.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._ballot = torch.zeros(1)
+        self._sent: dist.Work | None = None
+
+    def decide(self, asked: bool) -> bool:
+        """Cast this rank's vote for the next step; returns whether any rank asked by the step before."""
+        if self._group is None:
+            return asked
+        agreed = False
+        if self._sent is not None:
+            self._sent.wait()
+            agreed = bool(self._ballot > 0)
+        self._ballot = torch.full((1,), float(asked))
+        self._sent = dist.all_reduce(self._ballot, group=self._group, async_op=True)
+        return agreed

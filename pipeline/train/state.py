@@ -5,6 +5,7 @@ future depends on.
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -98,6 +99,21 @@ def make_optimizer(net: nn.Module, config: OptimizerConfig) -> torch.optim.Optim
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Learning rate of the step that takes the count of finished steps from `step` to `step + 1`.
+
+    Linear warm-up (Ho et al. 2020, appendix B: 5,000 steps), then constant, or a half cosine or a line to 0 at
+    `num_steps`.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.decay == "none":
+        return config.lr
+    course = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    left = 0.5 * (1 + math.cos(math.pi * course)) if config.decay == "cosine" else 1 - course
+    return config.lr * left
 
 
 def _arranged_like(parameter: Tensor, value: Tensor) -> Tensor:

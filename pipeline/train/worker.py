@@ -1,5 +1,6 @@
 """What one worker does, from an empty process to the last checkpoint; the same under Ray or alone."""
 
+import threading
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -8,11 +9,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config.training import TrainConfig
+from pipeline.config.training import TrainConfig, WorkerConfig
 from pipeline.data.index import load_index
 from pipeline.data.reading.loader import Batch, Loader
 from pipeline.diffusion import NoiseSchedule
-from pipeline.errors import DamageError, JobError
+from pipeline.errors import DamageError, JobError, UserError
+from pipeline.progress import Progress
 from pipeline.store import ObjectMissing, Store, open_store, retry_during_outage
 from pipeline.telemetry.logs import name_process
 from pipeline.train.checkpoint import (
@@ -25,8 +27,7 @@ from pipeline.train.checkpoint import (
 from pipeline.train.finetune import staged_weights
 from pipeline.train.loop import Trainer, chunk_loss, micro_batches
 from pipeline.train.memory import with_micro_batch
-from pipeline.train.node_metrics import log_node_metrics
-from pipeline.train.run_logger import RunLogger
+from pipeline.train.run_logger import RunLogger, log_node_metrics
 from pipeline.train.session import Driver, Session
 from pipeline.train.state import TrainState, initial_state
 
@@ -45,7 +46,7 @@ class TrainTask:
     tracking_uri: str | None = None
     run_id: str | None = None
     """The MLflow run, which the driver owns; None = nothing is tracked."""
-    spared: frozenset[str] = frozenset()
+    protected: frozenset[str] = frozenset()
     """Places that registered models need: checkpoints there are never deleted."""
     initial_sha256: str | None = None
     """Of the weights staged beside the checkpoints, which fine-tuning begins with; None = drawn from the seed."""
@@ -64,6 +65,18 @@ class WorkerContext:
     device: torch.device
     node: str | None = None
     """Name of the node, on the one worker that reads its load; None on the others."""
+
+
+class WorkerGroupStartError(JobError):
+    """A group of workers was lost before it trained, as when one of them dies while they join each other.
+
+    Ray Train keeps what such a group had reserved, workers and placement group, for as long as its driver is
+    connected: no group after it would find room. So the job leaves the cluster and begins again.
+    """
+
+
+class UnreachableError(WorkerGroupStartError):
+    """The workers of a group lived and could not join: one of them died meanwhile, or their nodes' network is wrong."""
 
 
 def train_worker(task: TrainTask, place: WorkerContext, driver: Driver | None) -> None:
@@ -97,7 +110,7 @@ def train_worker(task: TrainTask, place: WorkerContext, driver: Driver | None) -
     ):
         _prime(trainer, state, place)
         kept = config.checkpoint
-        writer = CheckpointWriter(store, task.identity, kept.keep_last, task.spared, kept.keep_best)
+        writer = CheckpointWriter(store, task.identity, kept.keep_last, task.protected, kept.keep_best)
         tensors = checkpoint.tensors if checkpoint is not None else {}
         diary.take_over(tensors)
         Session(trainer, state, diary, writer, driver).run(loader, tensors)
@@ -200,3 +213,35 @@ def _prime(trainer: Trainer, state: TrainState, place: WorkerContext) -> None:
     terms, _ = chunk_loss(trainer, micro_batches(blank, config.workers.micro_batch)[-1])
     terms.per_sample.sum().backward()
     state.optimizer.zero_grad(set_to_none=True)
+
+
+def require_device(workers: WorkerConfig) -> None:
+    """UserError when the settings ask for a GPU that torch cannot use here."""
+    if workers.gpus_per_worker and not torch.cuda.is_available():
+        raise UserError(
+            f"train.workers.gpus_per_worker: {workers.gpus_per_worker:g} asked for, but torch {torch.__version__} can "
+            "use no GPU of this machine (see ddpm doctor); set it to 0 to train on the CPU"
+        )
+
+
+def train_local(task: TrainTask, progress: Progress, stop: threading.Event) -> None:
+    """Train here as the only worker, on a GPU if the settings ask for one; ends early once `stop` is set."""
+    workers = task.config.workers
+    device = torch.device("cuda" if workers.gpus_per_worker else "cpu")
+
+    torch.set_num_threads(workers.cpus_per_worker * workers.most)
+    place = WorkerContext(rank=0, world=1, device=device, node="node0")
+    train_worker(task, place, _LocalDriver(task.config.steps, progress, stop))
+
+
+class _LocalDriver:
+    """The driver of a training in this process."""
+
+    def __init__(self, total: int, progress: Progress, stop: threading.Event) -> None:
+        self._total, self._progress, self._stop = total, progress, stop
+
+    def tell(self, step: int, note: str) -> None:
+        self._progress(step, self._total, note)
+
+    def asks_to_stop(self) -> bool:
+        return self._stop.is_set()

@@ -17,9 +17,8 @@ from pipeline.data.index import load_index
 from pipeline.data.packing.inspect_dataset import inspect
 from pipeline.generate.verification import verify
 from pipeline.train.checkpoint import latest_checkpoint
-from pipeline.train.local import train_local
 from pipeline.train.training_plan import plan_training
-from pipeline.train.worker import TrainTask
+from pipeline.train.worker import TrainTask, train_local
 from tests.train.tiny import tiny
 
 STORED = Path(__file__).parent / "v0.1.0"

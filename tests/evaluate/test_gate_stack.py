@@ -54,7 +54,7 @@ def preset(stack: LocalStack, prefix: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def train(preset: Path, steps: int) -> None:
-    assert jobs.train.run_call(JobArguments(files=(preset,), overrides=(f"steps={steps}",)), alone=True) == 0
+    assert jobs.train.run_call(JobArguments(files=(preset,), overrides=(f"steps={steps}",)), local=True) == 0
 
 
 def champion() -> int:

@@ -99,7 +99,7 @@ def test_the_newest_are_kept(store: Store) -> None:
 def test_a_checkpoint_that_a_registered_model_was_cut_from_is_never_deleted(store: Store) -> None:
     for step in (10, 20, 30, 40):
         save_checkpoint(store, step, TENSORS, "id")
-    prune_checkpoints(store, keep_last=1, spared={checkpoint_uri(store, 20)})
+    prune_checkpoints(store, keep_last=1, protected={checkpoint_uri(store, 20)})
     assert finished_steps(store) == [20, 40]
 
 

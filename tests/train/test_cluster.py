@@ -9,7 +9,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from pipeline.train import ray_trainer
 from pipeline.train.ray_trainer import stall_reason
-from pipeline.train.restart import WorkerGroupStartError
+from pipeline.train.worker import WorkerGroupStartError
 from tests.train.tiny import tiny
 
 

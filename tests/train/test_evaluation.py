@@ -100,7 +100,7 @@ def store(runs: str) -> Store:
 def test_the_best_the_newest_and_the_registered_checkpoints_are_kept(store: Store) -> None:
     for step, loss in [(1, 0.5), (2, 0.1), (3, 0.4), (4, 0.3), (5, None), (6, 0.9)]:
         save_checkpoint(store, step, TENSORS, "id", loss)
-    prune_checkpoints(store, keep_last=1, spared={checkpoint_uri(store, 1)}, keep_best=2)
+    prune_checkpoints(store, keep_last=1, protected={checkpoint_uri(store, 1)}, keep_best=2)
     assert finished_steps(store) == [1, 2, 4, 6]
 
 

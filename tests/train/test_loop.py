@@ -16,13 +16,11 @@ from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import UserError
 from pipeline.train.checkpoint import latest_checkpoint
 from pipeline.train.finetune import stage_initial
-from pipeline.train.learning_rate import learning_rate
-from pipeline.train.local import train_local
 from pipeline.train.loop import NonFiniteError, Trainer, chunk_loss, micro_batches, train_step
-from pipeline.train.state import TrainState, initial_state
+from pipeline.train.state import TrainState, initial_state, learning_rate
 from pipeline.train.step_metrics import StepMetrics
 from pipeline.train.training_plan import plan_training
-from pipeline.train.worker import TrainTask
+from pipeline.train.worker import TrainTask, train_local
 from tests.train.tiny import tiny
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.tracking import TrackConfig
 from pipeline.tracking.spool import SPOOL_VARIABLE
-from pipeline.train.node_metrics import log_node_metrics
+from pipeline.train.run_logger import log_node_metrics
 
 NOWHERE = "http://127.0.0.1:9"
 READING = TrackConfig(system_metrics_seconds=1.0, close_timeout_seconds=0.0)

@@ -10,7 +10,7 @@ from jobs.runner import JobArguments, settings_of
 from pipeline.config.training import TrainConfig
 from pipeline.diffusion import NoiseSchedule
 from pipeline.nets import UNet, parameter_count
-from pipeline.train.learning_rate import learning_rate
+from pipeline.train.state import learning_rate
 
 DDPM_NET = {
     "base_channels": 128,

@@ -237,7 +237,7 @@ def test_killed_at_five_places_it_ends_in_the_same_weights_and_the_same_charts(
         asked = time.monotonic()
         assert job.end(signal.SIGTERM, 60) == 143, job.said[-5000:]
         assert time.monotonic() - asked < 30, "longer than a spot machine waits"
-        assert "saving, then ending" in job.said
+        assert "saving a checkpoint, then ending" in job.said
         job.again()
 
     strikes = [
@@ -255,7 +255,7 @@ def test_killed_at_five_places_it_ends_in_the_same_weights_and_the_same_charts(
             job.wait_for_step(int((number + chance.random()) * STEPS / 2 / len(strikes)))
             with chronicle.strike(strike.__name__):
                 strike()
-        assert "goes on from step" in job.ends()
+        assert "resuming at step" in job.ends()
     finally:
         record_property(PROPERTY, chronicle.end())
 

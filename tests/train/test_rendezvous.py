@@ -13,8 +13,8 @@ import torch.distributed as dist
 from pipeline.config.training import WorkerConfig
 from pipeline.errors import UserError
 from pipeline.train import rendezvous
-from pipeline.train.local import require_device
 from pipeline.train.rendezvous import interface_of, open_store_at, use_interface
+from pipeline.train.worker import require_device
 
 V4, V6, LINK = socket.AF_INET, socket.AF_INET6, getattr(socket, "AF_PACKET", -1)
 

@@ -12,9 +12,8 @@ from pipeline.data.reading.order import GlobalOrder
 from pipeline.data.reading.shard_access import FileAccess
 from pipeline.store import FileStore
 from pipeline.train.checkpoint import latest_checkpoint, save_checkpoint
-from pipeline.train.local import train_local
 from pipeline.train.training_plan import plan_training
-from pipeline.train.worker import TrainTask
+from pipeline.train.worker import TrainTask, train_local
 from tests.train.tiny import tiny
 
 STORE = ("read", "read_range", "open", "stat", "write", "upload", "download", "list", "delete")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from infra.local import LocalStack
-from jobs.train import train
+from jobs.train import run
 from pipeline.config.data import PackConfig
 from pipeline.config.training import TrainConfig
 from pipeline.data.packing.pack_dataset import pack
@@ -61,7 +61,7 @@ def config_of(data: str, prefix: str, **changes: object) -> TrainConfig:
 
 
 def trained(config: TrainConfig) -> "MlflowRun":
-    assert train(config, lambda done, total, note="": None, alone=True) == 0
+    assert run(config, lambda done, total, note="": None, local=True) == 0
     found = find_run("pages", f"train/{config.name}-{plan_training(config).identity}-{config.steps}")
     assert found is not None
     return tracking_client().get_run(found.run_id)

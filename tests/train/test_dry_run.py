@@ -9,12 +9,11 @@ import yaml
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.dry_run import estimate
 from jobs.runner import JobArguments, settings_of
 from pipeline.config.training import TrainConfig
-from pipeline.train import duration
-from pipeline.train.duration import measure_pace, probed_size
-from pipeline.train.requirements import sample_flops
+from pipeline.train import dry_run
+from pipeline.train.dry_run import estimate, measure_pace, probed_size
+from pipeline.train.memory import sample_flops
 
 CPU = torch.device("cpu")
 
@@ -24,7 +23,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A root of plain files, nothing in it; probes that do not wait for a quiet moment."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDPM_ROOT", f"file://{tmp_path}/root")
-    monkeypatch.setattr(duration, "BUDGET_SECONDS", 0.3)
+    monkeypatch.setattr(dry_run, "BUDGET_SECONDS", 0.3)
 
 
 def preset(name: str, *words: str) -> TrainConfig:
@@ -66,7 +65,7 @@ def test_a_measure_on_smaller_images_is_scaled_up_by_operations(monkeypatch: pyt
     config = preset("digits", "net.image_size=32", "net.attention_resolutions=[16]")
     flops = sample_flops(config.net)
     whole = measure_pace(config, CPU, flops)
-    monkeypatch.setattr(duration, "LARGEST_SAMPLE_FLOPS", flops / 3)
+    monkeypatch.setattr(dry_run, "LARGEST_SAMPLE_FLOPS", flops / 3)
     small = measure_pace(config, CPU, flops)
     assert whole is not None
     assert small is not None

@@ -9,8 +9,15 @@ from pipeline.config.training import TrainConfig, WorkerConfig
 from pipeline.errors import UserError
 from pipeline.nets import DropoutKeys, UNet, parameter_count
 from pipeline.train import loop, memory
-from pipeline.train.memory import fitting_samples, largest_micro_batch, with_micro_batch, worker_memory_bytes
-from pipeline.train.requirements import activation_bytes, sample_flops, state_memory
+from pipeline.train.memory import (
+    activation_bytes,
+    fitting_samples,
+    largest_micro_batch,
+    sample_flops,
+    state_memory,
+    with_micro_batch,
+    worker_memory_bytes,
+)
 from tests.train.test_loop import run_alone
 from tests.train.tiny import tiny
 

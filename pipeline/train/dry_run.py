@@ -1,0 +1,273 @@
+"""What `ddpm train … --dry-run` adds to the settings: parameters, operations, memory, steps, and an estimated duration.
+
+The duration comes from a few real steps on this machine, on made-up images. A network whose samples would take long is
+measured on smaller images and scaled by its operations, so that the estimate takes about twenty seconds at most.
+"""
+
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from pipeline.config.training import TrainConfig, WorkerConfig
+from pipeline.data.reading.loader import Batch
+from pipeline.diffusion import NoiseSchedule
+from pipeline.nets import UNet, parameter_count
+from pipeline.train.loop import Trainer, chunk_loss, train_step
+from pipeline.train.memory import (
+    activation_bytes,
+    fitting_samples,
+    largest_micro_batch,
+    sample_flops,
+    state_memory,
+    worker_memory_bytes,
+)
+from pipeline.train.state import TrainState, initial_state
+from pipeline.train.step_metrics import StepMetrics
+
+LARGEST_SAMPLE_FLOPS = 1e11
+"""Of the images that are measured: a second or two of one core, milliseconds of a GPU."""
+LARGEST_HALF_ON_CPU = 2e9
+"""The same for bfloat16 on a CPU, which may have to emulate it."""
+BUDGET_SECONDS = 6.0
+MOST_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class TrainingEstimate:
+    """A training in numbers, before it begins."""
+
+    parameters: int
+    flops_per_step: int
+    """Forward and backward pass of a global batch: convolutions and matrix products."""
+    memory_bytes: int
+    """Of one worker: weights, gradients, moments, averages, and the activations of a micro-batch."""
+    memory_parts: dict[str, int]
+    micro_batch: int
+    steps: int
+    """Of the whole training; what checkpoints already hold is not looked up."""
+    duration_seconds: float | None
+    """None where no step could be taken here."""
+    duration_note: str
+    """What the duration was measured on, and what it leaves out."""
+
+    def lines(self) -> list[str]:
+        """For people, aligned; as comments they leave the settings beside them readable as YAML."""
+        parts = ", ".join(f"{name} {_bytes(size)}" for name, size in self.memory_parts.items())
+        known = self.duration_seconds is not None
+        rows = {
+            "parameters": f"{self.parameters:,}",
+            "operations": f"{self.flops_per_step:.3g} a step, forward and backward",
+            "memory": f"{_bytes(self.memory_bytes)} a worker: {parts}",
+            "micro-batch": f"{self.micro_batch} samples at a time",
+            "steps": f"{self.steps:,}",
+            "duration": f"{_duration(self.duration_seconds or 0)}: {self.duration_note}"
+            if known
+            else f"not measured: {self.duration_note}",
+        }
+        return [f"{name:<12}{text}" for name, text in rows.items()]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What was measured."""
+
+    sample_seconds: float
+    """Forward and backward pass of one sample of the full size."""
+    update_seconds: float
+    """What a step takes beside that: clipping, optimiser, averages."""
+    samples: int
+    """In the measured batch."""
+    image_size: int
+    """Edge of the measured images; less than the training's where its own would take long."""
+    threads: int
+    peak_bytes: int | None
+    """Largest allocation of the measured step on a GPU; None on a CPU."""
+
+    def step_seconds(self, samples: int) -> float:
+        """A step of a worker whose share is `samples`."""
+        return samples * self.sample_seconds + self.update_seconds
+
+
+def estimate(config: TrainConfig) -> TrainingEstimate:
+    """Compute what can be computed, and take a few steps here for the rest; needs no data and no service."""
+    gpu = config.workers.gpus_per_worker > 0 and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    config = _with_fitting_batch(config, device)
+    size, share = largest_micro_batch(config, config.workers.most), _share(config)
+    state = state_memory(config)
+    parts = {
+        "weights": state.weights,
+        "gradients": state.gradients,
+        "optimizer": state.optimizer,
+        "averages": state.averages,
+        f"activations of {size}": size * activation_bytes(config.net, config.precision),
+    }
+    with torch.device("meta"):
+        parameters = parameter_count(UNet(config.net))
+    # bfloat16 for a GPU that is not here would be emulated, and say nothing
+    probed = config if gpu or not config.workers.gpus_per_worker else _plain(config)
+    flops = sample_flops(config.net)
+    pace = measure_pace(probed, device, flops)
+    return TrainingEstimate(
+        parameters=parameters,
+        flops_per_step=config.global_batch * flops,
+        memory_bytes=sum(parts.values()),
+        memory_parts=parts,
+        micro_batch=size,
+        steps=config.steps,
+        duration_seconds=None if pace is None else config.steps * pace.step_seconds(share),
+        duration_note=_note(config, pace, device, share),
+    )
+
+
+def _note(config: TrainConfig, pace: Pace | None, device: torch.device, share: int) -> str:
+    if pace is None:
+        return f"the state of a worker, {_bytes(state_memory(config).total)}, does not fit this machine"
+    threads = f"{pace.threads} thread{'s' * (pace.threads > 1)}"
+    where = "this machine's GPU" if device.type == "cuda" else f"{threads} of this CPU"
+    if device.type == "cpu" and config.workers.gpus_per_worker:
+        where += ", for want of the GPU the settings ask for, in float32"
+    if pace.image_size != config.net.image_size:
+        where += f", on {pace.image_size}-pixel images scaled by their operations"
+    if pace.peak_bytes is not None:
+        where += f", peak memory {_bytes(pace.peak_bytes)} with {pace.samples} samples"
+    workers = config.workers.most
+    beside = "" if workers == 1 else f", if each of {workers} workers is as fast as one here"
+    beside += "" if not config.compile else ", before torch.compile"
+    return (
+        f"{pace.step_seconds(share):.3g} s a step, measured on {where}{beside}; data and exchange not counted"
+    )
+
+
+def _with_fitting_batch(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The micro-batch that a worker like this machine would derive; where a GPU is missing, the share as it is."""
+    workers = config.workers
+    if workers.micro_batch is not None or (workers.gpus_per_worker and device.type == "cpu"):
+        return config
+    fits = fitting_samples(config, worker_memory_bytes(workers, device))
+    return config if fits >= _share(config) else _with_workers(config, micro_batch=fits)
+
+
+def _plain(config: TrainConfig) -> TrainConfig:
+    return config.model_copy(update={"precision": "float32"})
+
+
+def _with_workers(config: TrainConfig, **changes: object) -> TrainConfig:
+    workers = WorkerConfig.model_validate(config.workers.model_dump() | changes)
+    return config.model_copy(update={"workers": workers})
+
+
+def _share(config: TrainConfig) -> int:
+    return -(-config.global_batch // config.workers.most)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"about {seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"about {seconds / 60:.0f} minutes"
+    if seconds < 2 * 86400:
+        return f"about {seconds / 3600:.0f} hours"
+    return f"about {seconds / 86400:.0f} days"
+
+
+def measure_pace(config: TrainConfig, device: torch.device, flops: int) -> Pace | None:
+    """Take some steps of one worker here; None when its state alone would fill most of this machine's memory.
+
+    flops: of one sample of the full size (`sample_flops`).
+    """
+    if state_memory(config).total > 0.6 * psutil.virtual_memory().available:
+        return None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(config.workers.cpus_per_worker, psutil.cpu_count() or 1))
+    try:
+        return _measure(config, device, flops)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def probed_size(config: TrainConfig, device: torch.device, flops: int) -> int:
+    """Edge of the images to measure: the training's, halved until a sample is quick and the network's levels allow."""
+    size = config.net.image_size
+    coarsest = 2 ** (len(config.net.multipliers) - 1)
+    emulated = device.type == "cpu" and config.precision == "bfloat16"
+    most = LARGEST_HALF_ON_CPU if emulated else LARGEST_SAMPLE_FLOPS
+    while flops > most and size % (2 * coarsest) == 0:
+        size, flops = size // 2, flops // 4
+    return size
+
+
+def _measure(config: TrainConfig, device: torch.device, flops: int) -> Pace:
+    deadline = time.monotonic() + BUDGET_SECONDS
+    size = probed_size(config, device, flops)
+    scale = 1.0 if size == config.net.image_size else flops / _flops_at(config, size)
+    state = initial_state(config, device)
+    schedule = NoiseSchedule.from_config(config.schedule)
+    trainer = Trainer(config, schedule, state.net, device, config.workers.most)
+    _step(trainer, state, _batch(config, 1, size))  # the first allocates and picks its kernels
+    single = _pass(trainer, _batch(config, 1, size))
+    count = max(
+        1, min(MOST_SAMPLES, largest_micro_batch(config, trainer.world), int(BUDGET_SECONDS / 4 / single))
+    )
+    batch = _batch(config, count, size)
+    passes = [single if count == 1 else _pass(trainer, batch)]
+    steps = [_step(trainer, state, batch)]
+    while time.monotonic() < deadline and len(steps) < 10:
+        passes.append(_pass(trainer, batch))
+        steps.append(_step(trainer, state, batch))
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return Pace(
+        sample_seconds=min(passes) / count * scale,
+        update_seconds=max(0.0, min(steps) - min(passes)),
+        samples=count,
+        image_size=size,
+        threads=torch.get_num_threads(),
+        peak_bytes=peak,
+    )
+
+
+def _pass(trainer: Trainer, batch: Batch) -> float:
+    """Seconds of a forward and backward pass, whose gradient is thrown away."""
+    began = _now(trainer.device)
+    terms, _ = chunk_loss(trainer, batch)
+    terms.per_sample.sum().backward()
+    seconds = _now(trainer.device) - began
+    trainer.network.zero_grad(set_to_none=True)
+    return seconds
+
+
+def _step(trainer: Trainer, state: TrainState, batch: Batch) -> float:
+    """Seconds of a whole step."""
+    began = _now(trainer.device)
+    train_step(trainer, state, batch, StepMetrics(trainer.schedule.T, trainer.device))
+    return _now(trainer.device) - began
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _batch(config: TrainConfig, count: int, size: int) -> Batch:
+    return Batch(
+        step=0,
+        positions=torch.arange(count),
+        images=torch.zeros(count, config.net.in_channels, size, size, dtype=torch.uint8),
+        labels=torch.zeros(count, dtype=torch.int64),
+        wait_seconds=0.0,
+    )
+
+
+def _flops_at(config: TrainConfig, size: int) -> int:
+    """Operations of a sample of this edge; attention stands where it stands in the full size's levels."""
+    net = config.net
+    shrink = net.image_size // size
+    there = tuple(resolution // shrink for resolution in net.attention_resolutions)
+    return sample_flops(net.model_copy(update={"image_size": size, "attention_resolutions": there}))
