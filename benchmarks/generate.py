@@ -29,6 +29,7 @@ from benchmarks.common import add_output_options, machine, publish, ratio_of, ta
 from benchmarks.pool_simulation import PoolModel, simulate
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from pipeline.config.generation import GenerateConfig, GuardConfig
+from pipeline.config.model_card import ImageShape, ModelCard
 from pipeline.config.net import UNetConfig
 from pipeline.generate.done_records import DoneRecord, read_record
 from pipeline.generate.engine import Engine, set_up_torch
@@ -37,7 +38,7 @@ from pipeline.generate.plan import shard, shards
 from pipeline.generate.shard_writer import ShardWriter
 from pipeline.generate.spec import Spec, make_spec
 from pipeline.nets.diffusers_weights import export_diffusers
-from pipeline.nets.model_files import ImageShape, ModelCard, build_model, save_model
+from pipeline.nets.model_files import build_model, save_model
 from pipeline.nets.unet import UNet, seeded_init
 from pipeline.store import open_store
 

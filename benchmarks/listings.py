@@ -31,9 +31,10 @@ from urllib.parse import parse_qs, urlsplit
 
 from benchmarks.common import add_output_options, machine, publish
 from pipeline.config.diffusion import SamplerConfig
-from pipeline.data.formats.pixels import ImageStats
+from pipeline.data.formats.image_stats import ImageStats
 from pipeline.generate.done_records import DoneRecord, Times
 from pipeline.generate.generation_status import generation_status
+from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.listing import RecordAggregate, list_prefix
 from pipeline.generate.manifest import (
     make_entries,
@@ -44,7 +45,7 @@ from pipeline.generate.manifest import (
 )
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.proven_count import check_prefix
-from pipeline.generate.spec import SPEC_KEY, ModelIdentity, Spec, pretty
+from pipeline.generate.spec import ModelIdentity, Spec, pretty
 from pipeline.generate.verification import VerifyReport, check_listing
 from pipeline.store import open_store
 

@@ -8,8 +8,8 @@ from pipeline.data.location import Location
 from pipeline.data.reading.download_dataset import Download, download_data_set
 from pipeline.errors import UserError
 from pipeline.generate.download_generation import download_generation
+from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.proven_count import proven_spec
-from pipeline.generate.spec import SPEC_KEY
 from pipeline.store import open_store
 from pipeline.telemetry.terminal import echo, echo_json
 

@@ -34,10 +34,11 @@ from pipeline.features.networks import FeatureNetwork, open_network
 from pipeline.features.reference_set import Pool, ShardWork, data_root, in_process, load_reference
 from pipeline.features.shard_sums import FeatureRecord, add_records, parse_record
 from pipeline.features.trust import require_trusted_network, require_trusted_reference
+from pipeline.generate.class_labels import classes_of
 from pipeline.generate.done_records import read_record
 from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
 from pipeline.generate.model_source import ResolvedModel, find_model
-from pipeline.generate.plan import classes_of, shards
+from pipeline.generate.plan import shards
 from pipeline.generate.spec import Spec, make_spec
 from pipeline.nets.model_files import build_model
 from pipeline.progress import Progress

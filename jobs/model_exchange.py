@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from jobs.runner import DONE
+from pipeline.config.model_card import ImageShape, ModelCard
 from pipeline.errors import UserError
 from pipeline.generate.model_source import find_model
 from pipeline.nets.diffusers_weights import export_diffusers, import_diffusers
-from pipeline.nets.model_files import ImageShape, ModelCard, build_model, save_model
+from pipeline.nets.model_files import build_model, save_model
 from pipeline.telemetry.terminal import echo
 
 FORMATS = ("diffusers",)

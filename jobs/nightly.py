@@ -28,10 +28,10 @@ from pipeline.features.reference_set import data_root
 from pipeline.features.shard_sums import network_for_sums
 from pipeline.features.trust import require_trusted_network
 from pipeline.generate.completeness import check_complete
+from pipeline.generate.layout import CONTACT_KEY, SPEC_KEY
 from pipeline.generate.manifest import Manifest, read_manifest
 from pipeline.generate.model_source import registered_name
-from pipeline.generate.report import CONTACT_KEY
-from pipeline.generate.spec import SPEC_KEY, read_spec
+from pipeline.generate.spec import read_spec
 from pipeline.nightly.history import (
     PAGE_KEY,
     Night,

@@ -6,11 +6,19 @@ import logging
 from jobs.evaluate import evaluation_place
 from pipeline.config.nights import NightlyConfig
 from pipeline.errors import DamageError
-from pipeline.generate.heartbeat import JOBS_PREFIX, read_heartbeats
-from pipeline.generate.manifest import MANIFEST_KEY, read_manifest
-from pipeline.generate.plan import DONE_PREFIX, SHARD_PREFIX
-from pipeline.generate.report import CONTACT_KEY, REPORT_KEY
-from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, read_spec
+from pipeline.generate.heartbeat import read_heartbeats
+from pipeline.generate.layout import (
+    CLAIM_PREFIX,
+    CONTACT_KEY,
+    DONE_PREFIX,
+    JOBS_PREFIX,
+    MANIFEST_KEY,
+    REPORT_KEY,
+    SHARD_PREFIX,
+    SPEC_KEY,
+)
+from pipeline.generate.manifest import read_manifest
+from pipeline.generate.spec import read_spec
 from pipeline.nightly.history import (
     Night,
     expired,

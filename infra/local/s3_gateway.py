@@ -13,10 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-
 from infra.local import service
 from infra.local.credentials import S3Keys
 from infra.local.service import Service
@@ -97,6 +93,11 @@ def _prepare(program: Path, home: Path, meta: str) -> None:
 
 def _ready(url: str, keys: S3Keys) -> Callable[[], bool]:
     def is_ready() -> bool:
+        from botocore.exceptions import (  # slow to import: only to start the gateway
+            BotoCoreError,
+            ClientError,
+        )
+
         if service.get(f"{url}/minio/health/ready") is None:
             return False
         try:
@@ -116,6 +117,9 @@ def _create_buckets(client: "S3Client") -> None:
 
 
 def _client(url: str, keys: S3Keys) -> "S3Client":
+    import boto3
+    from botocore.config import Config
+
     return boto3.client(  # pyright: ignore[reportUnknownVariableType]
         "s3",
         endpoint_url=url,

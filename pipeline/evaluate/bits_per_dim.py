@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.config.evaluation import LikelihoodConfig
+from pipeline.config.model_card import ModelCard
 from pipeline.data.index import Index
 from pipeline.data.reading.sequential import read_sequential
 from pipeline.diffusion import NoiseSchedule, from_uint8
@@ -13,7 +14,6 @@ from pipeline.diffusion.likelihood import bits_per_dim
 from pipeline.errors import UserError
 from pipeline.evaluate.metrics import Metric
 from pipeline.nets import UNet
-from pipeline.nets.model_files import ModelCard
 from pipeline.progress import Progress, no_progress
 
 

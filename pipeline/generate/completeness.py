@@ -2,19 +2,21 @@
 generation that is not vast; no image is read. `pipeline.generate.verification` reads and decodes everything.
 """
 
+import re
 from dataclasses import dataclass, field
 
 from pipeline.errors import DamageError
+from pipeline.generate.layout import CONTACT_KEY, MANIFEST_KEY, REPORT_KEY
 from pipeline.generate.listing import PrefixListing, list_prefix, read_records
-from pipeline.generate.manifest import MANIFEST_KEY, Manifest, ManifestShard, read_entries, read_manifest
+from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
 from pipeline.generate.plan import num_shards, shard
-from pipeline.generate.report import CONTACT_KEY, REPORT_KEY, count_told
 from pipeline.generate.spec import Spec
 from pipeline.store import ObjectMissing, Store
 
 RECORDS_READ = 2_000
 """Up to so many shards, every done-record is read; of larger generations only listings are compared."""
 MAX_FAULTS = 20
+_HEAD_BYTES = 512
 
 
 @dataclass
@@ -99,12 +101,19 @@ def _check_pictures(store: Store, spec: Spec, found: Completeness) -> None:
     if store.stat(CONTACT_KEY) is None:
         found.add(CONTACT_KEY, "is missing")
     try:
-        told = count_told(store)
+        told = _report_count(store)
     except ObjectMissing:
         found.add(REPORT_KEY, "is missing")
         return
     if told is not None and told != spec.count:
         found.add(REPORT_KEY, f"is that of {told:,} samples")
+
+
+def _report_count(store: Store) -> int | None:
+    """The count in the title of the stored report; None if it has none. Raises ObjectMissing."""
+    with store.open(REPORT_KEY) as file:
+        found = re.search(rb"<title>([0-9,]{1,20}) samples of ", file.read(_HEAD_BYTES))
+    return None if found is None else int(found[1].replace(b",", b""))
 
 
 def _check_records(

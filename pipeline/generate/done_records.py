@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pipeline.config.base import Settings
 from pipeline.config.bounds import Bytes, Count, Date, Key, Label, Name, Number, Seconds, Sha256, Text
 from pipeline.config.json_document import parse_document
-from pipeline.data.formats.pixels import ImageStats
+from pipeline.data.formats.image_stats import ImageStats
 from pipeline.errors import DamageError
 from pipeline.generate.plan import Shard
 from pipeline.generate.spec import Spec

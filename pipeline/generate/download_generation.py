@@ -15,14 +15,15 @@ from pipeline.data.formats.shards import read_shard
 from pipeline.data.reading.download_dataset import Download, Piece, image_folder, local_folder
 from pipeline.data.reading.unpack import ImageFolder
 from pipeline.errors import DamageError, UserError
+from pipeline.generate.class_labels import labels_of
 from pipeline.generate.completeness import check_complete
 from pipeline.generate.done_records import DoneRecord, check_record
+from pipeline.generate.layout import CONTACT_KEY, MANIFEST_KEY, REPORT_KEY, SPEC_KEY
 from pipeline.generate.listing import list_prefix
-from pipeline.generate.manifest import MANIFEST_KEY, Manifest, ManifestShard, read_entries, read_manifest
-from pipeline.generate.plan import SampleBatch, Shard, classes_of, shard
+from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
+from pipeline.generate.plan import Shard, shard
 from pipeline.generate.proven_count import proven_spec
-from pipeline.generate.report import CONTACT_KEY, REPORT_KEY
-from pipeline.generate.spec import SPEC_KEY, Spec, differences
+from pipeline.generate.spec import Spec, differences
 from pipeline.store import FileStore, Store, open_store
 from pipeline.store.download_folder import Folder
 
@@ -133,8 +134,7 @@ def _check(data: bytes, spec: Spec, unit: Shard, entry: ManifestShard, where: st
 
 def _unpack(path: Path, spec: Spec, unit: Shard, images: ImageFolder) -> None:
     """The images of a shard as files, named by index. DamageError when it does not hold the planned ones in order."""
-    classes = classes_of(spec, SampleBatch(unit.first, unit.count, unit.count).index())
-    labels = [-1] * unit.count if classes is None else classes.tolist()
+    labels = labels_of(spec, unit.samples) or [-1] * unit.count
     place = 0
     for place, (key, files) in enumerate(read_shard(path, label=unit.key), 1):
         index = unit.first + place - 1

@@ -9,14 +9,14 @@ import PIL
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.model_card import ModelCard
 from pipeline.data.formats.pixels import Pixels
 from pipeline.diffusion.image_scaling import to_uint8
 from pipeline.diffusion.samplers import OnStep, sample
 from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.generate.class_labels import classes_of
 from pipeline.generate.guards import GuardTripped
-from pipeline.generate.plan import classes_of
 from pipeline.generate.spec import Spec
-from pipeline.nets.model_files import ModelCard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -7,13 +7,13 @@ writes it looks at again, and what it deletes belongs to counts smaller than its
 from pipeline.data.formats.contact_sheet import grid, png
 from pipeline.errors import DamageError
 from pipeline.generate.completeness import Completeness, check_complete
-from pipeline.generate.heartbeat import JOBS_PREFIX, clear_heartbeats
+from pipeline.generate.heartbeat import clear_heartbeats
+from pipeline.generate.layout import CLAIM_PREFIX, CONTACT_KEY, JOBS_PREFIX, REPORT_KEY
 from pipeline.generate.listing import RecordAggregate, aggregate_records, list_prefix
 from pipeline.generate.manifest import Manifest, make_entries, make_manifest, read_manifest, write_manifest
 from pipeline.generate.proven_count import raise_count
-from pipeline.generate.report import CONTACT_KEY, REPORT_KEY, render
-from pipeline.generate.sample_gallery import grid_rows, labels_of, load_images
-from pipeline.generate.spec import CLAIM_PREFIX, Spec
+from pipeline.generate.report import grid_rows, load_images, render, row_labels
+from pipeline.generate.spec import Spec
 from pipeline.store import ObjectMissing, Store, StoreUnreachable
 from pipeline.store.prefix_claim import clear_claims
 
@@ -44,7 +44,7 @@ def publish_manifest(
     except ObjectMissing:
         require_newest(store, spec, class_names)  # then its last shard is gone with good reason
         raise
-    sheet = png(grid(grid_rows(gallery), labels_of(gallery, class_names)))
+    sheet = png(grid(grid_rows(gallery), row_labels(gallery, class_names)))
     report = render(spec, manifest.statistics, class_names, sheet, gallery)
     for _ in range(_ATTEMPTS):
         require_newest(store, spec, class_names)

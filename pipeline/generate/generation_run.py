@@ -6,9 +6,9 @@ import yaml
 
 from pipeline.config.generation import GenerateConfig
 from pipeline.errors import UserError
+from pipeline.generate.layout import CONTACT_KEY, REPORT_KEY
 from pipeline.generate.manifest import Manifest
 from pipeline.generate.model_source import ResolvedModel
-from pipeline.generate.report import CONTACT_KEY, REPORT_KEY
 from pipeline.generate.spec import Spec, pretty
 from pipeline.tracking import (
     Run,

@@ -7,10 +7,11 @@ from pipeline.errors import DamageError, UserError
 from pipeline.generate.completeness import Completeness, check_complete
 from pipeline.generate.done_records import read_record
 from pipeline.generate.heartbeat import Heartbeat, read_heartbeats
+from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.listing import PrefixListing, list_prefix
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.proven_count import proven_spec
-from pipeline.generate.spec import SPEC_KEY, Spec
+from pipeline.generate.spec import Spec
 from pipeline.store import ObjectMissing, Store, open_store
 
 _RECORDS_READ = 32

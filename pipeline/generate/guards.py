@@ -1,8 +1,8 @@
 """Guards: reasons to stop a generation before worthless images fill the bucket."""
 
 from pipeline.config.generation import GuardConfig
-from pipeline.data.formats.pixels import ImageStats
-from pipeline.nets.model_files import TrainingData
+from pipeline.config.model_card import TrainingData
+from pipeline.data.formats.image_stats import ImageStats
 
 
 class GuardTripped(Exception):  # noqa: N818 - it is no fault of the program

@@ -14,12 +14,12 @@ from pipeline.config.bounds import Count, Date, Name, Seconds, Sha256, Text
 from pipeline.config.json_document import parse_document
 from pipeline.errors import DamageError
 from pipeline.generate.coordinator import ShardProgress
+from pipeline.generate.layout import JOBS_PREFIX
 from pipeline.generate.plan import shard
 from pipeline.generate.spec import Spec, canonical
 from pipeline.store import ObjectMissing, Store
 
 _log = logging.getLogger(__name__)
-JOBS_PREFIX = "jobs/"
 EVERY_SECONDS = 10.0
 STALE_AFTER_SECONDS = 60.0
 

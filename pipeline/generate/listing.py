@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pipeline.data.formats.pixels import ImageStats
+from pipeline.data.formats.image_stats import ImageStats
 from pipeline.errors import DamageError
 from pipeline.generate.done_records import DoneRecord, read_record
-from pipeline.generate.plan import DONE_PREFIX, SHARD_PREFIX, end_of, num_shards, shard, shard_number
+from pipeline.generate.layout import DONE_PREFIX, SHARD_PREFIX
+from pipeline.generate.plan import end_of, num_shards, shard, shard_number
 from pipeline.generate.spec import Spec
 from pipeline.store import ObjectMissing, Store
 

@@ -16,12 +16,12 @@ from pipeline.config.base import Settings
 from pipeline.config.bounds import MAX_SHARDS, Bytes, Count, Date, Key, Label, Name, Seconds, Sha256
 from pipeline.config.json_document import parse_document
 from pipeline.errors import DamageError
+from pipeline.generate.layout import MANIFEST_KEY
 from pipeline.generate.listing import RecordAggregate
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.spec import Spec, canonical, pretty
 from pipeline.store import ObjectMissing, Store
 
-MANIFEST_KEY = "manifest.json"
 _SHARDS = b'  "shards": [\n'
 _END = b"  ]\n}\n"
 

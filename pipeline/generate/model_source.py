@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.generation import GenerateConfig
+from pipeline.config.model_card import ModelCard
 from pipeline.errors import UserError
 from pipeline.generate.spec import Spec, make_spec
-from pipeline.nets.model_files import CARD_FILE, ModelCard, read_model
+from pipeline.nets.model_files import CARD_FILE, read_model
 
 
 @dataclass(frozen=True)

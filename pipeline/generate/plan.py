@@ -13,15 +13,9 @@ the spec's digest and its index only.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from pipeline.config.bounds import MAX_IMAGES, MAX_SHARDS
-from pipeline.diffusion.noise import Stream, uniform
+from pipeline.generate.layout import DONE_PREFIX, SHARD_PREFIX
 from pipeline.generate.spec import Spec
-
-SHARD_PREFIX = "shards/"
-DONE_PREFIX = "done/"
 
 
 @dataclass(frozen=True)
@@ -32,6 +26,11 @@ class Shard:
     first: int
     count: int
     name: str
+
+    @property
+    def samples(self) -> range:
+        """Indexes of its samples."""
+        return range(self.first, self.first + self.count)
 
     @property
     def key(self) -> str:
@@ -52,9 +51,10 @@ class SampleBatch:
     size: int
     keep: int
 
-    def index(self) -> Tensor:
-        """Sample indexes, int64 (size,)."""
-        return torch.arange(self.first, self.first + self.size, dtype=torch.int64)
+    @property
+    def samples(self) -> range:
+        """Indexes of all its samples, unwanted ones included."""
+        return range(self.first, self.first + self.size)
 
 
 def num_shards(spec: Spec) -> int:
@@ -114,16 +114,3 @@ def locate(spec: Spec, index: int) -> tuple[Shard, SampleBatch]:
     unit = shard(spec, offset // spec.shard_size)
     place = (index - unit.first) // spec.batch_size
     return unit, next(b for number, b in enumerate(batches(spec, unit)) if number == place)
-
-
-def classes_of(spec: Spec, index: Tensor) -> Tensor | None:
-    """Class labels int64 (B,) of the samples `index` (B,), functions of (seed, index); None without classes."""
-    if spec.classes is None:
-        return None
-    labels = torch.tensor(spec.classes.labels, dtype=torch.int64)
-    if spec.classes.weights is None:
-        return labels[index % len(labels)]
-    weights = torch.tensor(spec.classes.weights, dtype=torch.float64)
-    edges = torch.cumsum(weights / weights.sum(), 0)[:-1]
-    drawn = uniform(spec.seed, Stream.SAMPLE_CLASS, index).to(torch.float64)
-    return labels[torch.searchsorted(edges, drawn, right=True)]

@@ -12,10 +12,9 @@ from pipeline.data.formats.contact_sheet import grid, png
 from pipeline.data.formats.pixels import Pixels, encode
 from pipeline.diffusion.samplers import SamplerStep
 from pipeline.disk_errors import disk_errors_at
+from pipeline.generate.class_labels import class_name, classes_of
 from pipeline.generate.engine import Engine
 from pipeline.generate.model_source import find_model
-from pipeline.generate.plan import classes_of
-from pipeline.generate.sample_gallery import class_name
 from pipeline.generate.spec import make_spec
 from pipeline.nets.model_files import build_model
 

@@ -11,9 +11,10 @@ from contextlib import suppress
 
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.done_records import read_record
+from pipeline.generate.layout import CLAIM_PREFIX, DONE_PREFIX, SPEC_KEY
 from pipeline.generate.manifest import read_manifest
-from pipeline.generate.plan import DONE_PREFIX, end_of, num_shards, shard
-from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, pretty, read_spec, require_extension
+from pipeline.generate.plan import end_of, num_shards, shard
+from pipeline.generate.spec import Spec, pretty, read_spec, require_extension
 from pipeline.store import ObjectMissing, Store
 
 _CANDIDATES = 16

@@ -12,6 +12,7 @@ import torch
 from pipeline.data.formats.pixels import Pixels, decode, encode
 from pipeline.data.formats.shards import read_shard
 from pipeline.errors import DamageError, UserError
+from pipeline.generate.class_labels import index_tensor
 from pipeline.generate.done_records import read_record
 from pipeline.generate.engine import Engine, set_up_torch, software
 from pipeline.generate.model_source import ResolvedModel, find_model
@@ -90,7 +91,7 @@ def _compare(
     stored = _stored(store, spec, unit)
     if not stored:
         return
-    images = engine.images(batch.index())
+    images = engine.images(index_tensor(batch.samples))
     for index in indexes:
         data, image = stored.get(f"{index:012d}"), images[index - batch.first]
         if data is None or data == encode(image, spec.image_format):

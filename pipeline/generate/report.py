@@ -2,18 +2,24 @@
 
 import base64
 import html
-import re
+from collections.abc import Iterator
+
+import torch
 
 from pipeline.data.formats.contact_sheet import grid, png
-from pipeline.data.formats.pixels import Pixels
+from pipeline.data.formats.pixels import Pixels, decode
+from pipeline.data.formats.shards import read_shard
+from pipeline.generate.class_labels import class_name, classes_of
 from pipeline.generate.manifest import Statistics
-from pipeline.generate.sample_gallery import class_name
+from pipeline.generate.plan import Shard, locate
 from pipeline.generate.spec import Spec, pretty
 from pipeline.store import Store
 
-CONTACT_KEY = "contact-sheet.png"
-REPORT_KEY = "report.html"
-_HEAD_BYTES = 512
+COLUMNS = 12
+_MAX_ROWS = 24
+_LONGEST_LABEL = 40
+_MAX_SHARDS = 4
+_LOOK_AHEAD = 100_000
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -21,6 +27,53 @@ table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; tex
 img { image-rendering: pixelated; max-width: 100% } pre { background: #f5f5f5; padding: 1rem; overflow: auto }
 .bar { background: #4a7ab5; height: .9rem; display: inline-block; vertical-align: middle }
 """
+
+
+def chosen(spec: Spec) -> dict[int | None, list[int]]:
+    """Indexes of the first samples of each class, classes ascending; of all samples under None without classes.
+
+    A function of the spec alone. Samples further than a few shards in are not looked for.
+    """
+    reach = min(spec.count, _LOOK_AHEAD, _MAX_SHARDS * spec.shard_size)
+    index = torch.arange(spec.first_index, spec.first_index + reach)
+    labels = classes_of(spec, index)
+    if labels is None:
+        return {None: index[: COLUMNS * COLUMNS // 2].tolist()}
+    wanted = sorted(set(labels.tolist()))[:_MAX_ROWS]
+    return {label: index[labels == label][:COLUMNS].tolist() for label in wanted}
+
+
+def load_images(store: Store, spec: Spec) -> dict[int | None, list[Pixels]]:
+    """The chosen samples' images uint8 (H, W, C), read back from the stored shards."""
+    picked = chosen(spec)
+    images = dict(_images(store, spec, sorted(i for part in picked.values() for i in part)))
+    return {label: [images[index] for index in part] for label, part in picked.items()}
+
+
+def grid_rows(gallery: dict[int | None, list[Pixels]]) -> list[list[Pixels]]:
+    """A gallery as rows of a grid: one a class, or of a fixed length without classes."""
+    if None in gallery:
+        images = gallery[None]
+        return [images[start : start + COLUMNS] for start in range(0, len(images), COLUMNS)]
+    return list(gallery.values())
+
+
+def row_labels(gallery: dict[int | None, list[Pixels]], names: tuple[str, ...] | None) -> list[str] | None:
+    """The rows' names, long ones cut, or None without classes."""
+    if None in gallery:
+        return None
+    told = [class_name(label, names) for label in gallery if label is not None]
+    return [name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…" for name in told]
+
+
+def _images(store: Store, spec: Spec, indexes: list[int]) -> Iterator[tuple[int, Pixels]]:
+    wanted: dict[Shard, set[str]] = {}
+    for index in indexes:
+        wanted.setdefault(locate(spec, index)[0], set()).add(f"{index:012d}")
+    for unit, keys in wanted.items():
+        for key, files in read_shard(store.read(unit.key), label=f"{store.uri}/{unit.key}"):
+            if key in keys:
+                yield int(key), decode(files[spec.image_format], spec.image_format, spec.channels)
 
 
 def render(
@@ -32,6 +85,7 @@ def render(
 ) -> bytes:
     """The page as bytes. `sheet` is the contact sheet's PNG."""
     version = "" if spec.model.version is None else f" version {spec.model.version}"
+    # completeness.py reads the count from this title.
     title = f"{spec.count:,} samples of {spec.model.name}{version}"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
@@ -44,13 +98,6 @@ def render(
     ]
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n".encode()
-
-
-def count_told(store: Store) -> int | None:
-    """The count in the title of the stored report; None where that cannot be told. Raises ObjectMissing."""
-    with store.open(REPORT_KEY) as file:
-        found = re.search(rb"<title>([0-9,]{1,20}) samples of ", file.read(_HEAD_BYTES))
-    return None if found is None else int(found[1].replace(b",", b""))
 
 
 def _facts(spec: Spec, statistics: Statistics) -> str:

@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from pipeline.config.base import Settings
 from pipeline.config.evaluation import FeatureNetworkConfig
 from pipeline.config.generation import GuardConfig
+from pipeline.config.model_card import ModelCard
 from pipeline.errors import DamageError, UserError
 from pipeline.features.networks import open_network
 from pipeline.features.shard_sums import FeatureSums
@@ -26,7 +27,7 @@ from pipeline.generate.guards import GuardTripped
 from pipeline.generate.plan import shard
 from pipeline.generate.shard_writer import ShardCancelled, ShardWriter
 from pipeline.generate.spec import Spec
-from pipeline.nets.model_files import ModelCard, build_model
+from pipeline.nets.model_files import build_model
 from pipeline.store import open_store
 from pipeline.telemetry.logs import located, name_process, set_up_logging
 from pipeline.telemetry.prometheus import JobMetrics

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -13,16 +14,18 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.config.generation import GuardConfig
-from pipeline.data.formats.pixels import ImageStats, Pixels, encode, image_stats
+from pipeline.config.model_card import TrainingData
+from pipeline.data.formats.image_stats import ImageStats, image_stats
+from pipeline.data.formats.pixels import Pixels, encode
 from pipeline.data.formats.shards import write_shard
 from pipeline.errors import DamageError
 from pipeline.features.shard_sums import FeatureRecord, FeatureSums, add_records
+from pipeline.generate.class_labels import index_tensor, labels_of
 from pipeline.generate.done_records import DoneRecord, Times, read_record
 from pipeline.generate.engine import Engine, software
 from pipeline.generate.guards import GuardTripped, check_guards
-from pipeline.generate.plan import SampleBatch, Shard, batches, classes_of
+from pipeline.generate.plan import SampleBatch, Shard, batches
 from pipeline.generate.spec import Spec, canonical
-from pipeline.nets.model_files import TrainingData
 from pipeline.store import ObjectMissing, Store, retry_during_outage
 
 Member = tuple[str, dict[str, bytes]]
@@ -81,7 +84,7 @@ class ShardWriter:
             for batch in batches(self.spec, unit):
                 if should_stop():
                     raise ShardCancelled(unit.key)
-                images = self.engine.images(batch.index())[: batch.keep]
+                images = self.engine.images(index_tensor(batch.samples))[: batch.keep]
                 parts.append(self._encoder.submit(self._encode, batch, images))
                 done += batch.keep
                 on_images(done)
@@ -139,18 +142,18 @@ class ShardWriter:
     def _encode(self, batch: SampleBatch, images: Pixels) -> EncodedShard:
         features = None
         if self.features is not None:
-            labels = classes_of(self.spec, batch.index())
-            features = self.features.batch(images, None if labels is None else labels[: batch.keep].numpy())
+            labels = labels_of(self.spec, batch.samples)
+            features = self.features.batch(images, None if labels is None else np.array(labels[: batch.keep]))
         return EncodedShard(members_of(self.spec, self._digest, batch, images), image_stats(images), features)
 
 
 def members_of(spec: Spec, digest: str, batch: SampleBatch, images: Pixels) -> list[Member]:
     """The tar members of a batch's wanted images uint8 (keep, H, W, C)."""
-    labels = classes_of(spec, batch.index())
+    labels = labels_of(spec, batch.samples)
     out: list[Member] = []
     for place, image in enumerate(images):
         index = batch.first + place
-        label = None if labels is None else int(labels[place])
+        label = None if labels is None else labels[place]
         facts = {"index": index, "seed": spec.seed, "class": label, "spec": digest}
         out.append(
             (f"{index:012d}", {spec.image_format: encode(image, spec.image_format), "json": _json(facts)})
@@ -160,11 +163,8 @@ def members_of(spec: Spec, digest: str, batch: SampleBatch, images: Pixels) -> l
 
 def class_counts(spec: Spec, unit: Shard) -> dict[int, int] | None:
     """Samples of each label in a shard, labels ascending; None without classes."""
-    labels = classes_of(spec, SampleBatch(unit.first, unit.count, unit.count).index())
-    if labels is None:
-        return None
-    found, counts = np.unique(labels.numpy(), return_counts=True)
-    return {int(label): int(count) for label, count in zip(found, counts, strict=True)}
+    labels = labels_of(spec, unit.samples)
+    return None if labels is None else dict(sorted(Counter(labels).items()))
 
 
 def comparable_training_data(spec: Spec, data: TrainingData) -> TrainingData | None:

@@ -20,12 +20,10 @@ from pipeline.config.bounds import (
 from pipeline.config.diffusion import SamplerConfig, check_together
 from pipeline.config.generation import ClassChoice, SpecSettings, check_plan
 from pipeline.config.json_document import parse_document
+from pipeline.config.model_card import ModelCard
 from pipeline.errors import UserError
-from pipeline.nets.model_files import ModelCard
+from pipeline.generate.layout import SPEC_KEY
 from pipeline.store import ObjectMissing, Store
-
-SPEC_KEY = "spec.json"
-CLAIM_PREFIX = "claims/"
 
 
 class ModelIdentity(Settings):
@@ -47,7 +45,7 @@ class ModelIdentity(Settings):
 
 
 class ClassPlan(Settings):
-    """Which class each sample has; see `pipeline.generate.plan.classes_of`."""
+    """Which class each sample has; see `pipeline.generate.class_labels`."""
 
     labels: tuple[Label, ...] = Field(min_length=1, max_length=MAX_CLASSES)
     """The labels that occur, in order."""

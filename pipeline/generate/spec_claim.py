@@ -9,7 +9,8 @@ from pipeline.config.base import Settings
 from pipeline.config.bounds import Number
 from pipeline.config.json_document import parse_document
 from pipeline.generate.heartbeat import new_job_id
-from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, canonical, pretty, read_spec
+from pipeline.generate.layout import CLAIM_PREFIX, SPEC_KEY
+from pipeline.generate.spec import Spec, canonical, pretty, read_spec
 from pipeline.store import Store
 from pipeline.store.consensus import Ballot
 from pipeline.store.prefix_claim import PrefixBallots

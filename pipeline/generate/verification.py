@@ -11,32 +11,28 @@ import numpy as np
 import numpy.typing as npt
 from pydantic_core import from_json
 
-from pipeline.data.formats.pixels import Pixels, constant, decode, image_stats
+from pipeline.data.formats.image_stats import constant, image_stats
+from pipeline.data.formats.pixels import Pixels, decode
 from pipeline.data.formats.shards import read_shard
 from pipeline.errors import DamageError, UserError
+from pipeline.generate.class_labels import labels_of
 from pipeline.generate.done_records import DoneRecord, read_record
-from pipeline.generate.heartbeat import JOBS_PREFIX, read_heartbeats
-from pipeline.generate.listing import PrefixListing, RecordAggregate, list_prefix
-from pipeline.generate.manifest import (
-    MANIFEST_KEY,
-    Manifest,
-    make_entries,
-    make_manifest,
-    read_entries,
-    read_manifest,
-)
-from pipeline.generate.plan import (
+from pipeline.generate.heartbeat import read_heartbeats
+from pipeline.generate.layout import (
+    CLAIM_PREFIX,
+    CONTACT_KEY,
     DONE_PREFIX,
+    JOBS_PREFIX,
+    MANIFEST_KEY,
+    REPORT_KEY,
     SHARD_PREFIX,
-    SampleBatch,
-    Shard,
-    classes_of,
-    num_shards,
-    shard,
+    SPEC_KEY,
 )
+from pipeline.generate.listing import PrefixListing, RecordAggregate, list_prefix
+from pipeline.generate.manifest import Manifest, make_entries, make_manifest, read_entries, read_manifest
+from pipeline.generate.plan import Shard, num_shards, shard
 from pipeline.generate.proven_count import proven_spec
-from pipeline.generate.report import CONTACT_KEY, REPORT_KEY
-from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec
+from pipeline.generate.spec import Spec
 from pipeline.store import ObjectMissing, Store, open_store
 
 MAX_PROBLEMS = 1000
@@ -249,7 +245,7 @@ def check_shard(store: Store, spec: Spec, unit: Shard) -> _ShardFindings:
 
 def _check_samples(spec: Spec, data: bytes, findings: _ShardFindings) -> list[Pixels]:
     unit, images = findings.unit, list[Pixels]()
-    labels = classes_of(spec, SampleBatch(unit.first, unit.count, unit.count).index())
+    labels = labels_of(spec, unit.samples)
     digest = spec.digest
     keys: list[str] = []
     try:
@@ -259,7 +255,7 @@ def _check_samples(spec: Spec, data: bytes, findings: _ShardFindings) -> list[Pi
             facts = {
                 "index": unit.first + place,
                 "seed": spec.seed,
-                "class": int(labels[place]) if labels is not None and place < unit.count else None,
+                "class": labels[place] if labels is not None and place < unit.count else None,
                 "spec": digest,
             }
             image = _check_sample(spec, key, files, facts, findings)

@@ -8,20 +8,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import MAX_CLASSES, Key, Name
-from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig
 from pipeline.config.json_document import first_fault
-from pipeline.config.net import UNetConfig
+from pipeline.config.model_card import ModelCard
 from pipeline.errors import DamageError, UserError
 from pipeline.nets.unet import UNet
 
@@ -30,98 +26,6 @@ CARD_FILE = "model.json"
 MOST_CARD_BYTES = 1 << 26
 MOST_TIMES_STORED = 4
 """How much larger than its file a network may be: weights may be stored in 8 bits and are computed with in 32."""
-_Levels = Annotated[tuple[float, ...], Field(max_length=4096)]
-
-
-class ImageShape(Settings):
-    """The images a network makes."""
-
-    channels: int = Field(ge=1, le=4096)
-    """Colour channels: 1 (grey) or 3 (RGB)."""
-
-    size: int = Field(ge=1, le=8192)
-    """Height and width, pixels."""
-
-
-class TrainingData(Settings):
-    """What is worth knowing, when generating, about the data a network was trained on."""
-
-    digest: Name | None = None
-    """Digest of the index of the shards; None when it is not known (an imported network)."""
-
-    channel_mean: _Levels | None = None
-    """Mean of each channel over the training set, in uint8 levels (0..255); None when it was not measured."""
-
-    channel_std: _Levels | None = None
-    """Standard deviation of each channel over the training set, in uint8 levels; None: not measured."""
-
-
-class WeightsInfo(Settings):
-    """Which weights of a training these are."""
-
-    kind: Name = "ema"
-    """The kind of weights: `ema` (an exponential moving average), `raw`, or a name that training gives."""
-
-    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
-    """Hex digest of the bytes of `model.safetensors`; `save_model` fills it in."""
-
-
-class TrainingInfo(Settings):
-    """Where a network comes from."""
-
-    step: int | None = Field(default=None, ge=0, lt=2**63)
-    """Optimiser steps taken; None when it is not known."""
-
-    run_id: Name | None = None
-    """The MLflow run of the training; None when there was none."""
-
-    init_from: Key | None = None
-    """The model that was fine-tuned (`name/3`, or a directory); None for a training from the start."""
-
-    init_sha256: Name | None = None
-    """Hex digest of that model's weights."""
-
-
-class ModelCard(Settings):
-    """`model.json`: the network's shape, the process it was trained for, and its origin."""
-
-    format: Literal[1] = 1
-    """Version of this file's layout."""
-
-    net: UNetConfig
-    """The network's architecture."""
-
-    schedule: ScheduleConfig
-    """The noise schedule it was trained with."""
-
-    objective: ObjectiveConfig
-    """What its output means."""
-
-    image: ImageShape
-    """The images it makes."""
-
-    class_names: Annotated[tuple[Name, ...], Field(max_length=MAX_CLASSES)] | None = None
-    """Names of the classes by label; None for a network without classes, or with nameless ones."""
-
-    data: TrainingData = TrainingData()
-    """The training data's identity and statistics."""
-
-    weights: WeightsInfo = WeightsInfo()
-    """Which weights lie beside this file, and their hash."""
-
-    training: TrainingInfo = TrainingInfo()
-    """The training they come from."""
-
-    @field_validator("class_names")
-    @classmethod
-    def _no_more_names_than_classes(
-        cls, names: tuple[str, ...] | None, info: ValidationInfo
-    ) -> tuple[str, ...] | None:
-        net: UNetConfig | None = info.data.get("net")  # none where it is wrong itself
-        classes = None if net is None else net.num_classes
-        if names is not None and classes is not None and len(names) > classes:
-            raise ValueError(f"{len(names)} names for a network of {classes} classes")
-        return names
 
 
 def save_model(directory: Path, net_state: Mapping[str, Tensor], card: ModelCard) -> ModelCard:

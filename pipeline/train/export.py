@@ -8,15 +8,9 @@ from types import TracebackType
 
 import torch
 
+from pipeline.config.model_card import ImageShape, ModelCard, TrainingData, TrainingInfo, WeightsInfo
 from pipeline.errors import DamageError
-from pipeline.nets.model_files import (
-    ImageShape,
-    ModelCard,
-    TrainingData,
-    TrainingInfo,
-    WeightsInfo,
-    save_model,
-)
+from pipeline.nets.model_files import save_model
 from pipeline.store import ObjectMissing
 from pipeline.tracking import log_model
 from pipeline.train.checkpoint import Checkpoint, finished_steps, load_checkpoint

@@ -14,19 +14,11 @@ from torch import Tensor
 
 from pipeline.config.base import Settings
 from pipeline.config.json_document import parse_document
+from pipeline.config.model_card import ImageShape, ModelCard, WeightsInfo
 from pipeline.config.training import TrainConfig
 from pipeline.errors import DamageError, UserError
 from pipeline.nets.diffusers_weights import import_diffusers
-from pipeline.nets.model_files import (
-    CARD_FILE,
-    WEIGHTS_FILE,
-    ImageShape,
-    ModelCard,
-    WeightsInfo,
-    build_model,
-    read_model,
-    save_model,
-)
+from pipeline.nets.model_files import CARD_FILE, WEIGHTS_FILE, build_model, read_model, save_model
 from pipeline.store import Store, retry_during_outage
 from pipeline.tracking import ModelVersion, download, resolve
 

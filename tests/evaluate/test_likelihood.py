@@ -8,6 +8,7 @@ import pytest
 from pipeline.config.data import PackConfig
 from pipeline.config.evaluation import LikelihoodConfig
 from pipeline.config.generation import SampleConfig
+from pipeline.config.model_card import ModelCard, TrainingData
 from pipeline.data.index import Index, load_index
 from pipeline.data.packing.pack_dataset import held_out_uri, pack
 from pipeline.data.reading.sequential import read_sequential
@@ -15,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.bits_per_dim import held_out_bits
 from pipeline.generate.model_source import find_model
 from pipeline.nets import UNet
-from pipeline.nets.model_files import ModelCard, TrainingData, build_model
+from pipeline.nets.model_files import build_model
 from tests.generate.tiny import tiny_card, tiny_model
 
 

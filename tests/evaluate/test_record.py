@@ -25,9 +25,10 @@ from pipeline.features.shard_sums import (
 from pipeline.generate.done_records import read_record
 from pipeline.generate.driver import _with_network
 from pipeline.generate.finalize import publish_manifest
+from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.listing import RecordAggregate
 from pipeline.generate.plan import shard, shards
-from pipeline.generate.spec import SPEC_KEY, pretty
+from pipeline.generate.spec import pretty
 from pipeline.store import open_store
 from tests.generate.tiny import fill, maker_of, settings, tiny_card, tiny_model
 

@@ -29,9 +29,10 @@ from pipeline.data.packing.pack_dataset import pack
 from pipeline.data.packing.scan_shard import index_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.done_records import read_record
-from pipeline.generate.manifest import MANIFEST_KEY, read_manifest
+from pipeline.generate.layout import MANIFEST_KEY, SPEC_KEY
+from pipeline.generate.manifest import read_manifest
 from pipeline.generate.plan import shards
-from pipeline.generate.spec import SPEC_KEY, read_spec
+from pipeline.generate.spec import read_spec
 from pipeline.nets.model_files import CARD_FILE, load_card
 from pipeline.store import Store, open_store
 from pipeline.train.checkpoint import RECORD, STATE, load_checkpoint, save_checkpoint

@@ -10,8 +10,9 @@ import pytest
 
 import pipeline.store.consensus
 from pipeline.errors import DamageError, UserError
+from pipeline.generate.layout import CLAIM_PREFIX, SPEC_KEY
 from pipeline.generate.proven_count import check_prefix
-from pipeline.generate.spec import CLAIM_PREFIX, SPEC_KEY, Spec, read_spec, require_extension
+from pipeline.generate.spec import Spec, read_spec, require_extension
 from pipeline.generate.spec_claim import claim_prefix
 from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, open_store
 from pipeline.store.prefix_claim import clear_claims

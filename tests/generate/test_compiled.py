@@ -14,13 +14,13 @@ WORKER = """
 import sys
 from pathlib import Path
 from pipeline.config.generation import GenerateConfig
-from pipeline.generate.engine import prepare_process
+from pipeline.generate.engine import set_up_torch
 from pipeline.generate.plan import shard
 from tests.generate.tiny import maker_of, plan_of
 config = GenerateConfig.model_validate_json(Path(sys.argv[1]).read_text())
-prepare_process(plan_of(config)[0])
+set_up_torch(plan_of(config)[0])
 maker = maker_of(config)
-print(maker.make(shard(maker.spec, 0)).sha256)
+print(maker.write(shard(maker.spec, 0)).sha256)
 """
 
 

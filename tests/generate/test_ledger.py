@@ -10,10 +10,11 @@ import pytest
 from pipeline.generate.coordinator import Coordinator, ShardProgress
 from pipeline.generate.generation_status import generation_status
 from pipeline.generate.heartbeat import make_heartbeat, new_job_id, write_heartbeat
+from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.listing import RecordAggregate, aggregate_records, list_prefix
 from pipeline.generate.manifest import make_manifest
 from pipeline.generate.plan import num_shards, shard
-from pipeline.generate.spec import SPEC_KEY, Spec, pretty
+from pipeline.generate.spec import Spec, pretty
 from pipeline.store import FileStore, ObjectInfo, open_store
 from tests.generate.tiny import fill, maker_of, plan_of, settings, tiny_model
 

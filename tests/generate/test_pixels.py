@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from pipeline.config.generation import GuardConfig
+from pipeline.config.model_card import TrainingData
 from pipeline.data.formats.contact_sheet import grid
-from pipeline.data.formats.pixels import ImageFormat, ImageStats, Pixels, decode, encode, image_stats
+from pipeline.data.formats.image_stats import ImageStats, image_stats
+from pipeline.data.formats.pixels import ImageFormat, Pixels, decode, encode
 from pipeline.errors import DamageError
 from pipeline.generate.guards import check_guards
-from pipeline.nets.model_files import TrainingData
 
 
 def noise(count: int, channels: int = 3, size: int = 6) -> Pixels:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pipeline.generate.plan import batches, classes_of, locate, num_shards, shard, shard_number, shards
+from pipeline.generate.class_labels import classes_of
+from pipeline.generate.plan import batches, locate, num_shards, shard, shard_number, shards
 from pipeline.generate.spec import ClassPlan, Spec
 from tests.generate.tiny import plan_of, settings, tiny_model
 
@@ -38,7 +39,7 @@ def test_every_sample_is_planned_exactly_once_and_in_order(
     seen: list[int] = []
     for unit in shards(planned):
         assert unit.first == planned.first_index + len(seen)
-        kept = [i for batch in batches(planned, unit) for i in batch.index()[: batch.keep].tolist()]
+        kept = [i for batch in batches(planned, unit) for i in batch.samples[: batch.keep]]
         assert len(kept) == unit.count
         seen += kept
     assert seen == list(range(planned.first_index, planned.first_index + planned.count))

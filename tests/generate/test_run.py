@@ -11,8 +11,9 @@ from pipeline.config.generation import GenerateConfig
 from pipeline.generate.coordinator import ShardProgress
 from pipeline.generate.driver import GenerationJob, GenerationResult, silent, stall_reason
 from pipeline.generate.generation_run import GenerationRun
-from pipeline.generate.manifest import MANIFEST_KEY, read_manifest
-from pipeline.generate.spec import SPEC_KEY, Spec, pretty, read_spec
+from pipeline.generate.layout import MANIFEST_KEY, SPEC_KEY
+from pipeline.generate.manifest import read_manifest
+from pipeline.generate.spec import Spec, pretty, read_spec
 from pipeline.store import Store, open_store
 from tests.generate.tiny import fill, plan_of, settings, tiny_model
 

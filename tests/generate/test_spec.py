@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.generation import GenerateConfig
 from pipeline.errors import DamageError, UserError
+from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.model_source import find_model, resolve_model
 from pipeline.generate.proven_count import check_prefix, raise_count
-from pipeline.generate.spec import SPEC_KEY, make_spec, pretty, read_spec, resolve_classes
+from pipeline.generate.spec import make_spec, pretty, read_spec, resolve_classes
 from pipeline.nets.model_files import load_card, load_model
 from pipeline.store import ObjectInfo, Store, open_store
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model

@@ -16,6 +16,7 @@ from infra.local import LocalStack
 from jobs.generate import summary
 from jobs.ray_session import ray_cluster
 from pipeline.config.generation import GenerateConfig, GuardConfig
+from pipeline.config.model_card import TrainingData
 from pipeline.errors import UserError
 from pipeline.generate.done_records import read_record
 from pipeline.generate.driver import GenerationJob, GenerationResult, generate
@@ -24,7 +25,6 @@ from pipeline.generate.manifest import read_manifest
 from pipeline.generate.plan import shards
 from pipeline.generate.sample_worker import Outcome
 from pipeline.generate.verification import verify
-from pipeline.nets.model_files import TrainingData
 from pipeline.store import open_store
 from pipeline.tracking import find_run, register, set_alias, tracking_client
 from pipeline.tracking.run import open_run

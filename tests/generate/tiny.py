@@ -7,18 +7,19 @@ import torch
 
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from pipeline.config.generation import GenerateConfig, GuardConfig
+from pipeline.config.model_card import ImageShape, ModelCard, TrainingData
 from pipeline.config.net import UNetConfig
 from pipeline.features.networks import open_network
 from pipeline.features.shard_sums import FeatureSums
 from pipeline.generate.engine import Engine
 from pipeline.generate.finalize import publish_manifest
+from pipeline.generate.layout import DONE_PREFIX, MANIFEST_KEY, SPEC_KEY
 from pipeline.generate.listing import RecordAggregate
-from pipeline.generate.manifest import MANIFEST_KEY
 from pipeline.generate.model_source import ResolvedModel, resolve_model
-from pipeline.generate.plan import DONE_PREFIX, shards
+from pipeline.generate.plan import shards
 from pipeline.generate.shard_writer import ShardWriter
-from pipeline.generate.spec import SPEC_KEY, Spec, pretty
-from pipeline.nets.model_files import ImageShape, ModelCard, TrainingData, build_model, save_model
+from pipeline.generate.spec import Spec, pretty
+from pipeline.nets.model_files import build_model, save_model
 from pipeline.nets.unet import seeded_init
 from pipeline.store import Store, open_store
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from pipeline.config.model_card import ImageShape, ModelCard
 from pipeline.config.net import UNetConfig
 from pipeline.diffusion.image_scaling import to_uint8
 from pipeline.diffusion.samplers import sample
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.errors import DamageError, UserError
-from pipeline.nets.model_files import ImageShape, ModelCard, load_model, save_model
+from pipeline.nets.model_files import load_model, save_model
 from pipeline.nets.unet import UNet
 from pipeline.tracking import (
     Run,

@@ -1,0 +1,10 @@
+"""Keys of the objects under an output prefix."""
+
+SPEC_KEY = "spec.json"
+MANIFEST_KEY = "manifest.json"
+CONTACT_KEY = "contact-sheet.png"
+REPORT_KEY = "report.html"
+SHARD_PREFIX = "shards/"
+DONE_PREFIX = "done/"
+CLAIM_PREFIX = "claims/"
+JOBS_PREFIX = "jobs/"

@@ -1,0 +1,58 @@
+"""Commands that only look at something start without the packages that compute."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.generate.tiny import fill, settings, tiny_model
+
+COMPUTE = {"torch", "mlflow", "matplotlib", "PIL", "pyarrow", "sklearn", "safetensors", "webdataset"}
+DOCUMENTS = [
+    "completeness",
+    "done_records",
+    "generation_status",
+    "heartbeat",
+    "listing",
+    "manifest",
+    "plan",
+    "proven_count",
+    "spec",
+    "spec_claim",
+]
+COMMAND = """
+import atexit, sys
+atexit.register(lambda: print("LOADED", *{name.partition(".")[0] for name in sys.modules}))
+from jobs.cli import main
+main()
+"""
+
+
+def loaded(code: str, *arguments: str, folder: Path) -> set[str]:
+    """Top-level packages that a program has imported by its end."""
+    environment = {"PYTHONPATH": str(Path.cwd()), "HOME": str(folder), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    last = done.stdout.splitlines()[-1] if done.stdout else ""
+    assert last.startswith("LOADED "), done.stderr
+    return set(last.split()[1:])
+
+
+def test_document_modules_import_nothing_that_computes(tmp_path: Path) -> None:
+    modules = ", ".join(f"pipeline.generate.{name}" for name in DOCUMENTS)
+    code = f'import sys, {modules}; print("LOADED", *{{n.partition(".")[0] for n in sys.modules}})'
+    assert loaded(code, folder=tmp_path) & {*COMPUTE, "ray", "boto3"} == set()
+
+
+def test_help_and_status_import_neither_ray_nor_what_computes(tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/out"
+    fill(settings(tiny_model(tmp_path / "model"), uri, count=12))
+    for words in (["--help"], ["status", uri]):
+        assert loaded(COMMAND, *words, folder=tmp_path) & {*COMPUTE, "ray", "boto3"} == set(), words
+
+
+def test_commands_about_submitted_jobs_import_nothing_that_computes(tmp_path: Path) -> None:
+    for words in (["jobs"], ["logs", "train-1"]):
+        packages = loaded(COMMAND, *words, folder=tmp_path)
+        assert "ray" in packages, words
+        assert packages & COMPUTE == set(), words
