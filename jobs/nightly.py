@@ -13,16 +13,18 @@ import hashlib
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 
-from jobs.evaluate import evaluate, kept_evaluation
 from jobs.generate import generate
+from jobs.ray_map import ray_workers
 from jobs.retention import retain
 from jobs.runner import DONE, FAILED, STOPPED, JobArguments, run_job
 from pipeline.config.generation import GenerateConfig
 from pipeline.config.nights import NightlyConfig
 from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.document import Evaluation
+from pipeline.evaluate.document import Evaluation, load_evaluation
 from pipeline.evaluate.evaluation_runs import try_to_log
+from pipeline.evaluate.measure import evaluate_generation
 from pipeline.features.networks import open_network
 from pipeline.features.reference_set import data_root
 from pipeline.features.shard_sums import network_for_sums
@@ -220,10 +222,11 @@ def measured_night(
     progress: Progress,
 ) -> Night:
     """Evaluate a complete generation and compare it with the nights before."""
-    evaluation = _kept(asked.output, manifest) or evaluate(
+    evaluation = _kept(asked.output, manifest) or evaluate_generation(
         config.evaluate,
         asked.output,
         _measured(manifest.count, progress),
+        partial(ray_workers, config.evaluate.num_workers, "nightly.evaluate"),
         None if manifest.spec.model.version is None else manifest.spec.model.name,
     )
     logged = try_to_log(evaluation, config.evaluate.track)
@@ -302,7 +305,7 @@ def _measured(count: int, progress: Progress) -> Progress:
 def _kept(prefix: str, manifest: Manifest) -> Evaluation | None:
     """The evaluation of this very generation, if it was made before and can be used."""
     try:
-        kept = kept_evaluation(prefix)
+        kept = load_evaluation(prefix)
     except DamageError as error:
         echo(f"{error}: measuring again", error=True)
         return None

@@ -3,9 +3,9 @@
 import datetime as dt
 import logging
 
-from jobs.evaluate import evaluation_place
 from pipeline.config.nights import NightlyConfig
 from pipeline.errors import DamageError
+from pipeline.evaluate.document import evaluation_location
 from pipeline.generate.heartbeat import read_heartbeats
 from pipeline.generate.layout import (
     CLAIM_PREFIX,
@@ -78,7 +78,7 @@ def _delete(output: str, store: Store, night: Night) -> None:
             samples.delete(info.key)
         else:
             left += 1
-    parent, name = evaluation_place(prefix)
+    parent, name = evaluation_location(prefix)
     open_store(parent).delete(name)
     write_night(store, night.model_copy(update={"deleted": True}))
     echo(f"{night.date}: samples deleted by retention" + (f"; {left} other objects are left" if left else ""))

@@ -86,6 +86,6 @@ def _cluster(
 
 
 def _run_gate(gate: GateConfig, version: ModelVersion) -> str:
-    from jobs.promote import after_training  # not needed for a first model
+    from pipeline.evaluate.promotion import promote_after_training  # not needed for a first model
 
-    return after_training(gate, version)
+    return promote_after_training(gate, version)

@@ -1,4 +1,4 @@
-"""Doing the same to many things at once: by threads here, or by whatever a caller brings along, a cluster say."""
+"""One function over many items: here one by one, in threads, or on whatever a caller passes in, such as a cluster."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, Protocol, TypeVar
@@ -13,37 +14,51 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 GRACE_SECONDS = 2.0
-"""How long an interrupted spread waits for work under way. What goes on then ends with the process."""
+"""How long an interrupted map waits for work in progress. What still runs then ends with the process."""
 
 
 class ParallelMap(Protocol):
-    """`work` of each item, in the order of the items. What `work` raises ends it.
+    """Yields `work(item)` for each item, in the order of the items. An error that `work` raises ends the map.
 
-    With a spread over processes, `work` and the items must be picklable, and `work` may be done twice for an item
-    whose process died: it must not matter.
+    A map over processes needs `work` and items that can be pickled, and `work` that may run twice for one item: it is
+    repeated where a process died.
     """
 
     def __call__(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]: ...
 
 
+OpenParallelMap = Callable[[], AbstractContextManager[ParallelMap]]
+"""Starts the workers of a map, or connects to them, for as long as the context lasts."""
+
+
+def serial_map(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """In the caller's thread, one item at a time."""
+    return map(work, items)
+
+
+def in_process() -> AbstractContextManager[ParallelMap]:
+    """An `OpenParallelMap` without workers."""
+    return nullcontext(serial_map)
+
+
 def thread_map(num_threads: int, ended: Event | None = None) -> ParallelMap:
     """Threads of this process. Hashing, decoding and waiting for a store release the interpreter's lock.
 
-    What ends the spread before its last item sets `ended`, so that work under way may look and stop. An interrupt
-    (Ctrl-C) waits for it no longer than GRACE_SECONDS, anything else as long as it takes.
+    A map that ends before its last item sets `ended`, so that work in progress can check it and stop. An interrupt
+    (Ctrl-C) waits for that work at most GRACE_SECONDS, any other error as long as it takes.
     """
 
-    def spread(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    def map_in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         threads = _Threads(num_threads)
-        under_way: deque[Future[R]] = deque()
+        in_progress: deque[Future[R]] = deque()
         grace_seconds: float | None = None
         try:
             for item in items:
-                under_way.append(threads.submit(work, item))
-                if len(under_way) > 2 * num_threads:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                in_progress.append(threads.submit(work, item))
+                if len(in_progress) > 2 * num_threads:
+                    yield in_progress.popleft().result()
+            while in_progress:
+                yield in_progress.popleft().result()
         except BaseException as error:
             if ended is not None:
                 ended.set()
@@ -51,15 +66,15 @@ def thread_map(num_threads: int, ended: Event | None = None) -> ParallelMap:
                 grace_seconds = GRACE_SECONDS
             raise
         finally:
-            for future in under_way:
+            for future in in_progress:
                 future.cancel()
             threads.close(grace_seconds)
 
-    return spread
+    return map_in_threads
 
 
 class _Threads:
-    """As ThreadPoolExecutor, but the process can end without waiting for a thread that hangs."""
+    """Like ThreadPoolExecutor, but the process can end without waiting for a thread that hangs."""
 
     def __init__(self, count: int) -> None:
         self._work: SimpleQueue[tuple[Future[Any], Callable[[Any], Any], Any] | None] = SimpleQueue()
@@ -68,13 +83,13 @@ class _Threads:
             thread.start()
 
     def submit(self, work: Callable[[T], R], item: T) -> Future[R]:
-        """`work(item)`, to come."""
+        """The future result of `work(item)`."""
         future: Future[R] = Future()
         self._work.put((future, work, item))
         return future
 
     def close(self, grace_seconds: float | None) -> None:
-        """Wait until the threads have ended, so long at most; None for as long as it takes."""
+        """Wait at most `grace_seconds` for the threads to end; None = as long as it takes."""
         for _ in self._threads:
             self._work.put(None)
         deadline = None if grace_seconds is None else time.monotonic() + grace_seconds
@@ -82,11 +97,11 @@ class _Threads:
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
-        while (given := self._work.get()) is not None:
-            future, work, item = given
+        while (task := self._work.get()) is not None:
+            future, work, item = task
             if not future.set_running_or_notify_cancel():
                 continue
             try:
                 future.set_result(work(item))
-            except BaseException as error:  # noqa: BLE001 - it is raised to whoever waits
+            except BaseException as error:  # noqa: BLE001 - raised to the caller by result()
                 future.set_exception(error)

@@ -12,7 +12,7 @@ from pipeline.data.reading.sequential import read_sequential
 from pipeline.diffusion import NoiseSchedule, from_uint8
 from pipeline.diffusion.likelihood import bits_per_dim
 from pipeline.errors import UserError
-from pipeline.evaluate.metrics import Metric
+from pipeline.evaluate.document import Metric
 from pipeline.nets import UNet
 from pipeline.progress import Progress, no_progress
 

@@ -1,10 +1,10 @@
-"""How sure a comparison is: figures under samples drawn again, with replacement, from those there are.
+"""The bootstrap: metrics of samples that are resampled with replacement, for the confidence of a comparison.
 
-A draw is a weight for each sample, so what does not depend on the draw is computed once.
+A resampling is a weight for each sample, so what does not depend on the weights is computed once.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,20 +28,32 @@ from pipeline.features.distances import (
 from pipeline.features.feature_set import FeatureSet
 
 Statistic = Callable[[Array], float]
-"""Weights (N,) of the samples, whole numbers that add up to N, to a figure."""
+"""From weights (N,) of the samples, whole numbers that add up to N, to a metric."""
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A figure with the middle share of its values over the draws."""
+class BootstrapEstimate:
+    """A metric with its values over all resamplings."""
 
     value: float
-    low: float
-    high: float
+    """Of the samples as they are."""
+    resampled: Array
+    """(R,): of each resampling."""
+
+    @classmethod
+    def of(cls, statistic: Statistic, weights: Sequence[Array]) -> "BootstrapEstimate":
+        """A statistic under equal weights and under each of `weights`."""
+        return cls(statistic(np.ones_like(weights[0])), np.array([statistic(w) for w in weights]))
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """The middle `confidence` of the resampled values."""
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(self.resampled, [tail, 1 - tail])
+        return float(low), float(high)
 
 
 def statistics(samples: FeatureSet, real: FeatureSet, config: EvaluateConfig) -> dict[str, Statistic]:
-    """The figures that can be weighed, for samples (N) against a reference. Reference images are not drawn again."""
+    """The metrics that take weights, for samples (N) against a reference. Reference images are not resampled."""
     reference = moments_of(real.vectors)
     vectors = samples.vectors.astype(np.float64)
     out: dict[str, Statistic] = {
@@ -64,27 +76,20 @@ def statistics(samples: FeatureSet, real: FeatureSet, config: EvaluateConfig) ->
 
 
 def draws(count: int, resamples: int, seed: int) -> Iterator[Array]:
-    """Weights (count,) of each draw, named by (seed, draw): the same for every set of `count` samples, so that
-    sets made from the same noise are compared sample by sample."""
+    """Weights (count,) of each resampling, a function of (seed, number): equal for every set of `count`
+    samples, so that sets made from the same noise are compared sample by sample."""
     index = torch.arange(count)
     for draw in range(resamples):
         rows = randint(seed, Stream.ORDER_SAMPLES, index, count, step=draw)
         yield torch.bincount(rows, minlength=count).double().numpy()
 
 
-def interval(value: float, values: Array, confidence: float) -> Interval:
-    """The middle `confidence` of the values."""
-    tail = (1 - confidence) / 2
-    low, high = (float(q) for q in np.quantile(values, [tail, 1 - tail]))
-    return Interval(value, low, high)
-
-
 def weighted_moments(vectors: Array, weights: Array) -> GaussianMoments:
-    """Mean and unbiased covariance of vectors (N, F), each counted as often as its weight says."""
+    """Mean and unbiased covariance of vectors (N, F), each counted as often as its weight."""
     total = float(weights.sum())
     mean = weights @ vectors / total
-    centred = vectors - mean
-    return GaussianMoments(int(total), mean, (centred * weights[:, None]).T @ centred / (total - 1))
+    centered = vectors - mean
+    return GaussianMoments(int(total), mean, (centered * weights[:, None]).T @ centered / (total - 1))
 
 
 def _share(hits: npt.NDArray[np.bool_]) -> Statistic:
@@ -95,14 +100,14 @@ def _share(hits: npt.NDArray[np.bool_]) -> Statistic:
 def _recall(samples: Vectors, real: Vectors, neighbours: int) -> Statistic:
     """Share of real vectors (M, F) inside the manifold of the samples (N, F) that were drawn, however often each.
 
-    A sample drawn twice is no fellow of itself, so the balls reach to the k-th nearest other sample of the draw.
+    A sample drawn twice is not its own neighbour: the balls reach to the k-th nearest other sample that was drawn.
     """
 
     @functools.cache
     def geometry() -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """(N, N): fellows of each sample, nearest first, and how far they are; (M, N): from real ones to samples."""
+        """(N, N): neighbours of each sample, nearest first, and squared distances; (M, N): from real to samples."""
         own = square_distances(samples, samples)
-        np.fill_diagonal(own, -1.0)  # first of its own row, also before a twin
+        np.fill_diagonal(own, -1.0)  # first of its own row, even before a duplicate
         order = own.argsort(1).astype(np.int32)
         ranked = np.take_along_axis(own, order, 1).astype(np.float32)
         return order, ranked, square_distances(real, samples).astype(np.float32)
@@ -131,7 +136,7 @@ def _inception_score(logits: Vectors) -> Statistic:
 
 
 def _kernel(samples: Vectors, real: Vectors) -> Statistic:
-    """The kernel distance under weights; pairs of a sample with itself are left out, however often it is drawn."""
+    """The kernel distance under weights; without pairs of a sample with itself, however often it is drawn."""
     own, across, reference = (
         pair_kernel(samples, samples),
         pair_kernel(samples, real),

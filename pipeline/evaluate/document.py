@@ -1,5 +1,6 @@
-"""An evaluation: figures, and everything that must be equal before two of them may be compared."""
+"""The evaluation document: metrics, the conditions under which two may be compared, and where it is stored."""
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -7,11 +8,22 @@ from pydantic import Field
 from pipeline.config.base import Settings
 from pipeline.config.json_document import parse_document
 from pipeline.errors import UserError
-from pipeline.evaluate.metrics import Metric
+from pipeline.store import ObjectMissing, open_store
+
+
+class Metric(Settings):
+    """One number with the images behind it."""
+
+    value: float
+    """The number itself."""
+    n: int = Field(ge=0, lt=2**53)
+    """Samples it was computed from."""
+    n_reference: int = Field(ge=0, lt=2**53)
+    """Reference images it was computed from; 0 where none were."""
 
 
 class EvaluationConditions(Settings):
-    """What figures depend on besides the samples' quality."""
+    """What metrics depend on besides the quality of the samples."""
 
     count: int = Field(ge=0, lt=2**53)
     """Samples."""
@@ -22,11 +34,11 @@ class EvaluationConditions(Settings):
     network: str = Field(max_length=128)
     """Identity of the feature network."""
     settings: str = Field(max_length=128)
-    """Digest of the settings that change figures."""
+    """Digest of the settings that change metrics."""
 
 
 class Evaluation(Settings):
-    """The figures of one set of samples."""
+    """The metrics of one set of samples."""
 
     format: Literal[1] = 1
     """Version of this document's layout."""
@@ -47,24 +59,51 @@ class Evaluation(Settings):
     terms: EvaluationConditions
     """What must be equal in evaluations that are compared."""
     metrics: dict[Annotated[str, Field(max_length=128)], Metric] = Field(max_length=128)
-    """Figures by name."""
+    """By name."""
     made_at: float = Field(ge=0, lt=1e11)
     """Seconds since 1970 (UTC)."""
 
     def __getitem__(self, name: str) -> float:
-        """The value of a figure. KeyError names it."""
+        """The value of a metric. KeyError names it."""
         return self.metrics[name].value
 
 
 def require_comparable(a: Evaluation, b: Evaluation) -> None:
-    """UserError, naming the term, unless the two evaluations were made on equal terms."""
+    """UserError, naming the condition, unless the two evaluations were made under equal conditions."""
     for name in EvaluationConditions.model_fields:
         one, other = getattr(a.terms, name), getattr(b.terms, name)
         if one != other:
             raise UserError(
                 f"{a.subject} and {b.subject} cannot be compared: {name} is {one} and {other}; "
-                "evaluate both on equal terms"
+                "evaluate both with the same settings"
             )
+
+
+def evaluation_location(output: str) -> tuple[str, str]:
+    """Store URI and key of the evaluation of a generation: beside its prefix."""
+    parent, _, name = output.rstrip("/").rpartition("/")
+    return parent, f"{name}.evaluation.json"
+
+
+def evaluation_uri(output: str) -> str:
+    """URI of the evaluation of a generation."""
+    return "/".join(evaluation_location(output))
+
+
+def save_evaluation(evaluation: Evaluation) -> None:
+    """Write an evaluation beside the generation that is its subject."""
+    parent, key = evaluation_location(evaluation.subject)
+    document = json.dumps(evaluation.model_dump(mode="json"), indent=2) + "\n"
+    open_store(parent).write(key, document.encode())
+
+
+def load_evaluation(output: str) -> Evaluation | None:
+    """The stored evaluation of a generation, or None. DamageError for one that cannot be read."""
+    parent, key = evaluation_location(output)
+    try:
+        return read_evaluation(open_store(parent).read(key), evaluation_uri(output))
+    except ObjectMissing:
+        return None
 
 
 def read_evaluation(data: bytes, where: str) -> Evaluation:
@@ -72,11 +111,11 @@ def read_evaluation(data: bytes, where: str) -> Evaluation:
     return parse_document(Evaluation, data, where, "an evaluation")
 
 
-_GOOD = {
+_READ_AS = {
     "bits_per_dim": "lower is better",
     "class_accuracy": "higher is better",
-    "exact_copies": "0 is right",
-    "duplicates": "0 is right",
+    "exact_copies": "0 is best",
+    "duplicates": "0 is best",
     "frechet": "lower is better",
     "frechet_between_halves": "what the data reaches against itself",
     "frechet_ratio": "1 is as good as real data",
@@ -93,7 +132,7 @@ _GOOD = {
 
 
 def table(evaluation: Evaluation, other: Evaluation | None = None) -> list[str]:
-    """The figures, a line each, with the numbers they rest on, and those of another evaluation on the same terms."""
+    """A line for each metric, with the numbers of images behind it, and the value of another evaluation beside it."""
     lines = [
         f"subject    {evaluation.subject}" + (f"  (model {evaluation.model})" if evaluation.model else ""),
         f"reference  {evaluation.reference}, {evaluation.terms.reference_count:,} images, "
@@ -103,11 +142,11 @@ def table(evaluation: Evaluation, other: Evaluation | None = None) -> list[str]:
     if other is not None:
         lines.append(f"against    {other.subject}" + (f"  (model {other.model})" if other.model else ""))
     beside = "" if other is None else f"{'against':>12}"
-    lines.append(f"{'measure':<24}{'value':>12}{beside}{'N':>9}{'N ref':>9}")
-    for name, figure in evaluation.metrics.items():
-        values = f"{figure.value:>12.5g}"
+    lines.append(f"{'metric':<24}{'value':>12}{beside}{'N':>9}{'N ref':>9}")
+    for name, metric in evaluation.metrics.items():
+        values = f"{metric.value:>12.5g}"
         if other is not None:
             values += f"{other[name]:>12.5g}" if name in other.metrics else f"{'-':>12}"
-        line = f"{name:<24}{values}{figure.n:>9,}{figure.n_reference:>9,}   {_GOOD.get(name, '')}"
+        line = f"{name:<24}{values}{metric.n:>9,}{metric.n_reference:>9,}   {_READ_AS.get(name, '')}"
         lines.append(line.rstrip())
     return lines

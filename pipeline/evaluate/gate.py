@@ -1,53 +1,52 @@
-"""The gate: is the challenger better than the champion, and how sure is that?"""
+"""The gate: whether the challenger is better than the champion, and with which confidence."""
 
+from collections.abc import Sequence
 from typing import Literal
-
-import numpy as np
 
 from pipeline.config.base import Settings
 from pipeline.config.evaluation import GateConfig, Rule
 from pipeline.errors import UserError
-from pipeline.evaluate.bootstrap import Statistic, draws, interval, statistics
+from pipeline.evaluate.bootstrap import Array, BootstrapEstimate, Statistic, draws, statistics
 from pipeline.features.feature_set import FeatureSet
 
 _OF_CLASSES = {"class_accuracy", "inception_score"}
-"""Figures that only some models and feature networks admit."""
+"""Metrics that need classes: only some models and feature networks have them."""
 
 
 class Judgement(Settings):
-    """One figure of both models."""
+    """One metric of both models."""
 
     rule: Rule
-    """What was asked."""
+    """What the settings require."""
     challenger: float
-    """The challenger's figure."""
+    """The challenger's value."""
     challenger_interval: tuple[float, float]
-    """Where it lies with the gate's confidence."""
+    """Its confidence interval."""
     champion: float
-    """The champion's figure."""
+    """The champion's value."""
     champion_interval: tuple[float, float]
-    """Where it lies with the gate's confidence."""
+    """Its confidence interval."""
     improvement: float
-    """Challenger over champion, positive when better."""
+    """Difference of the two, positive where the challenger is better."""
     improvement_interval: tuple[float, float]
-    """Where the improvement lies; both were drawn together, so noise that they share cancels."""
+    """Its confidence interval. Both models are resampled together, so noise that they share cancels."""
     passed: bool
     """Whether the rule is met."""
 
 
 class Decision(Settings):
-    """What the gate decided, with all its numbers."""
+    """A decision of the gate, with all its numbers."""
 
     format: Literal[1] = 1
     """Version of this document's layout."""
     verdict: Literal["promoted", "refused"]
-    """What came of it."""
+    """The outcome."""
     reason: str
     """Why, in one line."""
     challenger: str
     """`name/version` of the challenger."""
     champion: str | None
-    """`name/version` of the champion then in office."""
+    """`name/version` of the champion at that time; None without one."""
     count: int
     """Samples of each."""
     reference_digest: str
@@ -59,36 +58,41 @@ class Decision(Settings):
     settings: GateConfig
     """How they were compared."""
     judgements: dict[str, Judgement]
-    """By figure."""
+    """By metric."""
     decided_at: float
     """Seconds since 1970 (UTC)."""
 
 
-def judge(
+def apply_rules(
     challenger: FeatureSet, champion: FeatureSet, real: FeatureSet, config: GateConfig
 ) -> dict[str, Judgement]:
-    """Every rule that both models admit. UserError for terms that are not equal, or when no rule can be judged."""
+    """Apply every rule that both models admit. UserError for unequal conditions, or when no rule applies."""
     if len(challenger) != len(champion):
         raise UserError(
             f"gate: {len(challenger)} samples of the challenger and {len(champion)} of the champion cannot be "
-            "compared; make equally many"
+            "compared; draw the same number of each"
         )
     if len({challenger.network, champion.network, real.network}) > 1:
-        raise UserError("gate: challenger, champion and reference were measured by different networks")
-    ours, theirs = (statistics(one, real, config.evaluate) for one in (challenger, champion))
-    missing = sorted(config.rules.keys() - _OF_CLASSES - ours.keys())
+        raise UserError(
+            "gate: challenger, champion and reference have features of different networks; evaluate with one"
+        )
+    of_challenger, of_champion = (statistics(one, real, config.evaluate) for one in (challenger, champion))
+    missing = sorted(config.rules.keys() - _OF_CLASSES - of_challenger.keys())
     if missing:
         raise UserError(
             f"gate.rules: {missing[0]} needs more than evaluate.neighbours ({config.evaluate.neighbours}) images of "
-            "the models and of the reference; raise gate.count or ask for another figure"
+            "the models and of the reference; raise gate.count or choose another metric"
         )
-    rules = {name: rule for name, rule in config.rules.items() if name in ours and name in theirs}
+    rules = {
+        name: rule for name, rule in config.rules.items() if name in of_challenger and name in of_champion
+    }
     if not rules:
-        raise UserError(
-            "gate.rules: none of the figures exists for these models; ask for another, such as frechet"
-        )
+        raise UserError("gate.rules: these models have none of the metrics; choose another, such as frechet")
     weights = list(draws(len(challenger), config.resamples, config.seed))
-    return {name: _judge(config, rule, ours[name], theirs[name], weights) for name, rule in rules.items()}
+    return {
+        name: _apply(config, rule, of_challenger[name], of_champion[name], weights)
+        for name, rule in rules.items()
+    }
 
 
 def verdict(judgements: dict[str, Judgement]) -> tuple[bool, str]:
@@ -100,45 +104,43 @@ def verdict(judgements: dict[str, Judgement]) -> tuple[bool, str]:
     return True, f"better in {', '.join(improved)}; worse in nothing" if improved else "worse in nothing"
 
 
-def _judge(
+def _apply(
     config: GateConfig,
     rule: Rule,
-    ours: Statistic,
-    theirs: Statistic,
-    weights: list[np.ndarray[tuple[int], np.dtype[np.float64]]],
+    of_challenger: Statistic,
+    of_champion: Statistic,
+    weights: Sequence[Array],
 ) -> Judgement:
+    """One rule, with all draws of `weights`."""
     sign = 1.0 if rule.better == "higher" else -1.0
-    once = np.ones_like(weights[0])
-    mine, other = ours(once), theirs(once)
-    a = np.array([ours(w) for w in weights])
-    b = np.array([theirs(w) for w in weights])
-    own, his, gain = (
-        interval(value, values, config.confidence)
-        for value, values in ((mine, a), (other, b), (sign * (mine - other), sign * (a - b)))
+    challenger = BootstrapEstimate.of(of_challenger, weights)
+    champion = BootstrapEstimate.of(of_champion, weights)
+    improvement = BootstrapEstimate(
+        sign * (challenger.value - champion.value), sign * (challenger.resampled - champion.resampled)
     )
-    passed = gain.low > 0 if rule.must == "improve" else gain.low >= -rule.tolerance
+    low, high = improvement.interval(config.confidence)
     return Judgement(
         rule=rule,
-        challenger=mine,
-        challenger_interval=(own.low, own.high),
-        champion=other,
-        champion_interval=(his.low, his.high),
-        improvement=gain.value,
-        improvement_interval=(gain.low, gain.high),
-        passed=passed,
+        challenger=challenger.value,
+        challenger_interval=challenger.interval(config.confidence),
+        champion=champion.value,
+        champion_interval=champion.interval(config.confidence),
+        improvement=improvement.value,
+        improvement_interval=(low, high),
+        passed=low > 0 if rule.must == "improve" else low >= -rule.tolerance,
     )
 
 
 def _complaint(name: str, one: Judgement) -> str:
     low, high = one.improvement_interval
-    asked = "surely above 0" if one.rule.must == "improve" else f"surely at least {-one.rule.tolerance:g}"
-    return f"{name} improves by {one.improvement:.4g} ({low:.4g} to {high:.4g}), {asked} is asked"
+    bound = "above 0" if one.rule.must == "improve" else f"at least {-one.rule.tolerance:g}"
+    return f"{name} improves by {one.improvement:.4g} ({low:.4g} to {high:.4g}); all of the interval must be {bound}"
 
 
 def table(decision: Decision) -> list[str]:
-    """The decision, a line a figure."""
+    """The decision, a line for each metric."""
     champion = decision.champion or "none"
-    lines = [f"{'figure':<16}{decision.challenger:>28}{champion:>28}{'improvement':>30}"]
+    lines = [f"{'metric':<16}{decision.challenger:>28}{champion:>28}{'improvement':>30}"]
     for name, one in decision.judgements.items():
         cells = (
             _cell(one.challenger, one.challenger_interval),

@@ -1,16 +1,15 @@
-"""From two measured sets to figures, each with the number of images it rests on."""
+"""From the features of samples and reference to metrics, each with the number of images behind it."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
-from pipeline.config.base import Settings
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.diffusion.noise import Stream, permutation
 from pipeline.errors import UserError
+from pipeline.evaluate.document import Metric
 from pipeline.features.distances import (
     class_accuracy,
     frechet_distance,
@@ -25,17 +24,6 @@ from pipeline.features.feature_set import FeatureSet
 Rows = npt.NDArray[np.int64]
 
 
-class Metric(Settings):
-    """One number."""
-
-    value: float
-    """The number itself."""
-    n: int = Field(ge=0, lt=2**53)
-    """Samples it was computed from."""
-    n_reference: int = Field(ge=0, lt=2**53)
-    """Reference images it was computed from; 0 where none were."""
-
-
 class Halves(NamedTuple):
     """Rows of the reference in two halves of equal size."""
 
@@ -44,13 +32,13 @@ class Halves(NamedTuple):
 
 
 def compute_metrics(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig) -> dict[str, Metric]:
-    """Every measure that the two sets admit. UserError for sets of different networks or image sizes."""
+    """Every metric that the two sets admit. UserError for sets of different networks or image sizes."""
     if samples.network != reference.network:
-        raise UserError("network: samples and reference were measured by different networks; measure again")
+        raise UserError("network: samples and reference have features of different networks; evaluate again")
     if samples.thumbs.shape[1] != reference.thumbs.shape[1]:
         raise UserError("reference: its images have another shape than the samples; name the right data set")
     out = _distances(samples, reference, config) | _pairwise(samples, reference, config)
-    out |= _copies(samples, reference, config)
+    out |= _near_duplicates(samples, reference, config)
     if samples.logits is not None:
         out["inception_score"] = Metric(value=inception_score(samples.logits), n=len(samples), n_reference=0)
         if samples.labels is not None:
@@ -60,7 +48,7 @@ def compute_metrics(samples: FeatureSet, reference: FeatureSet, config: Evaluate
 
 
 def halves(count: int, config: EvaluateConfig) -> Iterator[Halves]:
-    """The named ways to cut `count` rows into two halves; an odd row is left out."""
+    """The ways to split `count` rows into two halves, functions of the seed; an odd row is left out."""
     half = count // 2
     for number in range(config.num_splits):
         order = permutation(config.seed, Stream.ORDER_SAMPLES, count, step=number).numpy()
@@ -116,7 +104,7 @@ def _pairwise(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig
     return out
 
 
-def _copies(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig) -> dict[str, Metric]:
+def _near_duplicates(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig) -> dict[str, Metric]:
     """How near samples come to reference images, on the scale of how near real images come to other real ones."""
     x = samples.thumbs[: config.max_images].astype(np.float32)
     y = reference.thumbs[: config.max_images].astype(np.float32)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config.evaluation import FeatureNetworkConfig
 from pipeline.errors import DamageError
-from pipeline.features.networks import FeatureNetwork
+from pipeline.features.networks import FeatureNetwork, open_network
 
 THUMB_EDGE = 32
 _ALWAYS = ("vectors", "thumbs", "prints")
@@ -33,8 +34,8 @@ _HEADERS: dict[tuple[int, int], Callable[[Any], tuple[tuple[int, ...], bool, np.
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-Picture = tuple[npt.NDArray[np.uint8], int | None]
-"""Pixels (H, W, C) and label."""
+LabeledImage = tuple[npt.NDArray[np.uint8], int | None]
+"""Pixels (H, W, C) and class; None without one."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,37 @@ def _checked(found: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
     return {name: found[name] if name in _ALWAYS else found.get(name) for name in _ARRAYS}
 
 
-def extract_features(network: FeatureNetwork, pictures: Iterable[Picture], batch_size: int) -> FeatureSet:
-    """Measure pictures of one size. ValueError when there are none."""
-    parts = [_measure_batch(network, batch) for batch in _batches(pictures, batch_size)]
-    return join(parts)
+def extract_features(network: FeatureNetwork, images: Iterable[LabeledImage], batch_size: int) -> FeatureSet:
+    """Features of images of one size. ValueError when there are none."""
+    return join([_extract_batch(network, batch) for batch in _batches(images, batch_size)])
+
+
+class ShardExtractor:
+    """Extracts the features of one shard. Travels to workers as settings and opens the network where it runs.
+
+    Batches are cut within a shard and run in one torch thread, so the result does not depend on the worker.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNetworkConfig,
+        data: str,
+        batch_size: int,
+        images_of: Callable[[int], Iterable[LabeledImage]],
+    ) -> None:
+        """`images_of` gives the images of a shard by its number; `data` is where the network lies by default."""
+        self._config, self._data, self._batch_size, self._images_of = network, data, batch_size, images_of
+        self._network: FeatureNetwork | None = None
+
+    def __call__(self, number: int) -> bytes:
+        """`FeatureSet.to_bytes` of the images of shard `number`, in stored order."""
+        torch.set_num_threads(1)
+        if self._network is None:
+            self._network = open_network(self._config, self._data)
+        return extract_features(self._network, self._images_of(number), self._batch_size).to_bytes()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_network": None}
 
 
 def join(parts: Sequence[FeatureSet]) -> FeatureSet:
@@ -173,8 +201,8 @@ def join(parts: Sequence[FeatureSet]) -> FeatureSet:
     return FeatureSet(parts[0].network, *arrays)
 
 
-def _measure_batch(network: FeatureNetwork, batch: list[Picture]) -> FeatureSet:
-    pixels = np.stack([picture for picture, _ in batch]).transpose(0, 3, 1, 2)
+def _extract_batch(network: FeatureNetwork, batch: list[LabeledImage]) -> FeatureSet:
+    pixels = np.stack([image for image, _ in batch]).transpose(0, 3, 1, 2)
     images = torch.from_numpy(np.ascontiguousarray(pixels))
     vectors, logits = network(images)
     labels = [label for _, label in batch]
@@ -184,7 +212,7 @@ def _measure_batch(network: FeatureNetwork, batch: list[Picture]) -> FeatureSet:
         None if logits is None else logits.numpy(),
         None if any(label is None for label in labels) else np.array(labels, np.int64),
         thumbnails(images).numpy(),
-        np.array([fingerprint(picture) for picture, _ in batch], np.uint64),
+        np.array([pixel_hash(image) for image, _ in batch], np.uint64),
     )
 
 
@@ -197,16 +225,16 @@ def thumbnails(images: Tensor) -> Tensor:
     return images.flatten(1)
 
 
-def fingerprint(pixels: npt.NDArray[np.uint8]) -> int:
+def pixel_hash(pixels: npt.NDArray[np.uint8]) -> int:
     """64 bits of the SHA-256 of an image's pixels."""
     digest = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).digest()
     return int.from_bytes(digest[:8], "little")
 
 
-def _batches(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
-    batch: list[Picture] = []
-    for picture in pictures:
-        batch.append(picture)
+def _batches(images: Iterable[LabeledImage], size: int) -> Iterator[list[LabeledImage]]:
+    batch: list[LabeledImage] = []
+    for image in images:
+        batch.append(image)
         if len(batch) == size:
             yield batch
             batch = []

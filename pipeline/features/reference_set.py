@@ -1,9 +1,9 @@
-"""Measured data sets: once for each digest and feature network, kept beside the index."""
+"""The reference: features of a whole data set, extracted once for each digest and network, stored beside the index."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,34 +14,22 @@ from pipeline.data.index import Index
 from pipeline.data.location import Location
 from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import DamageError
-from pipeline.features.feature_set import FeatureSet, Picture, extract_features, join
+from pipeline.features.feature_set import FeatureSet, LabeledImage, ShardExtractor, join
 from pipeline.features.networks import FeatureNetwork, features_folder, open_network
+from pipeline.parallel import ParallelMap, serial_map
 from pipeline.progress import Progress, no_progress
 from pipeline.store import ObjectMissing, Store, open_store
 
 _log = logging.getLogger(__name__)
-ShardWork = Callable[[int], bytes]
-"""Number of a shard to its measured images, as `FeatureSet.to_bytes`."""
-
-
-class Pool(Protocol):
-    """Does work shard by shard, in this process or on a cluster; results in the shards' order."""
-
-    def __call__(self, work: ShardWork, shards: Sequence[int]) -> Iterator[bytes]: ...
-
-
-def in_process(work: ShardWork, shards: Sequence[int]) -> Iterator[bytes]:
-    """The pool that is this process."""
-    return map(work, shards)
 
 
 def reference_key(index: Index, network: FeatureNetwork) -> str:
-    """Key, below the features folder, of a data set as a network sees it."""
+    """Key, in the features folder, of the reference that a network gives."""
     return f"reference-{index.digest[:16]}-{network.identity[:16]}.npz"
 
 
 def data_root(uri: str) -> str:
-    """The prefix that holds a data set, also for one that is named by a pattern."""
+    """The prefix of a data set, also where `uri` is a pattern of shards."""
     return Location.of(uri).root
 
 
@@ -49,23 +37,20 @@ def load_reference(
     index: Index,
     config: FeatureNetworkConfig,
     batch_size: int,
-    pool: Pool = in_process,
+    parallel_map: ParallelMap = serial_map,
     progress: Progress = no_progress,
 ) -> FeatureSet:
-    """The measured data set: read if it was measured before, else measured now and kept.
-
-    The batches of a shard are cut within it, so the result does not depend on who measures what.
-    """
+    """The features of a data set: read where they are stored, else extracted now and stored."""
     network = open_network(config, data_root(index.uri))
     store = open_store(features_folder(data_root(index.uri)))
     key = reference_key(index, network)
-    kept = _kept(store, key, index, network)
-    if kept is not None:
-        return kept
-    work = DatasetShard(index, config, batch_size)
+    stored = _stored(store, key, index, network)
+    if stored is not None:
+        return stored
+    extract = ShardExtractor(config, data_root(index.uri), batch_size, partial(_shard_images, index))
     total = len(index.shards)
     parts: list[FeatureSet] = []
-    for number, data in enumerate(pool(work, range(total))):
+    for number, data in enumerate(parallel_map(extract, range(total))):
         parts.append(FeatureSet.from_bytes(data, index.shards[number].name))
         progress(number + 1, total)
     whole = replace(join(parts), data=index.digest)
@@ -73,25 +58,10 @@ def load_reference(
     return whole
 
 
-class DatasetShard:
-    """Measures one shard of a data set; travels to workers as settings, opens the network once in each."""
-
-    def __init__(self, index: Index, config: FeatureNetworkConfig, batch_size: int) -> None:
-        self.index, self.config, self.batch_size = index, config, batch_size
-        self._network: FeatureNetwork | None = None
-
-    def __call__(self, number: int) -> bytes:
-        """Measured images of shard `number`, in stored order."""
-        if self._network is None:
-            self._network = open_network(self.config, data_root(self.index.uri))
-        return extract_features(self._network, self._pictures(number), self.batch_size).to_bytes()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_network": None}
-
-    def _pictures(self, number: int) -> Iterator[Picture]:
-        for sample in read_sequential(self.index, [number]):
-            yield sample.pixels, sample.label if sample.label >= 0 else None
+def _shard_images(index: Index, number: int) -> Iterator[LabeledImage]:
+    """The images of shard `number`, in stored order."""
+    for sample in read_sequential(index, [number]):
+        yield sample.pixels, sample.label if sample.label >= 0 else None
 
 
 def load_images(index: Index, progress: Progress = no_progress) -> tuple[Tensor, Tensor]:
@@ -105,19 +75,25 @@ def load_images(index: Index, progress: Progress = no_progress) -> tuple[Tensor,
     return torch.from_numpy(np.ascontiguousarray(np.stack(pixels))), torch.tensor(labels)
 
 
-def _kept(store: Store, key: str, index: Index, network: FeatureNetwork) -> FeatureSet | None:
-    """The data set as it was measured before, or None, with a line where what is kept is not that."""
+def _stored(store: Store, key: str, index: Index, network: FeatureNetwork) -> FeatureSet | None:
+    """The stored reference, or None; a warning where what is stored cannot be used."""
     try:
         found = FeatureSet.from_bytes(store.read(key), f"{store.uri}/{key}")
     except ObjectMissing:
         return None
     except DamageError as error:
-        _log.warning("%s: the reference is measured anew", error)
+        _log.warning("%s: extracting the features of the reference again", error)
         return None
-    told = (found.network, found.data or index.digest, len(found))  # older ones hold no digest of their data
-    if told != (network.identity, index.digest, index.num_samples):
+    contents = (
+        found.network,
+        found.data or index.digest,
+        len(found),
+    )  # older ones hold no digest of their data
+    if contents != (network.identity, index.digest, index.num_samples):
         _log.warning(
-            "%s/%s: is of another data set or network: the reference is measured anew", store.uri, key
+            "%s/%s: belongs to another data set or network: extracting the features of the reference again",
+            store.uri,
+            key,
         )
         return None
     return found

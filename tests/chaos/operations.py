@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jobs.promote import BEFORE_TAG, VERDICT_TAG, champion_of
 from jobs.promote import run as promote
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
 from pipeline.config.evaluation import FeaturesConfig, PromoteConfig
 from pipeline.config.nights import NightlyConfig
 from pipeline.data.index import load_index
+from pipeline.evaluate.promotion import BEFORE_TAG, VERDICT_TAG, champion_of
 from pipeline.features.train_classifier import train_features
 from pipeline.nightly.history import read_latest, read_nights
 from pipeline.store import open_store

@@ -183,7 +183,7 @@ def test_a_kept_reference_that_is_not_of_its_data_is_measured_anew(
     store.write(key, change(store.read(key)))
     with caplog.at_level(logging.WARNING):
         assert load_reference(index, FeatureNetworkConfig(), 300).vectors.tobytes() == whole.vectors.tobytes()
-    assert "the reference is measured anew" in caplog.text
+    assert "extracting the features of the reference again" in caplog.text
     assert FeatureSet.from_bytes(store.read(key), key).data == index.digest
 
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from pipeline.config.evaluation import GateConfig, Rule
 from pipeline.errors import UserError
 from pipeline.evaluate.bootstrap import draws, statistics
-from pipeline.evaluate.gate import judge, verdict
+from pipeline.evaluate.gate import apply_rules, verdict
 from pipeline.evaluate.metrics import compute_metrics
 from pipeline.features.distances import precision_recall
 from tests.evaluate.made import config, measured
@@ -20,13 +20,13 @@ def gate(**changes: object) -> GateConfig:
 
 
 def test_a_better_model_passes() -> None:
-    passes, reason = verdict(judge(measured(seed=1), measured(seed=2, shift=0.8), REAL, gate()))
+    passes, reason = verdict(apply_rules(measured(seed=1), measured(seed=2, shift=0.8), REAL, gate()))
     assert passes
     assert "frechet" in reason
 
 
 def test_a_worse_model_is_refused_with_its_numbers() -> None:
-    judgements = judge(measured(seed=1, shift=0.8), measured(seed=2), REAL, gate())
+    judgements = apply_rules(measured(seed=1, shift=0.8), measured(seed=2), REAL, gate())
     passes, reason = verdict(judgements)
     assert not passes
     assert "frechet improves by -" in reason
@@ -35,13 +35,13 @@ def test_a_worse_model_is_refused_with_its_numbers() -> None:
 
 def test_the_same_model_again_is_no_improvement() -> None:
     one = measured(seed=1)
-    judgements = judge(one, one, REAL, gate())
+    judgements = apply_rules(one, one, REAL, gate())
     assert not verdict(judgements)[0]
     assert judgements["frechet"].improvement_interval == (0, 0)
 
 
 def test_a_better_distance_does_not_buy_a_worse_accuracy() -> None:
-    judgements = judge(measured(seed=1, wrong=30), measured(seed=2, shift=0.8), REAL, gate())
+    judgements = apply_rules(measured(seed=1, wrong=30), measured(seed=2, shift=0.8), REAL, gate())
     assert judgements["frechet"].passed
     assert not judgements["class_accuracy"].passed
     assert not verdict(judgements)[0]
@@ -49,14 +49,14 @@ def test_a_better_distance_does_not_buy_a_worse_accuracy() -> None:
 
 def test_a_tolerated_loss_passes() -> None:
     rules = {"class_accuracy": Rule(better="higher", tolerance=0.3)}
-    assert verdict(judge(measured(wrong=30), measured(), REAL, gate(rules=rules)))[0]
+    assert verdict(apply_rules(measured(wrong=30), measured(), REAL, gate(rules=rules)))[0]
 
 
 def test_unequal_terms_are_refused() -> None:
-    with pytest.raises(UserError, match="equally many"):
-        judge(measured(200), measured(150), REAL, gate())
+    with pytest.raises(UserError, match="draw the same number of each"):
+        apply_rules(measured(200), measured(150), REAL, gate())
     with pytest.raises(UserError, match="different networks"):
-        judge(measured(network="m" * 64), measured(), REAL, gate())
+        apply_rules(measured(network="m" * 64), measured(), REAL, gate())
 
 
 def test_a_figure_that_the_gate_does_not_know_is_named() -> None:
@@ -67,7 +67,7 @@ def test_a_figure_that_the_gate_does_not_know_is_named() -> None:
 def test_a_figure_that_so_few_images_do_not_have_is_named() -> None:
     rules = {"recall": Rule(better="higher")}
     with pytest.raises(UserError, match=r"gate\.rules: recall needs more than evaluate\.neighbours \(3\)"):
-        judge(measured(3), measured(3), REAL, gate(rules=rules))
+        apply_rules(measured(3), measured(3), REAL, gate(rules=rules))
 
 
 def test_weights_of_one_give_the_figures_themselves() -> None:
@@ -100,7 +100,7 @@ def test_every_figure_of_the_gate_lies_in_its_interval_and_recall_tells_a_model_
     rules = {name: Rule(better="higher") for name in names}
     narrow, wide = measured(seed=1), measured(seed=2)
     narrow.vectors[:] = narrow.vectors.mean(0) + 0.3 * (narrow.vectors - narrow.vectors.mean(0))
-    judgements = judge(wide, narrow, REAL, gate(rules=rules))
+    judgements = apply_rules(wide, narrow, REAL, gate(rules=rules))
     assert {"frechet", "kernel", "precision", "recall", "near_copies", "class_accuracy"} < set(names)
     for name, one in judgements.items():
         low, high = one.challenger_interval

@@ -14,6 +14,7 @@ from jobs.runner import JobArguments
 from pipeline.config.data import PackConfig
 from pipeline.data.packing.pack_dataset import pack
 from pipeline.errors import UserError
+from pipeline.evaluate.promotion import DECISION_TAG, VERDICT_TAG
 from pipeline.tracking import resolve, set_alias, versions
 from tests.commands import ddpm
 
@@ -75,8 +76,8 @@ def test_half_the_training_is_refused_and_twice_is_promoted_and_can_be_taken_bac
     assert jobs.promote.run_call(call) == 1
     assert champion() == 1
     refused = next(v for v in versions("gated") if v.version == 2)
-    assert refused.tags[jobs.promote.VERDICT_TAG] == "refused"
-    numbers = json.loads(refused.tags[jobs.promote.DECISION_TAG])["judgements"]["frechet"]
+    assert refused.tags[VERDICT_TAG] == "refused"
+    numbers = json.loads(refused.tags[DECISION_TAG])["judgements"]["frechet"]
     assert numbers["challenger"] > numbers["champion"]
     assert numbers["improvement_interval"][0] < 0
 
@@ -90,7 +91,7 @@ def test_half_the_training_is_refused_and_twice_is_promoted_and_can_be_taken_bac
     assert "nothing to do: gated@champion is gated/1, rolled back from gated/3" in capsys.readouterr().out
     assert champion() == 1
     set_alias("gated", "champion", 2)
-    with pytest.raises(UserError, match="replaced no one"):
+    with pytest.raises(UserError, match="replaced no version"):
         jobs.promote.rollback("gated")
     assert ddpm("rollback", "gated", "--to", "3") == 0
     assert champion() == 3

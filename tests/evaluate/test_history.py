@@ -10,8 +10,7 @@ import pytest
 
 from pipeline.config.nights import DriftConfig
 from pipeline.errors import UserError
-from pipeline.evaluate.document import Evaluation, EvaluationConditions, require_comparable, table
-from pipeline.evaluate.metrics import Metric
+from pipeline.evaluate.document import Evaluation, EvaluationConditions, Metric, require_comparable, table
 from pipeline.nightly.history import (
     Night,
     advance_latest,

@@ -15,28 +15,25 @@ import pytest
 from pydantic import ValidationError
 
 import jobs.nightly
-from jobs.evaluate import evaluate
 from jobs.nightly import DRIFTED, alert, only_one, run
 from jobs.retention import retain
 from pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
 from pipeline.config.generation import GenerateConfig
 from pipeline.config.nights import NightlyConfig
 from pipeline.errors import UserError
+from pipeline.evaluate.measure import evaluate_generation
 from pipeline.generate.completeness import check_complete
 from pipeline.generate.driver import GenerationResult
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.spec import read_spec
 from pipeline.nightly.history import read_latest, read_nights, write_night
 from pipeline.nightly.webhook import send
+from pipeline.progress import no_progress
 from pipeline.store import FileStore, Store, open_store
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model
 
 D1, D2, D3 = (dt.date(2026, 3, day) for day in (1, 2, 3))
 Change = Callable[..., NightlyConfig]
-
-
-def silent(done: int, total: int, note: str = "") -> None:
-    """Progress for no one."""
 
 
 @pytest.fixture
@@ -69,9 +66,9 @@ def objects(config: NightlyConfig) -> dict[str, str]:
 
 def test_a_night_is_made_once_and_then_left_alone(nights: Change, capsys: pytest.CaptureFixture[str]) -> None:
     config = nights()
-    assert run(config, silent, D1, D1) == 0
+    assert run(config, no_progress, D1, D1) == 0
     before = objects(config)
-    assert run(config, silent, D1, D1) == 0
+    assert run(config, no_progress, D1, D1) == 0
     assert objects(config) == before
     assert "nothing to do" in capsys.readouterr().out
 
@@ -86,8 +83,8 @@ def test_the_measuring_of_a_night_is_told_in_its_samples(nights: Change) -> None
 def test_three_dates_are_back_filled_and_latest_is_the_newest(nights: Change) -> None:
     config = nights()
     store = open_store(config.generate.output)
-    assert run(config, silent, D3, D3) == 0
-    assert run(config, silent, D1, D3) == 0
+    assert run(config, no_progress, D3, D3) == 0
+    assert run(config, no_progress, D1, D3) == 0
     assert [night.date for night in read_nights(store)] == [D1, D2, D3]
     latest = read_latest(store)
     assert latest is not None
@@ -100,7 +97,7 @@ def test_three_dates_are_back_filled_and_latest_is_the_newest(nights: Change) ->
     assert store.read("index.html").decode().count("data:image/png") == 3
 
 
-@pytest.mark.parametrize("step", ["evaluate", "write_night", "render", "advance_latest"])
+@pytest.mark.parametrize("step", ["evaluate_generation", "write_night", "render", "advance_latest"])
 def test_a_job_cut_off_at_any_step_ends_the_same_when_run_again(
     nights: Change, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -113,9 +110,9 @@ def test_a_job_cut_off_at_any_step_ends_the_same_when_run_again(
     with monkeypatch.context() as patch:
         patch.setattr(jobs.nightly, step, killed)
         with pytest.raises(KeyboardInterrupt):
-            run(config, silent, D1, D1)
+            run(config, no_progress, D1, D1)
     assert read_latest(store) is None
-    assert run(config, silent, D1, D1) == 0
+    assert run(config, no_progress, D1, D1) == 0
     latest = read_latest(store)
     assert latest is not None
     assert latest == read_nights(store)[0]
@@ -130,9 +127,11 @@ def test_a_job_cut_off_at_any_step_ends_the_same_when_run_again(
 
 def test_the_workers_of_a_night_leave_the_sums_by_which_it_is_judged(nights: Change, digits: str) -> None:
     config = nights()
-    assert run(config, silent, D1, D1) == 0
+    assert run(config, no_progress, D1, D1) == 0
     (night,) = read_nights(open_store(config.generate.output))
-    quick = evaluate(EvaluateConfig(reference=digits, records_only=True), night.prefix, silent)
+    quick = evaluate_generation(
+        EvaluateConfig(reference=digits, records_only=True), night.prefix, no_progress
+    )
     assert quick["frechet"] == pytest.approx(night.evaluation["frechet"], rel=1e-5)
     named = jobs.nightly.night_settings(config, D2).features
     assert named is not None
@@ -145,10 +144,10 @@ def test_the_workers_of_a_night_leave_the_sums_by_which_it_is_judged(nights: Cha
 def test_retention_deletes_samples_and_keeps_records(nights: Change) -> None:
     config = nights(keep_nights=1)
     store = open_store(config.generate.output)
-    assert run(config, silent, D1, D3) == 0
+    assert run(config, no_progress, D1, D3) == 0
     assert [night.deleted for night in read_nights(store)] == [True, False, False]
     assert not any(key.startswith("date=2026-03-01") for key in objects(config))
-    assert run(config, silent, D1, D1) == 0
+    assert run(config, no_progress, D1, D1) == 0
     assert not any(key.startswith("date=2026-03-01") for key in objects(config))
 
 
@@ -181,7 +180,7 @@ def test_a_filed_night_is_looked_at_and_what_is_missing_is_made(
     nights: Change, capsys: pytest.CaptureFixture[str], damage: Callable[[Store, str], None], key: str
 ) -> None:
     config = nights()
-    assert run(config, silent, D1, D1) == 0
+    assert run(config, no_progress, D1, D1) == 0
     before, capsys_before = objects(config), capsys.readouterr()
     assert "complete" not in capsys_before.out
     samples = open_store(f"{config.generate.output}/date=2026-03-01")
@@ -191,7 +190,7 @@ def test_a_filed_night_is_looked_at_and_what_is_missing_is_made(
             samples.delete(info.key)
     else:
         damage(samples, key)
-    assert run(config, silent, D1, D1) == 0
+    assert run(config, no_progress, D1, D1) == 0
     told = capsys.readouterr()
     assert "2026-03-01: is on record, but " in told.err
     assert "nothing to do" not in told.out
@@ -202,7 +201,7 @@ def test_a_filed_night_is_looked_at_and_what_is_missing_is_made(
         jobs.nightly.what_is_wrong(read_nights(open_store(config.generate.output))[0], night_at(config))
         is None
     )
-    assert run(config, silent, D1, D1) == 0
+    assert run(config, no_progress, D1, D1) == 0
     assert "complete, nothing to do" in capsys.readouterr().out
 
 
@@ -214,11 +213,11 @@ def night_at(config: NightlyConfig) -> str:
 def test_a_night_whose_record_or_evaluation_is_torn_is_measured_and_filed_again(nights: Change) -> None:
     config = nights()
     store = open_store(config.generate.output)
-    assert run(config, silent, D1, D1) == 0
+    assert run(config, no_progress, D1, D1) == 0
     (night,) = read_nights(store)
     torn(store, "history/2026-03-01.json")
     torn(store, "date=2026-03-01.evaluation.json")
-    assert run(config, silent, D1, D1) == 0
+    assert run(config, no_progress, D1, D1) == 0
     (again,) = read_nights(store)
     assert again.evaluation.metrics == night.evaluation.metrics
     assert read_latest(store) == again
@@ -234,11 +233,11 @@ def test_two_machines_that_make_nights_at_once_leave_latest_at_the_newest(
     def held_up(*told: Any) -> bytes:
         monkeypatch.setattr(jobs.nightly, "render", render)
         monkeypatch.setattr(jobs.nightly, "only_one", lambda uri: nullcontext())  # that of another machine
-        assert run(config, silent, D3, D3) == 0
+        assert run(config, no_progress, D3, D3) == 0
         return render(*told)
 
     monkeypatch.setattr(jobs.nightly, "render", held_up)
-    assert run(config, silent, D2, D2) == 0
+    assert run(config, no_progress, D2, D2) == 0
     latest = read_latest(store)
     assert latest is not None
     assert latest.date == D3
@@ -258,24 +257,24 @@ def test_a_clock_that_is_far_ahead_for_one_night_makes_and_deletes_nothing(
 ) -> None:
     config = nights(keep_days=30, catch_up_nights=1)
     today = dt.datetime.now(dt.UTC).date()
-    assert run(config, silent, today - dt.timedelta(days=2), today - dt.timedelta(days=1)) == 0
+    assert run(config, no_progress, today - dt.timedelta(days=2), today - dt.timedelta(days=1)) == 0
     before = objects(config)
     with monkeypatch.context() as patch:
         patch.setattr(jobs.nightly.dt, "datetime", Clock)
         with pytest.raises(UserError, match="no night is made or deleted by a clock alone"):
-            run(config, silent)
+            run(config, no_progress)
         # The same where store and machine share the wrong clock, as a directory does.
         patch.setattr(FileStore, "server_time", lambda _: None)
         with pytest.raises(UserError, match=r"40[01] days later"):
-            run(config, silent)
+            run(config, no_progress)
     assert objects(config) == before
-    assert run(config, silent) == 0
+    assert run(config, no_progress) == 0
 
 
 def test_a_night_of_the_future_is_refused_before_any_work(nights: Change) -> None:
     config = nights()
     with pytest.raises(UserError, match="--to: 2999-01-02 has not come yet"):
-        run(config, silent, D1, dt.date(2999, 1, 2))
+        run(config, no_progress, D1, dt.date(2999, 1, 2))
     assert objects(config) == {}
 
 
@@ -284,7 +283,7 @@ def test_after_a_gap_a_clock_alone_deletes_nothing_and_the_night_after_it_does(
 ) -> None:
     config = nights(keep_nights=1)
     store = open_store(config.generate.output)
-    assert run(config, silent, D1, D2) == 0
+    assert run(config, no_progress, D1, D2) == 0
     retain(config, store, D2, D2 + dt.timedelta(days=40))
     assert "retention waits for the next night: the one before was 2026-03-02" in capsys.readouterr().out
     aged = config.model_copy(update={"keep_nights": None, "keep_days": 1})
@@ -297,7 +296,7 @@ def test_retention_leaves_what_is_not_the_samples_on_record(
 ) -> None:
     config = nights(keep_nights=1)
     store = open_store(config.generate.output)
-    assert run(config, silent, D1, D3) == 0
+    assert run(config, no_progress, D1, D3) == 0
     caplog.clear()
     (_, night, _) = read_nights(store)
     assert night.date == D2
@@ -356,8 +355,8 @@ def test_a_drifting_night_is_told_by_exit_code_and_webhook(nights: Change) -> No
     try:
         config = nights(webhook=f"http://127.0.0.1:{server.server_port}/", drift={"min_share": 0})
         config = config.model_copy(update={"drift": config.drift.model_copy(update={"max_deviations": 1e-6})})
-        assert run(config, silent, D1, D3) == 0
-        assert run(config, silent, dt.date(2026, 3, 4), dt.date(2026, 3, 4)) == DRIFTED
+        assert run(config, no_progress, D1, D3) == 0
+        assert run(config, no_progress, dt.date(2026, 3, 4), dt.date(2026, 3, 4)) == DRIFTED
     finally:
         server.shutdown()
         server.server_close()
@@ -473,11 +472,11 @@ def test_the_lock_of_a_night_follows_no_link(tmp_path: Path, monkeypatch: pytest
 
 def test_dates_the_wrong_way_round_are_refused(nights: Change) -> None:
     with pytest.raises(UserError, match="swap them"):
-        run(nights(), silent, D3, D1)
+        run(nights(), no_progress, D3, D1)
 
 
 def test_a_night_without_a_feature_network_is_refused_before_any_work(nights: Change, tmp_path: Path) -> None:
     config = nights(evaluate={"reference": str(tmp_path)})
     with pytest.raises(UserError, match="ddpm features train"):
-        run(config, silent, D1, D1)
+        run(config, no_progress, D1, D1)
     assert objects(config) == {}

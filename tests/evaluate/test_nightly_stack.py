@@ -18,6 +18,7 @@ from jobs.runner import PROGRAM, JobArguments
 from pipeline.config.data import PackConfig
 from pipeline.config.evaluation import FeaturesConfig
 from pipeline.data.packing.pack_dataset import pack
+from pipeline.evaluate.document import load_evaluation
 from pipeline.features.feature_set import FeatureSet
 from pipeline.features.train_classifier import train_features
 from pipeline.generate.verification import verify
@@ -80,12 +81,12 @@ def test_the_cluster_measures_what_this_process_measures_and_mlflow_is_told(
     date = str(dt.date(2026, 3, 1))
     assert jobs.nightly.run_call(JobArguments(files=(preset,)), date, date) == 0
     output = f"{prefix}/nights/date={date}"
-    here = jobs.evaluate.kept_evaluation(output)
+    here = load_evaluation(output)
     assert here is not None
     # The workers have left their sums, so the distance is had without reading a sample.
     quick = JobArguments(files=(preset,), overrides=("records_only=true", "track=null"))
     assert jobs.evaluate.run_call(quick, output) == 0
-    from_records = jobs.evaluate.kept_evaluation(output)
+    from_records = load_evaluation(output)
     assert from_records is not None
     assert from_records["frechet"] == pytest.approx(here["frechet"], rel=1e-5)
 
@@ -102,7 +103,7 @@ def test_the_cluster_measures_what_this_process_measures_and_mlflow_is_told(
         FeatureSet.from_bytes(features.read(kept), kept).vectors.tobytes()
         == FeatureSet.from_bytes(before, kept).vectors.tobytes()
     )
-    there = jobs.evaluate.kept_evaluation(output)
+    there = load_evaluation(output)
     assert there is not None
     assert there.made_at > here.made_at
     assert there.metrics == here.metrics

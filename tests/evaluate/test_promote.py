@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 import jobs.promote
-from jobs.promote import champion_of, keep, rollback
+from jobs.promote import rollback
 from jobs.runner import handle_errors
 from pipeline.config.evaluation import EvaluateConfig, GateConfig
+from pipeline.evaluate import promotion
 from pipeline.evaluate.gate import Decision
+from pipeline.evaluate.promotion import champion_of, record
 from pipeline.tracking import ModelVersion, MoveConflictError, alias_log
 from tests.track.one_model import Registry, Stepped
 from tests.turns import Died
@@ -49,7 +51,7 @@ def connect(models: Models, client: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(alias_log, "tracking_client", lambda uri: client)
     for name in ("versions", "resolve", "set_version_tags"):
         ask = partial(_ask, client, name)
-        monkeypatch.setattr(jobs.promote, name, ask)
+        monkeypatch.setattr(promotion, name, ask)
 
 
 def _ask(client: Any, name: str, *args: object) -> Any:
@@ -72,7 +74,7 @@ def promoted(models: Models, challenger: int, champion: int | None) -> None:
         decided_at=0,
     )
     theirs = None if champion is None else models.resolve(f"digits/{champion}")
-    keep(decision, models.resolve(f"digits/{challenger}"), theirs, "champion")
+    record(decision, models.resolve(f"digits/{challenger}"), theirs, "champion")
 
 
 def test_a_challenger_that_was_compared_with_a_champion_of_before_is_not_promoted(models: Models) -> None:
@@ -132,7 +134,7 @@ def test_a_promotion_that_is_killed_at_any_request_is_whole_or_has_not_been(
             assert not ended
             promoted(there, 3, 2)
         else:
-            jobs.promote.note_promotion(champion, "champion")
+            promotion.tag_promotion(champion, "champion")
         assert there.aliases["champion"] == 3
         assert there.version_tags[3]["ddpm.gate"] == "promoted"
         assert there.version_tags[3]["ddpm.gate.before"] == "2"
@@ -198,4 +200,4 @@ def test_a_registry_from_before_the_log_is_rolled_back_by_its_tag(
     models.version_tags[2].clear()
     models.aliases["champion"] = 3  # by hand
     assert handle_errors(lambda: rollback("digits")) == 2
-    assert "replaced no one" in capsys.readouterr().err
+    assert "replaced no version" in capsys.readouterr().err

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import pipeline.features.shard_sums
-from jobs.evaluate import evaluate
 from pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
 from pipeline.errors import DamageError, UserError
+from pipeline.evaluate.measure import evaluate_generation
 from pipeline.features.exact_sums import Sums, sums_of
 from pipeline.features.networks import Features
 from pipeline.features.shard_sums import (
@@ -29,12 +29,9 @@ from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.listing import RecordAggregate
 from pipeline.generate.plan import shard, shards
 from pipeline.generate.spec import pretty
+from pipeline.progress import no_progress
 from pipeline.store import open_store
 from tests.generate.tiny import fill, maker_of, settings, tiny_card, tiny_model
-
-
-def silent(done: int, total: int, note: str = "") -> None:
-    """Progress for no one."""
 
 
 def test_the_records_alone_give_what_the_samples_give(digits: str, tmp_path: Path) -> None:
@@ -47,8 +44,10 @@ def test_the_records_alone_give_what_the_samples_give(digits: str, tmp_path: Pat
     for unit in shards(spec):
         harvest.add(unit.number, maker.write(unit))
     publish_manifest(store, spec, harvest, None)
-    whole = evaluate(EvaluateConfig(reference=digits), config.output, silent)
-    quick = evaluate(EvaluateConfig(reference=digits, records_only=True), config.output, silent)
+    whole = evaluate_generation(EvaluateConfig(reference=digits), config.output, no_progress)
+    quick = evaluate_generation(
+        EvaluateConfig(reference=digits, records_only=True), config.output, no_progress
+    )
     assert quick.terms == whole.terms
     assert quick["frechet"] == pytest.approx(whole["frechet"], rel=1e-5)
     assert quick["class_accuracy"] == whole["class_accuracy"]
@@ -58,8 +57,8 @@ def test_the_records_alone_give_what_the_samples_give(digits: str, tmp_path: Pat
     told = json.loads(store.read(key))
     told["features"]["network"] = "0" * 64
     store.write(key, json.dumps(told).encode())
-    with pytest.raises(UserError, match="another network's"):
-        evaluate(EvaluateConfig(reference=digits, records_only=True), config.output, silent)
+    with pytest.raises(UserError, match="of another network"):
+        evaluate_generation(EvaluateConfig(reference=digits, records_only=True), config.output, no_progress)
 
 
 def test_a_generation_without_sums_says_how_to_get_them(digits: str, tmp_path: Path) -> None:
@@ -67,7 +66,7 @@ def test_a_generation_without_sums_says_how_to_get_them(digits: str, tmp_path: P
     spec = fill(config)
     assert read_record(open_store(config.output), spec, shard(spec, 0)).features is None
     with pytest.raises(UserError, match="holds no feature sums"):
-        evaluate(EvaluateConfig(reference=digits, records_only=True), config.output, silent)
+        evaluate_generation(EvaluateConfig(reference=digits, records_only=True), config.output, no_progress)
 
 
 def test_damaged_sums_and_vectors_too_long_are_refused() -> None:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 
 import jobs.nightly
-import jobs.promote
 from jobs.features import trust_found
 from pipeline.config.data import PackConfig
 from pipeline.config.evaluation import (
@@ -22,6 +21,7 @@ from pipeline.config.nights import NightlyConfig
 from pipeline.data.index import load_index
 from pipeline.data.packing.pack_dataset import pack
 from pipeline.errors import DamageError, UserError
+from pipeline.evaluate.promotion import decide
 from pipeline.features.feature_set import FeatureSet
 from pipeline.features.networks import open_network
 from pipeline.features.reference_set import load_reference, reference_key
@@ -64,7 +64,7 @@ def config(uri: str) -> PromoteConfig:
 
 def judge(uri: str) -> None:
     """A gate without a champion, which passes whatever its yardstick allows."""
-    jobs.promote.decide(config(uri).gate, VERSION, None, lambda *_: None)
+    decide(config(uri).gate, VERSION, None, lambda *_: None)
 
 
 def test_a_first_use_is_recorded_and_told_and_the_same_is_used_again(
@@ -131,7 +131,7 @@ def test_a_network_that_the_settings_name_by_its_hash_is_trusted_by_them(
     sha256 = open_network(FeatureNetworkConfig(), data).identity
     pinned = config(data).gate.evaluate.model_copy(update={"network": FeatureNetworkConfig(sha256=sha256)})
     gate = config(data).gate.model_copy(update={"evaluate": pinned})
-    jobs.promote.decide(gate, VERSION, None, lambda *_: None)
+    decide(gate, VERSION, None, lambda *_: None)
     assert not [key for key in registry.tags if key.startswith("ddpm.trust.feature-network")]
 
 

@@ -12,18 +12,15 @@ from pydantic import ValidationError
 import jobs.tune
 from infra.local import LocalStack
 from jobs.runner import JobArguments, settings_of
-from jobs.tune import Candidate, evaluations, front, recommended, samplers
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.evaluation import TuneConfig
 from pipeline.config.generation import GenerateConfig
 from pipeline.errors import UserError
-from pipeline.evaluate.metrics import Metric
+from pipeline.evaluate.document import Metric
+from pipeline.evaluate.sampler_search import Candidate, candidate_samplers, evaluations, front, recommended
 from pipeline.generate.model_source import find_model
+from pipeline.progress import no_progress
 from tests.generate.tiny import tiny_card, tiny_model
-
-
-def silent(done: int, total: int, note: str = "") -> None:
-    """Progress for no one."""
 
 
 def config(model: Path, data: str, output: Path, **more: object) -> TuneConfig:
@@ -96,13 +93,13 @@ def test_guidance_is_refused_for_a_network_without_a_null_class(tmp_path: Path) 
     plain = tiny_model(tmp_path / "plain", tiny_card(classes=False))
     asked = config(plain, "d", tmp_path, guidance=[1.0, 2.0])
     with pytest.raises(UserError, match=r"tune\.guidance"):
-        samplers(asked, find_model(str(plain)))
+        candidate_samplers(asked, find_model(str(plain)))
 
 
 def test_table_plot_and_preset_are_kept_and_a_generation_takes_the_preset(
     digits: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert jobs.tune.run(config(model, digits, tmp_path / "tuning"), silent) == 0
+    assert jobs.tune.run(config(model, digits, tmp_path / "tuning"), no_progress) == 0
     folder = tmp_path / "tuning" / "local"
     tried = [Candidate.model_validate(one) for one in json.loads((folder / "samplers.json").read_text())]
     assert [(one.sampler.kind, one.evaluations) for one in tried] == [
@@ -132,7 +129,7 @@ def test_the_cluster_finds_what_this_process_finds(
     found: list[list[Candidate]] = []
     for workers in (0, 2):
         asked = config(model, digits, tmp_path / str(workers), num_workers=workers, kinds=["ddim"])
-        assert jobs.tune.run(asked, silent) == 0
+        assert jobs.tune.run(asked, no_progress) == 0
         tried = json.loads((tmp_path / str(workers) / "local" / "samplers.json").read_text())
         found.append([Candidate.model_validate(one) for one in tried])
     here, there = found

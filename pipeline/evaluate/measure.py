@@ -1,0 +1,205 @@
+"""Measuring: a finished generation, or samples drawn from a model, against a reference data set."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+
+from pipeline.config.evaluation import EvaluateConfig, LikelihoodConfig
+from pipeline.config.generation import SpecSettings
+from pipeline.data.formats.pixels import decode
+from pipeline.data.formats.shards import read_shard
+from pipeline.data.index import load_index
+from pipeline.errors import DamageError, UserError
+from pipeline.evaluate.bits_per_dim import held_out_bits
+from pipeline.evaluate.document import Evaluation, EvaluationConditions, Metric, save_evaluation
+from pipeline.evaluate.metrics import compute_metrics
+from pipeline.features.distances import frechet_distance
+from pipeline.features.exact_sums import Sums, sums_of
+from pipeline.features.feature_set import FeatureSet, LabeledImage, ShardExtractor, extract_features, join
+from pipeline.features.networks import open_network
+from pipeline.features.reference_set import data_root, load_reference
+from pipeline.features.shard_sums import FeatureRecord, add_records, parse_record
+from pipeline.features.trust import require_trusted_network, require_trusted_reference
+from pipeline.generate.class_labels import classes_of
+from pipeline.generate.done_records import read_record
+from pipeline.generate.engine import Engine
+from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
+from pipeline.generate.model_source import ResolvedModel, find_model
+from pipeline.generate.plan import shards
+from pipeline.generate.spec import Spec, make_spec
+from pipeline.nets.model_files import build_model
+from pipeline.parallel import OpenParallelMap, ParallelMap, in_process
+from pipeline.progress import Progress
+from pipeline.store import open_store
+
+_CHANGES_NO_METRIC = {"reference", "network", "batch_size", "num_workers", "records_only", "track"}
+"""Settings left out of the conditions' digest: they change no metric, or are conditions by themselves."""
+
+
+def evaluate_generation(
+    config: EvaluateConfig,
+    output: str,
+    progress: Progress,
+    open_map: OpenParallelMap = in_process,
+    trusted_by: str | None = None,
+) -> Evaluation:
+    """Measure the generation at `output` and save the evaluation beside it.
+
+    UserError when the generation is not complete, and where the reference or the feature network is not the one that
+    the registered model `trusted_by`, if one is named, is judged by.
+    """
+    torch.set_num_threads(
+        1
+    )  # everywhere that features are extracted, so that results do not depend on the machine
+    store = open_store(output)
+    store.require_container()
+    manifest = read_manifest(store)
+    if manifest is None:
+        raise UserError(
+            f"{output}: the generation has no manifest, so it is not complete; run: ddpm generate"
+        )
+    index = load_index(config.reference)
+    data = data_root(config.reference)
+    network = open_network(config.network, data)
+    require_trusted_network(trusted_by, config.network, data, network)
+    with open_map() as parallel_map:
+        reference = load_reference(index, config.network, config.batch_size, parallel_map)
+        require_trusted_reference(trusted_by, index, config.network, data, reference)
+        if config.records_only:
+            count, metrics = metrics_from_records(manifest, output, reference)
+        else:
+            samples = generation_features(manifest, output, config, parallel_map, progress)
+            count, metrics = len(samples), compute_metrics(samples, reference, config)
+    if config.likelihood is not None:
+        metrics["bits_per_dim"] = _bits_per_dim(config, config.likelihood, manifest, progress)
+    evaluation = Evaluation(
+        subject=output,
+        model=_registered_model(manifest),
+        model_sha256=manifest.spec.model.sha256,
+        spec_digest=manifest.spec_digest,
+        sampler=_describe_sampler(manifest.spec),
+        reference=config.reference,
+        network_label=network.label,
+        terms=conditions_of(config, count, reference, index.digest),
+        metrics=metrics,
+        made_at=time.time(),
+    )
+    save_evaluation(evaluation)
+    return evaluation
+
+
+def generation_features(
+    manifest: Manifest, output: str, config: EvaluateConfig, parallel_map: ParallelMap, progress: Progress
+) -> FeatureSet:
+    """Features of all samples of a complete generation, in the order of their indexes."""
+    entries = list(read_entries(open_store(output)))
+    images = partial(_shard_images, manifest.spec, entries, output)
+    extract = ShardExtractor(config.network, data_root(config.reference), config.batch_size, images)
+    parts: list[FeatureSet] = []
+    done = 0
+    for data in parallel_map(extract, range(len(entries))):
+        parts.append(FeatureSet.from_bytes(data, output))
+        done += len(parts[-1])
+        progress(done, manifest.count)
+    return join(parts)
+
+
+def _shard_images(
+    spec: Spec, entries: Sequence[ManifestShard], output: str, number: int
+) -> Iterator[LabeledImage]:
+    """The samples of shard `number`. DamageError unless its bytes are those that the manifest names."""
+    entry = entries[number]
+    data = open_store(output).read(entry.key)
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise DamageError(
+            f"{output}/{entry.key}: sha256 differs from the manifest's; run: ddpm verify {output}"
+        )
+    for _, files in read_shard(data, entry.key):
+        label = json.loads(files["json"])["class"]
+        yield decode(files[spec.image_format], spec.image_format, spec.channels), label
+
+
+def metrics_from_records(
+    manifest: Manifest, output: str, reference: FeatureSet
+) -> tuple[int, dict[str, Metric]]:
+    """Number of samples and the metrics that the feature sums of the done-records give. UserError without such sums."""
+    total = add_records(_feature_records(manifest.spec, output, reference.network))
+    sums = Sums.from_text(total.sums)
+    distance = frechet_distance(sums.moments(), sums_of(reference.vectors).moments())
+    metrics = {"frechet": Metric(value=distance, n=sums.count, n_reference=len(reference))}
+    if total.right is not None:
+        metrics["class_accuracy"] = Metric(value=total.right / sums.count, n=sums.count, n_reference=0)
+    return sums.count, metrics
+
+
+def _feature_records(spec: Spec, output: str, network: str) -> Iterator[FeatureRecord]:
+    """The feature sums of every shard. UserError for a shard without any, or with those of another network."""
+    store = open_store(output)
+    for shard in shards(spec):
+        record = parse_record(read_record(store, spec, shard).features, f"{output}/{shard.key}")
+        if record.network != network:
+            raise UserError(
+                f"{output}/{shard.key}: its feature sums are of another network; evaluate without records_only"
+            )
+        yield record
+
+
+def model_features(model: ResolvedModel, settings: SpecSettings, config: EvaluateConfig) -> FeatureSet:
+    """Features of samples drawn from a model in this process; the samples are not stored."""
+    torch.set_num_threads(1)
+    spec = make_spec(settings, model.card, name=model.name, version=model.version)
+    engine = Engine(spec, build_model(model.card, model.weights, where=settings.model), model.card)
+
+    def images() -> Iterator[LabeledImage]:
+        indexes = torch.arange(settings.first_index, settings.first_index + settings.count)
+        for index in indexes.split(spec.batch_size):
+            labels = classes_of(spec, index)
+            for row, image in enumerate(engine.images(index)):
+                yield image, None if labels is None else int(labels[row])
+
+    network = open_network(config.network, data_root(config.reference))
+    return extract_features(network, images(), config.batch_size)
+
+
+def conditions_of(
+    config: EvaluateConfig, count: int, reference: FeatureSet, reference_digest: str
+) -> EvaluationConditions:
+    """What another evaluation must share to be compared with this one."""
+    settings = json.dumps(config.model_dump(mode="json", exclude=_CHANGES_NO_METRIC), sort_keys=True)
+    return EvaluationConditions(
+        count=count,
+        reference_digest=reference_digest,
+        reference_count=len(reference),
+        network=reference.network,
+        settings=hashlib.sha256(settings.encode()).hexdigest()[:16],
+    )
+
+
+def _describe_sampler(spec: Spec) -> str:
+    """For people: `ddim, 50 steps, guidance 2`."""
+    sampler = spec.sampler
+    guidance = f", guidance {sampler.guidance_scale:g}" if sampler.guidance_scale != 1 else ""
+    return f"{sampler.kind}, {sampler.num_steps} steps{guidance}"
+
+
+def _bits_per_dim(
+    config: EvaluateConfig, likelihood: LikelihoodConfig, manifest: Manifest, progress: Progress
+) -> Metric:
+    """bits_per_dim of the model that made a generation."""
+    reference = _registered_model(manifest)
+    if reference is None:
+        raise UserError(
+            "likelihood: needs a registered model, and the model of this generation is not registered; leave it out"
+        )
+    model = find_model(reference)
+    net = build_model(model.card, model.weights, where=reference)
+    return held_out_bits(net, model.card, load_index(likelihood.data), likelihood, config.seed, progress)
+
+
+def _registered_model(manifest: Manifest) -> str | None:
+    model = manifest.spec.model
+    return None if model.version is None else f"{model.name}/{model.version}"

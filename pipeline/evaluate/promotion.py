@@ -1,0 +1,221 @@
+"""Promotion and rollback of a registered model's champion.
+
+A challenger becomes champion only when it passes the gate. Every decision, with all its numbers, is stored as tags of
+the challenger's model version. The champion's alias moves by a log (`pipeline.tracking.alias_log`), so that of two
+concurrent decisions against one champion only one moves it. The log also names the version that a promoted one
+replaced, so that rollback is one command.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+
+from pipeline.config.evaluation import GateConfig, PromoteConfig
+from pipeline.config.generation import SpecSettings
+from pipeline.data.index import load_index
+from pipeline.errors import JobError, UserError
+from pipeline.evaluate.gate import Decision, apply_rules, verdict
+from pipeline.evaluate.measure import model_features
+from pipeline.features.feature_set import FeatureSet
+from pipeline.features.networks import open_network
+from pipeline.features.reference_set import data_root, load_reference
+from pipeline.features.trust import require_trusted_network, require_trusted_reference
+from pipeline.generate.model_source import find_model
+from pipeline.progress import Progress, no_progress
+from pipeline.tracking import (
+    LoggedAlias,
+    ModelVersion,
+    Move,
+    MoveConflictError,
+    resolve,
+    set_version_tags,
+    versions,
+)
+
+VERDICT_TAG = "ddpm.gate"
+DECISION_TAG = "ddpm.gate.decision"
+BEFORE_TAG = "ddpm.gate.before"
+_TAG_LIMIT = 7500  # MLflow cuts tags at 8000 characters
+
+
+def promote(config: PromoteConfig, progress: Progress) -> Decision | None:
+    """Compare challenger and champion, record the decision, move the alias if the challenger passed.
+
+    None where the challenger is the champion already. MoveConflictError when another decision moved the alias first.
+    """
+    challenger = resolve(f"{config.model}@{config.challenger}")
+    champion = champion_of(config.model, config.champion)
+    if champion is not None and champion.version == challenger.version:
+        tag_promotion(challenger, config.champion)
+        return None
+    decision = decide(config.gate, challenger, champion, progress)
+    record(decision, challenger, champion, config.champion)
+    return decision
+
+
+def promote_after_training(gate: GateConfig, challenger: ModelVersion) -> str:
+    """Run the gate on a model that was just registered; returns a line with the outcome.
+
+    An error of the gate, such as a missing feature network, becomes that line: it fails no finished training.
+    """
+    champion = champion_of(challenger.name)
+    if champion is not None and champion.version == challenger.version:
+        return f"gate     {challenger.reference} is the champion already"
+    try:
+        decision = decide(gate, challenger, champion, no_progress)
+        record(decision, challenger, champion, "champion")
+    except (UserError, JobError) as error:
+        return f"gate     not run: {error}; then: ddpm promote"
+    return f"gate     {decision.verdict}: {decision.reason}"
+
+
+def champion_of(name: str, alias: str = "champion") -> ModelVersion | None:
+    """The champion, or None. An alias that is behind its log is moved forward first."""
+    known = versions(name)
+    if not known:
+        return None
+    current = LoggedAlias(name, alias).follow().version
+    return next((version for version in known if version.version == current), None)
+
+
+def decide(
+    gate: GateConfig, challenger: ModelVersion, champion: ModelVersion | None, progress: Progress
+) -> Decision:
+    """Sample both models from the same noise, extract features, apply the rules. Without a champion all pass.
+
+    UserError where the feature network or the reference is not the one that is trusted for this model.
+    """
+    network, data = gate.evaluate.network, data_root(gate.evaluate.reference)
+    require_trusted_network(challenger.name, network, data, open_network(network, data))
+    index = load_index(gate.evaluate.reference)
+    reference = load_reference(index, network, gate.evaluate.batch_size)
+    require_trusted_reference(challenger.name, index, network, data, reference)
+    if champion is None:
+        judgements, passes, reason = {}, True, "there was no champion"
+    else:
+        features: list[FeatureSet] = []
+        for version in (challenger, champion):
+            features.append(_features_of(version, gate))
+            progress(len(features), 2, version.reference)
+        judgements = apply_rules(features[0], features[1], reference, gate)
+        passes, reason = verdict(judgements)
+    return Decision(
+        verdict="promoted" if passes else "refused",
+        reason=reason,
+        challenger=challenger.reference,
+        champion=None if champion is None else champion.reference,
+        count=gate.count,
+        reference_digest=index.digest,
+        reference_count=len(reference),
+        network=reference.network,
+        settings=gate,
+        judgements=judgements,
+        decided_at=time.time(),
+    )
+
+
+def record(decision: Decision, challenger: ModelVersion, champion: ModelVersion | None, alias: str) -> None:
+    """Store the decision as tags of the challenger's version; if it passed, move the alias, then tag it as promoted.
+
+    MoveConflictError, with the alias untouched, when `champion` is no longer the champion.
+    """
+    text = json.dumps(decision.model_dump(mode="json", exclude_defaults=True), separators=(",", ":"))
+    if len(text) > _TAG_LIMIT:
+        raise UserError(
+            f"gate.rules: the decision takes {len(text)} characters, a tag holds {_TAG_LIMIT}; set fewer rules"
+        )
+    if decision.verdict != "promoted":
+        set_version_tags(challenger, {VERDICT_TAG: decision.verdict, DECISION_TAG: text})
+        return
+    set_version_tags(challenger, {DECISION_TAG: text})
+    before = None if champion is None else champion.version
+    logged = LoggedAlias(challenger.name, alias)
+    try:
+        move = logged.move(before, challenger.version, "promotion")
+    except MoveConflictError:
+        moves = logged.read().moves.values()
+        if not any((move.kind, move.after) == ("promotion", challenger.version) for move in moves):
+            set_version_tags(challenger, {VERDICT_TAG: "not promoted: another decision came first"})
+        raise
+    set_version_tags(challenger, _promotion_tags(move))
+
+
+def tag_promotion(champion: ModelVersion, alias: str) -> None:
+    """Add the tags that are missing on a champion whose promotion was killed after it had moved the alias."""
+    move = LoggedAlias(champion.name, alias).read().last
+    if move is not None and (move.kind, move.after) == ("promotion", champion.version):
+        missing = {k: v for k, v in _promotion_tags(move).items() if champion.tags.get(k) != v}
+        set_version_tags(champion, missing)
+
+
+def _promotion_tags(move: Move) -> dict[str, str]:
+    return {VERDICT_TAG: "promoted"} | ({} if move.before is None else {BEFORE_TAG: str(move.before)})
+
+
+def roll_back(name: str, alias: str = "champion", to: int | None = None) -> str:
+    """Make the champion's predecessor, or version `to`, the champion again. Returns a line that says what was done.
+
+    Repeated, it changes nothing. UserError without a champion, and without a version to go back to.
+    """
+    if not name:
+        raise UserError("rollback: name the registered model, for example: ddpm rollback digits")
+    champion = champion_of(name, alias)
+    if champion is None:
+        raise UserError(f"model {name!r}: has no {alias}; see its versions in the registry")
+    logged = LoggedAlias(name, alias)
+    log = logged.read()
+    last = log.last
+    back = last if last is not None and last.kind == "rollback" and last.after == champion.version else None
+    if to == champion.version or (to is None and back is not None):
+        if back is not None:
+            _tag_rollback(back, name)
+        return f"nothing to do: {_already(champion, back, alias)}"
+    before = to or _predecessor(champion, log.moves)
+    if before is None:
+        raise UserError(
+            f"model {champion.reference}: replaced no version; name the one to go back to: --to VERSION"
+        )
+    previous = resolve(f"{name}/{before}")
+    _tag_rollback(logged.move(champion.version, previous.version, "rollback"), name)
+    return f"rolled back: {name}@{alias} is {previous.reference} again, no longer {champion.reference}"
+
+
+def _predecessor(champion: ModelVersion, moves: Mapping[int, Move]) -> int | None:
+    """The version that the champion replaced when promoted: from the log or, in older registries, from its tag."""
+    for number in sorted(moves, reverse=True):
+        if moves[number].after == champion.version and moves[number].kind == "promotion":
+            return moves[number].before
+    tag = champion.tags.get(BEFORE_TAG, "")
+    return int(tag) if tag.isascii() and tag.isdecimal() else None
+
+
+def _already(champion: ModelVersion, back: Move | None, alias: str) -> str:
+    """The state that a rollback finds when it was done before."""
+    now = f"{champion.name}@{alias} is {champion.reference}"
+    if back is None:
+        return now
+    return f"{now}, rolled back from {champion.name}/{back.before} at {_utc(back.at)}; to go back further: --to VERSION"
+
+
+def _tag_rollback(move: Move, name: str) -> None:
+    """Tag the version that was replaced."""
+    replaced = next((version for version in versions(name) if version.version == move.before), None)
+    if replaced is not None:
+        set_version_tags(replaced, {VERDICT_TAG: f"rolled back to {name}/{move.after} at {_utc(move.at)}"})
+
+
+def _utc(seconds: float) -> str:
+    return f"{time.strftime('%F %T', time.gmtime(seconds))}Z"
+
+
+def _features_of(version: ModelVersion, gate: GateConfig) -> FeatureSet:
+    """Features of the samples that the gate draws from a version."""
+    settings = SpecSettings(
+        model=version.reference,
+        count=gate.count,
+        seed=gate.seed,
+        sampler=gate.sampler,
+        shard_size=gate.count,
+        batch_size=min(gate.batch_size, gate.count),
+    )
+    return model_features(find_model(version.reference), settings, gate.evaluate)
