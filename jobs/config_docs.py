@@ -11,8 +11,7 @@ from typing import Any
 
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from jobs.config_sections import SECTIONS
-from jobs.runner import DONE, presets
+from jobs.runner import DONE, SECTIONS, presets
 from pipeline.config.base import Settings
 from pipeline.config.load import BASE, ROOT_VARIABLE
 from pipeline.errors import UserError

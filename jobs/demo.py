@@ -57,9 +57,9 @@ def _submit(job: str, model: type[TrainConfig] | type[GenerateConfig], call: Job
 
 
 def _verify(call: JobArguments) -> int:
-    from jobs.verify import main
+    from jobs.verify import run
 
-    return main([settings_of(GenerateConfig, "generate", call).output])
+    return run(settings_of(GenerateConfig, "generate", call).output)
 
 
 def _features(call: JobArguments) -> int:

@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from jobs.cluster_address import settle_address
 from jobs.doctor_checks import Finding, all_checks
-from jobs.ray_dashboard import settle_address
 from jobs.runner import DONE, FAILED, use_running_stack
 from pipeline.telemetry.terminal import echo, echo_json
 

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from infra.local import check_ray
 from infra.local.service import get
-from jobs.ray_dashboard import ask, dashboard_address
+from jobs.cluster_address import ask, dashboard_address
 from pipeline.errors import UserError
 from pipeline.store import open_store
 from pipeline.tracking import require_server, server_version

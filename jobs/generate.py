@@ -12,10 +12,9 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jobs.ray_session import ray_cluster
+from jobs.ray_session import on_stop_signal, ray_cluster
 from jobs.runner import DONE, FAILED, STOPPED
-from jobs.signals import on_stop_signal
-from pipeline.config.generation import GenerateConfig
+from pipeline.config.generation import GenerateConfig, SampleConfig
 from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo
 
@@ -37,6 +36,16 @@ def run(config: GenerateConfig, progress: Progress) -> int:
     for key, error in list(result.failed.items())[:20]:
         echo(f"failed   {key}: {error}", error=True)
     return _EXIT_CODES.get(result.status, FAILED)
+
+
+def sample(config: SampleConfig, progress: Progress) -> int:
+    """Draw a few images in this process, without a cluster, and print where they are."""
+    from pipeline.generate.preview import draw
+
+    result = draw(config, progress)
+    echo(f"drew     {len(result.images)} images, {result.images[0]} …")
+    echo(f"grid     {result.grid}")
+    return DONE
 
 
 def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:

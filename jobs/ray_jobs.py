@@ -13,8 +13,8 @@ from typing import Any
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from infra.local import check_ray
+from jobs.cluster_address import ADDRESS_VARIABLE, dashboard_address, settle_address
 from jobs.progress_bar import MARK, clock, progress_of
-from jobs.ray_dashboard import ADDRESS_VARIABLE, dashboard_address, settle_address
 from jobs.runner import DONE, FAILED
 from jobs.server import UNREACHABLE, JobServer, reason
 from pipeline.errors import Outage, UserError

@@ -1,16 +1,24 @@
-"""Joining a Ray cluster as a driver.
+"""Joining a Ray cluster as a driver, noticing that it was replaced, and answering signals meanwhile.
 
-Ray reads its way of authentication when it is imported. Jobs therefore import it inside functions only, after the
-local stack's variables have been set.
+Ray reads how to authenticate when it is imported. Jobs therefore import it inside functions only, after the local
+stack's variables have been set.
+
+When a head dies for good, Ray ends its drivers after a minute. When a new, empty cluster takes the old one's address
+before that, Ray's driver joins it silently and waits forever for actors that the new cluster has never heard of. The
+driver's own node tells the two apart: the new cluster does not know it.
 """
 
 import ipaddress
 import logging
 import os
+import signal
 import tempfile
-from collections.abc import Generator
+import threading
+import time
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,13 +27,13 @@ import psutil
 from infra.local import check_ray
 from infra.local.ray import LOOPBACK_SETTINGS
 from infra.local.service import listens
-from jobs.cluster_watch import watch_cluster
-from jobs.ray_dashboard import DRIVER_VARIABLE, settle_token
+from jobs.cluster_address import DRIVER_VARIABLE, settle_token
 from jobs.staging import stage_program
-from pipeline.errors import Outage, UserError
+from pipeline.errors import JobError, Outage, UserError
 from pipeline.retry import START_VARIABLE, retry_during_outage, start_seconds
 from pipeline.telemetry.logs import FORM_VARIABLE, as_json
 from pipeline.telemetry.redaction import redact
+from pipeline.telemetry.terminal import echo
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +64,15 @@ SHARED_VARIABLES = (
 )
 ANSWER_SECONDS = 10.0
 """For the cluster's control store to list its nodes."""
-
-
+_POLL_SECONDS = 3.0
+_LOST_AFTER_SECONDS = 12.0
+"""The driver's node must be absent for this long: the list may lag behind a node that has just joined."""
+_EXIT_SECONDS = 90.0
+"""For closing the run and leaving Ray, which may wait for answers that cannot come."""
+CLUSTER_REPLACED = (
+    "the Ray cluster was replaced while the job ran: its head died and a new one answers at the same address; "
+    "run the same command again to resume from what is in the store"
+)
 SUBMITTED = "DDPM_SUBMITTED_AS"  # the name of a job that `ddpm submit` started
 
 
@@ -191,3 +206,69 @@ def require_resources(num_workers: int, cpus_each: float, gpus_each: float, sect
                 f"{section}.num_workers: {num_workers} workers need {need:g} {kind}s, the cluster has "
                 f"{have.get(kind, 0.0):g}; ask for fewer, or set {GROWS_VARIABLE}=1 if it scales by itself"
             )
+
+
+@contextmanager
+def on_stop_signal(ask: Callable[[], None], saying: str) -> Generator[None]:
+    """Call `ask` on SIGTERM and on the first Ctrl-C instead of ending, so that a job ends where it can go on from.
+
+    A second Ctrl-C ends at once. To be entered after Ray is joined, whose own handler would end the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's affair
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        echo(f"{signal.Signals(number).name}: {saying}", error=True)
+        ask()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def watch_cluster(is_known: Callable[[], bool]) -> Generator[None]:
+    """Raise JobError in the main thread once `is_known` (asked from a thread) has said no for some seconds.
+
+    Where the main thread hangs even then, the process ends with exit code 1. Does nothing outside the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(_number: int, _frame: FrameType | None) -> None:
+        raise JobError(CLUSTER_REPLACED)
+
+    over = threading.Event()
+    before = signal.signal(signal.SIGUSR1, give_up)
+    thread = threading.Thread(target=_watch, args=(is_known, over), name="cluster", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _watch(is_known: Callable[[], bool], over: threading.Event) -> None:
+    absent_since: float | None = None
+    while not over.wait(_POLL_SECONDS):
+        try:
+            known = is_known()
+        except Exception:  # noqa: BLE001  (nobody answers: Ray itself decides for how long to try)
+            continue
+        if known:
+            absent_since = None
+        elif absent_since is None:
+            absent_since = time.monotonic()
+        elif time.monotonic() - absent_since > _LOST_AFTER_SECONDS:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            if not over.wait(_EXIT_SECONDS):
+                echo(f"failed: {CLUSTER_REPLACED}", error=True)
+                os._exit(1)
+            return

@@ -1,4 +1,4 @@
-"""What every job has in common: its words on the command line, its dry run, its exit code."""
+"""What every command shares: arguments and settings, the dry run, errors and exit codes."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +11,14 @@ import yaml
 
 from infra.local import export_environment
 from infra.local.stack_state import read_state
-from jobs.config_sections import SECTIONS
 from jobs.progress_bar import progress_of
 from pipeline.config.base import Settings
+from pipeline.config.data import PackConfig
+from pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, PromoteConfig, TuneConfig
+from pipeline.config.generation import GenerateConfig, SampleConfig
 from pipeline.config.load import load_settings
+from pipeline.config.nights import NightlyConfig
+from pipeline.config.training import TrainConfig
 from pipeline.disk_errors import disk_error
 from pipeline.errors import DiskFull, OneLineError, Outage, UserError
 from pipeline.progress import Progress
@@ -32,6 +36,18 @@ STOPPED = 143  # as the shell reports a process that ended on SIGTERM
 LOCAL = Path(".local")
 PROGRAM = ("-m", "jobs.cli")
 """What Python is given to run the command line where `ddpm` may not be on PATH."""
+SECTIONS: dict[str, type[Settings]] = {
+    "pack": PackConfig,
+    "train": TrainConfig,
+    "generate": GenerateConfig,
+    "sample": SampleConfig,
+    "features": FeaturesConfig,
+    "evaluate": EvaluateConfig,
+    "tune": TuneConfig,
+    "promote": PromoteConfig,
+    "nightly": NightlyConfig,
+}
+"""The sections that a settings file may hold, one for each job, and their models."""
 _COMMANDS = {"features": ("features", "train"), "tune": ("tune-sampler",)}
 """The jobs whose command is not called like their section of the settings."""
 

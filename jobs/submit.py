@@ -3,24 +3,33 @@
 What travels is the program itself (the modules of three packages) and the settings, resolved here, so that the
 cluster needs neither this folder nor these files. A job is named by what determines its result and by where that
 goes: submitting the same twice joins the first.
+
+Whether the cluster has the software that the job needs is checked before it is handed over. Ray and Python are
+reported by the head, the packages by a small job, `versions-SESSION`, which runs once in a cluster's life and whose
+output is read again from then on; one that failed or was evicted is run again.
 """
 
 import hashlib
 import json
 import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 import yaml
-from ray.job_submission import JobSubmissionClient
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.cluster_compatibility import require_compatible_cluster
+from jobs.cluster_address import ask
 from jobs.progress_bar import MODE_VARIABLE
 from jobs.ray_jobs import follow, job_client
 from jobs.ray_session import SUBMITTED, shared_variables
 from jobs.runner import DONE, PROGRAM, command_of
-from jobs.scripts import names_of, next_name
+from jobs.scripts import names_of, next_name, start_script, statuses, told_by, wait_for
 from jobs.staging import entrypoint, stage_launcher, stage_program
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
@@ -44,6 +53,22 @@ PREFIX_FLAG = "--prefix"
 """Before the generation that `evaluate` measures."""
 NAME_DIGITS = 12
 PLACE_DIGITS = 6
+DISTRIBUTION = "ddpm-pipeline"
+SAME_BITS = ("torch", "numpy", "pillow")
+"""Packages whose version decides how numbers are rounded or pictures encoded: here and there must be the same."""
+_MARK = "::versions "
+_PROBE_SECONDS = 120.0
+_PROBE = f"""
+import json, sys
+from importlib import metadata
+found = {{}}
+for name in json.loads(sys.argv[1]):
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        found[name] = None
+print("{_MARK}" + json.dumps(found), flush=True)
+"""
 
 
 def submit(job: str, settings: Settings, detach: bool = False, flags: Sequence[str] = ()) -> int:
@@ -160,8 +185,8 @@ def _job_name(client: JobSubmissionClient, base: str, digest: str) -> tuple[str,
         if not known[name].status.is_terminal():
             if (known[name].metadata or {}).get(SETTINGS_DIGEST) != digest:
                 raise UserError(
-                    f"job {name}: is at the same work with other settings; wait for it (ddpm logs -f {name}) "
-                    f"or end it (ddpm stop {name}), then submit again"
+                    f"job {name} is already running this work with different settings; wait for it "
+                    f"(ddpm logs -f {name}) or end it (ddpm stop {name}), then submit again"
                 )
             return name, True
     return next_name(known, base), False
@@ -183,3 +208,69 @@ def _variables(name: str) -> dict[str, str]:
         MODE_VARIABLE: "json",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def require_compatible_cluster(client: JobSubmissionClient) -> None:
+    """Raise UserError, in one line, for the first difference that would fail a job or change its bits."""
+    ours = {"Ray": metadata.version("ray"), "Python": ".".join(map(str, sys.version_info[:2]))}
+    told = ask("/api/version")
+    python = ask("/api/v0/cluster_metadata").get("data", {}).get("pythonVersion", "")
+    theirs = {"Ray": told.get("ray_version", ""), "Python": ".".join(python.split(".")[:2])}
+    for name, version in ours.items():
+        if theirs[name] and theirs[name] != version:
+            raise UserError(
+                f"{client.get_address()}: runs {name} {theirs[name]}, here is {version}; submit from the cluster's "
+                f"own image, or use {name} {theirs[name]} here"
+            )
+    packages = _packages(client, told.get("session_name", "unknown"))
+    for fault in package_faults(packages):
+        raise UserError(
+            f"{client.get_address()}: {fault}; rebuild the cluster's image from this version's lock"
+        )
+
+
+def package_faults(theirs: dict[str, str | None]) -> list[str]:
+    """What is wrong with a cluster's packages, a line each: missing, too old or new, or rounding differently."""
+    faults: list[str] = []
+    for need in requirements():
+        version = theirs.get(need.name)
+        if version is None:
+            faults.append(f"{need.name} is not installed on the cluster")
+        elif not need.specifier.contains(version, prereleases=True):
+            faults.append(f"has {need.name} {version}, this program needs {need.specifier}")
+        elif need.name in SAME_BITS and _public(version) != _public(metadata.version(need.name)):
+            faults.append(f"has {need.name} {version}, here is {metadata.version(need.name)}")
+    return faults
+
+
+def requirements() -> list[Requirement]:
+    """What the program itself asks for on this platform, without extras."""
+    told = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+    return [
+        Requirement(f"{need.name}{need.specifier or SpecifierSet()}")
+        for need in told
+        if need.marker is None or need.marker.evaluate({"extra": ""})
+    ]
+
+
+def _packages(client: JobSubmissionClient, session: str) -> dict[str, str | None]:
+    """What a probe that succeeded has told, or one that runs or is started now tells."""
+    base = f"versions-{session.removeprefix('session_')}"
+    known = statuses(client)
+    for name in names_of(known, base):
+        if known[name] == JobStatus.SUCCEEDED and (told := told_by(client, name, _MARK)) is not None:
+            return cast("dict[str, str | None]", told)
+    going = [name for name in names_of(known, base) if not known[name].is_terminal()]
+    name = going[0] if going else next_name(known, base)
+    if not going:
+        start_script(client, name, _PROBE, [json.dumps([need.name for need in requirements()])])
+    status = wait_for(client, name, _PROBE_SECONDS)
+    told = told_by(client, name, _MARK)
+    if status != JobStatus.SUCCEEDED or told is None:
+        raise UserError(f"{client.get_address()}: cannot tell its packages; see `ddpm logs {name}`")
+    return cast("dict[str, str | None]", told)
+
+
+def _public(version: str) -> str:
+    """A version without its build's label, such as +cpu."""
+    return version.partition("+")[0]

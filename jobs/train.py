@@ -10,9 +10,8 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-from jobs.ray_session import SUBMITTED, ray_cluster, require_resources
+from jobs.ray_session import SUBMITTED, on_stop_signal, ray_cluster, require_resources
 from jobs.runner import DONE, STOPPED, JobArguments, run_job
-from jobs.signals import on_stop_signal
 from pipeline.config.evaluation import GateConfig
 from pipeline.config.training import TrainConfig
 from pipeline.progress import Progress

@@ -63,36 +63,6 @@ def ray_service(
     )
 
 
-def node_service(
-    root: Path, name: str, address: str, ports: Mapping[str, int], num_cpus: int, head: Service
-) -> Service:
-    """One more node of the cluster that `head` leads, on its own loopback `address` (127.0.0.2 and up; Linux)."""
-    token = Path(head.settings["RAY_AUTH_TOKEN_PATH"])
-    # The head takes a moment to notice that a node has gone: one that was lost at this address is not the new one.
-    before = _nodes_at(address, head.url, token)
-    argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-    argv += [
-        f"--address=[::ffff:127.0.0.1]:{ports['ray']}",
-        f"--node-ip-address={address}",
-        f"--num-cpus={num_cpus}",
-    ]
-    argv += [*node_ports(ports, prefix=name), f"--object-store-memory={OBJECT_STORE_BYTES // 4}"]
-    return Service(
-        name=name,
-        argv=tuple(argv),
-        # A node joins only where clusters are allowed; it is told loopback addresses in
-        # forms that Ray does not replace by the outward one.
-        settings={**head.settings, **dict.fromkeys(LOOPBACK_SETTINGS, "1")},
-        url=f"{address}:{ports[f'{name}-node-manager']}",
-        log=root / "logs" / f"{name}.log",
-        ports=(),
-        is_ready=lambda: bool(_nodes_at(address, head.url, token) - before),
-        start_seconds=180,
-        starts=_STARTS,
-        unset=head.unset,
-    )
-
-
 def node_port_names(prefix: str) -> list[str]:
     """Names of the ports that `node_ports` asks for."""
     return [f"{prefix}-{end}" for end in _NODE_PORTS]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from infra.local import client_environment, ports, processes, ray
 from infra.local.credentials import ray_token_path, s3_keys
 from infra.local.mlflow import PORTS as MLFLOW_PORTS
 from infra.local.mlflow import mlflow_service
-from infra.local.nightly_schedule import schedule_service
 from infra.local.s3_gateway import PORTS as S3_PORTS
 from infra.local.s3_gateway import s3_service
 from infra.local.service import Service, start, wait_until_ready
@@ -30,9 +30,11 @@ from pipeline.errors import UserError
 
 ALL_PORTS = (*S3_PORTS, *MLFLOW_PORTS, *ray.PORTS)
 _OWN_FOLDERS = ("s3", "mlflow", "mlflow-file", "files", "logs", "secrets")
-_NODE = "ray-node-"
+_SERVICES = {"s3", "mlflow", "ray", "schedule"}
+"""What `up` ends when it is no longer wanted; another process on record (a further Ray node) stays until `down`."""
 _PORTS_OF = {"s3": S3_PORTS, "mlflow": MLFLOW_PORTS, "ray": ray.PORTS}
 _ORPHAN_SECONDS = 15.0  # for what a killed service left behind to notice that it is alone
+_SCHEDULE_READY = b"schedule: every night"
 _GRACE_SECONDS = 30.0  # for a running service to answer: on a busy machine late is not hung
 
 Progress = Callable[[int, int], None]
@@ -49,16 +51,6 @@ class ServiceStatus:
     url: str
     pid: int | None
     log: Path | None
-
-
-@dataclass(frozen=True)
-class Node:
-    """An added Ray node."""
-
-    name: str
-    address: str
-    """Its own loopback address, by which Ray lists it."""
-    identity: processes.ProcessIdentity
 
 
 class LocalStack:
@@ -130,28 +122,6 @@ class LocalStack:
                 if progress is not None:
                     progress(done + 1, len(records))
             return ended
-
-    def add_node(self, num_cpus: int = 1) -> Node:
-        """Add one more Ray node to the running cluster, as another machine would be; `down` ends it too."""
-        with locked(self.root):
-            state = read_state(self.root)
-            heads = [one for one in self._services(state) if one.name == "ray"] if state else []
-            if state is None or not heads or "ray" not in state.services:
-                raise UserError(f"no Ray head of this stack runs under {self.root}: start it first")
-            taken = {self._node_number(name) for name in state.services}
-            number = next(n for n in range(1, 250) if n not in taken)
-            name, address = f"{_NODE}{number}", f"127.0.0.{number + 1}"
-            chosen = ports.choose(ray.node_port_names(name), taken=state.ports.values())
-            node = ray.node_service(self.root, name, address, {**state.ports, **chosen}, num_cpus, heads[0])
-            self._ensure(node, None, None)
-            identity = (read_state(self.root) or state).services[name].identity
-            return Node(name, address, identity)
-
-    def remove_node(self, node: Node, *, suddenly: bool = False) -> None:
-        """End a node; `suddenly` kills everything on it at once, as a lost machine."""
-        with locked(self.root):
-            (processes.kill if suddenly else processes.end)(node.identity)
-            self._forget(node.name)
 
     def remove(self) -> None:
         """Down, and the stack's data, logs and secrets removed. Other files in its folder stay: where the working
@@ -234,6 +204,7 @@ class LocalStack:
         return services
 
     def _scheduler(self, state: State) -> Service:
+        """`ddpm schedule`, pointed at the stack; it catches up on the nights missed while the stack was down."""
         own = client_environment.client_variables(self.root, state)
         chosen = {
             name: value for name, value in own.items() if name != "DDPM_ROOT" or name not in self._environ
@@ -243,7 +214,19 @@ class LocalStack:
             *(client_environment.REPLACED_WITH_MLFLOW if "MLFLOW_TRACKING_URI" in own else ()),
             *(client_environment.REPLACED_WITH_RAY if "RAY_ADDRESS" in own else ()),
         )
-        return schedule_service(self.root, state.schedule, chosen, replaced)
+        log = self.root / "logs" / "schedule.log"
+        return Service(
+            name="schedule",
+            argv=(sys.executable, "-u", "-m", "jobs.cli", "schedule", *state.schedule, "--catch-up"),
+            settings=chosen,
+            url="",
+            log=log,
+            ports=(),
+            is_ready=lambda: log.exists() and _SCHEDULE_READY in _first_bytes(log),
+            start_seconds=120,
+            unset=replaced,
+            needs_others=True,
+        )
 
     def _artifacts(self, state: State, home: Path) -> str:
         if state.store == "file":
@@ -256,8 +239,7 @@ class LocalStack:
     def _start_all(self, state: State, progress: Progress | None, say: Say | None) -> None:
         services = self._services(state)
         wanted = {service.name for service in services}
-        wanted |= {name for name in state.services if name.startswith(_NODE)}
-        for name in [name for name in state.services if name not in wanted]:
+        for name in [name for name in state.services if name in _SERVICES and name not in wanted]:
             processes.end(state.services[name].identity)
             self._forget(name)
         done = 0
@@ -303,10 +285,6 @@ class LocalStack:
             return False
         return processes.is_alive(record.identity)  # what answered may have been its orphan
 
-    @staticmethod
-    def _node_number(name: str) -> int | None:
-        return int(name.removeprefix(_NODE)) if name.startswith(_NODE) else None
-
     def _row(self, service: Service, record: ServiceRecord | None) -> ServiceStatus:
         if record is None or not processes.is_alive(record.identity):
             return ServiceStatus(service.name, "stopped", service.url, None, service.log)
@@ -335,6 +313,11 @@ def default_num_cpus() -> int:
 
 def _shutdown_order(item: tuple[str, ServiceRecord]) -> int:
     return {"ray": 1, "mlflow": 2, "s3": 3}.get(item[0], 0)
+
+
+def _first_bytes(log: Path) -> bytes:
+    with log.open("rb") as file:
+        return file.read(4096)
 
 
 def _tell(say: Say | None, text: str) -> None:

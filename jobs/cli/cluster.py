@@ -21,9 +21,8 @@ from jobs.cli.options import (
     end,
     examples,
 )
-from jobs.cluster_profiles import use_cluster
-from jobs.config_sections import SECTIONS
-from jobs.runner import DONE, JobArguments, print_settings, settings_of
+from jobs.cluster_address import use_cluster
+from jobs.runner import DONE, SECTIONS, JobArguments, print_settings, settings_of
 from pipeline.telemetry.terminal import echo
 
 app = typer.Typer()

@@ -8,8 +8,7 @@ import typer
 from rich.markup import escape
 
 from infra.local.stack_state import StoreKind
-from jobs.config_sections import SECTIONS
-from jobs.runner import JobArguments, handle_errors, presets
+from jobs.runner import SECTIONS, JobArguments, handle_errors, presets
 from pipeline.config.load import setting_names
 
 DATA, MODELS, SAMPLES, NIGHTS, CLUSTER, MACHINE = (

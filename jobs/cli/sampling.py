@@ -1,6 +1,5 @@
 """Commands that make samples and look at them."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -106,7 +105,7 @@ def evaluate(
 )
 def sample(words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False) -> None:
     """Draw a few images into a local folder, without a cluster."""
-    from jobs.sample import run
+    from jobs.generate import sample as run
     from pipeline.config.generation import SampleConfig
 
     def work(call: JobArguments) -> int:
@@ -127,14 +126,3 @@ def tune_sampler(
     from jobs.tune import run_call
 
     end_job(run_call, words, config, dry_run, json)
-
-
-@app.command(rich_help_panel=SAMPLES, epilog=examples("ddpm figures ./pictures --image photo.png"))
-def figures(
-    folder: Annotated[Path, typer.Argument(help="Folder for the pictures; made if need be.")],
-    image: Annotated[Path | None, typer.Option(help="RGB image for the forward process.")] = None,
-) -> None:
-    """Draw the forward and reverse process, the schedules, and the samplers' order."""
-    from jobs.figures import run
-
-    end(lambda: run(image, folder))

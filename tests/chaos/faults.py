@@ -14,10 +14,10 @@ import psutil
 
 from infra.local import LocalStack
 from infra.local.processes import kill
-from infra.local.stack import Node
 from infra.local.stack_state import read_state
 from tests.chaos.works import Work
 from tests.driving import ray_workers
+from tests.ray_nodes import Node, add_node, remove_node
 from tests.relay import Mode, Relay
 
 FREEZE_SECONDS = 20.0
@@ -63,17 +63,17 @@ def ask_driver_to_end(scene: Scene, work: Work, chance: random.Random) -> None:
 def kill_node(scene: Scene, work: Work, chance: random.Random) -> None:
     """A raylet and everything on its node at once; a new node joins."""
     lost = scene.nodes.pop(chance.randrange(len(scene.nodes)))
-    scene.stack.remove_node(lost, suddenly=True)
-    scene.nodes.append(scene.stack.add_node(1))
+    remove_node(scene.stack, lost, suddenly=True)
+    scene.nodes.append(add_node(scene.stack, 1))
 
 
 def kill_head(scene: Scene, work: Work, chance: random.Random) -> None:
     """The head with its control store; a new, empty cluster takes its place."""
     _kill_service(scene.stack, "ray")
     for node in scene.nodes:
-        scene.stack.remove_node(node, suddenly=True)
+        remove_node(scene.stack, node, suddenly=True)
     scene.stack.up()
-    scene.nodes = [scene.stack.add_node(1) for _ in scene.nodes]
+    scene.nodes = [add_node(scene.stack, 1) for _ in scene.nodes]
 
 
 def kill_gateway(scene: Scene, work: Work, chance: random.Random) -> None:

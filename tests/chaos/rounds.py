@@ -19,6 +19,7 @@ from tests.chaos.operations import OPERATIONS, Shared
 from tests.chaos.works import Fingerprint, Generation, Training, Work, differences
 from tests.driving import ray_workers
 from tests.generate.tiny import tiny_model
+from tests.ray_nodes import add_node, remove_node
 from tests.relay import Relay
 
 KINDS = ("training", "generation", *OPERATIONS)
@@ -182,7 +183,7 @@ def _scene(stack: LocalStack, folder: Path, name: str) -> Generator[Scene]:
     relay = Relay(host, port, seed=hash_of(name))
     clock = folder / "clock"
     clock.write_text("0")
-    node = stack.add_node(1)
+    node = add_node(stack, 1)
     with _small_disk(folder / "disk") as disk:
         scene = Scene(stack, relay, clock, disk, [node])
         try:
@@ -190,7 +191,7 @@ def _scene(stack: LocalStack, folder: Path, name: str) -> Generator[Scene]:
         finally:
             relay.close()
             for one in scene.nodes:
-                stack.remove_node(one)
+                remove_node(stack, one)
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.config_sections import SECTIONS
-from jobs.runner import JobArguments, preset_file, presets, settings_of
+from jobs.runner import SECTIONS, JobArguments, preset_file, presets, settings_of
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
 from pipeline.config.diffusion import check_together

@@ -10,8 +10,7 @@ import pytest
 import typer.main
 
 from jobs.cli import app
-from jobs.config_sections import SECTIONS
-from jobs.runner import JobArguments, settings_of
+from jobs.runner import SECTIONS, JobArguments, settings_of
 from tests.docs.lines import DOCUMENTS, REPOSITORY, Shown, fences, inline, shown
 
 ROOT: Any = typer.main.get_command(app)

@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from jobs.config_docs import configuration_page, schema_text, settings_schema, write_schema
-from jobs.config_sections import SECTIONS
-from jobs.runner import presets
+from jobs.runner import SECTIONS, presets
 from pipeline.config.load import setting_names
 from pipeline.errors import UserError
 

@@ -17,6 +17,7 @@ from pipeline.generate.generation_status import generation_status
 from pipeline.store import Store, open_store
 from tests.driving import Driver, ray_workers
 from tests.generate.tiny import contents, fill, settings, tiny_model
+from tests.ray_nodes import add_node, remove_node
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
@@ -51,11 +52,11 @@ def test_killed_at_ten_places_it_ends_byte_identical(stack: LocalStack, prefix: 
     chance = random.Random(6)
     store = open_store(config.output)
     before = {info.key for info in open_store("s3://ddpm").list()}
-    node = stack.add_node(1)
+    node = add_node(stack, 1)
     driver = Driver("generate", config, tmp_path)
 
     def lose_a_node() -> None:
-        stack.remove_node(node, suddenly=True)
+        remove_node(stack, node, suddenly=True)
 
     disturbances: list[Callable[[], object]] = [
         lambda: kill_an_actor(stack, chance),

@@ -17,6 +17,7 @@ from infra.local.stack_state import State, read_state, write_state
 from pipeline.errors import UserError
 from pipeline.store import open_store
 from tests.driving import ended_after, guarded
+from tests.ray_nodes import add_node, remove_node
 
 SERVICES = ("s3", "mlflow", "ray")
 
@@ -129,7 +130,7 @@ def test_a_job_finds_every_service_and_our_code(own: LocalStack, pointed: dict[s
 
 @pytest.mark.stack
 def test_an_added_node_works_and_can_be_lost(own: LocalStack, pointed: dict[str, str]) -> None:
-    node = own.add_node(num_cpus=2)
+    node = add_node(own, num_cpus=2)
     code = (
         "@ray.remote(num_cpus=2)\n"
         "def where():\n"
@@ -140,13 +141,13 @@ def test_an_added_node_works_and_can_be_lost(own: LocalStack, pointed: dict[str,
     head = remembered(own).services["ray"]
     own.up()
     assert processes.is_alive(node.identity)
-    own.remove_node(node, suddenly=True)
+    remove_node(own, node, suddenly=True)
     assert processes.family(node.identity) == []
     assert remembered(own).services["ray"] == head
     # The head still lists the lost one; the next, at the same address, is there once it has itself come up.
-    following = own.add_node(num_cpus=2)
+    following = add_node(own, num_cpus=2)
     assert on_the_cluster(pointed, code).split()[-1] == following.address == node.address
-    own.remove_node(following)
+    remove_node(own, following)
 
 
 @pytest.mark.stack

@@ -13,8 +13,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.config_sections import SECTIONS
-from jobs.runner import command_of, preset_file
+from jobs.runner import SECTIONS, command_of, preset_file
 
 
 def commands(group: object = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.cluster_profiles import use_cluster
+from jobs.cluster_address import use_cluster
 from pipeline.errors import UserError
 
 FILE = """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.ray_dashboard import dashboard_address, settle_address, settle_token
+from jobs.cluster_address import dashboard_address, settle_address, settle_token
 from pipeline.errors import UserError
 
 OURS = "http://ray.example:8265"

@@ -12,7 +12,7 @@ import pytest
 from infra.local import LocalStack, environment
 from infra.local.processes import kill
 from infra.local.stack_state import read_state
-from jobs.cluster_watch import SAYING
+from jobs.ray_session import CLUSTER_REPLACED
 from tests.driving import ROOT, ended_after
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
@@ -69,5 +69,5 @@ def test_a_cluster_that_is_replaced_is_told_in_one_line(
         if driver.poll() is None:
             driver.send_signal(signal.SIGKILL)
     assert driver.returncode == 1, told
-    assert f"failed: {SAYING}" in told.splitlines()
+    assert f"failed: {CLUSTER_REPLACED}" in told.splitlines()
     assert "StackTrace" not in told

@@ -27,7 +27,7 @@ def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_n
     assert submit("train", config, detach=True) == 0
     name = capfd.readouterr().out.split()[1]
     assert name.rpartition("-")[0] == f"train-{plan_training(config).identity}"
-    with pytest.raises(UserError, match=f"job {name}: is at the same work with other settings"):
+    with pytest.raises(UserError, match=f"job {name} is already running this work with different settings"):
         submit("train", config.model_copy(update={"steps": 48}))
     assert submit("train", config) == 0  # the same settings: the job that is going on
     said = capfd.readouterr()

@@ -13,7 +13,6 @@ import torch
 
 from infra.local import LocalStack, environment
 from infra.local.processes import kill
-from infra.local.stack import Node
 from infra.local.stack_state import read_state
 from pipeline.config.data import PackConfig
 from pipeline.config.training import TrainConfig
@@ -23,6 +22,7 @@ from pipeline.train.checkpoint import finished_steps, latest_checkpoint
 from pipeline.train.training_plan import TrainPlan, plan_training
 from tests.chronicle import PROPERTY, Chronicle
 from tests.driving import Driver, ended_after, ray_workers
+from tests.ray_nodes import Node, add_node, remove_node
 from tests.relay import Relay
 from tests.train.group import Outcome, run_group
 from tests.train.tiny import tiny
@@ -48,9 +48,9 @@ def cluster(
 @pytest.fixture
 def node(cluster: LocalStack) -> Iterator[list[Node]]:
     """The second node; a test that loses it may put another in its place."""
-    nodes = [cluster.add_node(1)]
+    nodes = [add_node(cluster, 1)]
     yield nodes
-    cluster.remove_node(nodes[0])
+    remove_node(cluster, nodes[0])
 
 
 @pytest.fixture(scope="module")
@@ -223,14 +223,14 @@ def test_killed_at_five_places_it_ends_in_the_same_weights_and_the_same_charts(
         relays.outage()
 
     def lose_the_node() -> None:
-        cluster.remove_node(node[0], suddenly=True)
-        node[0] = cluster.add_node(1)
+        remove_node(cluster, node[0], suddenly=True)
+        node[0] = add_node(cluster, 1)
 
     def lose_the_head() -> None:
         job.kill_the_head()
-        cluster.remove_node(node[0], suddenly=True)  # without a head it would end by itself, some time
+        remove_node(cluster, node[0], suddenly=True)  # without a head it would end by itself, some time
         cluster.up()
-        node[0] = cluster.add_node(1)
+        node[0] = add_node(cluster, 1)
         job.again()
 
     def ask_to_end() -> None:
@@ -288,10 +288,10 @@ def test_an_elastic_group_shrinks_with_a_lost_node_and_grows_with_one_that_comes
     first = job.workers()
     assert len(first) == 2
     relays.s3.switch("delay")  # or it would be done before the node is back
-    cluster.remove_node(node[0], suddenly=True)
+    remove_node(cluster, node[0], suddenly=True)
     job.wait_until(lambda: len(job.workers() - first) == len(job.workers()) == 1)
     shrunk = job.workers()
-    node[0] = cluster.add_node(1)
+    node[0] = add_node(cluster, 1)
     job.wait_until(lambda: len(job.workers() - shrunk) == len(job.workers()) == 2)
     relays.s3.switch("open")
     job.ends()

@@ -1,15 +1,18 @@
-"""The pictures of docs/diffusion.md: forward and reverse process, schedules compared, errors of the samplers.
+"""Draw the images of docs/diffusion.md: forward and reverse process, noise schedules, errors of the samplers.
 
-Everything is computed here, by the functions that train and sample, from named randomness: the same command gives
-the same pictures.
-"""
+    python -m docs.figures [FOLDER] [--image PHOTO]
+
+Everything is computed by the functions that train and sample, with named randomness: the same command draws the same
+images."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib as mpl
 import numpy as np
 import torch
+import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -18,7 +21,6 @@ from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
 
 from jobs.progress_bar import progress_of
-from jobs.runner import DONE
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
 from pipeline.diffusion import NoiseSchedule, SamplerStep, Stream, from_uint8, sample, to_uint8
 from pipeline.diffusion.ideal import Mixture, three_blobs
@@ -30,6 +32,7 @@ from pipeline.diffusion.timesteps import SamplingGrid, karras_grid
 from pipeline.errors import UserError
 from pipeline.telemetry.terminal import echo
 
+IMAGES = Path(__file__).parent / "images" / "diffusion"
 Pixels = NDArray[np.uint8]
 
 _FORWARD_TIMES = (0, 50, 100, 200, 400, 700, 999)
@@ -78,14 +81,15 @@ def figures(
     return paths
 
 
-def run(image: Path | None, out_dir: Path) -> int:
-    """Draw everything and say where it is. Raises UserError for an image that cannot be read."""
-    pixels = None if image is None else _read(image)
-    with progress_of("figures", "pictures") as progress:
-        paths = figures(pixels, out_dir, progress=progress)
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder to write to.")] = IMAGES,
+    image: Annotated[Path | None, typer.Option(help="RGB image for the forward process.")] = None,
+) -> None:
+    """Draw every image."""
+    with progress_of("figures", "images") as progress:
+        paths = figures(None if image is None else _read(image), folder, progress=progress)
     for path in paths:
         echo(f"drew     {path}")
-    return DONE
 
 
 def _read(image: Path) -> Pixels:
@@ -236,3 +240,7 @@ def _write(figure: Figure, path: Path) -> Path:
 def _save(pixels: Pixels, path: Path) -> Path:
     Image.fromarray(pixels).save(path, optimize=True)
     return path
+
+
+if __name__ == "__main__":
+    typer.run(main)

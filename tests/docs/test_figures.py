@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jobs.figures import digits_net, draw_reverse, draw_schedules, forward_strip, panel, photograph
+from docs.figures import digits_net, draw_reverse, draw_schedules, forward_strip, panel, photograph
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
 from pipeline.diffusion import NoiseSchedule, sample
 from pipeline.errors import UserError

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from jobs import cluster_compatibility
-from jobs.cluster_compatibility import package_faults, require_compatible_cluster, requirements
+from jobs import submit
+from jobs.submit import package_faults, require_compatible_cluster, requirements
 from pipeline.errors import UserError
 
 HERE: dict[str, str | None] = {need.name: metadata.version(need.name) for need in requirements()}
@@ -53,7 +53,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
         "/api/version": dict(VERSION),
         "/api/v0/cluster_metadata": {"data": {"pythonVersion": python}},
     }
-    monkeypatch.setattr(cluster_compatibility, "ask", lambda path: told[path])
+    monkeypatch.setattr(submit, "ask", lambda path: told[path])
     return told
 
 
