@@ -36,10 +36,9 @@ def decoder(name: str) -> Decode:
     """The decoder all contenders of a group use."""
     if name == "pillow":
         return by_pillow
-    from pipeline.data.formats.images import PixelShape, decode
+    from pipeline.data.formats.images import decode_image
 
-    shape = PixelShape(3, EDGE, EDGE)
-    return partial(decode, shape=shape)
+    return partial(decode_image, shape=(EDGE, EDGE, 3))
 
 
 def picture_files(tars: Path) -> Iterator[bytes]:
@@ -79,7 +78,7 @@ def ours(uri: str, decode: Decode, cold: Path | None = None) -> Epoch:
 
     torch.set_num_threads(1)
     if decode is by_pillow:
-        samples.decode = lambda data, _: by_pillow(data)
+        samples.decode_image = lambda data, _: by_pillow(data)
     index = load_index(uri)
 
     def epoch() -> int:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from jobs.progress_bar import progress_of
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
+from pipeline.data.formats.contact_sheet import image_grid, in_rows
 from pipeline.diffusion import NoiseSchedule, SamplerStep, Stream, from_uint8, sample, to_uint8
 from pipeline.diffusion.ideal import Mixture, three_blobs
-from pipeline.diffusion.image_scaling import tile
 from pipeline.diffusion.noise import normal
 from pipeline.diffusion.objective import Net
 from pipeline.diffusion.samplers import Denoise, ddim, dpm_solver_pp_2m, heun
@@ -132,9 +132,8 @@ def digits_net(schedule: NoiseSchedule, std: float = 0.12) -> Net:
 
 def panel(images: Tensor, columns: int, scale: int = 1) -> Pixels:
     """Float images (B, C, H, W) in [-1, 1] side by side on white, `columns` a row; uint8 (H', W', 3)."""
-    large = to_uint8(images).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    canvas = tile(large, columns, _GAP)
-    return canvas.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+    pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
+    return image_grid(in_rows(list(pixels), columns), cell=scale * pixels.shape[1], gap=_GAP, margin=0)
 
 
 def draw_reverse(

@@ -20,7 +20,7 @@ from pydantic_core import from_json
 
 from pipeline.config.bounds import MAX_CLASSES
 from pipeline.config.json_document import first_fault
-from pipeline.data.formats.image_stats import ChannelStats, add_channel_stats
+from pipeline.data.formats.image_stats import ImageStats
 from pipeline.data.formats.images import PixelShape
 from pipeline.data.location import Location
 from pipeline.errors import DamageError, UserError
@@ -164,24 +164,35 @@ class Index(BaseModel):
     @property
     def channel_mean(self) -> list[float] | None:
         """Mean of each channel in uint8 units (0..255), if every shard's pixels were looked at."""
-        found = self._mean_and_std()
-        return None if found is None else found[0]
+        return None if (stats := self._stats()) is None else list(stats.mean)
 
     @property
     def channel_std(self) -> list[float] | None:
         """Standard deviation of each channel in uint8 units, over all pixels."""
-        found = self._mean_and_std()
-        return None if found is None else found[1]
+        return None if (stats := self._stats()) is None else list(stats.std)
 
-    def _mean_and_std(self) -> tuple[list[float], list[float]] | None:
-        total: ChannelStats | None = None
+    def _stats(self) -> ImageStats | None:
+        """Statistics over all pixels, if every shard's pixels were decoded and have one size.
+
+        Raises DamageError for sums that no images have.
+        """
+        if self.image is None:
+            return None
+        total = ImageStats()
         for shard in self.shards:
             if shard.channel_sums is None or shard.channel_squares is None:
                 return None
-            total = add_channel_stats(total, ChannelStats(shard.channel_sums, shard.channel_squares))
-        if self.image is None or total is None:
-            return None
-        return total.mean_and_std(self.num_samples * self.image.height * self.image.width)
+            values = shard.num_samples * self.image.height * self.image.width
+            try:
+                total += ImageStats(
+                    images=shard.num_samples,
+                    values=values,
+                    sums=shard.channel_sums,
+                    squares=shard.channel_squares,
+                )
+            except ValueError as error:
+                raise DamageError(f"{self.uri}: {self.name}: {shard.name}: wrong channel sums") from error
+        return total if total.images else None
 
 
 def content_digest(

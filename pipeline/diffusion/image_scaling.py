@@ -27,14 +27,3 @@ def to_uint8(images: Tensor) -> Tensor:
     if bool(scaled.isnan().any()):
         raise ValueError("images holds NaN, which no pixel level stands for")
     return scaled.clamp(0.0, 255.0).to(torch.uint8)
-
-
-def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
-    """Images (B, C, H, W), uint8, side by side in rows of `columns`, `gap` white pixels between: uint8 (C, H', W')."""
-    count, channels, height, width = images.shape
-    rows = -(-count // columns)
-    canvas = images.new_full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), 255)
-    for place, image in enumerate(images):
-        top, left = place // columns * (height + gap), place % columns * (width + gap)
-        canvas[:, top : top + height, left : left + width] = image
-    return canvas

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config.evaluation import EvaluateConfig, LikelihoodConfig
 from pipeline.config.generation import SpecSettings
-from pipeline.data.formats.pixels import decode
+from pipeline.data.formats.images import decode_image
 from pipeline.data.formats.shards import read_shard
 from pipeline.data.index import load_index
 from pipeline.errors import DamageError, UserError
@@ -120,7 +120,7 @@ def _shard_images(
         )
     for _, files in read_shard(data, entry.key):
         label = json.loads(files["json"])["class"]
-        yield decode(files[spec.image_format], spec.image_format, spec.channels), label
+        yield decode_image(files[spec.image_format], (spec.size, spec.size, spec.channels)), label
 
 
 def metrics_from_records(

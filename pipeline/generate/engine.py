@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.model_card import ModelCard
-from pipeline.data.formats.pixels import Pixels
+from pipeline.data.formats.npy import Pixels
 from pipeline.diffusion.image_scaling import to_uint8
 from pipeline.diffusion.samplers import OnStep, sample
 from pipeline.diffusion.schedule import NoiseSchedule

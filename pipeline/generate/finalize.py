@@ -4,7 +4,8 @@ Nothing here trusts that the world stood still since the last look: a driver may
 writes it looks at again, and what it deletes belongs to counts smaller than its own, which no later job needs.
 """
 
-from pipeline.data.formats.contact_sheet import grid, png
+from pipeline.data.formats.contact_sheet import image_grid
+from pipeline.data.formats.images import encode_image
 from pipeline.errors import DamageError
 from pipeline.generate.completeness import Completeness, check_complete
 from pipeline.generate.heartbeat import clear_heartbeats
@@ -44,7 +45,7 @@ def publish_manifest(
     except ObjectMissing:
         require_newest(store, spec, class_names)  # then its last shard is gone with good reason
         raise
-    sheet = png(grid(grid_rows(gallery), row_labels(gallery, class_names)))
+    sheet = encode_image(image_grid(grid_rows(gallery), row_labels(gallery, class_names)), "png")
     report = render(spec, manifest.statistics, class_names, sheet, gallery)
     for _ in range(_ATTEMPTS):
         require_newest(store, spec, class_names)

@@ -1,6 +1,5 @@
 """A few images for a look: in this process, without a cluster, into a local folder."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,9 @@ from pathlib import Path
 import torch
 
 from pipeline.config.generation import SampleConfig, SpecSettings
-from pipeline.data.formats.contact_sheet import grid, png
-from pipeline.data.formats.pixels import Pixels, encode
+from pipeline.data.formats.contact_sheet import image_grid, in_rows
+from pipeline.data.formats.images import encode_image
+from pipeline.data.formats.npy import Pixels
 from pipeline.diffusion.samplers import SamplerStep
 from pipeline.disk_errors import disk_errors_at
 from pipeline.generate.class_labels import class_name, classes_of
@@ -67,17 +67,16 @@ def _write(
         folder.mkdir(parents=True, exist_ok=True)
         for place, image in enumerate(images):
             path = folder / f"{config.first_index + place:012d}.png"
-            path.write_bytes(encode(image, "png"))
+            path.write_bytes(encode_image(image, "png"))
             paths.append(path)
         sheet = folder / "grid.png"
-        sheet.write_bytes(png(_sheet(images, labels, names)))
+        sheet.write_bytes(encode_image(_sheet(images, labels, names), "png"))
     return SampleResult(tuple(paths), sheet)
 
 
 def _sheet(images: list[Pixels], labels: list[int] | None, names: tuple[str, ...] | None) -> Pixels:
     if labels is None:
-        columns = math.isqrt(len(images) - 1) + 1
-        return grid([images[start : start + columns] for start in range(0, len(images), columns)])
+        return image_grid(in_rows(images))
     present = sorted(set(labels))
     rows = [[image for image, own in zip(images, labels, strict=True) if own == label] for label in present]
-    return grid(rows, [class_name(label, names) for label in present])
+    return image_grid(rows, [class_name(label, names) for label in present])

@@ -9,7 +9,8 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from pipeline.data.formats.pixels import Pixels, decode, encode
+from pipeline.data.formats.images import decode_image, encode_image
+from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import read_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.class_labels import index_tensor
@@ -94,7 +95,7 @@ def _compare(
     images = engine.images(index_tensor(batch.samples))
     for index in indexes:
         data, image = stored.get(f"{index:012d}"), images[index - batch.first]
-        if data is None or data == encode(image, spec.image_format):
+        if data is None or data == encode_image(image, spec.image_format):
             continue
         report.add(f"{unit.key} sample {index:012d}", _difference(store, spec, unit, data, image))
 
@@ -111,12 +112,10 @@ def _stored(store: Store, spec: Spec, unit: Shard) -> dict[str, bytes]:
 def _difference(store: Store, spec: Spec, unit: Shard, stored: bytes, image: Pixels) -> str:
     """In how many values, and by how much, stored bytes differ from the image uint8 (H, W, C) made again."""
     try:
-        there = decode(stored, spec.image_format, spec.channels)
+        there = decode_image(stored, (spec.size, spec.size, spec.channels))
         origin = read_record(store, spec, unit).times.software
     except (ObjectMissing, DamageError) as error:
         return f"differs when made again: {error}"
-    if there.shape != image.shape:
-        return f"differs when made again: is {there.shape}, not {image.shape}"
     levels = np.abs(there.astype(np.int16) - image)
     return (
         f"differs when made again: {int((levels > 0).sum())} of {levels.size} values, by at most "

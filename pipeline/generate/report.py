@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeline.data.formats.contact_sheet import grid, png
-from pipeline.data.formats.pixels import Pixels, decode
+from pipeline.data.formats.contact_sheet import image_grid
+from pipeline.data.formats.images import decode_image, encode_image
+from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import read_shard
 from pipeline.generate.class_labels import class_name, classes_of
 from pipeline.generate.manifest import Statistics
@@ -73,7 +74,7 @@ def _images(store: Store, spec: Spec, indexes: list[int]) -> Iterator[tuple[int,
     for unit, keys in wanted.items():
         for key, files in read_shard(store.read(unit.key), label=f"{store.uri}/{unit.key}"):
             if key in keys:
-                yield int(key), decode(files[spec.image_format], spec.image_format, spec.channels)
+                yield int(key), decode_image(files[spec.image_format], (spec.size, spec.size, spec.channels))
 
 
 def render(
@@ -132,7 +133,7 @@ def _histogram(statistics: Statistics, names: tuple[str, ...] | None) -> str:
 def _class_grids(gallery: dict[int | None, list[Pixels]], names: tuple[str, ...] | None) -> str:
     parts = [
         f"<h3>{html.escape(class_name(label, names))}</h3>"
-        + _image(png(grid([images])), f"class {class_name(label, names)}")
+        + _image(encode_image(image_grid([images]), "png"), f"class {class_name(label, names)}")
         for label, images in gallery.items()
         if label is not None and images
     ]

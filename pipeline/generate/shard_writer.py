@@ -16,7 +16,8 @@ import numpy as np
 from pipeline.config.generation import GuardConfig
 from pipeline.config.model_card import TrainingData
 from pipeline.data.formats.image_stats import ImageStats, image_stats
-from pipeline.data.formats.pixels import Pixels, encode
+from pipeline.data.formats.images import encode_image
+from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import write_shard
 from pipeline.errors import DamageError
 from pipeline.features.shard_sums import FeatureRecord, FeatureSums, add_records
@@ -156,7 +157,10 @@ def members_of(spec: Spec, digest: str, batch: SampleBatch, images: Pixels) -> l
         label = None if labels is None else labels[place]
         facts = {"index": index, "seed": spec.seed, "class": label, "spec": digest}
         out.append(
-            (f"{index:012d}", {spec.image_format: encode(image, spec.image_format), "json": _json(facts)})
+            (
+                f"{index:012d}",
+                {spec.image_format: encode_image(image, spec.image_format), "json": _json(facts)},
+            )
         )
     return out
 

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic_core import from_json
 
-from pipeline.data.formats.image_stats import constant, image_stats
-from pipeline.data.formats.pixels import Pixels, decode
+from pipeline.data.formats.image_stats import image_stats, is_constant
+from pipeline.data.formats.images import decode_image
+from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import read_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.class_labels import labels_of
@@ -289,14 +290,11 @@ def _check_sample(
     if told != facts:
         findings.add(f"its json says {told}, the plan says {facts}", key)
     try:
-        image = decode(files[spec.image_format], spec.image_format, spec.channels)
+        image = decode_image(files[spec.image_format], (spec.size, spec.size, spec.channels))
     except DamageError as error:
         findings.add(str(error), key)
         return None
-    if image.shape != (spec.size, spec.size, spec.channels):
-        findings.add(f"is {image.shape}, not {spec.size} x {spec.size} x {spec.channels}", key)
-        return None
-    if constant(image[None])[0]:
+    if is_constant(image[None])[0]:
         findings.add("is of one flat colour", key)
     return image
 

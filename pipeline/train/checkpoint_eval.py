@@ -8,17 +8,17 @@ overfitting (docs/quality.md has measures that do).
 
 import math
 from contextlib import closing
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.config.data import DataConfig
+from pipeline.data.formats.contact_sheet import image_grid, in_rows
+from pipeline.data.formats.npy import Pixels
 from pipeline.data.index import Index
 from pipeline.data.reading.samples import SampleSource
 from pipeline.diffusion import from_uint8, sample, to_uint8, training_loss
-from pipeline.diffusion.image_scaling import tile
 from pipeline.diffusion.noise import Stream, normal
 from pipeline.store import retry_during_outage
 from pipeline.train.loop import Trainer
@@ -26,7 +26,7 @@ from pipeline.train.state import TrainState
 
 LARGEST_BATCH = 64
 SHORTEST_EDGE = 256
-"""Pixels; a smaller grid is enlarged, or the run page would show it as a stamp."""
+"""Pixels. A smaller grid would be tiny on the run page."""
 
 
 class FixedEvaluation:
@@ -76,8 +76,8 @@ class FixedEvaluation:
         return self._data.model_copy(update={"num_workers": 0, "cache_dir": None, "memory_bytes": 0})
 
 
-def draw_grid(trainer: Trainer, state: TrainState) -> np.ndarray[Any, Any]:
-    """A grid of images from the averaged weights, uint8 (H, W) or (H, W, 3)."""
+def draw_grid(trainer: Trainer, state: TrainState) -> Pixels:
+    """A grid of images from the averaged weights, uint8 (H, W, 3)."""
     config = trainer.config
     index = torch.arange(config.grid.count, device=trainer.device)
     labels = index % config.net.num_classes if config.net.num_classes is not None else None
@@ -92,12 +92,8 @@ def draw_grid(trainer: Trainer, state: TrainState) -> np.ndarray[Any, Any]:
         class_labels=labels,
         objective=config.objective,
     )
-    columns = config.net.num_classes or math.ceil(math.sqrt(config.grid.count))
-    return enlarge(tile(to_uint8(x0), columns).cpu())
-
-
-def enlarge(picture: Tensor) -> np.ndarray[Any, Any]:
-    """A picture, uint8 (C, H, W), by whole pixels until no edge is short: uint8 (H', W') or (H', W', 3)."""
-    scale = max(1, -(-SHORTEST_EDGE // min(picture.shape[1:])))
-    large = picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    return large.squeeze(0).numpy() if len(large) == 1 else large.permute(1, 2, 0).numpy()
+    images = to_uint8(x0).permute(0, 2, 3, 1).cpu().numpy()
+    rows = in_rows(list(images), config.net.num_classes)
+    size = net.config.image_size
+    pixels = -(-SHORTEST_EDGE // min(len(rows), len(rows[0])))
+    return image_grid(rows, cell=-(-pixels // size) * size, margin=0)

@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.data.reading.loader import Loader
-from pipeline.data.reading.outages import resilient_batches
+from pipeline.data.reading.loader import Loader, resilient_batches
 from pipeline.telemetry.logs import name_process
 from pipeline.telemetry.prometheus import JobMetrics
 from pipeline.train.checkpoint import CheckpointWriter

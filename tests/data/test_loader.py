@@ -14,8 +14,8 @@ from pipeline.config.data import DataConfig
 from pipeline.data.index import Index, load_index
 from pipeline.data.packing.build_index import build_index
 from pipeline.data.reading.loader import Loader
-from pipeline.data.reading.open_access import open_shard_access
 from pipeline.data.reading.samples import SampleSource
+from pipeline.data.reading.shard_cache import open_shard_access
 from pipeline.errors import DamageError, UserError
 from pipeline.store import open_store
 from tests.data.making import batches, by_position, digits, picture, small_set

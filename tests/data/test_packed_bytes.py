@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config.data import PackConfig
-from pipeline.data.formats.images import PixelShape, decode
+from pipeline.data.formats.images import decode_image
 from pipeline.data.formats.png import encode_png
 from pipeline.data.formats.shards import read_shard
 from pipeline.data.index import load_index
@@ -98,7 +98,7 @@ def test_pictures_are_still_compressed_as_version_0_1_0_did_where_it_began() -> 
     samples = [s for shard in sorted(V0_1_0.glob("data/shards/*.tar")) for s in read_shard(shard)]
     assert len(samples) == 60
     for key, files in samples:
-        assert encode_png(decode(files["png"], PixelShape(1, 8, 8)), 1) == files["png"], key
+        assert encode_png(decode_image(files["png"], (8, 8, 1)), 1) == files["png"], key
 
 
 def test_a_pack_that_version_0_1_0_began_goes_on_in_its_way(uri: str, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_pack_that_version_0_1_0_began_goes_on_in_its_way(uri: str, tmp_path: 
     samples = [s for n in range(2) for s in read_shard(open_store(uri).read(f"shards/{n:06d}.tar"))]
     assert len(samples) == 6
     for _, files in samples:
-        assert files["png"] == encode_png(decode(files["png"], PixelShape(3, 40, 40)), 1)
+        assert files["png"] == encode_png(decode_image(files["png"], (40, 40, 3)), 1)
 
 
 def test_shard_bytes_cuts_by_pixels_and_evenly(uri: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from pipeline.config.data import PackConfig
-from pipeline.data.formats.images import PixelShape, decode, probe
+from pipeline.data.formats.images import PixelShape, decode_image, probe
 from pipeline.data.formats.shards import write_shard
 from pipeline.data.index import load_index
 from pipeline.data.packing.build_index import build_index
@@ -87,7 +87,7 @@ def test_orientation_is_read_by_pack_and_by_the_loader_alike(tmp_path: Path) -> 
     data = turned(jpeg, exif(SIX))
     wanted = np.rot90(flat, -1)
     assert probe(data) == PixelShape(3, 12, 8)
-    assert np.array_equal(decode(data, probe(data)), wanted)
+    assert np.array_equal(decode_image(data, probe(data).array_shape), wanted)
     assert np.array_equal(pixels(data), wanted)
     store = open_store(tmp_path.as_uri())
     store.write("0.tar", write_shard([("0", {"jpg": data})]))
@@ -104,7 +104,7 @@ def test_every_format_that_tells_its_orientation_is_turned(kind: str) -> None:
     data = encoded(PIXELS, kind, exif=notes.tobytes() if kind == "png" else notes, **options)
     plain = np.asarray(Image.open(io.BytesIO(encoded(PIXELS, kind, **options))).convert("RGB"))
     assert probe(data) == PixelShape(3, 12, 8)
-    assert np.array_equal(decode(data, probe(data)), np.rot90(plain, -1))
+    assert np.array_equal(decode_image(data, probe(data).array_shape), np.rot90(plain, -1))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_damage_that_decoders_read_over_is_damage() -> None:
     for broken in (bytes(data), cut[: len(cut) // 2]):
         assert probe_image(CONFIG, broken).problem is not None
         with pytest.raises(DamageError):
-            decode(broken, probe(broken))
+            decode_image(broken, probe(broken).array_shape)
 
 
 def test_a_jpeg_of_absurdly_many_scans_is_refused_by_its_header() -> None:

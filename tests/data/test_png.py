@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from pipeline.data.formats.images import PixelShape, decode
+from pipeline.data.formats.images import decode_image
 from pipeline.data.formats.png import decode_png, encode_png
 from pipeline.errors import DamageError
 from tests.data.making import encoded, picture
@@ -53,7 +53,7 @@ def test_files_of_others_are_left_to_pillow() -> None:
         data = encoded(pixels, "png", **options)
         quick = decode_png(data, 3, 30, 20)
         assert quick is None or np.array_equal(quick, pixels)
-        assert np.array_equal(decode(data, PixelShape(3, 30, 20)), pixels)
+        assert np.array_equal(decode_image(data, (30, 20, 3)), pixels)
 
 
 def test_another_size_or_kind_than_expected_is_not_taken() -> None:
@@ -61,7 +61,7 @@ def test_another_size_or_kind_than_expected_is_not_taken() -> None:
     assert decode_png(data, 3, 8, 9) is None
     assert decode_png(data, 1, 8, 8) is None
     with pytest.raises(DamageError, match="image is 8x8x3, 9x8x3 expected"):
-        decode(data, PixelShape(3, 8, 9))
+        decode_image(data, (8, 9, 3))
 
 
 def test_damage_is_never_decoded_quietly() -> None:
@@ -70,7 +70,7 @@ def test_damage_is_never_decoded_quietly() -> None:
     for place in range(33, len(data) - 16):
         damaged = data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
         try:
-            found = decode(damaged, PixelShape(3, 16, 16))
+            found = decode_image(damaged, (16, 16, 3))
         except DamageError:
             continue
         # Pillow reads on over a wrong checksum of a chunk; then the pixels at least are right.

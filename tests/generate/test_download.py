@@ -17,7 +17,7 @@ import pytest
 
 from jobs.download import run
 from jobs.runner import DONE, FAILED, INTERRUPTED, REFUSED, handle_errors
-from pipeline.data.formats.images import PixelShape, decode
+from pipeline.data.formats.images import PixelShape, decode_image
 from pipeline.data.formats.shards import read_shard
 from pipeline.data.index import Index, ShardEntry, content_digest, load_index
 from pipeline.data.packing.build_index import build_index
@@ -268,7 +268,7 @@ def test_unpacked_images_of_a_data_set_have_its_pixels(packed: Path) -> None:
     for number, sample in enumerate(read_sequential(index)):
         assert index.class_names is not None
         data = there[f"{index.class_names[sample.label]}/{number:012d}.png"]
-        assert np.array_equal(decode(data, PixelShape(3, 8, 8)), sample.pixels)
+        assert np.array_equal(decode_image(data, (8, 8, 3)), sample.pixels)
 
 
 def test_unpacking_goes_on_and_mends_what_was_cut(generation: Path) -> None:

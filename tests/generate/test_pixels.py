@@ -9,9 +9,10 @@ import pytest
 
 from pipeline.config.generation import GuardConfig
 from pipeline.config.model_card import TrainingData
-from pipeline.data.formats.contact_sheet import grid
+from pipeline.data.formats.contact_sheet import image_grid, in_rows, thumbnail
 from pipeline.data.formats.image_stats import ImageStats, image_stats
-from pipeline.data.formats.pixels import ImageFormat, Pixels, decode, encode
+from pipeline.data.formats.images import ImageFormat, decode_image, encode_image
+from pipeline.data.formats.npy import Pixels
 from pipeline.errors import DamageError
 from pipeline.generate.guards import check_guards
 
@@ -24,16 +25,16 @@ def noise(count: int, channels: int = 3, size: int = 6) -> Pixels:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_image_comes_back_exactly(image_format: ImageFormat, channels: int) -> None:
     image = noise(1, channels)[0]
-    data = encode(image, image_format)
-    assert data == encode(image, image_format)
-    assert np.array_equal(decode(data, image_format, channels), image)
+    data = encode_image(image, image_format)
+    assert data == encode_image(image, image_format)
+    assert np.array_equal(decode_image(data, image.shape), image)
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp", "npy"])
 def test_a_torn_image_is_damage(image_format: ImageFormat) -> None:
-    data = encode(noise(1, 3, 16)[0], image_format)
+    data = encode_image(noise(1, 3, 16)[0], image_format)
     with pytest.raises(DamageError):
-        decode(data[: len(data) // 2], image_format, 3)
+        decode_image(data[: len(data) // 2], (16, 16, 3))
 
 
 def npy_of_shape(shape: tuple[int, ...]) -> bytes:
@@ -44,24 +45,33 @@ def npy_of_shape(shape: tuple[int, ...]) -> bytes:
 
 def png_of_size(edge: int) -> bytes:
     """A PNG whose header claims a square of this edge."""
-    data = bytearray(encode(noise(1)[0], "png"))
+    data = bytearray(encode_image(noise(1)[0], "png"))
     data[16:24] = struct.pack(">II", edge, edge)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     return bytes(data)
 
 
 @pytest.mark.parametrize(
-    ("data", "image_format"),
+    ("data", "problem"),
     [
-        (b"PK\x03\x04 an archive", "npy"),
-        (npy_of_shape((10**9, 10**6, 3)) + b"x", "npy"),
-        (npy_of_shape((-1, -1, 3)) + b"xxx", "npy"),
-        (png_of_size(40_000), "png"),
+        (b"PK\x03\x04 an archive", "not a PNG"),
+        (npy_of_shape((10**9, 10**6, 3)) + b"x", "damaged npy header"),
+        (npy_of_shape((-1, -1, 3)) + b"xxx", "damaged npy header"),
+        (png_of_size(40_000), "claims 40000x40000 pixels"),
+        (encode_image(noise(1, 3, 5)[0], "png"), "5x5x3, 6x6x3 expected"),
+        (encode_image(noise(1, 3, 5)[0], "npy"), "5x5x3, 6x6x3 expected"),
     ],
 )
-def test_an_image_that_claims_what_it_does_not_hold_is_damage(data: bytes, image_format: ImageFormat) -> None:
-    with pytest.raises(DamageError, match=f"not a {image_format} image"):
-        decode(data, image_format, 3)
+def test_an_image_that_claims_what_it_does_not_hold_is_damage(data: bytes, problem: str) -> None:
+    with pytest.raises(DamageError, match=problem):
+        decode_image(data, (6, 6, 3))
+
+
+def test_npy_holds_any_number_of_channels() -> None:
+    image = noise(1, 4)[0]
+    assert np.array_equal(decode_image(encode_image(image, "npy"), (6, 6, 4)), image)
+    with pytest.raises(DamageError, match="4 channels"):
+        decode_image(encode_image(image, "npy"), (6, 6, 3))
 
 
 def test_a_tally_is_what_numpy_computes() -> None:
@@ -115,7 +125,7 @@ def test_a_few_images_are_not_judged_and_neither_is_anything_when_guards_are_off
 
 def test_a_contact_sheet_shows_each_image_enlarged_in_its_place() -> None:
     images = list(noise(3, 1, 8))
-    sheet = grid([images[:2], images[2:]], cell=32)
+    sheet = image_grid([images[:2], images[2:]], cell=32)
     assert sheet.dtype == np.uint8
     for row, column, image in ((0, 0, images[0]), (0, 1, images[1]), (1, 0, images[2])):
         top, left = 8 + row * 34, 8 + column * 34
@@ -125,6 +135,14 @@ def test_a_contact_sheet_shows_each_image_enlarged_in_its_place() -> None:
 
 def test_labels_make_room_beside_the_rows() -> None:
     rows = [list(noise(2, 3, 8))] * 2
-    assert grid(rows, ["a", "a long name"]).shape[1] > grid(rows).shape[1] + 40
+    assert image_grid(rows, ["a", "a long name"]).shape[1] > image_grid(rows).shape[1] + 40
     with pytest.raises(ValueError, match="rows holds no image"):
-        grid([[]])
+        image_grid([[]])
+
+
+def test_images_of_several_sizes_share_a_grid() -> None:
+    sheet = image_grid(
+        in_rows([*noise(1, 3, 40), *noise(1, 1, 10), thumbnail(noise(1, 3, 100)[0])]), margin=0
+    )
+    assert sheet.shape == (2 * 64 + 2, 2 * 64 + 2, 3)
+    assert (sheet[66:, 66:] == 255).all()  # three images: the fourth cell is empty

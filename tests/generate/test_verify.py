@@ -86,10 +86,10 @@ def copy_a_sample(store: Store) -> None:
 def flatten_an_image(store: Store) -> None:
     import numpy as np
 
-    from pipeline.data.formats.pixels import encode
+    from pipeline.data.formats.images import encode_image
 
     samples = list(read_shard(store.read(SHARD)))
-    samples[2][1]["png"] = encode(np.zeros((4, 4, 1), np.uint8), "png")
+    samples[2][1]["png"] = encode_image(np.zeros((4, 4, 1), np.uint8), "png")
     store.write(SHARD, write_shard(samples))
 
 
@@ -141,7 +141,7 @@ DAMAGE: dict[str, tuple[Callable[[Store], None], str, str]] = {
     "swapped samples": (swap_two_samples, f"{SHARD} sample 000000000010", "its json says"),
     "copied sample": (copy_a_sample, "shards/", "1 images equal another one"),
     "flat image": (flatten_an_image, f"{SHARD} sample 000000000012", "one flat colour"),
-    "torn image": (tear_an_image, f"{SHARD} sample 000000000012", "not a png image"),
+    "torn image": (tear_an_image, f"{SHARD} sample 000000000012", "image header does not decode"),
     "endless json": (nest_without_end, f"{SHARD} sample 000000000012", "its json says no JSON"),
     "changed sums": (change_the_record, SHARD, "the sums over its images"),
     "foreign record": (foreign_record, SHARD, "spec_digest is 0000"),

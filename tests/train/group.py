@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config.training import TrainConfig
-from pipeline.data.reading.loader import Batch, Loader
-from pipeline.data.reading.outages import resilient_batches
+from pipeline.data.reading.loader import Batch, Loader, resilient_batches
 from pipeline.errors import DamageError
 from pipeline.train import session
 from pipeline.train.checkpoint import Checkpoint, latest_checkpoint

@@ -7,9 +7,8 @@ from typing import cast
 import pytest
 import torch
 
-from pipeline.data.reading import outages
-from pipeline.data.reading.loader import Batch, Loader
-from pipeline.data.reading.outages import resilient_batches
+from pipeline.data.reading import loader
+from pipeline.data.reading.loader import Batch, Loader, resilient_batches
 from pipeline.errors import DamageError
 from pipeline.store import StoreUnreachable
 
@@ -33,7 +32,7 @@ class Flaky:
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outages, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(loader, "PAUSE_SECONDS", 0.01)
 
 
 def fed(loader: Flaky, start: int, stop: int, seconds: float = 60.0) -> Iterator[Batch]:
@@ -55,8 +54,8 @@ def test_after_an_outage_every_step_comes_once_and_in_order() -> None:
 def test_a_store_that_stays_away_ends_the_wait_and_each_outage_has_a_time_of_its_own() -> None:
     with pytest.raises(StoreUnreachable, match="away"):
         list(fed(Flaky({3: 10_000}), 0, 5, seconds=0.05))
-    outages = Flaky(dict.fromkeys(range(30), 2))
-    assert len(list(fed(outages, 0, 30, seconds=0.2))) == 30  # in all longer than the time for one
+    flaky = Flaky(dict.fromkeys(range(30), 2))
+    assert len(list(fed(flaky, 0, 30, seconds=0.2))) == 30  # in all longer than the time for one
 
 
 def test_damage_is_not_waited_for() -> None:

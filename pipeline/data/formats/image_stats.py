@@ -1,8 +1,8 @@
-"""Exact sums over the values of images, channel by channel, and the mean and deviation they amount to."""
+"""Exact statistics of uint8 images: integer sums, so the order of adding never matters."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -10,46 +10,13 @@ from pydantic import Field, model_validator
 
 from pipeline.config.base import Settings
 from pipeline.config.bounds import Count, Exact
-from pipeline.data.formats.npy import UInt8
+from pipeline.data.formats.npy import Pixels
 
-
-class ChannelStats(NamedTuple):
-    """Sums of the uint8 values of each channel, and of their squares. Integers, so no order of adding matters."""
-
-    sums: tuple[int, ...]
-    squares: tuple[int, ...]
-
-    def mean_and_std(self, num_pixels: int) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel over so many pixels, in uint8 units (0..255)."""
-        means = [total / num_pixels for total in self.sums]
-        # Integers up to the last division: the difference of two near numbers is taken exactly.
-        variances = [
-            (square * num_pixels - total * total) / num_pixels**2
-            for total, square in zip(self.sums, self.squares, strict=True)
-        ]
-        return means, [float(np.sqrt(variance)) for variance in variances]
-
-
-def channel_stats(pixels: UInt8) -> ChannelStats:
-    """The moments of uint8 (height, width, channels)."""
-    counts = [np.bincount(pixels[:, :, c].ravel(), minlength=256) for c in range(pixels.shape[2])]
-    values = np.arange(256)
-    return ChannelStats(tuple(int(n @ values) for n in counts), tuple(int(n @ values**2) for n in counts))
-
-
-def add_channel_stats(total: ChannelStats | None, more: ChannelStats) -> ChannelStats:
-    """Both together; grey among colour counts in each of the three channels."""
-    return more if total is None else ChannelStats(*map(_added, total, more))
-
-
-def _added(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    width = max(len(a), len(b))
-    wide = [t * width if len(t) == 1 else t for t in (a, b)]
-    return tuple(x + y for x, y in zip(*wide, strict=True))
+_LEVELS = np.arange(256, dtype=np.int64)
 
 
 class ImageStats(Settings):
-    """Sums over a set of images. Integers, so they are exact and independent of order."""
+    """Sums over a set of images, which add up over any split of the set."""
 
     images: Count = 0
     """Number of images."""
@@ -67,17 +34,18 @@ class ImageStats(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.values < self.images or len(self.sums) != len(self.squares):
-            raise ValueError("values, sums and squares do not describe the same images")
+            raise ValueError("values, sums and squares do not belong to the same images")
         return self
 
     def __add__(self, other: ImageStats) -> ImageStats:
+        """The statistics of both sets; grayscale among color counts in each channel. ValueError for other channels."""
         if not self.images or not other.images:
             return self if self.images else other
         return ImageStats(
             images=self.images + other.images,
             values=self.values + other.values,
-            sums=tuple(a + b for a, b in zip(self.sums, other.sums, strict=True)),
-            squares=tuple(a + b for a, b in zip(self.squares, other.squares, strict=True)),
+            sums=_added(self.sums, other.sums),
+            squares=_added(self.squares, other.squares),
             constant=self.constant + other.constant,
             saturated=self.saturated + other.saturated,
         )
@@ -95,22 +63,27 @@ class ImageStats(Settings):
         return tuple(max(0, n * square - total * total) ** 0.5 / n for total, square in pairs)
 
 
-def image_stats(images: UInt8) -> ImageStats:
-    """Statistics of images uint8 (N, H, W, C)."""
+def image_stats(images: Pixels) -> ImageStats:
+    """The statistics of images uint8 (N, H, W, C)."""
     count, height, width, channels = images.shape
-    levels = np.arange(256, dtype=np.int64)
     counts = [np.bincount(images[..., c].reshape(-1), minlength=256) for c in range(channels)]
     extreme = (images == 0) | (images == 255)
     return ImageStats(
         images=count,
         values=count * height * width,
-        sums=tuple(int((n * levels).sum()) for n in counts),
-        squares=tuple(int((n * levels * levels).sum()) for n in counts),
-        constant=int(constant(images).sum()),
+        sums=tuple(int(n @ _LEVELS) for n in counts),
+        squares=tuple(int(n @ _LEVELS**2) for n in counts),
+        constant=int(is_constant(images).sum()),
         saturated=int(extreme.all(axis=(1, 2, 3)).sum()),
     )
 
 
-def constant(images: UInt8) -> npt.NDArray[np.bool_]:
-    """Which of the images uint8 (N, H, W, C) have one value per channel: bool (N,)."""
+def is_constant(images: Pixels) -> npt.NDArray[np.bool_]:
+    """Which of the images uint8 (N, H, W, C) have one color throughout: bool (N,)."""
     return (images == images[:, :1, :1, :]).all(axis=(1, 2, 3))
+
+
+def _added(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    channels = max(len(a), len(b))
+    wide = [sums * channels if len(sums) == 1 else sums for sums in (a, b)]
+    return tuple(x + y for x, y in zip(*wide, strict=True))

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.data.formats import npy
 from pipeline.data.formats.color_profiles import to_srgb
-from pipeline.data.formats.npy import UInt8
+from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.png import MAGIC, decode_png, header_shape, png_problem, tells_orientation
 from pipeline.errors import DamageError
 
@@ -30,6 +31,11 @@ MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb, 
 MAX_SCANNED_PIXELS = 1 << 30
 """Pixels times scans of a progressive JPEG: some seconds of work. Cameras and encoders use up to a dozen scans."""
 WHITE = (255, 255, 255)
+
+ImageFormat = Literal["png", "webp", "npy"]
+"""Lossless formats that images are stored in."""
+ArrayShape = tuple[int, int, int]
+"""(height, width, channels)"""
 
 _MODES = {1: "L", 3: "RGB"}
 _ORIENTATION = 0x0112
@@ -89,6 +95,11 @@ class PixelShape:
     def __str__(self) -> str:
         return f"{self.width}x{self.height}x{self.channels}"
 
+    @property
+    def array_shape(self) -> ArrayShape:
+        """(height, width, channels)."""
+        return self.height, self.width, self.channels
+
 
 def probe(data: bytes) -> PixelShape:
     """Shape of the upright picture, from the header alone where it tells. Raises DamageError for anything that is
@@ -110,26 +121,47 @@ def probe(data: bytes) -> PixelShape:
         return PixelShape(shape.channels, shape.width, shape.height) if turned else shape
 
 
-def decode(data: bytes, shape: PixelShape) -> UInt8:
-    """Pixels of the upright picture in sRGB, uint8 (height, width, channels): those that packing makes of it.
+def encode_image(pixels: Pixels, image_format: ImageFormat) -> bytes:
+    """One image uint8 (height, width, channels) as bytes that decode to it exactly.
 
-    Grey becomes colour and colour grey as `shape` asks; transparency is laid on white. Raises DamageError when
-    the bytes do not decode, or hold another size than `shape`'s; the size is checked before decompression.
+    PNG and WebP hold 1 or 3 channels, npy any number.
     """
-    pixels = decode_png(data, shape.channels, shape.height, shape.width)
+    if image_format == "npy":
+        return npy.encode_npy(pixels)
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"lossless": True, "method": 4} if image_format == "webp" else {}
+    to_pillow(pixels).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def decode_image(data: bytes, shape: ArrayShape) -> Pixels:
+    """Upright pixels in sRGB, uint8 of `shape`, which is (height, width, channels).
+
+    Grayscale is converted to color and color to grayscale as `shape` says; transparency is composited on white.
+    Raises DamageError when the bytes do not decode or hold another size; the size is checked before decompression.
+    """
+    height, width, channels = shape
+    pixels = decode_png(data, channels, height, width)
     if pixels is not None:
         return pixels
-    pixels = read_npy(data)
-    if pixels is not None:
-        _require_size(PixelShape(pixels.shape[2], *pixels.shape[:2]), shape)
-        return _with_channels(pixels, shape.channels)
-    with open_image(data) as image:
-        if sorted(image.size) != sorted((shape.width, shape.height)):
-            _require_size(_shape_of(image), shape)
-        coloured, _ = to_srgb(upright(image))
-        pixels = to_array(coloured, shape.channels, WHITE)
-    _require_size(PixelShape(shape.channels, *pixels.shape[:2]), shape)
-    return pixels
+    if data.startswith(npy.MAGIC):
+        pixels = npy.decode_npy(data)
+        if pixels.shape == shape:
+            return pixels
+        pixels = _as_pixels(pixels)
+    else:
+        with open_image(data) as image:
+            if sorted(image.size) != sorted((width, height)):
+                _require_size(_shape_of(image).array_shape, shape)
+            converted, _ = to_srgb(upright(image))
+            pixels = to_array(converted, channels, WHITE)
+    _require_size(pixels.shape, shape)
+    return _with_channels(pixels, channels)
+
+
+def to_pillow(pixels: Pixels) -> Image.Image:
+    """A Pillow image of uint8 (height, width, 1 or 3)."""
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -157,7 +189,7 @@ def orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
-def to_array(image: Image.Image, channels: int, background: tuple[int, int, int]) -> UInt8:
+def to_array(image: Image.Image, channels: int, background: tuple[int, int, int]) -> Pixels:
     """Pixels of a Pillow image, uint8 (height, width, channels), transparency laid on `background`.
 
     Raises DamageError when the image does not decode to its end, or has values beyond 16 bits.
@@ -256,17 +288,21 @@ def _shape_of(image: Image.Image) -> PixelShape:
     )
 
 
-def _require_size(found: PixelShape, wanted: PixelShape) -> None:
-    if (found.height, found.width) != (wanted.height, wanted.width):
-        raise DamageError(f"image is {found}, {wanted} expected")
+def _require_size(found: tuple[int, ...], expected: ArrayShape) -> None:
+    if found[:2] != expected[:2]:
+        texts = (f"{width}x{height}x{channels}" for height, width, channels in (found, expected))
+        raise DamageError("image is {}, {} expected".format(*texts))
 
 
-def _with_channels(pixels: UInt8, channels: int) -> UInt8:
-    if pixels.shape[2] == channels:
+def _with_channels(pixels: Pixels, channels: int) -> Pixels:
+    found = pixels.shape[2]
+    if found == channels:
         return pixels
-    if channels == 3:
+    if (found, channels) == (1, 3):
         return np.repeat(pixels, 3, axis=2)
-    return to_array(Image.fromarray(pixels), 1, WHITE)
+    if (found, channels) == (3, 1):
+        return to_array(Image.fromarray(pixels), 1, WHITE)
+    raise DamageError(f"image has {found} channels, {channels} expected")
 
 
 def _shape_of_npy(shape: tuple[int, ...]) -> PixelShape:
@@ -275,10 +311,12 @@ def _shape_of_npy(shape: tuple[int, ...]) -> PixelShape:
     return PixelShape(shape[2] if len(shape) == 3 else 1, shape[0], shape[1])
 
 
-def read_npy(data: bytes) -> UInt8 | None:
+def read_npy(data: bytes) -> Pixels | None:
     """Pixels uint8 (height, width, channels) of an npy file; None when it is not one. Raises DamageError."""
     if not data.startswith(npy.MAGIC):
         return None
-    pixels = npy.decode_npy(data)
-    shape = _shape_of_npy(pixels.shape)
-    return pixels.reshape(shape.height, shape.width, shape.channels)
+    return _as_pixels(npy.decode_npy(data))
+
+
+def _as_pixels(array: Pixels) -> Pixels:
+    return array.reshape(_shape_of_npy(array.shape).array_shape)

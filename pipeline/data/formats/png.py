@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from pipeline.data.formats.npy import UInt8
+from pipeline.data.formats.npy import Pixels
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _NONE, _SUB, _UP = range(3)
@@ -33,7 +33,7 @@ ENCODER = 2
 """Counts the ways in which pictures were compressed for packing. A pack goes on in the way it was begun."""
 
 
-def encode_png(pixels: UInt8, encoder: int = ENCODER) -> bytes:
+def encode_png(pixels: Pixels, encoder: int = ENCODER) -> bytes:
     """PNG of uint8 (height, width, 1 or 3), all lines by one of three filters.
 
     Encoder 1 deflates by all three and keeps the smallest. Encoder 2 takes the filter that leaves the smallest values
@@ -54,7 +54,7 @@ def encode_png(pixels: UInt8, encoder: int = ENCODER) -> bytes:
     return MAGIC + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _END
 
 
-def _lines(kind: int, filtered: UInt8) -> bytes:
+def _lines(kind: int, filtered: Pixels) -> bytes:
     height = filtered.shape[0]
     lines = np.empty((height, 1 + filtered[0].size), np.uint8)
     lines[:, 0] = kind
@@ -62,7 +62,7 @@ def _lines(kind: int, filtered: UInt8) -> bytes:
     return lines.tobytes()
 
 
-def _magnitude(filtered: UInt8) -> int:
+def _magnitude(filtered: Pixels) -> int:
     """The sum of the values taken as differences, from -128 to 127, without their signs."""
     return int(np.minimum(filtered, -filtered).sum(dtype=np.int64))
 
@@ -74,12 +74,16 @@ def _deflated(lines: bytes, strategy: int) -> bytes:
     return _BEST_LEVEL + body + struct.pack(">I", zlib.adler32(lines))
 
 
-def decode_png(data: bytes, channels: int, height: int, width: int) -> UInt8 | None:
+def decode_png(data: bytes, channels: int, height: int, width: int) -> Pixels | None:
     """Pixels, uint8 (height, width, channels), of a plain PNG of exactly this shape.
 
     None for any other file, damaged ones among them: Pillow then reads it or says what is wrong.
     """
-    if not data.startswith(_head(channels, height, width)) or tells_orientation(data):
+    if (
+        channels not in _MODES
+        or not data.startswith(_head(channels, height, width))
+        or tells_orientation(data)
+    ):
         return None
     stream = _image_stream(data)
     if stream is None:
@@ -89,7 +93,7 @@ def decode_png(data: bytes, channels: int, height: int, width: int) -> UInt8 | N
     return _undone_by_pillow(stream, channels, height, width)
 
 
-def _one_sum(stream: bytes, channels: int, height: int, width: int) -> UInt8 | None:
+def _one_sum(stream: bytes, channels: int, height: int, width: int) -> Pixels | None:
     """Pixels of lines as `encode_png` filters them; None for others."""
     stride = 1 + width * channels
     inflater = zlib.decompressobj()
@@ -109,7 +113,7 @@ def _one_sum(stream: bytes, channels: int, height: int, width: int) -> UInt8 | N
     return filtered if kind == _NONE else np.add.accumulate(filtered, int(kind == _SUB), np.uint8)
 
 
-def _undone_by_pillow(stream: bytes, channels: int, height: int, width: int) -> UInt8 | None:
+def _undone_by_pillow(stream: bytes, channels: int, height: int, width: int) -> Pixels | None:
     mode, by_line = _MODES[channels]
     try:
         image = Image.frombytes(mode, (width, height), stream, "zip", mode)

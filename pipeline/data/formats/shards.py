@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from webdataset.writer import TarWriter
 
@@ -151,6 +151,24 @@ def split_name(name: str) -> tuple[str, str] | None:
     if match is None or (name.startswith("__") and name.endswith("__")):
         return None
     return match[1], match[2].lower()
+
+
+class HashingReader(io.RawIOBase):
+    """Hashes what is read through it: SHA-256 in `hash`, and the first two bytes, which show gzip, in `head`."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__()
+        self.stream, self.hash, self.head = stream, hashlib.sha256(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self.hash.update(data)
+        self.head = (self.head + data[:2])[:2]
+        return len(data)
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 
 from pipeline.config.data import PackConfig
-from pipeline.data.formats.image_stats import ChannelStats, channel_stats
+from pipeline.data.formats.image_stats import ImageStats, image_stats
 from pipeline.data.formats.images import PixelShape
-from pipeline.data.formats.npy import UInt8, encode_npy
+from pipeline.data.formats.npy import Pixels, encode_npy
 from pipeline.data.formats.png import encode_png
 from pipeline.data.packing.pack_plan import PackUnit
 from pipeline.data.packing.resize import ImageInfo, source_digest, to_pixels
@@ -37,7 +37,7 @@ class EncodedImages:
     """The files of a run's pictures, in order, and sums over their pixels."""
 
     payloads: tuple[bytes, ...]
-    moments: ChannelStats
+    stats: ImageStats
 
 
 def encode_tasks(unit: PackUnit, facts: Sequence[ImageInfo], shape: PixelShape) -> Iterator[EncodeTask]:
@@ -58,7 +58,7 @@ def run_encode_task(
     """
     encode = partial(encode_png, encoder=encoder) if config.payload == "png" else encode_npy
     payloads: list[bytes] = []
-    all_pixels: list[UInt8] = []
+    all_pixels: list[Pixels] = []
     for item, wanted in zip(run.items, run.hashes, strict=True):
         name = source.items[item].name
         try:
@@ -66,8 +66,8 @@ def run_encode_task(
             pixels = to_pixels(config, data)
         except DamageError as error:
             raise DamageError(f"{name}: {error}; it changed while being packed: pack again") from error
-        if source_digest(data) != wanted or pixels.shape != (shape.height, shape.width, shape.channels):
+        if source_digest(data) != wanted or pixels.shape != shape.array_shape:
             raise DamageError(f"{name}: it changed while being packed: pack again")
         all_pixels.append(pixels)
         payloads.append(encode(pixels))
-    return EncodedImages(tuple(payloads), channel_stats(np.concatenate(all_pixels)))
+    return EncodedImages(tuple(payloads), image_stats(np.stack(all_pixels)))

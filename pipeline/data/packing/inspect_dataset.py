@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, cast
 
 import numpy as np
-from PIL import Image
 
-from pipeline.data.formats.hashing import HashingReader
-from pipeline.data.formats.image_stats import ChannelStats, add_channel_stats, channel_stats
-from pipeline.data.formats.images import PixelShape, UInt8, decode, probe
-from pipeline.data.formats.shards import Parts, plain_stream, read_samples
+from pipeline.data.formats.contact_sheet import CELL_PIXELS, image_grid, in_rows, thumbnail
+from pipeline.data.formats.image_stats import ImageStats, image_stats
+from pipeline.data.formats.images import Pixels, PixelShape, decode_image, probe
+from pipeline.data.formats.shards import HashingReader, Parts, plain_stream, read_samples
 from pipeline.data.index import Index, load_index
 from pipeline.data.location import Location
 from pipeline.data.packing.build_index import shards_to_index, sidecar_class_names
@@ -22,7 +21,6 @@ from pipeline.errors import DamageError, UserError
 from pipeline.store import Store, open_store
 
 Progress = Callable[[int, int], None]
-TILE_PIXELS = 64
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Inspection:
     """Samples that have no picture: a licence, say. They are no part of the data set."""
     damage: tuple[str, ...]
     """One line for each damaged sample or shard, naming it and the place."""
-    contact_sheet: UInt8
+    contact_sheet: Pixels
     """uint8 (height, width, 3): samples spread over the shards."""
 
 
@@ -82,26 +80,8 @@ def inspect(
         channel_std=std,
         without_picture=tally.without_picture,
         damage=tuple(tally.damage),
-        contact_sheet=contact_sheet(tally.tiles[:num_tiles]),
+        contact_sheet=_contact_sheet(tally.tiles[:num_tiles]),
     )
-
-
-def contact_sheet(tiles: list[UInt8], tile_pixels: int = TILE_PIXELS) -> UInt8:
-    """Images uint8 (h, w, 1 or 3) on a near-square grid, uint8 (H, W, 3). Small ones grow by whole factors."""
-    columns = max(1, int(np.ceil(np.sqrt(len(tiles)))))
-    rows = max(1, -(-len(tiles) // columns))
-    gap, step = 2, tile_pixels + 2
-    sheet = np.full((rows * step + gap, columns * step + gap, 3), 255, np.uint8)
-    for place, tile in enumerate(tiles):
-        image = Image.fromarray(np.repeat(tile, 3, axis=2) if tile.shape[2] == 1 else tile)
-        factor = tile_pixels / max(image.size)
-        if factor >= 1:
-            image = image.resize([int(factor) * edge for edge in image.size], Image.Resampling.NEAREST)
-        else:
-            image.thumbnail((tile_pixels, tile_pixels), Image.Resampling.LANCZOS)
-        top, left = gap + place // columns * step, gap + place % columns * step
-        sheet[top : top + image.height, left : left + image.width] = np.asarray(image)
-    return sheet
 
 
 @dataclass
@@ -111,8 +91,8 @@ class _Tally:
     shapes: Counter[PixelShape] = field(default_factory=Counter[PixelShape])
     labels: Counter[int] = field(default_factory=Counter[int])
     damage: list[str] = field(default_factory=list[str])
-    tiles: list[UInt8] = field(default_factory=list[UInt8])
-    moments: ChannelStats | None = None
+    tiles: list[Pixels] = field(default_factory=list[Pixels])
+    stats: ImageStats = field(default_factory=ImageStats)
     without_picture: int = 0
 
     def add(self, where: str, key: str, parts: Parts, keep: bool) -> None:
@@ -126,7 +106,7 @@ class _Tally:
             member, data = parts[extension]
             place = f"{place} at byte {member.offset}"
             shape = probe(data)
-            pixels = decode(data, shape)
+            pixels = decode_image(data, shape.array_shape)
             label = label_of(parts, self.reading, place)
         except DamageError as error:
             text = str(error)
@@ -134,16 +114,21 @@ class _Tally:
             return
         self.shapes[shape] += 1
         self.labels[label] += 1
-        self.moments = add_channel_stats(self.moments, channel_stats(pixels))
+        self.stats += image_stats(pixels[None])
         if keep:
-            self.tiles.append(pixels)
+            self.tiles.append(thumbnail(pixels))
 
     def mean_and_std(self) -> tuple[list[float] | None, list[float] | None]:
         """Mean and standard deviation of each channel, over images of one shape."""
-        if len(self.shapes) != 1 or self.moments is None:
+        if len(self.shapes) != 1:
             return None, None
-        ((shape, count),) = self.shapes.items()
-        return self.moments.mean_and_std(count * shape.height * shape.width)
+        return list(self.stats.mean), list(self.stats.std)
+
+
+def _contact_sheet(tiles: list[Pixels]) -> Pixels:
+    if not tiles:
+        return np.full((CELL_PIXELS, CELL_PIXELS, 3), 255, np.uint8)
+    return image_grid(in_rows(tiles))
 
 
 def _index_of(uri: str, damage: list[str]) -> Index | None:

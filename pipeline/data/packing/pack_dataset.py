@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, cast
 
 from pipeline.config.data import PackConfig
-from pipeline.data.formats.image_stats import ChannelStats, add_channel_stats
+from pipeline.data.formats.image_stats import ImageStats
 from pipeline.data.formats.shards import ShardStream
 from pipeline.data.index import DATASET_CARD_KEY, PACK_REPORT_KEY, assemble_index
 from pipeline.data.location import Location
@@ -235,12 +235,12 @@ def pack_shard(
 ) -> Scan:
     """Write one shard from its encoded pictures, and then its record."""
     store = open_store(config.dest)
-    moments: ChannelStats | None = None
+    stats = ImageStats()
     rows: list[tuple[int, int, int, int]] = []
     with disk_errors_at(_scratch_folder(store)), _scratch(store) as file:
         with ShardStream(cast(BinaryIO, file)) as stream:
             for some in encoded:
-                moments = add_channel_stats(moments, some.moments)
+                stats += some.stats
                 for payload in some.payloads:
                     label = source.items[unit.items[len(rows)]].label
                     files = {config.payload: payload} | ({"cls": str(label).encode()} if label >= 0 else {})
@@ -249,7 +249,7 @@ def pack_shard(
         file.flush()
         info = _published(store, unit.key, Path(file.name), stream)
     entry, table = shard_entry(
-        ShardFacts(rows, {plan.report.image}, moments),
+        ShardFacts(rows, {plan.report.image}, stats),
         info,
         plain_bytes=stream.size_bytes,
         compressed=False,

@@ -12,8 +12,8 @@ from pipeline.config.data import PackConfig
 from pipeline.data.formats.color_profiles import to_srgb
 from pipeline.data.formats.images import (
     MAX_PIXELS,
+    Pixels,
     PixelShape,
-    UInt8,
     open_image,
     orientation,
     read_npy,
@@ -68,7 +68,7 @@ def source_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def to_pixels(config: PackConfig, data: bytes) -> UInt8:
+def to_pixels(config: PackConfig, data: bytes) -> Pixels:
     """The picture as it will be stored, uint8 (height, width, channels). Raises DamageError.
 
     With `image_size`, the largest middle square, scaled by a filter as wide as the reduction (anti-aliased).
@@ -102,7 +102,7 @@ def _looked_at(config: PackConfig, data: bytes) -> tuple[int, int, tuple[str, ..
         return height, width, () if note is None else (note,)
 
 
-def _decoded(config: PackConfig, data: bytes) -> tuple[UInt8, tuple[str, ...]]:
+def _decoded(config: PackConfig, data: bytes) -> tuple[Pixels, tuple[str, ...]]:
     """The upright picture in sRGB, and what was done for that."""
     if (raw := read_npy(data)) is not None:
         image = Image.fromarray(raw[:, :, 0] if raw.shape[2] == 1 else raw)
@@ -114,7 +114,7 @@ def _decoded(config: PackConfig, data: bytes) -> tuple[UInt8, tuple[str, ...]]:
         return to_array(coloured, config.channels, config.background), () if note is None else (note,)
 
 
-def _plain_png(config: PackConfig, data: bytes) -> UInt8 | None:
+def _plain_png(config: PackConfig, data: bytes) -> Pixels | None:
     """Pixels of a whole PNG that needs no conversion; None for others."""
     found = header_shape(data)
     if found is None or found[0] != config.channels or found[1] * found[2] > MAX_PIXELS:

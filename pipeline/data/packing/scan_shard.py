@@ -12,10 +12,9 @@ import numpy as np
 from pydantic_core import from_json
 
 from pipeline.config.bounds import MAX_CLASSES
-from pipeline.data.formats.hashing import HashingReader
-from pipeline.data.formats.image_stats import ChannelStats, add_channel_stats, channel_stats
-from pipeline.data.formats.images import EXTENSIONS, PixelShape, decode, probe
-from pipeline.data.formats.shards import GZIP_MAGIC, Parts, plain_stream, read_samples
+from pipeline.data.formats.image_stats import ImageStats, image_stats
+from pipeline.data.formats.images import EXTENSIONS, PixelShape, decode_image, probe
+from pipeline.data.formats.shards import GZIP_MAGIC, HashingReader, Parts, plain_stream, read_samples
 from pipeline.data.index import MEMBER, MemberTable, ShardEntry, table_hash
 from pipeline.errors import DamageError
 from pipeline.store import ObjectInfo, ObjectMissing, Store
@@ -83,7 +82,7 @@ def index_shard(
         ShardFacts(
             facts.rows,
             facts.shapes,
-            facts.moments,
+            facts.stats,
             len(ignored) + facts.without_picture,
             tuple(facts.skipped),
         ),
@@ -100,7 +99,7 @@ class ShardFacts:
 
     rows: Sequence[tuple[int, int, int, int]]
     shapes: Collection[PixelShape]
-    moments: ChannelStats | None
+    stats: ImageStats
     ignored_members: int = 0
     skipped: tuple[str, ...] = ()
 
@@ -125,8 +124,8 @@ def shard_entry(
         ignored_members=facts.ignored_members,
         skipped=facts.skipped[:MOST_NAMED],
         num_skipped=len(facts.skipped),
-        channel_sums=None if facts.moments is None else facts.moments.sums,
-        channel_squares=None if facts.moments is None else facts.moments.squares,
+        channel_sums=facts.stats.sums or None,
+        channel_squares=facts.stats.squares or None,
     )
     return entry, table
 
@@ -139,7 +138,7 @@ class _Facts:
     reading: Reading
     rows: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
     shapes: set[PixelShape] = field(default_factory=set[PixelShape])
-    moments: ChannelStats | None = None
+    stats: ImageStats = field(default_factory=ImageStats)
     keys: set[str] = field(default_factory=set[str])
     skipped: list[str] = field(default_factory=list[str])
     without_picture: int = 0
@@ -178,7 +177,7 @@ class _Facts:
     def _shape(self, data: bytes) -> PixelShape:
         shape = probe(data)
         if self.reading.pixels:
-            self.moments = add_channel_stats(self.moments, channel_stats(decode(data, shape)))
+            self.stats += image_stats(decode_image(data, shape.array_shape)[None])
         return shape
 
 

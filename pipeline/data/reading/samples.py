@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from pipeline.config.data import DataConfig
-from pipeline.data.formats.images import PixelShape, UInt8, decode
+from pipeline.data.formats.images import Pixels, PixelShape, decode_image
 from pipeline.data.index import Index, MemberTable, read_table
-from pipeline.data.reading.open_access import open_shard_access
 from pipeline.data.reading.order import GlobalOrder, Int64
 from pipeline.data.reading.range_reads import RangeAccess
 from pipeline.data.reading.shard_access import Access
+from pipeline.data.reading.shard_cache import open_shard_access
 from pipeline.diffusion import noise
 from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectChanged
@@ -79,7 +79,7 @@ class SampleSource:
         self._opened = _Opened(self)
         return self._opened
 
-    def _augmented(self, pixels: UInt8, positions: Tensor) -> Tensor:
+    def _augmented(self, pixels: Pixels, positions: Tensor) -> Tensor:
         """Flips and crops, drawn for each position, so that they are the same on any rank and after any restart."""
         if self.config.crop is not None:
             edge, count = self.config.crop, len(positions)
@@ -111,7 +111,7 @@ class _Opened:
     """What a process holds while it reads."""
 
     def __init__(self, source: SampleSource) -> None:
-        self.index, self.shape = source.index, source.shape
+        self.index, self.shape, self.array_shape = source.index, source.shape, source.shape.array_shape
         self.skips = source.config.on_damage == "skip"
         self.order = GlobalOrder(source.index.counts, source.seed, source.config.window_shards)
         limit_bytes = source.limit_bytes // 2 if source.holds_all else source.limit_bytes
@@ -144,7 +144,7 @@ class _Opened:
     def _by_shard(self, shards: Int64, members: Int64) -> list[tuple[int, MemberTable]]:
         return [(shard, self.table(shard)[members[shards == shard]]) for shard in np.unique(shards).tolist()]
 
-    def pixels(self, shards: Int64, members: Int64) -> tuple[UInt8, Int64, tuple[str, ...]]:
+    def pixels(self, shards: Int64, members: Int64) -> tuple[Pixels, Int64, tuple[str, ...]]:
         """Pixels uint8 (n, C, H, W) and labels int64 (n,) of members of shards, int64 (n,) both."""
         rows = self.index.starts[shards] + members
         if self.held is not None and self.held.known[rows].all():
@@ -163,7 +163,7 @@ class _Opened:
         self.access.close()
 
     def _fill(
-        self, shard: int, members: Int64, slots: Int64, out: UInt8, labels: Int64, damage: list[str]
+        self, shard: int, members: Int64, slots: Int64, out: Pixels, labels: Int64, damage: list[str]
     ) -> None:
         """Put samples of one shard into these slots of a batch. The inner loop of training: it does little else."""
         places = self.table(shard)[members]
@@ -186,9 +186,9 @@ class _Opened:
         except DamageError:
             return [b""] * len(places)  # none of which will fit its CRC; `_one` finds out what each lacks
 
-    def _decoded(self, data: bytes) -> UInt8 | None:
+    def _decoded(self, data: bytes) -> Pixels | None:
         try:
-            return decode(data, self.shape)
+            return decode_image(data, self.array_shape)
         except DamageError:
             return None  # `_one` meets it again, and says where
 
@@ -198,7 +198,7 @@ class _Opened:
         offset, size, crc, label = (int(member[name]) for name in ("offset", "size", "crc", "label"))
         return _Place(row, shard, offset, size, crc, label)
 
-    def _one(self, place: _Place) -> tuple[UInt8, int, list[str]]:
+    def _one(self, place: _Place) -> tuple[Pixels, int, list[str]]:
         """A sample, or, where damage is skipped, the nearest whole one after it: the same one every time."""
         problems: list[str] = []
         for distance in range(MOST_SUBSTITUTES):
@@ -214,7 +214,7 @@ class _Opened:
                 problems.append(str(error))
         raise DamageError(f"{problems[0]} (and so are the {MOST_SUBSTITUTES - 1} samples after it)")
 
-    def _read(self, place: _Place) -> UInt8:
+    def _read(self, place: _Place) -> Pixels:
         try:
             return self._checked(place)
         except ObjectChanged:
@@ -224,12 +224,12 @@ class _Opened:
                 raise
         return self._checked(place)
 
-    def _checked(self, place: _Place) -> UInt8:
+    def _checked(self, place: _Place) -> Pixels:
         data = self.access.read(place.shard, place.offset, place.size)
         try:
             if crc32(data) != place.crc:
                 raise DamageError("its bytes are not the indexed ones (CRC-32)")
-            return decode(data, self.shape)
+            return decode_image(data, self.array_shape)
         except DamageError as error:
             entry = self.index.shards[place.shard]
             name = self._name(place.shard, place.offset)
@@ -258,11 +258,11 @@ class _Held:
     """All samples of a small data set, decoded once."""
 
     def __init__(self, num_samples: int, shape: PixelShape) -> None:
-        self.pixels: UInt8 = np.empty((num_samples, shape.channels, shape.height, shape.width), np.uint8)
+        self.pixels: Pixels = np.empty((num_samples, shape.channels, shape.height, shape.width), np.uint8)
         self.labels: Int64 = np.empty(num_samples, np.int64)
         self.known: npt.NDArray[np.bool_] = np.zeros(num_samples, np.bool_)
 
-    def keep(self, rows: Int64, pixels: UInt8, labels: Int64) -> None:
+    def keep(self, rows: Int64, pixels: Pixels, labels: Int64) -> None:
         self.pixels[rows], self.labels[rows], self.known[rows] = pixels, labels, True
 
 

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from pipeline.data.formats.hashing import HashingReader
-from pipeline.data.formats.images import UInt8, decode
-from pipeline.data.formats.shards import plain_stream, read_samples
+from pipeline.data.formats.images import Pixels, decode_image
+from pipeline.data.formats.shards import HashingReader, plain_stream, read_samples
 from pipeline.data.index import Index, read_table
 from pipeline.data.reading.samples import require_one_shape
 from pipeline.data.reading.shard_access import changed
@@ -21,7 +20,7 @@ class SequentialSample:
 
     shard: int
     key: str
-    pixels: UInt8
+    pixels: Pixels
     label: int
 
 
@@ -45,7 +44,7 @@ def read_sequential(index: Index, shards: Iterable[int] | None = None) -> Iterat
                         if member.offset not in rows:
                             continue  # not the image of an indexed sample
                         try:
-                            pixels = decode(data, shape)
+                            pixels = decode_image(data, shape.array_shape)
                         except DamageError as error:
                             place = f"{where}: sample {key!r} at byte {member.offset}"
                             raise DamageError(f"{place}: {error}") from error

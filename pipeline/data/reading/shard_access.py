@@ -10,8 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import BinaryIO, Protocol, cast
 
-from pipeline.data.formats.hashing import HashingReader
-from pipeline.data.formats.shards import plain_stream
+from pipeline.data.formats.shards import HashingReader, plain_stream
 from pipeline.data.index import Index, ShardEntry
 from pipeline.errors import DamageError
 from pipeline.store import ObjectChanged

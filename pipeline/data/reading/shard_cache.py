@@ -24,12 +24,21 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.config.data import DataConfig
 from pipeline.data.index import Index
 from pipeline.data.reading.order import GlobalOrder, ShuffleWindow
-from pipeline.data.reading.shard_access import DescriptorAccess, download_shard
+from pipeline.data.reading.range_reads import RangeAccess
+from pipeline.data.reading.shard_access import (
+    Access,
+    DescriptorAccess,
+    FileAccess,
+    MemoryAccess,
+    download_shard,
+)
 from pipeline.disk_errors import disk_errors_at
 from pipeline.errors import DamageError, UserError
 from pipeline.private_files import open_private
+from pipeline.store import FileStore
 from pipeline.telemetry.counters import increment
 
 log = logging.getLogger(__name__)
@@ -234,6 +243,36 @@ def require_cache_space(index: Index, window_shards: int, limit_bytes: int) -> N
             f"data.cache_bytes: {limit_bytes} holds less than two windows of shards; "
             f"set it to {needed} or more, or make window_shards smaller"
         )
+
+
+def open_shard_access(config: DataConfig, index: Index, limit_bytes: int) -> Access:
+    """The fastest way the settings allow. Raises UserError when there is none for these shards."""
+    compressed = next((shard.name for shard in index.shards if shard.compressed), None)
+    if isinstance(index.store, FileStore) and compressed is None:
+        return FileAccess(index, 2 * config.window_shards)
+    cache = open_cache(config, index)
+    if cache is not None:
+        return CacheAccess(cache, 2 * config.window_shards)
+    largest = max(shard.plain_bytes for shard in index.shards)
+    needed = min(2 * config.window_shards * largest, sum(shard.plain_bytes for shard in index.shards))
+    if needed <= limit_bytes:
+        return MemoryAccess(index, limit_bytes, config.on_damage == "skip")
+    if compressed is not None:
+        raise UserError(
+            f"data.cache_dir: {compressed} is compressed, and two windows of shards ({needed} bytes) are more than "
+            f"memory_bytes allows each process ({limit_bytes}); name a cache directory"
+        )
+    return RangeAccess(index, limit_bytes)
+
+
+def open_cache(config: DataConfig, index: Index) -> ShardCache | None:
+    """The shard cache, if one is wanted and of use. Raises UserError when it is too small."""
+    in_place = isinstance(index.store, FileStore) and not any(shard.compressed for shard in index.shards)
+    if config.cache_dir is None or in_place:
+        return None
+    require_cache_space(index, config.window_shards, config.cache_bytes)
+    directory = Path(config.cache_dir).expanduser()
+    return ShardCache(index, directory, config.cache_bytes, config.on_damage == "skip")
 
 
 @contextmanager
