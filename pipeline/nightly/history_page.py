@@ -47,7 +47,7 @@ _COLUMNS = {
 }
 
 
-def render(title: str, nights: Sequence[Night], sheets: Mapping[str, bytes]) -> bytes:
+def render_history(title: str, nights: Sequence[Night], sheets: Mapping[str, bytes]) -> bytes:
     """The page. `nights` oldest first; `sheets` are PNGs by date, newest first."""
     parts = [f"<h1>{html.escape(title)}</h1>", _summary(nights)]
     charts = [_chart(name, note, nights, read) for name, note, read in _CHARTS]

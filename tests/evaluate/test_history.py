@@ -14,11 +14,10 @@ from pipeline.evaluate.document import Evaluation, EvaluationConditions, Metric,
 from pipeline.nightly.history import (
     Night,
     advance_latest,
-    dates_to_make,
     drift,
-    expired,
     newest,
     night_seed,
+    pending_dates,
     read_latest,
     read_night,
     read_nights,
@@ -26,7 +25,8 @@ from pipeline.nightly.history import (
     write_latest,
     write_night,
 )
-from pipeline.nightly.history_page import render
+from pipeline.nightly.history_page import render_history
+from pipeline.nightly.retention import select_for_retention
 from pipeline.store import FileStore, ObjectInfo, open_store
 
 DAY = dt.date(2026, 3, 10)
@@ -65,18 +65,18 @@ def night(days: int, frechet: float = 1.0, deleted: bool = False, drifted: tuple
 
 
 def test_without_dates_the_nights_since_the_latest_are_due() -> None:
-    assert dates_to_make(None, DAY, None, None, 7) == [DAY]
-    assert dates_to_make(DAY - dt.timedelta(3), DAY, None, None, 7) == [
+    assert pending_dates(None, DAY, None, None, 7) == [DAY]
+    assert pending_dates(DAY - dt.timedelta(3), DAY, None, None, 7) == [
         DAY - dt.timedelta(n) for n in (2, 1, 0)
     ]
-    assert dates_to_make(DAY - dt.timedelta(30), DAY, None, None, 2) == [DAY - dt.timedelta(1), DAY]
-    assert dates_to_make(DAY, DAY, None, None, 7) == [DAY]
+    assert pending_dates(DAY - dt.timedelta(30), DAY, None, None, 2) == [DAY - dt.timedelta(1), DAY]
+    assert pending_dates(DAY, DAY, None, None, 7) == [DAY]
 
 
 def test_told_dates_are_made_both_ends_included() -> None:
-    assert len(dates_to_make(None, DAY, DAY - dt.timedelta(2), DAY, 1)) == 3
-    assert dates_to_make(None, DAY, None, DAY, 1) == [DAY]
-    assert dates_to_make(None, DAY, DAY, DAY - dt.timedelta(1), 1) == []
+    assert len(pending_dates(None, DAY, DAY - dt.timedelta(2), DAY, 1)) == 3
+    assert pending_dates(None, DAY, None, DAY, 1) == [DAY]
+    assert pending_dates(None, DAY, DAY, DAY - dt.timedelta(1), 1) == []
 
 
 def test_no_two_nights_and_no_two_seeds_share_their_noise() -> None:
@@ -100,36 +100,35 @@ def test_a_tiny_change_after_steady_nights_is_no_drift() -> None:
     assert drift(evaluation(1.05), [night(n) for n in range(7)], DriftConfig()) == ()
 
 
-def test_retention_spares_the_newest_and_the_one_that_consumers_read() -> None:
+def test_retention_selects_the_nights_beyond_the_newest_and_the_older_ones() -> None:
     nights = [night(n) for n in range(5)]
-    gone = expired(nights, nights[0].date, DAY + dt.timedelta(4), keep_nights=2, keep_days=None)
-    assert [n.date for n in gone] == [nights[2].date, nights[1].date]
-    old = expired(nights, nights[4].date, DAY + dt.timedelta(4), keep_nights=None, keep_days=2)
-    assert [n.date for n in old] == [nights[1].date, nights[0].date]
-    assert expired(nights, None, DAY, None, None) == []
-    assert expired([night(0, deleted=True), night(1)], None, DAY + dt.timedelta(1), 1, None) == []
+    today = DAY + dt.timedelta(4)
+    assert select_for_retention(nights, today, keep_nights=2, keep_days=None) == nights[2::-1]
+    assert select_for_retention(nights, today, keep_nights=None, keep_days=2) == nights[1::-1]
+    assert select_for_retention(nights, today, None, None) == []
+    assert select_for_retention([night(0, deleted=True), night(1)], DAY + dt.timedelta(1), 1, None) == []
 
 
-def test_a_night_of_the_future_is_neither_counted_nor_deleted_nor_the_newest() -> None:
+def test_a_night_of_the_future_is_neither_counted_nor_selected_nor_the_newest() -> None:
     nights = [night(0), night(1), night(400)]
     today = DAY + dt.timedelta(1)
-    assert expired(nights, None, today, keep_nights=2, keep_days=30) == []
+    assert select_for_retention(nights, today, keep_nights=2, keep_days=30) == []
     assert newest(nights, today) == nights[1]
     assert newest([], today) is None
 
 
 @pytest.mark.parametrize(("first", "last"), [(1, 1), (None, 1), (0, 1), (1, None), (1, 0)])
-def test_dates_that_have_not_come_yet_are_refused(first: int | None, last: int | None) -> None:
+def test_dates_in_the_future_are_refused(first: int | None, last: int | None) -> None:
     begin, end = (None if days is None else DAY + dt.timedelta(days) for days in (first, last))
-    with pytest.raises(UserError, match="2026-03-11 has not come yet"):
-        dates_to_make(DAY, DAY, begin, end, 7)
+    with pytest.raises(UserError, match="2026-03-11 lies in the future"):
+        pending_dates(DAY, DAY, begin, end, 7)
 
 
 def test_a_clock_that_jumps_by_months_is_not_believed_unless_the_nights_are_named() -> None:
     far = DAY + dt.timedelta(400)
     with pytest.raises(UserError, match=r"2027-04-14, 400 days later; .*--from 2027-04-14"):
-        dates_to_make(DAY, far, None, None, 7)
-    assert dates_to_make(DAY, far, far, None, 7) == [far]
+        pending_dates(DAY, far, None, None, 7)
+    assert pending_dates(DAY, far, far, None, 7) == [far]
 
 
 def test_a_clock_that_differs_from_the_stores_makes_no_night(tmp_path: Path) -> None:
@@ -158,7 +157,7 @@ def test_latest_follows_the_records_and_is_never_left_behind_them(
     assert "latest.json: not a night's record" in caplog.text
     write_latest(store, night(400))
     assert advance_latest(store, today) == read_latest(store) == night(3)
-    assert "which has not come yet" in caplog.text
+    assert "which lies in the future" in caplog.text
     write_latest(store, night(5))  # its record is gone, yet consumers have seen it
     assert advance_latest(store, today) == read_latest(store) == night(5)
 
@@ -213,8 +212,8 @@ def test_records_are_read_back_in_order_and_what_is_none_is_named_and_left_out(
     store.write("history/notes.json", b"somebody's")
     assert [n.date for n in read_nights(store)] == [DAY + dt.timedelta(2)]
     assert "history/2026-03-11.json: not a night's record" in caplog.text
-    assert "--from 2026-03-11 --to 2026-03-11 makes it again" in caplog.text
-    assert "history/2026-03-10.json: is the record of 2026-03-12: it is left out" in caplog.text
+    assert "to make it again: ddpm nightly --from 2026-03-11 --to 2026-03-11" in caplog.text
+    assert "history/2026-03-10.json: holds the record of 2026-03-12: it is ignored" in caplog.text
     assert "notes" not in caplog.text
 
 
@@ -232,7 +231,7 @@ def test_two_evaluations_stand_side_by_side() -> None:
 
 
 def test_the_page_tells_of_every_night_and_escapes_what_it_is_told() -> None:
-    page = render(
+    page = render_history(
         "<nights>", [night(0), night(1, 2.0, drifted=("frechet <up>",))], {"2026-03-11": b"png"}
     ).decode()
     assert page.count("<circle") == 2 * 3
@@ -245,13 +244,13 @@ def test_the_page_tells_of_every_night_and_escapes_what_it_is_told() -> None:
         "2026-03-10"
     )  # beneath its night, over the whole width
     assert "<script" not in page
-    assert "No night" in render("t", [], {}).decode()
+    assert "No night" in render_history("t", [], {}).decode()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look at the page with")
 def test_a_real_browser_draws_the_page(tmp_path: Path) -> None:
     file = tmp_path / "index.html"
-    file.write_bytes(render("nights", [night(n, 1 + 0.1 * n) for n in range(5)], {}))
+    file.write_bytes(render_history("nights", [night(n, 1 + 0.1 * n) for n in range(5)], {}))
     command = [
         "chromium",
         "--headless",

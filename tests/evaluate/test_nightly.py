@@ -9,14 +9,14 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 import jobs.nightly
-from jobs.nightly import DRIFTED, alert, only_one, run
-from jobs.retention import retain
+from jobs.nightly import DRIFTED, run
 from pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
 from pipeline.config.generation import GenerateConfig
 from pipeline.config.nights import NightlyConfig
@@ -26,7 +26,11 @@ from pipeline.generate.completeness import check_complete
 from pipeline.generate.driver import GenerationResult
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.spec import read_spec
+from pipeline.nightly import make_night, run_nights
 from pipeline.nightly.history import read_latest, read_nights, write_night
+from pipeline.nightly.make_night import find_fault, night_settings
+from pipeline.nightly.retention import apply_retention
+from pipeline.nightly.run_nights import alert, exclusive
 from pipeline.nightly.webhook import send
 from pipeline.progress import no_progress
 from pipeline.store import FileStore, Store, open_store
@@ -73,10 +77,10 @@ def test_a_night_is_made_once_and_then_left_alone(nights: Change, capsys: pytest
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_the_measuring_of_a_night_is_told_in_its_samples(nights: Change) -> None:
+def test_the_evaluation_of_a_night_counts_its_samples(nights: Change) -> None:
     told: list[tuple[int, int, str]] = []
     assert run(nights(), lambda done, total, note="": told.append((done, total, note)), D1, D1) == 0
-    assert told[-1] == (20, 20, "measured")
+    assert told[-1] == (20, 20, "evaluated")
     assert {total for _, total, _ in told} == {20}
 
 
@@ -97,9 +101,17 @@ def test_three_dates_are_back_filled_and_latest_is_the_newest(nights: Change) ->
     assert store.read("index.html").decode().count("data:image/png") == 3
 
 
-@pytest.mark.parametrize("step", ["evaluate_generation", "write_night", "render", "advance_latest"])
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [
+        (make_night, "evaluate_generation"),
+        (make_night, "write_night"),
+        (run_nights, "render_history"),
+        (run_nights, "advance_latest"),
+    ],
+)
 def test_a_job_cut_off_at_any_step_ends_the_same_when_run_again(
-    nights: Change, monkeypatch: pytest.MonkeyPatch, step: str
+    nights: Change, monkeypatch: pytest.MonkeyPatch, module: ModuleType, step: str
 ) -> None:
     config = nights()
     store = open_store(config.generate.output)
@@ -108,7 +120,7 @@ def test_a_job_cut_off_at_any_step_ends_the_same_when_run_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.nightly, step, killed)
+        patch.setattr(module, step, killed)
         with pytest.raises(KeyboardInterrupt):
             run(config, no_progress, D1, D1)
     assert read_latest(store) is None
@@ -133,11 +145,11 @@ def test_the_workers_of_a_night_leave_the_sums_by_which_it_is_judged(nights: Cha
         EvaluateConfig(reference=digits, records_only=True), night.prefix, no_progress
     )
     assert quick["frechet"] == pytest.approx(night.evaluation["frechet"], rel=1e-5)
-    named = jobs.nightly.night_settings(config, D2).features
+    named = night_settings(config, D2).features
     assert named is not None
     assert named.sha256 is not None
     own = config.generate.model_copy(update={"features": FeatureNetworkConfig(uri="s3://b/own.pt")})
-    asked = jobs.nightly.night_settings(config.model_copy(update={"generate": own}), D2)
+    asked = night_settings(config.model_copy(update={"generate": own}), D2)
     assert asked.features == own.features
 
 
@@ -197,10 +209,7 @@ def test_a_filed_night_is_looked_at_and_what_is_missing_is_made(
     assert objects(config).keys() == before.keys()
     if key in ("shards/000000.tar", "spec.json"):
         assert samples.read(key) == bytes_before
-    assert (
-        jobs.nightly.what_is_wrong(read_nights(open_store(config.generate.output))[0], night_at(config))
-        is None
-    )
+    assert find_fault(read_nights(open_store(config.generate.output))[0], night_at(config)) is None
     assert run(config, no_progress, D1, D1) == 0
     assert "complete, nothing to do" in capsys.readouterr().out
 
@@ -228,15 +237,15 @@ def test_two_machines_that_make_nights_at_once_leave_latest_at_the_newest(
 ) -> None:
     config = nights()
     store = open_store(config.generate.output)
-    render = jobs.nightly.render
+    render = run_nights.render_history
 
     def held_up(*told: Any) -> bytes:
-        monkeypatch.setattr(jobs.nightly, "render", render)
-        monkeypatch.setattr(jobs.nightly, "only_one", lambda uri: nullcontext())  # that of another machine
+        monkeypatch.setattr(run_nights, "render_history", render)
+        monkeypatch.setattr(run_nights, "exclusive", lambda uri: nullcontext())  # that of another machine
         assert run(config, no_progress, D3, D3) == 0
         return render(*told)
 
-    monkeypatch.setattr(jobs.nightly, "render", held_up)
+    monkeypatch.setattr(run_nights, "render_history", held_up)
     assert run(config, no_progress, D2, D2) == 0
     latest = read_latest(store)
     assert latest is not None
@@ -260,7 +269,7 @@ def test_a_clock_that_is_far_ahead_for_one_night_makes_and_deletes_nothing(
     assert run(config, no_progress, today - dt.timedelta(days=2), today - dt.timedelta(days=1)) == 0
     before = objects(config)
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.nightly.dt, "datetime", Clock)
+        patch.setattr(run_nights.dt, "datetime", Clock)
         with pytest.raises(UserError, match="no night is made or deleted by a clock alone"):
             run(config, no_progress)
         # The same where store and machine share the wrong clock, as a directory does.
@@ -273,7 +282,7 @@ def test_a_clock_that_is_far_ahead_for_one_night_makes_and_deletes_nothing(
 
 def test_a_night_of_the_future_is_refused_before_any_work(nights: Change) -> None:
     config = nights()
-    with pytest.raises(UserError, match="--to: 2999-01-02 has not come yet"):
+    with pytest.raises(UserError, match="--to: 2999-01-02 lies in the future"):
         run(config, no_progress, D1, dt.date(2999, 1, 2))
     assert objects(config) == {}
 
@@ -284,10 +293,12 @@ def test_after_a_gap_a_clock_alone_deletes_nothing_and_the_night_after_it_does(
     config = nights(keep_nights=1)
     store = open_store(config.generate.output)
     assert run(config, no_progress, D1, D2) == 0
-    retain(config, store, D2, D2 + dt.timedelta(days=40))
-    assert "retention waits for the next night: the one before was 2026-03-02" in capsys.readouterr().out
+    apply_retention(config, store, D2, D2 + dt.timedelta(days=40))
+    assert (
+        "retention is postponed to the next night: the one before was 2026-03-02" in capsys.readouterr().out
+    )
     aged = config.model_copy(update={"keep_nights": None, "keep_days": 1})
-    retain(aged, store, D2, D2 + dt.timedelta(days=7))  # ages count to the night after the newest
+    apply_retention(aged, store, D2, D2 + dt.timedelta(days=7))  # ages count to the night after the newest
     assert [night.deleted for night in read_nights(store)] == [True, False]
 
 
@@ -303,16 +314,16 @@ def test_retention_leaves_what_is_not_the_samples_on_record(
 
     def kept(reason: str) -> None:
         before = objects(config)
-        retain(config, store, None, D3)
-        assert f"2026-03-02: its samples are left alone by retention: {reason}" in caplog.text
+        apply_retention(config, store, None, D3)
+        assert f"2026-03-02: retention keeps its samples: {reason}" in caplog.text
         assert objects(config) == before
 
     elsewhere = tmp_path / "precious"
     elsewhere.mkdir()
     write_night(store, night.model_copy(update={"prefix": str(elsewhere)}))
-    kept("its record names another place")
+    kept("its record names another prefix")
     write_night(store, night.model_copy(update={"spec_digest": "0" * 64}))
-    kept("another generation is there than its record names")
+    kept("its prefix holds another generation")
     write_night(store, night)
     samples = open_store(night.prefix)
     beat = {
@@ -320,22 +331,22 @@ def test_retention_leaves_what_is_not_the_samples_on_record(
         "images_per_second": 0, "under_way": [], "failed": {}, "updated_at": time.time(),
     }  # fmt: skip
     samples.write("jobs/j.json", json.dumps(beat).encode())
-    kept("a job is at work there")
+    kept("a job is running there")
     samples.delete("jobs/j.json")
     samples.write("notes.txt", b"somebody's")
-    retain(config, store, None, D3)
-    assert "2026-03-02: samples deleted by retention; 1 other objects are left" in capsys.readouterr().out
+    apply_retention(config, store, None, D3)
+    assert "2026-03-02: samples deleted by retention; 1 other objects remain" in capsys.readouterr().out
     assert [info.key for info in samples.list()] == ["notes.txt"]
 
 
 def test_a_night_that_began_with_one_model_ends_with_it(nights: Change, tmp_path: Path) -> None:
     config = nights()
-    asked = jobs.nightly.night_settings(config, D1)
+    asked = night_settings(config, D1)
     assert asked.seed == 20260301
     spec = fill(asked)
     pinned = spec.model_copy(update={"model": spec.model.model_copy(update={"name": "digits", "version": 7})})
     open_store(asked.output).write("spec.json", pinned.model_dump_json().encode())
-    assert jobs.nightly.night_settings(config, D1).model == "digits/7"
+    assert night_settings(config, D1).model == "digits/7"
 
 
 def test_a_drifting_night_is_told_by_exit_code_and_webhook(nights: Change) -> None:
@@ -375,7 +386,7 @@ def test_a_deaf_webhook_changes_nothing(nights: Change, capsys: pytest.CaptureFi
     alert(nights(webhook="http://127.0.0.1:9/"), D1, "it drifts")
     told = capsys.readouterr().err
     assert "it drifts" in told
-    assert "webhook did not take it" in told
+    assert "webhook did not accept it" in told
 
 
 HEADERS = b"".join(b"X-%d: y\r\n" % number for number in range(200))
@@ -406,7 +417,7 @@ def test_a_webhook_that_answers_nonsense_costs_one_line_without_its_address(
         alert(nights(webhook=f"http://127.0.0.1:{server.getsockname()[1]}/T000/S3CR3T"), D1, "it drifts")
     first, second = capsys.readouterr().err.splitlines()
     assert first == "alert    2026-03-01: it drifts"
-    assert second.startswith("alert    the webhook did not take it: ")
+    assert second.startswith("alert    the webhook did not accept it: ")
     assert "S3CR3T" not in second
 
 
@@ -426,7 +437,7 @@ def test_an_address_that_http_cannot_name_costs_one_line_without_it(
 ) -> None:
     alert(nights().model_copy(update={"webhook": f"http://{address}"}), D1, "it drifts")
     _, told = capsys.readouterr().err.splitlines()
-    assert told.startswith("alert    the webhook did not take it: ")
+    assert told.startswith("alert    the webhook did not accept it: ")
     assert "S3CR3T" not in told
 
 
@@ -448,24 +459,24 @@ def test_a_webhook_whose_answer_trickles_in_without_end_is_not_waited_for() -> N
 
 
 def test_two_jobs_at_one_prefix_are_impossible() -> None:
-    with only_one("here"):
-        with pytest.raises(UserError, match="at work there"), only_one("here"):
+    with exclusive("here"):
+        with pytest.raises(UserError, match="another nightly job is running"), exclusive("here"):
             raise AssertionError("a second one began")
-        with only_one("elsewhere"):
+        with exclusive("elsewhere"):
             pass
-    with only_one("here"):
+    with exclusive("here"):
         pass
 
 
 def test_the_lock_of_a_night_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    with only_one("here"):
+    with exclusive("here"):
         (lock,) = (tmp_path / "ddpm" / "locks").iterdir()
     victim = tmp_path / "precious.txt"
     victim.write_text("ten years of work")
     lock.unlink()
     lock.symlink_to(victim)
-    with pytest.raises(UserError, match=r"\.lock: is a link or no plain file; remove it"), only_one("here"):
+    with pytest.raises(UserError, match=r"\.lock: is a link or no plain file; remove it"), exclusive("here"):
         pass
     assert victim.read_text() == "ten years of work"
 

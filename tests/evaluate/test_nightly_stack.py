@@ -136,7 +136,7 @@ def test_a_schedule_of_the_stack_catches_up_and_keeps_others_out(
         while (latest := read_latest(nights)) is None or latest.date < today:
             if not kept_out and next(iter(nights.list(f"date={today}/")), None) is not None:
                 kept_out = True
-                assert jobs.nightly.run_call(JobArguments(files=(preset,))) == 2  # somebody is at work there
+                assert jobs.nightly.run_call(JobArguments(files=(preset,))) == 2  # another job is running
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.2)
     finally:
