@@ -28,11 +28,12 @@ from pipeline.generate.plan import shard
 from pipeline.generate.shard_writer import ShardCancelled, ShardWriter
 from pipeline.generate.spec import Spec
 from pipeline.nets.model_files import build_model
+from pipeline.retry import RetryPolicy
 from pipeline.store import open_store
 from pipeline.telemetry.logs import located, name_process, set_up_logging
 from pipeline.telemetry.prometheus import JobMetrics
 
-LONGEST_PAUSE_SECONDS = 30.0
+PAUSES = RetryPolicy(first_pause_seconds=1.0, longest_pause_seconds=30.0)
 # A worker that dies may have been preempted, which says nothing about its shard; only a shard that is begun far
 # more often than it may fail is taken for the cause.
 DEATHS_PER_ATTEMPT = 5
@@ -111,7 +112,7 @@ class SampleWorker:
         self._meters.add_counted()
         if outcome.status == "failed":
             self._failures += 1
-            time.sleep(min(2.0 ** (self._failures - 1), LONGEST_PAUSE_SECONDS))
+            time.sleep(PAUSES.pause_seconds(self._failures))
         else:
             self._failures = 0
         return outcome

@@ -6,10 +6,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import UserError
-from pipeline.retry import retry_during_outage
+from pipeline.retry import RetryPolicy, retry_during_outage
 from pipeline.store.file_store import FileStore, atomic_file
 from pipeline.store.interface import ObjectChanged, ObjectInfo, ObjectMissing, Store, StoreUnreachable
-from pipeline.store.retry import RetryPolicy
 
 __all__ = [
     "FileStore",

@@ -1,98 +1,98 @@
-"""Consensus: of several jobs that each propose a value, one's comes to stand, the same for all.
+"""Consensus by Disk Paxos: of several jobs that each propose a value, one value is chosen, the same for all.
 
-This is Disk Paxos (Gafni and Lamport 2003) with one shared board, such as a prefix of an object store or the tags of
-a registered model, as its one disk: each job writes words of its own and reads those of the others, and a job that
-dies at any point holds nobody up. It asks of the board that a finished write is seen by later reads, and no
-conditional write, which not every S3 heeds and MLflow does not have. A job's newest word is a new one, never an older
-one replaced: a gateway can answer a read that meets a replacement with bytes of both, and a write whose answer was
-lost may still arrive.
+Gafni and Lamport 2003, with a single disk: a prefix of an object store, or the tags of a registered model. Each job
+writes ballots of its own and reads those of the others; a job that dies at any point blocks nobody. It requires that
+later reads see a finished write. It does not need conditional writes, which some S3 gateways ignore and MLflow does not
+have. Ballots are never overwritten, each is a new object: a gateway can answer a read that overlaps an overwrite with
+bytes of both, and a write whose response was lost may still arrive.
 """
 
-import random
 import time
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
+from pipeline.retry import RetryPolicy
+
 V = TypeVar("V")
 
-_ATTEMPTS = 100
-_LONGEST_PAUSE_SECONDS = 2.0
+_MAX_ROUNDS = 100
+_PAUSES = RetryPolicy(first_pause_seconds=0.1, longest_pause_seconds=2.0)
 
 
 @dataclass(frozen=True)
 class Ballot(Generic[V]):
-    """One job's word. Rounds are told apart by their number, then by the job's name."""
+    """One job's state in the protocol. Ballots are ordered by round, then by the job's name."""
 
     round: int
-    """The last round the job has called; it will not go back behind it."""
+    """Highest round that the job has started ("mbal")."""
     accepted: int = 0
-    """The last of its rounds in which it spoke for `value`; 0 = in none."""
+    """Highest round in which it accepted `value` ("bal"); 0 = none."""
     value: V | None = None
-    """What it spoke for then."""
+    """The value it accepted then ("inp")."""
 
 
 class BallotStore(Protocol[V]):
-    """Where jobs leave their words about one question, and where its answer comes to stand."""
+    """Where jobs write their ballots on one question, and where the chosen value is recorded."""
 
-    def write_ballot(self, job: str, number: int, word: Ballot[V]) -> None:
-        """Leave word `number` of a job, all of whose words stay until they are taken back."""
+    def write_ballot(self, job: str, number: int, ballot: Ballot[V]) -> None:
+        """Write ballot `number` of a job; all of them stay until they are deleted."""
         ...
 
     def delete_ballot(self, job: str, number: int) -> None:
-        """Remove a word of a job."""
+        """Delete a ballot of a job."""
         ...
 
     def other_ballots(self, job: str) -> dict[str, Ballot[V]]:
-        """The newest word of each other job."""
+        """The newest ballot of each other job."""
         ...
 
     def decision(self) -> V | None:
-        """The answer, once there is one; words may be taken back from then on."""
+        """The chosen value, once it is recorded; ballots may be deleted from then on."""
         ...
 
     def decide(self, value: V) -> None:
-        """Make `value` the answer. Jobs that call this, call it with the same value."""
+        """Record `value` as chosen. All jobs that call this pass the same value."""
         ...
 
 
 class NoConsensus(Exception):  # noqa: N818 - the fact is the name
-    """Jobs kept talking over each other until the attempts were used up."""
+    """Jobs kept outbidding each other until the rounds were used up."""
 
 
-def reach_consensus(board: BallotStore[V], job: str, proposal: V) -> V:
-    """The value that stands: `proposal`, or that of another job. Whoever returns, returns the same.
+def reach_consensus(store: BallotStore[V], job: str, proposal: V) -> V:
+    """The chosen value: `proposal`, or that of another job. Every job that returns gets the same.
 
-    NoConsensus in the unlikely case that jobs keep talking over each other.
+    Raises NoConsensus in the unlikely case that jobs keep outbidding each other.
     """
-    said = 0
-    own, others = Ballot[V](round=0), board.other_ballots(job)
-    for attempt in range(_ATTEMPTS):
-        called = 1 + max([own.round, *(other.round for other in others.values())])
-        own = replace(own, round=called)
-        for speaks in (False, True):
-            if speaks:
-                spoken_for = _spoken_for({**others, job: own})
-                own = replace(own, accepted=called, value=proposal if spoken_for is None else spoken_for)
-            board.write_ballot(job, said, own)
-            said += 1
-            others = board.other_ballots(job)
-            stands = board.decision()  # after the words: one is taken back only when the answer is there
-            leads = all((other.round, name) < (called, job) for name, other in others.items())
-            if stands is None and speaks and leads and own.value is not None:
-                stands = own.value
-                board.decide(stands)
-            if stands is not None:
-                for number in range(said):  # the newest last: nobody may take an older one for it
-                    board.delete_ballot(job, number)
-                return stands
+    written = 0
+    own, others = Ballot[V](round=0), store.other_ballots(job)
+    for attempt in range(1, _MAX_ROUNDS + 1):
+        number = 1 + max([own.round, *(other.round for other in others.values())])
+        own = replace(own, round=number)
+        for phase in (1, 2):
+            if phase == 2:
+                accepted = _last_accepted({**others, job: own})
+                own = replace(own, accepted=number, value=proposal if accepted is None else accepted)
+            store.write_ballot(job, written, own)
+            written += 1
+            others = store.other_ballots(job)
+            chosen = store.decision()  # read after the ballots: they are deleted only once it is recorded
+            leads = all((other.round, name) < (number, job) for name, other in others.items())
+            if chosen is None and phase == 2 and leads and own.value is not None:
+                chosen = own.value
+                store.decide(chosen)
+            if chosen is not None:
+                for old in range(written):  # the newest last, so that nobody reads an older one as the newest
+                    store.delete_ballot(job, old)
+                return chosen
             if not leads:
                 break
-        # Timing only: who comes first may depend on it, what is agreed on is the same for all.
-        time.sleep(random.uniform(0.01, min(_LONGEST_PAUSE_SECONDS, 0.1 * 2**attempt)))
+        # Timing only: which job wins may depend on it, that all agree does not.
+        time.sleep(_PAUSES.pause_seconds(attempt))
     raise NoConsensus
 
 
-def _spoken_for(words: dict[str, Ballot[V]]) -> V | None:
-    """The value that was spoken for last, or None while none was."""
-    _, name = max((one.accepted, name) for name, one in words.items())
-    return words[name].value
+def _last_accepted(ballots: dict[str, Ballot[V]]) -> V | None:
+    """The value accepted in the highest round, or None where none was."""
+    _, name = max((ballot.accepted, name) for name, ballot in ballots.items())
+    return ballots[name].value

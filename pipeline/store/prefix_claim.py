@@ -1,7 +1,7 @@
-"""Agreeing on one value at a prefix: of several jobs that find none there at once, one's value comes to stand.
+"""Claiming a prefix: of several jobs that find it empty at the same time, one writes its value, and all use that.
 
-A conditional write would do it in one request, but not every S3 heeds the condition: JuiceFS's gateway takes
-`If-None-Match: *` and overwrites all the same. So the jobs agree by plain objects; see `pipeline.store.consensus`.
+A conditional write would do it in one request, but not every S3 service honors the condition: JuiceFS's gateway accepts
+`If-None-Match: *` and overwrites anyway. So the jobs run `pipeline.store.consensus` over plain objects.
 """
 
 from __future__ import annotations
@@ -25,37 +25,34 @@ _Round = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class TextBallot(Settings):
-    """One job's word on which text shall stand. Rounds are told apart by their number, then by the job's name."""
+    """A ballot whose value is text, as its object stores it; fields as in `Ballot`."""
 
     round: _Round
-    """The last round the job has called; it will not go back behind it."""
     accepted: _Round = 0
-    """The last of its rounds in which it spoke for `value`; 0 = in none."""
     value: Annotated[str, Field(max_length=1 << 20)] | None = None
-    """What it spoke for then."""
 
 
 @dataclass(frozen=True)
 class PrefixBallots(Generic[V]):
-    """The board of the jobs at a prefix: an object for each word, and the answer wherever `read` finds it."""
+    """A ballot store at a prefix: one object for each ballot, and the decision wherever `read` finds it."""
 
     store: Store
     prefix: str
-    """Of the words' keys."""
+    """Of the ballots' keys."""
     read: Callable[[], V | None]
-    """Looks whether a value stands already."""
+    """Returns the chosen value, or None while there is none."""
     write: Callable[[V], object]
-    """Makes one stand."""
+    """Records the chosen value."""
     encode: Callable[[Ballot[V]], bytes]
-    """A word as the content of its object."""
+    """A ballot as the content of its object."""
     decode: Callable[[bytes, str], Ballot[V]]
-    """The word in an object's content; the second argument says where it was. Raises DamageError."""
+    """The ballot in an object's content; the second argument is its address. Raises DamageError."""
 
     def agree(self, job: str, proposal: V) -> V:
-        """The value that stands: `proposal`, or that of another job which was first.
+        """The chosen value: `proposal`, or that of another job which was first.
 
-        Whoever returns, returns the same, and `read` finds it by then. Raises StoreUnreachable in the unlikely case
-        that jobs keep talking over each other.
+        Every job that returns gets the same, and `read` finds it by then. Raises StoreUnreachable in the unlikely case
+        that jobs keep outbidding each other.
         """
         try:
             return consensus.reach_consensus(self, job, proposal)
@@ -64,34 +61,34 @@ class PrefixBallots(Generic[V]):
                 f"{self.store.uri}: other jobs keep claiming this prefix; try again in a minute"
             ) from None
 
-    def write_ballot(self, job: str, number: int, word: Ballot[V]) -> None:
-        """Leave word `number` of a job."""
-        self.store.write(self._key(job, number), self.encode(word))
+    def write_ballot(self, job: str, number: int, ballot: Ballot[V]) -> None:
+        """Write ballot `number` of a job."""
+        self.store.write(self._key(job, number), self.encode(ballot))
 
     def delete_ballot(self, job: str, number: int) -> None:
-        """Remove a word of a job."""
+        """Delete a ballot of a job."""
         self.store.delete(self._key(job, number))
 
     def other_ballots(self, job: str) -> dict[str, Ballot[V]]:
-        """The newest word of each other job."""
+        """The newest ballot of each other job."""
         newest: dict[str, str] = {}
-        for info in self.store.list(self.prefix):  # in order of their keys, so a job's newest comes last
+        for info in self.store.list(self.prefix):  # sorted by key, so a job's newest comes last
             name, _, _ = info.key.removeprefix(self.prefix).partition(".")
             newest[name] = info.key
         found: dict[str, Ballot[V]] = {}
         for name, key in newest.items():
             if name == job:
                 continue
-            with suppress(ObjectMissing):  # its job is through, so the value stands
+            with suppress(ObjectMissing):  # its job has finished, so a value is chosen
                 found[name] = self.decode(self.store.read(key), f"{self.store.uri}/{key}")
         return found
 
     def decision(self) -> V | None:
-        """The answer, once there is one."""
+        """The chosen value, once it is recorded."""
         return self.read()
 
     def decide(self, value: V) -> None:
-        """Make `value` the answer."""
+        """Record `value` as chosen."""
         self.write(value)
 
     def _key(self, job: str, number: int) -> str:
@@ -101,20 +98,24 @@ class PrefixBallots(Generic[V]):
 def agree(
     store: Store, prefix: str, own_text: str, read: Callable[[], str | None], write: Callable[[str], object]
 ) -> str:
-    """The text that stands, as `Claims.agree`."""
+    """The chosen text; see `PrefixBallots.agree`."""
     return PrefixBallots(store, prefix, read, write, _encode, _decode).agree(uuid.uuid4().hex, own_text)
 
 
 def clear_claims(store: Store, prefix: str) -> None:
-    """Delete what jobs that died while claiming have left. Only ever while the value stands."""
+    """Delete ballots that jobs which died while claiming left behind. Only once a value is chosen."""
     for info in list(store.list(prefix)):
         store.delete(info.key)
 
 
-def _encode(word: Ballot[str]) -> bytes:
-    return TextBallot(round=word.round, accepted=word.accepted, value=word.value).model_dump_json().encode()
+def _encode(ballot: Ballot[str]) -> bytes:
+    return (
+        TextBallot(round=ballot.round, accepted=ballot.accepted, value=ballot.value)
+        .model_dump_json()
+        .encode()
+    )
 
 
 def _decode(data: bytes, where: str) -> Ballot[str]:
-    said = parse_document(TextBallot, data, where, "a claim")
-    return Ballot(said.round, said.accepted, said.value)
+    stored = parse_document(TextBallot, data, where, "a claim")
+    return Ballot(stored.round, stored.accepted, stored.value)

@@ -161,7 +161,7 @@ def _config(profile: dict[str, Any]) -> Config:
     return Config(
         connect_timeout=CONNECT_SECONDS,
         read_timeout=READ_SECONDS,
-        retries={"total_max_attempts": 1, "mode": "standard"},  # `retrying` does it, for streams as well
+        retries={"total_max_attempts": 1, "mode": "standard"},  # pipeline.retry does it, for streams as well
         max_pool_connections=32,
         request_checksum_calculation=chosen("request_checksum_calculation"),
         response_checksum_validation=chosen("response_checksum_validation"),

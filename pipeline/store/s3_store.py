@@ -9,7 +9,6 @@ import base64
 import hashlib
 import io
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from botocore.parsers import ResponseParserError
 
 from pipeline.disk_errors import disk_errors_at
 from pipeline.errors import DamageError, UserError
+from pipeline.retry import RetryPolicy, call_with_retries
 from pipeline.store.file_store import atomic_file
 from pipeline.store.interface import (
     ObjectChanged,
@@ -33,7 +33,6 @@ from pipeline.store.interface import (
     StoreUnreachable,
     checked_key,
 )
-from pipeline.store.retry import RetryPolicy, retrying
 from pipeline.store.s3_client import connected, endpoint, renewed, sends_own_checksums
 from pipeline.store.s3_errors import (
     CONNECTION_ERRORS,
@@ -50,6 +49,7 @@ from pipeline.store.s3_errors import (
     status_of,
 )
 from pipeline.store.stream import Body, ResumingStream
+from pipeline.telemetry.counters import increment
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -79,18 +79,25 @@ class S3Store(Store):
         gateway can answer with the length of one version and the bytes of the other.
         """
         before: tuple[bytes, str | None] | None = None
-        for failures in range(self.policy.attempts):
-            if failures:
-                time.sleep(self.policy.pause_seconds(failures))
-            with suppress(ObjectChanged):
-                tag = _Tag()
-                with self._stream(key, 0, tag) as stream:
-                    found = (stream.readall(), tag.value)
-                # Twice the same is no accident but a store whose tags are no digests.
-                if tag.encrypted or _bears_out(*found) or found == before:
-                    return found[0]
-                before = found
-        raise StoreUnreachable(f"{self.uri}/{key}: replaced whenever it was read; try again later")
+        where = f"{self.uri}/{key}"
+
+        def read_once() -> bytes:
+            nonlocal before
+            tag = _Tag()
+            with self._stream(key, 0, tag) as stream:
+                found = (stream.readall(), tag.value)
+            # Twice the same is no accident but a store whose tags are no digests.
+            if tag.encrypted or _bears_out(*found) or found == before:
+                return found[0]
+            before = found
+            raise ObjectChanged(f"{where}: replaced while it was being read")
+
+        try:
+            return call_with_retries(read_once, lambda error: isinstance(error, ObjectChanged), self.policy)
+        except ObjectChanged:
+            raise StoreUnreachable(
+                f"{where}: replaced during every attempt to read it; try again later"
+            ) from None
 
     def read_range(self, key: str, start: int, length: int, *, etag: str | None = None) -> bytes:
         if length == 0:
@@ -275,7 +282,12 @@ class S3Store(Store):
             return there.etag
 
     def _call(self, key: str, action: Callable[[S3Client], T], policy: RetryPolicy | None = None) -> T:
-        return retrying(policy or self.policy, _may_retry, lambda: self._explained(key, action))
+        return call_with_retries(
+            lambda: self._explained(key, action),
+            _may_retry,
+            policy or self.policy,
+            lambda error, left: increment("store_retries"),
+        )
 
     def _explained(self, key: str, action: Callable[[S3Client], T]) -> T:
         """`action` on the client, and once more where newer keys have been put in place of those that it had."""

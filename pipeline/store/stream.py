@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
-from pipeline.store.retry import RetryPolicy
+from pipeline.retry import Retries, RetryPolicy
 from pipeline.telemetry.counters import increment
 
 READ_ALL_CHUNK_BYTES = 1 << 20  # io's own is 8 KiB: a hundred times the calls
@@ -43,9 +42,10 @@ class ResumingStream(io.RawIOBase):
         start: int = 0,
     ) -> None:
         super().__init__()
-        self._open_range, self._policy = open_range, policy
+        self._open_range = open_range
+        self._retries = Retries(policy, lambda error, left: increment("store_retries"))
         self._may_retry, self._explain = may_retry, explain
-        self._position, self._failures = start, 0
+        self._position = start
         self._body: Body | None = None
         self._end: int | None = None
         self._attempt(self._ensure_body)
@@ -88,7 +88,7 @@ class ResumingStream(io.RawIOBase):
         if not data:
             raise ConnectionError(f"the connection ended at byte {self._position} of {self._end}")
         self._position += len(data)
-        self._failures = 0
+        self._retries.reset()
         return data
 
     def _attempt(self, action: Callable[[], bytes]) -> bytes:
@@ -97,11 +97,8 @@ class ResumingStream(io.RawIOBase):
                 return self._explain(action)
             except Exception as error:
                 self._drop_body()
-                self._failures += 1
-                if self._failures >= self._policy.attempts or not self._may_retry(error):
+                if not self._may_retry(error) or not self._retries.pause(error):
                     raise
-                increment("store_retries")
-                time.sleep(self._policy.pause_seconds(self._failures))
 
     def _drop_body(self) -> None:
         if self._body is not None:

@@ -104,7 +104,7 @@ class LoggedAlias:
         self.name, self.alias, self.uri = name, alias, uri
         self.job = uuid.uuid4().hex
         self._move_prefix = f"ddpm.move.{alias}."
-        self.word_prefix = f"ddpm.move-claim.{alias}."
+        self.ballot_prefix = f"ddpm.move-claim.{alias}."
         self._mark_prefix = f"ddpm.moving.{alias}."
 
     def __str__(self) -> str:
@@ -207,7 +207,7 @@ class LoggedAlias:
         )
 
     def _decide(self, wanted: Move) -> Move:
-        """The move that comes to stand under the number of `wanted`."""
+        """The move that is chosen for the number of `wanted`."""
         try:
             return reach_consensus(_MoveBallots(self, wanted.number), self.job, wanted)
         except NoConsensus:
@@ -231,13 +231,13 @@ class LoggedAlias:
         return MoveConflictError(f"{self}: {found}; nothing was moved, run it again")
 
     def _sweep(self, seen: AliasHistory) -> None:
-        """Remove what dead jobs left, and the oldest moves. Only words on numbers that stand."""
+        """Remove what dead jobs left, and the oldest moves. Only ballots on numbers that are decided."""
         newest = seen.number()
         for key, made_at in seen.marks.items():
             if time.time() - made_at > MARK_SECONDS:
                 self.untag(key)
         for key in seen.tags:
-            if key.startswith(self.word_prefix) and _number(key.removeprefix(self.word_prefix)) <= newest:
+            if key.startswith(self.ballot_prefix) and _number(key.removeprefix(self.ballot_prefix)) <= newest:
                 self.untag(key)
         for number in seen.moves:
             if number <= newest - _KEPT_MOVES:
@@ -278,7 +278,7 @@ class LoggedAlias:
 
 
 class _StoredBallot(Settings):
-    """A job's word on one number of the log, as its tag holds it."""
+    """A job's ballot on one number of the log, as its tag stores it."""
 
     round: int = Field(ge=0, lt=2**31)
     accepted: int = Field(ge=0, lt=2**31)
@@ -286,15 +286,15 @@ class _StoredBallot(Settings):
 
 
 class _MoveBallots:
-    """The board on which jobs agree on the move of one number: tags of the registered model."""
+    """A ballot store for the move of one number: tags of the registered model."""
 
     def __init__(self, alias: LoggedAlias, number: int) -> None:
         self._alias, self._number = alias, number
-        self._prefix = f"{alias.word_prefix}{number:06d}."
+        self._prefix = f"{alias.ballot_prefix}{number:06d}."
 
-    def write_ballot(self, job: str, number: int, word: Ballot[Move]) -> None:
-        said = _StoredBallot(round=word.round, accepted=word.accepted, value=word.value)
-        self._alias.tag(f"{self._prefix}{job}.{number:04d}", said.model_dump_json())
+    def write_ballot(self, job: str, number: int, ballot: Ballot[Move]) -> None:
+        stored = _StoredBallot(round=ballot.round, accepted=ballot.accepted, value=ballot.value)
+        self._alias.tag(f"{self._prefix}{job}.{number:04d}", stored.model_dump_json())
 
     def delete_ballot(self, job: str, number: int) -> None:
         self._alias.untag(f"{self._prefix}{job}.{number:04d}")
@@ -305,8 +305,8 @@ class _MoveBallots:
             name = key.removeprefix(self._prefix).partition(".")[0]
             if key.startswith(self._prefix) and name != job:
                 where = f"model {self._alias.name!r}: tag {key}"
-                said = parse_document(_StoredBallot, text.encode(), where, "a word; delete the tag")
-                found[name] = Ballot(said.round, said.accepted, said.value)
+                stored = parse_document(_StoredBallot, text.encode(), where, "a ballot; delete the tag")
+                found[name] = Ballot(stored.round, stored.accepted, stored.value)
         return found
 
     def decision(self) -> Move | None:
@@ -330,7 +330,7 @@ def _seconds(text: str) -> float:
 
 
 def _number(rest: str) -> int:
-    """The number in a word's tag, behind its prefix; 0 for a tag that is no word."""
+    """The number in a ballot's tag, after its prefix; 0 for a tag that is no ballot."""
     head = rest.partition(".")[0]
     return int(head) if head.isascii() and head.isdecimal() and len(head) <= 6 else 0
 

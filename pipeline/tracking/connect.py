@@ -2,18 +2,16 @@
 
 import base64
 import os
-import random
-import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.errors import Outage, UserError
-from pipeline.retry import retry_during_outage as retried
-from pipeline.retry import start_seconds
+from pipeline.retry import RetryPolicy, call_with_retries, retry_during_outage, start_seconds
 from pipeline.telemetry.redaction import redact
 
 if TYPE_CHECKING:
@@ -22,6 +20,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+REQUEST_POLICY = RetryPolicy(attempts=None, first_pause_seconds=0.5, longest_pause_seconds=10.0)
+"""For one request, or one function of several, while the server is away."""
 
 # Waiting is done here and in the spool, where it can be bounded and shown, not inside one HTTP call (whose
 # defaults hold a caller for minutes). All of them can be overruled from outside.
@@ -81,7 +82,9 @@ def require_server(
     """
     found = tracking_uri(uri)
     limits = chain([timeout_seconds], repeat(6 * timeout_seconds))
-    retried(lambda: _ask(found, next(limits)), start_seconds() if wait_seconds is None else wait_seconds)
+    retry_during_outage(
+        lambda: _ask(found, next(limits)), start_seconds() if wait_seconds is None else wait_seconds
+    )
     return found
 
 
@@ -158,23 +161,16 @@ def retry_request(what: str, action: Callable[[], T], wait_seconds: float = 60.0
     Raises TrackingError, naming `what`, when the server stayed away for `wait_seconds`, and UserError when it does
     not let us in.
     """
-    deadline, pause = time.monotonic() + wait_seconds, 0.5
-    while True:
-        try:
-            return action()
-        except Exception as error:
-            if is_denied(error):
-                raise UserError(
-                    f"{what}: MLflow refuses it ({brief(error)}); check MLFLOW_TRACKING_*"
-                ) from error
-            if not is_outage(error):
-                raise
-            if time.monotonic() + pause > deadline:
-                raise TrackingError(
-                    f"{what}: MLflow stayed away for {wait_seconds:.0f} s ({brief(error)})"
-                ) from error
-        time.sleep(pause * random.uniform(0.5, 1.0))
-        pause = min(pause * 2, 10.0)
+    try:
+        return call_with_retries(action, is_outage, replace(REQUEST_POLICY, total_seconds=wait_seconds))
+    except Exception as error:
+        if is_denied(error):
+            raise UserError(f"{what}: MLflow refuses it ({brief(error)}); check MLFLOW_TRACKING_*") from error
+        if is_outage(error):
+            raise TrackingError(
+                f"{what}: MLflow stayed away for {wait_seconds:.0f} s ({brief(error)})"
+            ) from error
+        raise
 
 
 def retry_requests(what: str, wait_seconds: float = 60.0) -> Callable[[Callable[P, T]], Callable[P, T]]:

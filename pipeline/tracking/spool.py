@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.private_files import private_folder, require_own, state_folder
+from pipeline.retry import RetryPolicy, call_with_retries
 from pipeline.telemetry.redaction import redact
 from pipeline.tracking.connect import brief, is_denied, is_outage, tracking_client, tracking_uri
 from pipeline.tracking.journal import Journal, SpoolIdentity, read_identity, write_identity
@@ -33,7 +34,8 @@ log = logging.getLogger(__name__)
 SPOOL_VARIABLE = "DDPM_SPOOL"
 _ILLEGAL_IN_NAME = re.compile(r"[^\w\-./ :]")
 _ILLEGAL_IN_IMAGE_KEY = re.compile(r"[^a-zA-Z0-9_\-./ ]")
-_LONGEST_PAUSE_SECONDS = 15.0
+DELIVERY_POLICY = RetryPolicy(attempts=None, first_pause_seconds=1.0, longest_pause_seconds=15.0)
+"""While MLflow is away."""
 
 
 class Spool:
@@ -161,7 +163,7 @@ class Spool:
 
     def _wait(self, failures: int) -> None:
         """Pause before a round: the interval, longer with every failure in a row, short once closing."""
-        pause = self._interval if failures == 0 else min(0.5 * 2**failures, _LONGEST_PAUSE_SECONDS)
+        pause = self._interval if failures == 0 else DELIVERY_POLICY.pause_seconds(failures)
         if not self._closing.wait(pause) or failures == 0:
             return
         time.sleep(max(0.0, min(pause, 1.0, self._deadline - time.monotonic())))
@@ -259,17 +261,17 @@ def _not_taken(directory: Path, identity: SpoolIdentity, address: str, error: Ex
 
 
 def _send_all(sender: Sender, timeout_seconds: float) -> None:
-    """Send until nothing is left, or the time is over; an outage is waited out."""
-    deadline, pause = time.monotonic() + timeout_seconds, 0.5
-    while time.monotonic() < deadline:
+    """Send until nothing is left or time is up; retries during an outage."""
+    deadline = time.monotonic() + timeout_seconds
+    while (left := deadline - time.monotonic()) > 0:
+        policy = replace(DELIVERY_POLICY, total_seconds=left)
         try:
-            if not sender.send_next():
+            if not call_with_retries(sender.send_next, is_outage, policy):
                 return
         except Exception as error:
             if not is_outage(error):
                 raise
-            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            return  # what is left waits for another replay
 
 
 def replay_all(root: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> dict[Path, Replayed]:

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.store.consensus
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.layout import CLAIM_PREFIX, SPEC_KEY
 from pipeline.generate.proven_count import check_prefix
 from pipeline.generate.spec import Spec, read_spec, require_extension
 from pipeline.generate.spec_claim import claim_prefix
-from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, open_store
+from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, consensus, open_store
 from pipeline.store.prefix_claim import clear_claims
 from tests.generate.tiny import plan_of, settings, tiny_model
 from tests.turns import Died, Turns
@@ -75,7 +74,7 @@ def _no_pause(seconds: float) -> None:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses: the turns decide."""
-    monkeypatch.setattr(pipeline.store.consensus.time, "sleep", _no_pause)
+    monkeypatch.setattr(consensus.time, "sleep", _no_pause)
 
 
 def race(seed: int, specs: list[Spec], dying: dict[int, int]) -> tuple[list[Spec], dict[str, bytes]]:

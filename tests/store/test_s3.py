@@ -102,7 +102,9 @@ def test_half_of_one_version_and_half_of_another_is_read_again_and_other_tags_ar
     answers(b"sealed..", b"sealed..")  # a store that encrypts gives tags that are no digests
     assert store.read("x") == b"sealed.."
     answers(*(f"{number:08d}".encode() for number in range(8)))
-    with pytest.raises(StoreUnreachable, match="x: replaced whenever it was read; try again later"):
+    with pytest.raises(
+        StoreUnreachable, match="x: replaced during every attempt to read it; try again later"
+    ):
         store.read("x")
 
 

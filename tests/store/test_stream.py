@@ -1,6 +1,6 @@
 """A stream over ranges goes on where its connection ended."""
 
-from pipeline.store.retry import RetryPolicy
+from pipeline.retry import RetryPolicy
 from pipeline.store.stream import ResumingStream
 from pipeline.telemetry.counters import totals
 

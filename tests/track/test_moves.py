@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import pipeline.store.consensus
 from pipeline.errors import DamageError, JobError
+from pipeline.store import consensus
 from pipeline.tracking import LoggedAlias, Move, MoveConflictError, alias_log
 from tests.track.one_model import Registry, Stepped
 from tests.turns import Died, Turns
@@ -19,7 +19,7 @@ JOBS = 3
 def reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client stands where an address would, and nobody pauses."""
     monkeypatch.setattr(alias_log, "tracking_client", lambda uri: uri)
-    monkeypatch.setattr(pipeline.store.consensus.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(consensus.time, "sleep", lambda seconds: None)
 
 
 def alias(client: object) -> LoggedAlias:

@@ -256,7 +256,7 @@ def test_an_error_of_the_writer_reaches_the_training(store: Store, monkeypatch: 
 
 
 def test_a_checkpoint_outlives_an_outage_of_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     outages, upload = 5, store.upload
 
     def away(key: str, path: Path) -> ObjectInfo:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import multiprocessing
 import os
 import time
@@ -22,7 +21,7 @@ from pipeline.data.reading.order import GlobalOrder, Int64, rank_slice
 from pipeline.data.reading.samples import SampleSource
 from pipeline.data.reading.shard_cache import Prefetcher, open_cache
 from pipeline.errors import DamageError, UserError
-from pipeline.retry import OUTAGE_SECONDS, PAUSE_SECONDS
+from pipeline.retry import OUTAGE_POLICY, Retries, RetryPolicy
 from pipeline.store import StoreUnreachable
 
 log = logging.getLogger(__name__)
@@ -114,27 +113,27 @@ class Loader:
 
 
 def resilient_batches(
-    loader: Loader, start_step: int, stop_step: int, seconds: float = OUTAGE_SECONDS
+    loader: Loader, start_step: int, stop_step: int, policy: RetryPolicy = OUTAGE_POLICY
 ) -> Iterator[Batch]:
-    """`loader.batches`, taken up again at the next step while the store does not answer.
+    """`loader.batches`, resumed at the next step while the store does not answer.
 
     That a batch is late changes nothing in it; the time counts as waiting for data. Raises StoreUnreachable when
-    the store stayed away for `seconds`.
+    the store stayed away for longer than `policy` allows.
     """
-    step, away_since = start_step, math.inf
+    step = start_step
+    retries = Retries(
+        policy, lambda error, left: log.warning("step %d waits for its samples: %s", step, error)
+    )
     while step < stop_step:
         try:
             for batch in loader.batches(step, stop_step):
-                waited = max(0.0, time.monotonic() - away_since)
-                away_since = math.inf
+                waited = retries.failing_seconds
+                retries.reset()
                 step += 1
                 yield replace(batch, wait_seconds=batch.wait_seconds + waited) if waited else batch
         except StoreUnreachable as error:
-            away_since = min(away_since, time.monotonic())
-            if time.monotonic() - away_since > seconds:
+            if not retries.pause(error):
                 raise
-            log.warning("step %d waits for its samples: %s", step, error)
-            time.sleep(PAUSE_SECONDS)
 
 
 class _StepSampler(torch.utils.data.Dataset["Batch | Exception"]):
