@@ -1,155 +1,151 @@
-"""The history page: every night's figures as charts and a table, and the newest contact sheets. One file, no script."""
+"""The history page: the metrics of every night as charts and a table, and the newest contact sheets. No script."""
 
-import base64
-import html
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from pipeline.html_page import render_page
 from pipeline.nightly.history import Night
 
-_WIDTH, _HEIGHT, _LEFT, _TOP = 360, 150, 60, 12
-_STYLE = """
-:root { color-scheme: light dark; --ink: #222; --line: #3b6ea5; --grid: #ddd; --bad: #b3261e; --back: #fff }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ddd; --line: #8ab4f8; --grid: #444; --bad: #f2b8b5; --back: #181818 } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem;
-  color: var(--ink); background: var(--back) }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1.2rem 2rem }
-figure { margin: 0 } figcaption { font-weight: 600 }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
-th, td { padding: .2rem 0 .2rem .8rem; text-align: right; white-space: nowrap; vertical-align: bottom }
-th { white-space: normal; line-height: 1.2 } th:first-child, td:first-child { text-align: left; padding-left: 0 }
-tr { border-top: 1px solid var(--grid) } tr.said { border: 0 } .bad { color: var(--bad) }
-td.bad { white-space: normal }
-img { width: 100% } svg { width: 100%; height: auto }
-svg text { font: 11px system-ui, sans-serif; fill: var(--ink) }
-"""
-_CHARTS: tuple[tuple[str, str, Callable[[Night], float | None]], ...] = (
-    ("Fréchet distance", "lower is better", lambda night: _figure(night, "frechet")),
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 150, 60, 10, 12, 26
+"""Size of a chart and its margins, pixels."""
+_PADDING = 0.08
+"""Space above the largest and below the smallest value, as a share of their difference."""
+Series = Callable[[Night], float | None]
+
+
+def render_history(title: str, nights: Sequence[Night], sheets: Mapping[str, bytes]) -> bytes:
+    """The page. `nights` oldest first; `sheets` are PNGs by date, newest first."""
+    columns = {
+        metric: heading
+        for metric, heading in _METRIC_COLUMNS.items()
+        if any(metric in night.evaluation.metrics for night in nights)
+    }
+    return render_page(
+        "history.html",
+        title=title,
+        latest=nights[-1] if nights else None,
+        num_nights=len(nights),
+        num_samples=sum(night.count for night in nights),
+        charts=[chart for chart in (_chart(*about, nights) for about in _CHARTS) if chart.marks],
+        columns=["night", "model", "samples", *columns.values(), "images/s", "N of reference"],
+        rows=[_Row(_cells(night, list(columns)), night.drift) for night in reversed(nights)],
+        sheets=sheets,
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    cells: list[str]
+    drift: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Mark:
+    x: float
+    y: float
+    label: str
+    drift: bool
+
+
+@dataclass(frozen=True)
+class _GridLine:
+    y: float
+    label: str
+
+
+@dataclass(frozen=True)
+class _DateLabel:
+    x: float
+    anchor: str
+    label: str
+
+
+@dataclass(frozen=True)
+class _Chart:
+    """A line chart in pixels, origin top left."""
+
+    name: str
+    note: str
+    marks: list[_Mark]
+    grid_lines: list[_GridLine]
+    dates: list[_DateLabel]
+    width: int = _WIDTH
+    height: int = _HEIGHT
+    left: int = _LEFT
+
+
+def _chart(name: str, note: str, series: Series, nights: Sequence[Night]) -> _Chart:
+    """A chart of one value a night; without marks where no night has it."""
+    points = [(place, value) for place, night in enumerate(nights) if (value := series(night)) is not None]
+    values = [value for _, value in points]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    padding = _PADDING * ((high - low) or abs(high) or 1.0)
+    bottom, top = low - padding, high + padding
+    last = len(nights) - 1
+
+    def x(place: int) -> float:
+        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * (place / last if last else 0.5), 1)
+
+    def y(value: float) -> float:
+        return round(_TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - (value - bottom) / (top - bottom)), 1)
+
+    ends = {0: "start", last: "end"} if last else {0: "middle"}
+    return _Chart(
+        name,
+        note,
+        marks=[
+            _Mark(x(place), y(value), f"{nights[place].date}: {value:.4g}", bool(nights[place].drift))
+            for place, value in points
+        ],
+        grid_lines=[_GridLine(y(value), f"{value:.4g}") for value in dict.fromkeys((low, high))],
+        dates=[
+            _DateLabel(x(place), anchor, str(nights[place].date)) for place, anchor in ends.items() if nights
+        ],
+    )
+
+
+def _cells(night: Night, metrics: Sequence[str]) -> list[str]:
+    """A row of the table."""
+    values = [_value(night, metric) for metric in metrics]
+    return [
+        f"{night.date}" + (" (deleted)" if night.deleted else ""),
+        night.model,
+        f"{night.count:,}",
+        *("" if value is None else _number(value) for value in values),
+        f"{night.images_per_second:.1f}",
+        f"{night.evaluation.terms.reference_count:,}",
+    ]
+
+
+def _number(value: float) -> str:
+    """With as many decimals as the other cells of its column, so that a column can be compared at a glance."""
+    return "0" if value == 0 else f"{value:.4f}" if abs(value) >= 5e-5 else f"{value:.1e}"
+
+
+def _value(night: Night, name: str) -> float | None:
+    metric = night.evaluation.metrics.get(name)
+    return None if metric is None else metric.value
+
+
+_CHARTS: tuple[tuple[str, str, Series], ...] = (
+    ("Fréchet distance", "lower is better", lambda night: _value(night, "frechet")),
     (
         "Distance against two real halves",
         "1 is as good as real data",
-        lambda night: _figure(night, "frechet_ratio"),
+        lambda night: _value(night, "frechet_ratio"),
     ),
-    ("Class accuracy", "higher is better", lambda night: _figure(night, "class_accuracy")),
-    ("Near-copies of training images", "share of samples", lambda night: _figure(night, "near_copies")),
+    ("Class accuracy", "higher is better", lambda night: _value(night, "class_accuracy")),
+    ("Near duplicates of training images", "share of samples", lambda night: _value(night, "near_copies")),
     ("Samples", "images", lambda night: float(night.count)),
-    ("Throughput", "images a device second", lambda night: night.images_per_second),
+    ("Throughput", "images per device second", lambda night: night.images_per_second),
 )
-_COLUMNS = {
+_METRIC_COLUMNS = {
     "frechet": "Fréchet distance",
     "frechet_ratio": "against halves",
     "kernel": "kernel distance",
     "precision": "precision",
     "recall": "recall",
     "class_accuracy": "class accuracy",
-    "near_copies": "near-copies",
+    "near_copies": "near duplicates",
     "duplicates": "duplicates",
 }
-
-
-def render_history(title: str, nights: Sequence[Night], sheets: Mapping[str, bytes]) -> bytes:
-    """The page. `nights` oldest first; `sheets` are PNGs by date, newest first."""
-    parts = [f"<h1>{html.escape(title)}</h1>", _summary(nights)]
-    charts = [_chart(name, note, nights, read) for name, note, read in _CHARTS]
-    parts += ["<h2>Night by night</h2>", f"<div class=tiles>{''.join(charts)}</div>"]
-    parts += ["<h2>All nights</h2>", _table(nights), "<h2>Contact sheets</h2>"]
-    parts.append(f"<div class=tiles>{''.join(_sheet(date, sheet) for date, sheet in sheets.items())}</div>")
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
-    )
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n".encode()
-
-
-def _summary(nights: Sequence[Night]) -> str:
-    if not nights:
-        return "<p>No night is complete yet.</p>"
-    last = nights[-1]
-    many = "1 night" if len(nights) == 1 else f"{len(nights)} nights"
-    text = f"{many}, {sum(n.count for n in nights):,} samples. Latest: {last.date}, {last.model}."
-    alarm = "".join(f"<li class=bad>{html.escape(line)}</li>" for line in last.drift)
-    return f"<p>{html.escape(text)}</p>" + (
-        f"<p>Unlike the nights before:</p><ul>{alarm}</ul>" if alarm else ""
-    )
-
-
-def _sheet(date: str, sheet: bytes) -> str:
-    source = f"data:image/png;base64,{base64.b64encode(sheet).decode()}"
-    image = f'<img alt="samples of {date}" src="{source}">'
-    return f'<figure id="sheet-{date}"><figcaption>{date}</figcaption>{image}</figure>'
-
-
-def _chart(name: str, note: str, nights: Sequence[Night], read: Callable[[Night], float | None]) -> str:
-    points = [(place, value) for place, night in enumerate(nights) if (value := read(night)) is not None]
-    if not points:
-        return ""
-    low, high = min(v for _, v in points), max(v for _, v in points)
-    ends_of_scale = (low, high) if high > low else (low,)
-    span = (high - low) or abs(high) or 1.0
-    low, high = low - 0.08 * span, high + 0.08 * span
-
-    def at(place: int, value: float) -> tuple[float, float]:
-        x = _LEFT + (_WIDTH - _LEFT - 10) * (place / max(1, len(nights) - 1) if len(nights) > 1 else 0.5)
-        return x, _TOP + (_HEIGHT - 2 * _TOP - 14) * (1 - (value - low) / (high - low))
-
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
-    marks = [_mark(nights[place], value, *at(place, value)) for place, value in points]
-    scale = [_scale(value, at(0, value)[1]) for value in ends_of_scale]
-    ends = {0: "start", len(nights) - 1: "end"} if len(nights) > 1 else {0: "middle"}
-    dates = [
-        f'<text x="{at(place, low)[0]:.1f}" y="{_HEIGHT - 4}" text-anchor="{anchor}">{nights[place].date}</text>'
-        for place, anchor in ends.items()
-    ]
-    drawing = f'{"".join(scale)}<polyline points="{line}" fill="none" stroke="var(--line)" stroke-width="2"/>'
-    return (
-        f"<figure><figcaption>{html.escape(name)}</figcaption><small>{html.escape(note)}</small><br>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" aria-label="{html.escape(name)}">'
-        f"{drawing}{''.join(marks)}{''.join(dates)}</svg></figure>"
-    )
-
-
-def _mark(night: Night, value: float, x: float, y: float) -> str:
-    colour = "var(--bad)" if night.drift else "var(--line)"
-    told = f"<title>{night.date}: {value:.4g}</title>"
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}">{told}</circle>'
-
-
-def _scale(value: float, y: float) -> str:
-    return (
-        f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--grid)"/>'
-        f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>'
-    )
-
-
-def _table(nights: Sequence[Night]) -> str:
-    columns = {
-        name: words
-        for name, words in _COLUMNS.items()
-        if any(name in night.evaluation.metrics for night in nights)
-    }
-    head = ["night", "model", "samples", *columns.values(), "images/s", "N of reference"]
-    rows = [_row("th", head)]
-    for night in reversed(nights):
-        values = [_figure(night, name) for name in columns]
-        cells = [f"{night.date}" + (" (deleted)" if night.deleted else ""), night.model, f"{night.count:,}"]
-        cells += ["" if value is None else _number(value) for value in values]
-        cells += [f"{night.images_per_second:.1f}", f"{night.evaluation.terms.reference_count:,}"]
-        rows.append(_row("td", cells))
-        if night.drift:
-            told = html.escape("drift: " + "; ".join(night.drift))
-            rows.append(f'<tr class=said><td class=bad colspan="{len(head)}">{told}</td></tr>')
-    return f"<div class=wide><table>{''.join(rows)}</table></div>"
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
-
-
-def _number(value: float) -> str:
-    """With as many decimals as its neighbours above and below, so that a column can be read at a glance."""
-    return "0" if value == 0 else f"{value:.4f}" if abs(value) >= 5e-5 else f"{value:.1e}"
-
-
-def _figure(night: Night, name: str) -> float | None:
-    figure = night.evaluation.metrics.get(name)
-    return None if figure is None else figure.value

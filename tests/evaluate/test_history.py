@@ -2,9 +2,11 @@
 
 import datetime as dt
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -230,7 +232,7 @@ def test_two_evaluations_stand_side_by_side() -> None:
     assert "2.25" not in "".join(table(evaluation(1.5)))
 
 
-def test_the_page_tells_of_every_night_and_escapes_what_it_is_told() -> None:
+def test_the_page_shows_every_night_and_escapes_its_texts() -> None:
     page = render_history(
         "<nights>", [night(0), night(1, 2.0, drifted=("frechet <up>",))], {"2026-03-11": b"png"}
     ).decode()
@@ -245,6 +247,27 @@ def test_the_page_tells_of_every_night_and_escapes_what_it_is_told() -> None:
     )  # beneath its night, over the whole width
     assert "<script" not in page
     assert "No night" in render_history("t", [], {}).decode()
+
+
+def test_the_charts_are_well_formed_and_their_points_inside_them() -> None:
+    nights = [night(0, 1.0), night(1, 2.0, drifted=("<&>",)), night(2, 3.0)]
+    page = render_history("t", nights, {}).decode()
+    assert page == render_history("t", nights, {}).decode()
+    charts = [ElementTree.fromstring(text) for text in re.findall("<svg.*?</svg>", page, re.DOTALL)]
+    assert [chart.get("aria-label") for chart in charts] == ["Fréchet distance", "Samples", "Throughput"]
+    for chart in charts:
+        points = [(float(mark.get("cx", "")), float(mark.get("cy", ""))) for mark in chart.iter("circle")]
+        assert [f"{x},{y}" for x, y in points] == chart.find("polyline").get("points").split()  # type: ignore[union-attr]
+        assert all(60 <= x <= 360 and 0 < y < 150 for x, y in points)
+    heights = [float(mark.get("cy", "")) for mark in charts[0].iter("circle")]
+    assert heights == sorted(
+        heights, reverse=True
+    )  # larger values are drawn higher, and SVG counts from the top
+    assert [mark.get("fill") for mark in charts[0].iter("circle")] == [
+        "var(--line)",
+        "var(--bad)",
+        "var(--line)",
+    ]
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look at the page with")
