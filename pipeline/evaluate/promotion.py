@@ -23,6 +23,7 @@ from pipeline.features.trust import require_trusted_network, require_trusted_ref
 from pipeline.generate.model_source import find_model
 from pipeline.progress import Progress, no_progress
 from pipeline.tracking import (
+    AliasHistory,
     LoggedAlias,
     ModelVersion,
     Move,
@@ -44,12 +45,12 @@ def promote(config: PromoteConfig, progress: Progress) -> Decision | None:
     None where the challenger is the champion already. MoveConflictError when another decision moved the alias first.
     """
     challenger = resolve(f"{config.model}@{config.challenger}")
-    champion = champion_of(config.model, config.champion)
+    champion, log = read_champion(config.model, config.champion)
     if champion is not None and champion.version == challenger.version:
         tag_promotion(challenger, config.champion)
         return None
     decision = decide(config.gate, challenger, champion, progress)
-    record(decision, challenger, champion, config.champion)
+    record(decision, challenger, champion, config.champion, log.number())
     return decision
 
 
@@ -58,24 +59,21 @@ def promote_after_training(gate: GateConfig, challenger: ModelVersion) -> str:
 
     An error of the gate, such as a missing feature network, becomes that line: it fails no finished training.
     """
-    champion = champion_of(challenger.name)
+    champion, log = read_champion(challenger.name, "champion")
     if champion is not None and champion.version == challenger.version:
         return f"gate     {challenger.reference} is the champion already"
     try:
         decision = decide(gate, challenger, champion, no_progress)
-        record(decision, challenger, champion, "champion")
+        record(decision, challenger, champion, "champion", log.number())
     except (UserError, JobError) as error:
         return f"gate     not run: {error}; then: ddpm promote"
     return f"gate     {decision.verdict}: {decision.reason}"
 
 
-def champion_of(name: str, alias: str = "champion") -> ModelVersion | None:
-    """The champion, or None. An alias that is behind its log is moved forward first."""
-    known = versions(name)
-    if not known:
-        return None
-    current = LoggedAlias(name, alias).follow().version
-    return next((version for version in known if version.version == current), None)
+def read_champion(name: str, alias: str) -> tuple[ModelVersion | None, AliasHistory]:
+    """The champion, or None, and the alias's history. An alias that is behind its log is moved forward first."""
+    history = LoggedAlias(name, alias).follow()
+    return next((version for version in versions(name) if version.version == history.version), None), history
 
 
 def decide(
@@ -114,10 +112,13 @@ def decide(
     )
 
 
-def record(decision: Decision, challenger: ModelVersion, champion: ModelVersion | None, alias: str) -> None:
+def record(
+    decision: Decision, challenger: ModelVersion, champion: ModelVersion | None, alias: str, seen_number: int
+) -> None:
     """Store the decision as tags of the challenger's version; if it passed, move the alias, then tag it as promoted.
 
-    MoveConflictError, with the alias untouched, when `champion` is no longer the champion.
+    `seen_number`: number of the alias's newest move when `champion` was read. MoveConflictError, with the alias
+    untouched, when it was moved since, be it away and back.
     """
     text = json.dumps(decision.model_dump(mode="json", exclude_defaults=True), separators=(",", ":"))
     if len(text) > _TAG_LIMIT:
@@ -131,7 +132,7 @@ def record(decision: Decision, challenger: ModelVersion, champion: ModelVersion 
     before = None if champion is None else champion.version
     logged = LoggedAlias(challenger.name, alias)
     try:
-        move = logged.move(before, challenger.version, "promotion")
+        move = logged.move(before, challenger.version, "promotion", seen_number=seen_number)
     except MoveConflictError:
         moves = logged.read().moves.values()
         if not any((move.kind, move.after) == ("promotion", challenger.version) for move in moves):
@@ -159,11 +160,9 @@ def roll_back(name: str, alias: str = "champion", to: int | None = None) -> str:
     """
     if not name:
         raise UserError("rollback: name the registered model, for example: ddpm rollback digits")
-    champion = champion_of(name, alias)
+    champion, log = read_champion(name, alias)
     if champion is None:
         raise UserError(f"model {name!r}: has no {alias}; see its versions in the registry")
-    logged = LoggedAlias(name, alias)
-    log = logged.read()
     last = log.last
     back = last if last is not None and last.kind == "rollback" and last.after == champion.version else None
     if to == champion.version or (to is None and back is not None):
@@ -176,7 +175,10 @@ def roll_back(name: str, alias: str = "champion", to: int | None = None) -> str:
             f"model {champion.reference}: replaced no version; name the one to go back to: --to VERSION"
         )
     previous = resolve(f"{name}/{before}")
-    _tag_rollback(logged.move(champion.version, previous.version, "rollback"), name)
+    move = LoggedAlias(name, alias).move(
+        champion.version, previous.version, "rollback", seen_number=log.number()
+    )
+    _tag_rollback(move, name)
     return f"rolled back: {name}@{alias} is {previous.reference} again, no longer {champion.reference}"
 
 

@@ -5,7 +5,7 @@ it.
 """
 
 from pipeline.telemetry.redaction import redact
-from pipeline.tracking.alias_log import LoggedAlias, Move, MoveConflictError
+from pipeline.tracking.alias_log import AliasHistory, LoggedAlias, Move, MoveConflictError
 from pipeline.tracking.cleanup import ClosedRun, close_stale_runs, sweep_spools
 from pipeline.tracking.connect import (
     TrackingError,
@@ -42,6 +42,7 @@ from pipeline.tracking.spool import Replayed, Spool, replay, replay_all, spool_f
 from pipeline.tracking.system_metrics import SystemSampler
 
 __all__ = [
+    "AliasHistory",
     "ClosedRun",
     "LoggedAlias",
     "ModelVersion",

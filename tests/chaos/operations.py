@@ -15,7 +15,7 @@ from pipeline.config.data import PackConfig
 from pipeline.config.evaluation import FeaturesConfig, PromoteConfig
 from pipeline.config.nights import NightlyConfig
 from pipeline.data.index import load_index
-from pipeline.evaluate.promotion import BEFORE_TAG, VERDICT_TAG, champion_of
+from pipeline.evaluate.promotion import BEFORE_TAG, VERDICT_TAG, read_champion
 from pipeline.features.train_classifier import train_features
 from pipeline.nightly.history import read_latest, read_nights
 from pipeline.store import open_store
@@ -235,7 +235,7 @@ class Submission(Generation):
 
 def registry(name: str) -> dict[str, object]:
     """Who is champion of a registered model, and what its versions remember."""
-    champion = champion_of(name)
+    champion, _ = read_champion(name, "champion")
     found: dict[str, object] = {"champion": None if champion is None else champion.version}
     for version in versions(name):
         verdict = version.tags.get(VERDICT_TAG, "")

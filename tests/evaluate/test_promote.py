@@ -11,7 +11,7 @@ from jobs.runner import handle_errors
 from pipeline.config.evaluation import EvaluateConfig, GateConfig
 from pipeline.evaluate import promotion
 from pipeline.evaluate.gate import Decision
-from pipeline.evaluate.promotion import champion_of, record
+from pipeline.evaluate.promotion import read_champion, record
 from pipeline.tracking import ModelVersion, MoveConflictError, alias_log
 from tests.track.one_model import Registry, Stepped
 from tests.turns import Died
@@ -58,8 +58,8 @@ def _ask(client: Any, name: str, *args: object) -> Any:
     return getattr(client, name)(*args)  # looked up for each request: that is what a stepped client counts
 
 
-def promoted(models: Models, challenger: int, champion: int | None) -> None:
-    """A gate that let `challenger` pass against `champion` writes its decision."""
+def promoted(models: Models, challenger: int, champion: int | None, seen_number: int = 0) -> None:
+    """A gate that began after move `seen_number` and let `challenger` pass against `champion` writes its decision."""
     decision = Decision(
         verdict="promoted",
         reason="it is better",
@@ -74,7 +74,7 @@ def promoted(models: Models, challenger: int, champion: int | None) -> None:
         decided_at=0,
     )
     theirs = None if champion is None else models.resolve(f"digits/{champion}")
-    record(decision, models.resolve(f"digits/{challenger}"), theirs, "champion")
+    record(decision, models.resolve(f"digits/{challenger}"), theirs, "champion", seen_number)
 
 
 def test_a_challenger_that_was_compared_with_a_champion_of_before_is_not_promoted(models: Models) -> None:
@@ -101,11 +101,19 @@ def test_one_promotion_by_two_jobs_is_one_move_and_both_say_promoted(models: Mod
 
 def test_what_became_of_a_promoted_version_since_is_not_overwritten_by_a_late_job(models: Models) -> None:
     promoted(models, 3, 2)
-    promoted(models, 4, 3)
+    promoted(models, 4, 3, seen_number=1)
     with pytest.raises(MoveConflictError, match="means version 4 by now"):
         promoted(models, 3, 2)
     assert models.version_tags[3]["ddpm.gate"] == "promoted"
     assert models.aliases["champion"] == 4
+
+
+def test_a_late_promotion_does_not_undo_a_rollback(models: Models) -> None:
+    promoted(models, 3, 2)
+    alias_log.LoggedAlias("digits").move(3, 2, "rollback")
+    with pytest.raises(MoveConflictError, match="moved away from version 2 and back"):
+        promoted(models, 3, 2)
+    assert models.aliases["champion"] == 2
 
 
 def test_who_is_overtaken_exits_with_1_in_one_line(
@@ -128,7 +136,7 @@ def test_a_promotion_that_is_killed_at_any_request_is_whole_or_has_not_been(
         except Died:
             ended = False
         connect(there, there, monkeypatch)
-        champion = champion_of("digits")
+        champion, _ = read_champion("digits", "champion")
         assert champion is not None
         if champion.version == 2:
             assert not ended
@@ -150,7 +158,7 @@ def test_a_rollback_that_is_killed_at_any_request_and_repeated_goes_back_once(
         there = Models(1)
         connect(there, there, monkeypatch)
         promoted(there, 2, 1)
-        promoted(there, 3, 2)
+        promoted(there, 3, 2, seen_number=1)
         connect(there, Stepped(there, None, 0, dies_at), monkeypatch)
         try:
             rollback("digits")
@@ -171,7 +179,7 @@ def test_a_repeated_rollback_says_that_it_is_done_and_how_to_go_further(
     models: Models, capsys: pytest.CaptureFixture[str]
 ) -> None:
     promoted(models, 3, 2)
-    promoted(models, 4, 3)
+    promoted(models, 4, 3, seen_number=1)
     assert rollback("digits") == 0
     assert "rolled back: digits@champion is digits/3 again, no longer digits/4" in capsys.readouterr().out
     assert rollback("digits") == 0
@@ -186,7 +194,7 @@ def test_a_repeated_rollback_says_that_it_is_done_and_how_to_go_further(
 def test_a_rollback_after_a_promotion_goes_to_whom_it_replaced(models: Models) -> None:
     promoted(models, 3, 2)
     assert rollback("digits") == 0
-    promoted(models, 4, 2)
+    promoted(models, 4, 2, seen_number=2)
     assert rollback("digits") == 0
     assert models.aliases["champion"] == 2
 
