@@ -173,11 +173,12 @@ def replay(
     end(work)
 
 
-@app.command(rich_help_panel=CLUSTER, epilog=examples("ddpm janitor --idle-minutes 60"))
-def janitor(
-    idle_minutes: Annotated[float, typer.Option(help="Without a sign of life for this long.")] = 30.0,
+@app.command("janitor", hidden=True, epilog=examples("ddpm janitor"))  # the former name
+@app.command(rich_help_panel=CLUSTER, epilog=examples("ddpm cleanup --idle-minutes 60"))
+def cleanup(
+    idle_minutes: Annotated[float, typer.Option(help="Only what showed no activity for this long.")] = 30.0,
 ) -> None:
-    """Close runs that say RUNNING although their job is dead, and remove this machine's delivered spools."""
+    """Close runs of dead jobs that are still RUNNING, and remove delivered spools of this machine."""
 
     def work() -> int:
         from pipeline.tracking import close_stale_runs, spool_folder, sweep_spools

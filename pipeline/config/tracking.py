@@ -22,7 +22,7 @@ class TrackConfig(Settings):
     """
 
     heartbeat_seconds: float = Field(default=60.0, ge=1.0, le=3600.0)
-    """How often a living run says so; the patience of `ddpm janitor` must be several times this."""
+    """Interval of a running job's heartbeats; `ddpm cleanup --idle-minutes` must be several times this."""
 
     system_metrics_seconds: float | None = Field(default=30.0, ge=1.0, le=3600.0)
     """Interval of processor and memory readings, one sampler a node; None disables them."""

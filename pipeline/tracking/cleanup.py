@@ -1,4 +1,4 @@
-"""What nobody cleans up: runs that a killed driver left RUNNING, and spools whose points have all been delivered."""
+"""Cleanup: close runs that a killed driver left RUNNING, and remove spools that are fully delivered."""
 
 import shutil
 import time
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClosedRun:
-    """A run that was closed, and how long it had been silent."""
+    """A run that was closed, and how long it had shown no activity."""
 
     run_id: str
     name: str
@@ -49,71 +49,71 @@ def close_stale_runs(
     now_seconds: float | None = None,
     uri: str | None = None,
 ) -> list[ClosedRun]:
-    """End the pipeline's runs that are RUNNING without a sign of life for `idle_minutes`; returns them.
+    """Close the pipeline's runs that are RUNNING without activity for `idle_minutes`; returns them.
 
-    Looks at one experiment, or at all. A sign of life is the opening of the run and every heartbeat of its
-    spool. Runs of other programs are left alone. A closed run can still be resumed by its own driver, and the next
-    heartbeat of one that lives after all opens it again.
+    Looks at one experiment, or at all. Activity is the opening of the run and every heartbeat of its spool. Runs of
+    other programs are left alone. A closed run can still be resumed by its own driver, and the next heartbeat of a
+    job that is alive after all reopens it.
     """
     client = tracking_client(require_server(uri))
     now = time.time() if now_seconds is None else now_seconds
     closed: list[ClosedRun] = []
     for run in _running(client, _experiment_ids(client, experiment)):
-        idle = now - _last_sign(run)
+        idle = now - _last_active(run)
         if idle >= idle_minutes * 60 and _close(client, run, idle, status):
             closed.append(ClosedRun(run.info.run_id, run.info.run_name or run.info.run_id, idle))
     return closed
 
 
 def _close(client: "MlflowClient", run: "MlflowRun", idle_seconds: float, status: EndStatus) -> bool:
-    """Close a run unless it gave a sign of life since it was listed; MLflow has no conditional write, so that this
-    looks before and after. A sign that comes still later opens the run again (see Sender.beat).
+    """Close a run unless it was active since it was listed. MLflow has no conditional write, so this checks before
+    and after. Activity that comes still later reopens the run (see Sender.send_heartbeat).
     """
     run_id = run.info.run_id
     fresh = client.get_run(run_id)
-    if fresh.info.status != "RUNNING" or _signs(fresh) != _signs(run):
+    if fresh.info.status != "RUNNING" or _activity(fresh) != _activity(run):
         return False
     client.set_tag(run_id, STALE_TAG, str(time.time()))
-    reason = f"no sign of life for {idle_seconds / 60:.0f} minutes; closed by the janitor"
+    reason = f"no activity for {idle_seconds / 60:.0f} minutes; closed by ddpm cleanup"
     client.set_tag(run_id, REASON_TAG, reason)
     client.set_terminated(run_id, status)
     after = client.get_run(run_id)
-    if _signs(after) == _signs(run):
+    if _activity(after) == _activity(run):
         return True
     reopen(client, after)
     return False
 
 
-def _signs(run: "MlflowRun") -> tuple[str | None, str | None]:
-    """What every sign of life changes: the heartbeat, and who opened the run."""
+def _activity(run: "MlflowRun") -> tuple[str | None, str | None]:
+    """What any activity changes: the heartbeat, and who opened the run."""
     return run.data.tags.get(HEARTBEAT_TAG), run.data.tags.get(OPENED_TAG)
 
 
 def sweep_spools(root: Path, idle_minutes: float = 30.0, *, now_seconds: float | None = None) -> list[Path]:
-    """Remove the spools below `root` that MLflow has all of; returns them.
+    """Remove the spools below `root` that are fully delivered; returns them.
 
-    Kept is a spool with anything undelivered or refused, one that a living process delivers, and one that was
-    written to within `idle_minutes`.
+    A spool stays if anything in it is undelivered or refused, if a running process delivers it, or if it was written
+    to within `idle_minutes`.
     """
     now = time.time() if now_seconds is None else now_seconds
     if root.exists():
         require_own(root)
-    swept: list[Path] = []
+    removed: list[Path] = []
     for directory in sorted(path.parent for path in root.glob("*/run.json")):
         if now - _last_written(directory) < idle_minutes * 60 or (directory / "refused.jsonl").exists():
             continue
         with closing(Journal(directory)) as journal:
-            # In this order: whoever opens the spool now waits, finds it gone, and makes it anew.
+            # In this order: whoever opens the spool now waits, finds it gone, and creates it anew.
             if journal.is_alone() and journal.claim() and journal.undelivered() == 0:
                 gone = directory.with_name(f".swept-{uuid.uuid4().hex}")
                 directory.rename(gone)
                 shutil.rmtree(gone)
-                swept.append(directory)
-    return swept
+                removed.append(directory)
+    return removed
 
 
 def _last_written(directory: Path) -> float:
-    """Unix time of the newest file; a living process may meanwhile rename and delete them."""
+    """Unix time of the newest file; a running process may meanwhile rename and delete some."""
     newest = 0.0
     for file in directory.rglob("*"):
         with suppress(FileNotFoundError):
@@ -139,7 +139,7 @@ def _running(client: "MlflowClient", experiment_ids: list[str]) -> "Iterator[Mlf
             return
 
 
-def _last_sign(run: "MlflowRun") -> float:
+def _last_active(run: "MlflowRun") -> float:
     """Unix time of the newest heartbeat, or of the start."""
     try:
         return max(float(run.data.tags.get(HEARTBEAT_TAG, "0")), run.info.start_time / 1000)

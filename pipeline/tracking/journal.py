@@ -188,7 +188,7 @@ class Journal:
             try:
                 fd = open_private(self._points, os.O_RDWR | os.O_APPEND | os.O_CREAT)
             except FileNotFoundError:
-                continue  # removed in between, as by `ddpm janitor`
+                continue  # removed in between, as by `ddpm cleanup`
             fcntl.flock(fd, fcntl.LOCK_SH)
             if _is_at(fd, self._points):
                 return fd

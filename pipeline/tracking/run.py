@@ -33,7 +33,7 @@ REASON_TAG = "ddpm.end_reason"
 RESUMES_TAG = "ddpm.resumes"
 OPENED_TAG = "ddpm.opened_by"
 STALE_TAG = "ddpm.closed_as_stale"
-"""Set on a run that was closed from outside because it gave no sign of life: the next sign opens it again."""
+"""Set on a run that was closed from outside for lack of activity: the next heartbeat reopens it."""
 CONFIG_PATH = "config/config.yaml"
 MAX_PARAMS = 8  # the UI repeats every parameter above each image
 
@@ -146,14 +146,14 @@ def finish(
     uri: str | None = None,
     wait_seconds: float = 60.0,
 ) -> bool:
-    """End the run for good; False when the server stayed away (the janitor then closes it later)."""
+    """End the run for good; False when the server stayed away (`ddpm cleanup` then closes it later)."""
     client = tracking_client(uri)
 
     def end() -> None:
         if reason:
             client.set_tag(run_id, REASON_TAG, redact(reason)[:5000])
         if STALE_TAG in client.get_run(run_id).data.tags:
-            client.delete_tag(run_id, STALE_TAG)  # a late sign of life must not open what ended
+            client.delete_tag(run_id, STALE_TAG)  # a late heartbeat must not reopen what ended
         client.set_terminated(run_id, status)
 
     try:

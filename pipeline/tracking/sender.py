@@ -81,7 +81,7 @@ class Sender:
                 (self._journal.files / name).unlink(missing_ok=True)
         return True
 
-    def beat(self) -> None:
+    def send_heartbeat(self) -> None:
         """Tell the server that this run is alive; one that was closed as dead is RUNNING again."""
         self._client.set_tag(self._run_id, HEARTBEAT_TAG, str(time.time()))
         reopen_if_closed_as_stale(self._client, self._run_id)

@@ -67,7 +67,7 @@ class Spool:
         self._sender = Sender(self._journal, tracking_client(address), run_id)
         self._interval = send_interval_seconds
         self._heartbeat = heartbeat_seconds
-        self._next_beat = 0.0
+        self._next_heartbeat = 0.0
         self._names: dict[str, str] = {}
         self._closing = threading.Event()
         self._deadline = math.inf
@@ -177,9 +177,9 @@ class Spool:
                 return True  # another process delivers this directory; when it dies, this one takes over
             while self._sender.send_next() and time.monotonic() < self._deadline:
                 pass
-            if time.monotonic() >= self._next_beat:
-                self._sender.beat()
-                self._next_beat = time.monotonic() + self._heartbeat
+            if time.monotonic() >= self._next_heartbeat:
+                self._sender.send_heartbeat()
+                self._next_heartbeat = time.monotonic() + self._heartbeat
         except Exception as error:
             if is_outage(error) or is_denied(error):
                 state = "refuses us" if is_denied(error) else "is away"

@@ -218,7 +218,7 @@ class Cleanup(_Operation):
                 set_tags(run.run_id, {HEARTBEAT_TAG: str(time.time() + AHEAD_SECONDS)})
 
     def start(self, variables: Mapping[str, str]) -> None:
-        self.run("cleanup", None, variables, ("janitor", "--idle-minutes", "0"))
+        self.run("cleanup", None, variables, ("cleanup", "--idle-minutes", "0"))
 
     def fingerprint(self) -> Fingerprint:
         return {key: run.status for key in ("dead", "alive") if (run := find_run(self.experiment, key))}

@@ -184,7 +184,7 @@ def test_the_end_of_a_run_waits_out_an_outage(relay: Relay, client: "MlflowClien
     assert client.get_run(run.run_id).info.status == "FINISHED"
 
 
-def test_the_janitor_closes_silent_runs_only(server: str, client: "MlflowClient", new_run: NewRun) -> None:
+def test_cleanup_closes_silent_runs_only(server: str, client: "MlflowClient", new_run: NewRun) -> None:
     silent, living, ended = new_run("silent"), new_run("living"), new_run("ended")
     finish(ended.run_id, "FINISHED", uri=server)
     foreign = client.create_run(silent.experiment_id)
@@ -196,12 +196,12 @@ def test_the_janitor_closes_silent_runs_only(server: str, client: "MlflowClient"
     assert not ids & {living.run_id, ended.run_id, foreign.info.run_id}
     seen = client.get_run(silent.run_id)
     assert seen.info.status == "KILLED"
-    assert "no sign of life for 60 minutes" in seen.data.tags["ddpm.end_reason"]
+    assert "no activity for 60 minutes" in seen.data.tags["ddpm.end_reason"]
     assert client.get_run(living.run_id).info.status == "RUNNING"
     assert close_stale_runs("no such experiment", uri=server) == []
 
 
-def test_a_run_closed_by_the_janitor_is_resumed_by_its_driver(server: str, new_run: NewRun) -> None:
+def test_a_run_closed_by_cleanup_is_resumed_by_its_driver(server: str, new_run: NewRun) -> None:
     run = new_run()
     close_stale_runs(EXPERIMENT, idle_minutes=30, now_seconds=time.time() + 3600, uri=server)
     again = new_run()

@@ -1,4 +1,4 @@
-"""A run that lives is not closed for good, whenever it says so."""
+"""Cleanup does not close a running job's run for good, whenever its heartbeat arrives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -67,7 +67,7 @@ class Registry:
         self.status = status
 
     def beat(self) -> None:
-        """As a living run's spool does it (Sender.beat)."""
+        """As a living run's spool does it (Sender.send_heartbeat)."""
         self.tags[HEARTBEAT_TAG] = "5000.0"
         reopen_if_closed_as_stale(self, RUN)  # pyright: ignore[reportArgumentType]
 
@@ -92,14 +92,14 @@ def test_a_silent_run_is_closed_with_its_reason(server: Registry) -> None:
 
 
 @pytest.mark.parametrize("moment", ["get_run 1", "set_tag 1", "set_tag 2", "set_terminated 1", "get_run 2"])
-def test_a_sign_of_life_while_the_janitor_works_leaves_the_run_open(server: Registry, moment: str) -> None:
+def test_a_sign_of_life_during_cleanup_leaves_the_run_open(server: Registry, moment: str) -> None:
     server.meanwhile[moment] = server.beat
     assert clean() == 0
     assert server.status == "RUNNING"
     assert not {REASON_TAG, STALE_TAG} & server.tags.keys()
 
 
-def test_a_sign_of_life_after_the_janitor_opens_the_run_again(server: Registry) -> None:
+def test_a_sign_of_life_after_cleanup_opens_the_run_again(server: Registry) -> None:
     assert clean() == 1
     server.beat()
     assert server.status == "RUNNING"
