@@ -13,7 +13,7 @@ from pipeline.generate.layout import CLAIM_PREFIX, CONTACT_KEY, JOBS_PREFIX, REP
 from pipeline.generate.listing import RecordAggregate, aggregate_records, list_prefix
 from pipeline.generate.manifest import Manifest, make_entries, make_manifest, read_manifest, write_manifest
 from pipeline.generate.proven_count import raise_count
-from pipeline.generate.report import grid_rows, load_images, render, row_labels
+from pipeline.generate.report import grid_rows, load_images, render_report, row_labels
 from pipeline.generate.spec import Spec
 from pipeline.store import ObjectMissing, Store, StoreUnreachable
 from pipeline.store.prefix_claim import clear_claims
@@ -46,7 +46,7 @@ def publish_manifest(
         require_newest(store, spec, class_names)  # then its last shard is gone with good reason
         raise
     sheet = encode_image(image_grid(grid_rows(gallery), row_labels(gallery, class_names)), "png")
-    report = render(spec, manifest.statistics, class_names, sheet, gallery)
+    report = render_report(spec, manifest.statistics, class_names, sheet, gallery)
     for _ in range(_ATTEMPTS):
         require_newest(store, spec, class_names)
         store.write(

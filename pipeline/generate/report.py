@@ -1,7 +1,5 @@
 """The report: one self-contained HTML page on a generation. It holds no times: same work, same bytes."""
 
-import base64
-import html
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +12,7 @@ from pipeline.generate.class_labels import class_name, classes_of
 from pipeline.generate.manifest import Statistics
 from pipeline.generate.plan import Shard, locate
 from pipeline.generate.spec import Spec, pretty
+from pipeline.html_page import render_page
 from pipeline.store import Store
 
 COLUMNS = 12
@@ -21,13 +20,6 @@ _MAX_ROWS = 24
 _LONGEST_LABEL = 40
 _MAX_SHARDS = 4
 _LOOK_AHEAD = 100_000
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: left }
-img { image-rendering: pixelated; max-width: 100% } pre { background: #f5f5f5; padding: 1rem; overflow: auto }
-.bar { background: #4a7ab5; height: .9rem; display: inline-block; vertical-align: middle }
-"""
 
 
 def chosen(spec: Spec) -> dict[int | None, list[int]]:
@@ -77,7 +69,7 @@ def _images(store: Store, spec: Spec, indexes: list[int]) -> Iterator[tuple[int,
                 yield int(key), decode_image(files[spec.image_format], (spec.size, spec.size, spec.channels))
 
 
-def render(
+def render_report(
     spec: Spec,
     statistics: Statistics,
     class_names: tuple[str, ...] | None,
@@ -86,23 +78,26 @@ def render(
 ) -> bytes:
     """The page as bytes. `sheet` is the contact sheet's PNG."""
     version = "" if spec.model.version is None else f" version {spec.model.version}"
-    # completeness.py reads the count from this title.
-    title = f"{spec.count:,} samples of {spec.model.name}{version}"
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        _facts(spec, statistics),
-        "<h2>Contact sheet</h2>",
-        _image(sheet, "contact sheet"),
-        _histogram(statistics, class_names),
-        _class_grids(gallery, class_names),
-        f"<h2>Spec</h2><pre>{html.escape(pretty(spec.model_dump(mode='json')).decode())}</pre>",
-    ]
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n".encode()
+    return render_page(
+        "report.html",
+        # completeness.py reads the count from this title.
+        title=f"{spec.count:,} samples of {spec.model.name}{version}",
+        facts=_facts(spec, statistics),
+        sheet=sheet,
+        classes=[
+            (class_name(label, class_names), count) for label, count in (statistics.classes or {}).items()
+        ],
+        class_grids=[
+            (class_name(label, class_names), encode_image(image_grid([images]), "png"))
+            for label, images in gallery.items()
+            if label is not None and images
+        ],
+        spec=pretty(spec.model_dump(mode="json")).decode(),
+    )
 
 
-def _facts(spec: Spec, statistics: Statistics) -> str:
-    rows = {
+def _facts(spec: Spec, statistics: Statistics) -> dict[str, str]:
+    return {
         "spec digest": spec.digest,
         "weights": f"{spec.model.weights}, sha256 {spec.model.sha256}",
         "indexes": f"{spec.first_index} to {spec.first_index + spec.count - 1}",
@@ -113,36 +108,3 @@ def _facts(spec: Spec, statistics: Statistics) -> str:
         "constant images": str(statistics.constant),
         "saturated images": str(statistics.saturated),
     }
-    return _table([(html.escape(name), html.escape(value)) for name, value in rows.items()])
-
-
-def _histogram(statistics: Statistics, names: tuple[str, ...] | None) -> str:
-    if not statistics.classes:
-        return ""
-    most = max(statistics.classes.values())
-    rows = [
-        (
-            html.escape(class_name(label, names)),
-            f'<span class=bar style="width:{20 * count / most:.2f}rem"></span> {count}',
-        )
-        for label, count in statistics.classes.items()
-    ]
-    return f"<h2>Classes</h2>{_table(rows)}"
-
-
-def _class_grids(gallery: dict[int | None, list[Pixels]], names: tuple[str, ...] | None) -> str:
-    parts = [
-        f"<h3>{html.escape(class_name(label, names))}</h3>"
-        + _image(encode_image(image_grid([images]), "png"), f"class {class_name(label, names)}")
-        for label, images in gallery.items()
-        if label is not None and images
-    ]
-    return "<h2>By class</h2>" + "".join(parts) if parts else ""
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    return "<table>" + "".join(f"<tr><th>{a}</th><td>{b}</td></tr>" for a, b in rows) + "</table>"
-
-
-def _image(data: bytes, text: str) -> str:
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
