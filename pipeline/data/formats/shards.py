@@ -20,8 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from webdataset.writer import TarWriter
-
 from pipeline.data.formats.tar import BLOCK, Member, Reader, read_members
 from pipeline.errors import DamageError
 
@@ -44,6 +42,8 @@ class ShardStream:
     """
 
     def __init__(self, out: BinaryIO) -> None:
+        from webdataset.writer import TarWriter  # imports torch, which reading shards does without
+
         self._sink, self._seen = _Sink(out), set[str]()
         file = cast(BinaryIO, self._sink)
         self._tar = TarWriter(
