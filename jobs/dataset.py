@@ -45,12 +45,12 @@ def index(
             dest=dest,
         )
         with ray_map_for(
-            len(found.unknown), ENOUGH_SHARDS, local_paths=not found.location.root.startswith("s3:")
+            len(found.to_scan), ENOUGH_SHARDS, local_paths=not found.location.root.startswith("s3:")
         ) as spread:
             made = found.build(spread, progress)
     echo(f"indexed: {made.num_samples:,} samples in {len(made.shards):,} shards, digest {made.digest[:12]}")
-    if found.known:
-        echo(f"known    {len(found.known):,} shards, unchanged by size and tag; {len(found.unknown):,} read")
+    if found.reused:
+        echo(f"known    {len(found.reused):,} shards, unchanged by size and tag; {len(found.to_scan):,} read")
     echo(f"classes  {_classes(made)}")
     for line in (*found.notes, *_left_out(made)):
         echo(line)

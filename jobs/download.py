@@ -5,7 +5,7 @@ from pathlib import Path
 from jobs.progress_bar import progress_of
 from jobs.runner import DONE, INTERRUPTED, use_running_stack
 from pipeline.data.location import Location
-from pipeline.data.reading.download_dataset import Download, download_data_set
+from pipeline.data.reading.download_dataset import Download, download_dataset
 from pipeline.errors import UserError
 from pipeline.generate.download_generation import download_generation
 from pipeline.generate.layout import SPEC_KEY
@@ -39,7 +39,7 @@ def _run(prefix: str, folder: str, unpack: bool, as_json: bool) -> int:
             manifest, made = download_generation(prefix, spec, folder, unpack, progress)
             count, then = manifest.count, f"ddpm verify {made.folder.root.as_uri()}"
         else:
-            index, made = download_data_set(prefix, folder, unpack, progress)
+            index, made = download_dataset(prefix, folder, unpack, progress)
             count = index.num_samples
             then = f"ddpm inspect {_again(made.folder.root, location.pattern)}"
     if as_json:
@@ -60,15 +60,15 @@ def _facts(made: Download, count: int) -> dict[str, object]:
         "images": count,
         "bytes": made.total_bytes,
         "shards_fetched": made.fetched,
-        "shards_kept": made.kept,
+        "shards_kept": made.present,
         "unpacked": None if made.images is None else str(made.images.folder.root),
     }
 
 
 def _lines(made: Download, count: int) -> list[str]:
     lines = [f"brought  {count:,} images, {made.total_bytes:,} bytes, to {made.folder.root}"]
-    if made.kept:
-        lines.append(f"kept     {made.kept:,} shards that were there; {made.fetched:,} fetched")
+    if made.present:
+        lines.append(f"kept     {made.present:,} shards that were there; {made.fetched:,} fetched")
     if made.images is not None:
         lines.append(f"images   {made.images.folder.root}")
     return lines

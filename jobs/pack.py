@@ -10,7 +10,7 @@ from jobs.runner import DONE, INTERRUPTED, JobArguments, run_job
 from pipeline.config.data import PackConfig
 from pipeline.data.packing.open_source import require_source
 from pipeline.data.packing.pack_dataset import PackReport, held_out_uri, local_parallel_map, pack
-from pipeline.data.packing.pack_state import look_at_place
+from pipeline.data.packing.pack_state import read_destination
 from pipeline.parallel import ParallelMap
 from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo, echo_json
@@ -56,7 +56,7 @@ class Places:
 def estimate_pack(config: PackConfig) -> Places:
     """Look whether source and destination can be used. Raises UserError when they cannot."""
     require_source(config)
-    plan = look_at_place(config)
+    plan = read_destination(config)
     return Places(
         "is there", "is empty" if plan is None else "holds a pack of these settings, begun or finished"
     )

@@ -127,7 +127,7 @@ class Index(BaseModel):
         return open_store(self.location.root)
 
     @cached_property
-    def home(self) -> Store:
+    def index_store(self) -> Store:
         """The store of the index and its member tables."""
         return open_store(Location.of(self.uri).root)
 
@@ -225,7 +225,7 @@ def assemble_index(
     shards = tuple(entry for entry, _ in pairs)
     if not sum(shard.num_samples for shard in shards):
         raise UserError(f"{location.uri}: the shards hold no samples with a picture; check the prefix")
-    labelled = _labelled(location.uri, shards)
+    labelled = _require_labels(location.uri, shards)
     highest = max(shard.max_label for shard in shards)
     if labelled and class_names is not None and highest >= len(class_names):
         raise UserError(
@@ -280,7 +280,7 @@ def load_index(uri: str, *, check: bool = True) -> Index:
         data = store.read(location.index_name)
     except ObjectMissing:
         store.require_container()
-        raise _no_index(store, uri, location.index_name) from None
+        raise _no_index_error(store, uri, location.index_name) from None
     try:
         content = from_json(data)  # which, unlike json, refuses nesting without end
         index = Index.model_validate({**content, "uri": uri, "name": location.index_name})
@@ -305,13 +305,13 @@ def _require_shards_uri(index: Index, where: str) -> None:
         on_disk = index.store.uri.startswith("file:")
     except UserError as error:
         raise UserError(f"{where}: shards_uri: {error}") from None
-    if on_disk and not index.home.uri.startswith("file:"):
+    if on_disk and not index.index_store.uri.startswith("file:"):
         raise UserError(
             f"{where}: names shards on a disk ({index.shards_uri}); an index in a bucket is of shards in buckets"
         )
 
 
-def _no_index(store: Store, uri: str, name: str) -> UserError:
+def _no_index_error(store: Store, uri: str, name: str) -> UserError:
     if store.stat(PLAN_KEY) is not None:
         return UserError(
             f"{uri}: a pack was begun there and not finished: run the same ddpm pack again (dest={uri})"
@@ -330,7 +330,7 @@ def read_table(index: Index, shard: int, store: Store | None = None) -> MemberTa
     """The member rows of a shard, (num_samples,) of MEMBER. Raises DamageError when they are not those
     indexed.
     """
-    store = store or index.home
+    store = store or index.index_store
     entry = index.shards[shard]
     start = index.tables_offset + int(index.starts[shard]) * MEMBER.itemsize
     data = store.read_range(index.tables, start, entry.num_samples * MEMBER.itemsize)
@@ -353,7 +353,7 @@ def _npy_parts(table: MemberTable) -> tuple[bytes, bytes]:
     return out.getvalue(), table.tobytes()
 
 
-def _labelled(uri: str, shards: Sequence[ShardEntry]) -> bool:
+def _require_labels(uri: str, shards: Sequence[ShardEntry]) -> bool:
     total = sum(shard.num_labelled for shard in shards)
     if total == 0:
         return False
@@ -367,8 +367,8 @@ def _labelled(uri: str, shards: Sequence[ShardEntry]) -> bool:
 
 
 def _require_fresh(index: Index) -> None:
-    again = remedy(index.home, index.uri)
-    rows = index.home.stat(index.tables)
+    again = remedy(index.index_store, index.uri)
+    rows = index.index_store.stat(index.tables)
     if rows is None or rows.size_bytes < index.tables_offset + MEMBER.itemsize * sum(
         shard.num_samples for shard in index.shards
     ):

@@ -21,8 +21,8 @@ MAX_DIGITS = 100
 _GROUP = re.compile(r"\{([^{}]*)\}")
 _STEP = r"(?:\.\.-?\d+)?$"
 _RANGE, _LETTERS = re.compile(rf"(-?\d+)\.\.(-?\d+){_STEP}"), re.compile(rf"[A-Za-z]\.\.[A-Za-z]{_STEP}")
-_MOST_LETTERS = 52
-_MOST_NAMED = 5
+_NUM_LETTERS = 52
+_MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class Location:
                 yield info
 
 
-def require_all(what: str, missing: Sequence[str]) -> None:
+def require_matches(what: str, missing: Sequence[str]) -> None:
     """Raise UserError when something that a pattern names is not there; `what` begins the line."""
     if missing:
-        named = ", ".join(missing[:_MOST_NAMED]) + (", …" if len(missing) > _MOST_NAMED else "")
+        named = ", ".join(missing[:_MAX_LISTED]) + (", …" if len(missing) > _MAX_LISTED else "")
         raise UserError(
             f"{what}: {len(missing)} of what it names are not there: {named}; get them, or name those that are there"
         )
@@ -97,7 +97,7 @@ def expand(pattern: str) -> list[str]:
 
     Braces without their counterpart are a part of the name. Raises UserError beyond a million names.
     """
-    if _most_expanded(pattern) > MAX_EXPANDED:
+    if _max_names(pattern) > MAX_EXPANDED:
         raise UserError(f"{pattern[:200]}: stands for more than {MAX_EXPANDED:,} names; use a wildcard")
     try:
         return list(braceexpand(pattern, escape=False))
@@ -105,11 +105,11 @@ def expand(pattern: str) -> list[str]:
         return [pattern]
 
 
-def _most_expanded(pattern: str) -> int:
+def _max_names(pattern: str) -> int:
     """No fewer names than a pattern stands for, told without writing them out: braces within braces multiply."""
     total, groups = 1, 0
     while total <= MAX_EXPANDED and (group := _GROUP.search(pattern)):
-        total *= _options(group[1])
+        total *= _num_choices(group[1])
         groups += 1
         pattern = f"{pattern[: group.start()]}-{pattern[group.end() :]}"
         if groups > MAX_GROUPS:
@@ -117,10 +117,10 @@ def _most_expanded(pattern: str) -> int:
     return total
 
 
-def _options(group: str) -> int:
+def _num_choices(group: str) -> int:
     """How many a pair of braces chooses from, by what stands in it; a step makes them fewer."""
     if (numbers := _RANGE.match(group)) is None:
-        return _MOST_LETTERS if _LETTERS.match(group) else group.count(",") + 1
+        return _NUM_LETTERS if _LETTERS.match(group) else group.count(",") + 1
     if len(group) > MAX_DIGITS:
         return MAX_EXPANDED + 1
     return abs(int(numbers[2]) - int(numbers[1])) + 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config.json_document import parse_document
 from pipeline.data.formats.shards import read_shard
-from pipeline.data.reading.download_dataset import Download, Piece, image_folder, local_folder
+from pipeline.data.reading.download_dataset import Download, RemoteObject, image_folder, local_folder
 from pipeline.data.reading.unpack import ImageFolder
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.class_labels import labels_of
@@ -51,11 +51,11 @@ def download_generation(
             raise UserError(f"{uri}: was written anew at this moment; try again")
         total = sum(entry.bytes for entry in read_entries(held))
         download = Download(store, folder, total, progress, images=images)
-        download.document(SPEC_KEY)
+        download.copy_document(SPEC_KEY)
         again = f"run ddpm verify {uri} --discard-damaged, the same ddpm generate, and this command again"
-        download.shards(partial(_bring_shard, download, spec), enumerate(read_entries(held)), again)
-        download.document(CONTACT_KEY)
-        download.document(REPORT_KEY)
+        download.process_all(partial(_bring_shard, download, spec), enumerate(read_entries(held)), again)
+        download.copy_document(CONTACT_KEY)
+        download.copy_document(REPORT_KEY)
         with held.open(MANIFEST_KEY) as file, folder.new(MANIFEST_KEY) as out:
             shutil.copyfileobj(file, out)
     here = FileStore(root)
@@ -104,7 +104,7 @@ def _bring_shard(download: Download, spec: Spec, numbered: tuple[int, ManifestSh
     unit = shard(spec, number)
     if (entry.key, entry.first_index, entry.count) != (unit.key, unit.first, unit.count):
         raise DamageError(f"{MANIFEST_KEY}: its entry {number} is {entry.key}, the plan says {unit.key}")
-    download.bring(Piece(unit.key, entry.bytes, entry.sha256))
+    download.download(RemoteObject(unit.key, entry.bytes, entry.sha256))
     if download.images is not None:
         _unpack(download.folder.path(unit.key), spec, unit, download.images)
     if not _record_there(download.folder, spec, unit, entry):

@@ -20,7 +20,7 @@ from pipeline.data.index import Index, load_index, read_table
 from pipeline.data.packing.build_index import build_index
 from pipeline.data.reading.order import GlobalOrder
 from pipeline.data.reading.shard_cache import (
-    ADMISSION,
+    ADMISSION_LOCK,
     CacheAccess,
     Prefetcher,
     ShardCache,
@@ -45,7 +45,7 @@ class Counting(FileStore):
 
 def used_bytes(directory: Path) -> int:
     """What the limit is about: finished shards, and those on their way at their full size, at one moment."""
-    with (directory / ADMISSION).open("a") as lock:
+    with (directory / ADMISSION_LOCK).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return sum(path.stat().st_size for path in directory.iterdir() if path.suffix in (".shard", ".part"))
 
@@ -214,7 +214,7 @@ def test_the_next_window_is_there_before_it_is_asked_for(uri: str, tmp_path: Pat
     _, cache = cache_of(uri, tmp_path / "cache")
     order = GlobalOrder(index.counts, 0, 2)
     ahead = Prefetcher(cache, order)
-    ahead.at(0)
+    ahead.advance(0)
     window = order.window_at(0)
     wanted = {*window.shards.tolist(), *order.next_window(window).shards.tolist()}
     deadline = time.monotonic() + 20
@@ -324,7 +324,7 @@ def test_a_link_planted_in_the_cache_is_not_followed(uri: str, tmp_path: Path, s
     victim = tmp_path / "precious"
     victim.write_text("ten years of work")
     _, cache = cache_of(uri, tmp_path / "cache")
-    planted = cache.directory / ADMISSION if suffix == "admission" else cache.path(0).with_suffix(suffix)
+    planted = cache.directory / ADMISSION_LOCK if suffix == "admission" else cache.path(0).with_suffix(suffix)
     planted.symlink_to(victim)
     with pytest.raises(UserError, match="is a link or no plain file; remove it"):
         cache.open(0)

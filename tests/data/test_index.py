@@ -46,10 +46,10 @@ def test_an_index_copied_with_its_data_is_good_there(tmp_path: Path, uri: str) -
 
 def test_an_index_made_shard_by_shard_is_the_one_made_at_once(uri: str) -> None:
     from pipeline.data.index import assemble_index
-    from pipeline.data.packing.build_index import shards_to_index
+    from pipeline.data.packing.build_index import find_shards
 
     whole = small_set(uri)
-    location, found = shards_to_index(uri)
+    location, found = find_shards(uri)
     scans = [index_shard(open_store(uri), info.key) for info in found]
     assert assemble_index(location, scans) == whole
 
@@ -60,8 +60,8 @@ def test_only_shards_that_changed_are_read_again(any_uri: str) -> None:
     store.write("002.tar", write_shard(sample(i) for i in range(500, 504)))
     store.write("009.tar", write_shard(sample(i) for i in range(600, 603)))
     plan = plan_index(any_uri)
-    assert plan.unknown == ["002.tar", "009.tar"]
-    assert sorted(plan.known) == ["000.tar", "001.tar", "003.tar", "004.tar"]
+    assert plan.to_scan == ["002.tar", "009.tar"]
+    assert sorted(plan.reused) == ["000.tar", "001.tar", "003.tar", "004.tar"]
     made = plan.build()
     assert made.num_samples == before.num_samples - 20 + 4 + 3
     assert made == plan_index(any_uri, reuse=False).build() == load_index(any_uri)
@@ -70,15 +70,15 @@ def test_only_shards_that_changed_are_read_again(any_uri: str) -> None:
 def test_what_an_earlier_index_did_not_look_at_is_read(uri: str) -> None:
     index = small_set(uri)
     everything = [shard.name for shard in index.shards]
-    assert plan_index(uri).unknown == []
-    assert plan_index(uri, pixels=True).unknown == everything
-    assert plan_index(uri, label_field="kind").unknown == everything
-    assert plan_index(uri, reuse=False).unknown == everything
+    assert plan_index(uri).to_scan == []
+    assert plan_index(uri, pixels=True).to_scan == everything
+    assert plan_index(uri, label_field="kind").to_scan == everything
+    assert plan_index(uri, reuse=False).to_scan == everything
     tables = Path(uri.removeprefix("file://")) / index.tables
     data = bytearray(tables.read_bytes())
     data[index.tables_offset + 3] ^= 1
     tables.write_bytes(data)
-    assert plan_index(uri).unknown == everything[:1]
+    assert plan_index(uri).to_scan == everything[:1]
     assert plan_index(uri).build() == index
 
 

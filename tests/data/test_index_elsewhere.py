@@ -12,7 +12,7 @@ from pipeline.data.formats.shards import write_shard
 from pipeline.data.index import load_index
 from pipeline.data.packing.build_index import plan_index
 from pipeline.data.packing.inspect_dataset import inspect
-from pipeline.data.reading.download_dataset import download_data_set
+from pipeline.data.reading.download_dataset import download_dataset
 from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import DamageError, UserError
 from pipeline.store import FileStore, file_path, open_store
@@ -81,7 +81,7 @@ def test_new_shards_are_noticed_and_the_same_place_is_indexed_again(shards: str,
     with pytest.raises(UserError, match=f"003.tar is not in the index .*; run ddpm index {dest}$"):
         load_index(dest)
     again = plan_index(dest)
-    assert again.unknown == ["003.tar"]
+    assert again.to_scan == ["003.tar"]
     again.build()
     assert load_index(dest).num_samples == sum(COUNTS) + 5
     os.utime(folder / "000.tar")
@@ -91,7 +91,7 @@ def test_new_shards_are_noticed_and_the_same_place_is_indexed_again(shards: str,
 
 def test_a_download_brings_shards_and_index_together(shards: str, dest: str, tmp_path: Path) -> None:
     plan_index(shards, dest=dest).build()
-    index, _ = download_data_set(dest, str(tmp_path / "copy"), False, lambda done, total: None)
+    index, _ = download_dataset(dest, str(tmp_path / "copy"), False, lambda done, total: None)
     copy = load_index((tmp_path / "copy").as_uri())
     assert (copy.digest, copy.shards_uri) == (index.digest, None)
     assert len(list(read_sequential(copy))) == sum(COUNTS)

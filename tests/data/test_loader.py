@@ -158,9 +158,9 @@ def test_a_worker_process_holds_little_of_a_large_index(uri: str) -> None:
     source = SampleSource(DataConfig(uri=uri, window_shards=2, memory_bytes=0), index, 0)
     for step in range(100):
         source.get(np.arange(step * 5, step * 5 + 5))
-    assert source._opened is not None
-    assert source._opened.table.cache_info().currsize <= 4
-    assert len(source._opened.access.files.open) <= 4
+    assert source._reader is not None
+    assert source._reader.table.cache_info().currsize <= 4
+    assert len(source._reader.access.files.open) <= 4
     source.close()
 
 

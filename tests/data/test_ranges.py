@@ -9,7 +9,7 @@ from pipeline.config.data import DataConfig
 from pipeline.data.index import Index
 from pipeline.data.reading import samples
 from pipeline.data.reading.loader import Loader
-from pipeline.data.reading.range_reads import GAP_BYTES, REQUESTS_AT_ONCE, RangeAccess, spans_of
+from pipeline.data.reading.range_reads import GAP_BYTES, REQUESTS_AT_ONCE, RangeAccess, coalesce
 from pipeline.store import FileStore
 from tests.data.making import batches, by_position, read_through, small_set
 
@@ -77,10 +77,10 @@ def test_nothing_is_asked_for_beyond_the_last_step(uri: str, monkeypatch: pytest
 
 
 def test_samples_are_read_together_only_where_they_are_near() -> None:
-    near = spans_of(3, [0, 1000, 2000], [400, 400, 400], 1 << 20)
+    near = coalesce(3, [0, 1000, 2000], [400, 400, 400], 1 << 20)
     assert [(span.offsets, span.num_bytes) for span in near] == [([0, 1000, 2000], 2400)]
-    far = spans_of(3, [0, 400 + GAP_BYTES, 801 + 2 * GAP_BYTES], [400, 400, 400], 1 << 30)
+    far = coalesce(3, [0, 400 + GAP_BYTES, 801 + 2 * GAP_BYTES], [400, 400, 400], 1 << 30)
     assert [span.offsets for span in far] == [[0, 400 + GAP_BYTES], [801 + 2 * GAP_BYTES]]
-    small = spans_of(3, [0, 1000, 2000, 3000], [400, 400, 400, 400], 1400)
+    small = coalesce(3, [0, 1000, 2000, 3000], [400, 400, 400, 400], 1400)
     assert [span.offsets for span in small] == [[0, 1000], [2000, 3000]]
-    assert [span.offsets for span in spans_of(3, [0, 10_000], [5000, 5000], 10)] == [[0], [10_000]]
+    assert [span.offsets for span in coalesce(3, [0, 10_000], [5000, 5000], 10)] == [[0], [10_000]]

@@ -182,8 +182,8 @@ def test_of_two_pictures_of_a_sample_one_is_chosen_by_its_extension(uri: str) ->
     assert made.image_extension == "seg.png"
     (found,) = read_sequential(load_index(uri))
     assert (found.pixels == picture(2)).all()
-    assert plan_index(uri, image="seg.png").unknown == []
-    assert plan_index(uri, image="jpg").unknown == ["0.tar"]
+    assert plan_index(uri, image="seg.png").to_scan == []
+    assert plan_index(uri, image="jpg").to_scan == ["0.tar"]
 
 
 def test_files_beside_the_samples_are_counted_and_harmless(

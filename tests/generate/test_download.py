@@ -21,7 +21,7 @@ from pipeline.data.formats.images import PixelShape, decode_image
 from pipeline.data.formats.shards import read_shard
 from pipeline.data.index import Index, ShardEntry, content_digest, load_index
 from pipeline.data.packing.build_index import build_index
-from pipeline.data.reading.download_dataset import Download, Piece
+from pipeline.data.reading.download_dataset import Download, RemoteObject
 from pipeline.data.reading.sequential import read_sequential
 from pipeline.data.reading.unpack import folder_names
 from pipeline.errors import DamageError, DiskFull, UserError
@@ -365,9 +365,9 @@ class Endless(FileStore):
 def test_an_outage_in_one_shard_ends_the_others_at_once(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "here")
     download = Download(Endless(tmp_path), folder, 1, lambda done, total: None)
-    pieces = [Piece(key, 1 << 40, "0" * 64) for key in ("fails", "goes-on")]
+    pieces = [RemoteObject(key, 1 << 40, "0" * 64) for key in ("fails", "goes-on")]
     with pytest.raises(StoreUnreachable):
-        download.shards(download.bring, pieces, "")
+        download.process_all(download.download, pieces, "")
     assert list(folder.root.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 CONVERTED = "were converted from their colour profile to sRGB"
 UNREADABLE = "have a colour profile that cannot be used; their values are taken for sRGB"
 _SPACES = {"L": "GRAY", "LA": "GRAY", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
-_SAME = 2
+_TOLERANCE = 2
 """Levels that values may differ by when a profile is as good as sRGB; no picture is touched for less."""
 
 
@@ -27,14 +27,14 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
     if image.mode not in _SPACES:
         return image, UNREADABLE
     try:
-        change = _change(profile, image.mode)
+        change = _conversion(profile, image.mode)
         return (image, None) if change is None else (change(image), CONVERTED)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image, UNREADABLE
 
 
 @lru_cache(maxsize=64)
-def _change(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
     """How pictures of this profile are converted; None when their values hardly change. Raises PyCMSError."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     header: Any = source.profile
@@ -42,18 +42,18 @@ def _change(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] |
         raise ImageCms.PyCMSError("the profile is for other colours than the picture has")
     srgb = ImageCms.createProfile("sRGB")
     if mode in ("L", "LA"):
-        return _change_of_grey(ImageCms.buildTransform(source, srgb, "L", "RGB"))
+        return _gray_conversion(ImageCms.buildTransform(source, srgb, "L", "RGB"))
     transform = ImageCms.buildTransform(source, srgb, mode, "RGB" if mode == "CMYK" else mode)
-    if mode != "CMYK" and _largest_change(_lattice(mode), transform) <= _SAME:
+    if mode != "CMYK" and _largest_change(_color_lattice(mode), transform) <= _TOLERANCE:
         return None
-    return lambda image: _applied(image, transform)
+    return lambda image: _apply(image, transform)
 
 
-def _change_of_grey(transform: Any) -> Callable[[Image.Image], Image.Image] | None:
+def _gray_conversion(transform: Any) -> Callable[[Image.Image], Image.Image] | None:
     """Grey goes by way of colour, as there is no grey sRGB to convert to; the result is a table of 256 levels."""
     levels = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-    table = np.asarray(_applied(levels, transform))[0, :, 1].tolist()
-    if max(abs(after - before) for before, after in enumerate(table)) <= _SAME:
+    table = np.asarray(_apply(levels, transform))[0, :, 1].tolist()
+    if max(abs(after - before) for before, after in enumerate(table)) <= _TOLERANCE:
         return None
 
     def change(image: Image.Image) -> Image.Image:
@@ -63,7 +63,7 @@ def _change_of_grey(transform: Any) -> Callable[[Image.Image], Image.Image] | No
     return change
 
 
-def _applied(image: Image.Image, transform: Any) -> Image.Image:
+def _apply(image: Image.Image, transform: Any) -> Image.Image:
     out = ImageCms.applyTransform(image, transform)
     if out is None:
         raise ImageCms.PyCMSError("the profile cannot be applied")
@@ -71,11 +71,11 @@ def _applied(image: Image.Image, transform: Any) -> Image.Image:
 
 
 def _largest_change(image: Image.Image, transform: Any) -> int:
-    before, after = np.asarray(image).astype(int), np.asarray(_applied(image, transform)).astype(int)
+    before, after = np.asarray(image).astype(int), np.asarray(_apply(image, transform)).astype(int)
     return int(np.abs(after - before).max())
 
 
-def _lattice(mode: str) -> Image.Image:
+def _color_lattice(mode: str) -> Image.Image:
     """A picture of colours from all over their range."""
     steps = np.arange(0, 256, 17, dtype=np.uint8)
     grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)

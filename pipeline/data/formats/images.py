@@ -19,14 +19,14 @@ from PIL.WebPImagePlugin import WebPImageFile
 from pipeline.data.formats import npy
 from pipeline.data.formats.color_profiles import to_srgb
 from pipeline.data.formats.npy import Pixels
-from pipeline.data.formats.png import MAGIC, decode_png, header_shape, png_problem, tells_orientation
+from pipeline.data.formats.png import MAGIC, decode_png, header_shape, may_have_orientation, png_problem
 from pipeline.errors import DamageError
 
 EXTENSIONS = (
     *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "jif", "webp", "npy", "gif", "bmp", "dib", "tif", "tiff"),
     *("avif", "jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm"),
 )
-PICTURE_SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
+IMAGE_SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb, too
 MAX_SCANNED_PIXELS = 1 << 30
 """Pixels times scans of a progressive JPEG: some seconds of work. Cameras and encoders use up to a dozen scans."""
@@ -39,7 +39,7 @@ ArrayShape = tuple[int, int, int]
 
 _MODES = {1: "L", 3: "RGB"}
 _ORIENTATION = 0x0112
-_TURNS = {
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -48,7 +48,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TELLS_ORIENTATION = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
+_ORIENTATION_KEYS = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 UNDECODABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
@@ -56,23 +56,23 @@ UNDECODABLE = (
 """What Pillow raises over damaged pictures."""
 
 
-def _by_name(kind: str, data: io.BytesIO) -> Image.Image:
+def _open_as(kind: str, data: io.BytesIO) -> Image.Image:
     return Image.open(data, formats=(kind,))
 
 
 # By their first bytes, and the frequent ones straight to the decoder: Image.open tries a list of formats, for a tenth
 # of a decode. Only these are read: others that Pillow knows start programs (EPS) or are no pictures.
-_KINDS: tuple[tuple[bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
+_OPENERS: tuple[tuple[bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
     (MAGIC, PngImageFile),
     (b"\xff\xd8\xff", JpegImageFile),
     (b"RIFF", WebPImageFile),
-    (b"GIF8", partial(_by_name, "GIF")),
-    (b"BM", partial(_by_name, "BMP")),
-    (b"II*\0", partial(_by_name, "TIFF")),
-    (b"MM\0*", partial(_by_name, "TIFF")),
-    (b"\0\0\0\x0cjP  ", partial(_by_name, "JPEG2000")),
-    (b"\xff\x4f\xff\x51", partial(_by_name, "JPEG2000")),
-    *((b"P%d" % n, partial(_by_name, "PPM")) for n in range(1, 7)),
+    (b"GIF8", partial(_open_as, "GIF")),
+    (b"BM", partial(_open_as, "BMP")),
+    (b"II*\0", partial(_open_as, "TIFF")),
+    (b"MM\0*", partial(_open_as, "TIFF")),
+    (b"\0\0\0\x0cjP  ", partial(_open_as, "JPEG2000")),
+    (b"\xff\x4f\xff\x51", partial(_open_as, "JPEG2000")),
+    *((b"P%d" % n, partial(_open_as, "PPM")) for n in range(1, 7)),
 )
 
 
@@ -107,9 +107,9 @@ def probe(data: bytes) -> PixelShape:
     """
     if data.startswith(npy.MAGIC):
         return _shape_of_npy(npy.read_header(data)[0])
-    if (found := header_shape(data)) is not None and not tells_orientation(data):
+    if (found := header_shape(data)) is not None and not may_have_orientation(data):
         shape = PixelShape(*found)
-        _require_sound_png(data)
+        _require_whole_png(data)
         return shape
     with open_image(data) as image:
         if not isinstance(
@@ -170,7 +170,7 @@ def upright(image: Image.Image) -> Image.Image:
         image.load()
     except UNDECODABLE as error:
         raise DamageError(f"image does not decode: {error}") from error
-    turn = _TURNS.get(orientation(image))
+    turn = _TRANSPOSES.get(orientation(image))
     if turn is None:
         return image
     turned = image.transpose(turn)
@@ -180,7 +180,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 def orientation(image: Image.Image) -> int:
     """How the camera was held, 1 to 8; 1 as well when nothing tells, or what tells it is damaged."""
-    if not any(name in image.info for name in _TELLS_ORIENTATION):
+    if not any(name in image.info for name in _ORIENTATION_KEYS):
         return 1
     try:
         found = image.getexif().get(_ORIENTATION, 1)
@@ -198,7 +198,7 @@ def to_array(image: Image.Image, channels: int, background: tuple[int, int, int]
         image.load()
         if image.mode == _MODES[channels] and "transparency" not in image.info:
             return np.asarray(image).reshape(image.height, image.width, channels)
-        image = _eight_bits(image)
+        image = _to_eight_bits(image)
         if "A" in image.getbands() or "transparency" in image.info:
             layer = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), layer)
@@ -208,7 +208,7 @@ def to_array(image: Image.Image, channels: int, background: tuple[int, int, int]
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _to_eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey scaled, which Pillow's own conversion clips at 255; a transparent level becomes an alpha channel."""
     if image.mode in ("I", "F"):
         raise ValueError("32-bit values; save it with 8 or 16 bits")
@@ -224,9 +224,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def open_image(data: bytes) -> Image.Image:
     """A Pillow image, header read, of a kind that is read here. Raises DamageError."""
-    kind = next((kind for magic, kind in _KINDS if data.startswith(magic)), None)
+    kind = next((kind for magic, kind in _OPENERS if data.startswith(magic)), None)
     if kind is None and data[4:12] in (b"ftypavif", b"ftypavis"):
-        kind = partial(_by_name, "AVIF")
+        kind = partial(_open_as, "AVIF")
     if kind is None:
         raise DamageError("not a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 or PNM image")
     try:
@@ -237,14 +237,14 @@ def open_image(data: bytes) -> Image.Image:
         raise DamageError(
             f"image claims {image.width}x{image.height} pixels; the limit is {MAX_PIXELS} in all"
         )
-    _require_sound(image, data)
-    return _with_alpha(image, data) if isinstance(image, PngImageFile) else image
+    _require_whole(image, data)
+    return _normalize_transparency(image, data) if isinstance(image, PngImageFile) else image
 
 
-def _require_sound(image: Image.Image, data: bytes) -> None:
+def _require_whole(image: Image.Image, data: bytes) -> None:
     """Damage that decoders read over, and work that is out of all proportion."""
     if isinstance(image, PngImageFile):
-        _require_sound_png(data)
+        _require_whole_png(data)
     elif isinstance(image, WebPImageFile):
         if int.from_bytes(data[4:8], "little") + 8 > len(data):
             raise DamageError("image is truncated: its header claims more bytes than there are")
@@ -256,13 +256,13 @@ def _require_sound(image: Image.Image, data: bytes) -> None:
             )
 
 
-def _require_sound_png(data: bytes) -> None:
+def _require_whole_png(data: bytes) -> None:
     problem = png_problem(data)
     if problem is not None:
         raise DamageError(f"image does not decode: {problem}")
 
 
-def _with_alpha(image: PngImageFile, data: bytes) -> Image.Image:
+def _normalize_transparency(image: PngImageFile, data: bytes) -> Image.Image:
     """The PNG with its transparent colour in the levels that Pillow gives pixels in, or as an alpha channel."""
     clear, depth = image.info.get("transparency"), data[24]
     if image.mode == "L" and isinstance(clear, int) and depth < 8:

@@ -20,7 +20,7 @@ from pipeline.data.formats.npy import Pixels
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _NONE, _SUB, _UP = range(3)
-_COLOUR_KINDS = {1: 0, 3: 2}  # channels to PNG's colour type
+_COLOR_TYPES = {1: 0, 3: 2}  # channels to PNG's colour type
 _MODES = {1: ("L", "L"), 3: ("RGB", "RGB;L")}  # Pillow's, and how it writes colour after colour in each line
 # What says nothing of the values of pixels, or nothing that Pillow heeds. A colour profile (iCCP) does.
 _HARMLESS = frozenset(b"gAMA cHRM sRGB sBIT bKGD pHYs tIME tEXt zTXt iTXt".split())
@@ -46,15 +46,19 @@ def encode_png(pixels: Pixels, encoder: int = ENCODER) -> bytes:
     up[1:] -= pixels[:-1]
     by_filter = (pixels, sub, up)
     if encoder == 1:
-        body = min((zlib.compress(_lines(kind, by_filter[kind]), 9) for kind in (_NONE, _SUB, _UP)), key=len)
+        body = min(
+            (zlib.compress(_filtered_lines(kind, by_filter[kind]), 9) for kind in (_NONE, _SUB, _UP)), key=len
+        )
     else:
         kind = min((_NONE, _SUB, _UP), key=lambda kind: _magnitude(by_filter[kind]))
-        body = _deflated(_lines(kind, by_filter[kind]), zlib.Z_FILTERED if kind else zlib.Z_DEFAULT_STRATEGY)
-    header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_KINDS[channels], 0, 0, 0)
+        body = _deflate(
+            _filtered_lines(kind, by_filter[kind]), zlib.Z_FILTERED if kind else zlib.Z_DEFAULT_STRATEGY
+        )
+    header = struct.pack(">IIBBBBB", width, height, 8, _COLOR_TYPES[channels], 0, 0, 0)
     return MAGIC + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _END
 
 
-def _lines(kind: int, filtered: Pixels) -> bytes:
+def _filtered_lines(kind: int, filtered: Pixels) -> bytes:
     height = filtered.shape[0]
     lines = np.empty((height, 1 + filtered[0].size), np.uint8)
     lines[:, 0] = kind
@@ -67,7 +71,7 @@ def _magnitude(filtered: Pixels) -> int:
     return int(np.minimum(filtered, -filtered).sum(dtype=np.int64))
 
 
-def _deflated(lines: bytes, strategy: int) -> bytes:
+def _deflate(lines: bytes, strategy: int) -> bytes:
     """A zlib stream of level 6. Its head names the best level, which nothing but `decode_png` heeds."""
     deflater = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, strategy=strategy)
     body = deflater.compress(lines) + deflater.flush()
@@ -82,18 +86,21 @@ def decode_png(data: bytes, channels: int, height: int, width: int) -> Pixels | 
     if (
         channels not in _MODES
         or not data.startswith(_head(channels, height, width))
-        or tells_orientation(data)
+        or may_have_orientation(data)
     ):
         return None
     stream = _image_stream(data)
     if stream is None:
         return None
-    if stream.startswith(_BEST_LEVEL) and (pixels := _one_sum(stream, channels, height, width)) is not None:
+    if (
+        stream.startswith(_BEST_LEVEL)
+        and (pixels := _decode_uniform(stream, channels, height, width)) is not None
+    ):
         return pixels
-    return _undone_by_pillow(stream, channels, height, width)
+    return _decode_by_pillow(stream, channels, height, width)
 
 
-def _one_sum(stream: bytes, channels: int, height: int, width: int) -> Pixels | None:
+def _decode_uniform(stream: bytes, channels: int, height: int, width: int) -> Pixels | None:
     """Pixels of lines as `encode_png` filters them; None for others."""
     stride = 1 + width * channels
     inflater = zlib.decompressobj()
@@ -113,7 +120,7 @@ def _one_sum(stream: bytes, channels: int, height: int, width: int) -> Pixels | 
     return filtered if kind == _NONE else np.add.accumulate(filtered, int(kind == _SUB), np.uint8)
 
 
-def _undone_by_pillow(stream: bytes, channels: int, height: int, width: int) -> Pixels | None:
+def _decode_by_pillow(stream: bytes, channels: int, height: int, width: int) -> Pixels | None:
     mode, by_line = _MODES[channels]
     try:
         image = Image.frombytes(mode, (width, height), stream, "zip", mode)
@@ -143,7 +150,7 @@ def _image_stream(data: bytes) -> bytes | None:
 @lru_cache
 def _head(channels: int, height: int, width: int) -> bytes:
     """How a plain PNG of this shape begins: eight bits, no palette, not interlaced."""
-    header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_KINDS[channels], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, _COLOR_TYPES[channels], 0, 0, 0)
     return MAGIC + struct.pack(">I", len(header)) + b"IHDR" + header
 
 
@@ -156,7 +163,7 @@ def header_shape(data: bytes) -> tuple[int, int, int] | None:
     return {0: 1, 2: 3, 3: 3, 4: 1, 6: 3}.get(kind, 0), height, width
 
 
-def tells_orientation(data: bytes) -> bool:
+def may_have_orientation(data: bytes) -> bool:
     """Whether a PNG may say how it is to be turned. Rarely true of one that does not: marks by chance."""
     return any(mark in data for mark in _ORIENTATION_MARKS)
 

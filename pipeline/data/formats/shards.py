@@ -44,7 +44,7 @@ class ShardStream:
     def __init__(self, out: BinaryIO) -> None:
         from webdataset.writer import TarWriter  # imports torch, which reading shards does without
 
-        self._sink, self._seen = _Sink(out), set[str]()
+        self._sink, self._seen = _HashingWriter(out), set[str]()
         file = cast(BinaryIO, self._sink)
         self._tar = TarWriter(
             file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False, keep_meta=True
@@ -89,7 +89,7 @@ class ShardStream:
         return offsets
 
 
-class _Sink:
+class _HashingWriter:
     """Hashes what is written, and passes on no more than `limit` bytes in all."""
 
     def __init__(self, out: BinaryIO) -> None:

@@ -19,7 +19,7 @@ MAX_NAME_BYTES = 4096
 MAX_DIGITS = 20  # of a number in an extended header; Python refuses to read one of thousands
 _ZERO = bytes(BLOCK)
 _REGULAR, _DIRECTORY = (b"0", b"\0", b"7"), b"5"
-_REFUSED = {
+_REFUSED_KINDS = {
     b"1": "hard link",
     b"2": "symbolic link",
     b"3": "device",
@@ -64,9 +64,9 @@ def read_members(stream: Reader, label: str) -> Iterator[tuple[Member, bytes]]:
     Raises DamageError, naming the offset, for anything that is not a whole and harmless tar: also for links,
     devices, and names that are absolute or contain '..'.
     """
-    reader = _Blocks(stream, label)
-    for head in _heads(reader, "strict"):
-        _refuse_hostile(head, label)
+    reader = _BlockReader(stream, label)
+    for head in _headers(reader, "strict"):
+        _refuse_unsafe(head, label)
         if head.kind == _DIRECTORY:
             continue
         offset = reader.position
@@ -90,8 +90,8 @@ def list_members(stream: SeekableReader, label: str) -> Iterator[TarEntry]:
     Names may be anything, odd bytes in them are written out; nothing is extracted by them. Raises DamageError, naming
     the offset, when headers are damaged or the tar is cut short.
     """
-    reader = _Blocks(stream, label)
-    for head in _heads(reader, "backslashreplace"):
+    reader = _BlockReader(stream, label)
+    for head in _headers(reader, "backslashreplace"):
         offset, kind = reader.position, _ENTRY_KINDS.get(head.kind, "other")
         if head.kind not in _WITHOUT_PAYLOAD:
             reader.skip(head.size, f"member {head.name!r}", stream)
@@ -100,7 +100,7 @@ def list_members(stream: SeekableReader, label: str) -> Iterator[TarEntry]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
+class _Header:
     name: str
     kind: bytes
     size: int
@@ -108,7 +108,7 @@ class _Head:
     target: str
 
 
-def _heads(reader: _Blocks, names: str) -> Iterator[_Head]:
+def _headers(reader: _BlockReader, names: str) -> Iterator[_Header]:
     """The header of each member; the caller takes the payload before it asks for the next. `names`: how to decode."""
     label = reader.label
     long: dict[bytes, str] = {}
@@ -119,7 +119,7 @@ def _heads(reader: _Blocks, names: str) -> Iterator[_Head]:
         if header == _ZERO:
             reader.require_end()
             return
-        size, kind = _checked(header, label, start), header[156:157]
+        size, kind = _checked_size(header, label, start), header[156:157]
         if kind in (b"L", b"K", b"x", b"g"):
             if size > 1 << 20:
                 raise DamageError(
@@ -133,11 +133,11 @@ def _heads(reader: _Blocks, names: str) -> Iterator[_Head]:
             continue
         name = pax.get("path") or long.get(b"L") or _header_name(header, label, start, names)
         target = pax.get("linkpath") or long.get(b"K") or _link_name(header, label, start, names)
-        yield _Head(name, kind, _pax_size(pax, size, label, start), start, target)
+        yield _Header(name, kind, _pax_size(pax, size, label, start), start, target)
         long, pax = {}, {}
 
 
-class _Blocks:
+class _BlockReader:
     """Exact reads that know where they are."""
 
     def __init__(self, stream: Reader, label: str) -> None:
@@ -181,7 +181,7 @@ class _Blocks:
             self.position += len(rest)
 
 
-def _checked(header: bytes, label: str, start: int) -> int:
+def _checked_size(header: bytes, label: str, start: int) -> int:
     """The payload's size, once the header's checksum is found right."""
     stated = _number(header[148:156], label, start)
     if sum(header) - sum(header[148:156]) + 8 * 32 != stated:
@@ -207,7 +207,7 @@ def _header_name(header: bytes, label: str, start: int, names: str) -> str:
 
 def _link_name(header: bytes, label: str, start: int, names: str) -> str:
     target = header[157:257].split(b"\0", 1)[0]
-    return _text(target, label, start, names) if header[156:157] in _REFUSED else ""
+    return _text(target, label, start, names) if header[156:157] in _REFUSED_KINDS else ""
 
 
 def _text(data: bytes, label: str, start: int, names: str) -> str:
@@ -239,11 +239,11 @@ def _pax_size(pax: dict[str, str], size: int, label: str, start: int) -> int:
     return int(stated)
 
 
-def _refuse_hostile(head: _Head, label: str) -> None:
+def _refuse_unsafe(head: _Header, label: str) -> None:
     name, kind, size = head.name, head.kind, head.size
     where = f"{label}: member {name[:200]!r} at byte {head.start}"
-    if kind in _REFUSED:
-        raise DamageError(f"{where}: is a {_REFUSED[kind]}; only plain files are accepted")
+    if kind in _REFUSED_KINDS:
+        raise DamageError(f"{where}: is a {_REFUSED_KINDS[kind]}; only plain files are accepted")
     if kind not in _REGULAR and kind != _DIRECTORY:
         raise DamageError(f"{where}: is of the unknown type {kind!r}; only plain files are accepted")
     if name.startswith("/") or ".." in name.split("/") or "\0" in name or "\\" in name:

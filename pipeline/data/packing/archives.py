@@ -33,7 +33,7 @@ MAX_NESTED = 2
 """Tars in tars are opened so far: ImageNet's is one of a tar for each class."""
 
 
-class _Place(NamedTuple):
+class _MemberRange(NamedTuple):
     offset: int
     size: int
 
@@ -43,8 +43,8 @@ class TarFiles(Files):
 
     def __init__(self, path: Path) -> None:
         self.where, self.left_out = str(path), Counter()
-        self._file, self.copied_bytes = _opened(path)
-        found: dict[str, _Place] = {}
+        self._file, self.copied_bytes = _open_plain(path)
+        found: dict[str, _MemberRange] = {}
         links: dict[str, str] = {}
         try:
             for entry in self._entries(str(path), 0, os.fstat(self._file.fileno()).st_size, 0):
@@ -52,7 +52,7 @@ class TarFiles(Files):
         except DamageError as error:
             raise UserError(f"source: {error}; get the file again") from error
         for name, target in links.items():
-            end = _followed(target, links)
+            end = _resolve_link(target, links)
             if end in found:
                 found[name] = found[end]
             else:
@@ -70,7 +70,7 @@ class TarFiles(Files):
         return data
 
     def _entries(self, label: str, start: int, size: int, depth: int) -> Iterator[TarEntry]:
-        view = cast(BinaryIO, _Window(self._file.fileno(), start, size))
+        view = cast(BinaryIO, _FileSlice(self._file.fileno(), start, size))
         for entry in list_members(view, label):
             place = TarEntry(entry.name, start + entry.offset, entry.size_bytes, entry.kind, entry.target)
             if entry.kind == "file" and entry.name.lower().endswith(".tar") and depth < MAX_NESTED:
@@ -83,7 +83,7 @@ class TarFiles(Files):
             else:
                 yield place
 
-    def _add(self, entry: TarEntry, found: dict[str, _Place], links: dict[str, str]) -> None:
+    def _add(self, entry: TarEntry, found: dict[str, _MemberRange], links: dict[str, str]) -> None:
         name = clean_name(entry.name, self.where)
         parts = PurePosixPath(name).parts
         if any(map(is_hidden, parts)):
@@ -93,7 +93,7 @@ class TarFiles(Files):
         elif name in found or name in links:
             raise UserError(f"source: {self.where}: {name} occurs twice; keep one")
         elif entry.kind == "file":
-            found[name] = _Place(entry.offset, entry.size_bytes)
+            found[name] = _MemberRange(entry.offset, entry.size_bytes)
         elif entry.kind == "hard link":
             links[name] = posixpath.normpath(entry.target.lstrip("/"))
         else:
@@ -117,7 +117,7 @@ class TemporaryCopies:
         try:
             self._file.write(data)
         except OSError as error:
-            raise _no_room(self._where, error) from error
+            raise _disk_full(self._where, error) from error
         self._end += len(data)
         return self._end - len(data), len(data)
 
@@ -125,15 +125,15 @@ class TemporaryCopies:
         """Bytes by place; safe for several threads once everything is added and `done` was called."""
         return os.pread(self._file.fileno(), size, offset)
 
-    def done(self) -> None:
+    def finish(self) -> None:
         """Everything is added."""
         try:
             self._file.flush()
         except OSError as error:
-            raise _no_room(self._where, error) from error
+            raise _disk_full(self._where, error) from error
 
 
-class _Window:
+class _FileSlice:
     """A part of an open file, read and skipped through."""
 
     def __init__(self, fd: int, start: int, size: int) -> None:
@@ -149,7 +149,7 @@ class _Window:
         return self._place
 
 
-def require_room(where: str, needed_bytes: int) -> None:
+def require_temp_space(where: str, needed_bytes: int) -> None:
     """Raise DiskFull, before anything is copied, where TMPDIR has not this much room."""
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
@@ -162,12 +162,12 @@ def require_room(where: str, needed_bytes: int) -> None:
 
 def unpacked_bytes(path: Path) -> int:
     """How many bytes a tar takes in TMPDIR: 0 for a plain one, and at least this many for a compressed one."""
-    with _told(path), path.open("rb") as file:
+    with _read_errors(path), path.open("rb") as file:
         head = file.read(6)
-        if _unpacker(head) is None:
+        if _decompressor(head) is None:
             return 0
         size = file.seek(0, os.SEEK_END)
-        if _unpacker(head) is not _gzip or size < 18:
+        if _decompressor(head) is not _gzip or size < 18:
             return size
         file.seek(-4, os.SEEK_END)
         return max(
@@ -176,22 +176,22 @@ def unpacked_bytes(path: Path) -> int:
 
 
 @contextmanager
-def _told(path: Path) -> Generator[None]:
+def _read_errors(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(f"source: {path}: cannot be read ({error.strerror})") from None
 
 
-def _unpacker(head: bytes) -> Any:
-    return next((unpack for magic, unpack in _UNPACKERS.items() if head.startswith(magic)), None)
+def _decompressor(head: bytes) -> Any:
+    return next((unpack for magic, unpack in _DECOMPRESSORS.items() if head.startswith(magic)), None)
 
 
-def _opened(path: Path) -> tuple[BinaryIO, int]:
+def _open_plain(path: Path) -> tuple[BinaryIO, int]:
     """The plain tar, which is the file itself unless it is compressed, and how many bytes were unpacked for it."""
-    with _told(path):
+    with _read_errors(path):
         file = path.open("rb")
-        unpack = _unpacker(file.read(6))
+        unpack = _decompressor(file.read(6))
     if unpack is None:
         return file, 0
     plain = tempfile.TemporaryFile(prefix="ddpm-pack-")  # noqa: SIM115 - lives as long as the source
@@ -202,7 +202,7 @@ def _opened(path: Path) -> tuple[BinaryIO, int]:
         plain.flush()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _no_room(str(path), error) from error
+            raise _disk_full(str(path), error) from error
         raise UserError(f"source: {path}: damaged ({error}); get the file again") from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"source: {path}: damaged ({error}); get the file again") from None
@@ -219,7 +219,7 @@ def _zstd(file: BinaryIO) -> Any:
     return pa.CompressedInputStream(file, "zstd")
 
 
-_UNPACKERS: dict[bytes, Any] = {
+_DECOMPRESSORS: dict[bytes, Any] = {
     b"\x1f\x8b": _gzip,
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\0": lzma.LZMAFile,
@@ -227,14 +227,14 @@ _UNPACKERS: dict[bytes, Any] = {
 }
 
 
-def _no_room(where: str, error: OSError) -> DiskFull:
+def _disk_full(where: str, error: OSError) -> DiskFull:
     return DiskFull(
         f"source: {where}: is unpacked in {tempfile.gettempdir()} and that failed ({error.strerror}); "
         "set TMPDIR to a place with more room"
     )
 
 
-def _followed(target: str, links: dict[str, str]) -> str:
+def _resolve_link(target: str, links: dict[str, str]) -> str:
     for _ in range(len(links)):
         if target not in links:
             break

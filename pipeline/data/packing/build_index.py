@@ -19,22 +19,22 @@ from pipeline.data.index import (
     read_table,
     remedy,
 )
-from pipeline.data.location import SUFFIXES, Location, require_all
-from pipeline.data.packing.scan_shard import Reading, index_shard
+from pipeline.data.location import SUFFIXES, Location, require_matches
+from pipeline.data.packing.scan_shard import ScanOptions, index_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.parallel import ParallelMap, thread_map
 from pipeline.store import ObjectInfo, ObjectMissing, Store, open_store
 
 Progress = Callable[[int, int], None]
 Scan = tuple[ShardEntry, MemberTable]
-UNREAD = (".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".tzst", ".tbz2", ".txz", ".zip")
+OTHER_ARCHIVES = (".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".tzst", ".tbz2", ".txz", ".zip")
 """Archives that are no shards here."""
 SPLITS = ("train", "val", "valid", "validation", "test")
 CLASSES_FILE, INFO_FILE = "classes.txt", "_info.json"
 MAX_NAMES_BYTES = 1 << 26
 
 
-def shards_to_index(uri: str) -> tuple[Location, list[ObjectInfo]]:
+def find_shards(uri: str) -> tuple[Location, list[ObjectInfo]]:
     """The shards, sorted by key, that lie at a URI, or that an index there is of.
 
     Raises UserError when there are none, or the store is wrong.
@@ -43,11 +43,11 @@ def shards_to_index(uri: str) -> tuple[Location, list[ObjectInfo]]:
     store = open_store(location.root)
     store.require_container()
     found = list(location.shard_objects(store))
-    if not found and (index := _earlier(uri)) is not None and index.shards_uri is not None:
+    if not found and (index := _existing_index(uri)) is not None and index.shards_uri is not None:
         location, store = index.location, index.store
         found = list(location.shard_objects(store))
     if not found:
-        other = next((info.key for info in store.list() if info.key.endswith(UNREAD)), None)
+        other = next((info.key for info in store.list() if info.key.endswith(OTHER_ARCHIVES)), None)
         read = "only .tar, .tar.gz and .tgz are read: unpack or repack it"
         raise UserError(
             f"{uri}: no .tar or .tar.gz there; "
@@ -66,17 +66,17 @@ class IndexPlan:
     """Where the index goes."""
     keys: tuple[str, ...]
     """All shards, sorted."""
-    known: dict[str, Scan]
-    reading: Reading
+    reused: dict[str, Scan]
+    options: ScanOptions
     packed: Index | None = None
     """The index that `ddpm pack` made, if it made these shards: the new one must say the same."""
     notes: tuple[str, ...] = ()
     """What a person should know of these shards, a line each."""
 
     @property
-    def unknown(self) -> list[str]:
+    def to_scan(self) -> list[str]:
         """Keys of the shards to read."""
-        return [key for key in self.keys if key not in self.known]
+        return [key for key in self.keys if key not in self.reused]
 
     def build(
         self,
@@ -89,8 +89,8 @@ class IndexPlan:
         Raises DamageError naming shard and place; UserError when a shard that `ddpm pack` made is another now.
         """
         store = open_store(self.location.root)
-        scan = partial(index_shard, store, reading=self.reading)
-        scans, unknown = dict(self.known), self.unknown
+        scan = partial(index_shard, store, reading=self.options)
+        scans, unknown = dict(self.reused), self.to_scan
         for key, found in zip(unknown, (spread or thread_map(4))(scan, unknown), strict=True):
             scans[key] = found
             if progress is not None:
@@ -100,9 +100,9 @@ class IndexPlan:
         return assemble_index(
             self.location,
             every,
-            class_names or self.reading.class_names,
-            self.reading.label_field,
-            self.reading.image,
+            class_names or self.options.class_names,
+            self.options.label_field,
+            self.options.image,
             self.home,
         )
 
@@ -136,22 +136,22 @@ def plan_index(
     set that these shards are part of. Raises UserError, before anything is read, for a wrong URI, names of a pattern
     that are not there, and a pack that is not finished.
     """
-    location, found = shards_to_index(uri)
+    location, found = find_shards(uri)
     keys = [info.key for info in found]
-    require_all(uri, location.missing(keys))
-    location, home = _places(location, Location.of(uri), dest)
-    packed = _packed(location, keys)
-    earlier = packed or _earlier(home.uri)
+    require_matches(uri, location.missing(keys))
+    location, home = _locations(location, Location.of(uri), dest)
+    packed = _pack_index(location, keys)
+    earlier = packed or _existing_index(home.uri)
     names = None if packed is not None else sidecar_class_names(location, keys)
     names = names or (earlier.class_names if earlier is not None else None)
-    reading = Reading(label_field, image, names, skip_unreadable, pixels)
+    reading = ScanOptions(label_field, image, names, skip_unreadable, pixels)
     if packed is not None and packed.channel_mean is not None:
         reading = replace(reading, pixels=True)  # the statistics of a pack are kept
-    known = _known(earlier, location, found, reading) if reuse and earlier is not None else {}
+    known = _reusable_scans(earlier, location, found, reading) if reuse and earlier is not None else {}
     return IndexPlan(location, home, tuple(keys), known, reading, packed, tuple(_notes(location, keys)))
 
 
-def _places(location: Location, asked: Location, dest: str | None) -> tuple[Location, Location]:
+def _locations(location: Location, asked: Location, dest: str | None) -> tuple[Location, Location]:
     """Where the shards lie, and where their index goes: both in full where these are two places. Raises UserError."""
     home = asked if dest is None else Location.of(dest)
     shards, place = open_store(location.root), open_store(home.root)
@@ -165,18 +165,18 @@ def _places(location: Location, asked: Location, dest: str | None) -> tuple[Loca
             "of the bucket has; choose a folder"
         )
     full = shards.uri if location.pattern is None else f"{shards.uri}/{location.pattern}"
-    _require_no_other(place, home, full)
+    _require_free_for(place, home, full)
     return Location(full, shards.uri, location.pattern), Location(home.uri, place.uri, None)
 
 
-def _require_no_other(place: Store, home: Location, shards_uri: str) -> None:
+def _require_free_for(place: Store, home: Location, shards_uri: str) -> None:
     """Raise UserError for a place that holds shards, or the index of others."""
     place.require_container()
     if any(home.shard_objects(place)):
         raise UserError(f"--dest: {home.uri} holds shards itself; choose an empty place for the index")
     if place.stat(home.index_name) is None:
         return
-    earlier = _earlier(home.uri)
+    earlier = _existing_index(home.uri)
     if earlier is not None and earlier.shards_uri != shards_uri:
         raise UserError(f"--dest: {home.uri} holds the index of {earlier.shards_uri}; choose another place")
 
@@ -200,15 +200,15 @@ def sidecar_class_names(location: Location, keys: Sequence[str]) -> tuple[str, .
     Raises UserError for a file that is neither.
     """
     store = open_store(location.root)
-    if (text := _small(store, CLASSES_FILE)) is not None:
+    if (text := _read_small(store, CLASSES_FILE)) is not None:
         return tuple(line.strip() for line in text.decode("utf-8", "replace").splitlines() if line.strip())
-    if (text := _small(store, INFO_FILE)) is not None and (names := _names_of_info(store, text)):
+    if (text := _read_small(store, INFO_FILE)) is not None and (names := _class_names_of_info(store, text)):
         return names
     if location.pattern is None:
         return None
     above, _, folder = location.root.rpartition("/")  # of a pattern: shards/{…}.tar of a pack
     for place, base in ((location.root, ""), (above, f"{folder}/")):
-        index = _earlier(place)
+        index = _existing_index(place)
         if index is not None and {shard.name for shard in index.shards}.issuperset(
             base + key for key in keys
         ):
@@ -216,7 +216,7 @@ def sidecar_class_names(location: Location, keys: Sequence[str]) -> tuple[str, .
     return None
 
 
-def _small(store: Store, key: str) -> bytes | None:
+def _read_small(store: Store, key: str) -> bytes | None:
     info = store.stat(key)
     if info is None:
         return None
@@ -227,7 +227,7 @@ def _small(store: Store, key: str) -> bytes | None:
     return store.read(key)
 
 
-def _names_of_info(store: Store, text: bytes) -> tuple[str, ...] | None:
+def _class_names_of_info(store: Store, text: bytes) -> tuple[str, ...] | None:
     try:
         content: Any = from_json(text)
     except ValueError as error:
@@ -241,7 +241,7 @@ def _names_of_info(store: Store, text: bytes) -> tuple[str, ...] | None:
     return tuple(cast(list[str], found))
 
 
-def _packed(location: Location, keys: Sequence[str]) -> Index | None:
+def _pack_index(location: Location, keys: Sequence[str]) -> Index | None:
     """The index of the pack that this prefix is; None for shards of others. Raises UserError for half a pack."""
     store = open_store(location.root)
     if location.pattern is not None or store.stat(PLAN_KEY) is None:
@@ -258,7 +258,7 @@ def _packed(location: Location, keys: Sequence[str]) -> Index | None:
     return index
 
 
-def _earlier(uri: str) -> Index | None:
+def _existing_index(uri: str) -> Index | None:
     try:
         return load_index(uri, check=False)
     except (UserError, DamageError):
@@ -277,7 +277,9 @@ def _notes(location: Location, keys: Sequence[str]) -> list[str]:
             f"splits   {', '.join(splits)} are indexed together; a pattern such as {splits[0]}*.tar parts them"
         )
     left = (
-        [info.key for info in store.list() if info.key.endswith(UNREAD)] if location.pattern is None else []
+        [info.key for info in store.list() if info.key.endswith(OTHER_ARCHIVES)]
+        if location.pattern is None
+        else []
     )
     if left:
         notes.append(
@@ -291,8 +293,8 @@ def _split_of(key: str) -> set[str]:
     return set(words).intersection(SPLITS)
 
 
-def _known(
-    index: Index, location: Location, found: Sequence[ObjectInfo], reading: Reading
+def _reusable_scans(
+    index: Index, location: Location, found: Sequence[ObjectInfo], reading: ScanOptions
 ) -> dict[str, Scan]:
     """By key, what an index made before says of shards that are still the same by size and tag.
 

@@ -13,14 +13,14 @@ from pipeline.data.formats.image_stats import ImageStats, image_stats
 from pipeline.data.formats.images import PixelShape
 from pipeline.data.formats.npy import Pixels, encode_npy
 from pipeline.data.formats.png import encode_png
-from pipeline.data.packing.pack_plan import PackUnit
+from pipeline.data.packing.pack_plan import ShardPlan
 from pipeline.data.packing.resize import ImageInfo, source_digest, to_pixels
 from pipeline.data.packing.sources import Source, read_item
 from pipeline.errors import DamageError
 
-MOST_TOGETHER = 64
+MAX_TASK_IMAGES = 64
 """Pictures of one run of work: some milliseconds to some seconds."""
-RUN_BYTES = 1 << 24
+TASK_BYTES = 1 << 24
 """Pixels of one run: what is encoded and not yet written is a few runs a thread."""
 
 
@@ -40,10 +40,10 @@ class EncodedImages:
     stats: ImageStats
 
 
-def encode_tasks(unit: PackUnit, facts: Sequence[ImageInfo], shape: PixelShape) -> Iterator[EncodeTask]:
+def encode_tasks(unit: ShardPlan, facts: Sequence[ImageInfo], shape: PixelShape) -> Iterator[EncodeTask]:
     """The runs a shard is made of."""
     each = shape.channels * shape.height * shape.width
-    length = max(1, min(MOST_TOGETHER, RUN_BYTES // each))
+    length = max(1, min(MAX_TASK_IMAGES, TASK_BYTES // each))
     for first in range(0, len(unit.items), length):
         items = unit.items[first : first + length]
         yield EncodeTask(items, tuple(facts[i].sha256 for i in items))

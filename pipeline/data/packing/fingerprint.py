@@ -11,9 +11,9 @@ from pathlib import Path
 from pipeline.config.data import PackConfig
 from pipeline.data.packing.open_source import source_paths
 
-READING = 2
+FORMAT_VERSION = 2
 """Counts changes of what this program makes of the same files: raised, every source is looked at anew."""
-_SAME_RESULT = {"source", "dest", "num_threads"}
+_IRRELEVANT = {"source", "dest", "num_threads"}
 """Settings that neither change what is packed nor what is refused."""
 
 
@@ -22,8 +22,8 @@ def fingerprint(config: PackConfig) -> str:
 
     Raises UserError for a source that is not there.
     """
-    settings = config.model_dump(mode="json", exclude=_SAME_RESULT)
-    digest = hashlib.sha256(json.dumps([READING, settings], sort_keys=True).encode())
+    settings = config.model_dump(mode="json", exclude=_IRRELEVANT)
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, settings], sort_keys=True).encode())
     for path in [] if config.source == "digits" else source_paths(config.source):
         for line in sorted(_files(path)):
             digest.update(line)

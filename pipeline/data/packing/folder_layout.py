@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import PurePosixPath
 
-from pipeline.data.packing.labels import in_order
+from pipeline.data.packing.labels import sort_class_names
 from pipeline.errors import UserError
 
-_WORDS = {
+_SPLIT_WORDS = {
     "train": "train training trn",
     "validation": "val valid validation dev",
     "test": "test testing tst eval evaluation",
     "unlabelled": "unlabelled unlabeled",
     "extra": "extra",
 }
-_SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words.split()}
+_SPLIT_OF = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
 
 
 def split_word(name: str) -> str | None:
@@ -47,7 +47,7 @@ def choose_split(words: Sequence[str | None], wanted: str | None, where: str) ->
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """Which pictures belong to the data set, and where they lie below what wraps or splits it."""
 
     kept: list[int]
@@ -57,7 +57,7 @@ class Layout:
     """Folders that hold all pictures."""
 
 
-def interpret_folders(paths: Sequence[str], labels: str, split: str | None, where: str) -> Layout:
+def interpret_folders(paths: Sequence[str], labels: str, split: str | None, where: str) -> FolderLayout:
     """The pictures of the wanted split, and what is left of their paths.
 
     Folders that wrap everything mean nothing, `train` and `test` are splits; with labels=folder whatever folder
@@ -65,23 +65,23 @@ def interpret_folders(paths: Sequence[str], labels: str, split: str | None, wher
     """
     kept = list(range(len(paths)))
     least = 2 if labels == "folder" else 1
-    parts, wraps = _unwrapped([PurePosixPath(path).parts for path in paths], least if split is None else 1)
+    parts, wraps = _unwrap([PurePosixPath(path).parts for path in paths], least if split is None else 1)
     if labels == "folder" and split is None:
-        return Layout(kept, parts, wraps)
+        return FolderLayout(kept, parts, wraps)
     while (words := _split_level(parts)) is not None:
         chosen = choose_split(words, split, where)
         kept, parts = [kept[i] for i in chosen], [parts[i][1:] for i in chosen]
         if split == "all":
-            return Layout(kept, parts, wraps)
+            return FolderLayout(kept, parts, wraps)
         split = None
-        parts, more = _unwrapped(parts, least)
+        parts, more = _unwrap(parts, least)
         wraps += more
     if split not in (None, "all"):
         choose_split([next((word for wrap in wraps if (word := split_word(wrap))), None)], split, where)
-    return Layout(kept, parts, wraps)
+    return FolderLayout(kept, parts, wraps)
 
 
-def class_folders(layout: Layout, labels: str, where: str) -> tuple[list[str] | None, tuple[str, ...]]:
+def class_folders(layout: FolderLayout, labels: str, where: str) -> tuple[list[str] | None, tuple[str, ...]]:
     """The class folder of each picture, None when folders name no classes; and what might have been meant otherwise.
 
     Buckets of numbered files are no classes, unless labels=folder. Raises UserError when some pictures lie outside.
@@ -98,14 +98,14 @@ def class_folders(layout: Layout, labels: str, where: str) -> tuple[list[str] | 
             f"({parts[loose.index(True)][0]}); move the loose ones, or set labels=none"
         )
     if labels == "auto" and _are_buckets(parts):
-        tops = in_order(p[0] for p in parts)
+        tops = sort_class_names(p[0] for p in parts)
         return None, (
             f"folders {tops[0]} … {tops[-1]} are buckets of files, no classes; if they are, set labels=folder",
         )
     return [p[0] for p in parts], ()
 
 
-def _unwrapped(parts: list[tuple[str, ...]], least: int) -> tuple[list[tuple[str, ...]], list[str]]:
+def _unwrap(parts: list[tuple[str, ...]], least: int) -> tuple[list[tuple[str, ...]], list[str]]:
     """The paths without the folders that hold all of them; `least` parts of each path are left."""
     wraps: list[str] = []
     while parts and all(len(p) > least for p in parts) and len({p[0] for p in parts}) == 1:

@@ -15,8 +15,8 @@ from pipeline.data.formats.images import Pixels, PixelShape, decode_image, probe
 from pipeline.data.formats.shards import HashingReader, Parts, plain_stream, read_samples
 from pipeline.data.index import Index, load_index
 from pipeline.data.location import Location
-from pipeline.data.packing.build_index import shards_to_index, sidecar_class_names
-from pipeline.data.packing.scan_shard import Reading, image_extension, label_of
+from pipeline.data.packing.build_index import find_shards, sidecar_class_names
+from pipeline.data.packing.scan_shard import ScanOptions, image_extension, sample_label
 from pipeline.errors import DamageError, UserError
 from pipeline.store import Store, open_store
 
@@ -54,12 +54,14 @@ def inspect(
 
     Raises UserError when there are no shards, or the store is wrong; damage is reported, not raised.
     """
-    location, found = shards_to_index(uri)
+    location, found = find_shards(uri)
     keys = [info.key for info in found]
     store = open_store(location.root)
     damage = [f"{uri}: {name} is missing" for name in location.missing(keys)]
     index = _index_of(uri, damage)
-    tally = _Tally(_reading(location, keys, index, label_field), -(-num_tiles // len(keys)), damage=damage)
+    tally = _InspectionCounts(
+        _scan_options(location, keys, index, label_field), -(-num_tiles // len(keys)), damage=damage
+    )
     indexed = {} if index is None else {shard.name: shard.sha256 for shard in index.shards}
     size_bytes = 0
     for done, key in enumerate(keys, 1):
@@ -75,7 +77,7 @@ def inspect(
         num_samples=sum(tally.shapes.values()),
         size_bytes=size_bytes,
         shapes={str(shape): count for shape, count in tally.shapes.most_common()},
-        classes=_named(tally.labels, names),
+        classes=_by_class_name(tally.labels, names),
         channel_mean=mean,
         channel_std=std,
         without_picture=tally.without_picture,
@@ -85,8 +87,8 @@ def inspect(
 
 
 @dataclass
-class _Tally:
-    reading: Reading
+class _InspectionCounts:
+    reading: ScanOptions
     tiles_per_shard: int
     shapes: Counter[PixelShape] = field(default_factory=Counter[PixelShape])
     labels: Counter[int] = field(default_factory=Counter[int])
@@ -107,7 +109,7 @@ class _Tally:
             place = f"{place} at byte {member.offset}"
             shape = probe(data)
             pixels = decode_image(data, shape.array_shape)
-            label = label_of(parts, self.reading, place)
+            label = sample_label(parts, self.reading, place)
         except DamageError as error:
             text = str(error)
             self.damage.append(text if text.startswith(where) else f"{place}: {text}")
@@ -139,14 +141,16 @@ def _index_of(uri: str, damage: list[str]) -> Index | None:
         return None
 
 
-def _reading(location: Location, keys: list[str], index: Index | None, label_field: str | None) -> Reading:
+def _scan_options(
+    location: Location, keys: list[str], index: Index | None, label_field: str | None
+) -> ScanOptions:
     """As the index was made, if there is one."""
     if index is None:
-        return Reading(label_field, class_names=sidecar_class_names(location, keys))
-    return Reading(label_field or index.label_field, index.image_extension, index.class_names)
+        return ScanOptions(label_field, class_names=sidecar_class_names(location, keys))
+    return ScanOptions(label_field or index.label_field, index.image_extension, index.class_names)
 
 
-def _read_shard(store: Store, key: str, sha256: str | None, tally: _Tally) -> int:
+def _read_shard(store: Store, key: str, sha256: str | None, tally: _InspectionCounts) -> int:
     """Count one shard's samples up to where it breaks, if it does; the bytes it has."""
     where = f"{store.uri}/{key}"
     info = store.stat(key)
@@ -164,7 +168,7 @@ def _read_shard(store: Store, key: str, sha256: str | None, tally: _Tally) -> in
     return 0 if info is None else info.size_bytes
 
 
-def _named(labels: Counter[int], names: tuple[str, ...] | None) -> dict[str, int] | None:
+def _by_class_name(labels: Counter[int], names: tuple[str, ...] | None) -> dict[str, int] | None:
     if set(labels) <= {-1}:
         return None
     known = names or ()

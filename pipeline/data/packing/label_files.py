@@ -12,7 +12,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from pipeline.data.formats.shards import split_name
-from pipeline.data.packing.labels import choose_field, flattened, is_label_field
+from pipeline.data.packing.labels import choose_field, flatten, is_label_field
 from pipeline.data.packing.source_files import FileName
 from pipeline.errors import DamageError, UserError
 
@@ -20,7 +20,7 @@ SIDECARS = ("cls", "label", "json")
 TABLES = ("metadata.csv", "metadata.jsonl")
 NAME_LISTS = ("classes.txt", "classnames.txt", "labels.txt", "class_names.txt")
 _FILE_FIELDS = ("file_name", "filename", "image", "file", "path")
-_SHORT = 4096
+_MAX_CLASS_BYTES = 4096
 """Bytes of a .cls; more is something else."""
 
 Read = Callable[[int], bytes]
@@ -34,9 +34,9 @@ class SidecarLabels:
     """Which files these are."""
     values: list[Any]
     """The raw label of each picture; None where there is none."""
-    asked: bool
+    field_chosen: bool
     """Whether the user named the field."""
-    used: set[int]
+    files_read: set[int]
     """Numbers of the files that were read."""
     notes: tuple[str, ...] = ()
 
@@ -81,7 +81,7 @@ def class_list(names: Sequence[FileName], read: Read, where: str) -> tuple[str, 
     """Class names by number from a classes.txt, one a line, if there is one at the top."""
     for number, name in enumerate(names):
         if name.path in NAME_LISTS:
-            lines = _text(read(number), f"{where}: {name.whole}").splitlines()
+            lines = _text(read(number), f"{where}: {name.full_name}").splitlines()
             return tuple(line.strip() for line in lines if line.strip()) or None
     return None
 
@@ -92,7 +92,7 @@ def _dataset_json(search: _Search) -> SidecarLabels | None:
     used: set[int] = set()
     for file in files:
         number = search.number_of[file]
-        content = _json(search.read(number), f"{search.where}: {file.whole}")
+        content = _json(search.read(number), f"{search.where}: {file.full_name}")
         if not isinstance(content, dict) or "labels" not in content:
             continue
         used.add(number)
@@ -100,10 +100,10 @@ def _dataset_json(search: _Search) -> SidecarLabels | None:
         pairs = listed.items() if isinstance(listed, dict) else listed
         try:
             for name, value in pairs:
-                labels[_neighbour(file, str(name))] = value
+                labels[_sibling(file, str(name))] = value
         except (TypeError, ValueError):
             raise UserError(
-                f"source: {search.where}: {file.whole}: labels must be pairs of a file name and a class"
+                f"source: {search.where}: {file.full_name}: labels must be pairs of a file name and a class"
             ) from None
     if not used or search.column is not None:
         return None
@@ -118,9 +118,9 @@ def _tables(search: _Search) -> SidecarLabels | None:
             key = next((f for f in _FILE_FIELDS if f in row), None)
             if key is None:
                 raise UserError(
-                    f"source: {search.where}: {file.whole} has no column file_name; it has: {', '.join(row)[:300]}"
+                    f"source: {search.where}: {file.full_name} has no column file_name; it has: {', '.join(row)[:300]}"
                 )
-            rows[_neighbour(file, str(row.pop(key)))] = row
+            rows[_sibling(file, str(row.pop(key)))] = row
     if not rows:
         return None
     fields = {field for row in rows.values() for field in row}
@@ -146,7 +146,7 @@ def _sidecars(search: _Search) -> SidecarLabels | None:
         if any(kind in found for found in beside):
             used = {found[kind] for found in beside if kind in found}
             values = [
-                _short(search.read(f[kind]), f"{search.where}: {search.names[f[kind]].whole}")
+                _short_text(search.read(f[kind]), f"{search.where}: {search.names[f[kind]].full_name}")
                 if kind in f
                 else None
                 for f in beside
@@ -156,8 +156,8 @@ def _sidecars(search: _Search) -> SidecarLabels | None:
     fields: set[str] = set()
     for found in beside:
         content = (
-            flattened(
-                _json(search.read(found["json"]), f"{search.where}: {search.names[found['json']].whole}")
+            flatten(
+                _json(search.read(found["json"]), f"{search.where}: {search.names[found['json']].full_name}")
             )
             if "json" in found
             else {}
@@ -196,7 +196,7 @@ def _sidecar_numbers(picture: FileName, number_of: Mapping[FileName, int]) -> di
     return found
 
 
-def _neighbour(file: FileName, name: str) -> FileName:
+def _sibling(file: FileName, name: str) -> FileName:
     """A name that a label file gives, from the top of its archive or source."""
     folder = PurePosixPath(file.path).parent
     parts = [p for p in (folder / name.replace("\\", "/")).parts if p != "."]
@@ -204,22 +204,22 @@ def _neighbour(file: FileName, name: str) -> FileName:
 
 
 def _rows(file: FileName, data: bytes, where: str) -> Iterator[dict[str, Any]]:
-    text = _text(data, f"{where}: {file.whole}").removeprefix("\ufeff")
+    text = _text(data, f"{where}: {file.full_name}").removeprefix("\ufeff")
     if file.path.endswith(".csv"):
         try:
             for row in csv.DictReader(io.StringIO(text)):
                 yield {str(k): v for k, v in row.items() if k is not None}
         except csv.Error as error:
-            raise UserError(f"source: {where}: {file.whole}: damaged ({error}); write it again") from None
+            raise UserError(f"source: {where}: {file.full_name}: damaged ({error}); write it again") from None
         return
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
-            content = _json(line.encode(), f"{where}: {file.whole}: line {number}")
-            yield flattened(content)
+            content = _json(line.encode(), f"{where}: {file.full_name}: line {number}")
+            yield flatten(content)
 
 
-def _short(data: bytes, where: str) -> str:
-    if len(data) > _SHORT:
+def _short_text(data: bytes, where: str) -> str:
+    if len(data) > _MAX_CLASS_BYTES:
         raise UserError(f"source: {where} has {len(data)} bytes; a class is expected; or set labels=none")
     return _text(data, where).strip()
 
@@ -240,13 +240,13 @@ def _json(data: bytes, where: str) -> Any:
         ) from None
 
 
-def checked(read: Read, names: Sequence[FileName], where: str) -> Read:
+def with_user_errors(read: Read, names: Sequence[FileName], where: str) -> Read:
     """`read`, with a label file that cannot be read told as what the user can put right."""
 
     def reading(number: int) -> bytes:
         try:
             return read(number)
         except (OSError, DamageError) as error:
-            raise UserError(f"source: {where}: {names[number].whole}: cannot be read ({error})") from None
+            raise UserError(f"source: {where}: {names[number].full_name}: cannot be read ({error})") from None
 
     return reading

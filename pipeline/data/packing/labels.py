@@ -55,20 +55,20 @@ def choose_field(
     return outer[0] if outer else None
 
 
-def flattened(content: Any, depth: int = 4) -> dict[str, Any]:
+def flatten(content: Any, depth: int = 4) -> dict[str, Any]:
     """The leaves of nested mappings under dotted names: {"a": {"b": 1}} gives {"a.b": 1}."""
     if not isinstance(content, dict):
         return {}
     found: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, dict) and depth > 1:
-            found |= {f"{name}.{inner}": leaf for inner, leaf in flattened(value, depth - 1).items()}
+            found |= {f"{name}.{inner}": leaf for inner, leaf in flatten(value, depth - 1).items()}
         else:
             found[str(name)] = value
     return found
 
 
-def numbered(
+def to_class_numbers(
     values: Sequence[Any],
     pictures: Sequence[str],
     where: str,
@@ -82,7 +82,7 @@ def numbered(
     different texts are accepted. Raises UserError, naming a picture, for labels that are missing on some pictures
     only, and for what is no class.
     """
-    plain = [_plain(value, picture, where) for value, picture in zip(values, pictures, strict=True)]
+    plain = [_normalize(value, picture, where) for value, picture in zip(values, pictures, strict=True)]
     missing = plain.count(None)
     if missing == len(plain):
         return [-1] * len(plain), None
@@ -94,7 +94,7 @@ def numbered(
     texts = {value for value in plain if isinstance(value, str)}
     if not texts:
         numbers = [value for value in plain if isinstance(value, int)]
-        _bounded(numbers, pictures, where, names)
+        _require_in_range(numbers, pictures, where, names)
         return numbers, names
     if names is not None and texts <= set(names):
         by_name = {name: number for number, name in enumerate(names)}
@@ -107,12 +107,12 @@ def numbered(
             f"({min(texts)!r}); write all in one way, or set labels=none"
         )
     _require_classes(texts, len(plain), where, asked)
-    classes = in_order(texts)
+    classes = sort_class_names(texts)
     number = {name: i for i, name in enumerate(classes)}
     return [number[str(value)] for value in plain], classes
 
 
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
+def sort_class_names(names: Iterable[str]) -> tuple[str, ...]:
     """Class names in the order of their numbers: by value when all are numbers, else as texts."""
     found = set(names)
     if all(name.isascii() and name.isdigit() for name in found):
@@ -120,7 +120,7 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def mapping_line(how: str, classes: tuple[str, ...] | None, numbers: Sequence[int]) -> str:
+def describe_classes(how: str, classes: tuple[str, ...] | None, numbers: Sequence[int]) -> str:
     """What the classes are, for people: `labels from class folders: 0 cat, 1 dog`."""
     if classes is None:
         seen = sorted(set(numbers))
@@ -131,12 +131,12 @@ def mapping_line(how: str, classes: tuple[str, ...] | None, numbers: Sequence[in
     return f"labels from {how}: {listed}{more}"
 
 
-def _plain(value: Any, picture: str, where: str) -> int | str | None:
+def _normalize(value: Any, picture: str, where: str) -> int | str | None:
     """One raw label as a number, a name, or None for a missing one."""
     if isinstance(value, bytes):
         value = value.decode(errors="backslashreplace")
     if isinstance(value, (list, tuple)):
-        value = _of_list(list(value), picture, where)
+        value = _from_list(list(value), picture, where)
     if isinstance(value, float):
         if math.isnan(value):
             return None
@@ -163,7 +163,7 @@ def _plain(value: Any, picture: str, where: str) -> int | str | None:
     return int(value)
 
 
-def _of_list(value: list[Any], picture: str, where: str) -> Any:
+def _from_list(value: list[Any], picture: str, where: str) -> Any:
     """The one label of a list: its only entry, or the place of the only one among zeros."""
     if len(value) == 1:
         return value[0]
@@ -175,7 +175,9 @@ def _of_list(value: list[Any], picture: str, where: str) -> Any:
     )
 
 
-def _bounded(numbers: list[int], pictures: Sequence[str], where: str, names: tuple[str, ...] | None) -> None:
+def _require_in_range(
+    numbers: list[int], pictures: Sequence[str], where: str, names: tuple[str, ...] | None
+) -> None:
     largest = max(numbers)
     limit = MAX_CLASSES if names is None else len(names)
     if largest >= limit:

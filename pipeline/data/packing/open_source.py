@@ -11,17 +11,17 @@ from pydantic_core import from_json
 
 from pipeline.config.bounds import checked_name
 from pipeline.config.data import PackConfig
-from pipeline.data.formats.images import PICTURE_SUFFIXES
-from pipeline.data.location import expand, is_glob, require_all
-from pipeline.data.packing.archives import TARS, TarFiles, require_room, unpacked_bytes
-from pipeline.data.packing.parquet import ParquetSource, holds_pictures
+from pipeline.data.formats.images import IMAGE_SUFFIXES
+from pipeline.data.location import expand, is_glob, require_matches
+from pipeline.data.packing.archives import TARS, TarFiles, require_temp_space, unpacked_bytes
+from pipeline.data.packing.parquet import ParquetSource, has_image_column
 from pipeline.data.packing.source_files import CombinedFiles, Files, FolderFiles, ZipFiles, is_hidden
 from pipeline.data.packing.sources import DigitsSource, FilesSource, Source
 from pipeline.errors import UserError
 from pipeline.store import file_path
 
 KINDS = "give a folder, zip, tar or parquet, a pattern of them, or `digits`"
-_ELSEWHERE = {
+_REMOTE = {
     "s3": "bring it here first: aws s3 cp --recursive {} FOLDER",
     "http": "download it first: curl -LO {}",
     "https": "download it first: curl -LO {}",
@@ -39,7 +39,7 @@ def open_source(config: PackConfig) -> Source:
 
     Pickled, a source is its settings: where it arrives it is opened again, once a process.
     """
-    source = DigitsSource() if config.source == "digits" else _opened(config, source_paths(config.source))
+    source = DigitsSource() if config.source == "digits" else _open_paths(config, source_paths(config.source))
     for name in source.class_names or ():
         try:
             checked_name(name)  # else no model trained on them could hold it
@@ -60,44 +60,44 @@ def source_paths(source: str) -> list[Path]:
     scheme = source.partition(":")[0].lower()
     if source.lower().startswith("file:"):
         source = str(file_path(source))
-    elif scheme in _ELSEWHERE and ":" in source and not Path(source).exists():
-        remedy = _ELSEWHERE[scheme].format(source)
+    elif scheme in _REMOTE and ":" in source and not Path(source).exists():
+        remedy = _REMOTE[scheme].format(source)
         raise UserError(f"source: {source}: pictures are packed from this machine's disk only; {remedy}")
     path = Path(source).expanduser()
     if path.exists():
         return [path]
     if not set(source) & set("*?[{"):
         raise UserError(f"source: {source} does not exist; {KINDS}")
-    found = {name: _there(name) for name in expand(str(path))}
-    require_all(f"source: {source}", [name for name, there in found.items() if not there])
+    found = {name: _matches(name) for name in expand(str(path))}
+    require_matches(f"source: {source}", [name for name, there in found.items() if not there])
     return sorted({path for there in found.values() for path in there})
 
 
-def _there(name: str) -> list[Path]:
+def _matches(name: str) -> list[Path]:
     if is_glob(name):
         return [Path(match) for match in glob.glob(name, recursive=True)]
     return [Path(name)] if Path(name).exists() else []
 
 
-def _opened(config: PackConfig, paths: list[Path]) -> Source:
+def _open_paths(config: PackConfig, paths: list[Path]) -> Source:
     if len(paths) == 1 and paths[0].is_dir():
-        return _of_folder(config, paths[0])
+        return _open_folder(config, paths[0])
     if all(path.suffix.lower() == ".parquet" for path in paths):
         return ParquetSource(paths, config, config.source, Counter())
     if len(paths) == 1:
-        (archive,) = _archives(config.source, paths)
-        return FilesSource(archive, config, _names_of_pack(paths[0]))
+        (archive,) = _open_archives(config.source, paths)
+        return FilesSource(archive, config, _packed_class_names(paths[0]))
     folder = next((path for path in paths if path.is_dir()), None)
     if folder is not None:
         raise UserError(
             f"source: {config.source} names several things, among them the folder {folder}; {KINDS}"
         )
-    names = [path.name for path in _distinct(paths)]
-    files = CombinedFiles(config.source, list(zip(names, _archives(config.source, paths), strict=True)))
-    return FilesSource(files, config, _names_of_pack(paths[0]))
+    names = [path.name for path in _require_distinct_names(paths)]
+    files = CombinedFiles(config.source, list(zip(names, _open_archives(config.source, paths), strict=True)))
+    return FilesSource(files, config, _packed_class_names(paths[0]))
 
 
-def _of_folder(config: PackConfig, folder: Path) -> Source:
+def _open_folder(config: PackConfig, folder: Path) -> Source:
     """A folder of pictures, of archives, of parquet, or a set that was packed."""
     if (folder / "pack-plan.json").exists() and not (folder / "index.json").exists():
         raise UserError(f"source: {folder} is a pack that was interrupted; run that pack again first")
@@ -106,8 +106,8 @@ def _of_folder(config: PackConfig, folder: Path) -> Source:
     parquet = [path for path in paths.values() if path.suffix.lower() == ".parquet"]
     archives = [path for path in paths.values() if path.name.lower().endswith((*TARS, ".zip"))]
     tables = ".members.npy"  # of a packed set's index
-    pictures = any(path.lower().endswith(PICTURE_SUFFIXES) and not path.endswith(tables) for path in paths)
-    embedded = [path for path in parquet if not path.name.startswith("metadata") and holds_pictures(path)]
+    pictures = any(path.lower().endswith(IMAGE_SUFFIXES) and not path.endswith(tables) for path in paths)
+    embedded = [path for path in parquet if not path.name.startswith("metadata") and has_image_column(path)]
     kinds = {"pictures": pictures, "archives": bool(archives), "parquet with pictures": bool(embedded)}
     found = [kind for kind, there in kinds.items() if there]
     if len(found) > 1:
@@ -119,30 +119,32 @@ def _of_folder(config: PackConfig, folder: Path) -> Source:
         return FilesSource(files, config)
     rest = Counter(p.suffix.lower() or p.name for p in paths.values() if p not in {*archives, *parquet})
     if archives:
-        return _of_archives(config, folder, archives, rest + Counter({".parquet": len(parquet)}))
+        return _open_folder_of_archives(config, folder, archives, rest + Counter({".parquet": len(parquet)}))
     ours = embedded or parquet
     rest[".parquet"] += len(parquet) - len(ours)
     return ParquetSource(sorted(ours), config, str(folder), +rest + files.left_out)
 
 
-def _of_archives(config: PackConfig, folder: Path, archives: Sequence[Path], rest: Counter[str]) -> Source:
+def _open_folder_of_archives(
+    config: PackConfig, folder: Path, archives: Sequence[Path], rest: Counter[str]
+) -> Source:
     paths = sorted(archives)
     names = [str(path.relative_to(folder)) for path in paths]
-    whole = CombinedFiles(str(folder), list(zip(names, _archives(str(folder), paths), strict=True)))
-    source = FilesSource(whole, config, _names_of_pack(folder))
+    whole = CombinedFiles(str(folder), list(zip(names, _open_archives(str(folder), paths), strict=True)))
+    source = FilesSource(whole, config, _packed_class_names(folder))
     packed = (folder / "index.json").exists() and (folder / "pack-report.json").exists()
     source.left_out += Counter() if packed else +rest
     return source
 
 
-def _archives(where: str, paths: Sequence[Path]) -> list[Files]:
+def _open_archives(where: str, paths: Sequence[Path]) -> list[Files]:
     """The archives, opened. Raises DiskFull before the first of them is unpacked."""
     tars = [path for path in paths if path.name.lower().endswith(TARS)]
-    require_room(where, sum(map(unpacked_bytes, tars)))
-    return [_archive(path) for path in paths]
+    require_temp_space(where, sum(map(unpacked_bytes, tars)))
+    return [_open_archive(path) for path in paths]
 
 
-def _archive(path: Path) -> Files:
+def _open_archive(path: Path) -> Files:
     if path.suffix.lower() == ".zip":
         return ZipFiles(path)
     if path.name.lower().endswith(TARS):
@@ -151,7 +153,7 @@ def _archive(path: Path) -> Files:
     raise UserError(f"source: {path} is of no known kind; " + (f"{remedy}, or {KINDS}" if remedy else KINDS))
 
 
-def _distinct(paths: Sequence[Path]) -> Sequence[Path]:
+def _require_distinct_names(paths: Sequence[Path]) -> Sequence[Path]:
     """Paths whose last names, by which their pictures are told apart, differ. Raises UserError."""
     seen: dict[str, Path] = {}
     for path in paths:
@@ -160,7 +162,7 @@ def _distinct(paths: Sequence[Path]) -> Sequence[Path]:
     return paths
 
 
-def _names_of_pack(path: Path) -> tuple[str, ...] | None:
+def _packed_class_names(path: Path) -> tuple[str, ...] | None:
     """Class names by number that the index of a packed set holds; None for shards that are no part of one."""
     folder = path if path.is_dir() else path.parent
     for place in (folder, folder.parent) if folder.name == "shards" else (folder,):

@@ -30,26 +30,26 @@ from pipeline.data.location import Location
 from pipeline.data.packing.encode import EncodedImages, encode_tasks, run_encode_task
 from pipeline.data.packing.fingerprint import fingerprint
 from pipeline.data.packing.open_source import open_source
-from pipeline.data.packing.pack_plan import PackPlan, PackReport, PackUnit, listing_digest, plan_pack
+from pipeline.data.packing.pack_plan import PackPlan, PackReport, ShardPlan, listing_digest, plan_pack
 from pipeline.data.packing.pack_state import (
     CARD,
     SOURCE_KEY,
     PackedSource,
-    Part,
     PlanDocument,
     Scan,
+    ShardRecord,
     begin_pack,
     completed,
-    drop_records,
-    known_shards,
-    look_at_place,
-    other_pack,
-    refuse_strays,
+    delete_records,
+    destination_taken,
+    finished_report,
+    finished_shards,
+    read_destination,
+    refuse_foreign_shards,
     sha256_of,
-    standing_report,
 )
 from pipeline.data.packing.resize import ImageInfo, probe_image
-from pipeline.data.packing.scan_shard import ShardFacts, shard_entry
+from pipeline.data.packing.scan_shard import ShardSummary, shard_entry
 from pipeline.data.packing.sources import Source, read_item
 from pipeline.disk_errors import disk_errors_at
 from pipeline.errors import DamageError, UserError
@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
-LOOKED_AT_TOGETHER = 64
+PROBE_BATCH = 64
 """Pictures of one unit of looking: some milliseconds to some seconds of work."""
 
 
@@ -79,12 +79,12 @@ def local_parallel_map(config: PackConfig, num_pictures: int) -> Generator[Paral
     yield thread_map(config.num_threads)
 
 
-SpreadFor = Callable[[PackConfig, int], AbstractContextManager[ParallelMap]]
+ParallelMapFor = Callable[[PackConfig, int], AbstractContextManager[ParallelMap]]
 """From the settings and the number of pictures: who does the work."""
 
 
 def pack(
-    config: PackConfig, progress: Progress | None = None, spread: SpreadFor = local_parallel_map
+    config: PackConfig, progress: Progress | None = None, spread: ParallelMapFor = local_parallel_map
 ) -> PackReport:
     """Pack as `config` says. Progress counts every picture twice: when it is looked at, and when it is written.
 
@@ -93,29 +93,31 @@ def pack(
     (`on_unreadable: fail`), sizes that differ without `image_size`, labels on some pictures only, and a destination
     that holds another pack.
     """
-    places = _places(config)
-    plans = [look_at_place(place) for place in places]
+    places = _destinations(config)
+    plans = [read_destination(place) for place in places]
     seen = fingerprint(config)
-    reports = _standing(places, seen, progress)
+    reports = _finished_reports(places, seen, progress)
     if reports is None:
         source = open_source(config)
         listing = plans[0].listing if plans[0] is not None else None
         all_packed = config.on_unreadable == "fail" and config.on_small != "skip"
         if all_packed and listing not in (None, listing_digest(source.items, source.class_names)):
-            raise other_pack(config.dest)
+            raise destination_taken(config.dest)
         reports = _pack(config, source, seen, plans, _PackProgress(2 * len(source.items), progress), spread)
     return reports[0] if len(reports) == 1 else replace(reports[0], held_out=reports[1])
 
 
-def _places(config: PackConfig) -> list[PackConfig]:
+def _destinations(config: PackConfig) -> list[PackConfig]:
     """The data sets to make: one, or one to train on and one held out."""
     aside = config.model_copy(update={"dest": held_out_uri(config.dest)})
     return [config] if config.held_out == 0 else [config, aside]
 
 
-def _standing(places: Sequence[PackConfig], seen: str, progress: Progress | None) -> list[PackReport] | None:
+def _finished_reports(
+    places: Sequence[PackConfig], seen: str, progress: Progress | None
+) -> list[PackReport] | None:
     """The reports of a pack that is finished and whose source has not changed, without reading a picture."""
-    found = [report for place in places if (report := standing_report(place, seen)) is not None]
+    found = [report for place in places if (report := finished_report(place, seen)) is not None]
     if len(found) < len(places):
         return None
     if progress is not None:
@@ -130,18 +132,18 @@ def _pack(
     seen: str,
     plans: Sequence[PlanDocument | None],
     steps: _PackProgress,
-    spread: SpreadFor,
+    spread: ParallelMapFor,
 ) -> list[PackReport]:
     # Every process of a spread opens the source for itself: a copy in TMPDIR is made once, for threads that share it.
     chosen = local_parallel_map if source.copied_bytes else spread
     with chosen(config, len(source.items)) as spreading:
         facts: list[ImageInfo] = []
-        for some in spreading(partial(_look, config, source), _runs(len(source.items))):
+        for some in spreading(partial(_probe_items, config, source), _item_ranges(len(source.items))):
             facts += some
             steps.add(len(some))
         sides = [
             (side, plan_pack(side, source, facts, items, by_bytes=there is None or there.by_bytes))
-            for (side, items), there in zip(_sides(config, facts), plans, strict=True)
+            for (side, items), there in zip(_split_held_out(config, facts), plans, strict=True)
         ]
         there = [completed(side, plan) for side, plan in sides]
         reports = [
@@ -156,13 +158,13 @@ def _pack(
     return reports
 
 
-def _look(config: PackConfig, source: Source, items: range) -> list[ImageInfo]:
-    return [examine_item(config, source, item) for item in items]
+def _probe_items(config: PackConfig, source: Source, items: range) -> list[ImageInfo]:
+    return [probe_item(config, source, item) for item in items]
 
 
-def _runs(count: int) -> Iterator[range]:
-    for first in range(0, count, LOOKED_AT_TOGETHER):
-        yield range(first, min(first + LOOKED_AT_TOGETHER, count))
+def _item_ranges(count: int) -> Iterator[range]:
+    for first in range(0, count, PROBE_BATCH):
+        yield range(first, min(first + PROBE_BATCH, count))
 
 
 def _write(
@@ -174,29 +176,29 @@ def _write(
     spreading: ParallelMap,
 ) -> PackReport:
     store = open_store(config.dest)
-    refuse_strays(config, plan)
+    refuse_foreign_shards(config, plan)
     standing = begin_pack(store, plan)
-    scans = known_shards(config, plan)
-    steps.add(sum(len(plan.units[shard].items) for shard in scans))
-    todo = [unit for unit in plan.units if unit.shard not in scans]
+    scans = finished_shards(config, plan)
+    steps.add(sum(len(plan.shards[shard].items) for shard in scans))
+    todo = [unit for unit in plan.shards if unit.number not in scans]
     shape = plan.report.image
     runs = [(unit, list(encode_tasks(unit, facts, shape))) for unit in todo]
     work = partial(run_encode_task, config, shape, source, standing.encoder)
     encoded = iter(spreading(work, (run for _, some in runs for run in some)))
     for unit, some in runs:
-        scans[unit.shard] = pack_shard(
-            config, plan, unit, source, _counted(islice(encoded, len(some)), steps)
+        scans[unit.number] = pack_shard(
+            config, plan, unit, source, _with_progress(islice(encoded, len(some)), steps)
         )
     return finish_pack(config, plan, scans)
 
 
-def _counted(encoded: Iterable[EncodedImages], steps: _PackProgress) -> Iterator[EncodedImages]:
+def _with_progress(encoded: Iterable[EncodedImages], steps: _PackProgress) -> Iterator[EncodedImages]:
     for some in encoded:
         yield some
         steps.add(len(some.payloads))
 
 
-def _sides(config: PackConfig, facts: Sequence[ImageInfo]) -> list[tuple[PackConfig, list[int]]]:
+def _split_held_out(config: PackConfig, facts: Sequence[ImageInfo]) -> list[tuple[PackConfig, list[int]]]:
     """The data sets to make, each with its pictures: all of them, or those to train on and those held out."""
     everything = list(range(len(facts)))
     if config.held_out == 0:
@@ -207,7 +209,7 @@ def _sides(config: PackConfig, facts: Sequence[ImageInfo]) -> list[tuple[PackCon
             f"held_out: {config.held_out:g} of these pictures is none; raise it, or pack more of them"
         )
     rest = sorted(set(everything) - set(held))
-    return list(zip(_places(config), (rest, held), strict=True))
+    return list(zip(_destinations(config), (rest, held), strict=True))
 
 
 def held_out_uri(dest: str) -> str:
@@ -222,7 +224,7 @@ def _is_held_out(config: PackConfig, fact: ImageInfo) -> bool:
     return int.from_bytes(drawn.digest(), "big") < config.held_out * 2**64
 
 
-def examine_item(config: PackConfig, source: Source, item: int) -> ImageInfo:
+def probe_item(config: PackConfig, source: Source, item: int) -> ImageInfo:
     """The first look at one picture. May run anywhere the source can be opened."""
     try:
         return probe_image(config, read_item(source, item))
@@ -231,7 +233,7 @@ def examine_item(config: PackConfig, source: Source, item: int) -> ImageInfo:
 
 
 def pack_shard(
-    config: PackConfig, plan: PackPlan, unit: PackUnit, source: Source, encoded: Iterable[EncodedImages]
+    config: PackConfig, plan: PackPlan, unit: ShardPlan, source: Source, encoded: Iterable[EncodedImages]
 ) -> Scan:
     """Write one shard from its encoded pictures, and then its record."""
     store = open_store(config.dest)
@@ -247,16 +249,16 @@ def pack_shard(
                     offset = stream.add(f"{unit.first_sample + len(rows):09d}", files)[0]
                     rows.append((offset, len(payload), zlib.crc32(payload), label))
         file.flush()
-        info = _published(store, unit.key, Path(file.name), stream)
+        info = _upload_unless_same(store, unit.key, Path(file.name), stream)
     entry, table = shard_entry(
-        ShardFacts(rows, {plan.report.image}, stats),
+        ShardSummary(rows, {plan.report.image}, stats),
         info,
         plain_bytes=stream.size_bytes,
         compressed=False,
         sha256=stream.hash.hexdigest(),
     )
     store.write(unit.table_key, table.tobytes())
-    part = Part(plan=plan.digest, entry=entry)
+    part = ShardRecord(plan=plan.digest, entry=entry)
     store.write(unit.record_key, part.model_dump_json().encode() + b"\n")
     return entry, table
 
@@ -270,7 +272,7 @@ def _scratch(store: Store) -> AbstractContextManager[IO[bytes]]:
     return tempfile.NamedTemporaryFile(prefix=TEMP_PREFIX, dir=_scratch_folder(store))
 
 
-def _published(store: Store, key: str, path: Path, shard: ShardStream) -> ObjectInfo:
+def _upload_unless_same(store: Store, key: str, path: Path, shard: ShardStream) -> ObjectInfo:
     """The object of this shard: the one that is there if it has the very bytes, so that its tag stays."""
     there = store.stat(key)
     if there is None or there.size_bytes != shard.size_bytes:
@@ -283,16 +285,16 @@ def finish_pack(config: PackConfig, plan: PackPlan, scans: dict[int, Scan]) -> P
     """Put the shards together: report, tables, and the index last of all. Then the records go."""
     store = open_store(config.dest)
     there = {info.key: info for info in store.list("shards/")}
-    current = [_current(store, there.get(unit.key), scans[unit.shard]) for unit in plan.units]
+    current = [_current_scan(store, there.get(unit.key), scans[unit.number]) for unit in plan.shards]
     store.write(PACK_REPORT_KEY, plan.report.to_json())
     if store.stat(DATASET_CARD_KEY) is None:  # a person may have written a better one
         store.write(DATASET_CARD_KEY, CARD)
     index = assemble_index(Location.of(config.dest), current, plan.class_names)
-    drop_records(store, plan)
+    delete_records(store, plan)
     return replace(plan.report, index_digest=index.digest)
 
 
-def _current(store: Store, info: ObjectInfo | None, scan: Scan) -> Scan:
+def _current_scan(store: Store, info: ObjectInfo | None, scan: Scan) -> Scan:
     """A shard as it is now: another job of the same plan may have written the same bytes under a newer tag."""
     entry, table = scan
     if info is not None and info.etag == entry.etag:

@@ -17,7 +17,7 @@ from pipeline.data.packing.resize import SMALL, ImageInfo
 from pipeline.data.packing.sources import Item, Source
 from pipeline.errors import UserError
 
-MOST_NAMED = 20
+MAX_LISTED = 20
 """Problems named in one error line."""
 _ALWAYS_DIGESTED = {
     "image_size",
@@ -37,24 +37,24 @@ _NEVER_DIGESTED = {
 
 
 @dataclass(frozen=True)
-class PackUnit:
+class ShardPlan:
     """A shard to be: its number, the number of its first sample, and the source's items in the order they go in."""
 
-    shard: int
+    number: int
     first_sample: int
     items: tuple[int, ...]
 
     @property
     def key(self) -> str:
-        return f"shards/{self.shard:06d}.tar"
+        return f"shards/{self.number:06d}.tar"
 
     @property
     def record_key(self) -> str:
-        return f"parts/{self.shard:06d}.json"
+        return f"parts/{self.number:06d}.json"
 
     @property
     def table_key(self) -> str:
-        return f"parts/{self.shard:06d}.members"
+        return f"parts/{self.number:06d}.members"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class PackPlan:
     """Digest of the settings alone."""
     listing: str
     """Digest of names and labels alone."""
-    units: tuple[PackUnit, ...]
+    shards: tuple[ShardPlan, ...]
     class_names: tuple[str, ...] | None
     report: PackReport
 
@@ -124,11 +124,11 @@ def plan_pack(
             f"source: {config.source}: none of its {len(names)} pictures can be used; check the path"
         )
     _check_labels(source, usable)
-    shape = _one_shape(config, names, facts, usable)
-    order = sorted(usable, key=lambda i: _place(config.seed, names[i]))
-    count = -(-len(order) // (_most_samples(config, shape) if by_bytes else config.shard_size))
+    shape = _common_shape(config, names, facts, usable)
+    order = sorted(usable, key=lambda i: _shuffle_key(config.seed, names[i]))
+    count = -(-len(order) // (_max_samples(config, shape) if by_bytes else config.shard_size))
     edges = [number * len(order) // count for number in range(count + 1)]
-    units = tuple(PackUnit(n, edges[n], tuple(order[edges[n] : edges[n + 1]])) for n in range(count))
+    units = tuple(ShardPlan(n, edges[n], tuple(order[edges[n] : edges[n + 1]])) for n in range(count))
     report = PackReport(
         num_samples=len(order),
         num_shards=count,
@@ -138,13 +138,13 @@ def plan_pack(
         unreadable=unreadable,
         other_files=source.other_files,
         left_out=dict(source.left_out.most_common()),
-        notes=(*source.notes, *_notes_on_pixels(facts, usable), *_note_on_copy(source)),
+        notes=(*source.notes, *_pixel_notes(facts, usable), *_copy_note(source)),
     )
     return PackPlan(
         digest=_plan_digest(config, source, facts, order),
         settings=settings_digest(config),
         listing=listing_digest([source.items[i] for i in usable], source.class_names),
-        units=units,
+        shards=units,
         class_names=source.class_names,
         report=report,
     )
@@ -162,16 +162,16 @@ def _refuse_unusable(
         found = [f"{names[i]}: {problem}" for i, problem, is_small in bad if is_small == small]
         if found and setting == "fail":
             raise UserError(
-                f"source: {len(found)} of {len(names)} pictures {why}: {'; '.join(found[:MOST_NAMED])}; {remedy}"
+                f"source: {len(found)} of {len(names)} pictures {why}: {'; '.join(found[:MAX_LISTED])}; {remedy}"
             )
 
 
-def _notes_on_pixels(facts: Sequence[ImageInfo], usable: Sequence[int]) -> list[str]:
+def _pixel_notes(facts: Sequence[ImageInfo], usable: Sequence[int]) -> list[str]:
     counts = Counter(note for i in usable for note in facts[i].notes)
     return [f"{count} of {len(usable)} pictures {note}" for note, count in sorted(counts.items())]
 
 
-def _note_on_copy(source: Source) -> list[str]:
+def _copy_note(source: Source) -> list[str]:
     if not source.copied_bytes:
         return []
     size = f"{source.copied_bytes:,} bytes"
@@ -180,7 +180,7 @@ def _note_on_copy(source: Source) -> list[str]:
 
 def settings_digest(config: PackConfig) -> str:
     """SHA-256 over the settings that determine shards' bytes."""
-    return hashlib.sha256(json.dumps(_digested(config), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_digested_settings(config), sort_keys=True).encode()).hexdigest()
 
 
 def listing_digest(items: Sequence[Item], class_names: Sequence[str] | None) -> str:
@@ -191,7 +191,7 @@ def listing_digest(items: Sequence[Item], class_names: Sequence[str] | None) -> 
     return digest.hexdigest()
 
 
-def _digested(config: PackConfig) -> dict[str, Any]:
+def _digested_settings(config: PackConfig) -> dict[str, Any]:
     fields = type(config).model_fields
     moved = {name for name, field in fields.items() if getattr(config, name) != field.default}
     return config.model_dump(mode="json", include=(moved - _NEVER_DIGESTED) | _ALWAYS_DIGESTED)
@@ -199,7 +199,9 @@ def _digested(config: PackConfig) -> dict[str, Any]:
 
 def _plan_digest(config: PackConfig, source: Source, facts: Sequence[ImageInfo], order: list[int]) -> str:
     """Hash over everything that determines the shards' bytes, and not over paths or the number of threads."""
-    digest = hashlib.sha256(json.dumps([_digested(config), source.class_names], sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps([_digested_settings(config), source.class_names], sort_keys=True).encode()
+    )
     for i in order:
         # A pack begun before colour profiles were converted is not continued with other pixels.
         pixels = "\0sRGB" if CONVERTED in facts[i].notes else ""
@@ -208,7 +210,7 @@ def _plan_digest(config: PackConfig, source: Source, facts: Sequence[ImageInfo],
     return digest.hexdigest()
 
 
-def _most_samples(config: PackConfig, shape: PixelShape) -> int:
+def _max_samples(config: PackConfig, shape: PixelShape) -> int:
     """Samples of a shard, by both limits."""
     each = shape.channels * shape.height * shape.width
     return max(1, min(config.shard_size, config.shard_bytes // each))
@@ -237,7 +239,7 @@ def _check_labels(source: Source, usable: list[int]) -> None:
         )
 
 
-def _one_shape(
+def _common_shape(
     config: PackConfig, names: list[str], facts: Sequence[ImageInfo], usable: list[int]
 ) -> PixelShape:
     first: dict[PixelShape, str] = {}
@@ -253,7 +255,7 @@ def _one_shape(
     return next(iter(first))
 
 
-def _place(seed: int, name: str) -> bytes:
+def _shuffle_key(seed: int, name: str) -> bytes:
     """A picture's place in the deal: as good as random, and the same whatever other pictures there are."""
     data = name.encode("utf-8", "surrogateescape")
     return hashlib.blake2b(data, digest_size=16, key=seed.to_bytes(8, "big")).digest()

@@ -31,7 +31,7 @@ from pipeline.data.index import (
     table_hash,
 )
 from pipeline.data.location import SUFFIXES, Location
-from pipeline.data.packing.pack_plan import PackPlan, PackReport, PackUnit, settings_digest
+from pipeline.data.packing.pack_plan import PackPlan, PackReport, ShardPlan, settings_digest
 from pipeline.data.packing.scan_shard import index_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectInfo, ObjectMissing, Store, open_store
@@ -71,7 +71,7 @@ class PlanDocument(Settings):
         return self.settings is not None
 
 
-class Part(Settings):
+class ShardRecord(Settings):
     """The record beside a finished shard."""
 
     plan: Digest
@@ -87,7 +87,7 @@ class PackedSource(Settings):
     """Of the index that was written then."""
 
 
-def look_at_place(config: PackConfig) -> PlanDocument | None:
+def read_destination(config: PackConfig) -> PlanDocument | None:
     """The plan that stands at the destination, or None for an empty place.
 
     Raises UserError, before any picture is read, when it is of other settings or no pack's, and for an address that
@@ -99,18 +99,18 @@ def look_at_place(config: PackConfig) -> PlanDocument | None:
         )
     store = open_store(config.dest)
     store.require_container()
-    plan = _plan_there(store)
+    plan = _read_plan(store)
     if plan is None:
         strange = next((o.key for o in store.list() if o.key.endswith((*SUFFIXES, "index.json"))), None)
-        if strange is not None and _plan_there(store) is None:  # not of a pack that has begun meanwhile
+        if strange is not None and _read_plan(store) is None:  # not of a pack that has begun meanwhile
             raise UserError(f"dest: {config.dest} holds other data ({strange}); choose an empty place")
         return None
     if plan.settings not in (None, settings_digest(config)):
-        raise other_pack(config.dest)
+        raise destination_taken(config.dest)
     return plan
 
 
-def other_pack(dest: str) -> UserError:
+def destination_taken(dest: str) -> UserError:
     """The refusal of a place that is taken."""
     return UserError(f"dest: {dest} holds a pack of other pictures or settings; choose an empty place")
 
@@ -123,7 +123,7 @@ def begin_pack(store: Store, plan: PackPlan) -> PlanDocument:
     document = PlanDocument(digest=plan.digest, settings=plan.settings, listing=plan.listing, encoder=ENCODER)
 
     def read() -> str | None:
-        found = _plan_there(store)
+        found = _read_plan(store)
         return None if found is None else found.model_dump_json()
 
     stands = read() or agree(
@@ -135,13 +135,13 @@ def begin_pack(store: Store, plan: PackPlan) -> PlanDocument:
     )
     standing = PlanDocument.model_validate_json(stands)
     if standing.digest != plan.digest:
-        raise other_pack(store.uri)
+        raise destination_taken(store.uri)
     return standing
 
 
-def refuse_strays(config: PackConfig, plan: PackPlan) -> None:
+def refuse_foreign_shards(config: PackConfig, plan: PackPlan) -> None:
     """Raise UserError for shards at the destination that this pack did not make: an index would not fit them."""
-    keys = {unit.key for unit in plan.units}
+    keys = {unit.key for unit in plan.shards}
     stray = [o.key for o in open_store(config.dest).list() if o.key.endswith(SUFFIXES) and o.key not in keys]
     if stray:
         raise UserError(
@@ -149,7 +149,7 @@ def refuse_strays(config: PackConfig, plan: PackPlan) -> None:
         )
 
 
-def standing_report(config: PackConfig, seen: str) -> PackReport | None:
+def finished_report(config: PackConfig, seen: str) -> PackReport | None:
     """The report of a finished pack whose source had the fingerprint `seen`; None when that cannot be told."""
     store = open_store(config.dest)
     made_of = packed_source(store)
@@ -162,7 +162,7 @@ def standing_report(config: PackConfig, seen: str) -> PackReport | None:
         return None  # which the longer way finds out about, and mends
     if index.digest != made_of.index_digest:
         return None
-    return _finished(report, index)
+    return _as_complete(report, index)
 
 
 def completed(config: PackConfig, plan: PackPlan) -> PackReport | None:
@@ -171,11 +171,11 @@ def completed(config: PackConfig, plan: PackPlan) -> PackReport | None:
     Raises UserError when the destination holds another.
     """
     store = open_store(config.dest)
-    there = _plan_there(store)
+    there = _read_plan(store)
     if there is None:
         return None
     if there.digest != plan.digest:
-        raise other_pack(config.dest)
+        raise destination_taken(config.dest)
     if store.stat(PACK_REPORT_KEY) is None:
         return None
     try:
@@ -185,28 +185,28 @@ def completed(config: PackConfig, plan: PackPlan) -> PackReport | None:
     made_of = packed_source(store)
     expected = index.digest if made_of is None else made_of.index_digest
     same = (index.num_samples, index.class_names) == (plan.report.num_samples, plan.class_names)
-    if not same or index.digest != expected or [s.name for s in index.shards] != [u.key for u in plan.units]:
+    if not same or index.digest != expected or [s.name for s in index.shards] != [u.key for u in plan.shards]:
         return None
-    drop_records(store, plan)  # a job killed at the very end left them
-    return _finished(plan.report, index)
+    delete_records(store, plan)  # a job killed at the very end left them
+    return _as_complete(plan.report, index)
 
 
-def known_shards(config: PackConfig, plan: PackPlan) -> dict[int, Scan]:
+def finished_shards(config: PackConfig, plan: PackPlan) -> dict[int, Scan]:
     """Shards of the plan that need not be made: recorded, or in the index that this pack once wrote."""
     store = open_store(config.dest)
     there = {info.key: info for info in store.list("shards/")}
-    indexed = _indexed(config, store, there)
+    indexed = _indexed_scans(config, store, there)
     found: dict[int, Scan] = {}
-    for unit in plan.units:
-        scan = indexed.get(unit.key) or _recorded(store, plan.digest, unit, there.get(unit.key))
+    for unit in plan.shards:
+        scan = indexed.get(unit.key) or _recorded_scan(store, plan.digest, unit, there.get(unit.key))
         if scan is not None:
-            found[unit.shard] = scan
+            found[unit.number] = scan
     return found
 
 
-def drop_records(store: Store, plan: PackPlan) -> None:
+def delete_records(store: Store, plan: PackPlan) -> None:
     """Delete what is of no use once the index is there."""
-    keys = [key for unit in plan.units for key in (unit.record_key, unit.table_key)]
+    keys = [key for unit in plan.shards for key in (unit.record_key, unit.table_key)]
     there = {info.key for info in store.list("parts/")}
     for key in there.intersection(keys):
         store.delete(key)
@@ -230,11 +230,11 @@ def sha256_of(store: Store, info: ObjectInfo) -> str:
     return digest.hexdigest()
 
 
-def _finished(report: PackReport, index: Index) -> PackReport:
+def _as_complete(report: PackReport, index: Index) -> PackReport:
     return replace(report, index_digest=index.digest, already_complete=True)
 
 
-def _plan_there(store: Store) -> PlanDocument | None:
+def _read_plan(store: Store) -> PlanDocument | None:
     try:
         data = store.read(PLAN_KEY)
     except ObjectMissing:
@@ -245,7 +245,7 @@ def _plan_there(store: Store) -> PlanDocument | None:
         raise UserError(f"dest: {error}; choose an empty place, or remove what is there") from None
 
 
-def _indexed(config: PackConfig, store: Store, there: Mapping[str, ObjectInfo]) -> dict[str, Scan]:
+def _indexed_scans(config: PackConfig, store: Store, there: Mapping[str, ObjectInfo]) -> dict[str, Scan]:
     """What the index tells, if it is the one this pack wrote; a shard written anew since is compared by its hash."""
     made_of = packed_source(store)
     try:
@@ -271,12 +271,12 @@ def _indexed(config: PackConfig, store: Store, there: Mapping[str, ObjectInfo]) 
     return found
 
 
-def _recorded(store: Store, plan_digest: str, unit: PackUnit, found: ObjectInfo | None) -> Scan | None:
+def _recorded_scan(store: Store, plan_digest: str, unit: ShardPlan, found: ObjectInfo | None) -> Scan | None:
     """The shard's entry and table, if its record is of this plan and the object is the one recorded."""
     if found is None:
         return None
     try:
-        part = parse_document(Part, store.read(unit.record_key), unit.record_key, "a record")
+        part = parse_document(ShardRecord, store.read(unit.record_key), unit.record_key, "a record")
         data = store.read(unit.table_key)
     except (ObjectMissing, DamageError):
         return None  # it is made again

@@ -11,15 +11,21 @@ from typing import Any
 from pydantic_core import from_json
 
 from pipeline.config.data import PackConfig
-from pipeline.data.packing.archives import TemporaryCopies, require_room
+from pipeline.data.packing.archives import TemporaryCopies, require_temp_space
 from pipeline.data.packing.folder_layout import choose_split, split_word
-from pipeline.data.packing.labels import choose_field, flattened, is_label_field, mapping_line, numbered
+from pipeline.data.packing.labels import (
+    choose_field,
+    describe_classes,
+    flatten,
+    is_label_field,
+    to_class_numbers,
+)
 from pipeline.data.packing.source_files import MAX_FILE_BYTES
 from pipeline.data.packing.sources import Item, Source
 from pipeline.errors import UserError
 
-_IMAGE_NAMES = ("image", "img", "picture", "photo", "pixel_values", "jpg", "png", "jpeg", "webp")
-_PATH_NAMES = ("image", "file_name", "filename", "image_path", "img_path", "path", "file", "filepath")
+_IMAGE_COLUMNS = ("image", "img", "picture", "photo", "pixel_values", "jpg", "png", "jpeg", "webp")
+_PATH_COLUMNS = ("image", "file_name", "filename", "image_path", "img_path", "path", "file", "filepath")
 
 
 @dataclass(frozen=True)
@@ -52,20 +58,20 @@ class ParquetSource(Source):
     def __init__(self, files: Sequence[Path], config: PackConfig, where: str, left_out: Counter[str]) -> None:
         self.config, self.left_out = config, left_out
         self._spool = TemporaryCopies(where)
-        words = [split_word(str(file.relative_to(_common(files)))) for file in files]
+        words = [split_word(str(file.relative_to(_common_folder(files)))) for file in files]
         files = [files[i] for i in choose_split(words, config.split, where)]
         rows = _Rows()
         found: dict[Path, Columns] = {}
         notes: list[str] = []
         needed_bytes = 0
         for file in files:
-            table = opened(file)
-            found[file], told = columns_of(table.schema_arrow, config, file)
+            table = open_parquet(file)
+            found[file], told = find_columns(table.schema_arrow, config, file)
             notes += [note for note in told if note not in notes]
-            needed_bytes += _picture_bytes(table.metadata, found[file])
-        require_room(where, needed_bytes)
+            needed_bytes += _image_bytes(table.metadata, found[file])
+        require_temp_space(where, needed_bytes)
         for file in files:
-            self._add(opened(file), found[file], file, rows)
+            self._add(open_parquet(file), found[file], file, rows)
         if not rows.names:
             raise UserError(f"source: {where} holds no rows; check the path")
         if config.split:
@@ -73,7 +79,7 @@ class ParquetSource(Source):
         self._places = rows.places
         inside = Path(where) if Path(where).is_dir() and not config.image_root else None
         self.self_contained = inside is not None or not any(isinstance(p, Path) for p in rows.places)
-        self._spool.done()
+        self._spool.finish()
         self.copied_bytes = self._spool.num_bytes
         self._label(found, rows, where, notes)
 
@@ -90,14 +96,14 @@ class ParquetSource(Source):
         wanted = [image] if label is None else [image, label]
         for row, record in enumerate(_records(table, wanted, file)):
             name = f"{file.name}#{row:09d}"
-            leaves = record if label is None or label in record else {**record, **flattened(record)}
+            leaves = record if label is None or label in record else {**record, **flatten(record)}
             value = record[image]
             data = value.get("bytes") if isinstance(value, dict) else value if columns.embedded else None
             if data is not None:
                 rows.places.append(self._spool.add(data))
             else:
                 path = value.get("path") if isinstance(value, dict) else value
-                rows.places.append(_beside(path, file, name, self.config.image_root))
+                rows.places.append(_image_path(path, file, name, self.config.image_root))
             rows.names.append(name)
             rows.labels.append(None if label is None else leaves.get(label))
 
@@ -107,22 +113,22 @@ class ParquetSource(Source):
             (a, file_a), (b, file_b) = list(listed.items())[:2]
             raise UserError(
                 f"source: {file_a.name} and {file_b.name} name their classes differently "
-                f"({_short(a)}; {_short(b)}); pack one of them, or set labels=none"
+                f"({_excerpt(a)}; {_excerpt(b)}); pack one of them, or set labels=none"
             )
         names = next(iter(listed), None)
         fields = sorted({columns.label for columns in found.values() if columns.label is not None})
         how = f"column {', '.join(fields)}"
         asked = self.config.label_column is not None
-        labels, self.class_names = numbered(rows.labels, rows.names, f"{where}: {how}", names, asked)
+        labels, self.class_names = to_class_numbers(rows.labels, rows.names, f"{where}: {how}", names, asked)
         if fields:
             notes.append(
-                mapping_line(how, self.class_names, labels) if labels[0] >= 0 else f"{how}: no labels"
+                describe_classes(how, self.class_names, labels) if labels[0] >= 0 else f"{how}: no labels"
             )
         self.items = [Item(name, label) for name, label in zip(rows.names, labels, strict=True)]
         self.notes = tuple(notes)
 
 
-def opened(file: Path) -> Any:
+def open_parquet(file: Path) -> Any:
     """The parquet file, its schema read. Raises UserError."""
     import pyarrow.parquet as pq  # 60 ms and 40 MB: for this source only
 
@@ -132,15 +138,15 @@ def opened(file: Path) -> Any:
         raise UserError(f"source: {file}: not parquet ({str(error).splitlines()[0]})") from None
 
 
-def holds_pictures(file: Path) -> bool:
+def has_image_column(file: Path) -> bool:
     """Whether a column holds bytes that may be pictures; False for tables about pictures, and for no parquet."""
     try:
-        return bool(_byte_columns(opened(file).schema_arrow))
+        return bool(_byte_columns(open_parquet(file).schema_arrow))
     except UserError:
         return False
 
 
-def columns_of(schema: Any, config: PackConfig, file: Path) -> tuple[Columns, list[str]]:
+def find_columns(schema: Any, config: PackConfig, file: Path) -> tuple[Columns, list[str]]:
     """The columns of image and class, and what might have been meant otherwise. Raises UserError."""
     features = _hugging_face_features(schema.metadata)
     bytes_columns = _byte_columns(schema)
@@ -173,14 +179,14 @@ def _image_column(wanted: str | None, embedded: list[str], schema: Any, file: Pa
         return wanted
     if not embedded:
         texts = [c.name for c in schema if kinds.is_string(c.type) or kinds.is_large_string(c.type)]
-        paths = [name for name in _PATH_NAMES if name in texts]
+        paths = [name for name in _PATH_COLUMNS if name in texts]
         if not paths:
             raise UserError(
                 f"source: {file}: no column holds image bytes or paths (columns: {', '.join(schema.names)}); "
                 "name it with image_column"
             )
         return paths[0]
-    named = [c for c in embedded if c.lower() in _IMAGE_NAMES]
+    named = [c for c in embedded if c.lower() in _IMAGE_COLUMNS]
     if len(embedded) == 1 or len(named) == 1 or "image" in named:
         return "image" if "image" in named else (named or embedded)[0]
     raise UserError(
@@ -230,7 +236,7 @@ def _class_names(features: dict[str, Any], column: str) -> tuple[str, ...] | Non
     return tuple(map(str, names)) if isinstance(names, list) else None
 
 
-def _picture_bytes(metadata: Any, columns: Columns) -> int:
+def _image_bytes(metadata: Any, columns: Columns) -> int:
     """How many bytes the pictures in a file take, but for those that stand there once for several rows."""
     if not columns.embedded:
         return 0
@@ -249,7 +255,7 @@ def _records(table: Any, columns: list[str], file: Path) -> Iterator[dict[str, A
         ) from None
 
 
-def _beside(path: Any, file: Path, name: str, root: str | None) -> Path:
+def _image_path(path: Any, file: Path, name: str, root: str | None) -> Path:
     """The picture that a row names. It must lie below the parquet's folder, or below `image_root`."""
     if not isinstance(path, str) or not path:
         raise UserError(f"source: {name}: holds neither image bytes nor a path; remove the row")
@@ -262,7 +268,7 @@ def _beside(path: Any, file: Path, name: str, root: str | None) -> Path:
     return found
 
 
-def _common(files: Sequence[Path]) -> Path:
+def _common_folder(files: Sequence[Path]) -> Path:
     """The deepest folder that holds all the files."""
     folder = files[0].parent
     while not all(file.is_relative_to(folder) for file in files):
@@ -270,5 +276,5 @@ def _common(files: Sequence[Path]) -> Path:
     return folder
 
 
-def _short(names: tuple[str, ...] | None) -> str:
+def _excerpt(names: tuple[str, ...] | None) -> str:
     return "no names" if names is None else ", ".join(names[:8])

@@ -50,7 +50,7 @@ def probe_image(config: PackConfig, data: bytes) -> ImageInfo:
     """Decode a picture to its end and say what it is; what is wrong with it is an answer, not an exception."""
     digest = source_digest(data)
     try:
-        height, width, notes = _looked_at(config, data)
+        height, width, notes = _probe_size(config, data)
     except DamageError as error:
         return ImageInfo(digest, None, str(error))
     if config.image_size is not None:
@@ -73,7 +73,7 @@ def to_pixels(config: PackConfig, data: bytes) -> Pixels:
 
     With `image_size`, the largest middle square, scaled by a filter as wide as the reduction (anti-aliased).
     """
-    pixels, _ = _decoded(config, data)
+    pixels, _ = _decode(config, data)
     if config.image_size is None:
         return pixels
     height, width, channels = pixels.shape
@@ -87,10 +87,10 @@ def to_pixels(config: PackConfig, data: bytes) -> Pixels:
     return out[:, :, None] if out.ndim == 2 else out
 
 
-def _looked_at(config: PackConfig, data: bytes) -> tuple[int, int, tuple[str, ...]]:
+def _probe_size(config: PackConfig, data: bytes) -> tuple[int, int, tuple[str, ...]]:
     """Height and width of the upright picture, decoded to its end, and what is done to its values."""
     if not data.startswith(_JPEG):
-        pixels, notes = _decoded(config, data)
+        pixels, notes = _decode(config, data)
         return pixels.shape[0], pixels.shape[1], notes
     with open_image(data) as image:
         width, height = image.size
@@ -102,7 +102,7 @@ def _looked_at(config: PackConfig, data: bytes) -> tuple[int, int, tuple[str, ..
         return height, width, () if note is None else (note,)
 
 
-def _decoded(config: PackConfig, data: bytes) -> tuple[Pixels, tuple[str, ...]]:
+def _decode(config: PackConfig, data: bytes) -> tuple[Pixels, tuple[str, ...]]:
     """The upright picture in sRGB, and what was done for that."""
     if (raw := read_npy(data)) is not None:
         image = Image.fromarray(raw[:, :, 0] if raw.shape[2] == 1 else raw)

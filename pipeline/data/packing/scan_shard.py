@@ -25,7 +25,7 @@ LABEL_FIELDS = ("label", "class", "cls", "class_id", "target")
 NO_LABELS = "none"
 MAX_DIGITS = 40
 """Of a class number; Python refuses to read a number of thousands."""
-MOST_NAMED = 20
+MAX_LISTED = 20
 """Skipped samples named in an index for each shard."""
 _NUMBER = re.compile(r"-?[0-9]+(\.0+)?")
 _CLASS_NUMBER = (
@@ -37,7 +37,7 @@ MAX_EXPANSION = 256
 
 
 @dataclass(frozen=True)
-class Reading:
+class ScanOptions:
     """How the samples of others' shards are to be understood."""
 
     label_field: str | None = None
@@ -58,28 +58,28 @@ def index_shard(
     *,
     label_field: str | None = None,
     pixels: bool = False,
-    reading: Reading | None = None,
+    reading: ScanOptions | None = None,
 ) -> tuple[ShardEntry, MemberTable]:
     """The entry and member table of one shard, read in one forward pass.
 
     `reading` says how; without it, `label_field` and `pixels` do. Raises DamageError naming shard, key and offset;
     ObjectMissing.
     """
-    reading = reading or Reading(label_field, pixels=pixels)
+    reading = reading or ScanOptions(label_field, pixels=pixels)
     info = store.stat(key)
     label = f"{store.uri}/{key}"
     if info is None:
         raise ObjectMissing(key, label)
-    facts = _Facts(label, reading)
+    facts = _ShardScan(label, reading)
     ignored: list[str] = []
     with store.open(key, etag=info.etag) as stream:
         hashed = HashingReader(stream)
         with plain_stream(cast(BinaryIO, hashed), label) as plain:
-            counted = _Counted(plain, MAX_EXPANSION * max(info.size_bytes, 1 << 20), label)
+            counted = _BoundedReader(plain, MAX_EXPANSION * max(info.size_bytes, 1 << 20), label)
             for name, parts in read_samples(counted, label, ignored):
                 facts.add(name, parts)
     return shard_entry(
-        ShardFacts(
+        ShardSummary(
             facts.rows,
             facts.shapes,
             facts.stats,
@@ -94,7 +94,7 @@ def index_shard(
 
 
 @dataclass(frozen=True)
-class ShardFacts:
+class ShardSummary:
     """What the samples of a shard tell: (offset, size, CRC-32, label) of each image, and what they have in common."""
 
     rows: Sequence[tuple[int, int, int, int]]
@@ -105,7 +105,7 @@ class ShardFacts:
 
 
 def shard_entry(
-    facts: ShardFacts, info: ObjectInfo, *, plain_bytes: int, compressed: bool, sha256: str
+    facts: ShardSummary, info: ObjectInfo, *, plain_bytes: int, compressed: bool, sha256: str
 ) -> tuple[ShardEntry, MemberTable]:
     """Entry and member table of the shard that the store holds as `info`."""
     table = np.array(facts.rows, MEMBER)
@@ -122,7 +122,7 @@ def shard_entry(
         num_labelled=int((table["label"] >= 0).sum()),
         max_label=int(table["label"].max(initial=-1)),
         ignored_members=facts.ignored_members,
-        skipped=facts.skipped[:MOST_NAMED],
+        skipped=facts.skipped[:MAX_LISTED],
         num_skipped=len(facts.skipped),
         channel_sums=facts.stats.sums or None,
         channel_squares=facts.stats.squares or None,
@@ -131,11 +131,11 @@ def shard_entry(
 
 
 @dataclass
-class _Facts:
+class _ShardScan:
     """What gathers while a shard goes by."""
 
     shard: str
-    reading: Reading
+    reading: ScanOptions
     rows: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
     shapes: set[PixelShape] = field(default_factory=set[PixelShape])
     stats: ImageStats = field(default_factory=ImageStats)
@@ -171,7 +171,7 @@ class _Facts:
             self.skipped.append(problem)
             return
         self.shapes.add(shape)
-        number = label_of(parts, self.reading, where)
+        number = sample_label(parts, self.reading, where)
         self.rows.append((member.offset, member.size_bytes, zlib.crc32(data), number))
 
     def _shape(self, data: bytes) -> PixelShape:
@@ -196,7 +196,7 @@ def image_extension(parts: Any, where: str, wanted: str | None = None) -> str | 
     return found[0] if found else None
 
 
-def label_of(parts: Parts, reading: Reading, where: str) -> int:
+def sample_label(parts: Parts, reading: ScanOptions, where: str) -> int:
     """The class of a sample from its cls, or its json's label; -1 if it has none.
 
     Raises DamageError for a label that is neither a class number, nor a known class name, nor one-hot.
@@ -216,7 +216,7 @@ def label_of(parts: Parts, reading: Reading, where: str) -> int:
     return -1 if name is None else class_number(content[name], reading, f"{where}: {name!r} of its .json")
 
 
-def class_number(value: Any, reading: Reading, where: str) -> int:
+def class_number(value: Any, reading: ScanOptions, where: str) -> int:
     """A class from what stands for it: 3, "3", 3.0, a name, one-hot; -1 or null for none. Raises DamageError."""
     names = reading.class_names or ()
     if value is None:
@@ -236,7 +236,7 @@ def class_number(value: Any, reading: Reading, where: str) -> int:
     return value
 
 
-class _Counted:
+class _BoundedReader:
     """Counts plain bytes, and stops a stream that gives absurdly many."""
 
     def __init__(self, stream: BinaryIO, limit: int, label: str) -> None:

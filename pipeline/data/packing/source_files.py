@@ -28,7 +28,7 @@ class FileName(NamedTuple):
     path: str
 
     @property
-    def whole(self) -> str:
+    def full_name(self) -> str:
         """Both together."""
         return f"{self.archive}/{self.path}" if self.archive else self.path
 
@@ -134,16 +134,16 @@ class CombinedFiles(Files):
 
     def __init__(self, where: str, archives: Sequence[tuple[str, Files]]) -> None:
         self.where, self.left_out = where, Counter()
-        self.names, self._places = [], []
+        self.names, self._members = [], []
         for name, files in archives:
             self.left_out.update(files.left_out)
             self.copied_bytes += files.copied_bytes
             for number, file in enumerate(files.names):
                 self.names.append(FileName(name, file.path))
-                self._places.append((files, number))
+                self._members.append((files, number))
 
     def read(self, number: int) -> bytes:
-        files, inner = self._places[number]
+        files, inner = self._members[number]
         return files.read(inner)
 
 

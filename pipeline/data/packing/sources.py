@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.data import PackConfig
-from pipeline.data.formats.images import PICTURE_SUFFIXES
+from pipeline.data.formats.images import IMAGE_SUFFIXES
 from pipeline.data.formats.npy import encode_npy
 from pipeline.data.packing.folder_layout import choose_split, class_folders, interpret_folders, split_word
-from pipeline.data.packing.label_files import checked, class_list, sidecar_labels
-from pipeline.data.packing.labels import in_order, mapping_line, numbered
+from pipeline.data.packing.label_files import class_list, sidecar_labels, with_user_errors
+from pipeline.data.packing.labels import describe_classes, sort_class_names, to_class_numbers
 from pipeline.data.packing.paired_images import select_one_image
 from pipeline.data.packing.source_files import FileName, Files
 from pipeline.errors import DamageError, UserError
@@ -62,16 +62,16 @@ class Source(ABC):
         return sum(self.left_out.values())
 
     def __reduce__(self) -> tuple[Callable[[PackConfig], Source], tuple[PackConfig]]:
-        return reopened, (self.config,)
+        return reopen, (self.config,)
 
 
-def reopened(config: PackConfig) -> Source:
+def reopen(config: PackConfig) -> Source:
     """The source of these settings, opened once in a process that is sent it again and again."""
-    return _reopened(config.model_dump_json())
+    return _reopen(config.model_dump_json())
 
 
 @lru_cache(maxsize=1)
-def _reopened(settings: str) -> Source:
+def _reopen(settings: str) -> Source:
     from pipeline.data.packing.open_source import open_source  # which stands above this module
 
     return open_source(PackConfig.model_validate_json(settings))
@@ -112,14 +112,14 @@ class FilesSource(Source):
     def __init__(self, files: Files, config: PackConfig, class_names: tuple[str, ...] | None = None) -> None:
         self._files, self.config, self.copied_bytes = files, config, files.copied_bytes
         names, where = files.names, files.where
-        pictures = [i for i, name in enumerate(names) if name.path.lower().endswith(PICTURE_SUFFIXES)]
+        pictures = [i for i, name in enumerate(names) if name.path.lower().endswith(IMAGE_SUFFIXES)]
         if not pictures:
             raise UserError(
-                f"source: {where} holds no pictures ({_counted(_extensions(names)) or 'it is empty'}); "
-                f"these are packed: {' '.join(PICTURE_SUFFIXES)}"
+                f"source: {where} holds no pictures ({_format_counts(_count_extensions(names)) or 'it is empty'}); "
+                f"these are packed: {' '.join(IMAGE_SUFFIXES)}"
             )
         everything = len(pictures)
-        split, pictures = _of_split(names, pictures, config.split, where)
+        split, pictures = _select_split(names, pictures, config.split, where)
         layout = interpret_folders([names[i].path for i in pictures], config.labels, split, where)
         pictures = [pictures[i] for i in layout.kept]
         notes = [f"split {config.split}: {len(pictures)} of {everything} pictures"] if config.split else []
@@ -131,12 +131,12 @@ class FilesSource(Source):
             notes.append(
                 f"image_column {config.image_column}: {others_of_sample} other pictures are left out"
             )
-        shown = _shown([names[i] for i in self._numbers], files.wrapped)
+        shown = _display_names([names[i] for i in self._numbers], files.wrapped)
         labels, self.class_names, used, told = self._labels(layout, shown, class_names)
         self.items = [Item(name, label) for name, label in zip(shown, labels, strict=True)]
-        pictures_seen = {i for i, name in enumerate(names) if name.path.lower().endswith(PICTURE_SUFFIXES)}
+        pictures_seen = {i for i, name in enumerate(names) if name.path.lower().endswith(IMAGE_SUFFIXES)}
         rest = [name for i, name in enumerate(names) if i not in pictures_seen and i not in used]
-        self.left_out = _extensions(rest) + files.left_out
+        self.left_out = _count_extensions(rest) + files.left_out
         self.notes = (*notes, *told)
 
     def read(self, number: int) -> bytes:
@@ -150,28 +150,30 @@ class FilesSource(Source):
         config, names, where = self.config, self._files.names, self._files.where
         if config.labels == "none":
             return none, None, set(), ()
-        read = checked(self._files.read, names, where)
+        read = with_user_errors(self._files.read, names, where)
         if config.labels == "auto":
             found = sidecar_labels(names, self._numbers, read, config.label_column, where)
             if found is not None:
                 listed = class_names or class_list(names, read, where)
-                labels, classes = numbered(found.values, shown, f"{where}: {found.how}", listed, found.asked)
+                labels, classes = to_class_numbers(
+                    found.values, shown, f"{where}: {found.how}", listed, found.field_chosen
+                )
                 said = (
-                    mapping_line(found.how, classes, labels)
+                    describe_classes(found.how, classes, labels)
                     if max(labels) >= 0
                     else f"{found.how}: no labels"
                 )
-                return labels, classes, found.used, (*found.notes, said)
+                return labels, classes, found.files_read, (*found.notes, said)
         folders, notes = class_folders(layout, config.labels, where)
         if folders is None:
             return none, None, set(), notes
-        classes = in_order(folders)
+        classes = sort_class_names(folders)
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[folder] for folder in folders]
-        return labels, classes, set(), (*notes, mapping_line("class folders", classes, labels))
+        return labels, classes, set(), (*notes, describe_classes("class folders", classes, labels))
 
 
-def _of_split(
+def _select_split(
     names: Sequence[FileName], pictures: list[int], split: str | None, where: str
 ) -> tuple[str | None, list[int]]:
     """The pictures in archives of the wanted split, and the split that is still to be found in folders."""
@@ -183,18 +185,18 @@ def _of_split(
     return None if split != "all" else split, [i for i in pictures if names[i].archive in kept]
 
 
-def _shown(names: list[FileName], wrapped: bool) -> list[str]:
+def _display_names(names: list[FileName], wrapped: bool) -> list[str]:
     """Names as people are told them; of an archive without one folder that wraps all class folders."""
     tops = {PurePosixPath(name.path).parts[0] for name in names}
     if not wrapped or len(tops) != 1 or any(len(PurePosixPath(name.path).parts) < 3 for name in names):
-        return [name.whole for name in names]
+        return [name.full_name for name in names]
     length = len(tops.pop()) + 1
-    return [FileName(name.archive, name.path[length:]).whole for name in names]
+    return [FileName(name.archive, name.path[length:]).full_name for name in names]
 
 
-def _extensions(names: Sequence[FileName]) -> Counter[str]:
+def _count_extensions(names: Sequence[FileName]) -> Counter[str]:
     return Counter(PurePosixPath(name.path).suffix.lower() or PurePosixPath(name.path).name for name in names)
 
 
-def _counted(counts: Counter[str]) -> str:
+def _format_counts(counts: Counter[str]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in counts.most_common(10))

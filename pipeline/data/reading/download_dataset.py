@@ -25,7 +25,7 @@ from pipeline.data.index import (
     read_table,
 )
 from pipeline.data.location import SUFFIXES
-from pipeline.data.reading.unpack import ImageFolder, images_of
+from pipeline.data.reading.unpack import ImageFolder, indexed_images
 from pipeline.errors import DamageError, DiskFull, UserError
 from pipeline.parallel import thread_map
 from pipeline.store import FileStore, ObjectMissing, Store, open_store
@@ -33,14 +33,14 @@ from pipeline.store.download_folder import Folder
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
-AT_ONCE = 8
+MAX_CONCURRENT = 8
 CHUNK_BYTES = 256 << 10
 """After so many each thread looks whether the download ends."""
-_NAMED = 5
+_MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
-class Piece:
+class RemoteObject:
     """An object whose bytes are known before they come."""
 
     key: str
@@ -50,7 +50,7 @@ class Piece:
     """The tag it must have, where that is known."""
 
 
-class _Ended(Exception):  # noqa: N818 - what happened is the name
+class _Cancelled(Exception):  # noqa: N818 - what happened is the name
     """The download ends before this shard is whole."""
 
 
@@ -64,15 +64,15 @@ class Download:
     progress: Progress
     fetched: int = 0
     """Shards that were brought."""
-    kept: int = 0
+    present: int = 0
     """Shards that were there already."""
     images: ImageFolder | None = None
     """Where the images go as files, if they are wanted so."""
     _done_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _ended: threading.Event = field(default_factory=threading.Event)
+    _cancelled: threading.Event = field(default_factory=threading.Event)
 
-    def shards(self, work: Callable[[T], None], items: Iterable[T], remedy: str) -> None:
+    def process_all(self, work: Callable[[T], None], items: Iterable[T], remedy: str) -> None:
         """`work` on all items. DamageError, after the others are there, names those that are damaged or gone."""
 
         def problem(item: T) -> str | None:
@@ -80,10 +80,10 @@ class Download:
                 work(item)
             except (DamageError, ObjectMissing) as error:
                 return str(error)
-            except _Ended:
+            except _Cancelled:
                 return None  # the item that failed raises in its turn
             except BaseException:
-                self._ended.set()  # so that the other threads do not go on to the end of their shards
+                self._cancelled.set()  # so that the other threads do not go on to the end of their shards
                 raise
             return None
 
@@ -91,17 +91,17 @@ class Download:
         self._tell(0)
         found: list[str] = []
         number = 0
-        for told in thread_map(AT_ONCE, self._ended)(problem, items):
+        for told in thread_map(MAX_CONCURRENT, self._cancelled)(problem, items):
             if told is not None:
                 number += 1
-                found += [told] if len(found) < _NAMED else []
+                found += [told] if len(found) < _MAX_LISTED else []
         if number:
             more = f" (and {number - len(found):,} more)" if number > len(found) else ""
             raise DamageError(f"{'; '.join(found)}{more}; the rest is brought; {remedy}")
 
-    def bring(self, piece: Piece) -> None:
+    def download(self, piece: RemoteObject) -> None:
         """Fetch a shard unless it is there. A wrong hash is tried once more, as the way here may be to blame."""
-        if self._holds(piece):
+        if self._is_present(piece):
             self._tell(piece.size_bytes, kept=1)
             return
         try:
@@ -110,14 +110,14 @@ class Download:
             self._fetch(piece)
         self._tell(0, fetched=1)
 
-    def document(self, key: str) -> None:
+    def copy_document(self, key: str) -> None:
         """Copy a small object as it is now, if there is one."""
         try:
             self.folder.put(key, self.store.read(key))
         except ObjectMissing:
             return
 
-    def _holds(self, piece: Piece) -> bool:
+    def _is_present(self, piece: RemoteObject) -> bool:
         file = self.folder.open(piece.key)
         if file is None:
             return False
@@ -128,15 +128,15 @@ class Download:
             sha256 = hashlib.sha256()
             while chunk := file.read(CHUNK_BYTES):
                 sha256.update(chunk)
-                self._go_on()
+                self._check_cancelled()
         return sha256.hexdigest() == piece.sha256
 
-    def _go_on(self) -> None:
+    def _check_cancelled(self) -> None:
         """Raise _Ended once the download ends."""
-        if self._ended.is_set():
-            raise _Ended
+        if self._cancelled.is_set():
+            raise _Cancelled
 
-    def _fetch(self, piece: Piece) -> None:
+    def _fetch(self, piece: RemoteObject) -> None:
         size, sha256 = 0, hashlib.sha256()
         try:
             with (
@@ -148,7 +148,7 @@ class Download:
                     sha256.update(chunk)
                     size += len(chunk)
                     self._tell(len(chunk))
-                    self._go_on()
+                    self._check_cancelled()
                 if (size, sha256.hexdigest()) != (piece.size_bytes, piece.sha256):
                     raise DamageError(
                         f"{self.store.uri}/{piece.key}: is damaged: its size or sha256 is not the recorded one"
@@ -161,7 +161,7 @@ class Download:
         with self._lock:
             self._done_bytes += more_bytes
             self.fetched += fetched
-            self.kept += kept
+            self.present += kept
             self.progress(self._done_bytes, self.total_bytes)
 
 
@@ -194,7 +194,7 @@ def image_folder(root: Path, what: str, class_names: Iterable[str] | None) -> Im
     return ImageFolder(folder, None if class_names is None else tuple(class_names))
 
 
-def download_data_set(uri: str, place: str, unpack: bool, progress: Progress) -> tuple[Index, Download]:
+def download_dataset(uri: str, place: str, unpack: bool, progress: Progress) -> tuple[Index, Download]:
     """Bring the shards of an index, its member tables and itself. UserError for a folder that holds anything else."""
     index = load_index(uri)
     root = local_folder(place, index.store)
@@ -203,22 +203,22 @@ def download_data_set(uri: str, place: str, unpack: bool, progress: Progress) ->
     folder.claim(what)
     images = image_folder(root, what, index.class_names) if unpack else None
     download = Download(index.store, folder, index.size_bytes, progress, images=images)
-    _bring_tables(download, index)
+    _download_tables(download, index)
 
     def work(numbered: tuple[int, ShardEntry]) -> None:
         number, entry = numbered
-        download.bring(Piece(entry.name, entry.size_bytes, entry.sha256, index.tag(entry)))
+        download.download(RemoteObject(entry.name, entry.size_bytes, entry.sha256, index.tag(entry)))
         if images is not None:
             table = read_table(index, number, FileStore(root))
-            for row, extension, label, data in images_of(folder.path(entry.name), entry.name, table):
+            for row, extension, label, data in indexed_images(folder.path(entry.name), entry.name, table):
                 images.put(label, int(index.starts[number]) + row, extension, data)
 
-    download.shards(
+    download.process_all(
         work, enumerate(index.shards), f"restore what is damaged, or run ddpm index {uri} --fresh"
     )
     if index.location.pattern is None:
-        download.document(DATASET_CARD_KEY)
-        download.document(PACK_REPORT_KEY)
+        download.copy_document(DATASET_CARD_KEY)
+        download.copy_document(PACK_REPORT_KEY)
     folder.put(index.name, index_document(index.model_copy(update={"shards_uri": None})))
     return index, download
 
@@ -231,15 +231,15 @@ def _require_distinct(index: Index) -> None:
         )
 
 
-def _bring_tables(download: Download, index: Index) -> None:
-    if _tables_there(download.folder, index):
+def _download_tables(download: Download, index: Index) -> None:
+    if _tables_present(download.folder, index):
         return
-    with index.home.open(index.tables) as stream, download.folder.new(index.tables) as out:
+    with index.index_store.open(index.tables) as stream, download.folder.new(index.tables) as out:
         for data in _checked_tables(index, stream):
             out.write(data)
 
 
-def _tables_there(folder: Folder, index: Index) -> bool:
+def _tables_present(folder: Folder, index: Index) -> bool:
     file = folder.open(index.tables)
     if file is None:
         return False

@@ -77,7 +77,7 @@ class Loader:
                 if isinstance(result, Exception):
                     raise result
                 if ahead is not None:
-                    ahead.at((step + 1) * self.global_batch)
+                    ahead.advance((step + 1) * self.global_batch)
                 yield replace(result, wait_seconds=time.perf_counter() - began)
                 began = time.perf_counter()
         finally:
@@ -105,8 +105,8 @@ class Loader:
                 sampler=steps,
                 num_workers=self.config.num_workers,
                 prefetch_factor=self.config.prefetch,
-                collate_fn=_as_it_is,
-                worker_init_fn=_Environment(dict(os.environ)),
+                collate_fn=_identity,
+                worker_init_fn=_SetEnvironment(dict(os.environ)),
                 multiprocessing_context=context,
             )
         )
@@ -159,7 +159,7 @@ class _StepSampler(torch.utils.data.Dataset["Batch | Exception"]):
         return np.arange(places.start, places.stop, dtype=np.int64)
 
 
-class _Environment:
+class _SetEnvironment:
     """Gives a loader process this process's variables: a fork server keeps those of the moment it was started."""
 
     def __init__(self, variables: dict[str, str]) -> None:
@@ -169,5 +169,5 @@ class _Environment:
         os.environ.update(self._variables)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

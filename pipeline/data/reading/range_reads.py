@@ -36,21 +36,21 @@ class RangeAccess:
 
     def __init__(self, index: Index, limit_bytes: int) -> None:
         self.index = index
-        self.held_bytes = limit_bytes // 2
+        self.prefetch_bytes = limit_bytes // 2
         """How many bytes of samples to gather at a time."""
         self._most_span_bytes = limit_bytes // 2 // REQUESTS_AT_ONCE
-        self._held: dict[tuple[int, int], bytes] = {}
+        self._prefetched: dict[tuple[int, int], bytes] = {}
         self._pool = ThreadPoolExecutor(REQUESTS_AT_ONCE)
 
-    def gather(self, wanted: Iterable[tuple[int, Sequence[int], Sequence[int]]]) -> None:
+    def prefetch(self, wanted: Iterable[tuple[int, Sequence[int], Sequence[int]]]) -> None:
         """Bring samples, given as (shard, ascending offsets, sizes), in place of those that are held.
 
         What cannot be brought is left to `read`, which says why. Raises ObjectChanged, StoreUnreachable.
         """
-        self._held.clear()
-        spans = [span for each in wanted for span in spans_of(*each, self._most_span_bytes)]
-        for found in self._pool.map(self._bring, spans):
-            self._held.update(found)
+        self._prefetched.clear()
+        spans = [span for each in wanted for span in coalesce(*each, self._most_span_bytes)]
+        for found in self._pool.map(self._fetch, spans):
+            self._prefetched.update(found)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         entry = self.index.shards[shard]
@@ -59,17 +59,18 @@ class RangeAccess:
     def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
         places = zip(offsets, sizes, strict=True)
         return [
-            self._held.pop((shard, offset), b"") or self.read(shard, offset, size) for offset, size in places
+            self._prefetched.pop((shard, offset), b"") or self.read(shard, offset, size)
+            for offset, size in places
         ]
 
     def renew(self, shard: int) -> bool:
         return False
 
     def close(self) -> None:
-        self._held.clear()
+        self._prefetched.clear()
         self._pool.shutdown()
 
-    def _bring(self, span: Span) -> dict[tuple[int, int], bytes]:
+    def _fetch(self, span: Span) -> dict[tuple[int, int], bytes]:
         first = span.offsets[0]
         try:
             data = self.read(span.shard, first, span.num_bytes)
@@ -84,7 +85,7 @@ class RangeAccess:
         }
 
 
-def spans_of(shard: int, offsets: Sequence[int], sizes: Sequence[int], most_bytes: int) -> list[Span]:
+def coalesce(shard: int, offsets: Sequence[int], sizes: Sequence[int], most_bytes: int) -> list[Span]:
     """Samples at ascending offsets, together where they lie near each other and are at most `most_bytes` in all."""
     spans: list[Span] = []
     end = 0

@@ -19,13 +19,13 @@ from pipeline.data.formats.images import Pixels, PixelShape, decode_image
 from pipeline.data.index import Index, MemberTable, read_table
 from pipeline.data.reading.order import GlobalOrder, Int64
 from pipeline.data.reading.range_reads import RangeAccess
-from pipeline.data.reading.shard_access import Access
+from pipeline.data.reading.shard_access import ShardAccess
 from pipeline.data.reading.shard_cache import open_shard_access
 from pipeline.diffusion import noise
 from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectChanged
 
-MOST_SUBSTITUTES = 1000
+MAX_SUBSTITUTES = 1000
 """Damaged neighbours passed over before giving up: beyond this the data set, not a sample, is broken."""
 
 
@@ -50,8 +50,8 @@ class SampleSource:
             )
         self.limit_bytes = config.memory_bytes // max(1, config.num_workers)
         decoded_bytes = index.num_samples * self.shape.channels * self.shape.height * self.shape.width
-        self.holds_all = decoded_bytes <= self.limit_bytes // 2
-        self._opened: _Opened | None = None
+        self.fits_in_memory = decoded_bytes <= self.limit_bytes // 2
+        self._reader: _SampleReader | None = None
 
     def get(self, positions: Int64, upcoming: Iterable[Int64] = ()) -> Samples:
         """The samples of int64 (n,) positions. Raises DamageError naming shard, sample, offset and cause.
@@ -59,8 +59,8 @@ class SampleSource:
         `upcoming` are the positions of this process's next calls, as far as asked for: it changes how many requests
         are made where nothing is cached, and no sample.
         """
-        opened = self._opened or self._open()
-        opened.gather(positions, upcoming)
+        opened = self._reader or self._open()
+        opened.prefetch(positions, upcoming)
         shards, members = opened.order.lookup(positions)
         pixels, labels, damage = opened.pixels(shards, members)
         images = self._augmented(pixels, torch.from_numpy(positions))
@@ -68,16 +68,16 @@ class SampleSource:
 
     def close(self) -> None:
         """Give back descriptors and memory; the next `get` opens them again."""
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_opened": None}
 
-    def _open(self) -> _Opened:
-        self._opened = _Opened(self)
-        return self._opened
+    def _open(self) -> _SampleReader:
+        self._reader = _SampleReader(self)
+        return self._reader
 
     def _augmented(self, pixels: Pixels, positions: Tensor) -> Tensor:
         """Flips and crops, drawn for each position, so that they are the same on any rank and after any restart."""
@@ -96,7 +96,7 @@ class SampleSource:
         return images
 
 
-class _Place(NamedTuple):
+class _SampleLocation(NamedTuple):
     """A sample's row in the whole data set, and what the index says of it."""
 
     row: int
@@ -107,28 +107,30 @@ class _Place(NamedTuple):
     label: int
 
 
-class _Opened:
+class _SampleReader:
     """What a process holds while it reads."""
 
     def __init__(self, source: SampleSource) -> None:
         self.index, self.shape, self.array_shape = source.index, source.shape, source.shape.array_shape
-        self.skips = source.config.on_damage == "skip"
+        self.skips_damage = source.config.on_damage == "skip"
         self.order = GlobalOrder(source.index.counts, source.seed, source.config.window_shards)
-        limit_bytes = source.limit_bytes // 2 if source.holds_all else source.limit_bytes
-        self.access: Access = open_shard_access(source.config, source.index, limit_bytes)
+        limit_bytes = source.limit_bytes // 2 if source.fits_in_memory else source.limit_bytes
+        self.access: ShardAccess = open_shard_access(source.config, source.index, limit_bytes)
         # Two windows of tables: a batch may lie across the seam of two.
         self.table = lru_cache(maxsize=2 * self.order.window_shards)(partial(read_table, self.index))
-        self.held = _Held(source.index.num_samples, self.shape) if source.holds_all else None
-        self._gathered: set[int] = set()
+        self.decoded = (
+            _DecodedSamples(source.index.num_samples, self.shape) if source.fits_in_memory else None
+        )
+        self._prefetched: set[int] = set()
 
-    def gather(self, positions: Int64, upcoming: Iterable[Int64]) -> None:
+    def prefetch(self, positions: Int64, upcoming: Iterable[Int64]) -> None:
         """Where samples come by request: bring these and those of the next calls together, as many as may be held."""
         if not isinstance(self.access, RangeAccess) or not len(positions):
             return
-        if int(positions[0]) in self._gathered:
-            self._gathered.remove(int(positions[0]))
+        if int(positions[0]) in self._prefetched:
+            self._prefetched.remove(int(positions[0]))
             return
-        left = self.access.held_bytes
+        left = self.access.prefetch_bytes
         batches: list[Int64] = []
         places: list[tuple[int, MemberTable]] = []
         for batch in itertools.chain([positions], upcoming):
@@ -138,8 +140,8 @@ class _Opened:
                 break
             batches.append(batch)
             places += found
-        self._gathered = {int(batch[0]) for batch in batches[1:] if len(batch)}
-        self.access.gather(_in_order(places))
+        self._prefetched = {int(batch[0]) for batch in batches[1:] if len(batch)}
+        self.access.prefetch(_by_offset(places))
 
     def _by_shard(self, shards: Int64, members: Int64) -> list[tuple[int, MemberTable]]:
         return [(shard, self.table(shard)[members[shards == shard]]) for shard in np.unique(shards).tolist()]
@@ -147,16 +149,16 @@ class _Opened:
     def pixels(self, shards: Int64, members: Int64) -> tuple[Pixels, Int64, tuple[str, ...]]:
         """Pixels uint8 (n, C, H, W) and labels int64 (n,) of members of shards, int64 (n,) both."""
         rows = self.index.starts[shards] + members
-        if self.held is not None and self.held.known[rows].all():
-            return self.held.pixels[rows], self.held.labels[rows], ()
+        if self.decoded is not None and self.decoded.known[rows].all():
+            return self.decoded.pixels[rows], self.decoded.labels[rows], ()
         out = np.empty((len(rows), self.shape.channels, self.shape.height, self.shape.width), np.uint8)
         labels, damage = np.empty(len(rows), np.int64), list[str]()
         # In order of place: neighbouring rows are neighbours on disk.
         order = np.argsort(rows, kind="stable")
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             self._fill(int(shards[part[0]]), members[part], part, out, labels, damage)
-        if self.held is not None and not damage:
-            self.held.keep(rows, out, labels)
+        if self.decoded is not None and not damage:
+            self.decoded.store(rows, out, labels)
         return out, labels, tuple(damage)
 
     def close(self) -> None:
@@ -172,10 +174,10 @@ class _Opened:
         for member, slot, data, crc in zip(
             members.tolist(), slots.tolist(), self._bytes(shard, places), crcs, strict=True
         ):
-            pixels = self._decoded(data) if crc32(data) == crc else None
+            pixels = self._decode(data) if crc32(data) == crc else None
             if pixels is None:
-                pixels, labels[slot], problems = self._one(
-                    self._place(int(self.index.starts[shard]) + member)
+                pixels, labels[slot], problems = self._read_or_substitute(
+                    self._location(int(self.index.starts[shard]) + member)
                 )
                 damage += problems
             out[slot] = pixels.transpose(2, 0, 1)
@@ -186,45 +188,45 @@ class _Opened:
         except DamageError:
             return [b""] * len(places)  # none of which will fit its CRC; `_one` finds out what each lacks
 
-    def _decoded(self, data: bytes) -> Pixels | None:
+    def _decode(self, data: bytes) -> Pixels | None:
         try:
             return decode_image(data, self.array_shape)
         except DamageError:
             return None  # `_one` meets it again, and says where
 
-    def _place(self, row: int) -> _Place:
+    def _location(self, row: int) -> _SampleLocation:
         shard = int(np.searchsorted(self.index.starts, row, side="right")) - 1
         member = self.table(shard)[row - int(self.index.starts[shard])]
         offset, size, crc, label = (int(member[name]) for name in ("offset", "size", "crc", "label"))
-        return _Place(row, shard, offset, size, crc, label)
+        return _SampleLocation(row, shard, offset, size, crc, label)
 
-    def _one(self, place: _Place) -> tuple[Pixels, int, list[str]]:
+    def _read_or_substitute(self, place: _SampleLocation) -> tuple[Pixels, int, list[str]]:
         """A sample, or, where damage is skipped, the nearest whole one after it: the same one every time."""
         problems: list[str] = []
-        for distance in range(MOST_SUBSTITUTES):
+        for distance in range(MAX_SUBSTITUTES):
             if distance:
-                place = self._place((place.row + 1) % self.index.num_samples)
+                place = self._location((place.row + 1) % self.index.num_samples)
             try:
                 return self._read(place), place.label, problems
             except ObjectChanged:
                 raise
             except DamageError as error:
-                if not self.skips:
+                if not self.skips_damage:
                     raise
                 problems.append(str(error))
-        raise DamageError(f"{problems[0]} (and so are the {MOST_SUBSTITUTES - 1} samples after it)")
+        raise DamageError(f"{problems[0]} (and so are the {MAX_SUBSTITUTES - 1} samples after it)")
 
-    def _read(self, place: _Place) -> Pixels:
+    def _read(self, place: _SampleLocation) -> Pixels:
         try:
-            return self._checked(place)
+            return self._read_checked(place)
         except ObjectChanged:
             raise
         except DamageError:
             if not self.access.renew(place.shard):
                 raise
-        return self._checked(place)
+        return self._read_checked(place)
 
-    def _checked(self, place: _Place) -> Pixels:
+    def _read_checked(self, place: _SampleLocation) -> Pixels:
         data = self.access.read(place.shard, place.offset, place.size)
         try:
             if crc32(data) != place.crc:
@@ -246,7 +248,7 @@ class _Opened:
         return repr(header.split(b"\0", 1)[0].decode(errors="replace"))
 
 
-def _in_order(places: list[tuple[int, MemberTable]]) -> Iterator[tuple[int, list[int], list[int]]]:
+def _by_offset(places: list[tuple[int, MemberTable]]) -> Iterator[tuple[int, list[int], list[int]]]:
     """(shard, ascending offsets, sizes) of samples given in several parts."""
     for shard in sorted({shard for shard, _ in places}):
         table = np.concatenate([part for other, part in places if other == shard])
@@ -254,7 +256,7 @@ def _in_order(places: list[tuple[int, MemberTable]]) -> Iterator[tuple[int, list
         yield shard, table["offset"].tolist(), table["size"].tolist()
 
 
-class _Held:
+class _DecodedSamples:
     """All samples of a small data set, decoded once."""
 
     def __init__(self, num_samples: int, shape: PixelShape) -> None:
@@ -262,7 +264,7 @@ class _Held:
         self.labels: Int64 = np.empty(num_samples, np.int64)
         self.known: npt.NDArray[np.bool_] = np.zeros(num_samples, np.bool_)
 
-    def keep(self, rows: Int64, pixels: Pixels, labels: Int64) -> None:
+    def store(self, rows: Int64, pixels: Pixels, labels: Int64) -> None:
         self.pixels[rows], self.labels[rows], self.known[rows] = pixels, labels, True
 
 

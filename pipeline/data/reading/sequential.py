@@ -10,7 +10,7 @@ from pipeline.data.formats.images import Pixels, decode_image
 from pipeline.data.formats.shards import HashingReader, plain_stream, read_samples
 from pipeline.data.index import Index, read_table
 from pipeline.data.reading.samples import require_one_shape
-from pipeline.data.reading.shard_access import changed
+from pipeline.data.reading.shard_access import hash_mismatch
 from pipeline.errors import DamageError
 
 
@@ -51,4 +51,4 @@ def read_sequential(index: Index, shards: Iterable[int] | None = None) -> Iterat
                         yield SequentialSample(number, key, pixels, rows[member.offset])
                         count += 1
         if hashed.hash.hexdigest() != entry.sha256 or count != entry.num_samples:
-            raise changed(where, entry.size_bytes, entry)
+            raise hash_mismatch(where, entry.size_bytes, entry)

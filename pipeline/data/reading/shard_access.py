@@ -18,7 +18,7 @@ from pipeline.store import ObjectChanged
 COPY_BYTES = 1 << 20
 
 
-class Access(Protocol):
+class ShardAccess(Protocol):
     """Random access to plain (decompressed) shards, by their number in the index."""
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
@@ -84,13 +84,13 @@ class MemoryAccess:
 
     def __init__(self, index: Index, limit_bytes: int, lenient: bool) -> None:
         self.index, self.limit_bytes, self.lenient = index, limit_bytes, lenient
-        self.held: OrderedDict[int, bytes] = OrderedDict()
+        self.cached: OrderedDict[int, bytes] = OrderedDict()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         data = self._data(shard)
         found = data[offset : offset + size]
         if len(found) != size:
-            raise cut_short(
+            raise truncated(
                 f"{self.index.store.uri}/{self.index.shards[shard].name}", len(data), offset + size
             )
         return found
@@ -103,30 +103,30 @@ class MemoryAccess:
         return False
 
     def close(self) -> None:
-        self.held.clear()
+        self.cached.clear()
 
     def _data(self, shard: int) -> bytes:
-        data = self.held.get(shard)
+        data = self.cached.get(shard)
         if data is None:
             data = self._fetch(shard)
-        self.held.move_to_end(shard)
+        self.cached.move_to_end(shard)
         return data
 
     def _fetch(self, shard: int) -> bytes:
         entry = self.index.shards[shard]
-        while self.held and sum(map(len, self.held.values())) + entry.plain_bytes > self.limit_bytes:
-            self.held.popitem(last=False)
+        while self.cached and sum(map(len, self.cached.values())) + entry.plain_bytes > self.limit_bytes:
+            self.cached.popitem(last=False)
         file = io.BytesIO()
         download_shard(self.index, shard, file, self.lenient)
-        self.held[shard] = file.getvalue()
-        return self.held[shard]
+        self.cached[shard] = file.getvalue()
+        return self.cached[shard]
 
 
 class OpenFiles:
     """A few descriptors by number, the longest unused closed first."""
 
     def __init__(self, most: int) -> None:
-        self.most = most
+        self.capacity = most
         self.open: OrderedDict[int, int] = OrderedDict()
 
     def get(self, number: int) -> int | None:
@@ -136,7 +136,7 @@ class OpenFiles:
         return self.open[number]
 
     def put(self, number: int, fd: int) -> int:
-        while len(self.open) >= self.most:
+        while len(self.open) >= self.capacity:
             os.close(self.open.popitem(last=False)[1])
         self.open[number] = fd
         return fd
@@ -152,7 +152,7 @@ def read_exactly(fd: int, offset: int, size: int, where: str) -> bytes:
     while 0 < len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
         data += more
     if len(data) != size:
-        raise cut_short(where, offset + len(data), offset + size)
+        raise truncated(where, offset + len(data), offset + size)
     return data
 
 
@@ -173,7 +173,7 @@ def download_shard(index: Index, shard: int, file: BinaryIO, lenient: bool) -> N
         if problem is None and hashed.hash.hexdigest() == entry.sha256:
             return
         if last_try and not lenient:
-            raise problem or changed(where, size, entry)
+            raise problem or hash_mismatch(where, size, entry)
 
 
 def _copy_plain(
@@ -198,7 +198,7 @@ def _copy_plain(
     return size, None
 
 
-def changed(where: str, size_bytes: int, entry: ShardEntry) -> DamageError:
+def hash_mismatch(where: str, size_bytes: int, entry: ShardEntry) -> DamageError:
     """What to say of a shard whose hash is wrong."""
     return DamageError(
         f"{where}: its SHA-256 is not the indexed one ({size_bytes} bytes, {entry.size_bytes} indexed): it was "
@@ -206,6 +206,6 @@ def changed(where: str, size_bytes: int, entry: ShardEntry) -> DamageError:
     )
 
 
-def cut_short(where: str, end: int, wanted: int) -> DamageError:
+def truncated(where: str, end: int, wanted: int) -> DamageError:
     """What to say of a shard that ends too early."""
     return DamageError(f"{where}: ends at byte {end}, {wanted} expected: it is cut short")

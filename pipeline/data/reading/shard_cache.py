@@ -29,10 +29,10 @@ from pipeline.data.index import Index
 from pipeline.data.reading.order import GlobalOrder, ShuffleWindow
 from pipeline.data.reading.range_reads import RangeAccess
 from pipeline.data.reading.shard_access import (
-    Access,
     DescriptorAccess,
     FileAccess,
     MemoryAccess,
+    ShardAccess,
     download_shard,
 )
 from pipeline.disk_errors import disk_errors_at
@@ -43,7 +43,7 @@ from pipeline.telemetry.counters import increment
 
 log = logging.getLogger(__name__)
 
-ADMISSION = "admission.lock"
+ADMISSION_LOCK = "admission.lock"
 POLL_SECONDS = 0.05
 TOUCH_SECONDS = 5.0
 _OWN_NAME = re.compile(r"[0-9a-f]{32}\.(shard|part)")
@@ -69,13 +69,13 @@ class ShardCache:
     def open(self, shard: int) -> int:
         """A descriptor of a shard, brought first if need be. Raises DamageError, ObjectChanged, StoreUnreachable."""
         path = self.path(shard)
-        fd = self._there(path)
+        fd = self._open_cached(path)
         increment("cache_misses" if fd is None else "cache_hits")
         if fd is not None:
             return fd
         with disk_errors_at(self.directory), _locked(path.with_suffix(".lock")):
-            fd = self._there(path)  # another process may have brought it while this one waited
-            return self._bring(shard, path) if fd is None else fd
+            fd = self._open_cached(path)  # another process may have brought it while this one waited
+            return self._download(shard, path) if fd is None else fd
 
     def renew(self, shard: int, damaged: int) -> int:
         """A descriptor of a shard brought anew in the place of the copy that is open as `damaged`.
@@ -84,13 +84,13 @@ class ShardCache:
         """
         path = self.path(shard)
         with disk_errors_at(self.directory), _locked(path.with_suffix(".lock")):
-            fd = self._there(path)
+            fd = self._open_cached(path)
             if fd is not None and not os.path.sameopenfile(fd, damaged):
                 return fd
             if fd is not None:
                 os.close(fd)
             before = _sha256(damaged)
-            fd = self._bring(shard, path)
+            fd = self._download(shard, path)
         if _sha256(fd) != before:
             log.warning("%s: this machine's copy was damaged, not the shard; brought anew", path)
         return fd
@@ -100,7 +100,7 @@ class ShardCache:
         with suppress(FileNotFoundError):
             os.utime(self.path(shard), follow_symlinks=False)
 
-    def _there(self, path: Path) -> int | None:
+    def _open_cached(self, path: Path) -> int | None:
         try:
             fd = open_private(path)
         except FileNotFoundError:
@@ -108,7 +108,7 @@ class ShardCache:
         os.utime(fd)  # not the path, which another process may just have removed
         return fd
 
-    def _bring(self, shard: int, path: Path) -> int:
+    def _download(self, shard: int, path: Path) -> int:
         part = path.with_suffix(".part")
         self._reserve(part, self.index.shards[shard].plain_bytes)
         try:
@@ -117,7 +117,9 @@ class ShardCache:
                 file.flush()
                 os.fsync(file.fileno())
             fd = open_private(part)
-            with _locked(self.directory / ADMISSION):  # a count that is under way must find it under one name
+            with _locked(
+                self.directory / ADMISSION_LOCK
+            ):  # a count that is under way must find it under one name
                 os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -127,7 +129,7 @@ class ShardCache:
     def _reserve(self, part: Path, size_bytes: int) -> None:
         """Make room and take it. Waits while the rest of the room is taken by shards still on their way."""
         while True:
-            with _locked(self.directory / ADMISSION):
+            with _locked(self.directory / ADMISSION_LOCK):
                 if self._evict(size_bytes, part):
                     with open(open_private(part, os.O_WRONLY | os.O_CREAT), "wb") as file:
                         file.truncate(0)
@@ -149,7 +151,7 @@ class ShardCache:
                 path.with_suffix(".lock").lstat()
                 if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
                     continue
-                if path.suffix == ".part" and _free(path.with_suffix(".lock")):
+                if path.suffix == ".part" and _is_unlocked(path.with_suffix(".lock")):
                     path.unlink()  # whoever brought it was killed
                     continue
                 used += found.st_size
@@ -202,32 +204,32 @@ class Prefetcher:
     def __init__(self, cache: ShardCache, order: GlobalOrder) -> None:
         self._cache, self._order = cache, order
         self._wanted: ShuffleWindow | None = None
-        self._news, self._ended = threading.Event(), threading.Event()
+        self._changed, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="shard-prefetch", daemon=True)
         self._thread.start()
 
-    def at(self, position: int) -> None:
+    def advance(self, position: int) -> None:
         """Reading has come to `position`."""
         window = self._order.window_at(position)
         if window is not self._wanted:
             self._wanted = window
-            self._news.set()
+            self._changed.set()
 
     def close(self) -> None:
         """Ends after the shard it is at."""
-        self._ended.set()
-        self._news.set()
+        self._closed.set()
+        self._changed.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._ended.is_set():
-            self._news.wait()
-            self._news.clear()
+        while not self._closed.is_set():
+            self._changed.wait()
+            self._changed.clear()
             window = self._wanted
             if window is None:
                 continue
             for shard in [*window.shards.tolist(), *self._order.next_window(window).shards.tolist()]:
-                if self._ended.is_set() or self._wanted is not window:
+                if self._closed.is_set() or self._wanted is not window:
                     break
                 # The reader meets the same failure when it gets there, and says so; a prefetch may just stop.
                 with suppress(DamageError, UserError, OSError):
@@ -245,7 +247,7 @@ def require_cache_space(index: Index, window_shards: int, limit_bytes: int) -> N
         )
 
 
-def open_shard_access(config: DataConfig, index: Index, limit_bytes: int) -> Access:
+def open_shard_access(config: DataConfig, index: Index, limit_bytes: int) -> ShardAccess:
     """The fastest way the settings allow. Raises UserError when there is none for these shards."""
     compressed = next((shard.name for shard in index.shards if shard.compressed), None)
     if isinstance(index.store, FileStore) and compressed is None:
@@ -285,7 +287,7 @@ def _locked(path: Path) -> Generator[None]:
         os.close(fd)
 
 
-def _free(path: Path) -> bool:
+def _is_unlocked(path: Path) -> bool:
     """Whether nobody holds a lock. The system lets go of a dead process's locks."""
     fd = open_private(path, os.O_RDWR)
     try:

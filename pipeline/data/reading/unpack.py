@@ -11,10 +11,10 @@ from pipeline.data.index import MemberTable
 from pipeline.errors import DamageError
 from pipeline.store.download_folder import Folder
 
-PER_FOLDER = 10_000
+MAX_IMAGES_PER_FOLDER = 10_000
 """Images of a folder, where they have no classes."""
 _LONGEST_BYTES = 100
-_PLAIN = " ._-+,()'"
+_ALLOWED = " ._-+,()'"
 
 
 class ImageFolder:
@@ -26,7 +26,7 @@ class ImageFolder:
     def put(self, label: int, number: int, extension: str, data: bytes) -> None:
         """Write an image unless it is there. Without classes the label is -1."""
         if label < 0:
-            group = f"{number // PER_FOLDER:06d}"
+            group = f"{number // MAX_IMAGES_PER_FOLDER:06d}"
         else:
             group = self._names[label] if label < len(self._names) else str(label)
         self.folder.keep(f"{group}/{number:012d}.{extension}", data)
@@ -37,7 +37,7 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
     names: list[str] = []
     seen: set[str] = set()
     for label, text in enumerate(class_names):
-        name = "".join(sign if sign.isalnum() or sign in _PLAIN else "_" for sign in text)
+        name = "".join(sign if sign.isalnum() or sign in _ALLOWED else "_" for sign in text)
         name = name.encode()[:_LONGEST_BYTES].decode(errors="ignore").strip(" .-") or "_"
         while name.casefold() in seen:
             name = f"{name}-{label}"
@@ -46,7 +46,7 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
     return names
 
 
-def images_of(path: Path, label: str, table: MemberTable) -> Iterator[tuple[int, str, int, bytes]]:
+def indexed_images(path: Path, label: str, table: MemberTable) -> Iterator[tuple[int, str, int, bytes]]:
     """(row, extension, class, bytes) of each image of a shard that its member table lists.
 
     DamageError when the shard holds fewer.
