@@ -1,4 +1,1 @@
-"""How good images are: feature networks, exact sums, distances, and what they say about a generation.
-
-Knows images and labels only. Which bucket they come from, and which model made them, is the jobs' affair.
-"""
+"""Evaluation of generations and models: metrics, the gate, promotion of the champion, and the sampler search."""

@@ -65,9 +65,9 @@ def statistics(samples: FeatureSet, real: FeatureSet, config: EvaluateConfig) ->
         out["precision"] = _share(within(samples.vectors, near, manifold_radii(near, config.neighbours)))
     if len(samples) > config.neighbours:
         out["recall"] = _recall(samples.vectors, near, config.neighbours)
-    thumbs = real.thumbs[: config.max_images]
-    limit = np.quantile(nearest_distances(thumbs, thumbs, same=True), config.copy_quantile)
-    out["near_copies"] = _share(nearest_distances(samples.thumbs, thumbs) < limit)
+    thumbnails = real.thumbnails[: config.max_images]
+    limit = np.quantile(nearest_distances(thumbnails, thumbnails, same=True), config.copy_quantile)
+    out["near_copies"] = _share(nearest_distances(samples.thumbnails, thumbnails) < limit)
     if samples.logits is not None:
         out["inception_score"] = _inception_score(samples.logits)
     if samples.logits is not None and samples.labels is not None:

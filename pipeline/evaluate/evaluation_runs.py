@@ -1,4 +1,4 @@
-"""Evaluations in MLflow: a run for each generation and terms, tied to the model version that made the samples."""
+"""Evaluations in MLflow: a run for each generation and set of conditions, linked to the model version."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from pipeline.tracking import Run, Spool, TrackingError, finish, link_model, ope
 
 
 def log_evaluation(evaluation: Evaluation, config: TrackConfig) -> Run | None:
-    """Log the figures, each with its N, and all that they rest on; None where no MLflow is configured.
+    """Log the metrics, each with its N, and their conditions; None where no MLflow is configured.
 
-    Logging the same figures again finds the same run. UserError or TrackingError where the server is away.
+    Logging the same evaluation again reopens the same run. UserError or TrackingError where the server does not answer.
     """
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         return None
@@ -25,26 +25,28 @@ def log_evaluation(evaluation: Evaluation, config: TrackConfig) -> Run | None:
     if evaluation.model is not None:
         link_model(run.run_id, resolve(evaluation.model))
     step = evaluation.terms.count
-    points = {f"quality/{name}": figure.value for name, figure in evaluation.metrics.items()}
-    points |= {f"samples/{name}": float(figure.n) for name, figure in evaluation.metrics.items()}
-    points |= {f"references/{name}": float(figure.n_reference) for name, figure in evaluation.metrics.items()}
+    points = {f"quality/{name}": metric.value for name, metric in evaluation.metrics.items()}
+    points |= {f"samples/{name}": float(metric.n) for name, metric in evaluation.metrics.items()}
+    points |= {f"references/{name}": float(metric.n_reference) for name, metric in evaluation.metrics.items()}
     with tempfile.TemporaryDirectory(prefix="ddpm-evaluation-") as folder:
         spool = Spool(Path(folder), None, run.run_id, send_interval_seconds=config.send_interval_seconds)
         spool.metrics(step, points)
         spool.artifact(
             "evaluation.json", (json.dumps(evaluation.model_dump(mode="json"), indent=2) + "\n").encode()
         )
-        left = spool.close(config.close_timeout_seconds)
+        num_left = spool.close(config.close_timeout_seconds)
     finish(
-        run.run_id, "FAILED" if left else "FINISHED", f"{left} points were not delivered" if left else None
+        run.run_id,
+        "FAILED" if num_left else "FINISHED",
+        f"{num_left} points were not delivered" if num_left else None,
     )
-    if left:
-        raise TrackingError(f"MLflow at {run.tracking_uri}: did not take {left} figures")
+    if num_left:
+        raise TrackingError(f"MLflow at {run.tracking_uri}: did not accept {num_left} metrics")
     return run
 
 
 def try_to_log(evaluation: Evaluation, config: TrackConfig | None) -> str | None:
-    """Where the figures were logged, or why they were not, in a line; None where nobody asked for it."""
+    """A line that says where the evaluation was logged, or why it was not; None where logging is off."""
     if config is None:
         return None
     try:
@@ -55,17 +57,17 @@ def try_to_log(evaluation: Evaluation, config: TrackConfig | None) -> str | None
 
 
 def _open(evaluation: Evaluation, config: TrackConfig) -> Run:
-    terms = evaluation.terms
-    identity = json.dumps([evaluation.subject, evaluation.spec_digest, terms.model_dump(mode="json")])
+    conditions = evaluation.terms
+    identity = json.dumps([evaluation.subject, evaluation.spec_digest, conditions.model_dump(mode="json")])
     lines = "\n".join(table(evaluation))
     return open_run(
         config.experiment,
         evaluation.subject.rstrip("/").rsplit("/", 1)[-1],
         key=f"evaluate/{hashlib.sha256(identity.encode()).hexdigest()[:32]}",
         params={
-            "samples": terms.count,
+            "samples": conditions.count,
             "reference": evaluation.reference,
-            "reference_images": terms.reference_count,
+            "reference_images": conditions.reference_count,
             "network": evaluation.network_label,
             "sampler": evaluation.sampler,
         },
@@ -73,9 +75,9 @@ def _open(evaluation: Evaluation, config: TrackConfig) -> Run:
             **source_tags(),
             "ddpm.output": evaluation.subject,
             "ddpm.spec": evaluation.spec_digest or "",
-            "ddpm.reference_digest": terms.reference_digest,
-            "ddpm.network": terms.network,
-            "ddpm.settings": terms.settings,
+            "ddpm.reference_digest": conditions.reference_digest,
+            "ddpm.network": conditions.network,
+            "ddpm.settings": conditions.settings,
         },
         config_yaml=yaml.safe_dump(evaluation.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         description=f"```\n{lines}\n```",

@@ -35,7 +35,7 @@ def compute_metrics(samples: FeatureSet, reference: FeatureSet, config: Evaluate
     """Every metric that the two sets admit. UserError for sets of different networks or image sizes."""
     if samples.network != reference.network:
         raise UserError("network: samples and reference have features of different networks; evaluate again")
-    if samples.thumbs.shape[1] != reference.thumbs.shape[1]:
+    if samples.thumbnails.shape[1] != reference.thumbnails.shape[1]:
         raise UserError("reference: its images have another shape than the samples; name the right data set")
     out = _distances(samples, reference, config) | _pairwise(samples, reference, config)
     out |= _near_duplicates(samples, reference, config)
@@ -66,14 +66,14 @@ def frechet_ratio(
     size = len(reference) // 2
     if len(samples) < size:
         raise ValueError(f"samples holds {len(samples)} vectors, a half {size}")
-    own: list[float] = []
-    real: list[float] = []
+    to_halves: list[float] = []
+    between_halves: list[float] = []
     for number, (a, b) in enumerate(halves(len(reference), config)):
         rows = permutation(config.seed, Stream.ORDER_SHARDS, len(samples), step=number).numpy()[:size]
         moments = [sums_of(vectors).moments() for vectors in (samples[rows], reference[a], reference[b])]
-        own += [frechet_distance(moments[0], moments[1]), frechet_distance(moments[0], moments[2])]
-        real.append(frechet_distance(moments[1], moments[2]))
-    return float(np.mean(own)), float(np.mean(real))
+        to_halves += [frechet_distance(moments[0], moments[1]), frechet_distance(moments[0], moments[2])]
+        between_halves.append(frechet_distance(moments[1], moments[2]))
+    return float(np.mean(to_halves)), float(np.mean(between_halves))
 
 
 def _distances(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig) -> dict[str, Metric]:
@@ -83,13 +83,13 @@ def _distances(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfi
     half = m // 2
     if n < half or half < 2:
         return out
-    own, real = frechet_ratio(samples.vectors, reference.vectors, config)
-    out["frechet_to_half"] = Metric(value=own, n=half, n_reference=half)
-    out["frechet_between_halves"] = Metric(value=real, n=0, n_reference=half)
-    out["frechet_ratio"] = Metric(value=own / real, n=half, n_reference=half)
+    to_halves, between_halves = frechet_ratio(samples.vectors, reference.vectors, config)
+    out["frechet_to_half"] = Metric(value=to_halves, n=half, n_reference=half)
+    out["frechet_between_halves"] = Metric(value=between_halves, n=0, n_reference=half)
+    out["frechet_ratio"] = Metric(value=to_halves / between_halves, n=half, n_reference=half)
     if samples.logits is not None and reference.logits is not None:
-        own, real = frechet_ratio(samples.logits, reference.logits, config)
-        out["frechet_ratio_logits"] = Metric(value=own / real, n=half, n_reference=half)
+        to_halves, between_halves = frechet_ratio(samples.logits, reference.logits, config)
+        out["frechet_ratio_logits"] = Metric(value=to_halves / between_halves, n=half, n_reference=half)
     return out
 
 
@@ -105,19 +105,21 @@ def _pairwise(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig
 
 
 def _near_duplicates(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig) -> dict[str, Metric]:
-    """How near samples come to reference images, on the scale of how near real images come to other real ones."""
-    x = samples.thumbs[: config.max_images].astype(np.float32)
-    y = reference.thumbs[: config.max_images].astype(np.float32)
+    """How close samples are to reference images, compared with how close real images are to each other."""
+    x = samples.thumbnails[: config.max_images].astype(np.float32)
+    y = reference.thumbnails[: config.max_images].astype(np.float32)
     sizes: dict[str, Any] = {"n": len(x), "n_reference": len(y)}
-    own, real = nearest_distances(x, y), nearest_distances(y, y, same=True)
-    limit = float(np.quantile(real, config.copy_quantile))
+    to_real, between_real = nearest_distances(x, y), nearest_distances(y, y, same=True)
+    limit = float(np.quantile(between_real, config.copy_quantile))
     every: dict[str, Any] = {"n": len(samples), "n_reference": len(reference)}
     return {
-        "near_copies": Metric(value=float((own < limit).mean()), **sizes),
-        "near_copies_real": Metric(value=float((real < limit).mean()), n=0, n_reference=len(y)),
-        "nearest_ratio": Metric(value=float(np.median(own) / np.median(real)), **sizes),
-        "exact_copies": Metric(value=float(np.isin(samples.prints, reference.prints).sum()), **every),
+        "near_copies": Metric(value=float((to_real < limit).mean()), **sizes),
+        "near_copies_real": Metric(value=float((between_real < limit).mean()), n=0, n_reference=len(y)),
+        "nearest_ratio": Metric(value=float(np.median(to_real) / np.median(between_real)), **sizes),
+        "exact_copies": Metric(
+            value=float(np.isin(samples.pixel_hashes, reference.pixel_hashes).sum()), **every
+        ),
         "duplicates": Metric(
-            value=float(len(samples) - len(np.unique(samples.prints))), n=len(samples), n_reference=0
+            value=float(len(samples) - len(np.unique(samples.pixel_hashes))), n=len(samples), n_reference=0
         ),
     }

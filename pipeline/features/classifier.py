@@ -1,4 +1,4 @@
-"""The small classifier behind `ddpm features train`: a feature network for domains Inception never saw."""
+"""The small classifier of `ddpm features train`: a feature network for data that Inception was not trained on."""
 
 import math
 
@@ -18,8 +18,8 @@ _GROUPS = 8
 class Classifier(nn.Module):
     """Images float (B, C, H, W) in [-1, 1] to features (B, F) and logits (B, K).
 
-    Two convolutions a resolution, halved until the edge is at most 4 pixels; the map is then flattened, not
-    averaged, so that features know where things are.
+    Two convolutions per resolution, which is halved until the edge is at most 4 pixels. The map is then flattened,
+    not averaged, so that features depend on position.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Classifier(nn.Module):
         self.head = nn.Linear(features, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features after their non-linearity, and the logits made of them."""
+        """Features after their non-linearity, and their logits."""
         features = F.silu(self.features(self.body(images)))
         return features, self.head(self.dropout(features))
 
 
 def split_rows(num_samples: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows held out, int64, each in a named order. ValueError if either would be empty."""
+    """Rows to train on and rows held out, int64, a function of the seed. ValueError if either would be empty."""
     order = permutation(seed, Stream.ORDER_SAMPLES, num_samples)
     held = round(num_samples * held_out)
     if not 0 < held < num_samples:
@@ -59,7 +59,7 @@ def split_rows(num_samples: int, held_out: float, seed: int) -> tuple[Tensor, Te
 def train_classifier(
     config: FeaturesConfig, images: Tensor, labels: Tensor, num_classes: int, progress: Progress
 ) -> Classifier:
-    """Train on images uint8 (N, C, H, W), labels int64 (N,), all of them. A function of its arguments."""
+    """Train on images uint8 (N, C, H, W) and labels int64 (N,). Deterministic."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # initial weights and dropout
         net = Classifier(
@@ -74,9 +74,9 @@ def train_classifier(
         net.train()
         for step in range(config.steps):
             rows = _rows(config, len(images), step)
-            batch = shifted(from_uint8(images[rows]), rows, config.max_shift, config.seed, step)
+            batch = shift_images(from_uint8(images[rows]), rows, config.max_shift, config.seed, step)
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * _rise_and_fall(step, config.steps)
+                group["lr"] = config.lr * _lr_factor(step, config.steps)
             loss = F.cross_entropy(net(batch)[1], labels[rows], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -88,19 +88,19 @@ def train_classifier(
 @torch.inference_mode()
 def accuracy(net: Classifier, images: Tensor, labels: Tensor, batch_size: int = 250) -> float:
     """Share of images uint8 (N, C, H, W) whose largest logit is that of their label."""
-    right = 0
-    for part, own in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        right += int((net(from_uint8(part))[1].argmax(1) == own).sum())
-    return right / len(images)
+    num_correct = 0
+    for part, expected in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        num_correct += int((net(from_uint8(part))[1].argmax(1) == expected).sum())
+    return num_correct / len(images)
 
 
-def shifted(images: Tensor, rows: Tensor, most: int, seed: int, step: int) -> Tensor:
-    """Each image moved by -most..most pixels each way, drawn by (seed, row, step); the edge is repeated."""
-    if most == 0:
+def shift_images(images: Tensor, rows: Tensor, max_shift: int, seed: int, step: int) -> Tensor:
+    """Shift each image by up to `max_shift` pixels each way, drawn by (seed, row, step); the edge is repeated."""
+    if max_shift == 0:
         return images
-    padded = F.pad(images, (most, most, most, most), mode="replicate")
-    down = randint(seed, Stream.CROP, rows, 2 * most + 1, 2 * step)
-    right = randint(seed, Stream.CROP, rows, 2 * most + 1, 2 * step + 1)
+    padded = F.pad(images, [max_shift] * 4, mode="replicate")
+    down = randint(seed, Stream.CROP, rows, 2 * max_shift + 1, 2 * step)
+    right = randint(seed, Stream.CROP, rows, 2 * max_shift + 1, 2 * step + 1)
     height, width = images.shape[2:]
     ys = down[:, None] + torch.arange(height)
     xs = right[:, None] + torch.arange(width)
@@ -109,15 +109,16 @@ def shifted(images: Tensor, rows: Tensor, most: int, seed: int, step: int) -> Te
 
 
 def _rows(config: FeaturesConfig, count: int, step: int) -> Tensor:
-    """The samples of a step: epochs, each in an order of its own, cut into batches."""
-    wanted = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
-    epochs = wanted // count
+    """The samples of a step: epochs, each in its own order, cut into batches."""
+    positions = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
+    epochs = positions // count
     orders = {int(e): permutation(config.seed, Stream.ORDER_SHARDS, count, int(e)) for e in epochs.unique()}
-    return torch.stack([orders[int(e)][int(w) % count] for e, w in zip(epochs, wanted, strict=True)])
+    return torch.stack([orders[int(e)][int(p) % count] for e, p in zip(epochs, positions, strict=True)])
 
 
-def _rise_and_fall(step: int, steps: int) -> float:
-    rise = max(1, steps // 10)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+def _lr_factor(step: int, steps: int) -> float:
+    """Linear warm-up over a tenth of the steps, then cosine decay to zero."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -1,4 +1,4 @@
-"""Measures on feature vectors. All in float64; all pure functions of their arrays."""
+"""Distances between sets of feature vectors. All in float64; all pure functions of their arrays."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,15 +29,15 @@ def moments_of(vectors: Vectors) -> GaussianMoments:
     if len(x) < 2:
         raise ValueError(f"vectors holds {len(x)} rows; a covariance needs two")
     mean = x.mean(0)
-    centred = x - mean
-    return GaussianMoments(len(x), mean, centred.T @ centred / (len(x) - 1))
+    centered = x - mean
+    return GaussianMoments(len(x), mean, centered.T @ centered / (len(x) - 1))
 
 
 def frechet_distance(a: GaussianMoments, b: GaussianMoments) -> float:
     """Squared Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6): |m1-m2|^2 + tr(C1+C2-2(C1 C2)^1/2).
 
     The trace of the root is the sum of the roots of the eigenvalues of the symmetric C1^1/2 C2 C1^1/2, which
-    never leaves the real numbers. Two equal Gaussians give exactly 0.
+    are always real. Two equal Gaussians give exactly 0.
     """
     if np.array_equal(a.mean, b.mean) and np.array_equal(a.covariance, b.covariance):
         return 0.0
@@ -54,7 +54,7 @@ def frechet_distance(a: GaussianMoments, b: GaussianMoments) -> float:
 def kernel_distance(a: Vectors, b: Vectors) -> float:
     """Unbiased squared maximum mean discrepancy under (x.y / F + 1)^3 (Bińkowski et al. 2018), over all pairs.
 
-    May be negative by chance. The same array twice gives 0. ValueError for fewer than two vectors in a set.
+    May be negative by chance. Equal arrays give 0. ValueError for fewer than two vectors in a set.
     """
     x, y = _float64(a), _float64(b)
     if min(len(x), len(y)) < 2:
@@ -68,7 +68,7 @@ def kernel_distance(a: Vectors, b: Vectors) -> float:
 def precision_recall(samples: Vectors, real: Vectors, neighbours: int = 3) -> tuple[float, float]:
     """Share of samples inside the real manifold, and of real ones inside the samples' (Kynkäänniemi et al. 2019).
 
-    A manifold is the union of balls around its vectors, each reaching to its k-th nearest fellow.
+    A manifold is the union of balls around its vectors, each with the distance to the k-th nearest neighbor as radius.
     """
     x, y = _float64(samples), _float64(real)
     precise = within(x, y, manifold_radii(y, neighbours))
@@ -94,7 +94,7 @@ def class_accuracy(logits: Vectors, labels: npt.NDArray[np.integer[Any]]) -> flo
 def nearest_distances(queries: Vectors, others: Vectors, *, same: bool = False) -> Array:
     """Euclidean distance of each query (N, D) to its nearest of `others` (M, D): (N,).
 
-    `same`: the two are one set, and no vector is its own neighbour.
+    `same`: both are one set, and no vector is its own neighbor.
     """
     x, y = _float64(queries), _float64(others)
     out = np.empty(len(x))
@@ -107,14 +107,14 @@ def nearest_distances(queries: Vectors, others: Vectors, *, same: bool = False) 
 
 
 def manifold_radii(members: Vectors, neighbours: int) -> Array:
-    """Squared distance of each vector (M, F) to its k-th nearest fellow: (M,). ValueError for too few vectors."""
+    """Squared distance of each vector (M, F) to its k-th nearest neighbor: (M,). ValueError for too few vectors."""
     x = _float64(members)
     if len(x) <= neighbours:
         raise ValueError(f"a manifold of {neighbours} neighbours needs more than {len(x)} vectors")
     radii = np.empty(len(x))
     for start in range(0, len(x), _CHUNK):
         squares = square_distances(x[start : start + _CHUNK], x)
-        # The vector itself is among them, at distance 0.
+        # The vector itself is included, at distance 0.
         radii[start : start + _CHUNK] = np.partition(squares, neighbours, axis=1)[:, neighbours]
     return radii
 

@@ -1,4 +1,4 @@
-"""Sums of feature vectors and of their products that are exact, so that no split and no order changes a bit.
+"""Exact sums of feature vectors and of their products: the same bits for every split and every order.
 
 A value is rounded to a whole multiple of 2^-22 and cut into two limbs of 18 bits. Products of limbs stay below
 2^36, so a matrix product over at most 2^16 vectors is a sum of whole numbers below 2^53: the float64 routine
@@ -19,21 +19,21 @@ from pipeline.features.distances import GaussianMoments
 Int64 = npt.NDArray[np.int64]
 _STEPS = 2.0**22
 _LIMB = 2**18
-_LARGEST = 2.0**13  # of a value; two limbs hold twice as much
+_MAX_VALUE = 2.0**13  # of a value; two limbs hold twice as much
 _CHUNK = 2**16
-MOST_VECTORS = 2**26  # int64 holds the sum of so many products of limbs
-MOST_FEATURES = 256
-"""Longest feature vector whose sums fit a done-record: 256 take half a megabyte."""
-_MOST_BYTES = 8 * (2 + MOST_FEATURES + 3 * MOST_FEATURES * (MOST_FEATURES + 1) // 2)
+MAX_VECTORS = 2**26  # int64 holds the sum of that many products of limbs
+MAX_FEATURES = 256
+"""Longest feature vector whose sums fit in a done-record: those of 256 features take half a megabyte."""
+_MAX_BYTES = 8 * (2 + MAX_FEATURES + 3 * MAX_FEATURES * (MAX_FEATURES + 1) // 2)
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Exact sums over a set of vectors (N, F). Add sets with `+`; equal sets have equal sums, bit for bit."""
+    """Exact sums over a set of vectors (N, F), to be added with `+`. Equal sets have bit-identical sums."""
 
     count: int
     total: Int64
-    """(F,): sum of the values, in 2^-22."""
+    """(F,): sum of the values, in units of 2^-22."""
     high: Int64
     """(F, F): sum of products of high limbs; `cross` of high with low and low with high; `low` of low limbs."""
     cross: Int64
@@ -42,8 +42,8 @@ class Sums:
     def __add__(self, other: "Sums") -> "Sums":
         if self.total.shape != other.total.shape:
             raise ValueError(f"other sums {other.total.shape[0]} features, not {self.total.shape[0]}")
-        if self.count + other.count > MOST_VECTORS:
-            raise ValueError(f"more than {MOST_VECTORS} vectors cannot be added up exactly")
+        if self.count + other.count > MAX_VECTORS:
+            raise ValueError(f"more than {MAX_VECTORS} vectors cannot be added up exactly")
         return Sums(
             self.count + other.count,
             self.total + other.total,
@@ -68,7 +68,7 @@ class Sums:
         return GaussianMoments(self.count, mean, (covariance + covariance.T) / 2)
 
     def to_text(self) -> str:
-        """The sums as one ASCII word, for a JSON document."""
+        """The sums as base64, for a JSON document."""
         upper = np.triu_indices(len(self.total))
         parts = [np.array([self.count, len(self.total)]), self.total]
         parts += [matrix[upper] for matrix in (self.high, self.cross, self.low)]
@@ -77,17 +77,17 @@ class Sums:
 
     @classmethod
     def from_text(cls, text: str) -> "Sums":
-        """Back from `to_text` of at most MOST_FEATURES features. DamageError for anything else."""
+        """The inverse of `to_text`, for at most MAX_FEATURES features. DamageError for any other text."""
         try:
-            unpacking = zlib.decompressobj()
-            data = unpacking.decompress(base64.b64decode(text, validate=True), _MOST_BYTES + 1)
+            decompressor = zlib.decompressobj()
+            data = decompressor.decompress(base64.b64decode(text, validate=True), _MAX_BYTES + 1)
             values = np.frombuffer(data, "<i8")
             size = int(values[1])
-            if not unpacking.eof or not (0 < size <= MOST_FEATURES and 0 < values[0] <= MOST_VECTORS):
-                raise ValueError("its numbers are out of bounds")
+            if not decompressor.eof or not (0 < size <= MAX_FEATURES and 0 < values[0] <= MAX_VECTORS):
+                raise ValueError("its numbers are out of range")
             triangle = size * (size + 1) // 2
             if len(values) != 2 + size + 3 * triangle:
-                raise ValueError("its length does not fit its head")
+                raise ValueError("its length does not match its size")
         except (ValueError, IndexError, zlib.error) as error:
             raise DamageError(f"feature sums: cannot be read ({error})") from None
         total = values[2 : 2 + size].astype(np.int64)
@@ -98,7 +98,7 @@ class Sums:
 def sums_of(vectors: npt.NDArray[np.floating[Any]]) -> Sums:
     """The sums of vectors (N, F). ValueError for values that are not finite or beyond 8192 in size."""
     x = np.asarray(vectors, dtype=np.float64)
-    if not np.isfinite(x).all() or np.abs(x).max(initial=0.0) > _LARGEST:
+    if not np.isfinite(x).all() or np.abs(x).max(initial=0.0) > _MAX_VALUE:
         raise ValueError("vectors holds a value that is not finite, or beyond 8192 in size")
     size = x.shape[1]
     total = np.zeros(size, np.int64)

@@ -1,4 +1,4 @@
-"""What evaluation keeps of a set of images, and how it is made and stored. Never the images themselves."""
+"""The features of a set of images: what they are, how they are extracted, and how they are stored. No pixels."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ from pipeline.errors import DamageError
 from pipeline.features.networks import FeatureNetwork, open_network
 
 THUMB_EDGE = 32
-_ALWAYS = ("vectors", "thumbs", "prints")
+_REQUIRED = ("vectors", "thumbs", "prints")
 _KINDS: dict[str, tuple[type[np.generic], int]] = {
     "vectors": (np.float32, 2),
     "logits": (np.float32, 2),
@@ -28,8 +28,10 @@ _KINDS: dict[str, tuple[type[np.generic], int]] = {
     "thumbs": (np.uint8, 2),
     "prints": (np.uint64, 1),
 }
-_ARRAYS = tuple(_KINDS)
-_MOST_CHARACTERS = 256
+"""Types and dimensions of the stored arrays, by their names in the file."""
+_ATTRIBUTES = {name: name for name in _KINDS} | {"thumbs": "thumbnails", "prints": "pixel_hashes"}
+"""The attributes that hold the stored arrays."""
+_MAX_CHARACTERS = 256
 _HEADERS: dict[tuple[int, int], Callable[[Any], tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -40,7 +42,7 @@ LabeledImage = tuple[npt.NDArray[np.uint8], int | None]
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """N images as a feature network and the eye's coarse look see them, in the images' order."""
+    """Features, labels and thumbnails of N images, in the order of the images."""
 
     network: str
     """Identity of the feature network."""
@@ -49,13 +51,13 @@ class FeatureSet:
     logits: npt.NDArray[np.float32] | None
     """(N, K); None for a network without classes."""
     labels: npt.NDArray[np.int64] | None
-    """(N,): what was asked for, or what the data set says; None without labels."""
-    thumbs: npt.NDArray[np.uint8]
-    """(N, P): pixels, in images scaled to an edge of at most 32."""
-    prints: npt.NDArray[np.uint64]
-    """(N,): fingerprints of all pixels; equal images have equal ones."""
+    """(N,): the class of the data set, or the one a sample was conditioned on; None without classes."""
+    thumbnails: npt.NDArray[np.uint8]
+    """(N, P): pixels of the images scaled down to an edge of at most 32."""
+    pixel_hashes: npt.NDArray[np.uint64]
+    """(N,): hashes of all pixels; equal images have equal ones."""
     data: str = ""
-    """Digest of the data set that these images are, all of it; empty where they are no whole data set."""
+    """Digest of the data set whose images these are; empty unless they are all of its images."""
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -64,8 +66,8 @@ class FeatureSet:
     def digest(self) -> str:
         """Hex digest of the network's identity and of all arrays."""
         found = hashlib.sha256(self.network.encode())
-        for name in _ARRAYS:
-            array: npt.NDArray[Any] | None = getattr(self, name)
+        for name, attribute in _ATTRIBUTES.items():
+            array: npt.NDArray[Any] | None = getattr(self, attribute)
             if array is not None:
                 found.update(f"{name} {array.dtype.str} {array.shape}".encode())
                 found.update(np.ascontiguousarray(array).data)
@@ -73,20 +75,24 @@ class FeatureSet:
 
     def part(self, rows: npt.NDArray[np.int64] | slice) -> "FeatureSet":
         """Some of the images."""
-        there: list[Any] = [getattr(self, name) for name in _ARRAYS]
-        chosen: list[Any] = [None if array is None else array[rows] for array in there]
-        return FeatureSet(self.network, *chosen)
+        arrays: list[Any] = [getattr(self, attribute) for attribute in _ATTRIBUTES.values()]
+        selected: list[Any] = [None if array is None else array[rows] for array in arrays]
+        return FeatureSet(self.network, *selected)
 
     def to_bytes(self) -> bytes:
         """As an .npz file without pickle."""
-        arrays = {name: array for name in _ARRAYS if (array := getattr(self, name)) is not None}
+        arrays = {
+            name: array
+            for name, attribute in _ATTRIBUTES.items()
+            if (array := getattr(self, attribute)) is not None
+        }
         buffer = io.BytesIO()
         np.savez(buffer, network=np.array(self.network), data=np.array(self.data), **arrays)
         return buffer.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "FeatureSet":
-        """Back from `to_bytes`; takes a small multiple of the memory of `data`. DamageError naming `where`."""
+        """The inverse of `to_bytes`; takes a small multiple of the memory of `data`. DamageError naming `where`."""
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as file:
                 found = {name: _array(file, f"{name}.npy") for name in _names(file)}
@@ -108,15 +114,15 @@ class FeatureSet:
 
 
 def _names(file: zipfile.ZipFile) -> list[str]:
-    """The arrays of an .npz file, of which all must be known. ValueError for others."""
+    """Names of the arrays in an .npz file. ValueError for an unknown one."""
     names = [info.filename.removesuffix(".npy") for info in file.infolist()]
-    if not set(names) <= {"network", "data", *_ARRAYS} or len(set(names)) < len(names):
-        raise ValueError(f"it holds {', '.join(sorted(names)[:9])}")
+    if not set(names) <= {"network", "data", *_KINDS} or len(set(names)) < len(names):
+        raise ValueError(f"its arrays are {', '.join(sorted(names)[:9])}")
     return names
 
 
 def _array(file: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
-    """An array as it lies in the file: uncompressed, plain numbers or text, as large as its header says. ValueError."""
+    """An array of plain numbers or text. ValueError if it is compressed, or not as large as its header says."""
     info = file.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
@@ -138,13 +144,13 @@ def _array(file: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
 
 def _text(array: npt.NDArray[Any]) -> str:
     text = str(array[()]) if array.shape == () and array.dtype.kind == "U" else None
-    if text is None or len(text) > _MOST_CHARACTERS:
-        raise ValueError("its network or data has no name")
+    if text is None or len(text) > _MAX_CHARACTERS:
+        raise ValueError("its network or data is not a short text")
     return text
 
 
 def _checked(found: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    """All arrays of a set, once their kinds and shapes fit together. ValueError, KeyError."""
+    """The arrays by attribute. ValueError or KeyError unless types and shapes fit together."""
     rows = len(found["vectors"]) if found["vectors"].ndim else 0
     for name, array in found.items():
         kind, edges = _KINDS[name]
@@ -152,7 +158,10 @@ def _checked(found: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
             raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, beside {rows} vectors")
     if not np.isfinite(found["vectors"]).all():
         raise ValueError("vectors holds a value that is not finite")
-    return {name: found[name] if name in _ALWAYS else found.get(name) for name in _ARRAYS}
+    return {
+        attribute: found[name] if name in _REQUIRED else found.get(name)
+        for name, attribute in _ATTRIBUTES.items()
+    }
 
 
 def extract_features(network: FeatureNetwork, images: Iterable[LabeledImage], batch_size: int) -> FeatureSet:
@@ -189,7 +198,7 @@ class ShardExtractor:
 
 
 def join(parts: Sequence[FeatureSet]) -> FeatureSet:
-    """Several sets as one, in order. ValueError for none, or for unequal networks."""
+    """Concatenate sets. ValueError for none, or for sets of different networks."""
     if not parts or len({part.network for part in parts}) > 1:
         raise ValueError("parts must be sets of one feature network, at least one")
 
@@ -197,7 +206,7 @@ def join(parts: Sequence[FeatureSet]) -> FeatureSet:
         arrays = [getattr(part, name) for part in parts]
         return None if any(array is None for array in arrays) else np.concatenate(arrays)
 
-    arrays: list[Any] = [joined(name) for name in _ARRAYS]
+    arrays: list[Any] = [joined(attribute) for attribute in _ATTRIBUTES.values()]
     return FeatureSet(parts[0].network, *arrays)
 
 
@@ -217,7 +226,7 @@ def _extract_batch(network: FeatureNetwork, batch: list[LabeledImage]) -> Featur
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """Pixel vectors uint8 (B, P) of images uint8 (B, C, H, W), averaged down to an edge of at most 32."""
+    """Pixels uint8 (B, P) of images uint8 (B, C, H, W), averaged down to an edge of at most 32."""
     height, width = images.shape[2:]
     if max(height, width) > THUMB_EDGE:
         edges = (min(height, THUMB_EDGE), min(width, THUMB_EDGE))

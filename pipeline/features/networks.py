@@ -1,4 +1,4 @@
-"""Feature networks: our classifier, or any TorchScript file, behind one call from uint8 images to features."""
+"""Feature networks: a classifier of `ddpm features train` or a TorchScript file, from uint8 images to features."""
 
 import hashlib
 import io
@@ -24,37 +24,37 @@ from pipeline.store import ObjectMissing, Store, open_store
 
 CARD_KEY = "classifier.json"
 WEIGHTS_KEY = "classifier.safetensors"
-_MOST_CARD_BYTES = 2**16
-_MOST_NETWORK_BYTES = 2**31
+_MAX_CARD_BYTES = 2**16
+_MAX_NETWORK_BYTES = 2**31
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Features(NamedTuple):
-    """What a feature network says of B images."""
+    """The output of a feature network for B images."""
 
     vectors: Tensor
     """float32 (B, F), on the CPU."""
     logits: Tensor | None
-    """float32 (B, K), on the CPU; None for a network that knows no classes."""
+    """float32 (B, K), on the CPU; None for a network without classes."""
 
 
 class FeatureNetwork(Protocol):
-    """Images to features; a function of each image."""
+    """Maps each image to its features."""
 
     @property
     def identity(self) -> str:
-        """Hex digest of weights and input treatment: features of unequal identities are never compared."""
+        """Hex digest of weights and preprocessing: features of different identities are never compared."""
         ...
 
     @property
     def digest(self) -> str:
-        """Hex digest of all that makes its features: what is trusted, where a network is not pinned by its hash."""
+        """Hex digest of all that determines its features: what is trusted where no hash pins the network."""
         ...
 
     @property
     def label(self) -> str:
-        """Its name for people."""
+        """A name for people."""
         ...
 
     def __call__(self, images: Tensor) -> Features:
@@ -63,7 +63,7 @@ class FeatureNetwork(Protocol):
 
 
 class ClassifierCard(Settings):
-    """`classifier.json`: what the weights beside it are."""
+    """`classifier.json`: describes the weights beside it."""
 
     format: Literal[1] = 1
     """Version of this file's layout."""
@@ -72,9 +72,9 @@ class ClassifierCard(Settings):
     image_size: int = Field(ge=1, le=2**14)
     """Height and width of the images, pixels."""
     num_classes: int = Field(ge=1, le=2**20)
-    """Classes it tells apart."""
+    """Number of classes."""
     channels: int = Field(ge=8, le=2**12, multiple_of=8)
-    """Channels of its first convolutions."""
+    """Channels of the first convolutions."""
     num_features: int = Field(ge=1, le=2**16)
     """Length of a feature vector."""
     sha256: str = Field(pattern=r"^([0-9a-f]{64})?$")
@@ -84,33 +84,33 @@ class ClassifierCard(Settings):
     num_train: int = Field(ge=0, lt=2**53)
     """Samples it was trained on."""
     num_held_out: int = Field(ge=0, lt=2**53)
-    """Samples it was not trained on."""
+    """Samples held out from training."""
     held_out_accuracy: float = Field(ge=0, le=1)
-    """Share of those that it labels right."""
+    """Accuracy on the held-out samples."""
     seed: int = Field(ge=0, lt=2**63)
-    """Names the split and the training."""
+    """Seed of the split and of the training."""
 
     @property
     def digest(self) -> str:
-        """Hex digest of the whole card, and so of the weights, which it names."""
+        """Hex digest of the whole card, and so of the weights, whose hash it holds."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """A classifier of ours with its card."""
+    """A classifier of `ddpm features train` with its card."""
 
     net: Classifier
     card: ClassifierCard
 
     @property
     def identity(self) -> str:
-        """The weights' sha256."""
+        """sha256 of the weights."""
         return self.card.sha256
 
     @property
     def digest(self) -> str:
-        """The card's."""
+        """Digest of the card."""
         return self.card.digest
 
     @property
@@ -133,7 +133,7 @@ class TrainedClassifier:
 
 @dataclass(frozen=True)
 class ScriptedNetwork:
-    """A TorchScript file: Inception, or whatever else maps images to vectors."""
+    """A TorchScript file, such as Inception, that maps images to vectors."""
 
     module: torch.jit.ScriptModule
     config: FeatureNetworkConfig
@@ -141,9 +141,9 @@ class ScriptedNetwork:
 
     @property
     def identity(self) -> str:
-        """Digest of the file's sha256 and of how images are given to it."""
-        treatment = f"{self.sha256}/{self.config.input}/{self.config.size}/{self.config.rgb}"
-        return hashlib.sha256(treatment.encode()).hexdigest()
+        """Digest of the file's sha256 and of the preprocessing."""
+        preprocessing = f"{self.sha256}/{self.config.input}/{self.config.size}/{self.config.rgb}"
+        return hashlib.sha256(preprocessing.encode()).hexdigest()
 
     @property
     def digest(self) -> str:
@@ -158,12 +158,12 @@ class ScriptedNetwork:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
         """Features of images uint8 (B, C, H, W)."""
-        vectors = self.module(self._treated(images))
+        vectors = self.module(self._preprocess(images))
         if isinstance(vectors, (tuple, list)):
             vectors = vectors[0]
         return Features(vectors.float().flatten(1).cpu(), None)
 
-    def _treated(self, images: Tensor) -> Tensor:
+    def _preprocess(self, images: Tensor) -> Tensor:
         config = self.config
         images = images.expand(-1, 3, -1, -1) if config.rgb and images.shape[1] == 1 else images
         values = images.float()
@@ -181,7 +181,7 @@ class ScriptedNetwork:
 
 
 def features_folder(data: str) -> str:
-    """Where the classifier of a data set lies unless told otherwise."""
+    """The default folder of a data set's classifier."""
     return f"{data.rstrip('/')}/features"
 
 
@@ -195,12 +195,12 @@ def save_classifier(store: Store, net: Classifier, card: ClassifierCard) -> Clas
 
 
 def network_uri(config: FeatureNetworkConfig, reference: str) -> str:
-    """Where the network is that the settings name; by default beside the reference data."""
+    """URI of the network in the settings; by default beside the reference data."""
     return config.uri or f"{features_folder(reference)}/{CARD_KEY}"
 
 
 def open_network(config: FeatureNetworkConfig, reference: str) -> FeatureNetwork:
-    """The network that the settings name. UserError when it is missing, DamageError when its hash is wrong."""
+    """Load the network in the settings. UserError when it is missing, DamageError when its hash is wrong."""
     uri = network_uri(config, reference)
     folder, _, name = uri.rpartition("/")
     store = open_store(folder)
@@ -212,9 +212,9 @@ def open_network(config: FeatureNetworkConfig, reference: str) -> FeatureNetwork
         )
     if config.sha256 is None:
         raise UserError(
-            f"network.sha256: required for {name}, for a TorchScript file holds code; give the digest you trust"
+            f"network.sha256: required for {name}, because a TorchScript file contains code; set the digest you trust"
         )
-    data = _read(store, name, uri, _MOST_NETWORK_BYTES)
+    data = _read(store, name, uri, _MAX_NETWORK_BYTES)
     if hashlib.sha256(data).hexdigest() != config.sha256:
         raise DamageError(f"{uri}: its sha256 is {hashlib.sha256(data).hexdigest()}, not {config.sha256}")
     try:
@@ -225,23 +225,22 @@ def open_network(config: FeatureNetworkConfig, reference: str) -> FeatureNetwork
     return ScriptedNetwork(module, config, config.sha256)
 
 
-def is_there(config: FeatureNetworkConfig) -> bool:
-    """Whether the file exists that the settings' uri names."""
+def network_exists(config: FeatureNetworkConfig) -> bool:
+    """Whether the file at the settings' uri exists."""
     folder, _, name = (config.uri or "").rpartition("/")
     return bool(name) and open_store(folder).stat(name) is not None
 
 
 def load_classifier(store: Store, uri: str, sha256: str | None = None) -> TrainedClassifier:
-    """The classifier whose card is in `store`; `sha256`, if given, is what its weights must have."""
-    data = _read(store, CARD_KEY, uri, _MOST_CARD_BYTES)
+    """The classifier whose card is in `store`. DamageError unless its weights have `sha256`, if given."""
+    data = _read(store, CARD_KEY, uri, _MAX_CARD_BYTES)
     card = parse_document(ClassifierCard, data, uri, "a classifier's card")
-    data = _read(store, WEIGHTS_KEY, uri, _MOST_NETWORK_BYTES)
+    data = _read(store, WEIGHTS_KEY, uri, _MAX_NETWORK_BYTES)
     found = hashlib.sha256(data).hexdigest()
     if found != card.sha256 or sha256 not in (None, found):
         raise DamageError(f"{store.uri}/{WEIGHTS_KEY}: its sha256 is {found}, not {sha256 or card.sha256}")
-    with torch.device(
-        "meta"
-    ):  # takes no memory: whatever the card says, there is no more than the weights' file holds
+    # On "meta" a net takes no memory, so a damaged card cannot ask for more than the file of the weights holds.
+    with torch.device("meta"):
         net = Classifier(
             card.image_channels, card.image_size, card.num_classes, card.channels, card.num_features, 0.0
         )
@@ -253,15 +252,15 @@ def load_classifier(store: Store, uri: str, sha256: str | None = None) -> Traine
     return TrainedClassifier(net.float().eval().requires_grad_(False), card)
 
 
-def _read(store: Store, key: str, uri: str, most_bytes: int) -> bytes:
-    """An object of a feature network. UserError when it is missing, DamageError for more bytes than such a one has."""
+def _read(store: Store, key: str, uri: str, max_bytes: int) -> bytes:
+    """An object of a feature network. UserError when it is missing, DamageError for more than `max_bytes`."""
     try:
         found = store.stat(key)
-        if found is not None and found.size_bytes > most_bytes:
-            raise DamageError(f"{store.uri}/{key}: has {found.size_bytes} bytes, more than {most_bytes}")
+        if found is not None and found.size_bytes > max_bytes:
+            raise DamageError(f"{store.uri}/{key}: has {found.size_bytes} bytes, more than {max_bytes}")
         return store.read(key)
     except ObjectMissing:
         raise UserError(
-            f"network.uri: {uri}: there is no {key}; make a feature network with: ddpm features train data=…, "
-            "or name one"
+            f"network.uri: {uri}: {key} does not exist; train a feature network with: ddpm features train data=…, "
+            "or set network.uri"
         ) from None

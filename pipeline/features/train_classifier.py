@@ -1,4 +1,4 @@
-"""`ddpm features train`: from a labelled data set to a classifier beside its index."""
+"""`ddpm features train`: a classifier of a labelled data set, stored beside its index."""
 
 import logging
 
@@ -12,33 +12,31 @@ from pipeline.progress import Progress
 from pipeline.store import open_store
 
 _log = logging.getLogger(__name__)
-_MOST_BYTES = 2_000_000_000
+_MAX_BYTES = 2_000_000_000
 
 
 def train_features(config: FeaturesConfig, progress: Progress) -> tuple[str, ClassifierCard, bool]:
-    """Train, test on what was held out, save. Returns the folder's URI, the card, and whether it was new.
+    """Train, test on the held-out images, save. Returns the folder's URI, the card, and whether it is new.
 
-    A classifier of the same data and seed that is there already is kept. UserError for data without labels or of
-    several sizes, and for a classifier that is less accurate than `min_accuracy`.
+    An existing classifier of the same data and seed is kept. UserError for data without labels or with images of
+    several sizes, and for a classifier less accurate than `min_accuracy`.
     """
     index = load_index(config.data)
     if index.image is None or index.num_classes is None or index.image.height != index.image.width:
-        raise UserError(
-            f"{config.data}: square images of one size, with labels, are needed to train a classifier"
-        )
-    if index.num_samples * index.image.channels * index.image.height**2 > _MOST_BYTES:
-        raise UserError(f"{config.data}: too large to hold in memory; name a part of it, such as one shard")
+        raise UserError(f"{config.data}: a classifier needs square images of one size, with labels")
+    if index.num_samples * index.image.channels * index.image.height**2 > _MAX_BYTES:
+        raise UserError(f"{config.data}: too large to hold in memory; set data to a part, such as one shard")
     folder = config.output or features_folder(data_root(config.data))
     store = open_store(folder)
     try:
-        there = load_classifier(store, folder).card
-    except UserError:  # there is none
-        there = None
+        existing = load_classifier(store, folder).card
+    except UserError:  # missing
+        existing = None
     except DamageError as error:
-        _log.warning("%s: a classifier is trained anew", error)
-        there = None
-    if there is not None and (there.data_digest, there.seed) == (index.digest, config.seed):
-        return folder, there, False
+        _log.warning("%s: training the classifier again", error)
+        existing = None
+    if existing is not None and (existing.data_digest, existing.seed) == (index.digest, config.seed):
+        return folder, existing, False
     images, labels = load_images(index)
     train, held = split_rows(len(images), config.held_out, config.seed)
     classes = index.num_classes

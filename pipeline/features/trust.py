@@ -1,40 +1,71 @@
-"""Feature networks and measured references are trusted by digest, for each registered model that they judge."""
+"""Trust in feature networks and references: a registered model is evaluated by the digests recorded for it only."""
 
-from pipeline.config.evaluation import FeatureNetworkConfig
-from pipeline.data.index import Index
+from dataclasses import dataclass
+
+from pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
+from pipeline.data.index import Index, load_index
 from pipeline.features.feature_set import FeatureSet
-from pipeline.features.networks import FeatureNetwork, network_uri
+from pipeline.features.networks import FeatureNetwork, network_uri, open_network
+from pipeline.features.reference_set import data_root, load_reference
 from pipeline.store import open_store
-from pipeline.tracking import require_trusted
+from pipeline.tracking import require_trusted, trust, trusted
 
 NETWORK = "feature network"
 REFERENCE = "measured reference"
+"""What a digest is of; also part of the names of the registry's tags."""
 
 
-def network_place(config: FeatureNetworkConfig, reference: str) -> str:
-    """The name under which a feature network is trusted: where it is, however the settings spell that."""
+@dataclass(frozen=True)
+class TrustedDigest:
+    """A digest that was recorded as trusted."""
+
+    what: str
+    uri: str
+    digest: str
+    previous: str | None
+    """The digest recorded before; None for the first."""
+
+
+def trust_current(model: str, config: EvaluateConfig) -> list[TrustedDigest]:
+    """Record the digests of the feature network and of the reference as they are now for a registered model."""
+    data, index = data_root(config.reference), load_index(config.reference)
+    network = open_network(config.network, data)
+    reference = load_reference(index, config.network, config.batch_size)
+    recorded: list[TrustedDigest] = []
+    for what, uri, digest in (
+        (NETWORK, trusted_network_uri(config.network, data), network.digest),
+        (REFERENCE, trusted_reference_uri(index, config.network, data), reference.digest),
+    ):
+        previous = trusted(model, what, uri)
+        trust(model, what, uri, digest)
+        recorded.append(TrustedDigest(what, uri, digest, None if previous is None else previous.digest))
+    return recorded
+
+
+def trusted_network_uri(config: FeatureNetworkConfig, reference: str) -> str:
+    """The URI under which a feature network is trusted: the same however the settings spell it."""
     folder, _, name = network_uri(config, reference).rpartition("/")
     return f"{open_store(folder).uri}/{name}"
 
 
-def reference_place(index: Index, config: FeatureNetworkConfig, reference: str) -> str:
-    """The name under which a measured reference is trusted: its data set and the network that measured it."""
-    return f"{index.uri} by {network_place(config, reference)}"
+def trusted_reference_uri(index: Index, config: FeatureNetworkConfig, reference: str) -> str:
+    """The name under which a reference is trusted: its data set and its feature network."""
+    return f"{index.uri} by {trusted_network_uri(config, reference)}"
 
 
 def require_trusted_network(
     model: str | None, config: FeatureNetworkConfig, reference: str, network: FeatureNetwork
 ) -> None:
-    """UserError for a network that is not the one by which `model` has been judged. One whose hash the settings name
-    is trusted by them, and a model that is in no registry (None) has no judge.
+    """UserError unless the network is the one trusted for `model`. A network whose hash is in the settings is always
+    trusted, and so is any for a model that is not registered (None).
     """
     if model is not None and config.sha256 is None:
-        require_trusted(model, NETWORK, network_place(config, reference), network.digest)
+        require_trusted(model, NETWORK, trusted_network_uri(config, reference), network.digest)
 
 
 def require_trusted_reference(
-    model: str | None, index: Index, config: FeatureNetworkConfig, reference: str, measured: FeatureSet
+    model: str | None, index: Index, config: FeatureNetworkConfig, data: str, reference: FeatureSet
 ) -> None:
-    """UserError for a measured reference that is not the one by which `model` has been judged."""
+    """UserError unless the reference is the one trusted for `model`, if that is a registered model."""
     if model is not None:
-        require_trusted(model, REFERENCE, reference_place(index, config, reference), measured.digest)
+        require_trusted(model, REFERENCE, trusted_reference_uri(index, config, data), reference.digest)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pipeline.config.generation import GenerateConfig
-from pipeline.features.networks import is_there, open_network
+from pipeline.features.networks import network_exists, open_network
 from pipeline.features.trust import require_trusted_network
 from pipeline.generate import heartbeat as beats
 from pipeline.generate.completeness import Completeness, check_complete
@@ -126,7 +126,7 @@ def _with_network(config: GenerateConfig, registered: str | None) -> GenerateCon
     """
     if config.features is None:
         return config
-    if config.features_missing == "skip" and not is_there(config.features):
+    if config.features_missing == "skip" and not network_exists(config.features):
         _log.warning("no feature sums: there is no %s (yet); see ddpm features train", config.features.uri)
         return config.model_copy(update={"features": None})
     network = open_network(config.features, "")  # what is wrong with it is said now

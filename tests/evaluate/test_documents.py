@@ -241,7 +241,7 @@ def test_an_evaluation_out_of_bounds_is_one_line(change: dict[str, Any]) -> None
 
 def test_weights_without_end_are_not_read(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.write(CARD_KEY, json.dumps(CARD).encode())
-    monkeypatch.setattr("pipeline.features.networks._MOST_NETWORK_BYTES", 10)
+    monkeypatch.setattr("pipeline.features.networks._MAX_NETWORK_BYTES", 10)
     with pytest.raises(
         (DamageError, UserError), match=r"classifier\.safetensors: has \d+ bytes, more than 10"
     ):

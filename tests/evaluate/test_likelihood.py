@@ -43,7 +43,7 @@ def test_the_bound_is_finite_and_does_not_depend_on_the_batch(index: Index, tmp_
 
 def test_the_training_data_is_refused(index: Index, tmp_path: Path) -> None:
     net, card = loaded(tmp_path, tiny_card(classes=False, size=8, data=TrainingData(digest=index.digest)))
-    with pytest.raises(UserError, match="trained on"):
+    with pytest.raises(UserError, match="is the training data of the model"):
         held_out_bits(net, card, index, LikelihoodConfig(data=index.uri), 0)
 
 
@@ -63,5 +63,5 @@ def test_what_is_held_out_of_a_pack_is_data_no_model_has_seen(tmp_path: Path) ->
 
 def test_images_of_another_shape_are_refused(index: Index, tmp_path: Path) -> None:
     net, card = loaded(tmp_path, tiny_card(classes=False, size=4))
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="has no images of the model's shape"):
         held_out_bits(net, card, index, LikelihoodConfig(data=index.uri), 0)

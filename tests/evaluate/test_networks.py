@@ -12,7 +12,7 @@ from pipeline.config.evaluation import FeatureNetworkConfig, FeaturesConfig
 from pipeline.data.index import load_index
 from pipeline.data.packing.pack_dataset import pack
 from pipeline.errors import DamageError, UserError
-from pipeline.features.classifier import shifted, split_rows
+from pipeline.features.classifier import shift_images, split_rows
 from pipeline.features.feature_set import FeatureSet, extract_features
 from pipeline.features.networks import open_network
 from pipeline.features.reference_set import load_reference
@@ -108,7 +108,7 @@ def test_measured_images_are_stored_without_pickle(trained: str, digits: str) ->
     assert again.labels is not None
     assert again.labels.tolist() == [0, 1, 2, 3, 4]
     assert again.vectors.tobytes() == found.vectors.tobytes()
-    assert len(set(again.prints.tolist())) == 5
+    assert len(set(again.pixel_hashes.tolist())) == 5
     with pytest.raises(DamageError, match="here"):
         FeatureSet.from_bytes(found.to_bytes()[:-200], "here")
 
@@ -123,7 +123,7 @@ def test_the_split_is_named_and_whole() -> None:
 
 def test_a_shift_moves_the_whole_image_and_repeats_its_edge() -> None:
     images = torch.arange(16.0).reshape(1, 1, 4, 4).repeat(200, 1, 1, 1)
-    moved = shifted(images, torch.arange(200), 1, seed=3, step=0)
+    moved = shift_images(images, torch.arange(200), 1, seed=3, step=0)
     corners = {int(image[0, 0, 0]) for image in moved}
     assert corners == {0, 1, 4, 5}
-    assert torch.equal(shifted(images, torch.arange(200), 0, 3, 0), images)
+    assert torch.equal(shift_images(images, torch.arange(200), 0, 3, 0), images)

@@ -65,7 +65,7 @@ def test_a_generation_without_sums_says_how_to_get_them(digits: str, tmp_path: P
     config = settings(tiny_model(tmp_path / "model", tiny_card(size=8)), str(tmp_path / "out"))
     spec = fill(config)
     assert read_record(open_store(config.output), spec, shard(spec, 0)).features is None
-    with pytest.raises(UserError, match="holds no feature sums"):
+    with pytest.raises(UserError, match="has no feature sums"):
         evaluate_generation(EvaluateConfig(reference=digits, records_only=True), config.output, no_progress)
 
 
@@ -80,7 +80,7 @@ def test_damaged_sums_and_vectors_too_long_are_refused() -> None:
         FeatureSums(Long()).batch(np.zeros((2, 4, 4, 1), np.uint8), None)
     with pytest.raises(DamageError, match="not feature sums"):
         parse_record({"network": 3}, "here")
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="not be empty"):
         add_records([])
 
 
@@ -106,7 +106,7 @@ def test_records_are_added_up_one_at_a_time() -> None:
 
 
 def test_only_sums_that_fit_are_asked_for(digits: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.features.shard_sums, "MOST_FEATURES", 63)
+    monkeypatch.setattr(pipeline.features.shard_sums, "MAX_FEATURES", 63)
     assert network_for_sums(FeatureNetworkConfig(), digits) is None
 
 

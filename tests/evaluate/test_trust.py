@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import jobs.nightly
-from jobs.features import trust_found
+from jobs.features import run_trust
 from pipeline.config.data import PackConfig
 from pipeline.config.evaluation import (
     EvaluateConfig,
@@ -100,7 +100,7 @@ def test_a_network_that_was_replaced_judges_nobody_until_it_is_accepted(
         _with_network(generation, "digits")
     assert _with_network(generation, None) == generation  # a folder's model is judged by nobody
 
-    assert trust_found(config(data)) == 0
+    assert run_trust(config(data)) == 0
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2
     assert "classifier.json: " in told[0]
