@@ -10,44 +10,44 @@ from pipeline.config.generation import GenerateConfig
 
 
 class DriftConfig(Settings):
-    """When a night differs too much from those before it."""
+    """When a night differs too much from the nights before it."""
 
     nights: int = Field(default=7, ge=2)
-    """Trailing nights that make the yardstick; fewer than three judge nothing."""
+    """Trailing nights to compare with; with fewer than three there is no drift."""
     metrics: tuple[str, ...] = ("frechet", "class_accuracy", "near_copies")
-    """Figures that are watched, where they exist."""
+    """Metrics that are watched, where they exist."""
     max_deviations: float = Field(default=4.0, gt=0)
-    """Largest distance from the trailing mean, in the trailing standard deviations."""
+    """Largest accepted distance from the trailing mean, in trailing standard deviations."""
     min_share: float = Field(default=0.1, ge=0)
-    """A change below this share of the trailing mean is never drift, however steady the nights were."""
+    """A change below this share of the trailing mean is never drift, however small the deviation."""
 
 
 class NightlyConfig(Settings):
-    """Every night's generation, evaluated and filed."""
+    """The nightly generation, evaluated and recorded."""
 
     generate: GenerateConfig
-    """What a night makes. `output` is the prefix of all nights; a night fills `<output>/date=YYYY-MM-DD/`. Its seed
-    is `seed * 10^8 + YYYYMMDD`, so that no two nights make the same images."""
+    """The generation of a night. `output` is the prefix of all nights; a night fills `<output>/date=YYYY-MM-DD/`. Its
+    seed is `seed * 10^8 + YYYYMMDD`, so that no two nights make the same images."""
     evaluate: EvaluateConfig
-    """The measure."""
+    """How a night is evaluated."""
     drift: DriftConfig = DriftConfig()
-    """When to raise the alarm."""
+    """When an alert is sent."""
     keep_nights: int | None = Field(default=30, ge=1)
-    """Nights whose samples are kept; older ones are deleted, but never the one that latest.json names. Their records
+    """Number of nights whose samples are kept; older samples are deleted, except those that latest.json names. Records
     stay. None = all."""
     keep_days: int | None = Field(default=None, ge=1)
-    """Age, in days, from which samples are deleted, under the same exception. None = no limit."""
+    """Largest age of kept samples in days, with the same exception. None = no limit."""
     catch_up_nights: int = Field(default=7, ge=1)
-    """Without dates, nights since the last complete one are made too, at most so many."""
+    """Largest number of nights that a call without dates makes: those since the last complete one."""
     webhook: str | None = None
-    """URL that is sent a JSON document when a night fails or drifts. None = the exit code alone tells."""
+    """URL that gets a JSON document when a night fails or drifts. None = only the exit code tells."""
     max_shown: int = Field(default=14, ge=1)
     """Contact sheets on the history page, newest first."""
 
     @field_validator("webhook")
     @classmethod
     def _is_an_address(cls, webhook: str | None) -> str | None:
-        """A webhook's path is often its secret, so what is wrong with it is said without it."""
+        """The path of a webhook is often a secret, so the message does not repeat it."""
         if webhook is not None and not re.match(r"https?://[^/\s]", webhook):
-            raise ValueError("not an http(s) address; write https://…")
+            raise ValueError("not an http(s) URL; write https://…")
         return webhook

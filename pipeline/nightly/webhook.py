@@ -1,4 +1,4 @@
-"""One JSON document to a webhook. Its address is often its secret, so no message repeats it."""
+"""Sends a JSON document to a webhook. Its URL is often a secret, so no message repeats it."""
 
 import http.client
 import json
@@ -11,16 +11,18 @@ _TIMEOUT_SECONDS = 20.0
 
 
 def send(address: str, content: Mapping[str, str], timeout_seconds: float = _TIMEOUT_SECONDS) -> str | None:
-    """POST `content`; None when it was taken, else why not, in a few words without the address.
+    """POST `content`; None on success, else the reason in a few words, without the URL.
 
-    Returns within `timeout_seconds`, also where the answer trickles in without end.
+    Returns within `timeout_seconds`, even if the answer never ends.
     """
-    told: list[str | None] = []
+    outcome: list[str | None] = []
     body = json.dumps(content).encode()
-    sender = threading.Thread(target=lambda: told.append(_post(address, body, timeout_seconds)), daemon=True)
+    sender = threading.Thread(
+        target=lambda: outcome.append(_post(address, body, timeout_seconds)), daemon=True
+    )
     sender.start()
     sender.join(timeout_seconds)
-    return told[0] if told else f"no answer within {timeout_seconds:.0f} s"
+    return outcome[0] if outcome else f"no answer within {timeout_seconds:.0f} s"
 
 
 def _post(address: str, body: bytes, timeout_seconds: float) -> str | None:
@@ -34,18 +36,18 @@ def _post(address: str, body: bytes, timeout_seconds: float) -> str | None:
     except urllib.error.URLError as error:
         return f"no connection ({_kind(error.reason)})"
     except http.client.InvalidURL:
-        return "its address cannot be used: check for spaces and the port"
-    except Exception as error:  # noqa: BLE001 - whatever an answer or an address can cause, the night goes on
-        return f"no proper answer ({_kind(error)})"
+        return "its URL cannot be used: check for spaces and the port"
+    except Exception as error:  # noqa: BLE001 - no answer and no URL may end the night
+        return f"no valid answer ({_kind(error)})"
 
 
 def _kind(reason: str | BaseException) -> str:
-    """What failed, without its message, which may hold the address."""
+    """The kind of a failure, without its message, which may contain the URL."""
     return type(reason).__name__ if isinstance(reason, BaseException) else "refused"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would repeat the document as a GET elsewhere, so it counts as an answer that is no 2xx."""
+    """A redirect would become a GET elsewhere, so it counts as a failure."""
 
     def redirect_request(self, *_args: object, **_kwargs: object) -> None:
         return None
