@@ -1,4 +1,4 @@
-"""`ddpm replay`: deliver what ended jobs left in their spools, and say what could not be delivered."""
+"""`ddpm replay`: deliver what ended jobs left in their spools, and report what could not be delivered."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +13,14 @@ def run(folder: Path | None) -> int:
     found = replay_all(folder or spool_folder())
     for place, replayed in found.items():
         echo(replayed.problem or f"{place}: {', '.join(_words(replayed)) or 'delivered'}")
-    echo(f"{len(found)} spools looked at")
+    echo(f"{len(found)} spools examined")
     return DONE if all(replayed.complete for replayed in found.values()) else FAILED
 
 
 def _words(replayed: Replayed) -> Iterator[str]:
     if replayed.waiting:
-        yield f"{replayed.waiting:,} points and files still wait: run it again"
-    if replayed.passed_over:
-        yield f"{replayed.passed_over:,} damaged lines passed over"
+        yield f"{replayed.waiting:,} points and files not delivered yet: run it again"
+    if replayed.damaged:
+        yield f"{replayed.damaged:,} damaged lines skipped"
     if replayed.refused:
-        yield f"{replayed.refused:,} records refused by MLflow, kept in refused.jsonl"
+        yield f"{replayed.refused:,} records rejected by MLflow, kept in refused.jsonl"

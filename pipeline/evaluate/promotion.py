@@ -72,7 +72,7 @@ def promote_after_training(gate: GateConfig, challenger: ModelVersion) -> str:
 
 def read_champion(name: str, alias: str) -> tuple[ModelVersion | None, AliasHistory]:
     """The champion, or None, and the alias's history. An alias that is behind its log is moved forward first."""
-    history = LoggedAlias(name, alias).follow()
+    history = LoggedAlias(name, alias).reconcile()
     return next((version for version in versions(name) if version.version == history.version), None), history
 
 

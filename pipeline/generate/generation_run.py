@@ -15,9 +15,9 @@ from pipeline.tracking import (
     Spool,
     describe,
     finish,
+    image_markdown,
     link_model,
     open_run,
-    picture,
     require_server,
     resolve,
     source_tags,
@@ -98,7 +98,7 @@ class GenerationRun:
         self._spool.artifact(REPORT_KEY, report)
         facts = manifest.model_dump(mode="json")
         self._spool.artifact("summary.json", pretty(facts))
-        shown = picture(self._run.run_id, CONTACT_KEY, "contact sheet")
+        shown = image_markdown(self._run.run_id, CONTACT_KEY, "contact sheet")
         describe(self._run.run_id, f"{_description(self._config, self._spec)}\n\n{shown}")
 
     def leave(self) -> None:

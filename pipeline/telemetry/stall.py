@@ -1,4 +1,4 @@
-"""When to speak up about a job that is not heard of: after a minute, then after two, four and so on."""
+"""Stall detection: when to warn that a job makes no progress, after one minute, then two, four and so on."""
 
 import time
 
@@ -6,20 +6,20 @@ STALL_SECONDS = 60.0
 
 
 class StallDetector:
-    """The time since the last news."""
+    """The time since the last progress."""
 
     def __init__(self) -> None:
         self.progress()
 
     def progress(self) -> None:
-        """There is news now."""
+        """Progress was made now."""
         self._since = time.monotonic()
-        self._patience = STALL_SECONDS
+        self._due_seconds = STALL_SECONDS
 
     def due(self) -> float | None:
-        """Seconds without news, when it is time to say so; the next time is when they have doubled."""
+        """Seconds without progress when a warning is due, else None; the next one is due when they have doubled."""
         seconds = time.monotonic() - self._since
-        if seconds < self._patience:
+        if seconds < self._due_seconds:
             return None
-        self._patience *= 2
+        self._due_seconds *= 2
         return seconds

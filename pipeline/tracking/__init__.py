@@ -34,8 +34,8 @@ from pipeline.tracking.run import (
     find_latest_run,
     find_run,
     finish,
+    image_markdown,
     open_run,
-    picture,
     set_tags,
 )
 from pipeline.tracking.spool import Replayed, Spool, replay, replay_all, spool_folder, spool_of
@@ -61,11 +61,11 @@ __all__ = [
     "find_latest_run",
     "find_run",
     "finish",
+    "image_markdown",
     "link_model",
     "log_dataset",
     "log_model",
     "open_run",
-    "picture",
     "protected_model_sources",
     "redact",
     "register",

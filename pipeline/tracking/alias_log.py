@@ -85,16 +85,16 @@ class AliasHistory:
         return max(self.moves, default=0)
 
     @property
-    def is_left_behind(self) -> bool:
+    def is_behind_log(self) -> bool:
         """Whether a job that was killed or held up left the alias where the log does not say."""
         known = {version for move in self.moves.values() for version in (move.before, move.after)}
         behind = self.last is not None and self.version != self.last.after
         return behind and bool(self.marks) and self.version in known
 
     @property
-    def in_office(self) -> int | None:
+    def current_version(self) -> int | None:
         """The version that the alias means once what was decided is carried out."""
-        return self.last.after if self.last is not None and self.is_left_behind else self.version
+        return self.last.after if self.last is not None and self.is_behind_log else self.version
 
 
 class LoggedAlias:
@@ -121,7 +121,7 @@ class LoggedAlias:
             None if found is None else int(found), {move.number: move for move in moves}, tags, marks
         )
 
-    def follow(self) -> AliasHistory:
+    def reconcile(self) -> AliasHistory:
         """Alias and log, brought together: an alias left behind is moved forward, one moved by hand is recorded.
 
         A line in the log says so. JobError when others keep moving it.
@@ -133,7 +133,7 @@ class LoggedAlias:
             if last is None or seen.version == last.after:
                 self._sweep(seen)
                 return seen
-            if seen.is_left_behind and last.after is not None:
+            if seen.is_behind_log and last.after is not None:
                 _log.warning(
                     "%s stood at version %s, behind move %d of the log: set to version %d",
                     self, seen.version, last.number, last.after,
@@ -164,7 +164,7 @@ class LoggedAlias:
         Where another job has just made this very move, that one is returned. MoveConflictError, with nothing moved,
         when another decision came first. JobError when the alias, after it was set, does not stay where the log says.
         """
-        seen = self.follow()
+        seen = self.reconcile()
         asked = (before, after, kind)
         if seen.version != before or seen_number not in (None, seen.number()):
             if seen.last is not None and (seen.last.before, seen.last.after, seen.last.kind) == asked:
@@ -176,7 +176,7 @@ class LoggedAlias:
         decided = self._decide(wanted)
         if (decided.before, decided.after, decided.kind) != asked:
             self.untag(mark)
-            self.follow()
+            self.reconcile()
             raise self._overtaken(before, decided.after)
         self._carry_out(decided, mark)  # also where a job that was killed had asked for the same
         return decided

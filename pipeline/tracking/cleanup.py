@@ -104,7 +104,7 @@ def sweep_spools(root: Path, idle_minutes: float = 30.0, *, now_seconds: float |
             continue
         with closing(Journal(directory)) as journal:
             # In this order: whoever opens the spool now waits, finds it gone, and creates it anew.
-            if journal.is_alone() and journal.claim() and journal.undelivered() == 0:
+            if journal.is_exclusive() and journal.claim() and journal.undelivered() == 0:
                 gone = directory.with_name(f".swept-{uuid.uuid4().hex}")
                 directory.rename(gone)
                 shutil.rmtree(gone)

@@ -173,7 +173,7 @@ def resolve(reference: str, uri: str | None = None) -> ModelVersion:
         chosen = [v for v in known if v.version == int(match["version"])]
         missing = f"version {match['version']}: not registered; {name} has versions {_span(known)}"
     else:
-        office = LoggedAlias(name, match["alias"], uri).read().in_office
+        office = LoggedAlias(name, match["alias"], uri).read().current_version
         chosen = [v for v in known if v.version == office]
         aliases = sorted(f"{a} -> {v.version}" for v in known for a in v.aliases)
         missing = (

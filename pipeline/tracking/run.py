@@ -170,7 +170,7 @@ def describe(run_id: str, markdown: str, *, uri: str | None = None) -> None:
     tracking_client(uri).set_tag(run_id, "mlflow.note.content", redact(markdown))
 
 
-def picture(run_id: str, path: str, text: str = "") -> str:
+def image_markdown(run_id: str, path: str, text: str = "") -> str:
     """Markdown that shows the run's artifact at `path` inside its description."""
     return f"![{text}](get-artifact?path={path}&run_uuid={run_id})"
 

@@ -1,9 +1,9 @@
 """The spool's remote half: delivers journal records to the server, each exactly once.
 
-Exactly once rests on two facts. The server's own key of a point is (metric, timestamp, step, value), and the
-journal fixes the timestamp, so the same record sent twice is one point. And before a metric is first sent,
-the steps that the run already has of it are fetched: a step that is there (written before a resume, by
-another process, with another timestamp) is not sent again. The first to come wins.
+Exactly-once delivery rests on two facts. MLflow identifies a point by (metric, timestamp, step, value), and the journal
+fixes the timestamp, so the same record sent twice is one point. And before a metric is first sent, the steps that the
+run already has of it are fetched: an existing step (written before a resume, by another process, with another
+timestamp) is not sent again. The first value wins.
 """
 
 import io
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_POINTS = 1000  # the server's limit for one batch
-_MOST_FILE_BYTES = 1 << 30
+_MAX_FILE_BYTES = 1 << 30
 _PREVIEW_PIXELS = 256
 _IMAGE_NAME = re.compile(r"(?:^|/)(?P<key>[^/+%]+)[+%]step[+%](?P<step>-?\d+)[+%]timestamp[+%].*\.png$")
 _TEXT_SUFFIXES = frozenset(
@@ -51,30 +51,28 @@ class Sender:
         self._refused: set[str] = set()
         self.delivered = 0
         """Points and files that this object sent."""
-        self.passed_over = 0
-        """Damaged lines met on the way, which nobody can send."""
-        self.put_aside = 0
-        """Records that the server refused, kept in refused.jsonl."""
+        self.damaged = 0
+        """Damaged lines, which cannot be sent."""
+        self.refused = 0
+        """Records that the server rejected, kept in refused.jsonl."""
 
     def send_next(self) -> bool:
-        """Deliver the next records; False when there are none. An outage raises, and nothing is then given
-        up.
-        """
+        """Deliver the next records; False when there are none. Raises during an outage; nothing is lost then."""
         if self._offset is None:
             self._offset = self._journal.offset()
-        entries = _one_batch(self._journal.read(self._offset, MAX_POINTS))
+        entries = _next_batch(self._journal.read(self._offset, MAX_POINTS))
         if not entries:
             return False
         try:
             self._deliver(entries)
         except Exception:
-            # What the server has of an unanswered request is unknown: ask again before sending more.
+            # It is unknown what the server has of an unanswered request: fetch the steps again before sending more.
             self._steps.clear()
             self._images = None
             raise
         self._offset = entries[-1].end
         self._journal.save_offset(self._offset)
-        self.passed_over += sum(entry.is_damaged for entry in entries)
+        self.damaged += sum(entry.is_damaged for entry in entries)
         for entry in entries:
             name = _file_of(entry.record)
             if name is not None and name not in self._refused:
@@ -82,12 +80,12 @@ class Sender:
         return True
 
     def send_heartbeat(self) -> None:
-        """Tell the server that this run is alive; one that was closed as dead is RUNNING again."""
+        """Update the heartbeat of this run, and reopen it if it was closed as stale."""
         self._client.set_tag(self._run_id, HEARTBEAT_TAG, str(time.time()))
         reopen_if_closed_as_stale(self._client, self._run_id)
 
     def forget_offset(self) -> None:
-        """Read the offset from the disk next time (another process may have delivered meanwhile)."""
+        """Read the offset from the disk next time: another process may have delivered in between."""
         self._offset = None
 
     def _deliver(self, entries: list[JournalEntry]) -> None:
@@ -96,10 +94,10 @@ class Sender:
         except Exception as error:
             if is_outage(error) or is_denied(error) or not self._run_is_active():
                 raise
-            self._deliver_singly(entries)
+            self._deliver_one_by_one(entries)
 
-    def _deliver_singly(self, entries: list[JournalEntry]) -> None:
-        """A batch was refused: find the records that the server will not have, and put only those aside."""
+    def _deliver_one_by_one(self, entries: list[JournalEntry]) -> None:
+        """A batch was rejected: find the records that the server rejects, and dead-letter only those."""
         for entry in entries:
             try:
                 self._send([entry.record])
@@ -108,14 +106,14 @@ class Sender:
                     raise
                 reason = redact(str(error)).splitlines()[0][:300]
                 log.warning(
-                    "run %s: the server refuses a record, kept in refused.jsonl: %s", self._run_id, reason
+                    "run %s: MLflow rejects a record, kept in refused.jsonl: %s", self._run_id, reason
                 )
-                self._journal.refuse(json.loads(entry.line), reason)
-                self.put_aside += 1
+                self._journal.dead_letter(json.loads(entry.line), reason)
+                self.refused += 1
                 self._refused.add(_file_of(entry.record) or "")
 
     def _run_is_active(self) -> bool:
-        """Whether refusals are about the record; a deleted run may be restored, so its points wait."""
+        """Whether rejections are about the record; a deleted run may be restored, so its points wait."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -126,7 +124,7 @@ class Sender:
             raise
 
     def _send(self, records: list[Record | None]) -> None:
-        """One batch as `_one_batch` makes it: a file, or points."""
+        """Send one batch from `_next_batch`: a file, or points."""
         if isinstance(records[0], (ImageRecord, ArtifactRecord)):
             self._send_file(records[0])
         else:
@@ -150,7 +148,7 @@ class Sender:
         self.delivered += len(new)
 
     def _known_steps(self, name: str) -> set[int]:
-        """Steps of this metric that the run has; asked once, then kept (some 60 bytes a point)."""
+        """Steps of this metric that the run has; fetched once, then cached (some 60 bytes per point)."""
         if name not in self._steps:
             history = self._client.get_metric_history(self._run_id, name)
             self._steps[name] = {point.step for point in history}
@@ -159,9 +157,9 @@ class Sender:
     def _send_file(self, record: ImageRecord | ArtifactRecord) -> None:
         local = self._journal.files / record.f
         try:
-            data = read_private(local, _MOST_FILE_BYTES)
+            data = read_private(local, _MAX_FILE_BYTES)
         except FileNotFoundError:
-            log.warning("run %s: %s is gone, its record is passed over", self._run_id, local)
+            log.warning("run %s: %s is missing; its record is skipped", self._run_id, local)
             return
         if isinstance(record, ImageRecord):
             self._send_image(record, data)
@@ -179,8 +177,8 @@ class Sender:
     def _send_image(self, record: ImageRecord, data: bytes) -> None:
         """Write the two files from which the run page makes an image with a step slider.
 
-        MLflow's `log_image` names them at random; here the name follows from the record, so that a second
-        delivery replaces the first. The preview goes first: a PNG that is there says that both are.
+        MLflow's `log_image` uses random names; here the name follows from the record, so that a second delivery
+        replaces the first. The preview goes first: an existing PNG proves that both exist.
         """
         key, step = record.i.replace("/", "~"), record.s
         if (key, step) in self._known_images():
@@ -206,10 +204,8 @@ class Sender:
                 self._client.log_artifact(self._run_id, str(local), None if parent == "." else parent)
 
 
-def _one_batch(entries: list[JournalEntry]) -> list[JournalEntry]:
-    """The longest beginning that goes out in one call: one file, or records of at most MAX_POINTS points
-    together.
-    """
+def _next_batch(entries: list[JournalEntry]) -> list[JournalEntry]:
+    """The longest prefix that fits one call: one file, or records of at most MAX_POINTS points in total."""
     count = 0
     for i, entry in enumerate(entries):
         count += len(entry.record.m) if isinstance(entry.record, PointRecord) else 0
@@ -219,7 +215,7 @@ def _one_batch(entries: list[JournalEntry]) -> list[JournalEntry]:
 
 
 def _file_of(record: Record | None) -> str | None:
-    """The spool's file that a record is about."""
+    """The spool file of a record, if it has one."""
     return record.f if isinstance(record, (ImageRecord, ArtifactRecord)) else None
 
 

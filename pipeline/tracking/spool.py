@@ -25,7 +25,7 @@ from pipeline.telemetry.redaction import redact
 from pipeline.tracking.connect import brief, is_denied, is_outage, tracking_client, tracking_uri
 from pipeline.tracking.journal import Journal, SpoolIdentity, read_identity, write_identity
 from pipeline.tracking.sender import Sender
-from pipeline.tracking.spool_records import MOST_NAME, RUN_ID, parse_point
+from pipeline.tracking.spool_records import MAX_NAME, RUN_ID, parse_point
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,9 +41,9 @@ DELIVERY_POLICY = RetryPolicy(attempts=None, first_pause_seconds=1.0, longest_pa
 class Spool:
     """Points, images and artifacts of one run from one process.
 
-    A later Spool on the same directory, or `replay`, delivers what an earlier one could not. The first value
-    of a (metric, step) wins: a resumed training may log its repeated steps again without harm. NaN is stored
-    as NaN, infinities as the largest float64 (MLflow's rule). Log means over windows, not every step.
+    Calls never wait for MLflow and never raise. A later Spool on the same directory, or `replay`, delivers what an
+    earlier one could not. The first value of a (metric, step) wins, so a resumed training may log repeated steps again.
+    NaN is stored as NaN, infinities as the largest float64 (MLflow's rule). Log means over windows, not every step.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Spool:
         self.run_id = run_id
         self.directory = directory
         address = tracking_uri(uri)
-        self._journal = Journal(directory)  # first: from now on nobody removes the directory
+        self._journal = Journal(directory)  # first: an open journal keeps the directory from being removed
         try:
             write_identity(directory, run_id, address)
         except BaseException:
@@ -75,76 +75,74 @@ class Spool:
         self._thread.start()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep the values of this step. What MLflow forbids in a name becomes `_`, and is reported."""
+        """Log the values of this step. Characters that MLflow forbids in a name become `_`, with a warning."""
         try:
             clean = {self._name(name): float(value) for name, value in values.items()}
             self._journal.append({"t": time.time_ns() // 1_000_000, "s": int(step), "m": clean})
         except Exception:
             self._journal.lost += 1
-            log.exception("metrics of step %s could not be kept", step)
+            log.exception("metrics of step %s could not be stored", step)
 
     def image(self, key: str, step: int, image: "bytes | np.ndarray[Any, Any]") -> None:
-        """Keep an image for the run page's slider: PNG bytes, or uint8 of shape (H, W), (H, W, 1) or (H, W,
-        3).
-        """
+        """Log an image for the run page's step slider: PNG bytes, or uint8 (H, W), (H, W, 1) or (H, W, 3)."""
         try:
             data, suffix = (image, ".png") if isinstance(image, bytes) else (_as_npy(image), ".npy")
             name = self._journal.put_file(data, suffix)
-            key = _ILLEGAL_IN_IMAGE_KEY.sub("_", key)[:MOST_NAME] or "unnamed"
+            key = _ILLEGAL_IN_IMAGE_KEY.sub("_", key)[:MAX_NAME] or "unnamed"
             self._journal.append({"t": time.time_ns() // 1_000_000, "s": int(step), "i": key, "f": name})
         except Exception:
             self._journal.lost += 1
-            log.exception("image %s of step %s could not be kept", key, step)
+            log.exception("image %s of step %s could not be stored", key, step)
 
     def artifact(self, path_in_run: str, data: bytes) -> None:
-        """Keep a file for the run's artifacts; a later one at the same path replaces it."""
+        """Log a file as an artifact of the run; a later one at the same path replaces it."""
         try:
             name = self._journal.put_file(data, ".bin")
             self._journal.append({"t": time.time_ns() // 1_000_000, "p": path_in_run, "f": name})
         except Exception:
             self._journal.lost += 1
-            log.exception("artifact %s could not be kept", path_in_run)
+            log.exception("artifact %s could not be stored", path_in_run)
 
     def undelivered(self) -> bytes:
-        """Point records the server does not have yet, for a checkpoint to carry past a lost machine."""
+        """Undelivered point records, for a checkpoint, so that they survive the loss of this machine."""
         return self._journal.undelivered_lines()
 
-    def absorb(self, records: bytes) -> None:
-        """Take over points that another machine's spool of this run could not deliver (from `undelivered`).
+    def restore(self, records: bytes) -> None:
+        """Add points that another machine's spool of this run could not deliver (from `undelivered`).
 
-        Whatever is no point is left out, and counted in a warning.
+        Lines that are not points are skipped, and counted in a warning.
         """
-        left_out, reason = 0, ""
+        skipped, reason = 0, ""
         for line in records.split(b"\n"):
             try:
                 if line:
                     parse_point(line)
                     self._journal.append(json.loads(line))
             except ValueError as error:
-                left_out, reason = left_out + 1, reason or str(error)
-        if left_out:
-            log.warning("run %s: %d lines of the checkpoint are no points: %s", self.run_id, left_out, reason)
+                skipped, reason = skipped + 1, reason or str(error)
+        if skipped:
+            log.warning("run %s: %d lines of the checkpoint are not points: %s", self.run_id, skipped, reason)
 
     def close(self, timeout_seconds: float = 60.0) -> int:
-        """Deliver what is left for at most this long; returns how many points and files stay."""
+        """Deliver the rest for at most this long; returns how many points and files remain."""
         self._deadline = time.monotonic() + timeout_seconds
         self._closing.set()
         self._thread.join(timeout_seconds + 1.0)
         self._journal.sync()
         left = self._journal.undelivered()
         if left:
-            log.warning("%d points wait in %s for a replay", left, self.directory)
+            log.warning("%d points remain in %s; deliver them with `ddpm replay`", left, self.directory)
         return left
 
     @property
     def lost(self) -> int:
-        """Records given up for good (disk full for long, or a value that is no number)."""
+        """Records that were dropped (disk full for long, or a value that is not a number)."""
         return self._journal.lost
 
     def _name(self, name: str) -> str:
         known = self._names.get(name)
         if known is None:
-            known = self._names[name] = _ILLEGAL_IN_NAME.sub("_", name).strip("/.")[:MOST_NAME] or "unnamed"
+            known = self._names[name] = _ILLEGAL_IN_NAME.sub("_", name).strip("/.")[:MAX_NAME] or "unnamed"
             if known != name:
                 log.warning("metric name %r is not allowed by MLflow; stored as %r", name, known)
         return known
@@ -155,26 +153,26 @@ class Spool:
             self._wait(failures)
             closing = (
                 self._closing.is_set()
-            )  # asked before the round, which then sees all that came before close()
+            )  # read before the round, which then sees all that came before close()
             failures = 0 if self._deliver_all() else failures + 1
             if closing and (failures == 0 or time.monotonic() >= self._deadline):
                 self._journal.release()
                 return
 
     def _wait(self, failures: int) -> None:
-        """Pause before a round: the interval, longer with every failure in a row, short once closing."""
+        """Pause before a round: the interval; longer after failures in a row; short once closing."""
         pause = self._interval if failures == 0 else DELIVERY_POLICY.pause_seconds(failures)
         if not self._closing.wait(pause) or failures == 0:
             return
         time.sleep(max(0.0, min(pause, 1.0, self._deadline - time.monotonic())))
 
     def _deliver_all(self) -> bool:
-        """Send all there is; False when it could not be done now."""
+        """Send everything; False if that failed."""
         try:
             self._journal.sync()
             if not self._journal.claim():
                 self._sender.forget_offset()
-                return True  # another process delivers this directory; when it dies, this one takes over
+                return True  # another process delivers this directory; if it dies, this one takes over
             while self._sender.send_next() and time.monotonic() < self._deadline:
                 pass
             if time.monotonic() >= self._next_heartbeat:
@@ -182,67 +180,69 @@ class Spool:
                 self._next_heartbeat = time.monotonic() + self._heartbeat
         except Exception as error:
             if is_outage(error) or is_denied(error):
-                state = "refuses us" if is_denied(error) else "is away"
-                log.warning("run %s: MLflow %s, points wait in %s", self.run_id, state, self.directory)
+                state = "denies access" if is_denied(error) else "is unreachable"
+                log.warning("run %s: MLflow %s; points stay in %s", self.run_id, state, self.directory)
             else:
-                log.exception("run %s: delivery failed, points wait in %s", self.run_id, self.directory)
+                log.exception("run %s: delivery failed; points stay in %s", self.run_id, self.directory)
             return False
         return True
 
 
 def spool_folder() -> Path:
-    """Where this machine keeps this user's points that are under way: $DDPM_SPOOL, else their state folder.
+    """This user's folder of spools on this machine: $DDPM_SPOOL, else in the state folder.
 
-    UserError when another user may have put something there.
+    UserError when another user may have written to it.
     """
     chosen = os.environ.get(SPOOL_VARIABLE)
     return private_folder(Path(chosen).expanduser()) if chosen else state_folder("spool")
 
 
 def spool_of(run_id: str, part: str = "") -> Path:
-    """The spool of a run, or of a part of it, in `spool_folder`. UserError when the id is none that MLflow gives."""
+    """The spool of a run, or of a part of it, in `spool_folder`. UserError for an id that MLflow never assigns."""
     if not re.fullmatch(RUN_ID, run_id):
-        raise UserError(f"MLflow names a run {run_id[:100]!r}: no name of a folder; is it an MLflow server?")
+        raise UserError(
+            f"MLflow names a run {run_id[:100]!r}: not a run id; is MLFLOW_TRACKING_URI an MLflow server?"
+        )
     return spool_folder() / (f"{run_id}-{part}" if part else run_id)
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay of one spool did not deliver."""
+    """What the replay of one spool did not deliver."""
 
     waiting: int = 0
-    """Points and files that are left for another replay."""
-    passed_over: int = 0
-    """Damaged lines, which no replay can deliver."""
+    """Points and files left for another replay."""
+    damaged: int = 0
+    """Damaged lines, which cannot be delivered."""
     refused: int = 0
-    """Records that the server does not take; they stay in refused.jsonl."""
+    """Records that the server rejects; they stay in refused.jsonl."""
     problem: str = ""
-    """Why nothing was tried, in one line."""
+    """Why nothing was attempted, in one line."""
 
     @property
     def complete(self) -> bool:
-        """Whether MLflow has all that the spool held."""
+        """Whether MLflow has everything of the spool."""
         return self == Replayed()
 
 
 class SpoolInUseError(UserError):
-    """A living process delivers this spool itself."""
+    """A running process is delivering this spool."""
 
 
 def replay(directory: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> Replayed:
-    """Deliver what a dead process left in `directory`; returns what could not be delivered.
+    """Deliver what an ended process left in `directory`; returns what could not be delivered.
 
     The points go to the server at `uri`, or MLFLOW_TRACKING_URI, and to no other, whatever the spool names.
-    UserError when the directory is no spool or the server has no such run; SpoolInUseError when another living process
-    delivers it.
+    UserError when the directory is not a spool or the server has no such run; SpoolInUseError when another running
+    process delivers it.
     """
     identity = read_identity(directory)
     if identity is None:
-        raise UserError(f"{directory}: no spool here (run.json is missing); name a run's spool directory")
+        raise UserError(f"{directory}: not a spool (run.json is missing); name a run's spool directory")
     address = tracking_uri(uri)
     with closing(Journal(directory)) as journal:
         if not journal.claim():
-            raise SpoolInUseError(f"{directory}: a living process is delivering it; wait for it or end it")
+            raise SpoolInUseError(f"{directory}: a running process is delivering it; wait for it or end it")
         sender = Sender(journal, tracking_client(address), identity.run_id)
         try:
             _send_all(sender, timeout_seconds)
@@ -250,14 +250,14 @@ def replay(directory: Path, timeout_seconds: float = 60.0, uri: str | None = Non
             raise
         except Exception as error:
             raise UserError(_not_taken(directory, identity, address, error)) from error
-        return Replayed(journal.undelivered(), sender.passed_over, sender.put_aside)
+        return Replayed(journal.undelivered(), sender.damaged, sender.refused)
 
 
 def _not_taken(directory: Path, identity: SpoolIdentity, address: str, error: Exception) -> str:
-    """One line for points that a server which answers does not take."""
+    """One line for points that a reachable server rejects."""
     opened = redact(identity.tracking_uri.rstrip("/"))
     remedy = "" if opened == address else f"; the run was opened at {opened}: set MLFLOW_TRACKING_URI to it"
-    return f"{directory}: MLflow at {address} does not take run {identity.run_id} ({brief(error)}){remedy}"
+    return f"{directory}: MLflow at {address} rejects run {identity.run_id} ({brief(error)}){remedy}"
 
 
 def _send_all(sender: Sender, timeout_seconds: float) -> None:
@@ -277,7 +277,7 @@ def _send_all(sender: Sender, timeout_seconds: float) -> None:
 def replay_all(root: Path, timeout_seconds: float = 60.0, uri: str | None = None) -> dict[Path, Replayed]:
     """Replay every spool below `root`; what each did not deliver (see `replay`), by directory.
 
-    Spools that living processes deliver are left to them, with a line in the log.
+    Spools that running processes deliver are skipped, with a log line.
     """
     found: dict[Path, Replayed] = {}
     address = tracking_uri(uri)

@@ -1,6 +1,6 @@
-"""Lines of a spool: what may stand in one, and nothing else.
+"""The records of a spool: one line of JSON each, validated strictly.
 
-Files are named by a pattern that holds no path, so that no record, wherever it came from, names a file outside the
+File names match a pattern without path separators, so that no record, wherever it came from, names a file outside the
 spool. Only points travel in checkpoints.
 """
 
@@ -12,24 +12,24 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pipeline.config.base import Settings
 from pipeline.config.json_document import first_fault
 
-MOST_NAME = 250
-MOST_LINE_BYTES = 1 << 24
+MAX_NAME = 250
+MAX_LINE_BYTES = 1 << 24
 RUN_ID = r"^[0-9A-Za-z_\-]{1,64}$"
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Name = Annotated[str, Field(pattern=r"^[\w\-./ :]+$", max_length=MOST_NAME)]
+Name = Annotated[str, Field(pattern=r"^[\w\-./ :]+$", max_length=MAX_NAME)]
 FileName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.(png|npy|bin)$")]
 
 
 def _relative(path: str) -> str:
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or not path.isprintable():
-        raise ValueError("is no relative path of an artifact")
+        raise ValueError("not a relative path of an artifact")
     return path
 
 
 class PointRecord(Settings):
-    """Values of some metrics at one step. A loss may be infinite, or no number, and is told so."""
+    """Values of some metrics at one step. Infinity and NaN are allowed: a loss may be either."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 
@@ -42,11 +42,11 @@ class PointRecord(Settings):
 
 
 class ImageRecord(Settings):
-    """A picture for the run page's slider."""
+    """An image for the run page's step slider."""
 
     t: Int64
     s: Int64
-    i: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\-./ ]+$", max_length=MOST_NAME)]
+    i: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\-./ ]+$", max_length=MAX_NAME)]
     """Its key."""
     f: FileName
     """Its file in the spool."""
@@ -74,13 +74,13 @@ def parse_record(line: bytes) -> Record:
 
 
 def parse_point(line: bytes) -> PointRecord:
-    """A line that holds numbers, no file. Raises ValueError in one line for anything else."""
+    """A line with metrics. Raises ValueError in one line for anything else."""
     return _parsed(_POINT, line)
 
 
 def _parsed(adapter: TypeAdapter[T], line: bytes) -> T:
-    if len(line) > MOST_LINE_BYTES:
-        raise ValueError(f"{len(line)} bytes are more than a record has")
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"{len(line)} bytes, more than a record may have")
     try:
         return adapter.validate_json(line)
     except ValidationError as error:

@@ -1,11 +1,11 @@
-"""Checkpoints in the store: written without stopping the training, whole or not there at all.
+"""Checkpoints in the store: written in the background, and either complete or absent.
 
     checkpoints/000000001000/state.safetensors     every tensor of the training state
     checkpoints/000000001000/record.json           last: step, size and sha256 of the state, what it belongs to
 
-A checkpoint without its record was never finished; one whose bytes are not what the record says is damaged. Both
-are passed over for the one before, with a warning. Where there are checkpoints and none is whole, a training ends
-rather than begin anew.
+A checkpoint without its record is unfinished; one whose bytes do not match the record is damaged. Both are skipped
+for the previous one, with a warning. If there are checkpoints and none is valid, a training fails rather than start
+again at step 0.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints/"
 STATE, RECORD = "state.safetensors", "record.json"
-FEWEST_KEPT = 2
-"""Kept while a training goes on, whatever the settings say: a group that begins may be reading the one before."""
-MOST_LOOKS, PAUSE_SECONDS = 5, 2.0
+MIN_KEPT = 2
+"""Kept during a training, whatever the settings say: a starting group may be reading the previous one."""
+MAX_LISTINGS, LISTING_PAUSE_SECONDS = 5, 2.0
 _RECORD_KEY = re.compile(rf"{FOLDER}([0-9]{{12}})/{re.escape(RECORD)}")
 
 
@@ -47,20 +47,20 @@ class Record(Settings):
     """The proof beside a finished checkpoint."""
 
     step: int = Field(ge=0, lt=10**12)
-    """Finished optimiser steps; the next one takes positions from step * global_batch on."""
+    """Finished optimizer steps; the next one takes positions from step * global_batch on."""
     sha256: Sha256
     """Of state.safetensors."""
     size_bytes: Bytes
     """Of state.safetensors."""
     identity: Name
-    """Digest of the training it belongs to."""
+    """Digest of the training that it belongs to."""
     eval_loss: float | None = None
-    """eval/loss of its averaged weights; None where that was not measured, or was not finite."""
+    """eval/loss of its averaged weights; None if not measured, or not finite."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint, read and checked."""
+    """A complete checkpoint, read and verified."""
 
     record: Record
     tensors: dict[str, Tensor]
@@ -85,7 +85,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(store: Store, step: int) -> Checkpoint:
-    """Read one checkpoint. Raises DamageError when it is not what its record says, ObjectMissing when absent."""
+    """Read one checkpoint. Raises DamageError when it does not match its record, ObjectMissing when absent."""
     record = load_record(store, step)
     _require_size(store, step, record)
     with (
@@ -106,7 +106,7 @@ def load_checkpoint(store: Store, step: int) -> Checkpoint:
 
 
 def load_record(store: Store, step: int) -> Record:
-    """The record of one checkpoint. Raises DamageError when it is none, ObjectMissing when absent."""
+    """The record of one checkpoint. Raises DamageError when it is not a valid record, ObjectMissing when absent."""
     key = _key(step, RECORD)
     record = parse_document(Record, store.read(key), f"{store.uri}/{key}", "a checkpoint record")
     if record.step != step:
@@ -121,45 +121,45 @@ def finished_steps(store: Store) -> list[int]:
 
 
 def latest_checkpoint(store: Store) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None where there is none at all.
+    """The newest valid checkpoint; None where there are no checkpoints at all.
 
-    A damaged one is passed over with a warning. Where one is gone that was listed, another group has written newer
-    ones and deleted it: they are listed again. Raises DamageError when there are checkpoints and none can be had.
+    A damaged one is skipped with a warning. If a listed one is gone, another group has written newer ones and deleted
+    it: they are listed again. Raises DamageError when there are checkpoints and none can be read.
     """
-    for look in range(MOST_LOOKS):
+    for attempt in range(MAX_LISTINGS):
         steps = finished_steps(store)
-        if not steps and look == 0:
+        if not steps and attempt == 0:
             return None
         for step in reversed(steps):
             try:
                 return load_checkpoint(store, step)
             except DamageError as error:
-                log.warning("checkpoint %d passed over: %s", step, error)
+                log.warning("checkpoint %d skipped: %s", step, error)
             except ObjectMissing as error:
                 if store.stat(_key(step, RECORD)) is None:
                     break
-                log.warning("checkpoint %d passed over: %s", step, error)
+                log.warning("checkpoint %d skipped: %s", step, error)
         else:
-            time.sleep(PAUSE_SECONDS)  # the way here may be to blame
+            time.sleep(LISTING_PAUSE_SECONDS)  # the connection may be at fault
     raise DamageError(
-        f"{store.uri}/{FOLDER}: has had checkpoints, and none of them can be read (the warnings say why); restore one, "
-        "or delete them all to begin this training anew"
+        f"{store.uri}/{FOLDER}: there are checkpoints and none can be read (see the warnings); restore one, or delete "
+        "them all to train from step 0"
     )
 
 
 def checkpoint_uri(store: Store, step: int) -> str:
-    """Where a checkpoint lies, as the registry remembers it."""
+    """URI of a checkpoint, as stored in the registry."""
     return f"{store.uri.rstrip('/')}/{FOLDER}{step:012d}"
 
 
 def best_steps(store: Store, count: int) -> list[int]:
-    """Steps of the `count` checkpoints with the lowest eval/loss, best first; of equal ones the newer."""
+    """Steps of the `count` checkpoints with the lowest eval/loss, best first; ties go to the newer."""
     ranked: list[tuple[float, int]] = []
     for step in finished_steps(store) if count else ():
         try:
             loss = load_record(store, step).eval_loss
         except (DamageError, ObjectMissing):
-            continue  # whoever wants to begin with it is warned; it is no candidate
+            continue  # reading it for a resume warns; it is no candidate
         if loss is not None:
             ranked.append((loss, -step))
     return [-step for _, step in sorted(ranked)[:count]]
@@ -168,10 +168,10 @@ def best_steps(store: Store, count: int) -> list[int]:
 def prune_checkpoints(
     store: Store, keep_last: int, protected: Collection[str] = (), keep_best: int = 0
 ) -> None:
-    """Delete all but the newest `keep_last` and the best `keep_best` finished checkpoints, record first, so none is
-    ever half there.
+    """Delete all but the newest `keep_last` and the best `keep_best` finished checkpoints, record first, so that
+    none is ever incomplete.
 
-    `protected`: URIs of checkpoints that registered models were cut from; they stay.
+    `protected`: URIs of checkpoints that registered models came from; they stay.
     """
     best = best_steps(store, keep_best)
     for step in finished_steps(store)[:-keep_last]:
@@ -182,22 +182,22 @@ def prune_checkpoints(
 
 
 def _require_size(store: Store, step: int, record: Record) -> None:
-    """Raise before a download that could only be in vain."""
+    """Raise before a useless download."""
     key = _key(step, STATE)
     found = store.stat(key)
     if found is None:
         raise ObjectMissing(key, f"{store.uri}/{key}")
     if found.size_bytes != record.size_bytes:
         raise DamageError(
-            f"{store.uri}/{key}: {found.size_bytes} bytes, its record says {record.size_bytes}: it was cut or replaced"
+            f"{store.uri}/{key}: {found.size_bytes} bytes, its record says {record.size_bytes}; truncated or replaced"
         )
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, from copies that training can no longer change.
+    """Writes checkpoints in the background, one at a time, from copies that training cannot change.
 
-    While the store does not answer, training goes on up to the next checkpoint, and the writer tries again for
-    minutes before it gives up.
+    During an outage of the store, training continues up to the next checkpoint, and the writer retries for minutes
+    before it gives up.
     """
 
     def __init__(
@@ -208,19 +208,19 @@ class CheckpointWriter:
         protected: Collection[str] = (),
         keep_best: int = 0,
     ) -> None:
-        """`protected`: URIs of checkpoints that are kept however old they are."""
+        """`protected`: URIs of checkpoints that are never deleted."""
         self._store = store
         self._protected = protected
         self._identity = identity
-        self._keep_last, self._keep_best = max(keep_last, FEWEST_KEPT), keep_best
+        self._keep_last, self._keep_best = max(keep_last, MIN_KEPT), keep_best
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     def submit(self, step: int, tensors: Mapping[str, Tensor], eval_loss: float | None = None) -> None:
-        """Copy the tensors and return; waits only for a checkpoint still being written. Raises its error."""
+        """Copy the tensors and return; waits only while another checkpoint is being written. Raises its error."""
         self.wait()
         staged = {
-            # safetensors wants rows; channels_last is an arrangement, not a value
+            # safetensors requires row-major order; channels_last is a layout, not a value
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
@@ -230,7 +230,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises the error that the last write met."""
+        """Wait for the write in progress. Raises the error of the last write."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -246,7 +246,7 @@ class CheckpointWriter:
             retry_during_outage(
                 lambda: prune_checkpoints(self._store, self._keep_last, self._protected, self._keep_best)
             )
-        except Exception as error:  # noqa: BLE001  (handed to the training thread, which raises it)
+        except Exception as error:  # noqa: BLE001  (raised in the training thread)
             self._error = error
 
 

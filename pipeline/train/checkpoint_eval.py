@@ -1,9 +1,9 @@
-"""eval/loss: how good the averaged weights are, by a measure that falls with training and with nothing else.
+"""What is computed at a checkpoint: eval/loss of the averaged weights, and a grid of samples.
 
-The training loss of a window is noisy, for it is of other samples, timesteps and noise each time. This one always takes
-the same: the samples at the first positions of the global order, timesteps spread evenly over the schedule, noise by
-name. It is of samples that are trained on too, so it ranks the checkpoints of one training and says nothing of
-overfitting (docs/quality.md has measures that do).
+The training loss of a window is noisy: its samples, timesteps and noise differ each time. eval/loss always uses the
+same: the samples at the first positions of the global order, timesteps spread evenly over the schedule, noise by name.
+These samples are also trained on, so it ranks the checkpoints of one training and says nothing about overfitting
+(docs/quality.md has measures that do). The grids use fixed seeds, so that they differ by the training only.
 """
 
 import math
@@ -48,15 +48,17 @@ class FixedEvaluation:
         total = 0.0
         for positions in torch.arange(count).split(size):
             x0 = from_uint8(images[positions].to(device)).contiguous(memory_format=torch.channels_last)
-            # the middles of `count` equal parts of the schedule, each sample its own
+            # the middle of one of `count` equal parts of the schedule for each sample
             t = ((2 * positions + 1) * self._trainer.schedule.T // (2 * count)).to(device)
             noise = normal(config.seed, Stream.EVALUATE_NOISE, positions.to(device), tuple(x0.shape[1:]))
-            known = None if labels is None else labels[positions].to(device)
+            batch_labels = None if labels is None else labels[positions].to(device)
             with (
                 torch.no_grad(),
                 torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"),
             ):
-                terms = training_loss(self._trainer.schedule, config.objective, net, x0, t, noise, known)
+                terms = training_loss(
+                    self._trainer.schedule, config.objective, net, x0, t, noise, batch_labels
+                )
             total += float(terms.per_sample.double().sum())
         return total / count if math.isfinite(total) else math.nan
 
@@ -65,12 +67,12 @@ class FixedEvaluation:
         if self._samples is None:
             with closing(SampleSource(self._reading(), self._index, self._trainer.config.seed)) as source:
                 found = retry_during_outage(lambda: source.get(np.arange(count, dtype=np.int64)))
-            told = self._trainer.config.net.num_classes is not None
-            self._samples = found.images, found.labels if told else None
+            has_classes = self._trainer.config.net.num_classes is not None
+            self._samples = found.images, found.labels if has_classes else None
         return self._samples
 
     def _reading(self) -> DataConfig:
-        """One sample after the other, where shards allow it: to fetch whole ones for so few would take long."""
+        """Read sample by sample where shards allow it: fetching whole shards for so few would take long."""
         if any(shard.compressed for shard in self._index.shards):
             return self._data.model_copy(update={"num_workers": 0})
         return self._data.model_copy(update={"num_workers": 0, "cache_dir": None, "memory_bytes": 0})

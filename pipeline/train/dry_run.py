@@ -27,7 +27,7 @@ from pipeline.train.state import TrainState, initial_state
 from pipeline.train.step_metrics import StepMetrics
 
 LARGEST_SAMPLE_FLOPS = 1e11
-"""Of the images that are measured: a second or two of one core, milliseconds of a GPU."""
+"""Of a measured image: a second or two of one core, milliseconds of a GPU."""
 LARGEST_HALF_ON_CPU = 2e9
 """The same for bfloat16 on a CPU, which may have to emulate it."""
 BUDGET_SECONDS = 6.0
@@ -36,7 +36,7 @@ MOST_SAMPLES = 16
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """A training in numbers, before it begins."""
+    """The resources that a training will need."""
 
     parameters: int
     flops_per_step: int
@@ -46,20 +46,20 @@ class TrainingEstimate:
     memory_parts: dict[str, int]
     micro_batch: int
     steps: int
-    """Of the whole training; what checkpoints already hold is not looked up."""
+    """Of the whole training; existing checkpoints are not considered."""
     duration_seconds: float | None
-    """None where no step could be taken here."""
+    """None if no step could be run here."""
     duration_note: str
     """What the duration was measured on, and what it leaves out."""
 
     def lines(self) -> list[str]:
-        """For people, aligned; as comments they leave the settings beside them readable as YAML."""
+        """Aligned text; as comments, the settings around it stay valid YAML."""
         parts = ", ".join(f"{name} {_bytes(size)}" for name, size in self.memory_parts.items())
         known = self.duration_seconds is not None
         rows = {
             "parameters": f"{self.parameters:,}",
-            "operations": f"{self.flops_per_step:.3g} a step, forward and backward",
-            "memory": f"{_bytes(self.memory_bytes)} a worker: {parts}",
+            "operations": f"{self.flops_per_step:.3g} per step, forward and backward",
+            "memory": f"{_bytes(self.memory_bytes)} per worker: {parts}",
             "micro-batch": f"{self.micro_batch} samples at a time",
             "steps": f"{self.steps:,}",
             "duration": f"{_duration(self.duration_seconds or 0)}: {self.duration_note}"
@@ -71,27 +71,27 @@ class TrainingEstimate:
 
 @dataclass(frozen=True)
 class Pace:
-    """What was measured."""
+    """Measured speed of one worker."""
 
     sample_seconds: float
     """Forward and backward pass of one sample of the full size."""
     update_seconds: float
-    """What a step takes beside that: clipping, optimiser, averages."""
+    """The rest of a step: clipping, optimizer, averages."""
     samples: int
     """In the measured batch."""
     image_size: int
-    """Edge of the measured images; less than the training's where its own would take long."""
+    """Edge of the measured images; smaller than the training's where those would take long."""
     threads: int
     peak_bytes: int | None
     """Largest allocation of the measured step on a GPU; None on a CPU."""
 
     def step_seconds(self, samples: int) -> float:
-        """A step of a worker whose share is `samples`."""
+        """Duration of a step of a worker whose share is `samples`."""
         return samples * self.sample_seconds + self.update_seconds
 
 
 def estimate(config: TrainConfig) -> TrainingEstimate:
-    """Compute what can be computed, and take a few steps here for the rest; needs no data and no service."""
+    """Compute what can be computed, and run a few steps here for the rest; needs no data and no service."""
     gpu = config.workers.gpus_per_worker > 0 and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     config = _with_fitting_batch(config, device)
@@ -106,7 +106,7 @@ def estimate(config: TrainConfig) -> TrainingEstimate:
     }
     with torch.device("meta"):
         parameters = parameter_count(UNet(config.net))
-    # bfloat16 for a GPU that is not here would be emulated, and say nothing
+    # without the GPU, bfloat16 would be emulated and the timing meaningless
     probed = config if gpu or not config.workers.gpus_per_worker else _plain(config)
     flops = sample_flops(config.net)
     pace = measure_pace(probed, device, flops)
@@ -128,21 +128,22 @@ def _note(config: TrainConfig, pace: Pace | None, device: torch.device, share: i
     threads = f"{pace.threads} thread{'s' * (pace.threads > 1)}"
     where = "this machine's GPU" if device.type == "cuda" else f"{threads} of this CPU"
     if device.type == "cpu" and config.workers.gpus_per_worker:
-        where += ", for want of the GPU the settings ask for, in float32"
+        where += ", in float32, because no GPU is available here"
     if pace.image_size != config.net.image_size:
         where += f", on {pace.image_size}-pixel images scaled by their operations"
     if pace.peak_bytes is not None:
         where += f", peak memory {_bytes(pace.peak_bytes)} with {pace.samples} samples"
     workers = config.workers.most
-    beside = "" if workers == 1 else f", if each of {workers} workers is as fast as one here"
+    beside = "" if workers == 1 else f", assuming {workers} workers as fast as one here"
     beside += "" if not config.compile else ", before torch.compile"
     return (
-        f"{pace.step_seconds(share):.3g} s a step, measured on {where}{beside}; data and exchange not counted"
+        f"{pace.step_seconds(share):.3g} s per step, measured on {where}{beside}; "
+        "excludes data loading and communication"
     )
 
 
 def _with_fitting_batch(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The micro-batch that a worker like this machine would derive; where a GPU is missing, the share as it is."""
+    """Settings with the micro-batch that this machine would choose as a worker; unchanged where a GPU is missing."""
     workers = config.workers
     if workers.micro_batch is not None or (workers.gpus_per_worker and device.type == "cpu"):
         return config
@@ -178,7 +179,7 @@ def _duration(seconds: float) -> str:
 
 
 def measure_pace(config: TrainConfig, device: torch.device, flops: int) -> Pace | None:
-    """Take some steps of one worker here; None when its state alone would fill most of this machine's memory.
+    """Run some steps of one worker here; None when its state alone would fill most of this machine's memory.
 
     flops: of one sample of the full size (`sample_flops`).
     """
@@ -193,7 +194,7 @@ def measure_pace(config: TrainConfig, device: torch.device, flops: int) -> Pace 
 
 
 def probed_size(config: TrainConfig, device: torch.device, flops: int) -> int:
-    """Edge of the images to measure: the training's, halved until a sample is quick and the network's levels allow."""
+    """Edge of the images to measure: the training's, halved until a sample is quick, as far as the levels allow."""
     size = config.net.image_size
     coarsest = 2 ** (len(config.net.multipliers) - 1)
     emulated = device.type == "cpu" and config.precision == "bfloat16"
@@ -210,7 +211,7 @@ def _measure(config: TrainConfig, device: torch.device, flops: int) -> Pace:
     state = initial_state(config, device)
     schedule = NoiseSchedule.from_config(config.schedule)
     trainer = Trainer(config, schedule, state.net, device, config.workers.most)
-    _step(trainer, state, _batch(config, 1, size))  # the first allocates and picks its kernels
+    _step(trainer, state, _batch(config, 1, size))  # the first one allocates and selects kernels
     single = _pass(trainer, _batch(config, 1, size))
     count = max(
         1, min(MOST_SAMPLES, largest_micro_batch(config, trainer.world), int(BUDGET_SECONDS / 4 / single))
@@ -233,7 +234,7 @@ def _measure(config: TrainConfig, device: torch.device, flops: int) -> Pace:
 
 
 def _pass(trainer: Trainer, batch: Batch) -> float:
-    """Seconds of a forward and backward pass, whose gradient is thrown away."""
+    """Seconds of a forward and backward pass; the gradient is discarded."""
     began = _now(trainer.device)
     terms, _ = chunk_loss(trainer, batch)
     terms.per_sample.sum().backward()
@@ -266,8 +267,8 @@ def _batch(config: TrainConfig, count: int, size: int) -> Batch:
 
 
 def _flops_at(config: TrainConfig, size: int) -> int:
-    """Operations of a sample of this edge; attention stands where it stands in the full size's levels."""
+    """Operations of a sample of this edge, with attention at the same levels as in the full size."""
     net = config.net
     shrink = net.image_size // size
-    there = tuple(resolution // shrink for resolution in net.attention_resolutions)
-    return sample_flops(net.model_copy(update={"image_size": size, "attention_resolutions": there}))
+    resolutions = tuple(resolution // shrink for resolution in net.attention_resolutions)
+    return sample_flops(net.model_copy(update={"image_size": size, "attention_resolutions": resolutions}))

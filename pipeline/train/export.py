@@ -54,15 +54,15 @@ def _card(plan: TrainPlan, kind: str, step: int, run_id: str | None) -> ModelCar
 
 
 def logged_name(name: str, step: int) -> str:
-    """What the run page calls the averaged weights after `step` steps: MLflow wants names that differ."""
+    """Name of the averaged weights after `step` steps on the run page: MLflow requires distinct names."""
     return f"{name}-ema-{step:07d}"
 
 
 class ModelLog:
-    """Logs every `checkpoint.log_model_every`-th checkpoint as a model while inside, from the driver, in a thread.
+    """Context manager that logs every `checkpoint.log_model_every`-th checkpoint as a model, in a thread of the driver.
 
-    The training neither waits for it nor fails with it: a model that cannot be logged is a warning. One that was
-    logged before is not logged again.
+    The training neither waits for it nor fails because of it: a model that cannot be logged is a warning. A model is
+    logged once.
     """
 
     def __init__(self, plan: TrainPlan, run_id: str) -> None:
@@ -88,17 +88,17 @@ class ModelLog:
         while not over:
             over = self._over.wait(
                 LOOK_SECONDS
-            )  # asked before the last look, which then sees every checkpoint
+            )  # read before the last look, which then sees every checkpoint
             try:
                 self._look()
             except Exception:
-                log.exception("checkpoints are not logged as models for now")
+                log.exception("logging checkpoints as models failed; retrying in %.0f s", LOOK_SECONDS)
 
     def _look(self) -> None:
         config = self._plan.config
         every = config.checkpoint.every_steps * (config.checkpoint.log_model_every or 1)
         for step in finished_steps(self._plan.store):
-            # the last one is logged when it is registered
+            # registration logs the last one
             if step % every == 0 and step < config.steps and step not in self._done:
                 self._log(step)
                 self._done.add(step)
@@ -108,7 +108,7 @@ class ModelLog:
         try:
             checkpoint = load_checkpoint(plan.store, step)
         except (DamageError, ObjectMissing) as error:
-            log.warning("step %d is not logged as a model: %s", step, error)
+            log.warning("step %d not logged as a model: %s", step, error)
             return
         with tempfile.TemporaryDirectory(prefix="ddpm-model-") as folder:
             export_model(plan, checkpoint, self._run_id, Path(folder))

@@ -1,9 +1,9 @@
-"""Fine-tuning: the weights that a training begins with, checked, hashed and laid beside its checkpoints.
+"""Fine-tuning: the initial weights of a training, checked, hashed and copied beside its checkpoints.
 
     initial/model.safetensors, initial/model.json     the model as it is exported for the registry
 
-The driver reads them once, from wherever they are; workers and restarts read the copy, so that neither needs the
-registry, or a directory that only one machine has.
+The driver reads them once, from the registry or a directory; workers and restarts read the copy, so that neither
+needs the registry, or a directory that only one machine has.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ from pipeline.store import Store, retry_during_outage
 from pipeline.tracking import ModelVersion, download, resolve
 
 FOLDER = "initial/"
-# What may differ: it changes how the weights are trained on, not what they compute.
+# Settings that may differ: they change how the weights are trained, not what they compute.
 _FREE = {
     "net": {"dropout"},
     "schedule": set[str](),
@@ -33,26 +33,26 @@ _FREE = {
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """A model to begin with."""
+    """A model to start from."""
 
     name: str
-    """As a person reads it: `digits/3`, or a directory."""
+    """For display: `digits/3`, or a directory."""
     card: ModelCard
     weights: bytes
     """Of `model.safetensors`."""
     version: ModelVersion | None = None
-    """The registered version it is, if it is one."""
+    """The registered version, if it is one."""
 
     @property
     def sha256(self) -> str:
-        """Of the weights: part of the identity of a training that begins with them."""
+        """Of the weights: part of the identity of a training that starts from them."""
         return self.card.weights.sha256
 
 
 def find_initial(config: TrainConfig) -> InitialWeights | None:
-    """What `init_from` names, read and checked; None when it names nothing.
+    """The model that `init_from` names, read and checked; None if it is not set.
 
-    Raises UserError for a model that is not there or does not fit the settings, DamageError for damaged weights.
+    Raises UserError for a model that does not exist or does not fit the settings, DamageError for damaged weights.
     """
     if config.init_from is None:
         return None
@@ -67,7 +67,7 @@ def find_initial(config: TrainConfig) -> InitialWeights | None:
 
 
 def stage_initial(store: Store, initial: InitialWeights) -> None:
-    """Lay the model beside the checkpoints, weights first; what is there already stays."""
+    """Copy the model beside the checkpoints, weights first; an existing copy stays."""
     if store.stat(FOLDER + CARD_FILE) is not None:
         return
     store.write(FOLDER + WEIGHTS_FILE, initial.weights)
@@ -75,7 +75,7 @@ def stage_initial(store: Store, initial: InitialWeights) -> None:
 
 
 def staged_weights(store: Store, sha256: str) -> dict[str, Tensor]:
-    """The staged weights by parameter. Raises DamageError when they are not those the identity was made of."""
+    """The staged weights by parameter. Raises DamageError when they are not those of the identity."""
     data = retry_during_outage(lambda: store.read(FOLDER + CARD_FILE))
     card = parse_document(ModelCard, data, f"{store.uri}/{FOLDER}{CARD_FILE}", "a model card")
     weights = retry_during_outage(lambda: store.read(FOLDER + WEIGHTS_FILE))
@@ -113,7 +113,7 @@ def _of_directory(folder: Path, scratch: Path) -> InitialWeights:
 
 
 def _require_same(config: TrainConfig, initial: InitialWeights) -> None:
-    """Weights mean what they mean only in the same network, under the same schedule and target."""
+    """UserError unless network, schedule and target are those that the weights were trained with."""
     differing = [
         f"{section}.{field} {theirs!r}, here {ours!r}"
         for section, own, other in [
@@ -126,7 +126,7 @@ def _require_same(config: TrainConfig, initial: InitialWeights) -> None:
     ]
     if differing:
         raise UserError(
-            f"train.init_from: {initial.name} has {'; '.join(differing)}; give this training the same, or begin with "
+            f"train.init_from: {initial.name} has {'; '.join(differing)}; use the same here, or start from "
             "another model"
         )
 

@@ -1,8 +1,8 @@
 """The training loop: plain torch over a stream of batches.
 
-The document behind this program writes it in seven lines; they are the seven comments of `train_step`. The rest is
-what many workers and long runs need: each worker computes its share of the batch, and the shares are weighed so that
-the sum over all workers is the mean over the global batch, whatever the number of workers.
+DDPM's training algorithm has seven steps; they are the numbered comments of `train_step` and `chunk_loss`. The rest is
+for many workers and long runs: each worker computes its share of the batch, and the shares are weighted so that the sum
+over all workers is the mean over the global batch, for any number of workers.
 """
 
 import logging
@@ -28,16 +28,16 @@ from pipeline.train.step_metrics import StepMetrics
 
 log = logging.getLogger(__name__)
 
-MOST_NAMED = 20
+MAX_NAMED = 20
 
 
 class NonFiniteError(JobError):
-    """Too many steps whose gradient was infinite or NaN; the message names the positions that it came from."""
+    """Too many steps whose gradient was infinite or NaN; the message names the positions it came from."""
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """What a step needs besides the state: settings, schedule, the network as the workers share it."""
+    """What a step needs besides the state: settings, schedule, and the wrapped network."""
 
     config: TrainConfig
     schedule: NoiseSchedule
@@ -47,7 +47,7 @@ class Trainer:
     world: int
 
     def steps(self, state: TrainState, batches: Iterable[Batch], window: StepMetrics) -> Iterator[int]:
-        """Take a step for every batch; yields the number of finished steps. `window` is filled on the way."""
+        """Take a step for every batch; yields the number of finished steps, and adds to `window`."""
         for batch in batches:
             window.wait_seconds += batch.wait_seconds
             window.replaced_samples += len(batch.damage)
@@ -75,9 +75,9 @@ class Trainer:
 
 
 def train_step(trainer: Trainer, state: TrainState, batch: Batch, window: StepMetrics) -> float:
-    """One optimiser step on this worker's share of the global batch. Returns the global gradient norm.
+    """One optimizer step on this worker's share of the global batch. Returns the global gradient norm.
 
-    A non-finite gradient is the same on every worker once summed, so all skip the step alike.
+    A non-finite gradient is the same on every worker once summed, so all of them skip the step.
     """
     config = trainer.config
     window.open_step()
@@ -100,9 +100,9 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch, window: StepMe
 
 
 def _suspects(trainer: Trainer, state: TrainState, batch: Batch) -> str:
-    """Which positions of the global batch have a loss that is not finite, in words. A collective call.
+    """Which positions of the global batch have a non-finite loss, as text. A collective call.
 
-    The step was skipped and every random number has a name, so computing the losses again gives the same.
+    The step was skipped and every random number has a name, so recomputing the losses gives the same values.
     """
     size = trainer.config.global_batch
     first = state.step * size
@@ -117,14 +117,14 @@ def _suspects(trainer: Trainer, state: TrainState, batch: Batch) -> str:
     found = [first + place for place in bad.nonzero().flatten().tolist()]
     if not found:
         return f"each loss at positions {first} to {first + size - 1} is finite, their gradient is not"
-    named = ", ".join(map(str, found[:MOST_NAMED])) + (" and more" if len(found) > MOST_NAMED else "")
+    named = ", ".join(map(str, found[:MAX_NAMED])) + (" and more" if len(found) > MAX_NAMED else "")
     return f"the last one's loss is not finite at {len(found)} of its {size} positions: {named}"
 
 
 def chunk_loss(trainer: Trainer, batch: Batch) -> tuple[LossTerms, Tensor]:
     """Losses of a micro-batch, per sample, and the timesteps (n,) drawn for it.
 
-    Every random number is named by (seed, position), so a sample is trained alike in whichever batch it comes.
+    Every random number is named by (seed, position), so a sample is trained the same in any batch.
     """
     config, seed = trainer.config, trainer.config.seed
     positions = batch.positions.to(trainer.device)
@@ -143,7 +143,7 @@ def chunk_loss(trainer: Trainer, batch: Batch) -> tuple[LossTerms, Tensor]:
 
 
 def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
-    """Cut a worker's share into pieces of at most `size` samples, as equal as can be."""
+    """Split a worker's share into pieces of at most `size` samples, as equal as possible."""
     count = len(batch.positions)
     if size is None or count <= size:
         return [batch]
@@ -154,7 +154,7 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
 
 
 def _labels(config: TrainConfig, batch: Batch, positions: Tensor) -> Tensor | None:
-    """Class labels (n,), some of them replaced by "no class" so that the network learns that too."""
+    """Class labels (n,), some of them replaced by "no class" for classifier-free guidance."""
     if config.net.num_classes is None or batch.labels is None:
         return None
     labels = batch.labels.to(positions.device)
@@ -165,7 +165,7 @@ def _labels(config: TrainConfig, batch: Batch, positions: Tensor) -> Tensor | No
 
 
 def _without_sync(network: nn.Module, unless: bool) -> AbstractContextManager[None]:
-    """While gradients accumulate, workers need not exchange them: only the last piece of a step does."""
+    """Skip the gradient exchange while gradients accumulate: only the last micro-batch of a step needs it."""
     if unless or not isinstance(network, DistributedDataParallel):
         return nullcontext()
     return network.no_sync()

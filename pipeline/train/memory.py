@@ -26,11 +26,11 @@ from pipeline.nets import DropoutKeys, UNet, parameter_count
 FLOAT32_BYTES = 4
 Precision = Literal["float32", "bfloat16"]
 USABLE_SHARE = 0.8
-"""Of a device's memory; the rest is the runtime's, the libraries', and lost between allocations."""
+"""Of a device's memory; the rest is for the runtime, libraries and fragmentation."""
 MACHINE_SHARE = 0.5
-"""Of a machine's memory; the rest is for its system, caches, loader processes and Ray's object store."""
+"""Of a machine's memory; the rest is for the system, caches, loader processes and Ray's object store."""
 OVERHEAD = 1.5
-"""Peak memory of a pass over what it keeps for the backward pass: gradients of activations, workspaces."""
+"""Peak memory of a pass relative to what it saves for the backward pass: gradients of activations, workspaces."""
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -52,7 +52,7 @@ class Memory:
 
 
 def state_memory(config: TrainConfig) -> Memory:
-    """Memory of the training's state, whatever the batch."""
+    """Memory of the training's state, independent of the batch."""
     with torch.device("meta"):
         one = parameter_count(UNet(config.net)) * FLOAT32_BYTES
     averages = len(config.ema.widths) if config.ema.kind == "power" else 1
@@ -60,9 +60,9 @@ def state_memory(config: TrainConfig) -> Memory:
 
 
 def activation_bytes(net: UNetConfig, precision: Precision) -> int:
-    """Bytes that the backward pass of one sample needs kept from the forward pass: every saved tensor once.
+    """Bytes that the forward pass of one sample saves for the backward pass: every saved tensor once.
 
-    Attention counts as if it kept its matrix, which fused kernels do not: for DDPM's CIFAR-10 network 8% too much.
+    Attention counts as if it saved its matrix, which fused kernels do not: 8% too much for DDPM's CIFAR-10 network.
     """
     network, x, t, labels, dropout = _on_meta(net, precision)
     own = {id(parameter.untyped_storage()) for parameter in network.parameters()}
@@ -71,7 +71,7 @@ def activation_bytes(net: UNetConfig, precision: Precision) -> int:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if id(storage) not in own:
-            kept[id(storage)] = storage  # held, or its identity could be given to the next one
+            kept[id(storage)] = storage  # keeps it alive, or its id could be reused
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -90,7 +90,7 @@ def sample_flops(net: UNetConfig) -> int:
 def _on_meta(
     net: UNetConfig, precision: Precision
 ) -> tuple[UNet, Tensor, Tensor, Tensor | None, DropoutKeys | None]:
-    """The network and one sample of everything it is told. Autocast knows no meta device: all is in `precision`."""
+    """The network and one sample of each input. Autocast does not support the meta device: all is in `precision`."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with torch.device("meta"):
         network = UNet(net).train().to(dtype)
@@ -101,13 +101,13 @@ def _on_meta(
 
 
 def fitting_samples(config: TrainConfig, memory_bytes: int) -> int:
-    """Largest micro-batch that fits a worker's memory by estimate; at least 1."""
+    """Largest micro-batch that fits a worker's memory by this estimate; at least 1."""
     room = memory_bytes - state_memory(config).total
     return max(1, int(room / (OVERHEAD * activation_bytes(config.net, config.precision))))
 
 
 def worker_memory_bytes(workers: WorkerConfig, device: torch.device) -> int:
-    """Memory that a worker may fill here: its part of the GPU, or its cores' part of the machine."""
+    """Memory that a worker may use here: its share of the GPU, or its cores' share of the machine."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return int(USABLE_SHARE * total * min(1.0, workers.gpus_per_worker or 1.0))
@@ -118,7 +118,7 @@ def worker_memory_bytes(workers: WorkerConfig, device: torch.device) -> int:
 def with_micro_batch(config: TrainConfig, world: int, device: torch.device) -> TrainConfig:
     """The settings with a micro-batch: the given one, or the largest that fits on every worker.
 
-    A collective call where there are several workers. None stays where a whole share fits.
+    A collective call if there are several workers. It stays None where a whole share fits.
     """
     if config.workers.micro_batch is not None:
         return config
@@ -133,23 +133,23 @@ def with_micro_batch(config: TrainConfig, world: int, device: torch.device) -> T
 
 
 def largest_micro_batch(config: TrainConfig, world: int) -> int:
-    """Most samples that any worker takes through the network at a time."""
+    """Largest number of samples that any worker processes at a time."""
     share = -(-config.global_batch // world)
     size = config.workers.micro_batch
     return share if size is None else min(size, share)
 
 
 def out_of_memory(config: TrainConfig, world: int, error: Exception) -> UserError:
-    """What a user can do when the estimate was too low, or the given size too high."""
+    """The error for an estimate that was too low, or a micro-batch that was set too high."""
     samples = largest_micro_batch(config, world)
     remedy = "use a smaller network or a larger device"
     if samples > 1:
         remedy = (
             f"set train.workers.micro_batch={samples // 2}, which changes the weights in their last bits only"
         )
-    said = str(error).splitlines()[0][:200]
+    reason = str(error).splitlines()[0][:200]
     return UserError(
-        f"train.workers.micro_batch: {samples} samples at a time do not fit the device's memory ({said}); {remedy}"
+        f"train.workers.micro_batch: {samples} samples at a time do not fit the device's memory ({reason}); {remedy}"
     )
 
 

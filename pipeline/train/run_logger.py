@@ -1,4 +1,4 @@
-"""Rank 0's record of a training: points and pictures for MLflow, through the spool, never waited for."""
+"""Logging of a training to MLflow through the spool: metrics and images of rank 0, system metrics of each node."""
 
 import io
 import logging
@@ -19,15 +19,15 @@ from pipeline.tracking import Spool, SystemSampler, spool_of
 log = logging.getLogger(__name__)
 LONGEST_CLOSE_SECONDS = 5.0
 
-TENSOR = "diary/undelivered"
+UNDELIVERED = "diary/undelivered"
 FINAL_GRID = "figures/final.png"
 
 
 class RunLogger:
-    """Writes to the run's spool, or nowhere on a rank that has no run to write to.
+    """Writes to the run's spool without waiting for MLflow; does nothing on a rank without a run.
 
-    Each checkpoint carries the points that MLflow has not got yet, so that they outlive this machine; the spool
-    itself outlives this process.
+    Each checkpoint carries the points that are not delivered yet, so that they survive this machine; the spool itself
+    survives this process.
     """
 
     def __init__(self, tracking_uri: str | None, run_id: str | None, config: TrackConfig) -> None:
@@ -43,31 +43,31 @@ class RunLogger:
             )
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Points of all charts after `step` finished steps."""
+        """Metrics after `step` finished steps."""
         if self._spool is not None:
             self._spool.metrics(step, values)
 
     def image(self, key: str, step: int, image: np.ndarray[Any, Any]) -> None:
-        """A picture, uint8 (H, W) or (H, W, 3), for the run page's slider."""
+        """An image, uint8 (H, W) or (H, W, 3), for the run page's step slider."""
         if self._spool is not None:
             self._spool.image(key, step, image)
 
     def final_image(self, image: np.ndarray[Any, Any]) -> None:
-        """The picture that the run's description shows."""
+        """The image that the run's description shows."""
         if self._spool is not None:
             out = io.BytesIO()
             Image.fromarray(image).save(out, format="PNG")
             self._spool.artifact(FINAL_GRID, out.getvalue())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint carries of the diary: the points still under way, as bytes."""
+        """For the checkpoint: the undelivered points, as bytes."""
         records = self._spool.undelivered() if self._spool is not None else b""
-        return {TENSOR: torch.frombuffer(bytearray(records), dtype=torch.uint8)} if records else {}
+        return {UNDELIVERED: torch.frombuffer(bytearray(records), dtype=torch.uint8)} if records else {}
 
-    def take_over(self, tensors: Mapping[str, Tensor]) -> None:
-        """Deliver the points a checkpoint carries; those MLflow has by now are not sent again."""
-        if self._spool is not None and TENSOR in tensors:
-            self._spool.absorb(tensors[TENSOR].reshape(-1).view(torch.uint8).numpy().tobytes())
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Deliver the points that a checkpoint carries; those that MLflow has by now are not sent again."""
+        if self._spool is not None and UNDELIVERED in tensors:
+            self._spool.restore(tensors[UNDELIVERED].reshape(-1).view(torch.uint8).numpy().tobytes())
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -87,10 +87,10 @@ def log_node_metrics(
     started_seconds: float,
     config: TrackConfig,
 ) -> Generator[None]:
-    """Read this node's load while inside, through a spool of its own, as charts named `system/<node>/…`.
+    """Log this node's load while inside, through a spool of its own, as metrics named `system/<node>/…`.
 
-    node: its name, on the one worker that reads; None on the others. started_seconds: Unix time of the run's first
-    start, which the charts count from.
+    node: its name, on the one worker that reads it; None on the others. started_seconds: Unix time of the run's first
+    start, the origin of the charts. A failure here is logged and never fails the training.
     """
     interval = config.system_metrics_seconds
     with ExitStack() as stack:

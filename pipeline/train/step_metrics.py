@@ -1,4 +1,4 @@
-"""What the workers measure between two points of a chart, and the one collective call that brings it together.
+"""Metrics of the steps between two points of a chart, and the single collective call that sums them over workers.
 
 Every rank calls `reduce` at the same step, so no rank ever waits for a call that another does not make.
 """
@@ -16,18 +16,18 @@ QUARTILES = 4
 
 
 class StepMetrics:
-    """Sums over the steps since the last point: of this rank's samples, after `reduce` of everyone's."""
+    """Sums over the steps since the last point: of this rank's samples; after `reduce`, of all ranks'."""
 
     def __init__(self, num_timesteps: int, device: torch.device) -> None:
         """`num_timesteps`: T; quartile q holds the timesteps in [q T/4, (q+1) T/4). The sums live on `device`, so
-        that counting does not wait for it.
+        that adding does not wait for it.
         """
         self._num_timesteps = num_timesteps
         self._device = device
         self.reset()
 
     def reset(self) -> None:
-        """Begin the next point."""
+        """Start the next point."""
         self._losses: list[Tensor] = []  # of each step, the sum of per-sample losses
         self._quartiles = torch.zeros(2, QUARTILES, dtype=torch.float64, device=self._device)  # sums, counts
         self._grad_norms: list[float] = []  # the same on every rank
@@ -39,12 +39,12 @@ class StepMetrics:
         self.skipped_steps = 0
 
     def open_step(self) -> None:
-        """Begin counting a step."""
+        """Start a step."""
         self._losses.append(torch.zeros((), dtype=torch.float64, device=self._device))
         self._timed_steps += 1
 
     def add(self, per_sample: Tensor, timesteps: Tensor) -> None:
-        """Count the samples of a micro-batch: `per_sample` losses (n,) and their timesteps (n,)."""
+        """Add the samples of a micro-batch: `per_sample` losses (n,) and their timesteps (n,)."""
         loss = per_sample.detach().double()
         quartile = timesteps * QUARTILES // self._num_timesteps
         self._quartiles[0].index_add_(0, quartile, loss)
@@ -52,14 +52,14 @@ class StepMetrics:
         self._losses[-1] += loss.sum()
 
     def close_step(self, grad_norm: float | None) -> None:
-        """End counting a step; None for a gradient that was not finite."""
+        """End a step; None for a gradient that was not finite."""
         if grad_norm is None:
             self.skipped_steps += 1
         else:
             self._grad_norms.append(grad_norm)
 
     def reduce(self) -> None:
-        """Turn this rank's sums into everyone's. A collective call."""
+        """Replace this rank's sums by the sums over all ranks. A collective call."""
         self._seconds = time.monotonic() - self._began
         if not dist.is_initialized():
             return
@@ -74,7 +74,7 @@ class StepMetrics:
         self.replaced_samples = int(rest[1])
 
     def metrics(self, global_batch: int) -> dict[str, float]:
-        """The point: means over the window's steps. To be called after `reduce`."""
+        """The point: means over the window's steps. Call it after `reduce`."""
         losses = torch.stack(self._losses).cpu() / global_batch
         sums, counts = self._quartiles.cpu()
         seconds = max(self._seconds, 1e-9)
@@ -94,7 +94,7 @@ class StepMetrics:
         return metrics
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums, for the checkpoint of a training that stops inside a window. To be called after `reduce`."""
+        """The sums, for the checkpoint of a training that stops inside a window. Call it after `reduce`."""
         return {
             "window/losses": torch.stack(self._losses),
             "window/quartiles": self._quartiles,
@@ -103,10 +103,10 @@ class StepMetrics:
         }
 
     def load(self, tensors: Mapping[str, Tensor], leads: bool) -> None:
-        """Go on inside a window; times begin anew.
+        """Resume inside a window; times start anew.
 
-        These are everyone's sums, so only rank 0 (`leads`) takes them up. The others count zeros for the same steps:
-        all must bring the same number of values to `reduce`. Raises DamageError for tensors that are no window's.
+        The sums are of all ranks, so only rank 0 (`leads`) loads them. The others add zeros for the same steps: all
+        must bring the same number of values to `reduce`. Raises DamageError for tensors that are not a window's.
         """
         if "window/losses" not in tensors:
             return
@@ -119,7 +119,7 @@ class StepMetrics:
             if shapes != (1, (2, QUARTILES), 1, (2,)) or not bool(counts.isfinite().all()):
                 raise ValueError(f"has other shapes: {shapes}")
         except (KeyError, ValueError) as error:
-            raise DamageError(f"the checkpoint's sums for its next point are damaged ({error})") from None
+            raise DamageError(f"the checkpoint's window/* tensors are damaged ({error})") from None
         share = 1.0 if leads else 0.0
         self._losses = list(losses.to(self._device) * share)
         self._quartiles = quartiles.to(self._device) * share

@@ -25,10 +25,10 @@ from pipeline.tracking import (
     describe,
     find_run,
     finish,
+    image_markdown,
     link_model,
     log_dataset,
     open_run,
-    picture,
     protected_model_sources,
     register,
     require_server,
@@ -205,7 +205,7 @@ def publish(
         )
     set_alias(name, CHALLENGER, version.version)
     champion, gate = LoggedAlias(name, CHAMPION), None
-    if champion.follow().version is None:
+    if champion.reconcile().version is None:
         with suppress(MoveConflictError):  # another first model came first
             champion.move(None, version.version, "first")
     elif plan.config.gate is not None:
@@ -257,7 +257,7 @@ def _stopped(run: Run, checkpoint: Checkpoint | None) -> TrainingResult:
 def _description(plan: TrainPlan, run: Run, version: ModelVersion) -> str:
     config = plan.config
     return (
-        f"{picture(run.run_id, FINAL_GRID, 'samples')}\n\n"
+        f"{image_markdown(run.run_id, FINAL_GRID, 'samples')}\n\n"
         f"Model **{version.reference}**: {config.steps} steps of {config.global_batch} images from "
         f"`{config.data.uri}` ({plan.index.num_samples} samples, digest `{plan.index.digest[:12]}`).\n\n"
         f"Checkpoints: `{plan.store.uri}`. Sample grids by step are under *Model metrics* (`samples`), "

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a training is found here, before any work starts."""
+"""Checks a training against its data and store, before any work starts."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from pipeline.train.finetune import InitialWeights, find_initial
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """A training that can begin, or go on."""
+    """A training that can start, or resume."""
 
     config: TrainConfig
     index: Index
@@ -24,16 +24,16 @@ class TrainPlan:
     finished_steps: int
     """Steps of its newest checkpoint; 0 for a new training."""
     initial: InitialWeights | None = None
-    """The model it begins with, in fine-tuning."""
+    """The model to start from, in fine-tuning."""
 
     @property
     def is_trained(self) -> bool:
-        """Whether no step is left."""
+        """Whether all steps are finished."""
         return self.finished_steps >= self.config.steps
 
 
 def plan_training(config: TrainConfig) -> TrainPlan:
-    """Check settings against data and store. Raises UserError for the first thing a user must put right."""
+    """Check settings against data and store. Raises UserError for the first mistake."""
     check_together(config.schedule, config.objective, config.grid.sampler, config.net)
     index = load_index(config.data.uri)
     _check_images(config, index)
@@ -47,7 +47,7 @@ def plan_training(config: TrainConfig) -> TrainPlan:
     if newest > config.steps:
         raise UserError(
             f"train.steps: {config.steps}, but {store.uri} is already at step {newest}; "
-            "ask for at least as many, or give another seed for a new training"
+            "set at least as many, or another seed for a new training"
         )
     return TrainPlan(config, index, identity, store, newest, initial)
 
@@ -83,11 +83,11 @@ def _check_images(config: TrainConfig, index: Index) -> None:
 def _check_classes(config: TrainConfig, index: Index) -> None:
     for name in index.class_names or ():
         try:
-            checked_name(name)  # else the card of the trained model could not hold it
+            checked_name(name)  # the card of the trained model must be able to hold it
         except ValueError as error:
             raise UserError(f"{config.data.uri}: class name {name[:40]!a} {error} and pack again") from None
-    wanted, there = config.net.num_classes, index.num_classes
-    if wanted is not None and there is None:
+    wanted, available = config.net.num_classes, index.num_classes
+    if wanted is not None and available is None:
         raise UserError(f"train.net.num_classes: {wanted}, but {config.data.uri} has no labels; leave it out")
-    if wanted is not None and there is not None and wanted < there:
-        raise UserError(f"train.net.num_classes: {wanted}, but {config.data.uri} has {there} classes")
+    if wanted is not None and available is not None and wanted < available:
+        raise UserError(f"train.net.num_classes: {wanted}, but {config.data.uri} has {available} classes")

@@ -15,7 +15,7 @@ from pipeline.generate.verification import verify
 from pipeline.store import open_store
 from pipeline.tracking import find_run, resolve, tracking_client
 from pipeline.train.checkpoint import finished_steps, latest_checkpoint
-from pipeline.train.run_logger import TENSOR as UNDELIVERED
+from pipeline.train.run_logger import UNDELIVERED
 from pipeline.train.training_plan import plan_training
 from tests.driving import Driver
 from tests.generate.tiny import contents, settings

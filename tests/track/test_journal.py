@@ -1,4 +1,4 @@
-"""What is written stays written, and damage is passed over, not spread."""
+"""What is written stays written, and damage is skipped and does not spread."""
 
 import errno
 import json
@@ -95,7 +95,7 @@ def test_memory_stays_bounded_while_the_disk_is_full(tmp_path: Path, monkeypatch
 
     journal = Journal(tmp_path)
     monkeypatch.setattr(journal_module.os, "write", full)
-    monkeypatch.setattr(journal_module, "_MAX_WAITING_LINES", 10)
+    monkeypatch.setattr(journal_module, "_MAX_PENDING_LINES", 10)
     for step in range(25):
         journal.append(_point(step))
     assert journal.lost == 15
@@ -180,7 +180,7 @@ def test_a_directory_s_owner_is_on_the_disk_before_it_is_in_place(
 
 
 def test_refused_records_are_kept_with_their_reason(tmp_path: Path) -> None:
-    Journal(tmp_path).refuse(_point(3), "too long")
+    Journal(tmp_path).dead_letter(_point(3), "too long")
     kept = json.loads((tmp_path / "refused.jsonl").read_text())
     assert kept == {"reason": "too long", "record": _point(3)}
 

@@ -70,7 +70,7 @@ def test_a_job_that_dies_at_any_request_leaves_an_alias_that_the_next_look_bring
         chance = random.Random(seed)
         dying = {job: chance.randrange(16) for job in chance.sample(range(JOBS), chance.randint(1, JOBS - 1))}
         told, registry = race(seed, dying)
-        standing = alias(registry).follow()
+        standing = alias(registry).reconcile()
         assert len(log(registry)) <= 1
         assert standing.version == registry.aliases["champion"] == (log(registry) or [(None, 1)])[0][1]
         moved = [line for line in told if line.startswith("moved")]
@@ -129,22 +129,22 @@ def test_a_reader_is_given_what_was_decided_while_the_alias_stands_elsewhere(
     first.move(1, 2, "promotion")
     first.move(2, 1, "rollback")
     registry.aliases["champion"] = 2  # by a job that was suspended since it looked, and is killed now
-    assert alias(registry).read().in_office == 2  # nobody says so: this was somebody's hand
+    assert alias(registry).read().current_version == 2  # nobody says so: this was somebody's hand
     registry.tags["ddpm.moving.champion.0123"] = str(time.time())
-    assert alias(registry).read().in_office == 1
+    assert alias(registry).read().current_version == 1
     assert (registry.aliases["champion"], len(log(registry))) == (2, 2)
-    assert alias(registry).follow().version == 1
+    assert alias(registry).reconcile().version == 1
 
 
 def test_what_was_moved_by_hand_is_recorded_and_not_undone(caplog: pytest.LogCaptureFixture) -> None:
     registry = Registry()
     alias(registry).move(1, 2, "promotion")
     registry.aliases["champion"] = 1
-    assert alias(registry).follow().version == 1
+    assert alias(registry).reconcile().version == 1
     assert "was moved by hand, from version 2 to 1: recorded as move 2" in caplog.text
     assert log(registry) == [(1, 2), (2, 1)]
     del registry.aliases["champion"]
-    assert alias(registry).follow().version is None
+    assert alias(registry).reconcile().version is None
     assert alias(registry).move(None, 3, "promotion").number == 4
     assert registry.aliases == {"champion": 3}
 
@@ -169,7 +169,7 @@ def test_a_job_held_up_for_more_than_a_day_no_longer_sets_the_alias() -> None:
             later = str(time.time() - 2 * alias_log.MARK_SECONDS) if key == old else value
             super().set_registered_model_tag(name, key, later)
             if key.startswith("ddpm.move."):
-                alias(self).follow()  # another job sets the alias, and sweeps the old mark
+                alias(self).reconcile()  # another job sets the alias, and sweeps the old mark
                 assert old not in self.tags
 
     slow = Slow()
@@ -194,12 +194,12 @@ def test_a_tag_that_is_no_move_is_named(text: str) -> None:
     registry = Registry()
     registry.tags["ddpm.move.champion.000001"] = text
     with pytest.raises(DamageError, match=r"tag ddpm\.move\.champion\.000001: not a move; delete the tag"):
-        alias(registry).follow()
+        alias(registry).reconcile()
 
 
 def test_a_decision_made_before_a_rollback_does_not_undo_it() -> None:
     registry = Registry()
-    seen_number = alias(registry).follow().number()
+    seen_number = alias(registry).reconcile().number()
     alias(registry).move(1, 2, "promotion", seen_number=seen_number)
     alias(registry).move(2, 1, "rollback")
     with pytest.raises(MoveConflictError, match="was moved away from version 1 and back"):
@@ -215,4 +215,4 @@ def test_a_move_of_another_number_than_its_tag_says_is_refused() -> None:
     assert Move.model_validate_json(text).kind == "promotion"
     registry.tags["ddpm.move.champion.000007"] = text
     with pytest.raises(DamageError, match="holds move 1; delete the tag"):
-        alias(registry).follow()
+        alias(registry).reconcile()

@@ -122,7 +122,7 @@ def test_a_record_that_names_a_file_elsewhere_neither_sends_nor_removes_it(
     up = os.path.relpath(victim, tmp_path / "spools" / RUN / "files")
     records = [{"t": 1, "p": "x.bin", "f": name} for name in (str(victim), up, "../run.json")]
     spool = planted(tmp_path, ours.url, *records)
-    assert replay_all(spool.parent, 20) == {spool: Replayed(passed_over=3)}
+    assert replay_all(spool.parent, 20) == {spool: Replayed(damaged=3)}
     assert victim.read_bytes() == SECRET
     assert (spool / "run.json").exists()
     assert not any(SECRET in told for told in ours.told)
@@ -146,10 +146,10 @@ def test_a_run_that_the_configured_server_does_not_have_is_told_with_the_way_to_
     spool = planted(tmp_path, theirs.url)
     ours.has_run = False
     with pytest.raises(
-        UserError, match=f"does not take run {RUN} .*opened at {theirs.url}: set MLFLOW_TRACKING_URI"
+        UserError, match=f"rejects run {RUN} .*opened at {theirs.url}: set MLFLOW_TRACKING_URI"
     ):
         replay(spool, 20)
-    assert "does not take run" in replay_all(spool.parent, 20)[spool].problem
+    assert "rejects run" in replay_all(spool.parent, 20)[spool].problem
     assert theirs.told == []
 
 
@@ -162,14 +162,14 @@ def test_what_was_not_delivered_is_counted_and_fails_the_command(
     (spool / "files" / NAME).symlink_to(victim)
     assert run(spool.parent) == FAILED
     assert (
-        f"{spool}: 1 damaged lines passed over, 1 records refused by MLflow, kept in refused.jsonl\n"
-        "1 spools looked at\n"
+        f"{spool}: 1 damaged lines skipped, 1 records rejected by MLflow, kept in refused.jsonl\n"
+        "1 spools examined\n"
     ) == capsys.readouterr().out
     assert run(spool.parent) == DONE
     ours.has_run = False
     planted(tmp_path, ours.url)
     assert run(spool.parent) == FAILED
-    assert "does not take run" in capsys.readouterr().out
+    assert "rejects run" in capsys.readouterr().out
 
 
 def test_without_a_configured_server_nothing_is_sent_anywhere(
@@ -192,9 +192,9 @@ def test_only_points_are_taken_over_from_a_checkpoint(
     ]
     spool = Spool(tmp_path / "spool", ours.url, RUN, send_interval_seconds=0.05)
     with caplog.at_level(logging.WARNING):
-        spool.absorb(b"\n".join(json.dumps(line).encode() for line in lines) + b"\n\xff\xfe\n")
+        spool.restore(b"\n".join(json.dumps(line).encode() for line in lines) + b"\n\xff\xfe\n")
     assert spool.close(20) == 0
-    assert "4 lines of the checkpoint are no points" in caplog.text
+    assert "4 lines of the checkpoint are not points" in caplog.text
     assert any(b"0.25" in told for told in ours.told)
     assert victim.read_bytes() == SECRET
     assert not any(SECRET in told or b"loot" in told for told in ours.told)

@@ -18,9 +18,9 @@ from pipeline.tracking import (
     find_latest_run,
     find_run,
     finish,
+    image_markdown,
     log_dataset,
     open_run,
-    picture,
     set_tags,
     source_tags,
 )
@@ -210,7 +210,7 @@ def test_a_run_closed_by_cleanup_is_resumed_by_its_driver(server: str, new_run: 
 
 
 def test_a_picture_in_the_description_names_run_and_path() -> None:
-    assert picture("r1", "figures/a.png", "x") == "![x](get-artifact?path=figures/a.png&run_uuid=r1)"
+    assert image_markdown("r1", "figures/a.png", "x") == "![x](get-artifact?path=figures/a.png&run_uuid=r1)"
 
 
 def test_the_code_is_named_by_its_commit_and_nothing_is_invented(tmp_path: Path) -> None:

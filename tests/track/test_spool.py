@@ -154,7 +154,7 @@ def test_points_carried_by_a_checkpoint_outlive_their_machine(
     carried = lost.undelivered()
     assert lost.close(0.2) == 4
     heir = _spool(tmp_path / "heir", server, run)
-    heir.absorb(carried)
+    heir.restore(carried)
     for step in range(4, 7):
         heir.metrics(step, {"train/loss": 9.0 - step})
     assert heir.close(20) == 0
@@ -181,7 +181,7 @@ def test_a_point_the_server_refuses_is_put_aside_and_holds_up_nothing(
     run = new_run()
     spool = _spool(tmp_path, server, run)
     spool.metrics(0, {"train/loss": 1.0})
-    spool.absorb(b'{"t": 1, "s": 1, "m": {"a//b": 1.0}}\n')
+    spool.restore(b'{"t": 1, "s": 1, "m": {"a//b": 1.0}}\n')
     spool.metrics(2, {"train/loss": 3.0})
     assert spool.close(20) == 0
     assert _series(client, run) == [(0, 1.0), (2, 3.0)]
@@ -283,7 +283,7 @@ def test_a_spool_at_work_is_not_replayed_by_another(server: str, new_run: NewRun
     spool = _spool(tmp_path / "spool", server, new_run())
     spool.metrics(0, {"train/loss": 1.0})
     _wait_until(lambda: spool.undelivered() == b"")
-    with pytest.raises(UserError, match="a living process is delivering it"):
+    with pytest.raises(UserError, match="a running process is delivering it"):
         replay(tmp_path / "spool", 1, server)
     assert replay_all(tmp_path, 1, server) == {}
     assert spool.close(20) == 0
@@ -291,7 +291,7 @@ def test_a_spool_at_work_is_not_replayed_by_another(server: str, new_run: NewRun
 
 
 def test_replaying_a_folder_that_is_no_spool_is_refused(server: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no spool here"):
+    with pytest.raises(UserError, match="not a spool"):
         replay(tmp_path, 1, server)
 
 

@@ -101,10 +101,10 @@ class _Asks:
     def __init__(self, stop_at: int | None) -> None:
         self._stop_at, self._asked = stop_at, 0
 
-    def tell(self, step: int, note: str) -> None:
+    def report(self, step: int, note: str) -> None:
         """Nobody listens."""
 
-    def asks_to_stop(self) -> bool:
+    def should_stop(self) -> bool:
         self._asked += 1
         return self._stop_at is not None and self._asked >= self._stop_at - 1
 

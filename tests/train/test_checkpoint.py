@@ -1,4 +1,4 @@
-"""Checkpoints: whole or passed over, never half there, and never in the way of a restart."""
+"""Checkpoints: valid or skipped, never incomplete, and never an obstacle to a restart."""
 
 import json
 import logging
@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_warning(
     assert found is not None
     assert found.record.step == 10
     # one that was never finished is no damage: nothing claims that it is there
-    assert ("20 passed over" in caplog.text) == (damage != "no record")
+    assert ("20 skipped" in caplog.text) == (damage != "no record")
 
 
 def test_damage_names_the_object(store: Store) -> None:
@@ -153,7 +153,7 @@ def test_checkpoints_deleted_after_they_were_listed_are_listed_again(
 def test_where_checkpoints_were_and_none_can_be_read_nothing_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
-    monkeypatch.setattr(checkpoint, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "LISTING_PAUSE_SECONDS", 0.0)
     store = Pruned(tmp_path)
     for step in (10, 20):
         save_checkpoint(store, step, TENSORS, "id")
@@ -161,12 +161,12 @@ def test_where_checkpoints_were_and_none_can_be_read_nothing_begins_anew(
             store.path(f"checkpoints/{step:012d}/{STATE}").write_bytes(b"x")
     if loss == "all deleted":
         monkeypatch.setattr(store, "_another_group", lambda _: shutil.rmtree(tmp_path / "checkpoints", True))
-    with pytest.raises(DamageError, match=r"checkpoints/: has had checkpoints, and none .* delete them all"):
+    with pytest.raises(DamageError, match=r"checkpoints/: there are checkpoints and none .* delete them all"):
         latest_checkpoint(store)
 
 
 def test_damage_on_the_way_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "LISTING_PAUSE_SECONDS", 0.0)
     store, times = FileStore(tmp_path), 0
     save_checkpoint(store, 10, TENSORS, "id")
     download = FileStore.download
@@ -346,7 +346,7 @@ def test_sums_that_are_none_are_damage(change: dict[str, Tensor | None]) -> None
     window.open_step()
     tensors = window.tensors() | {f"window/{name}": value for name, value in change.items()}
     kept = {name: value for name, value in tensors.items() if value is not None}
-    with pytest.raises(DamageError, match="sums for its next point are damaged"):
+    with pytest.raises(DamageError, match=r"window/\* tensors are damaged"):
         StepMetrics(10, torch.device("cpu")).load(kept, leads=True)
 
 

@@ -1,4 +1,4 @@
-"""What the driver does when Ray cannot bring a group of workers to train, and what it says when nothing happens."""
+"""What the driver does when Ray cannot start a group of workers, and what it logs when training stalls."""
 
 import logging
 import threading
@@ -37,49 +37,49 @@ def fit(stop: threading.Event | None = None) -> None:
     ray_trainer._fit(tiny("file:///nowhere", "file:///nowhere"), None, "", stop or threading.Event())  # type: ignore[arg-type]
 
 
-NO_ROOM = ControllerError(WorkerGroupStartupTimeoutError(2))
+NO_RESOURCES = ControllerError(WorkerGroupStartupTimeoutError(2))
 
 
-def test_where_there_is_no_room_it_looks_again_and_says_so(
+def test_missing_resources_are_waited_for_and_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fits = Fits(monkeypatch, NO_ROOM, None)
+    fits = Fits(monkeypatch, NO_RESOURCES, None)
     with caplog.at_level(logging.WARNING):
         fit()
     assert fits.begun == 2
-    assert "no room for all workers; looking again" in caplog.text
+    assert "no free resources for all workers; retrying" in caplog.text
 
 
-def test_it_does_not_look_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_trainer, "MOST_STARTS", 3)
-    fits = Fits(monkeypatch, NO_ROOM, NO_ROOM, NO_ROOM)
+def test_the_wait_for_resources_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_trainer, "MAX_STARTS", 3)
+    fits = Fits(monkeypatch, NO_RESOURCES, NO_RESOURCES, NO_RESOURCES)
     with pytest.raises(ControllerError):
         fit()
     assert fits.begun == 3
 
 
-def test_a_group_lost_before_it_trained_is_left_to_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_lost_before_it_trained_makes_the_job_start_over(monkeypatch: pytest.MonkeyPatch) -> None:
     Fits(monkeypatch, ControllerError(RuntimeError("a worker died\nwhile joining")))
     with pytest.raises(WorkerGroupStartError, match="a worker died while joining"):
         fit()
 
 
-def test_the_signals_stay_the_jobs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_does_not_replace_the_signal_handlers_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     # Ray puts a handler of its own in place where it is called in the main thread
     fits = Fits(monkeypatch, None)
     fit()
     assert fits.threads != [threading.main_thread()]
 
 
-def test_workers_that_trained_and_were_lost_too_often_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_lost_too_often_while_training_end_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     fits = Fits(monkeypatch, WorkerGroupError("lost", {0: RuntimeError("lost")}))
     with pytest.raises(WorkerGroupError):
         fit()
     assert fits.begun == 1
 
 
-@pytest.mark.parametrize("met", [NO_ROOM, ControllerError(RuntimeError("a worker died"))])
-def test_whoever_is_asked_to_stop_while_no_group_trains_stops(
+@pytest.mark.parametrize("met", [NO_RESOURCES, ControllerError(RuntimeError("a worker died"))])
+def test_a_request_to_stop_is_heeded_while_no_group_trains(
     monkeypatch: pytest.MonkeyPatch, met: ControllerError
 ) -> None:
     stop = threading.Event()
@@ -90,10 +90,11 @@ def test_whoever_is_asked_to_stop_while_no_group_trains_stops(
 
 
 @pytest.mark.parametrize(
-    ("silence", "what"), [(1.0, "workers live"), (float("inf"), "no workers"), (None, "does not answer")]
+    ("silence", "what"),
+    [(1.0, "workers are alive"), (float("inf"), "no workers running"), (None, "does not respond")],
 )
-def test_a_training_without_news_says_what_it_may_wait_for(silence: float | None, what: str) -> None:
-    said = stall_reason(61.0, 240, silence)
-    assert "no news for 61 s, after step 240" in said
-    assert what in said
-    assert "\n" not in said
+def test_a_stalled_training_logs_what_it_may_be_waiting_for(silence: float | None, what: str) -> None:
+    line = stall_reason(61.0, 240, silence)
+    assert "no progress for 61 s (last step 240)" in line
+    assert what in line
+    assert "\n" not in line

@@ -38,7 +38,7 @@ def test_a_dry_run_tells_what_the_training_needs_without_data_or_services() -> N
     assert told["parameters"] == "1,003,137"
     assert "activations of 64" in told["memory"]
     assert told["steps"] == "1,500"
-    assert "s a step, measured on 1 thread of this CPU, if each of 2 workers" in told["duration"]
+    assert "s per step, measured on 1 thread of this CPU, assuming 2 workers" in told["duration"]
     assert yaml.safe_load(result.stdout)["train"]["name"] == "digits"
 
 

@@ -114,7 +114,7 @@ def test_a_model_of_another_kind_is_refused_in_one_line_that_names_every_differe
     good = tiny(digits, runs)
     net = good.net.model_dump() | {"base_channels": 16, "norm_eps": 1e-6, "dropout": 0.3}
     for changes, said in [
-        ({"net": net}, r"net\.base_channels 8, here 16; net\.norm_eps 1e-05, here 1e-06; give"),
+        ({"net": net}, r"net\.base_channels 8, here 16; net\.norm_eps 1e-05, here 1e-06; use"),
         ({"schedule": {"kind": "linear"}}, r"schedule\.kind 'cosine', here 'linear'; schedule\.num_steps"),
         ({"objective": {"target": "v"}}, r"objective\.target 'eps', here 'v'"),
     ]:

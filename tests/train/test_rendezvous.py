@@ -90,6 +90,6 @@ def test_training_here_with_a_gpu_that_is_not_there_is_refused_in_one_line(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     require_device(WorkerConfig())
     with pytest.raises(
-        UserError, match=r"^train\.workers\.gpus_per_worker: 1 asked for[^\n]*set it to 0[^\n]*$"
+        UserError, match=r"^train\.workers\.gpus_per_worker: 1 requested[^\n]*set it to 0[^\n]*$"
     ):
         require_device(WorkerConfig(gpus_per_worker=1))

@@ -19,7 +19,7 @@ from pipeline.train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from pipeline.train.worker import TrainTask, WorkerContext, _check_belonging, _starting_point
+from pipeline.train.worker import TrainTask, WorkerContext, _check_identity, _starting_point
 from tests.train.tiny import tiny
 
 TENSORS = {"net/weight": torch.zeros(2)}
@@ -99,7 +99,7 @@ def test_a_checkpoint_deleted_before_all_ranks_had_it_is_given_up_by_all(
 def test_a_group_that_never_gets_hold_of_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(FileStore(tmp_path), 10, TENSORS, "id")
     stores = [FileStore(tmp_path), FileStore(tmp_path), Late(tmp_path, list(range(20, 120, 10)))]
-    assert all("does another job write there?" in str(one) for one in begin(monkeypatch, stores))
+    assert all("stop any other job that writes there" in str(one) for one in begin(monkeypatch, stores))
 
 
 def test_a_group_without_checkpoints_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,16 +111,16 @@ def task(digits: str, runs: str, finished_steps: int) -> TrainTask:
 
 
 def test_checkpoints_that_are_gone_since_the_job_began_end_it(digits: str, runs: str) -> None:
-    _check_belonging(task(digits, runs, 0), None)
-    with pytest.raises(DamageError, match="the newest of step 10, are gone since the job began"):
-        _check_belonging(task(digits, runs, 10), None)
+    _check_identity(task(digits, runs, 0), None)
+    with pytest.raises(DamageError, match="the newest of step 10, are gone since the job started"):
+        _check_identity(task(digits, runs, 10), None)
 
 
 def test_the_checkpoint_of_another_training_is_refused(tmp_path: Path, digits: str, runs: str) -> None:
     store = FileStore(tmp_path)
     save_checkpoint(store, 10, TENSORS, "another")
     with pytest.raises(DamageError, match="checkpoint 10 is of training another, not of id; delete it"):
-        _check_belonging(task(digits, runs, 10), latest_checkpoint(store))
+        _check_identity(task(digits, runs, 10), latest_checkpoint(store))
 
 
 def test_a_state_of_another_size_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
