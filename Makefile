@@ -6,7 +6,7 @@ BIN := .venv/bin
 STORE_OPTION := $(if $(STORE),--store $(STORE))
 
 .DEFAULT_GOAL := help
-.PHONY: help run install install-dev test lint up status down clean distclean lock docs bench chaos fuzz
+.PHONY: help run install install-dev test test-fast test-stack lint up status down clean distclean lock docs bench chaos fuzz
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,9 +42,15 @@ lint: install-dev ## style, types, layer contracts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-test: lint ## lint, then all tests: fast ones first, then those on the real stack (LONG=1: also those of minutes each)
+test: install-dev ## all checks: lint beside the fast tests, then the tests on the real stack (LONG=1: also those of minutes each)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint test-fast
+	@$(MAKE) --no-print-directory test-stack
+
+test-fast: install-dev ## the tests that need no servers
 	$(BIN)/pytest -m 'not stack' --numprocesses logical --maxprocesses 4 --dist worksteal
-	$(BIN)/pytest -m stack --durations=15 $(if $(LONG),--long)
+
+test-stack: install-dev ## the tests on the real stack; only files that have such tests are imported
+	$(BIN)/pytest -m stack --durations=15 $(if $(LONG),--long) $$(grep -rl --include='test_*.py' 'mark\.stack' tests)
 
 bench: install-dev ## every benchmark beside its peers, judged against benchmarks/bars.json (AGAIN=1: those measured before, too)
 	@$(BIN)/python -m benchmarks $(if $(AGAIN),--again)

@@ -7,7 +7,7 @@ import pytest
 from infra.local import LocalStack
 from tests.chaos.rounds import Arena
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(600)]
 
 # a generation without MLflow and with a second driver; a training with a worker killed and its network cut
 ROUNDS = {"generation": (78, 1), "training": (24, 1)}

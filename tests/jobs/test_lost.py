@@ -15,7 +15,7 @@ from infra.local.stack_state import read_state
 from jobs.ray_session import CLUSTER_REPLACED
 from tests.driving import ROOT, ended_after
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(400)]
 
 DRIVER = """
 import sys, time
