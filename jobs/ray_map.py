@@ -35,12 +35,12 @@ class RayMap:
 
         task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_attempted)
         shared = ray.put(work)  # once, not with every item
-        most = self._max_tasks or TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        max_tasks = self._max_tasks or TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
         in_progress: deque[Any] = deque()
         try:
             for item in items:
                 in_progress.append(task.remote(shared, item))
-                if len(in_progress) >= most:
+                if len(in_progress) >= max_tasks:
                     yield self._result(in_progress.popleft())
             while in_progress:
                 yield self._result(in_progress.popleft())

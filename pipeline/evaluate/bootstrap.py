@@ -100,16 +100,16 @@ def _share(hits: npt.NDArray[np.bool_]) -> Statistic:
 def _recall(samples: Vectors, real: Vectors, neighbours: int) -> Statistic:
     """Share of real vectors (M, F) inside the manifold of the samples (N, F) that were drawn, however often each.
 
-    A sample drawn twice is not its own neighbour: the balls reach to the k-th nearest other sample that was drawn.
+    A sample drawn twice is not its own neighbor: the balls reach to the k-th nearest other sample that was drawn.
     """
 
     @functools.cache
     def geometry() -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """(N, N): neighbours of each sample, nearest first, and squared distances; (M, N): from real to samples."""
-        own = square_distances(samples, samples)
-        np.fill_diagonal(own, -1.0)  # first of its own row, even before a duplicate
-        order = own.argsort(1).astype(np.int32)
-        ranked = np.take_along_axis(own, order, 1).astype(np.float32)
+        """(N, N): neighbors of each sample, nearest first, and squared distances; (M, N): from real to samples."""
+        between_samples = square_distances(samples, samples)
+        np.fill_diagonal(between_samples, -1.0)  # first of its own row, even before a duplicate
+        order = between_samples.argsort(1).astype(np.int32)
+        ranked = np.take_along_axis(between_samples, order, 1).astype(np.float32)
         return order, ranked, square_distances(real, samples).astype(np.float32)
 
     def statistic(weights: Array) -> float:
@@ -125,31 +125,31 @@ def _recall(samples: Vectors, real: Vectors, neighbours: int) -> Statistic:
 def _inception_score(logits: Vectors) -> Statistic:
     log_p = torch.log_softmax(torch.from_numpy(np.asarray(logits, np.float64)), 1).numpy()
     p = np.exp(log_p)
-    own = (p * log_p).sum(1)
+    negative_entropy = (p * log_p).sum(1)
 
     def statistic(weights: Array) -> float:
         share = weights / weights.sum()
         marginal = share @ p
-        return float(np.exp(share @ own - marginal @ np.log(marginal)))
+        return float(np.exp(share @ negative_entropy - marginal @ np.log(marginal)))
 
     return statistic
 
 
 def _kernel(samples: Vectors, real: Vectors) -> Statistic:
     """The kernel distance under weights; without pairs of a sample with itself, however often it is drawn."""
-    own, across, reference = (
+    between_samples, across, between_real = (
         pair_kernel(samples, samples),
         pair_kernel(samples, real),
         pair_kernel(real, real),
     )
-    np.fill_diagonal(own, 0.0)
-    np.fill_diagonal(reference, 0.0)
+    np.fill_diagonal(between_samples, 0.0)
+    np.fill_diagonal(between_real, 0.0)
     towards = across.mean(1)
-    constant = float(reference.sum() / (len(reference) * (len(reference) - 1)))
+    constant = float(between_real.sum() / (len(between_real) * (len(between_real) - 1)))
 
     def statistic(weights: Array) -> float:
         total = float(weights.sum())
         pairs = total * total - float((weights * weights).sum())
-        return float(weights @ own @ weights / pairs + constant - 2 * (weights @ towards) / total)
+        return float(weights @ between_samples @ weights / pairs + constant - 2 * (weights @ towards) / total)
 
     return statistic

@@ -147,8 +147,8 @@ def _kernel_blocks(x: Array, y: Array) -> Iterator[Array]:
 
 def _mean_of_pairs(x: Array) -> float:
     total = sum(float(block.sum()) for block in _kernel_blocks(x, x))
-    own = ((x * x).sum(1) / x.shape[1] + 1) ** 3
-    return (total - float(own.sum())) / (len(x) * (len(x) - 1))
+    diagonal = ((x * x).sum(1) / x.shape[1] + 1) ** 3
+    return (total - float(diagonal.sum())) / (len(x) * (len(x) - 1))
 
 
 def _float64(values: Vectors) -> Array:

@@ -1,4 +1,4 @@
-"""The digits, packed, with a feature network trained just long enough to be one."""
+"""The packed digits with a feature network that was trained for a few steps only."""
 
 import pytest
 import torch

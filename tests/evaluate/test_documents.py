@@ -1,4 +1,4 @@
-"""Stored documents of evaluation that are not what they should be: one line each, and no more memory than they have."""
+"""Damaged documents of evaluation: each gives one line, and takes no more memory than it has bytes."""
 
 import base64
 import hashlib
@@ -68,14 +68,14 @@ def folder(tmp_path: Path) -> Store:
         {"data_digest": "d" * 10**5},
     ],
 )
-def test_a_card_out_of_bounds_is_named_by_its_field(folder: Store, change: dict[str, Any]) -> None:
+def test_a_card_out_of_range_names_its_field(folder: Store, change: dict[str, Any]) -> None:
     folder.write(CARD_KEY, json.dumps(CARD | change).encode())
     (field,) = change
     with pytest.raises(DamageError, match=f"not a classifier's card \\({field}: |more than 65536"):
         load_classifier(folder, "uri")
 
 
-def test_a_card_of_a_huge_network_takes_no_memory_and_does_not_fit_its_weights(folder: Store) -> None:
+def test_a_card_of_a_huge_network_takes_no_memory_and_is_refused(folder: Store) -> None:
     huge = {"channels": 2**12, "num_features": 2**16, "image_size": 2**14, "num_classes": 2**20}
     folder.write(CARD_KEY, json.dumps(CARD | huge).encode())
     with pytest.raises(DamageError, match="the weights do not fit the card"):
@@ -106,13 +106,13 @@ def npz(compression: int = zipfile.ZIP_STORED, **changes: Any) -> bytes:
 
 
 def claims(shape: tuple[int, ...]) -> bytes:
-    """The header of an array whose values are not there."""
+    """The header of an array whose values are missing."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
     return out.getvalue()
 
 
-def test_a_set_of_features_comes_back_as_it_went() -> None:
+def test_a_feature_set_round_trips() -> None:
     whole = measured(7)
     again = FeatureSet.from_bytes(whole.to_bytes(), "w")
     assert (again.network, again.data) == (whole.network, "")
@@ -145,12 +145,12 @@ def test_a_set_of_features_comes_back_as_it_went() -> None:
         npz(zipfile.ZIP_DEFLATED, vectors=np.zeros((2**20, 2), np.float32)),
     ],
 )
-def test_what_is_no_set_of_features_is_one_line(data: bytes) -> None:
+def test_bytes_that_are_no_feature_set_give_one_line(data: bytes) -> None:
     with pytest.raises(DamageError, match=r"^w: not a set of features "):
         FeatureSet.from_bytes(data, "w")
 
 
-def test_a_flipped_bit_in_a_set_of_features_is_noticed() -> None:
+def test_a_flipped_bit_in_a_feature_set_is_detected() -> None:
     data = bytearray(npz(vectors=np.ones((3, 2), np.float32)))
     data[data.index(np.ones(2, np.float32).tobytes())] ^= 1
     with pytest.raises(DamageError, match="CRC"):
@@ -158,7 +158,7 @@ def test_a_flipped_bit_in_a_set_of_features_is_noticed() -> None:
 
 
 def other_data(data: bytes) -> bytes:
-    """The same features, said to be of another data set."""
+    """The same features with the digest of another data set."""
     found = FeatureSet.from_bytes(data, "w")
     return FeatureSet(**(vars(found) | {"data": "0" * 64})).to_bytes()
 
@@ -170,7 +170,7 @@ def fewer(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-9], other_data, fewer])
-def test_a_kept_reference_that_is_not_of_its_data_is_measured_anew(
+def test_a_stored_reference_of_other_data_is_extracted_again(
     digits: str, change: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     index = load_index(digits)
@@ -206,7 +206,7 @@ def packed(*values: int) -> str:
         base64.b64encode(zlib.compress(bytes(2**26))).decode(),
     ],
 )
-def test_what_is_no_sum_is_one_line(text: str) -> None:
+def test_text_that_is_no_sum_gives_one_line(text: str) -> None:
     with pytest.raises(DamageError, match="feature sums: cannot be read"):
         Sums.from_text(text)
 
@@ -232,14 +232,14 @@ def test_sums_of_unequal_lengths_cannot_be_added_up() -> None:
         {"terms": {"count": 2**80}},
     ],
 )
-def test_an_evaluation_out_of_bounds_is_one_line(change: dict[str, Any]) -> None:
+def test_an_evaluation_out_of_range_gives_one_line(change: dict[str, Any]) -> None:
     document = evaluation().model_dump(mode="json")
     assert read_evaluation(json.dumps(document).encode(), "w") == evaluation()
     with pytest.raises(DamageError, match=r"^w: not an evaluation "):
         read_evaluation(json.dumps(document | change).encode(), "w")
 
 
-def test_weights_without_end_are_not_read(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_above_the_size_limit_are_not_read(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.write(CARD_KEY, json.dumps(CARD).encode())
     monkeypatch.setattr("pipeline.features.networks._MAX_NETWORK_BYTES", 10)
     with pytest.raises(

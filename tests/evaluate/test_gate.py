@@ -1,4 +1,4 @@
-"""The gate on made-up models whose order is known."""
+"""The gate on synthetic models whose order is known."""
 
 import numpy as np
 import pytest
@@ -33,14 +33,14 @@ def test_a_worse_model_is_refused_with_its_numbers() -> None:
     assert judgements["frechet"].improvement_interval[1] < 0
 
 
-def test_the_same_model_again_is_no_improvement() -> None:
+def test_the_same_model_is_no_improvement() -> None:
     one = measured(seed=1)
     judgements = apply_rules(one, one, REAL, gate())
     assert not verdict(judgements)[0]
     assert judgements["frechet"].improvement_interval == (0, 0)
 
 
-def test_a_better_distance_does_not_buy_a_worse_accuracy() -> None:
+def test_a_better_distance_does_not_make_up_for_a_worse_accuracy() -> None:
     judgements = apply_rules(measured(seed=1, wrong=30), measured(seed=2, shift=0.8), REAL, gate())
     assert judgements["frechet"].passed
     assert not judgements["class_accuracy"].passed
@@ -52,25 +52,25 @@ def test_a_tolerated_loss_passes() -> None:
     assert verdict(apply_rules(measured(wrong=30), measured(), REAL, gate(rules=rules)))[0]
 
 
-def test_unequal_terms_are_refused() -> None:
+def test_unequal_conditions_are_refused() -> None:
     with pytest.raises(UserError, match="draw the same number of each"):
         apply_rules(measured(200), measured(150), REAL, gate())
     with pytest.raises(UserError, match="different networks"):
         apply_rules(measured(network="m" * 64), measured(), REAL, gate())
 
 
-def test_a_figure_that_the_gate_does_not_know_is_named() -> None:
+def test_an_unknown_metric_is_named() -> None:
     with pytest.raises(ValidationError, match="beauty"):
         gate(rules={"beauty": Rule(better="higher")})
 
 
-def test_a_figure_that_so_few_images_do_not_have_is_named() -> None:
+def test_a_metric_that_needs_more_images_is_named() -> None:
     rules = {"recall": Rule(better="higher")}
     with pytest.raises(UserError, match=r"gate\.rules: recall needs more than evaluate\.neighbours \(3\)"):
         apply_rules(measured(3), measured(3), REAL, gate(rules=rules))
 
 
-def test_weights_of_one_give_the_figures_themselves() -> None:
+def test_weights_of_one_give_the_plain_metrics() -> None:
     samples = measured(seed=3, shift=0.2, wrong=7)
     found, once = compute_metrics(samples, REAL, config()), np.ones(len(samples))
     for name, statistic in statistics(samples, REAL, config()).items():
@@ -82,11 +82,11 @@ def test_weights_count_samples_as_often_as_they_are_drawn() -> None:
     weights = next(draws(60, 1, seed=4))
     again = samples.part(np.repeat(np.arange(60), weights.astype(int)))
     for name in ("frechet", "class_accuracy", "inception_score", "precision", "near_copies"):
-        ours = statistics(samples, REAL, config())[name](weights)
-        assert ours == pytest.approx(statistics(again, REAL, config())[name](np.ones(60)), rel=1e-9), name
+        weighted = statistics(samples, REAL, config())[name](weights)
+        assert weighted == pytest.approx(statistics(again, REAL, config())[name](np.ones(60)), rel=1e-9), name
 
 
-def test_recall_is_that_of_the_samples_drawn_whatever_their_number() -> None:
+def test_recall_counts_a_sample_once_however_often_it_is_drawn() -> None:
     samples = measured(60, seed=3)
     weights = next(draws(60, 1, seed=4))
     drawn = samples.part(np.flatnonzero(weights))
@@ -95,7 +95,7 @@ def test_recall_is_that_of_the_samples_drawn_whatever_their_number() -> None:
     assert whole(weights) == precision_recall(drawn.vectors, REAL.vectors, config().neighbours)[1]
 
 
-def test_every_figure_of_the_gate_lies_in_its_interval_and_recall_tells_a_model_that_covers_less() -> None:
+def test_every_metric_lies_in_its_interval_and_recall_detects_a_model_that_covers_less() -> None:
     names = sorted(statistics(measured(), REAL, config()))
     rules = {name: Rule(better="higher") for name in names}
     narrow, wide = measured(seed=1), measured(seed=2)
@@ -111,7 +111,7 @@ def test_every_figure_of_the_gate_lies_in_its_interval_and_recall_tells_a_model_
     assert judgements["recall"].improvement_interval[0] > 0.2
 
 
-def test_draws_are_named_and_whole() -> None:
+def test_draws_are_functions_of_the_seed_and_complete() -> None:
     one, again, other = (list(draws(50, 3, seed)) for seed in (1, 1, 2))
     assert all((a == b).all() for a, b in zip(one, again, strict=True))
     assert not all((a == b).all() for a, b in zip(one, other, strict=True))

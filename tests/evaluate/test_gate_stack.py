@@ -62,7 +62,7 @@ def champion() -> int:
     return resolve("gated@champion").version
 
 
-def test_half_the_training_is_refused_and_twice_is_promoted_and_can_be_taken_back(
+def test_half_the_training_is_refused_and_twice_is_promoted_and_rolled_back(
     preset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert jobs.features.run_call(JobArguments(files=(preset,))) == 0

@@ -1,4 +1,4 @@
-"""Nights: which are due, which are unlike the others, which may go, and how they look."""
+"""Nights: pending dates, drift, retention, records and the history page."""
 
 import datetime as dt
 import json
@@ -66,7 +66,7 @@ def night(days: int, frechet: float = 1.0, deleted: bool = False, drifted: tuple
     )
 
 
-def test_without_dates_the_nights_since_the_latest_are_due() -> None:
+def test_without_dates_the_nights_since_the_latest_are_pending() -> None:
     assert pending_dates(None, DAY, None, None, 7) == [DAY]
     assert pending_dates(DAY - dt.timedelta(3), DAY, None, None, 7) == [
         DAY - dt.timedelta(n) for n in (2, 1, 0)
@@ -75,13 +75,13 @@ def test_without_dates_the_nights_since_the_latest_are_due() -> None:
     assert pending_dates(DAY, DAY, None, None, 7) == [DAY]
 
 
-def test_told_dates_are_made_both_ends_included() -> None:
+def test_given_dates_are_made_including_both_ends() -> None:
     assert len(pending_dates(None, DAY, DAY - dt.timedelta(2), DAY, 1)) == 3
     assert pending_dates(None, DAY, None, DAY, 1) == [DAY]
     assert pending_dates(None, DAY, DAY, DAY - dt.timedelta(1), 1) == []
 
 
-def test_no_two_nights_and_no_two_seeds_share_their_noise() -> None:
+def test_no_two_nights_and_no_two_seeds_share_a_seed() -> None:
     seeds = {night_seed(seed, DAY + dt.timedelta(n)) for seed in range(5) for n in range(400)}
     assert len(seeds) == 2000
 
@@ -93,7 +93,7 @@ def test_a_night_unlike_the_others_is_drift_and_a_usual_one_is_not() -> None:
     assert line.startswith("frechet is 1.5")
 
 
-def test_two_nights_or_nights_on_other_terms_are_no_yardstick() -> None:
+def test_two_nights_or_nights_under_other_conditions_give_no_drift() -> None:
     assert drift(evaluation(9.0), [night(0), night(1)], DriftConfig()) == ()
     assert drift(evaluation(9.0, count=200), [night(n) for n in range(7)], DriftConfig()) == ()
 
@@ -126,14 +126,14 @@ def test_dates_in_the_future_are_refused(first: int | None, last: int | None) ->
         pending_dates(DAY, DAY, begin, end, 7)
 
 
-def test_a_clock_that_jumps_by_months_is_not_believed_unless_the_nights_are_named() -> None:
+def test_a_clock_that_jumps_by_months_needs_dates() -> None:
     far = DAY + dt.timedelta(400)
     with pytest.raises(UserError, match=r"2027-04-14, 400 days later; .*--from 2027-04-14"):
         pending_dates(DAY, far, None, None, 7)
     assert pending_dates(DAY, far, far, None, 7) == [far]
 
 
-def test_a_clock_that_differs_from_the_stores_makes_no_night(tmp_path: Path) -> None:
+def test_a_clock_that_differs_from_the_stores_is_refused(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     now = dt.datetime.now(dt.UTC)
     assert abs((today_by(store, now) - now.date()).days) <= 1
@@ -142,9 +142,7 @@ def test_a_clock_that_differs_from_the_stores_makes_no_night(tmp_path: Path) -> 
             today_by(store, now + wrong)
 
 
-def test_latest_follows_the_records_and_is_never_left_behind_them(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_latest_follows_the_records(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store, today = open_store(str(tmp_path)), DAY + dt.timedelta(9)
     assert advance_latest(store, today) is None
     for days in (3, 1, 2):
@@ -152,7 +150,7 @@ def test_latest_follows_the_records_and_is_never_left_behind_them(
         latest = advance_latest(store, today)
         assert latest is not None
         assert latest.date == DAY + dt.timedelta(3)
-    write_latest(store, night(1))  # a job that was held up
+    write_latest(store, night(1))  # by a delayed job
     assert advance_latest(store, today) == read_latest(store) == night(3)
     store.write("latest.json", b"{")
     assert advance_latest(store, today) == read_latest(store) == night(3)
@@ -164,8 +162,8 @@ def test_latest_follows_the_records_and_is_never_left_behind_them(
     assert advance_latest(store, today) == read_latest(store) == night(5)
 
 
-class HeldUp(FileStore):
-    """A store on which another job files a later night just before latest.json is written."""
+class DelayedStore(FileStore):
+    """A store on which another job records a later night just before latest.json is written."""
 
     def write(self, key: str, data: bytes) -> ObjectInfo:
         if key == "latest.json" and read_night(self, DAY + dt.timedelta(7)) is None:
@@ -175,8 +173,8 @@ class HeldUp(FileStore):
         return super().write(key, data)
 
 
-def test_a_job_held_up_before_it_writes_latest_ends_with_the_newest_night(tmp_path: Path) -> None:
-    store = HeldUp(tmp_path)
+def test_a_job_delayed_before_it_writes_latest_ends_with_the_newest_night(tmp_path: Path) -> None:
+    store = DelayedStore(tmp_path)
     write_night(store, night(2))
     assert advance_latest(store, DAY + dt.timedelta(9)) == read_latest(store) == night(7)
 
@@ -191,7 +189,7 @@ def test_a_job_held_up_before_it_writes_latest_ends_with_the_newest_night(tmp_pa
         ("prefix", "x" * 9999),
     ],
 )
-def test_a_record_with_numbers_out_of_bounds_is_none(
+def test_a_record_with_numbers_out_of_range_is_ignored(
     tmp_path: Path, field: str, value: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = open_store(str(tmp_path))
@@ -202,7 +200,7 @@ def test_a_record_with_numbers_out_of_bounds_is_none(
     assert f"not a night's record ({field}: " in caplog.text
 
 
-def test_records_are_read_back_in_order_and_what_is_none_is_named_and_left_out(
+def test_records_are_read_in_order_and_damaged_ones_are_named_and_ignored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = open_store(str(tmp_path))
@@ -211,7 +209,7 @@ def test_records_are_read_back_in_order_and_what_is_none_is_named_and_left_out(
     assert [n.date for n in read_nights(store)] == [DAY + dt.timedelta(n) for n in range(3)]
     store.write("history/2026-03-11.json", b"{}")
     store.write("history/2026-03-10.json", store.read("history/2026-03-12.json"))
-    store.write("history/notes.json", b"somebody's")
+    store.write("history/notes.json", b"a user's")
     assert [n.date for n in read_nights(store)] == [DAY + dt.timedelta(2)]
     assert "history/2026-03-11.json: not a night's record" in caplog.text
     assert "to make it again: ddpm nightly --from 2026-03-11 --to 2026-03-11" in caplog.text
@@ -219,13 +217,13 @@ def test_records_are_read_back_in_order_and_what_is_none_is_named_and_left_out(
     assert "notes" not in caplog.text
 
 
-def test_figures_on_unequal_terms_are_not_compared() -> None:
+def test_evaluations_under_unequal_conditions_are_not_compared() -> None:
     require_comparable(evaluation(1), evaluation(2))
     with pytest.raises(UserError, match="count is 100 and 200"):
         require_comparable(evaluation(), evaluation(count=200))
 
 
-def test_two_evaluations_stand_side_by_side() -> None:
+def test_two_evaluations_are_shown_side_by_side() -> None:
     lines = table(evaluation(1.5), evaluation(2.25))
     assert lines[3] == "against    s  (model m/1)"
     assert lines[-1].split()[:4] == ["frechet", "1.5", "2.25", "100"]

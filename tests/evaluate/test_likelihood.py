@@ -1,4 +1,4 @@
-"""Bits per dimension on data that the model never saw."""
+"""Bits per dimension on held-out data."""
 
 import math
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_the_training_data_is_refused(index: Index, tmp_path: Path) -> None:
         held_out_bits(net, card, index, LikelihoodConfig(data=index.uri), 0)
 
 
-def test_what_is_held_out_of_a_pack_is_data_no_model_has_seen(tmp_path: Path) -> None:
+def test_the_held_out_part_of_a_pack_is_not_in_the_training_data(tmp_path: Path) -> None:
     config = PackConfig(source="digits", dest=str(tmp_path / "part"), channels=1, held_out=0.1)
     report = pack(config)
     assert report.held_out is not None

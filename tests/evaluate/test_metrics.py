@@ -1,4 +1,4 @@
-"""The measures against scipy, torchmetrics and cases whose answer is known."""
+"""The metrics against scipy, torchmetrics and cases whose answer is known."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_the_kernel_distance_of_two_draws_is_zero_on_average() -> None:
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
 
 
-def test_precision_falls_for_strangers_and_recall_for_a_missing_part() -> None:
+def test_precision_falls_for_outliers_and_recall_for_a_missing_part() -> None:
     left, right = vectors(150, seed=0), vectors(150, seed=1, shift=100.0)
     both = np.concatenate([left, right])
     precision, recall = precision_recall(left, both)
@@ -73,12 +73,12 @@ def test_precision_falls_for_strangers_and_recall_for_a_missing_part() -> None:
     assert recall == 1
 
 
-def test_the_inception_score_counts_classes_that_are_surely_told() -> None:
+def test_the_inception_score_counts_confident_classes() -> None:
     assert inception_score(np.eye(5)[np.arange(100) % 5] * 50) == pytest.approx(5)
     assert inception_score(np.zeros((100, 5))) == pytest.approx(1)
 
 
-def test_the_nearest_fellow_is_not_oneself() -> None:
+def test_the_nearest_neighbor_is_not_the_vector_itself() -> None:
     points = np.array([[0.0], [1.0], [5.0]])
     assert nearest_distances(points, points).tolist() == [0, 0, 0]
     assert nearest_distances(points, points, same=True).tolist() == [1, 1, 4]

@@ -1,4 +1,4 @@
-"""Feature networks: trained, saved, found again, and refused when they are not what they say."""
+"""Feature networks: training, storage, and refusal of damaged ones."""
 
 import hashlib
 from pathlib import Path
@@ -35,22 +35,22 @@ def trained(digits: str) -> str:
     return folder
 
 
-def test_the_classifier_of_the_digits_is_right_on_images_it_never_saw(trained: str, digits: str) -> None:
+def test_the_classifier_of_the_digits_is_accurate_on_held_out_images(trained: str, digits: str) -> None:
     again, card, new = train_features(FeaturesConfig(data=digits), lambda *_: None)
     assert (again, new) == (trained, False)
     assert card.num_train + card.num_held_out == 1797
 
 
-def test_a_data_set_is_measured_once_and_found_again(trained: str, digits: str) -> None:
+def test_features_of_a_data_set_are_extracted_once(trained: str, digits: str) -> None:
     index = load_index(digits)
     measured = load_reference(index, FeatureNetworkConfig(), 100)
     assert len(measured) == 1797
     assert measured.vectors.shape == (1797, 64)
 
-    def pool(work: object, shards: object) -> None:
-        raise AssertionError("measured a second time")
+    def refuse(work: object, shards: object) -> None:
+        raise AssertionError("extracted a second time")
 
-    again = load_reference(index, FeatureNetworkConfig(), 100, pool)  # type: ignore[arg-type]
+    again = load_reference(index, FeatureNetworkConfig(), 100, refuse)  # type: ignore[arg-type]
     assert again.vectors.tobytes() == measured.vectors.tobytes()
 
 
@@ -59,7 +59,7 @@ def test_changed_weights_are_refused(trained: str, digits: str) -> None:
         open_network(FeatureNetworkConfig(sha256="0" * 64), digits)
 
 
-def test_a_missing_network_says_how_to_make_one(tmp_path: Path) -> None:
+def test_a_missing_network_names_the_command_that_makes_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ddpm features train"):
         open_network(FeatureNetworkConfig(), str(tmp_path))
 
@@ -100,10 +100,10 @@ def test_a_file_that_is_no_network_is_refused(tmp_path: Path) -> None:
         open_network(FeatureNetworkConfig(uri=str(tmp_path / "x.pkl")), "")
 
 
-def test_measured_images_are_stored_without_pickle(trained: str, digits: str) -> None:
+def test_feature_sets_are_stored_without_pickle(trained: str, digits: str) -> None:
     network = open_network(FeatureNetworkConfig(), digits)
-    pictures = [(np.full((8, 8, 1), 20 * n, np.uint8), n) for n in range(5)]
-    found = extract_features(network, pictures, 2)
+    images = [(np.full((8, 8, 1), 20 * n, np.uint8), n) for n in range(5)]
+    found = extract_features(network, images, 2)
     again = FeatureSet.from_bytes(found.to_bytes(), "here")
     assert again.labels is not None
     assert again.labels.tolist() == [0, 1, 2, 3, 4]
@@ -113,7 +113,7 @@ def test_measured_images_are_stored_without_pickle(trained: str, digits: str) ->
         FeatureSet.from_bytes(found.to_bytes()[:-200], "here")
 
 
-def test_the_split_is_named_and_whole() -> None:
+def test_the_split_is_a_function_of_the_seed_and_complete() -> None:
     train, held = split_rows(100, 0.2, 7)
     assert sorted(torch.cat([train, held]).tolist()) == list(range(100))
     assert torch.equal(split_rows(100, 0.2, 7)[1], held)

@@ -1,4 +1,4 @@
-"""Nights in directories and in this process: run twice, cut off at every step, back-filled, swept, drifting."""
+"""Nights in directories and in this process: repeated, killed at every step, back-filled, deleted, drifting."""
 
 import datetime as dt
 import json
@@ -68,7 +68,9 @@ def objects(config: NightlyConfig) -> dict[str, str]:
     return {info.key: info.etag for info in open_store(config.generate.output).list()}
 
 
-def test_a_night_is_made_once_and_then_left_alone(nights: Change, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_night_is_made_once_and_not_touched_again(
+    nights: Change, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = nights()
     assert run(config, no_progress, D1, D1) == 0
     before = objects(config)
@@ -78,10 +80,10 @@ def test_a_night_is_made_once_and_then_left_alone(nights: Change, capsys: pytest
 
 
 def test_the_evaluation_of_a_night_counts_its_samples(nights: Change) -> None:
-    told: list[tuple[int, int, str]] = []
-    assert run(nights(), lambda done, total, note="": told.append((done, total, note)), D1, D1) == 0
-    assert told[-1] == (20, 20, "evaluated")
-    assert {total for _, total, _ in told} == {20}
+    reports: list[tuple[int, int, str]] = []
+    assert run(nights(), lambda done, total, note="": reports.append((done, total, note)), D1, D1) == 0
+    assert reports[-1] == (20, 20, "evaluated")
+    assert {total for _, total, _ in reports} == {20}
 
 
 def test_three_dates_are_back_filled_and_latest_is_the_newest(nights: Change) -> None:
@@ -110,7 +112,7 @@ def test_three_dates_are_back_filled_and_latest_is_the_newest(nights: Change) ->
         (run_nights, "advance_latest"),
     ],
 )
-def test_a_job_cut_off_at_any_step_ends_the_same_when_run_again(
+def test_a_job_killed_at_any_step_ends_the_same_when_repeated(
     nights: Change, monkeypatch: pytest.MonkeyPatch, module: ModuleType, step: str
 ) -> None:
     config = nights()
@@ -137,7 +139,7 @@ def test_a_job_cut_off_at_any_step_ends_the_same_when_run_again(
     }
 
 
-def test_the_workers_of_a_night_leave_the_sums_by_which_it_is_judged(nights: Change, digits: str) -> None:
+def test_the_workers_of_a_night_record_the_sums_of_its_evaluation(nights: Change, digits: str) -> None:
     config = nights()
     assert run(config, no_progress, D1, D1) == 0
     (night,) = read_nights(open_store(config.generate.output))
@@ -148,9 +150,9 @@ def test_the_workers_of_a_night_leave_the_sums_by_which_it_is_judged(nights: Cha
     named = night_settings(config, D2).features
     assert named is not None
     assert named.sha256 is not None
-    own = config.generate.model_copy(update={"features": FeatureNetworkConfig(uri="s3://b/own.pt")})
-    asked = night_settings(config.model_copy(update={"generate": own}), D2)
-    assert asked.features == own.features
+    generate = config.generate.model_copy(update={"features": FeatureNetworkConfig(uri="s3://b/own.pt")})
+    chosen = night_settings(config.model_copy(update={"generate": generate}), D2)
+    assert chosen.features == generate.features
 
 
 def test_retention_deletes_samples_and_keeps_records(nights: Change) -> None:
@@ -188,13 +190,13 @@ def of_other_work(store: Store, key: str) -> None:
         (lost, "spec.json"),
     ],
 )
-def test_a_filed_night_is_looked_at_and_what_is_missing_is_made(
+def test_a_recorded_night_is_checked_and_completed(
     nights: Change, capsys: pytest.CaptureFixture[str], damage: Callable[[Store, str], None], key: str
 ) -> None:
     config = nights()
     assert run(config, no_progress, D1, D1) == 0
-    before, capsys_before = objects(config), capsys.readouterr()
-    assert "complete" not in capsys_before.out
+    before, printed_before = objects(config), capsys.readouterr()
+    assert "complete" not in printed_before.out
     samples = open_store(f"{config.generate.output}/date=2026-03-01")
     bytes_before = samples.read(key)
     if key == "spec.json":
@@ -203,9 +205,9 @@ def test_a_filed_night_is_looked_at_and_what_is_missing_is_made(
     else:
         damage(samples, key)
     assert run(config, no_progress, D1, D1) == 0
-    told = capsys.readouterr()
-    assert "2026-03-01: is on record, but " in told.err
-    assert "nothing to do" not in told.out
+    output = capsys.readouterr()
+    assert "2026-03-01: is on record, but " in output.err
+    assert "nothing to do" not in output.out
     assert objects(config).keys() == before.keys()
     if key in ("shards/000000.tar", "spec.json"):
         assert samples.read(key) == bytes_before
@@ -219,7 +221,7 @@ def night_at(config: NightlyConfig) -> str:
     return f"{config.generate.output}/date=2026-03-01"
 
 
-def test_a_night_whose_record_or_evaluation_is_torn_is_measured_and_filed_again(nights: Change) -> None:
+def test_a_night_with_a_torn_record_or_evaluation_is_evaluated_and_recorded_again(nights: Change) -> None:
     config = nights()
     store = open_store(config.generate.output)
     assert run(config, no_progress, D1, D1) == 0
@@ -232,20 +234,20 @@ def test_a_night_whose_record_or_evaluation_is_torn_is_measured_and_filed_again(
     assert read_latest(store) == again
 
 
-def test_two_machines_that_make_nights_at_once_leave_latest_at_the_newest(
+def test_two_machines_that_make_nights_concurrently_leave_latest_at_the_newest(
     nights: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = nights()
     store = open_store(config.generate.output)
     render = run_nights.render_history
 
-    def held_up(*told: Any) -> bytes:
+    def delayed(*arguments: Any) -> bytes:
         monkeypatch.setattr(run_nights, "render_history", render)
-        monkeypatch.setattr(run_nights, "exclusive", lambda uri: nullcontext())  # that of another machine
+        monkeypatch.setattr(run_nights, "exclusive", lambda uri: nullcontext())  # as on another machine
         assert run(config, no_progress, D3, D3) == 0
-        return render(*told)
+        return render(*arguments)
 
-    monkeypatch.setattr(run_nights, "render_history", held_up)
+    monkeypatch.setattr(run_nights, "render_history", delayed)
     assert run(config, no_progress, D2, D2) == 0
     latest = read_latest(store)
     assert latest is not None
@@ -302,7 +304,7 @@ def test_after_a_gap_a_clock_alone_deletes_nothing_and_the_night_after_it_does(
     assert [night.deleted for night in read_nights(store)] == [True, False]
 
 
-def test_retention_leaves_what_is_not_the_samples_on_record(
+def test_retention_keeps_samples_that_are_not_those_on_record(
     nights: Change, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     config = nights(keep_nights=1)
@@ -312,7 +314,7 @@ def test_retention_leaves_what_is_not_the_samples_on_record(
     (_, night, _) = read_nights(store)
     assert night.date == D2
 
-    def kept(reason: str) -> None:
+    def assert_kept(reason: str) -> None:
         before = objects(config)
         apply_retention(config, store, None, D3)
         assert f"2026-03-02: retention keeps its samples: {reason}" in caplog.text
@@ -321,9 +323,9 @@ def test_retention_leaves_what_is_not_the_samples_on_record(
     elsewhere = tmp_path / "precious"
     elsewhere.mkdir()
     write_night(store, night.model_copy(update={"prefix": str(elsewhere)}))
-    kept("its record names another prefix")
+    assert_kept("its record names another prefix")
     write_night(store, night.model_copy(update={"spec_digest": "0" * 64}))
-    kept("its prefix holds another generation")
+    assert_kept("its prefix holds another generation")
     write_night(store, night)
     samples = open_store(night.prefix)
     beat = {
@@ -331,25 +333,25 @@ def test_retention_leaves_what_is_not_the_samples_on_record(
         "images_per_second": 0, "under_way": [], "failed": {}, "updated_at": time.time(),
     }  # fmt: skip
     samples.write("jobs/j.json", json.dumps(beat).encode())
-    kept("a job is running there")
+    assert_kept("a job is running there")
     samples.delete("jobs/j.json")
-    samples.write("notes.txt", b"somebody's")
+    samples.write("notes.txt", b"a user's")
     apply_retention(config, store, None, D3)
     assert "2026-03-02: samples deleted by retention; 1 other objects remain" in capsys.readouterr().out
     assert [info.key for info in samples.list()] == ["notes.txt"]
 
 
-def test_a_night_that_began_with_one_model_ends_with_it(nights: Change, tmp_path: Path) -> None:
+def test_a_night_keeps_the_model_it_began_with(nights: Change, tmp_path: Path) -> None:
     config = nights()
-    asked = night_settings(config, D1)
-    assert asked.seed == 20260301
-    spec = fill(asked)
+    began = night_settings(config, D1)
+    assert began.seed == 20260301
+    spec = fill(began)
     pinned = spec.model_copy(update={"model": spec.model.model_copy(update={"name": "digits", "version": 7})})
-    open_store(asked.output).write("spec.json", pinned.model_dump_json().encode())
+    open_store(began.output).write("spec.json", pinned.model_dump_json().encode())
     assert night_settings(config, D1).model == "digits/7"
 
 
-def test_a_drifting_night_is_told_by_exit_code_and_webhook(nights: Change) -> None:
+def test_a_drifting_night_sets_the_exit_code_and_calls_the_webhook(nights: Change) -> None:
     heard: list[dict[str, str]] = []
 
     class Hook(BaseHTTPRequestHandler):
@@ -375,18 +377,20 @@ def test_a_drifting_night_is_told_by_exit_code_and_webhook(nights: Change) -> No
     assert "frechet is" in heard[0]["what"]
 
 
-def test_a_webhook_that_is_no_address_is_refused_before_the_night_and_not_repeated(nights: Change) -> None:
-    told = nights().model_dump(mode="json") | {"webhook": "hooks.example/s3cr3t"}
+def test_a_webhook_that_is_no_url_is_refused_before_the_night_and_not_repeated(nights: Change) -> None:
+    settings_given = nights().model_dump(mode="json") | {"webhook": "hooks.example/s3cr3t"}
     with pytest.raises(ValidationError, match="not an http") as refused:
-        NightlyConfig.model_validate(told)
+        NightlyConfig.model_validate(settings_given)
     assert refused.value.errors()[0]["type"] == "value_error"  # whose input the command line does not repeat
 
 
-def test_a_deaf_webhook_changes_nothing(nights: Change, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_webhook_that_does_not_answer_changes_nothing(
+    nights: Change, capsys: pytest.CaptureFixture[str]
+) -> None:
     alert(nights(webhook="http://127.0.0.1:9/"), D1, "it drifts")
-    told = capsys.readouterr().err
-    assert "it drifts" in told
-    assert "webhook did not accept it" in told
+    printed = capsys.readouterr().err
+    assert "it drifts" in printed
+    assert "webhook did not accept it" in printed
 
 
 HEADERS = b"".join(b"X-%d: y\r\n" % number for number in range(200))
@@ -402,7 +406,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_a_webhook_that_answers_nonsense_costs_one_line_without_its_address(
+def test_a_webhook_with_an_invalid_answer_gives_one_line_without_its_url(
     nights: Change, capsys: pytest.CaptureFixture[str], answer: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -432,16 +436,16 @@ def test_a_webhook_that_answers_nonsense_costs_one_line_without_its_address(
         "[::1/S3CR3T",
     ],
 )
-def test_an_address_that_http_cannot_name_costs_one_line_without_it(
+def test_an_invalid_webhook_url_gives_one_line_without_it(
     nights: Change, capsys: pytest.CaptureFixture[str], address: str
 ) -> None:
     alert(nights().model_copy(update={"webhook": f"http://{address}"}), D1, "it drifts")
-    _, told = capsys.readouterr().err.splitlines()
-    assert told.startswith("alert    the webhook did not accept it: ")
-    assert "S3CR3T" not in told
+    _, second = capsys.readouterr().err.splitlines()
+    assert second.startswith("alert    the webhook did not accept it: ")
+    assert "S3CR3T" not in second
 
 
-def test_a_webhook_whose_answer_trickles_in_without_end_is_not_waited_for() -> None:
+def test_a_webhook_whose_answer_never_ends_times_out() -> None:
     ended = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -458,7 +462,7 @@ def test_a_webhook_whose_answer_trickles_in_without_end_is_not_waited_for() -> N
     assert failure == "no answer within 0 s"
 
 
-def test_two_jobs_at_one_prefix_are_impossible() -> None:
+def test_two_jobs_at_one_prefix_are_refused() -> None:
     with exclusive("here"):
         with pytest.raises(UserError, match="another nightly job is running"), exclusive("here"):
             raise AssertionError("a second one began")
@@ -468,7 +472,7 @@ def test_two_jobs_at_one_prefix_are_impossible() -> None:
         pass
 
 
-def test_the_lock_of_a_night_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_of_a_night_does_not_follow_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with exclusive("here"):
         (lock,) = (tmp_path / "ddpm" / "locks").iterdir()
@@ -481,7 +485,7 @@ def test_the_lock_of_a_night_follows_no_link(tmp_path: Path, monkeypatch: pytest
     assert victim.read_text() == "ten years of work"
 
 
-def test_dates_the_wrong_way_round_are_refused(nights: Change) -> None:
+def test_dates_in_reverse_order_are_refused(nights: Change) -> None:
     with pytest.raises(UserError, match="swap them"):
         run(nights(), no_progress, D3, D1)
 

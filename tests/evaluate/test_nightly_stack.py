@@ -1,4 +1,4 @@
-"""A night on the real stack, killed outright in the middle and started again."""
+"""A night on the real stack, killed in the middle and started again."""
 
 import datetime as dt
 import os
@@ -75,51 +75,51 @@ def test_a_killed_night_is_completed_by_the_next_start(preset: Path, prefix: str
     assert verify(latest.prefix).ok
 
 
-def test_the_cluster_measures_what_this_process_measures_and_mlflow_is_told(
+def test_the_cluster_gives_the_metrics_of_this_process_and_mlflow_gets_them(
     preset: Path, prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     date = str(dt.date(2026, 3, 1))
     assert jobs.nightly.run_call(JobArguments(files=(preset,)), date, date) == 0
     output = f"{prefix}/nights/date={date}"
-    here = load_evaluation(output)
-    assert here is not None
+    in_process = load_evaluation(output)
+    assert in_process is not None
     # The workers have left their sums, so the distance is had without reading a sample.
     quick = JobArguments(files=(preset,), overrides=("records_only=true", "track=null"))
     assert jobs.evaluate.run_call(quick, output) == 0
     from_records = load_evaluation(output)
     assert from_records is not None
-    assert from_records["frechet"] == pytest.approx(here["frechet"], rel=1e-5)
+    assert from_records["frechet"] == pytest.approx(in_process["frechet"], rel=1e-5)
 
-    # The reference is measured anew, on the cluster, and kept again.
+    # The features of the reference are extracted again, on the cluster, and stored.
     features = open_store(f"{prefix}/data/features")
-    (kept,) = [info.key for info in features.list("reference-")]
-    before = features.read(kept)
-    features.delete(kept)
+    (key,) = [info.key for info in features.list("reference-")]
+    before = features.read(key)
+    features.delete(key)
     capsys.readouterr()
     call = JobArguments(files=(preset,), overrides=("num_workers=2",))
     assert jobs.evaluate.run_call(call, output, against=output) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        FeatureSet.from_bytes(features.read(kept), kept).vectors.tobytes()
-        == FeatureSet.from_bytes(before, kept).vectors.tobytes()
+        FeatureSet.from_bytes(features.read(key), key).vectors.tobytes()
+        == FeatureSet.from_bytes(before, key).vectors.tobytes()
     )
-    there = load_evaluation(output)
-    assert there is not None
-    assert there.made_at > here.made_at
-    assert there.metrics == here.metrics
+    on_cluster = load_evaluation(output)
+    assert on_cluster is not None
+    assert on_cluster.made_at > in_process.made_at
+    assert on_cluster.metrics == in_process.metrics
 
     run = find_latest_run("evaluation", key_prefix="evaluate/")
     assert run is not None
-    assert f"mlflow     logged at {run.url}" in said
+    assert f"mlflow     logged at {run.url}" in printed
     logged = tracking_client().get_run(run.run_id)
     assert logged.info.status == "FINISHED"
-    assert logged.data.metrics["quality/frechet"] == here["frechet"]
-    assert logged.data.metrics["samples/frechet"] == here.terms.count == 400
-    assert logged.data.tags["ddpm.reference_digest"] == here.terms.reference_digest
-    assert logged.data.tags["ddpm.model"] == here.model
+    assert logged.data.metrics["quality/frechet"] == in_process["frechet"]
+    assert logged.data.metrics["samples/frechet"] == in_process.terms.count == 400
+    assert logged.data.tags["ddpm.reference_digest"] == in_process.terms.reference_digest
+    assert logged.data.tags["ddpm.model"] == in_process.model
 
 
-def test_a_schedule_of_the_stack_catches_up_and_keeps_others_out(
+def test_a_schedule_of_the_stack_catches_up_and_excludes_other_jobs(
     stack: LocalStack, bare_environ: dict[str, str], preset: Path, prefix: str
 ) -> None:
     nights = open_store(f"{prefix}/nights")

@@ -1,4 +1,4 @@
-"""Promotion and rollback on a registry in memory: two at once, killed at any request, repeated."""
+"""Promotion and rollback on a registry in memory: concurrent, killed at any request, repeated."""
 
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from tests.turns import Died
 
 
 class Models(Registry):
-    """Four versions of `digits`, each with tags of its own."""
+    """Four versions of `digits`, each with its own tags."""
 
     def __init__(self, champion: int | None) -> None:
         super().__init__(champion)
@@ -73,11 +73,11 @@ def promoted(models: Models, challenger: int, champion: int | None, seen_number:
         judgements={},
         decided_at=0,
     )
-    theirs = None if champion is None else models.resolve(f"digits/{champion}")
-    record(decision, models.resolve(f"digits/{challenger}"), theirs, "champion", seen_number)
+    seen = None if champion is None else models.resolve(f"digits/{champion}")
+    record(decision, models.resolve(f"digits/{challenger}"), seen, "champion", seen_number)
 
 
-def test_a_challenger_that_was_compared_with_a_champion_of_before_is_not_promoted(models: Models) -> None:
+def test_a_challenger_compared_with_an_earlier_champion_is_not_promoted(models: Models) -> None:
     promoted(models, 3, 2)
     with pytest.raises(MoveConflictError, match="run it again"):
         promoted(models, 1, 2)
@@ -99,7 +99,7 @@ def test_one_promotion_by_two_jobs_is_one_move_and_both_say_promoted(models: Mod
     assert models.version_tags[3]["ddpm.gate"] == "promoted"
 
 
-def test_what_became_of_a_promoted_version_since_is_not_overwritten_by_a_late_job(models: Models) -> None:
+def test_a_late_job_does_not_overwrite_the_tags_of_a_promoted_version(models: Models) -> None:
     promoted(models, 3, 2)
     promoted(models, 4, 3, seen_number=1)
     with pytest.raises(MoveConflictError, match="means version 4 by now"):
@@ -116,7 +116,7 @@ def test_a_late_promotion_does_not_undo_a_rollback(models: Models) -> None:
     assert models.aliases["champion"] == 2
 
 
-def test_who_is_overtaken_exits_with_1_in_one_line(
+def test_an_overtaken_promotion_exits_with_1_in_one_line(
     models: Models, capsys: pytest.CaptureFixture[str]
 ) -> None:
     promoted(models, 3, 2)
@@ -124,58 +124,58 @@ def test_who_is_overtaken_exits_with_1_in_one_line(
     assert capsys.readouterr().err.startswith("failed: digits@champion: means version 3 by now")
 
 
-def test_a_promotion_that_is_killed_at_any_request_is_whole_or_has_not_been(
+def test_a_promotion_killed_at_any_request_is_complete_or_has_no_effect(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for dies_at in range(40):
-        there = Models(2)
-        connect(there, Stepped(there, None, 0, dies_at), monkeypatch)
+        models = Models(2)
+        connect(models, Stepped(models, None, 0, dies_at), monkeypatch)
         try:
-            promoted(there, 3, 2)
+            promoted(models, 3, 2)
             ended = True
         except Died:
             ended = False
-        connect(there, there, monkeypatch)
+        connect(models, models, monkeypatch)
         champion, _ = read_champion("digits", "champion")
         assert champion is not None
         if champion.version == 2:
             assert not ended
-            promoted(there, 3, 2)
+            promoted(models, 3, 2)
         else:
             promotion.tag_promotion(champion, "champion")
-        assert there.aliases["champion"] == 3
-        assert there.version_tags[3]["ddpm.gate"] == "promoted"
-        assert there.version_tags[3]["ddpm.gate.before"] == "2"
+        assert models.aliases["champion"] == 3
+        assert models.version_tags[3]["ddpm.gate"] == "promoted"
+        assert models.version_tags[3]["ddpm.gate.before"] == "2"
         if ended:
             return
     raise AssertionError("the promotion never came to its end")
 
 
-def test_a_rollback_that_is_killed_at_any_request_and_repeated_goes_back_once(
+def test_a_rollback_killed_at_any_request_and_repeated_goes_back_once(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for dies_at in range(40):
-        there = Models(1)
-        connect(there, there, monkeypatch)
-        promoted(there, 2, 1)
-        promoted(there, 3, 2, seen_number=1)
-        connect(there, Stepped(there, None, 0, dies_at), monkeypatch)
+        models = Models(1)
+        connect(models, models, monkeypatch)
+        promoted(models, 2, 1)
+        promoted(models, 3, 2, seen_number=1)
+        connect(models, Stepped(models, None, 0, dies_at), monkeypatch)
         try:
             rollback("digits")
             ended = True
         except Died:
             ended = False
-        connect(there, there, monkeypatch)
+        connect(models, models, monkeypatch)
         for _ in range(2):
             assert rollback("digits") == 0
-            assert there.aliases["champion"] == 2
-            assert there.version_tags[3]["ddpm.gate"].startswith("rolled back to digits/2 at ")
+            assert models.aliases["champion"] == 2
+            assert models.version_tags[3]["ddpm.gate"].startswith("rolled back to digits/2 at ")
         if ended:
             return
     raise AssertionError("the rollback never came to its end")
 
 
-def test_a_repeated_rollback_says_that_it_is_done_and_how_to_go_further(
+def test_a_repeated_rollback_does_nothing_and_says_how_to_go_further_back(
     models: Models, capsys: pytest.CaptureFixture[str]
 ) -> None:
     promoted(models, 3, 2)
@@ -183,15 +183,15 @@ def test_a_repeated_rollback_says_that_it_is_done_and_how_to_go_further(
     assert rollback("digits") == 0
     assert "rolled back: digits@champion is digits/3 again, no longer digits/4" in capsys.readouterr().out
     assert rollback("digits") == 0
-    told = capsys.readouterr().out
-    assert "nothing to do: digits@champion is digits/3, rolled back from digits/4 at " in told
-    assert "further: --to VERSION" in told
+    printed = capsys.readouterr().out
+    assert "nothing to do: digits@champion is digits/3, rolled back from digits/4 at " in printed
+    assert "further: --to VERSION" in printed
     for _ in range(2):
         assert rollback("digits", to=2) == 0
         assert models.aliases["champion"] == 2
 
 
-def test_a_rollback_after_a_promotion_goes_to_whom_it_replaced(models: Models) -> None:
+def test_a_rollback_after_a_promotion_returns_to_the_replaced_version(models: Models) -> None:
     promoted(models, 3, 2)
     assert rollback("digits") == 0
     promoted(models, 4, 2, seen_number=2)

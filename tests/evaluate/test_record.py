@@ -1,4 +1,4 @@
-"""Feature sums in done-records: the second pass over the samples that is not needed."""
+"""Feature sums in done-records, which save a second pass over the samples."""
 
 import json
 import weakref
@@ -34,16 +34,16 @@ from pipeline.store import open_store
 from tests.generate.tiny import fill, maker_of, settings, tiny_card, tiny_model
 
 
-def test_the_records_alone_give_what_the_samples_give(digits: str, tmp_path: Path) -> None:
+def test_the_records_alone_give_the_metrics_of_the_samples(digits: str, tmp_path: Path) -> None:
     config = settings(tiny_model(tmp_path / "model", tiny_card(size=8)), str(tmp_path / "out"), count=95)
     named = network_for_sums(FeatureNetworkConfig(), digits)
     assert named is not None
-    maker = maker_of(config.model_copy(update={"features": named}))
-    store, spec, harvest = maker.store, maker.spec, RecordAggregate()
+    writer = maker_of(config.model_copy(update={"features": named}))
+    store, spec, records = writer.store, writer.spec, RecordAggregate()
     store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
     for unit in shards(spec):
-        harvest.add(unit.number, maker.write(unit))
-    publish_manifest(store, spec, harvest, None)
+        records.add(unit.number, writer.write(unit))
+    publish_manifest(store, spec, records, None)
     whole = evaluate_generation(EvaluateConfig(reference=digits), config.output, no_progress)
     quick = evaluate_generation(
         EvaluateConfig(reference=digits, records_only=True), config.output, no_progress
@@ -53,15 +53,15 @@ def test_the_records_alone_give_what_the_samples_give(digits: str, tmp_path: Pat
     assert quick["class_accuracy"] == whole["class_accuracy"]
     parts = [parse_record(read_record(store, spec, unit).features, "here") for unit in shards(spec)]
     assert add_records(parts) == add_records([add_records(parts[:3]), add_records(parts[:2:-1])])
-    key = shard(spec, 1).done_key  # made before the classifier was trained anew
-    told = json.loads(store.read(key))
-    told["features"]["network"] = "0" * 64
-    store.write(key, json.dumps(told).encode())
+    key = shard(spec, 1).done_key  # made before the classifier was trained again
+    document = json.loads(store.read(key))
+    document["features"]["network"] = "0" * 64
+    store.write(key, json.dumps(document).encode())
     with pytest.raises(UserError, match="of another network"):
         evaluate_generation(EvaluateConfig(reference=digits, records_only=True), config.output, no_progress)
 
 
-def test_a_generation_without_sums_says_how_to_get_them(digits: str, tmp_path: Path) -> None:
+def test_a_generation_without_sums_names_the_setting_that_adds_them(digits: str, tmp_path: Path) -> None:
     config = settings(tiny_model(tmp_path / "model", tiny_card(size=8)), str(tmp_path / "out"))
     spec = fill(config)
     assert read_record(open_store(config.output), spec, shard(spec, 0)).features is None
@@ -105,17 +105,17 @@ def test_records_are_added_up_one_at_a_time() -> None:
         add_records([total, total.model_copy(update={"network": "other"})])
 
 
-def test_only_sums_that_fit_are_asked_for(digits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_sums_that_fit_in_a_record_are_requested(digits: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.features.shard_sums, "MAX_FEATURES", 63)
     assert network_for_sums(FeatureNetworkConfig(), digits) is None
 
 
-def test_a_network_that_is_not_there_is_refused_or_skipped_as_told(digits: str, tmp_path: Path) -> None:
-    there = FeatureNetworkConfig(uri=f"{digits}/features/classifier.json")
-    config = settings(tiny_model(tmp_path / "model"), str(tmp_path / "out"), features=there)
+def test_a_missing_network_is_refused_or_skipped_as_set(digits: str, tmp_path: Path) -> None:
+    existing = FeatureNetworkConfig(uri=f"{digits}/features/classifier.json")
+    config = settings(tiny_model(tmp_path / "model"), str(tmp_path / "out"), features=existing)
     lacking = config.model_copy(update={"features": FeatureNetworkConfig(uri=f"{tmp_path}/classifier.json")})
     assert _with_network(config, None) == config
-    assert _with_network(config.model_copy(update={"features_missing": "skip"}), None).features == there
+    assert _with_network(config.model_copy(update={"features_missing": "skip"}), None).features == existing
     assert _with_network(lacking.model_copy(update={"features_missing": "skip"}), None).features is None
     with pytest.raises(UserError, match="ddpm features train"):
         _with_network(lacking, None)

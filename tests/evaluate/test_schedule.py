@@ -1,4 +1,4 @@
-"""The scheduler: its time of day, its one process at a time, its end."""
+"""The scheduler: time of day, one process at a time, and its end."""
 
 import datetime as dt
 import subprocess
@@ -28,7 +28,7 @@ def test_the_time_of_day_is_utc_and_comes_every_day() -> None:
 
 
 @pytest.mark.parametrize("at", ["24:00", "2", "02:60", "noon", ""])
-def test_a_time_that_is_none_is_refused(at: str) -> None:
+def test_an_invalid_time_is_refused(at: str) -> None:
     with pytest.raises(UserError, match="HH:MM"):
         daily(at)
 
@@ -48,12 +48,12 @@ def test_a_night_is_missed_once_its_hour_has_passed(tmp_path: Path) -> None:
     assert missed(store, two, DAY_9 + dt.timedelta(days=4))
 
 
-def test_a_night_runs_to_its_end_and_tells_its_code(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_night_runs_to_its_end_and_returns_its_code(capfd: pytest.CaptureFixture[str]) -> None:
     assert Runner([sys.executable, "-c", "print('made'); raise SystemExit(3)"])() == 3
     assert "ended with 3" in capfd.readouterr().out
 
 
-def test_a_night_that_begins_while_the_schedule_ends_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_night_that_starts_while_the_schedule_ends_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Runner([sys.executable, "-c", "import time; time.sleep(60)"])
     begin = subprocess.Popen
 
@@ -65,7 +65,7 @@ def test_a_night_that_begins_while_the_schedule_ends_is_ended_too(monkeypatch: p
     assert runner() == -15
 
 
-def test_ending_the_schedule_ends_the_night_and_begins_no_other() -> None:
+def test_ending_the_schedule_ends_the_night_and_starts_no_other() -> None:
     runner = Runner([sys.executable, "-c", "import time; time.sleep(60)"])
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(runner()))

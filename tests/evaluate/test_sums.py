@@ -1,4 +1,4 @@
-"""Feature sums: exact, whoever adds them up, in whatever order."""
+"""Exact feature sums, for every split and every order."""
 
 import functools
 import operator
@@ -18,16 +18,16 @@ from tests.evaluate.made import vectors
 def test_any_number_of_workers_gives_the_same_bits(workers: int) -> None:
     x = vectors(1001, 20)
     parts = [sums_of(part) for part in np.array_split(x, workers)]
-    there = functools.reduce(operator.add, parts)
-    back = functools.reduce(operator.add, reversed(parts))
+    forward = functools.reduce(operator.add, parts)
+    backward = functools.reduce(operator.add, reversed(parts))
     whole = sums_of(x)
-    assert there.to_text() == back.to_text() == whole.to_text()
-    assert there.moments().covariance.tobytes() == whole.moments().covariance.tobytes()
+    assert forward.to_text() == backward.to_text() == whole.to_text()
+    assert forward.moments().covariance.tobytes() == whole.moments().covariance.tobytes()
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.permutations(range(30)), st.integers(1, 29))
-def test_order_and_place_of_the_cut_change_nothing(order: list[int], cut: int) -> None:
+def test_order_and_splits_change_nothing(order: list[int], cut: int) -> None:
     x = vectors(30, 4)
     shuffled = x[np.array(order)]
     assert sums_of(shuffled[:cut]) + sums_of(shuffled[cut:]) == sums_of(x)
@@ -46,13 +46,13 @@ def test_sums_are_those_of_whole_numbers() -> None:
 
 def test_moments_are_those_of_numpy() -> None:
     x = vectors(700, 12, shift=3.0)
-    ours, theirs = sums_of(x).moments(), moments_of(x)
-    np.testing.assert_allclose(ours.mean, theirs.mean, atol=1e-6)
-    np.testing.assert_allclose(ours.covariance, theirs.covariance, rtol=1e-6, atol=1e-6)
-    assert frechet_distance(ours, theirs) < 1e-6
+    moments, expected = sums_of(x).moments(), moments_of(x)
+    np.testing.assert_allclose(moments.mean, expected.mean, atol=1e-6)
+    np.testing.assert_allclose(moments.covariance, expected.covariance, rtol=1e-6, atol=1e-6)
+    assert frechet_distance(moments, expected) < 1e-6
 
 
-def test_sums_travel_as_text() -> None:
+def test_sums_round_trip_as_text() -> None:
     found = sums_of(vectors(40, 9))
     assert Sums.from_text(found.to_text()) == found
     with pytest.raises(DamageError, match="feature sums"):

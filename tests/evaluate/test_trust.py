@@ -1,4 +1,4 @@
-"""What a registered model is judged by is pinned at its first use; what was changed is refused until it is accepted."""
+"""Feature network and reference of a registered model are pinned at first use; a changed one is refused."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    """The digits with a classifier of their own, which a test may replace."""
+    """The digits with their own classifier, which a test may replace."""
     uri = str(tmp_path / "digits")
     pack(PackConfig(source="digits", dest=uri, channels=1, shard_size=900), lambda done, total: None)
     train(uri, 0)
@@ -53,7 +53,7 @@ def data(tmp_path: Path) -> str:
 
 
 def train(uri: str, seed: int) -> None:
-    """Put another classifier where there is one."""
+    """Train a classifier, replacing an existing one."""
     config = FeaturesConfig(data=uri, steps=2, channels=8, min_accuracy=0, seed=seed)
     assert train_features(config, lambda *_: None)[2]
 
@@ -62,33 +62,33 @@ def config(uri: str) -> PromoteConfig:
     return PromoteConfig(model="digits", gate=GateConfig(evaluate=EvaluateConfig(reference=uri)))
 
 
-def judge(uri: str) -> None:
-    """A gate without a champion, which passes whatever its yardstick allows."""
+def run_gate(uri: str) -> None:
+    """Run the gate without a champion: it passes unless a digest is not trusted."""
     decide(config(uri).gate, VERSION, None, lambda *_: None)
 
 
-def test_a_first_use_is_recorded_and_told_and_the_same_is_used_again(
+def test_the_first_use_is_recorded_with_a_warning_and_later_ones_are_not(
     registry: Registry, data: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    judge(data)
+    run_gate(data)
     assert sorted(key.rpartition(".")[0] for key in registry.tags) == [
         "ddpm.trust.feature-network",
         "ddpm.trust.measured-reference",
     ]
     assert "is the feature network of model digits from now on (first use)" in caplog.text
     before = dict(registry.tags)
-    judge(data)
+    run_gate(data)
     assert registry.tags == before
 
 
-def test_a_network_that_was_replaced_judges_nobody_until_it_is_accepted(
+def test_a_replaced_network_is_refused_until_it_is_trusted(
     data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    judge(data)
+    run_gate(data)
     train(data, 1)
     changed = r"classifier\.json: its digest is .* ddpm features trust PRESET"
     with pytest.raises(UserError, match=changed):
-        judge(data)
+        run_gate(data)
     night = NightlyConfig(
         generate=settings(Path("digits/1"), f"{data}-nights"), evaluate=EvaluateConfig(reference=data)
     )
@@ -98,19 +98,19 @@ def test_a_network_that_was_replaced_judges_nobody_until_it_is_accepted(
     generation = GenerateConfig.model_validate(night.generate.model_dump() | {"features": features})
     with pytest.raises(UserError, match=changed):
         _with_network(generation, "digits")
-    assert _with_network(generation, None) == generation  # a folder's model is judged by nobody
+    assert _with_network(generation, None) == generation  # models in folders have no trusted digests
 
     assert run_trust(config(data)) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 2
-    assert "classifier.json: " in told[0]
-    assert ", before " in told[0]
-    judge(data)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2
+    assert "classifier.json: " in printed[0]
+    assert ", before " in printed[0]
+    run_gate(data)
     assert _with_network(generation, "digits") == generation
 
 
-def test_figures_of_the_reference_that_were_replaced_judge_nobody(data: str) -> None:
-    judge(data)
+def test_a_replaced_reference_is_refused(data: str) -> None:
+    run_gate(data)
     index, network = load_index(data), open_network(FeatureNetworkConfig(), data)
     store, key = open_store(f"{data}/features"), reference_key(index, network)
     whole = FeatureSet.from_bytes(store.read(key), key)
@@ -119,15 +119,13 @@ def test_figures_of_the_reference_that_were_replaced_judge_nobody(data: str) -> 
     with pytest.raises(
         UserError, match=r"by .*classifier\.json: its digest is .* the measured reference by which"
     ):
-        judge(data)
+        run_gate(data)
     store.delete(key)
     assert load_reference(index, FeatureNetworkConfig(), 250).digest == whole.digest
-    judge(data)
+    run_gate(data)
 
 
-def test_a_network_that_the_settings_name_by_its_hash_is_trusted_by_them(
-    registry: Registry, data: str
-) -> None:
+def test_a_network_whose_hash_is_in_the_settings_is_trusted(registry: Registry, data: str) -> None:
     sha256 = open_network(FeatureNetworkConfig(), data).identity
     pinned = config(data).gate.evaluate.model_copy(update={"network": FeatureNetworkConfig(sha256=sha256)})
     gate = config(data).gate.model_copy(update={"evaluate": pinned})
@@ -135,7 +133,7 @@ def test_a_network_that_the_settings_name_by_its_hash_is_trusted_by_them(
     assert not [key for key in registry.tags if key.startswith("ddpm.trust.feature-network")]
 
 
-def test_a_card_that_was_changed_beside_its_weights_is_another_network(data: str) -> None:
+def test_a_changed_card_beside_the_same_weights_is_another_network(data: str) -> None:
     store = open_store(f"{data}/features")
     before = open_network(FeatureNetworkConfig(), data)
     card = json.loads(store.read("classifier.json"))
@@ -144,7 +142,7 @@ def test_a_card_that_was_changed_beside_its_weights_is_another_network(data: str
     assert (after.identity, after.digest == before.digest) == (before.identity, False)
 
 
-def test_of_two_first_uses_at_once_the_one_that_does_not_stand_is_refused(
+def test_of_two_concurrent_first_uses_the_one_not_recorded_is_refused(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Race(SimpleNamespace):
@@ -158,7 +156,7 @@ def test_of_two_first_uses_at_once_the_one_that_does_not_stand_is_refused(
         require_trusted("digits", "network", "s3://b/x", "a" * 64)
 
 
-def test_a_tag_that_is_no_digest_is_named_and_can_be_replaced(registry: Registry) -> None:
+def test_a_tag_without_a_digest_is_named_and_can_be_replaced(registry: Registry) -> None:
     trust("digits", "network", "s3://b/x", "a" * 64)
     (key,) = registry.tags
     registry.tags[key] = "{}"
@@ -167,7 +165,7 @@ def test_a_tag_that_is_no_digest_is_named_and_can_be_replaced(registry: Registry
 
 
 @pytest.mark.parametrize(
-    ("told", "name"),
+    ("printed", "name"),
     [
         ("digits@champion", "digits"),
         ("digits/3", "digits"),
@@ -176,5 +174,5 @@ def test_a_tag_that_is_no_digest_is_named_and_can_be_replaced(registry: Registry
         ("./m", None),
     ],
 )
-def test_the_model_that_is_judged_is_the_registered_one(told: str, name: str | None) -> None:
-    assert registered_name(told) == name
+def test_the_registered_model_is_the_one_that_is_evaluated(printed: str, name: str | None) -> None:
+    assert registered_name(printed) == name

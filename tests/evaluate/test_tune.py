@@ -24,7 +24,7 @@ from tests.generate.tiny import tiny_card, tiny_model
 
 
 def config(model: Path, data: str, output: Path, **more: object) -> TuneConfig:
-    told = {
+    settings = {
         "model": str(model),
         "evaluate": {"reference": data, "num_splits": 1},
         "kinds": ["ddim", "heun"],
@@ -32,7 +32,7 @@ def config(model: Path, data: str, output: Path, **more: object) -> TuneConfig:
         "count": 20,
         "output": str(output),
     }
-    return TuneConfig.model_validate(told | more)
+    return TuneConfig.model_validate(settings | more)
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def model(tmp_path: Path) -> Path:
 
 def candidate(kind: str, steps: int, distance: float) -> Candidate:
     sampler = SamplerConfig.model_validate({"kind": kind, "num_steps": steps})
-    figure = Metric(value=distance, n=9, n_reference=9)
+    metric = Metric(value=distance, n=9, n_reference=9)
     return Candidate(
-        sampler=sampler, evaluations=evaluations(sampler), seconds=1, metrics={"frechet": figure}
+        sampler=sampler, evaluations=evaluations(sampler), seconds=1, metrics={"frechet": metric}
     )
 
 
@@ -57,33 +57,35 @@ TRIED = [
 ]
 
 
-def test_the_cheapest_that_is_nearly_as_good_as_the_best_is_recommended(model: Path, tmp_path: Path) -> None:
+def test_the_cheapest_sampler_that_is_nearly_as_good_as_the_best_is_recommended(
+    model: Path, tmp_path: Path
+) -> None:
     assert recommended(TRIED, config(model, "d", tmp_path, tolerance=0.05)) is TRIED[1]
     assert recommended(TRIED, config(model, "d", tmp_path, tolerance=0.01)) is TRIED[3]
 
 
-def test_a_best_figure_below_zero_is_still_recommended(model: Path, tmp_path: Path) -> None:
+def test_a_best_metric_below_zero_is_recommended(model: Path, tmp_path: Path) -> None:
     below = [candidate("ddim", 5, 0.1), candidate("ddim", 10, -0.2)]
     assert recommended(below, config(model, "d", tmp_path)) is below[1]
 
 
-def test_a_figure_that_is_none_is_refused_before_anything_is_sampled(model: Path, tmp_path: Path) -> None:
+def test_an_unknown_metric_is_refused_before_sampling(model: Path, tmp_path: Path) -> None:
     for name in ("fretchet", "class_accuracy"):  # higher is better in the second
         with pytest.raises(ValidationError, match="metric"):
             config(model, "d", tmp_path, metric=name)
 
 
-def test_a_figure_that_so_few_samples_do_not_have_is_told_after_the_first_sampler(
+def test_a_metric_that_needs_more_samples_is_named_after_the_first_sampler(
     digits: str, model: Path, tmp_path: Path
 ) -> None:
-    asked = config(model, digits, tmp_path / "tuning", metric="frechet_ratio")
+    settings = config(model, digits, tmp_path / "tuning", metric="frechet_ratio")
     heard: list[int] = []
     with pytest.raises(UserError, match=r"tune\.metric: .* no frechet_ratio"):
-        jobs.tune.run(asked, lambda done, total, note="": heard.append(done))
+        jobs.tune.run(settings, lambda done, total, note="": heard.append(done))
     assert heard == []
 
 
-def test_the_front_holds_what_nothing_cheaper_beats_and_heun_pays_twice() -> None:
+def test_the_front_is_not_beaten_by_cheaper_samplers_and_heun_counts_twice() -> None:
     assert [evaluations(one.sampler) for one in TRIED] == [5, 10, 9, 20, 50]
     assert front(TRIED, "frechet") == [TRIED[0], TRIED[2], TRIED[1], TRIED[3]]
     assert evaluations(SamplerConfig(kind="ddim", num_steps=5, guidance_scale=2.0)) == 10
@@ -91,12 +93,12 @@ def test_the_front_holds_what_nothing_cheaper_beats_and_heun_pays_twice() -> Non
 
 def test_guidance_is_refused_for_a_network_without_a_null_class(tmp_path: Path) -> None:
     plain = tiny_model(tmp_path / "plain", tiny_card(classes=False))
-    asked = config(plain, "d", tmp_path, guidance=[1.0, 2.0])
+    settings = config(plain, "d", tmp_path, guidance=[1.0, 2.0])
     with pytest.raises(UserError, match=r"tune\.guidance"):
-        candidate_samplers(asked, find_model(str(plain)))
+        candidate_samplers(settings, find_model(str(plain)))
 
 
-def test_table_plot_and_preset_are_kept_and_a_generation_takes_the_preset(
+def test_table_plot_and_preset_are_stored_and_a_generation_accepts_the_preset(
     digits: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert jobs.tune.run(config(model, digits, tmp_path / "tuning"), no_progress) == 0
@@ -122,21 +124,21 @@ def test_table_plot_and_preset_are_kept_and_a_generation_takes_the_preset(
 
 
 @pytest.mark.stack
-def test_the_cluster_finds_what_this_process_finds(
+def test_the_cluster_gives_the_metrics_of_this_process(
     digits: str, model: Path, tmp_path: Path, stack: LocalStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     found: list[list[Candidate]] = []
     for workers in (0, 2):
-        asked = config(model, digits, tmp_path / str(workers), num_workers=workers, kinds=["ddim"])
-        assert jobs.tune.run(asked, no_progress) == 0
+        settings = config(model, digits, tmp_path / str(workers), num_workers=workers, kinds=["ddim"])
+        assert jobs.tune.run(settings, no_progress) == 0
         tried = json.loads((tmp_path / str(workers) / "local" / "samplers.json").read_text())
         found.append([Candidate.model_validate(one) for one in tried])
-    here, there = found
-    assert [one.sampler for one in here] == [one.sampler for one in there]
-    for one, other in zip(here, there, strict=True):
-        values = {name: figure.value for name, figure in one.metrics.items()}
+    in_process, on_cluster = found
+    assert [one.sampler for one in in_process] == [one.sampler for one in on_cluster]
+    for one, other in zip(in_process, on_cluster, strict=True):
+        values = {name: metric.value for name, metric in one.metrics.items()}
         # Not to the bit: a worker's linear algebra may use another number of threads.
-        assert {name: figure.value for name, figure in other.metrics.items()} == pytest.approx(
+        assert {name: metric.value for name, metric in other.metrics.items()} == pytest.approx(
             values, rel=1e-6, abs=1e-6
         )
