@@ -31,10 +31,11 @@ from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleCo
 from pipeline.config.generation import GenerateConfig, GuardConfig
 from pipeline.config.model_card import ImageShape, ModelCard
 from pipeline.config.net import UNetConfig
-from pipeline.generate.done_records import DoneRecord, read_record
+from pipeline.generate.done_records import DoneRecord
 from pipeline.generate.engine import Engine, set_up_torch
+from pipeline.generate.generation import Generation
 from pipeline.generate.model_source import find_model
-from pipeline.generate.plan import shard, shards
+from pipeline.generate.plan import shard
 from pipeline.generate.shard_writer import ShardWriter
 from pipeline.generate.spec import Spec, make_spec
 from pipeline.nets.diffusers_weights import export_diffusers
@@ -156,12 +157,12 @@ def _shards(config: GenerateConfig) -> Callable[[], int]:
     spec = make_spec(config, model.card)
     set_up_torch(spec)
     engine = Engine(spec, build_model(model.card, model.weights, where="benchmark"), model.card)
-    maker = ShardWriter(engine, open_store(config.output), config.guards)
+    writer = ShardWriter(engine, open_store(config.output), config.guards)
     unit = shard(spec, 0)
 
     def run() -> int:
-        maker.store.delete(unit.done_key)
-        return maker.write(unit).count
+        writer.generation.store.delete(unit.done_key)
+        return writer.write(unit).count
 
     return run
 
@@ -225,8 +226,8 @@ def _job(config: GenerateConfig) -> Facts:
 
 
 def _records(spec: Spec, output: str) -> list[DoneRecord]:
-    store = open_store(output)
-    return [read_record(store, spec, unit) for unit in shards(spec)]
+    generation = Generation(open_store(output), spec)
+    return [generation.read_record(unit) for unit in generation.shards()]
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ from urllib.parse import parse_qs, urlsplit
 from benchmarks.common import add_output_options, machine, publish
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.data.formats.image_stats import ImageStats
-from pipeline.generate.done_records import DoneRecord, Times
+from pipeline.generate.done_records import DoneRecord, RecordAggregate, Times
+from pipeline.generate.generation import Generation
 from pipeline.generate.generation_status import generation_status
 from pipeline.generate.layout import SPEC_KEY
-from pipeline.generate.listing import RecordAggregate, list_prefix
 from pipeline.generate.manifest import (
     make_entries,
     make_manifest,
@@ -44,7 +44,7 @@ from pipeline.generate.manifest import (
     write_manifest,
 )
 from pipeline.generate.plan import num_shards, shard
-from pipeline.generate.proven_count import check_prefix
+from pipeline.generate.prefix_spec import check_prefix
 from pipeline.generate.spec import ModelIdentity, Spec, pretty
 from pipeline.generate.verification import VerifyReport, check_listing
 from pipeline.store import open_store
@@ -228,8 +228,9 @@ def resume(spec: Spec, uri: str) -> None:
     """What a job does before it hands out work."""
     store = open_store(uri)
     store.require_container()
-    assert check_prefix(store, spec) == spec
-    assert list_prefix(store, spec, objects=False).missing() == [
+    generation = Generation(store, spec)
+    assert check_prefix(generation) == generation
+    assert generation.listing(objects=False).missing() == [
         n for n in range(num_shards(spec)) if is_missing(n)
     ]
 
@@ -242,23 +243,23 @@ def status(spec: Spec, uri: str) -> None:
 
 def verify(spec: Spec, uri: str) -> None:
     """The lists of `ddpm verify`."""
-    store = open_store(uri)
+    generation = Generation(open_store(uri), spec)
     report = VerifyReport(uri, spec)
-    found = list_prefix(store, spec)
-    check_listing(store, spec, found, report)
+    found = generation.listing()
+    check_listing(generation, found, report)
     assert report.num_problems == 0, report.problems
     assert len(found.missing()) == sum(is_missing(n) for n in range(num_shards(spec)))
 
 
 def manifest(spec: Spec, _: str) -> None:
     """Write a manifest, read its head, read all of it. In a scratch folder, whichever store is measured."""
-    harvest = RecordAggregate()
+    aggregate = RecordAggregate()
     record = vast_record(spec, 0)
     for number in range(num_shards(spec)):
-        harvest.add(number, record.model_copy(update={"sha256": f"{number:064x}"}))
+        aggregate.add(number, record.model_copy(update={"sha256": f"{number:064x}"}))
     with tempfile.TemporaryDirectory(prefix="ddpm-listings-") as folder:
         store = open_store(folder)
-        write_manifest(store, make_manifest(spec, harvest, None), make_entries(spec, harvest))
+        write_manifest(store, make_manifest(spec, aggregate, None), make_entries(spec, aggregate))
         head = read_manifest(store)
         assert head is not None
         assert head.num_shards == sum(1 for _ in read_entries(store)) == num_shards(spec)

@@ -9,7 +9,7 @@ from pipeline.data.reading.download_dataset import Download, download_dataset
 from pipeline.errors import UserError
 from pipeline.generate.download_generation import download_generation
 from pipeline.generate.layout import SPEC_KEY
-from pipeline.generate.proven_count import proven_spec
+from pipeline.generate.prefix_spec import find_generation
 from pipeline.store import open_store
 from pipeline.telemetry.terminal import echo, echo_json
 
@@ -28,15 +28,15 @@ def _run(prefix: str, folder: str, unpack: bool, as_json: bool) -> int:
     location = Location.of(prefix)
     store = open_store(location.root)
     store.require_container()
-    spec = None if location.pattern is not None else proven_spec(store)
-    if spec is None and store.stat(location.index_name) is None:
+    generation = None if location.pattern is not None else find_generation(store)
+    if generation is None and store.stat(location.index_name) is None:
         raise UserError(
             f"{prefix}: neither {SPEC_KEY} of a generation nor {location.index_name} of a data set is there; "
             f"check the prefix, or index tars that lie there: ddpm index {prefix}"
         )
     with progress_of("download", "bytes") as progress:
-        if spec is not None:
-            manifest, made = download_generation(prefix, spec, folder, unpack, progress)
+        if generation is not None:
+            manifest, made = download_generation(generation, folder, unpack, progress)
             count, then = manifest.count, f"ddpm verify {made.folder.root.as_uri()}"
         else:
             index, made = download_dataset(prefix, folder, unpack, progress)

@@ -57,7 +57,7 @@ def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:
     @contextmanager
     def cluster() -> Generator[None]:
         # The handler goes in after Ray's own, which would end the process where it stands.
-        with ray_cluster(), on_stop_signal(stop.set, "finishing or giving up what is under way"):
+        with ray_cluster(), on_stop_signal(stop.set, "finishing or giving up the shards in progress"):
             yield
 
     return run_generation(config, progress, stop=stop, cluster=cluster)
@@ -69,7 +69,7 @@ def summary(result: GenerationResult) -> list[str]:
     if result.status == "superseded":
         what = str(result.reason)
     lines = [f"{result.status}: {what} at {result.output}"]
-    lines += [f"shared   with {job}" for job in result.company]
+    lines += [f"shared   with {job}" for job in result.concurrent_jobs]
     if result.reason and result.status != "superseded":
         lines.append(f"reason   {result.reason}")
     if result.shards_made:

@@ -45,7 +45,7 @@ def _lines(found: GenerationStatus) -> list[str]:
     lines = [
         f"{found.state}: {found.output}",
         f"images   {found.images_done:,} of {found.spec.count:,}",
-        f"shards   {found.shards_done:,} of {found.num_shards:,}, {found.shards_under_way} under way",
+        f"shards   {found.shards_done:,} of {found.num_shards:,}, {found.shards_under_way} in progress",
     ]
     if found.images_per_second:
         left = f", ETA {clock(found.eta_seconds)}" if found.eta_seconds is not None else ""

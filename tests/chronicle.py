@@ -16,7 +16,7 @@ SLOW_SECONDS = 60.0
 """A recovery of this length is told together with what the job said meanwhile."""
 POLL_SECONDS = 0.5
 TOLD = re.compile(
-    r"no news|trying again|waits? (for|in)|is away|Attempting to start|Started training|goes on|failed: "
+    r"no news|no progress|trying again|waits? (for|in)|is away|Attempting to start|Started training|goes on|failed: "
 )
 MOST_LINES = 40
 

@@ -25,11 +25,10 @@ from pipeline.features.reference_set import data_root, load_reference
 from pipeline.features.shard_sums import FeatureRecord, add_records, parse_record
 from pipeline.features.trust import require_trusted_network, require_trusted_reference
 from pipeline.generate.class_labels import classes_of
-from pipeline.generate.done_records import read_record
 from pipeline.generate.engine import Engine
+from pipeline.generate.generation import Generation
 from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
 from pipeline.generate.model_source import ResolvedModel, find_model
-from pipeline.generate.plan import shards
 from pipeline.generate.spec import Spec, make_spec
 from pipeline.nets.model_files import build_model
 from pipeline.parallel import OpenParallelMap, ParallelMap, in_process
@@ -138,9 +137,9 @@ def metrics_from_records(
 
 def _feature_records(spec: Spec, output: str, network: str) -> Iterator[FeatureRecord]:
     """The feature sums of every shard. UserError for a shard without any, or with those of another network."""
-    store = open_store(output)
-    for shard in shards(spec):
-        record = parse_record(read_record(store, spec, shard).features, f"{output}/{shard.key}")
+    generation = Generation(open_store(output), spec)
+    for shard in generation.shards():
+        record = parse_record(generation.read_record(shard).features, f"{output}/{shard.key}")
         if record.network != network:
             raise UserError(
                 f"{output}/{shard.key}: its feature sums are of another network; evaluate without records_only"

@@ -1,6 +1,6 @@
 """Generation at scale: an output prefix that fills exactly once.
 
-`spec` and `plan` say what is to be made; `engine` and `maker` make a shard; `cluster`, `worker` and `board` have
-many made at once; `ledger`, `records`, `manifest` and `finish` prove that all is there; `run` drives it all.
-Importing this package imports no Ray.
+`spec`, `plan` and `layout` describe the work and its objects; `engine` and `shard_writer` write one shard;
+`ray_pool`, `sample_worker` and `coordinator` write many at once; `done_records`, `generation`, `manifest` and
+`finalize` prove that all of it exists; `driver` runs everything. Importing this package imports no Ray.
 """

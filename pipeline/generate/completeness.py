@@ -1,35 +1,33 @@
-"""Is a generation that has a manifest still complete? Told from the manifest, the listings, and the records of a
-generation that is not vast; no image is read. `pipeline.generate.verification` reads and decodes everything.
+"""Is a generation that has a manifest still complete? Compares the manifest with listings and, of all but huge
+generations, with done-records. Reads no image: `pipeline.generate.verification` decodes them all.
 """
 
 import re
 from dataclasses import dataclass, field
 
 from pipeline.errors import DamageError
+from pipeline.generate.generation import Generation, PrefixListing
 from pipeline.generate.layout import CONTACT_KEY, MANIFEST_KEY, REPORT_KEY
-from pipeline.generate.listing import PrefixListing, list_prefix, read_records
 from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
-from pipeline.generate.plan import num_shards, shard
-from pipeline.generate.spec import Spec
 from pipeline.store import ObjectMissing, Store
 
-RECORDS_READ = 2_000
-"""Up to so many shards, every done-record is read; of larger generations only listings are compared."""
+MAX_RECORDS_READ = 2_000
+"""Up to this many shards, every done-record is read; of larger generations only listings are compared."""
 MAX_FAULTS = 20
 _HEAD_BYTES = 512
 
 
 @dataclass
 class Completeness:
-    """What a look at a generation came to."""
+    """Result of comparing a generation with its manifest."""
 
     manifest: Manifest | None = None
-    """The manifest, where it is one of the generation and count that were asked about."""
+    """The manifest, if there is one of the requested generation and count."""
     faults: list[str] = field(default_factory=list[str])
-    """What contradicts the manifest, `KEY: what`; the first of them."""
+    """What contradicts the manifest, `KEY: what`; the first `MAX_FAULTS` of them."""
     num_faults: int = 0
-    listed: PrefixListing | None = None
-    """The listings, where there is such a manifest."""
+    listing: PrefixListing | None = None
+    """The listing, if there is such a manifest."""
 
     @property
     def complete(self) -> bool:
@@ -37,21 +35,21 @@ class Completeness:
         return self.manifest is not None and not self.num_faults
 
     def add(self, key: str, what: str) -> None:
-        """Note a fault."""
+        """Add a fault."""
         self.num_faults += 1
         if len(self.faults) < MAX_FAULTS:
             self.faults.append(f"{key}: {what}")
 
 
-def check_complete(store: Store, spec: Spec) -> Completeness:
-    """Compare manifest and objects of `spec` at a prefix. A prefix without manifest has no fault; it is unfinished.
+def check_complete(generation: Generation) -> Completeness:
+    """Compare the manifest of a generation with its objects. A missing manifest is no fault: it is unfinished.
 
-    Names and sizes of all objects are compared, done-records read (see RECORDS_READ). A manifest of a smaller count of
-    the same generation is no fault either: its successor is still to come.
+    Names and sizes of all objects are compared, and done-records are read (see MAX_RECORDS_READ). A manifest of a
+    smaller count of the same generation is no fault either: it is about to be replaced.
     """
-    found = Completeness()
+    found, spec, uri = Completeness(), generation.spec, generation.uri
     try:
-        manifest = read_manifest(store)
+        manifest = read_manifest(generation.store)
         if manifest is None:
             return found
         if manifest.spec_digest != spec.digest or manifest.spec.digest != spec.digest:
@@ -60,69 +58,69 @@ def check_complete(store: Store, spec: Spec) -> Completeness:
         if manifest.count != spec.count:
             return found
         found.manifest = manifest
-        found.listed = listed = list_prefix(store, spec)
-        entries = _check_entries(store, spec, listed, found)
-        _check_pictures(store, spec, found)
+        found.listing = listing = generation.listing()
+        entries = _check_entries(generation, listing, found)
+        _check_report(generation, found)
     except (DamageError, ObjectMissing) as error:
-        found.add(MANIFEST_KEY, str(error).removeprefix(f"{store.uri}/{MANIFEST_KEY}: "))
+        found.add(MANIFEST_KEY, str(error).removeprefix(f"{uri}/{MANIFEST_KEY}: "))
         return found
-    if num_shards(spec) <= RECORDS_READ:
-        _check_records(store, spec, listed, entries, found)
+    if generation.num_shards <= MAX_RECORDS_READ:
+        _check_records(generation, listing, entries, found)
     return found
 
 
 def _check_entries(
-    store: Store, spec: Spec, listed: PrefixListing, found: Completeness
+    generation: Generation, listing: PrefixListing, found: Completeness
 ) -> list[ManifestShard]:
-    """Compare the manifest's entries with plan and listing; returns them where records will be compared as well."""
-    keep = num_shards(spec) <= RECORDS_READ
-    kept: list[ManifestShard] = []
+    """Compare the manifest's entries with plan and listing; return them if records will be compared as well."""
+    total = generation.num_shards
+    entries: list[ManifestShard] = []
     number = -1
-    for number, entry in enumerate(read_entries(store)):
-        if number >= num_shards(spec):
+    for number, entry in enumerate(read_entries(generation.store)):
+        if number >= total:
             break
-        unit = shard(spec, number)
+        unit = generation.shard(number)
         if (entry.key, entry.first_index, entry.count) != (unit.key, unit.first, unit.count):
             found.add(MANIFEST_KEY, f"its entry {number} is {entry.key}, the plan says {unit.key}")
-        elif listed.sizes[number] < 0:
+        elif listing.sizes[number] < 0:
             found.add(unit.key, "is missing")
-        elif listed.sizes[number] != entry.bytes:
-            found.add(unit.key, f"has {listed.sizes[number]} bytes, the manifest says {entry.bytes}")
-        if not listed.recorded[number]:
+        elif listing.sizes[number] != entry.bytes:
+            found.add(unit.key, f"has {listing.sizes[number]} bytes, the manifest says {entry.bytes}")
+        if not listing.recorded[number]:
             found.add(unit.done_key, "is missing")
-        if keep:
-            kept.append(entry)
-    if number + 1 != num_shards(spec):
-        found.add(MANIFEST_KEY, f"does not list the {num_shards(spec)} shards of the plan")
-    return kept
+        if total <= MAX_RECORDS_READ:
+            entries.append(entry)
+    if number + 1 != total:
+        found.add(MANIFEST_KEY, f"does not list the {total} shards of the plan")
+    return entries
 
 
-def _check_pictures(store: Store, spec: Spec, found: Completeness) -> None:
-    if store.stat(CONTACT_KEY) is None:
+def _check_report(generation: Generation, found: Completeness) -> None:
+    if generation.store.stat(CONTACT_KEY) is None:
         found.add(CONTACT_KEY, "is missing")
     try:
-        told = _report_count(store)
+        count = _report_count(generation.store)
     except ObjectMissing:
         found.add(REPORT_KEY, "is missing")
         return
-    if told is not None and told != spec.count:
-        found.add(REPORT_KEY, f"is that of {told:,} samples")
+    if count is not None and count != generation.spec.count:
+        found.add(REPORT_KEY, f"is that of {count:,} samples")
 
 
 def _report_count(store: Store) -> int | None:
     """The count in the title of the stored report; None if it has none. Raises ObjectMissing."""
     with store.open(REPORT_KEY) as file:
-        found = re.search(rb"<title>([0-9,]{1,20}) samples of ", file.read(_HEAD_BYTES))
-    return None if found is None else int(found[1].replace(b",", b""))
+        title = re.search(rb"<title>([0-9,]{1,20}) samples of ", file.read(_HEAD_BYTES))
+    return None if title is None else int(title[1].replace(b",", b""))
 
 
 def _check_records(
-    store: Store, spec: Spec, listed: PrefixListing, entries: list[ManifestShard], found: Completeness
+    generation: Generation, listing: PrefixListing, entries: list[ManifestShard], found: Completeness
 ) -> None:
-    present = [number for number in range(len(entries)) if listed.recorded[number]]
-    for number, record in read_records(store, spec, present):
-        key = shard(spec, number).done_key
+    recorded = [number for number in range(len(entries)) if listing.recorded[number]]
+    for number, record in generation.read_records(recorded):
+        key = generation.shard(number).done_key
         if isinstance(record, str):
-            found.add(key, record.removeprefix(f"{store.uri}/{key}: "))
+            found.add(key, record.removeprefix(f"{generation.uri}/{key}: "))
         elif (record.bytes, record.sha256) != (entries[number].bytes, entries[number].sha256):
-            found.add(key, "is of other bytes than the manifest's entry")
+            found.add(key, "describes other bytes than the manifest's entry")

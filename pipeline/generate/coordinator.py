@@ -1,6 +1,6 @@
-"""The board: one small actor on which workers chalk up what they are at, and from which they read when to stop.
+"""The coordinator: a small actor that tracks shards in progress, counts attempts and tells workers when to stop.
 
-It holds nothing that must survive: a lost board costs the live view of shards under way, and attempt counts.
+It holds nothing that must survive: losing it costs the live view of shards in progress and the attempt counts.
 """
 
 import time
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ShardAssignment:
-    """What the board tells a worker."""
+    """The coordinator's answer to a worker."""
 
     attempt: int
-    """How many times this shard has been begun, this time included."""
+    """Times this shard has been begun, including this one."""
     stop_in_seconds: float | None = None
-    """Time left to finish the shard; None while nobody asked to stop."""
+    """Time left to finish the shard; None unless the job is draining."""
 
 
 @dataclass(frozen=True)
 class ShardProgress:
-    """A shard that some worker is at."""
+    """A shard that a worker is sampling."""
 
     shard: int
     worker: str
@@ -29,40 +29,40 @@ class ShardProgress:
 
 
 class Coordinator:
-    """Shards under way, attempts, and the order to stop."""
+    """Tracks shards in progress, attempts and the deadline of a drain."""
 
     def __init__(self) -> None:
-        self._under_way: dict[int, ShardProgress] = {}
+        self._in_progress: dict[int, ShardProgress] = {}
         self._attempts: Counter[int] = Counter()
         self._stop_at: float | None = None
 
     def begin(self, shard: int, worker: str) -> ShardAssignment:
-        """A worker takes a shard up, unless it is told to stop. Counts attempts, also of workers that died."""
+        """Assign a shard to a worker, unless the job is draining. Counts attempts, those of dead workers too."""
         if self._stop_at is not None:
-            return ShardAssignment(self._attempts[shard], self._left())
+            return ShardAssignment(self._attempts[shard], self._seconds_left())
         self._attempts[shard] += 1
-        self._under_way[shard] = ShardProgress(shard, worker, time.time(), 0)
-        return ShardAssignment(self._attempts[shard], self._left())
+        self._in_progress[shard] = ShardProgress(shard, worker, time.time(), 0)
+        return ShardAssignment(self._attempts[shard], self._seconds_left())
 
     def report_images(self, shard: int, done: int) -> ShardAssignment:
-        """A worker has sampled `done` images of a shard."""
-        known = self._under_way.get(shard)
+        """Record that a worker has sampled `done` images of a shard."""
+        known = self._in_progress.get(shard)
         if known is not None:
-            self._under_way[shard] = ShardProgress(shard, known.worker, known.began_at, done)
-        return ShardAssignment(self._attempts[shard], self._left())
+            self._in_progress[shard] = ShardProgress(shard, known.worker, known.began_at, done)
+        return ShardAssignment(self._attempts[shard], self._seconds_left())
 
     def end(self, shard: int) -> None:
-        """A worker is through with a shard, one way or another."""
-        self._under_way.pop(shard, None)
+        """Forget a shard: its worker has finished it or given it up."""
+        self._in_progress.pop(shard, None)
 
     def drain(self, seconds: float) -> None:
-        """From now on nothing new is begun, and what is under way ends within `seconds`."""
+        """Begin no more shards; those in progress must end within `seconds`."""
         if self._stop_at is None:
             self._stop_at = time.monotonic() + seconds
 
     def in_progress(self) -> list[ShardProgress]:
-        """Shards under way, by number."""
-        return [self._under_way[number] for number in sorted(self._under_way)]
+        """Shards in progress, by number."""
+        return [self._in_progress[number] for number in sorted(self._in_progress)]
 
-    def _left(self) -> float | None:
+    def _seconds_left(self) -> float | None:
         return None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())

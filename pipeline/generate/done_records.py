@@ -1,73 +1,70 @@
-"""Done-records: the proof beside a finished shard."""
+"""Done-records: the JSON document that proves a shard, and sums over many of them."""
 
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.config.base import Settings
 from pipeline.config.bounds import Bytes, Count, Date, Key, Label, Name, Number, Seconds, Sha256, Text
-from pipeline.config.json_document import parse_document
 from pipeline.data.formats.image_stats import ImageStats
 from pipeline.errors import DamageError
 from pipeline.generate.plan import Shard
 from pipeline.generate.spec import Spec
-from pipeline.store import Store
+
+_ABSENT = -1
+_HASH_BYTES = 32  # of a sha256
 
 
 class Times(Settings):
-    """How a shard came to be. The only part of a record that another run of the same work would write otherwise."""
+    """When and where a shard was made: the only part of a record that differs between runs of the same spec."""
 
     finished_at: Date
     """Seconds since 1970 (UTC) at which the record was written."""
     seconds: Seconds
-    """Time the device spent on the shard."""
+    """Device time."""
     upload_seconds: Seconds
-    """Time from the last sample to the stored object: encoding that had not finished, packing, upload."""
+    """Time from the last sample to the stored object: remaining encoding, packing, upload."""
     attempt: Number
-    """1 for a shard that was finished at the first try."""
+    """1 if the first attempt succeeded."""
     worker: Name
-    """Host and process that made it."""
+    """Host and process that made the shard."""
     micro_batch: Number
-    """Samples the network saw at once; less than the spec's batch size after the device ran out of memory."""
+    """Samples per network call; below the spec's batch size after the device ran out of memory."""
     software: Text
-    """Versions of what rounds and encodes: torch, Pillow, numpy, and the CPU's or GPU's kind."""
+    """Versions of torch, Pillow and numpy, and the kind of CPU or GPU: what rounding and encoding depend on."""
 
 
 class DoneRecord(Settings):
-    """What a finished shard holds."""
+    """Content of a finished shard."""
 
     format: Literal[1] = 1
     """Version of the layout of a generation."""
     spec_digest: Sha256
-    """The generation it belongs to."""
+    """Digest of the generation's spec."""
     key: Key
     """Key of the shard."""
     first_index: Count
     """Index of its first sample."""
     count: Count
-    """Samples in it."""
+    """Number of samples."""
     bytes: Bytes
     """Size of the object."""
     sha256: Sha256
     """Hex digest of the object."""
     tally: ImageStats
-    """What its images add up to."""
+    """Statistics of its images."""
     classes: dict[Label, Count] | None
     """Samples of each label; None without classes."""
     features: dict[str, Any] | None = None
-    """Sums of the evaluation network's features; None while nobody has computed them."""
+    """Sums of the evaluation network's features; None if they were not computed."""
     times: Times
-    """How it came to be."""
-
-
-def read_record(store: Store, spec: Spec, unit: Shard) -> DoneRecord:
-    """The done-record of a shard. DamageError when it is none, or that of other work."""
-    where = f"{store.uri}/{unit.done_key}"
-    record = parse_document(DoneRecord, store.read(unit.done_key), where, "a done-record")
-    check_record(record, spec, unit, where)
-    return record
+    """When and where it was made."""
 
 
 def check_record(record: DoneRecord, spec: Spec, unit: Shard, where: str) -> None:
-    """DamageError unless the record is about this shard of this generation."""
+    """DamageError unless the record describes this shard of this generation."""
     expected = (spec.digest, unit.key, unit.first, unit.count)
     found = (record.spec_digest, record.key, record.first_index, record.count)
     names = ("spec_digest", "key", "first_index", "count")
@@ -75,10 +72,57 @@ def check_record(record: DoneRecord, spec: Spec, unit: Shard, where: str) -> Non
         if wanted != got:
             raise DamageError(f"{where}: {name} is {got}, but the plan says {wanted}")
     values = unit.count * spec.size**2
-    tally, classes = record.tally, record.classes
-    if (tally.images, tally.values, len(tally.sums)) != (unit.count, values, spec.channels):
-        raise DamageError(f"{where}: tally is not that of {unit.count} images of this size")
+    stats, classes = record.tally, record.classes
+    if (stats.images, stats.values, len(stats.sums)) != (unit.count, values, spec.channels):
+        raise DamageError(f"{where}: tally does not describe {unit.count} images of this size")
     if (classes is None) != (spec.classes is None) or sum(
         (classes or {0: unit.count}).values()
     ) != unit.count:
         raise DamageError(f"{where}: classes do not add up to {unit.count}")
+
+
+@dataclass
+class RecordAggregate:
+    """Sums over done-records, with the size and hash of each shard: about 40 bytes of memory per shard."""
+
+    stats: ImageStats = field(default_factory=ImageStats)
+    """Statistics of all images."""
+    classes: Counter[int] = field(default_factory=Counter[int])
+    """Samples of each label."""
+    seconds: float = 0.0
+    """Device time of all shards."""
+    num_shards: int = 0
+    """Shards added."""
+    _sizes: "array[int]" = field(default_factory=lambda: array("q"))
+    _hashes: bytearray = field(default_factory=bytearray)
+
+    def __contains__(self, number: int) -> bool:
+        return number < len(self._sizes) and self._sizes[number] != _ABSENT
+
+    def __iter__(self) -> Iterator[int]:
+        """Numbers of the added shards, ascending."""
+        return (number for number, size in enumerate(self._sizes) if size != _ABSENT)
+
+    def row(self, number: int) -> tuple[int, str]:
+        """Size and sha256 of an added shard."""
+        return self._sizes[number], self._hashes[_HASH_BYTES * number : _HASH_BYTES * (number + 1)].hex()
+
+    def add(self, number: int, record: DoneRecord) -> None:
+        """Add a shard's record; a shard that was added before is ignored."""
+        if number in self:
+            return
+        missing = number + 1 - len(self._sizes)
+        if missing > 0:
+            self._sizes.extend([_ABSENT] * missing)
+            self._hashes.extend(bytes(_HASH_BYTES * missing))
+        self._sizes[number] = record.bytes
+        self._hashes[_HASH_BYTES * number : _HASH_BYTES * (number + 1)] = bytes.fromhex(record.sha256)
+        self.num_shards += 1
+        self.stats = self.stats + record.tally
+        self.classes.update(record.classes or {})
+        self.seconds += record.times.seconds
+
+    @property
+    def images(self) -> int:
+        """Samples in the added shards."""
+        return self.stats.images

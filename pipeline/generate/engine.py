@@ -1,4 +1,4 @@
-"""The engine: a network, its process and a device, turned into a function from sample indexes to uint8 images."""
+"""The engine: a function from sample indexes to uint8 images, made of a network, its diffusion process and a device."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Engine:
-    """Samples batches of one generation. Not for several threads at once."""
+    """Samples batches of one generation. Not thread-safe."""
 
     def __init__(self, spec: Spec, net: nn.Module, card: ModelCard) -> None:
         """`net` is on the spec's device and in eval mode."""
@@ -31,7 +31,7 @@ class Engine:
         self.micro_batch = spec.batch_size
         self._schedule = NoiseSchedule.from_config(card.schedule)
         self._device = torch.device(spec.device)
-        # The layout in which convolutions read and write without rearranging.
+        # Convolutions run in this layout without rearranging memory.
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks this form
         self._net = _LowPrecision(net, spec) if spec.dtype != "float32" else net
         if spec.compile:
@@ -40,8 +40,8 @@ class Engine:
     def images(self, index: Tensor, on_step: OnStep | None = None) -> Pixels:
         """Images uint8 (B, H, W, C) of the samples `index` int64 (B,). GuardTripped at NaN or infinity.
 
-        When the device runs out of memory the batch is halved, for this call and all later ones. A sample's
-        noise is a function of its index, so it stays; only the network's rounding may differ.
+        When the device runs out of memory the batch is halved, for this call and all later ones. A sample's noise is a
+        function of its index, so it does not change; only the network's rounding may.
         """
         parts: list[Tensor] = []
         start = 0
@@ -56,7 +56,7 @@ class Engine:
             else:
                 start += len(part)
                 continue
-            # Outside the handler, for the exception's traceback holds the tensors that filled the memory.
+            # Outside the handler: the exception's traceback holds the tensors that filled the memory.
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
         return np.ascontiguousarray(torch.cat(parts).permute(0, 2, 3, 1).numpy())
@@ -87,9 +87,9 @@ class Engine:
 
 
 def set_up_torch(spec: Spec) -> None:
-    """Make this process compute as the spec says: fixed threads, no choice of algorithm by speed.
+    """Configure torch in this process for reproducible sampling: fixed threads, no choice of algorithm by speed.
 
-    Compiled code is kept in `compiled_code_folder`, so that only the first worker of a machine waits for it.
+    Compiled code is cached in `compiled_code_folder`, so that only the first worker of a machine compiles.
     """
     if spec.compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_code_folder()))
@@ -102,19 +102,19 @@ def set_up_torch(spec: Spec) -> None:
 
 
 def compiled_code_folder() -> Path:
-    """Where compiled networks are kept unless TORCHINDUCTOR_CACHE_DIR names another folder."""
+    """Cache of compiled networks, unless TORCHINDUCTOR_CACHE_DIR names another folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-pipeline" / "compiled"
 
 
 def software(spec: Spec) -> str:
-    """What a sample's bytes may depend on beside the spec, for the records."""
+    """Versions and hardware that a sample's bytes may depend on beside the spec, for the records."""
     chip = torch.cuda.get_device_name() if spec.device == "cuda" else torch.backends.cpu.get_cpu_capability()
     versions = f"torch {torch.__version__}, numpy {np.__version__}, Pillow {PIL.__version__}"
     return f"{versions}, {platform.machine()} {chip}"
 
 
 class _LowPrecision(nn.Module):
-    """A network whose arithmetic runs in the spec's precision and whose answer is float32."""
+    """A network that computes in the spec's precision and returns float32."""
 
     def __init__(self, net: nn.Module, spec: Spec) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A generation's MLflow run: one a generation, however often it is interrupted or extended."""
+"""The MLflow run of a generation: the same one, however often the generation is interrupted or extended."""
 
 import time
 
@@ -28,7 +28,7 @@ _POINT_SECONDS = 5.0
 
 
 class GenerationRun:
-    """Reports a generation to MLflow, or to nobody when tracking is off. Never holds up the work."""
+    """Logs a generation to MLflow; does nothing if tracking is off. Never blocks the work."""
 
     def __init__(self, config: GenerateConfig, spec: Spec, model: ResolvedModel) -> None:
         self._config = config
@@ -48,7 +48,7 @@ class GenerationRun:
             config_yaml=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
             description=_description(config, spec),
             color=track.color,
-            reopen_finished=True,  # a larger count, or a loss made good, goes on in the same run
+            reopen_finished=True,  # a larger count or a repair continues the same run
         )
         if model.version is not None:
             link_model(self._run.run_id, resolve(f"{model.name}/{model.version}"))
@@ -62,11 +62,11 @@ class GenerationRun:
 
     @property
     def url(self) -> str | None:
-        """Where a person opens the run; None without tracking."""
+        """The run's web page; None without tracking."""
         return None if self._run is None else self._run.url
 
-    def progress(self, images_done: int, images_per_second: float, failed: int, workers: int) -> None:
-        """How far the generation is; points are kept every few seconds, the step being images done."""
+    def progress(self, images_done: int, images_per_second: float, failed: int, in_progress: int) -> None:
+        """Log progress, every few seconds at most; the step is the number of images done."""
         if self._spool is None or time.monotonic() < self._next_point:
             return
         self._next_point = time.monotonic() + _POINT_SECONDS
@@ -75,12 +75,12 @@ class GenerationRun:
             "progress/share": images_done / self._spec.count,
             "progress/failed_shards": float(failed),
             "perf/images_per_s": images_per_second,
-            "perf/shards_under_way": float(workers),
+            "perf/shards_under_way": float(in_progress),
         }
         self._spool.metrics(images_done, points)
 
     def complete(self, manifest: Manifest, sheet: bytes, report: bytes) -> None:
-        """The contact sheet, the report and the statistics of a complete generation."""
+        """Log the contact sheet, the report and the statistics of a complete generation."""
         if self._spool is None or self._run is None:
             return
         statistics = manifest.statistics
@@ -96,31 +96,30 @@ class GenerationRun:
         self._spool.image("contact-sheet", manifest.count, sheet)
         self._spool.artifact(CONTACT_KEY, sheet)
         self._spool.artifact(REPORT_KEY, report)
-        facts = manifest.model_dump(mode="json")
-        self._spool.artifact("summary.json", pretty(facts))
-        shown = image_markdown(self._run.run_id, CONTACT_KEY, "contact sheet")
-        describe(self._run.run_id, f"{_description(self._config, self._spec)}\n\n{shown}")
+        self._spool.artifact("summary.json", pretty(manifest.model_dump(mode="json")))
+        image = image_markdown(self._run.run_id, CONTACT_KEY, "contact sheet")
+        describe(self._run.run_id, f"{_description(self._config, self._spec)}\n\n{image}")
 
     def leave(self) -> None:
-        """Deliver what is left; the run is that of another job, too, which goes on."""
+        """Deliver pending metrics and leave the run open for another job of the same generation."""
         if self._spool is not None and self._config.track is not None:
             self._spool.close(self._config.track.close_timeout_seconds)
 
     def end(self, finished: bool, killed: bool = False, reason: str | None = None) -> None:
-        """Deliver what is left and close the run."""
+        """Deliver pending metrics and close the run."""
         self.leave()
         if self._run is not None:
             finish(self._run.run_id, "FINISHED" if finished else "KILLED" if killed else "FAILED", reason)
 
 
 def require_tracking(config: GenerateConfig) -> None:
-    """UserError unless the tracking server, if one is wanted, answers."""
+    """UserError if tracking is on and the tracking server does not answer."""
     if config.track is None:
         return
     try:
         require_server()
     except UserError as error:
-        raise type(error)(f"{error}; or set track=null to do without tracking") from None
+        raise type(error)(f"{error}; or set track=null to run without tracking") from None
 
 
 def _name(config: GenerateConfig, spec: Spec) -> str:

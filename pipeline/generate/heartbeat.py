@@ -1,4 +1,4 @@
-"""Heartbeats: a job's word, beside its output, on how it is doing; gone when the generation is complete."""
+"""Heartbeats: each job's progress, stored beside its output; deleted when the generation is complete."""
 
 import logging
 import socket
@@ -25,27 +25,27 @@ STALE_AFTER_SECONDS = 60.0
 
 
 class ShardInProgress(Settings):
-    """A shard that a worker is at."""
+    """A shard that a worker is sampling."""
 
     shard: Name
     """Name of the shard."""
     worker: Name
     """Host and process."""
     seconds: Seconds
-    """Time since it was begun."""
+    """Time since the worker began it."""
     images: Count
-    """Samples of it that are sampled."""
+    """Samples finished so far."""
 
 
 class Heartbeat(Settings):
-    """How one job at a prefix is doing."""
+    """Progress of one job at a prefix."""
 
     job: Name
     """Identifies the job."""
     spec_digest: Sha256
     """The generation it works on."""
     state: Name
-    """`running`, or how the job ended, in the words of GenerationResult.status."""
+    """`running`, or how the job ended: a value of GenerationResult.status."""
     host: Name
     """Where the job's driver runs."""
     began_at: Date
@@ -57,18 +57,18 @@ class Heartbeat(Settings):
     images_per_second: Annotated[float, Field(ge=0)]
     """Mean over the job's life."""
     under_way: tuple[ShardInProgress, ...]
-    """Shards its workers are at."""
+    """Shards that its workers are sampling."""
     failed: dict[Name, Text]
-    """Shards given up or to be tried again, with the last error."""
+    """Failed shards, with their last error; some may be retried."""
 
     @property
     def alive(self) -> bool:
-        """Whether the job says it runs and has said so lately."""
+        """Whether the job was running a minute ago or less."""
         return self.state == "running" and time.time() - self.updated_at < STALE_AFTER_SECONDS
 
 
 def new_job_id() -> str:
-    """A name that no other job has, in order of time."""
+    """A unique name; names sort by time."""
     return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
 
 
@@ -79,10 +79,10 @@ def make_heartbeat(
     *,
     began_at: Date,
     images_made: int,
-    under_way: Sequence[ShardProgress],
+    in_progress: Sequence[ShardProgress],
     failed: dict[str, str],
 ) -> Heartbeat:
-    """What a driver has to say at this moment."""
+    """The heartbeat of a job now."""
     now = time.time()
     units = [
         ShardInProgress(
@@ -91,7 +91,7 @@ def make_heartbeat(
             seconds=max(0.0, now - unit.began_at),
             images=unit.images,
         )
-        for unit in under_way
+        for unit in in_progress
     ]
     return Heartbeat(
         job=job,
@@ -113,8 +113,8 @@ def write_heartbeat(store: Store, beat: Heartbeat) -> None:
 
 
 def read_heartbeats(store: Store) -> list[Heartbeat]:
-    """Heartbeats of all jobs at the prefix, oldest first. One that is none is left out, with a warning."""
-    return [beat for _, beat in _found(store) if beat is not None]
+    """Heartbeats of all jobs at the prefix, oldest first. Malformed ones are skipped with a warning."""
+    return [beat for _, beat in _read_all(store) if beat is not None]
 
 
 def clear_heartbeats(store: Store) -> None:
@@ -124,8 +124,8 @@ def clear_heartbeats(store: Store) -> None:
 
 
 def clear_ended(store: Store) -> None:
-    """Delete the heartbeats of jobs that have ended, and what is no heartbeat."""
-    for key, beat in _found(store):
+    """Delete the heartbeats of ended jobs, and malformed ones."""
+    for key, beat in _read_all(store):
         if beat is None or not beat.alive:
             store.delete(key)
 
@@ -135,7 +135,7 @@ def delete_heartbeat(store: Store, job: str) -> None:
     store.delete(f"{JOBS_PREFIX}{job}.json")
 
 
-def _found(store: Store) -> Iterator[tuple[str, Heartbeat | None]]:
+def _read_all(store: Store) -> Iterator[tuple[str, Heartbeat | None]]:
     for info in list(store.list(JOBS_PREFIX)):
         try:
             yield (
@@ -143,7 +143,7 @@ def _found(store: Store) -> Iterator[tuple[str, Heartbeat | None]]:
                 parse_document(Heartbeat, store.read(info.key), f"{store.uri}/{info.key}", "a heartbeat"),
             )
         except ObjectMissing:
-            continue  # its job has just completed the generation
+            continue  # its job has just deleted it
         except DamageError as error:
-            _log.warning("left out: %s", error)
+            _log.warning("skipped: %s", error)
             yield info.key, None

@@ -1,7 +1,7 @@
-"""The manifest: the proof that a generation is complete. Written last, replaced whole, never edited.
+"""The manifest: the proof that a generation is complete. Written last, replaced as a whole, never edited.
 
-One JSON document, laid out so that nobody need hold it whole: first what is told of the generation, then the shards,
-a line each. Of a million shards these are 160 MB.
+One JSON document in a fixed layout, so that it can be read as a stream: first the facts about the generation, then one
+line per shard. A million shards take 160 MB.
 """
 
 import tempfile
@@ -16,8 +16,8 @@ from pipeline.config.base import Settings
 from pipeline.config.bounds import MAX_SHARDS, Bytes, Count, Date, Key, Label, Name, Seconds, Sha256
 from pipeline.config.json_document import parse_document
 from pipeline.errors import DamageError
+from pipeline.generate.done_records import RecordAggregate
 from pipeline.generate.layout import MANIFEST_KEY
-from pipeline.generate.listing import RecordAggregate
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.spec import Spec, canonical, pretty
 from pipeline.store import ObjectMissing, Store
@@ -45,63 +45,63 @@ class ManifestShard(Settings):
 
 
 class Statistics(Settings):
-    """What the whole generation adds up to."""
+    """Statistics of all images."""
 
     channel_mean: tuple[Level, ...]
     """Mean of each channel, uint8 levels."""
     channel_std: tuple[Level, ...]
     """Standard deviation of each channel, uint8 levels."""
     constant: Count
-    """Images of one flat colour."""
+    """Images with one value per channel."""
     saturated: Count
-    """Images of nothing but 0 and 255."""
+    """Images whose values are all 0 or 255."""
     classes: dict[Label, Count] | None
     """Samples of each label; None without classes."""
 
 
 class ManifestTimes(Settings):
-    """The only part of a manifest that another run of the same work would write otherwise."""
+    """The only part of a manifest that differs between runs of the same spec."""
 
     finished_at: Date
     """Seconds since 1970 (UTC)."""
     device_seconds: Seconds
-    """Device time of all shards, added up."""
+    """Device time of all shards."""
 
 
 class Manifest(Settings):
-    """What is told of a complete generation, before its shards: who sees this object sees all of them."""
+    """The head of a manifest. If it exists, all shards exist."""
 
     format: Literal[1] = 1
     """Version of the layout of a generation."""
     spec_digest: Sha256
-    """Names the generation."""
+    """Digest of the spec."""
     spec: Spec
-    """What determined its bits, the model's version and hash among it."""
+    """What determined its bits, including the model's version and hash."""
     count: Count
-    """Samples, exactly."""
+    """Exact number of samples."""
     class_names: tuple[Name, ...] | None
     """Names of the labels."""
     num_shards: int = Field(ge=1, le=MAX_SHARDS)
-    """Shards, listed in order of their samples under `shards` in the document; see `read_entries`."""
+    """Number of shards. Their entries follow under `shards`; see `read_entries`."""
     statistics: Statistics
-    """Sums over all images."""
+    """Statistics of all images."""
     times: ManifestTimes
-    """When, and how long."""
+    """When it was finished, and the device time."""
 
 
-def make_manifest(spec: Spec, harvest: RecordAggregate, class_names: tuple[str, ...] | None) -> Manifest:
-    """The manifest of a complete harvest. ValueError when a shard or a sample is lacking."""
-    if harvest.num_shards != num_shards(spec) or harvest.images != spec.count:
+def make_manifest(spec: Spec, aggregate: RecordAggregate, class_names: tuple[str, ...] | None) -> Manifest:
+    """The manifest of all done-records. ValueError when a shard or a sample is missing."""
+    if aggregate.num_shards != num_shards(spec) or aggregate.images != spec.count:
         raise ValueError(
-            f"harvest holds {harvest.num_shards} shards and {harvest.images} samples, the plan "
+            f"the records hold {aggregate.num_shards} shards and {aggregate.images} samples, the plan "
             f"{num_shards(spec)} and {spec.count}"
         )
     statistics = Statistics(
-        channel_mean=harvest.tally.mean,
-        channel_std=harvest.tally.std,
-        constant=harvest.tally.constant,
-        saturated=harvest.tally.saturated,
-        classes=dict(sorted(harvest.classes.items())) if spec.classes is not None else None,
+        channel_mean=aggregate.stats.mean,
+        channel_std=aggregate.stats.std,
+        constant=aggregate.stats.constant,
+        saturated=aggregate.stats.saturated,
+        classes=dict(sorted(aggregate.classes.items())) if spec.classes is not None else None,
     )
     return Manifest(
         spec_digest=spec.digest,
@@ -110,19 +110,19 @@ def make_manifest(spec: Spec, harvest: RecordAggregate, class_names: tuple[str, 
         class_names=class_names,
         num_shards=num_shards(spec),
         statistics=statistics,
-        times=ManifestTimes(finished_at=time.time(), device_seconds=harvest.seconds),
+        times=ManifestTimes(finished_at=time.time(), device_seconds=aggregate.seconds),
     )
 
 
-def make_entries(spec: Spec, harvest: RecordAggregate) -> Iterator[ManifestShard]:
-    """Every shard of a complete harvest, in order of its samples."""
+def make_entries(spec: Spec, aggregate: RecordAggregate) -> Iterator[ManifestShard]:
+    """The manifest's entries, one per shard, in order."""
     for number in range(num_shards(spec)):
-        unit, (size, sha256) = shard(spec, number), harvest.row(number)
+        unit, (size, sha256) = shard(spec, number), aggregate.row(number)
         yield ManifestShard(key=unit.key, first_index=unit.first, count=unit.count, bytes=size, sha256=sha256)
 
 
 def write_manifest(store: Store, manifest: Manifest, entries: Iterable[ManifestShard]) -> None:
-    """Publish a generation."""
+    """Write the manifest of a complete generation."""
     with tempfile.TemporaryDirectory(prefix="ddpm-manifest-") as scratch:
         path = Path(scratch) / MANIFEST_KEY
         with path.open("wb") as file:
@@ -134,7 +134,7 @@ def write_manifest(store: Store, manifest: Manifest, entries: Iterable[ManifestS
 
 
 def read_manifest(store: Store) -> Manifest | None:
-    """The manifest at a prefix, without its shards, or None. DamageError when the object is none."""
+    """The head of the manifest at a prefix, or None. DamageError when the object is not a manifest."""
     try:
         with store.open(MANIFEST_KEY) as file:
             return _head(file, f"{store.uri}/{MANIFEST_KEY}")
@@ -143,7 +143,7 @@ def read_manifest(store: Store) -> Manifest | None:
 
 
 def read_entries(store: Store) -> Iterator[ManifestShard]:
-    """Every shard that the manifest at a prefix lists, in order. DamageError when one is lacking or is none."""
+    """The shards listed by the manifest at a prefix, in order. DamageError when one is missing or malformed."""
     where = f"{store.uri}/{MANIFEST_KEY}"
     with store.open(MANIFEST_KEY) as file:
         for place in range(_head(file, where).num_shards):

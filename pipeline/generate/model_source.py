@@ -1,4 +1,4 @@
-"""Finding the network of a generation: a folder, or a version in the registry, pinned once by the driver."""
+"""Finds the network of a generation: a folder, or a version in the registry that the driver pins once."""
 
 import hashlib
 import tempfile
@@ -14,7 +14,7 @@ from pipeline.nets.model_files import CARD_FILE, read_model
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A network, pinned: its card, its weights' bytes, and where it comes from."""
+    """A pinned network: its card, the bytes of its weights, and its origin."""
 
     card: ModelCard
     weights: bytes
@@ -28,7 +28,7 @@ class ResolvedModel:
 
 
 def resolve_model(config: GenerateConfig) -> tuple[ResolvedModel, Spec]:
-    """The network that a generation asks for, and the spec that follows. UserError when the two do not fit."""
+    """The network that a generation's settings name, and the spec that follows. UserError if they do not match."""
     model = find_model(config.model)
     device = "cuda" if config.gpus_per_worker else "cpu"
     spec = make_spec(
@@ -43,7 +43,7 @@ def resolve_model(config: GenerateConfig) -> tuple[ResolvedModel, Spec]:
 
 
 def find_model(reference: str) -> ResolvedModel:
-    """Resolve `name@alias`, `name/version` or a folder. UserError: there is none; DamageError: it is torn."""
+    """Resolve `name@alias`, `name/version` or a folder. UserError if there is none; DamageError if it is damaged."""
     folder = Path(reference)
     if (folder / CARD_FILE).exists():
         return _read(folder, "local", None, None)
@@ -51,13 +51,13 @@ def find_model(reference: str) -> ResolvedModel:
         raise UserError(f"model: {reference} is a folder without {CARD_FILE}; name one that holds a model")
     if reference.startswith((".", "/", "~")) or not ("@" in reference or "/" in reference):
         raise UserError(
-            f"model: {reference} is no folder with {CARD_FILE}; write name@alias, name/version or such a folder"
+            f"model: {reference} is not a folder with {CARD_FILE}; use name@alias, name/version or such a folder"
         )
     return _from_registry(reference)
 
 
 def registered_name(reference: str) -> str | None:
-    """The registered model that a reference as in `find_model` is about; None for a folder."""
+    """The name of the registered model in a reference as for `find_model`; None for a folder."""
     if (Path(reference) / CARD_FILE).exists() or reference.startswith((".", "/", "~")):
         return None
     return reference.removeprefix("models:/").partition("@")[0].partition("/")[0]

@@ -1,17 +1,18 @@
 """The plan: a spec cut into shards and batches by arithmetic alone.
 
-Shard k holds the samples at offsets [k·S, (k+1)·S) from the first index, S being the shard size. The last shard
-may hold fewer; it is then a *tail* and carries its count in its key, `000009-0500`. Raising the count later
-makes the full shard `000009` beside it, and the tail is deleted only after the new manifest stands: no object
-that a manifest names ever changes.
+Shard k holds the samples at offsets [k·S, (k+1)·S) from the first index, where S is the shard size. The last shard
+may hold fewer; it is then a *tail* and has its count in its key, `000009-0500`. Raising the count later adds the full
+shard `000009`, and the tail is deleted only after the new manifest is written: no object that a manifest names ever
+changes.
 
-The batches of a shard are the same whatever the count: a tail's last batch is computed whole, and what lies
-beyond the count is thrown away. So each sample is always computed in the same company, and its bytes depend on
-the spec's digest and its index only.
+The batches of a shard do not depend on the count: a tail's last batch is sampled whole, and samples beyond the count
+are dropped. So each sample is always computed in the same batch, and its bytes depend only on the spec's digest and
+its index.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from pipeline.config.bounds import MAX_IMAGES, MAX_SHARDS
 from pipeline.generate.layout import DONE_PREFIX, SHARD_PREFIX
@@ -45,7 +46,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Samples the network sees at once: [first, first + size), of which the first `keep` are wanted."""
+    """Samples of one network call: [first, first + size), of which the first `keep` are stored."""
 
     first: int
     size: int
@@ -53,7 +54,7 @@ class SampleBatch:
 
     @property
     def samples(self) -> range:
-        """Indexes of all its samples, unwanted ones included."""
+        """Indexes of all its samples, including those that are dropped."""
         return range(self.first, self.first + self.size)
 
 
@@ -63,7 +64,7 @@ def num_shards(spec: Spec) -> int:
 
 
 def shard(spec: Spec, number: int) -> Shard:
-    """Shard `number`. ValueError when the plan has no such shard."""
+    """Shard `number`. ValueError if the plan has no such shard."""
     if not 0 <= number < num_shards(spec):
         raise ValueError(f"number must be in 0..{num_shards(spec) - 1}, not {number}")
     start = number * spec.shard_size
@@ -78,14 +79,14 @@ def shards(spec: Spec) -> Iterator[Shard]:
 
 
 def shard_number(name: str) -> int | None:
-    """The number in a shard's name (`000009` or `000009-0500`), or None for a name that is none."""
+    """The number in a shard's name (`000009` or `000009-0500`), or None for any other name."""
     number, _, count = name.partition("-")
     whole = number.isdecimal() and len(number) >= 6 and (not count or count.isdecimal())
     return int(number) if whole and not name.endswith("-") else None
 
 
 def end_of(spec: Spec, name: str) -> int | None:
-    """The smallest count whose plan has a shard of this name, or None for a name that no count's plan has."""
+    """The smallest count whose plan has a shard of this name; None if no plan has."""
     number = shard_number(name)
     if number is None:
         return None
@@ -105,12 +106,12 @@ def batches(spec: Spec, unit: Shard) -> Iterator[SampleBatch]:
 
 
 def locate(spec: Spec, index: int) -> tuple[Shard, SampleBatch]:
-    """The shard and the batch that hold sample `index`. ValueError when the generation does not hold it."""
+    """The shard and the batch that hold sample `index`. ValueError if it is not part of the generation."""
     offset = index - spec.first_index
     if not 0 <= offset < spec.count:
         raise ValueError(
             f"index must be in {spec.first_index}..{spec.first_index + spec.count - 1}, not {index}"
         )
     unit = shard(spec, offset // spec.shard_size)
-    place = (index - unit.first) // spec.batch_size
-    return unit, next(b for number, b in enumerate(batches(spec, unit)) if number == place)
+    number = (index - unit.first) // spec.batch_size
+    return unit, next(islice(batches(spec, unit), number, None))

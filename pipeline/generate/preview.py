@@ -1,4 +1,4 @@
-"""A few images for a look: in this process, without a cluster, into a local folder."""
+"""Samples a few images into a local folder, in this process, without a cluster."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from pipeline.nets.model_files import build_model
 
 @dataclass(frozen=True)
 class SampleResult:
-    """What was drawn."""
+    """Files written by `draw`."""
 
     images: tuple[Path, ...]
-    """One PNG a sample, named by its index."""
+    """One PNG per sample, named by its index."""
     grid: Path
-    """All of them in one picture; with classes, a row a class."""
+    """All samples in one image; with classes, one row per class."""
 
 
 def draw(
@@ -36,11 +36,12 @@ def draw(
     model = find_model(config.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = min(config.batch_size, config.count)
-    told = config.model_dump(exclude={"output", "batch_size"})
-    asked = SpecSettings.model_validate(
-        told | {"batch_size": batch_size, "shard_size": config.count, "cpu_threads": torch.get_num_threads()}
+    chosen = config.model_dump(exclude={"output", "batch_size"})
+    settings = SpecSettings.model_validate(
+        chosen
+        | {"batch_size": batch_size, "shard_size": config.count, "cpu_threads": torch.get_num_threads()}
     )
-    spec = make_spec(asked, model.card, name=model.name, version=model.version, device=device)
+    spec = make_spec(settings, model.card, name=model.name, version=model.version, device=device)
     net = build_model(model.card, model.weights, device, where=config.model)
     engine = Engine(spec, net, model.card)
     images: list[Pixels] = []
@@ -78,5 +79,8 @@ def _sheet(images: list[Pixels], labels: list[int] | None, names: tuple[str, ...
     if labels is None:
         return image_grid(in_rows(images))
     present = sorted(set(labels))
-    rows = [[image for image, own in zip(images, labels, strict=True) if own == label] for label in present]
+    rows = [
+        [image for image, its_label in zip(images, labels, strict=True) if its_label == label]
+        for label in present
+    ]
     return image_grid(rows, [class_name(label, names) for label in present])

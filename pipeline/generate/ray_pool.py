@@ -1,4 +1,4 @@
-"""Ray's part of a generation: an elastic pool of workers that pull shards, and a stream of what became of them."""
+"""An elastic pool of Ray workers that pull shards, and the stream of their outcomes."""
 
 import logging
 import os
@@ -20,17 +20,17 @@ from pipeline.errors import UserError
 from pipeline.generate.coordinator import Coordinator, ShardProgress
 from pipeline.generate.sample_worker import Outcome, SampleWorker, SampleWorkerConfig
 
-# A block a shard is what Ray Data balances by; its bookkeeping grows with blocks, so the plan goes in waves.
+# Ray Data balances by blocks of one shard each; its bookkeeping grows with their number, so the plan is cut in waves.
 WAVE_SHARDS = 5_000
-# One shard on the device, one encoding and uploading.
+# One shard on the device, one being encoded and uploaded.
 SHARDS_PER_WORKER = 2
 CLOSE_SECONDS = 30.0
 GROWS_VARIABLE = "DDPM_CLUSTER_GROWS"
-"""Set where the cluster gets nodes when work waits for them."""
+"""Set on clusters that add nodes when work waits for them."""
 
 
 def require_pool_resources(config: GenerateConfig) -> None:
-    """UserError unless some node of the cluster is large enough for one worker, or a larger one may yet come."""
+    """UserError unless some node of the cluster is large enough for one worker, or the cluster may add one."""
     if os.environ.get(GROWS_VARIABLE):
         return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -41,50 +41,48 @@ def require_pool_resources(config: GenerateConfig) -> None:
         largest = max((node.get(resource, 0) for node in nodes), default=0)
         if wanted > largest:
             raise UserError(
-                f"{field}: a worker asks for {wanted:g}, but the largest node of the cluster has {largest:g}; "
+                f"{field}: a worker needs {wanted:g}, but the largest node of the cluster has {largest:g}; "
                 f"lower it, add a node, or set {GROWS_VARIABLE}=1 if the cluster scales by itself"
             )
 
 
 @dataclass(frozen=True)
 class WorkerPool:
-    """A job's shared things on the cluster: the weights, once, and the board."""
+    """What a job's workers share on the cluster: their settings, the weights and the coordinator."""
 
-    order: SampleWorkerConfig
+    config: SampleWorkerConfig
     weights: Any
-    board: Any
+    coordinator: Any
 
-    def under_way(self) -> list[ShardProgress]:
-        """Shards that workers are at now; empty when the board does not answer."""
+    def in_progress(self) -> list[ShardProgress]:
+        """Shards that workers are sampling now; empty if the coordinator does not answer."""
         try:
-            return ray.get(self.board.in_progress.remote(), timeout=5)
+            return ray.get(self.coordinator.in_progress.remote(), timeout=5)
         except (RayActorError, GetTimeoutError):
             return []
 
     def drain(self, seconds: float) -> None:
-        """Ask every worker to end within `seconds`."""
-        self.board.drain.remote(seconds)
+        """Tell every worker to end within `seconds`."""
+        self.coordinator.drain.remote(seconds)
 
 
-def start_pool(order: SampleWorkerConfig, weights: bytes) -> WorkerPool:
-    """Put the weights into the object store and the board onto the driver's node."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    board: Any = ray.remote(
-        Coordinator
-    )  # options() instead of arguments: Ray's types lag behind its strategies
-    board = board.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
-    return WorkerPool(order, ray.put(weights), board)
+def start_pool(config: SampleWorkerConfig, weights: bytes) -> WorkerPool:
+    """Put the weights into Ray's object store and start the coordinator on the driver's node."""
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor: Any = ray.remote(Coordinator)  # Any: Ray's types lag behind its scheduling strategies
+    coordinator = actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=driver_node).remote()
+    return WorkerPool(config, ray.put(weights), coordinator)
 
 
 class OutcomeStream:
-    """Outcomes of attempts at `numbers`, as they come, from a thread of its own.
+    """Outcomes of attempts at the shards `numbers`, in order of arrival, from a thread of its own.
 
-    The caller polls, so it stays free to watch the clock and signals however long a shard takes.
+    The caller polls, so it can watch the clock and signals however long a shard takes.
     """
 
-    def __init__(self, config: GenerateConfig, crew: WorkerPool, numbers: list[int]) -> None:
+    def __init__(self, config: GenerateConfig, pool: WorkerPool, numbers: list[int]) -> None:
         self._config = config
-        self._crew = crew
+        self._pool = pool
         self._numbers = numbers
         self._queue: queue.Queue[Outcome | BaseException | None] = queue.Queue()
         self._closed = threading.Event()
@@ -92,7 +90,7 @@ class OutcomeStream:
         self._thread.start()
 
     def poll(self, seconds: float) -> list[Outcome] | None:
-        """Outcomes that have come, waiting at most `seconds` for the first; None when no more will."""
+        """Outcomes that have arrived, waiting at most `seconds` for the first; None after the last one."""
         try:
             first = self._queue.get(timeout=seconds)
         except queue.Empty:
@@ -104,7 +102,7 @@ class OutcomeStream:
                 self._queue.put(None)
                 return outcomes or None
             if isinstance(item, BaseException):
-                raise RuntimeError(f"Ray gave up: {' '.join(str(item).split())[:1000]}") from item
+                raise RuntimeError(f"Ray failed: {' '.join(str(item).split())[:1000]}") from item
             outcomes.append(item)
             try:
                 item = self._queue.get_nowait()
@@ -112,9 +110,9 @@ class OutcomeStream:
                 return outcomes
 
     def close(self) -> None:
-        """Take no more outcomes and let Ray end the workers, which it does at the next outcome that comes.
+        """Take no more outcomes and let Ray end the workers, which it does at the next outcome.
 
-        Call it after `WorkerPool.drain`, so that one comes soon: Ray Data's own thread must not outlive the connection.
+        Call it after `WorkerPool.drain`, so that one arrives soon: Ray Data's thread must not outlive the connection.
         """
         self._closed.set()
         self._thread.join(CLOSE_SECONDS)
@@ -123,41 +121,41 @@ class OutcomeStream:
         try:
             for start in range(0, len(self._numbers), WAVE_SHARDS):
                 wave = self._numbers[start : start + WAVE_SHARDS]
-                with closing(_wave(self._config, self._crew, wave)) as outcomes:
+                with closing(_wave(self._config, self._pool, wave)) as outcomes:
                     for outcome in outcomes:
                         self._queue.put(outcome)
                         if self._closed.is_set():
                             return
-        except Exception as error:  # noqa: BLE001 - handed to the thread that polls
+        except Exception as error:  # noqa: BLE001 - raised by `poll`
             self._queue.put(error)
         finally:
             self._queue.put(None)
 
 
-def _wave(config: GenerateConfig, crew: WorkerPool, numbers: list[int]) -> Generator[Outcome]:
+def _wave(config: GenerateConfig, pool: WorkerPool, numbers: list[int]) -> Generator[Outcome]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # A pool counts as busy when every worker has its shards in hand; Ray's own 1.75 asks for more than we ever queue.
+    # A pool is busy when every worker has its shards; Ray's default of 1.75 is more than we ever queue.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 0.95
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that it draws no bars
-    most = config.max_workers or config.num_workers
-    pool = ray.data.ActorPoolStrategy(
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns about disabled bars
+    max_workers = config.max_workers or config.num_workers
+    actors = ray.data.ActorPoolStrategy(
         min_size=min(config.num_workers, len(numbers)),
-        max_size=min(most, len(numbers)),
+        max_size=min(max_workers, len(numbers)),
         max_tasks_in_flight_per_actor=SHARDS_PER_WORKER,
         max_concurrent_calls_per_actor=SHARDS_PER_WORKER,
         enable_true_multi_threading=True,
     )
     units = [{"shard": number} for number in numbers]
     dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-        SampleWorker,  # pyright: ignore[reportArgumentType] - Ray's types know no class with a NumPy batch
-        fn_constructor_args=(crew.order, [crew.weights], crew.board),
+        SampleWorker,  # pyright: ignore[reportArgumentType] - Ray's types lack classes with NumPy batches
+        fn_constructor_args=(pool.config, [pool.weights], pool.coordinator),
         batch_size=1,
         batch_format="numpy",
         num_cpus=config.cpus_per_worker,
         num_gpus=config.gpus_per_worker,
-        compute=pool,
+        compute=actors,
     )
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
         for text in np.asarray(block["outcome"]).tolist():

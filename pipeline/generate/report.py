@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page on a generation. It holds no times: same work, same bytes."""
+"""The report: one self-contained HTML page on a generation. It holds no times: equal specs give equal bytes."""
 
 from collections.abc import Iterator
 
@@ -9,11 +9,11 @@ from pipeline.data.formats.images import decode_image, encode_image
 from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import read_shard
 from pipeline.generate.class_labels import class_name, classes_of
+from pipeline.generate.generation import Generation
 from pipeline.generate.manifest import Statistics
 from pipeline.generate.plan import Shard, locate
 from pipeline.generate.spec import Spec, pretty
 from pipeline.html_page import render_page
-from pipeline.store import Store
 
 COLUMNS = 12
 _MAX_ROWS = 24
@@ -22,51 +22,57 @@ _MAX_SHARDS = 4
 _LOOK_AHEAD = 100_000
 
 
-def chosen(spec: Spec) -> dict[int | None, list[int]]:
+Images = dict[int | None, list[Pixels]]
+"""Images uint8 (H, W, C) by class label; all of them under None without classes."""
+
+
+def shown_samples(spec: Spec) -> dict[int | None, list[int]]:
     """Indexes of the first samples of each class, classes ascending; of all samples under None without classes.
 
-    A function of the spec alone. Samples further than a few shards in are not looked for.
+    A function of the spec alone. Considers only the first few shards.
     """
     reach = min(spec.count, _LOOK_AHEAD, _MAX_SHARDS * spec.shard_size)
     index = torch.arange(spec.first_index, spec.first_index + reach)
     labels = classes_of(spec, index)
     if labels is None:
         return {None: index[: COLUMNS * COLUMNS // 2].tolist()}
-    wanted = sorted(set(labels.tolist()))[:_MAX_ROWS]
-    return {label: index[labels == label][:COLUMNS].tolist() for label in wanted}
+    shown = sorted(set(labels.tolist()))[:_MAX_ROWS]
+    return {label: index[labels == label][:COLUMNS].tolist() for label in shown}
 
 
-def load_images(store: Store, spec: Spec) -> dict[int | None, list[Pixels]]:
-    """The chosen samples' images uint8 (H, W, C), read back from the stored shards."""
-    picked = chosen(spec)
-    images = dict(_images(store, spec, sorted(i for part in picked.values() for i in part)))
-    return {label: [images[index] for index in part] for label, part in picked.items()}
+def load_images(generation: Generation) -> Images:
+    """The images of the shown samples, read from the stored shards."""
+    shown = shown_samples(generation.spec)
+    images = dict(_read_images(generation, sorted(index for part in shown.values() for index in part)))
+    return {label: [images[index] for index in part] for label, part in shown.items()}
 
 
-def grid_rows(gallery: dict[int | None, list[Pixels]]) -> list[list[Pixels]]:
-    """A gallery as rows of a grid: one a class, or of a fixed length without classes."""
-    if None in gallery:
-        images = gallery[None]
-        return [images[start : start + COLUMNS] for start in range(0, len(images), COLUMNS)]
-    return list(gallery.values())
+def grid_rows(images: Images) -> list[list[Pixels]]:
+    """The rows of a grid: one per class, or rows of fixed length without classes."""
+    if None in images:
+        unlabeled = images[None]
+        return [unlabeled[start : start + COLUMNS] for start in range(0, len(unlabeled), COLUMNS)]
+    return list(images.values())
 
 
-def row_labels(gallery: dict[int | None, list[Pixels]], names: tuple[str, ...] | None) -> list[str] | None:
-    """The rows' names, long ones cut, or None without classes."""
-    if None in gallery:
+def row_labels(images: Images, names: tuple[str, ...] | None) -> list[str] | None:
+    """The rows' class names, shortened to fit, or None without classes."""
+    if None in images:
         return None
-    told = [class_name(label, names) for label in gallery if label is not None]
-    return [name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…" for name in told]
+    labels = [class_name(label, names) for label in images if label is not None]
+    return [name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…" for name in labels]
 
 
-def _images(store: Store, spec: Spec, indexes: list[int]) -> Iterator[tuple[int, Pixels]]:
-    wanted: dict[Shard, set[str]] = {}
+def _read_images(generation: Generation, indexes: list[int]) -> Iterator[tuple[int, Pixels]]:
+    spec = generation.spec
+    keys_of_shard: dict[Shard, set[str]] = {}
     for index in indexes:
-        wanted.setdefault(locate(spec, index)[0], set()).add(f"{index:012d}")
-    for unit, keys in wanted.items():
-        for key, files in read_shard(store.read(unit.key), label=f"{store.uri}/{unit.key}"):
+        keys_of_shard.setdefault(locate(spec, index)[0], set()).add(f"{index:012d}")
+    for unit, keys in keys_of_shard.items():
+        data = generation.store.read(unit.key)
+        for key, files in read_shard(data, label=f"{generation.uri}/{unit.key}"):
             if key in keys:
-                yield int(key), decode_image(files[spec.image_format], (spec.size, spec.size, spec.channels))
+                yield int(key), decode_image(files[spec.image_format], spec.image_shape)
 
 
 def render_report(
@@ -74,7 +80,7 @@ def render_report(
     statistics: Statistics,
     class_names: tuple[str, ...] | None,
     sheet: bytes,
-    gallery: dict[int | None, list[Pixels]],
+    images: Images,
 ) -> bytes:
     """The page as bytes. `sheet` is the contact sheet's PNG."""
     version = "" if spec.model.version is None else f" version {spec.model.version}"
@@ -88,9 +94,9 @@ def render_report(
             (class_name(label, class_names), count) for label, count in (statistics.classes or {}).items()
         ],
         class_grids=[
-            (class_name(label, class_names), encode_image(image_grid([images]), "png"))
-            for label, images in gallery.items()
-            if label is not None and images
+            (class_name(label, class_names), encode_image(image_grid([row]), "png"))
+            for label, row in images.items()
+            if label is not None and row
         ],
         spec=pretty(spec.model_dump(mode="json")).decode(),
     )

@@ -1,4 +1,4 @@
-"""The body of a Ray actor that makes shards, and the row it answers with."""
+"""The Ray actor that writes shards, and the row that reports each attempt."""
 
 import logging
 import os
@@ -34,31 +34,31 @@ from pipeline.telemetry.logs import located, name_process, set_up_logging
 from pipeline.telemetry.prometheus import JobMetrics
 
 PAUSES = RetryPolicy(first_pause_seconds=1.0, longest_pause_seconds=30.0)
-# A worker that dies may have been preempted, which says nothing about its shard; only a shard that is begun far
-# more often than it may fail is taken for the cause.
+# A worker that dies may have been preempted, which says nothing about its shard. Only a shard that was begun far more
+# often than it may fail is taken for the cause.
 DEATHS_PER_ATTEMPT = 5
 log = logging.getLogger(__name__)
 Rows = dict[str, npt.NDArray[Any]]
 
 
 class Outcome(Settings):
-    """What became of one attempt at a shard."""
+    """Result of one attempt at a shard."""
 
     shard: int
     """Number of the shard."""
     status: Literal["done", "failed", "guard", "abandoned"]
-    """`guard`: images not worth keeping; `abandoned`: the job is being drained."""
+    """`guard`: worthless images; `abandoned`: the job is draining."""
     record: DoneRecord | None = None
-    """The done-record, if done."""
+    """The done-record, if `done`."""
     error: str | None = None
-    """What went wrong, in one line, if it did."""
+    """The error in one line, if any."""
     worker: str
     """Host and process."""
 
 
 @dataclass(frozen=True)
 class SampleWorkerConfig:
-    """What every worker of a job needs to know. Small: the weights travel through Ray's object store."""
+    """What each worker of a job is started with. Small: the weights travel through Ray's object store."""
 
     spec: Spec
     card: ModelCard
@@ -69,35 +69,35 @@ class SampleWorkerConfig:
 
 
 class SampleWorker:
-    """Loads the network once and makes the shards it is given.
+    """Loads the network once and writes the shards it is given.
 
-    Errors come back as rows: an exception would end the whole job. A worker that fails waits before it takes
-    the next shard, longer each time, so that one broken machine cannot run through the whole plan.
+    Errors are returned as rows: an exception would end the whole job. A worker that fails waits before it takes the
+    next shard, longer each time, so that one broken machine cannot fail the whole plan.
     """
 
-    def __init__(self, order: SampleWorkerConfig, weights: list[Any], board: Any) -> None:
-        """`weights`: a list of one reference to the weights' bytes; `board`: a handle of the Board actor."""
+    def __init__(self, config: SampleWorkerConfig, weights: list[Any], coordinator: Any) -> None:
+        """`weights`: a list of one reference to the weights' bytes; `coordinator`: a handle of that actor."""
         set_up_logging()
-        name_process(run=f"{order.spec.model.name}-{order.spec.digest[:10]}")
-        self.order = order
-        self.board = board
-        self._meters = JobMetrics("generate", order.spec.model.name)
+        name_process(run=f"{config.spec.model.name}-{config.spec.digest[:10]}")
+        self.config = config
+        self.coordinator = coordinator
+        self._metrics = JobMetrics("generate", config.spec.model.name)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._failures = 0
-        self._maker: ShardWriter | None = None
-        self._unfit: str | None = None
+        self._writer: ShardWriter | None = None
+        self._load_error: str | None = None
         try:
-            self._maker = self._load(cast(bytes, ray.get(weights[0])))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is reported with the shards it costs
-            self._unfit = error_line(error)
+            self._writer = self._load(cast(bytes, ray.get(weights[0])))
+        except Exception as error:  # noqa: BLE001 - reported with each shard that fails for it
+            self._load_error = error_line(error)
 
     def _load(self, weights: bytes) -> ShardWriter:
-        order = self.order
-        set_up_torch(order.spec)
-        net = build_model(order.card, weights, order.spec.device, where=f"model {order.spec.model.name}")
-        network = None if order.features is None else FeatureSums(open_network(order.features, ""))
-        engine = Engine(order.spec, net, order.card)
-        return ShardWriter(engine, open_store(order.output), order.guards, network)
+        config = self.config
+        set_up_torch(config.spec)
+        net = build_model(config.card, weights, config.spec.device, where=f"model {config.spec.model.name}")
+        network = None if config.features is None else FeatureSums(open_network(config.features, ""))
+        engine = Engine(config.spec, net, config.card)
+        return ShardWriter(engine, open_store(config.output), config.guards, network)
 
     def __call__(self, rows: Rows) -> Rows:
         """Numbers of shards in column `shard`; outcomes as JSON in column `outcome`."""
@@ -106,10 +106,10 @@ class SampleWorker:
 
     def _attempt(self, number: int) -> Outcome:
         with located(shard=number):
-            outcome = self._outcome(number)
+            outcome = self._try_shard(number)
             level = logging.INFO if outcome.status in ("done", "abandoned") else logging.WARNING
             log.log(level, "shard %d: %s", number, outcome.error or outcome.status)
-        self._meters.add_counted()
+        self._metrics.add_counted()
         if outcome.status == "failed":
             self._failures += 1
             time.sleep(PAUSES.pause_seconds(self._failures))
@@ -117,19 +117,19 @@ class SampleWorker:
             self._failures = 0
         return outcome
 
-    def _outcome(self, number: int) -> Outcome:
-        if self._maker is None:
-            return Outcome(shard=number, status="failed", error=self._unfit, worker=self.name)
-        watch = _Watch(self.board, number)
+    def _try_shard(self, number: int) -> Outcome:
+        if self._writer is None:
+            return Outcome(shard=number, status="failed", error=self._load_error, worker=self.name)
+        report = _ProgressReport(self.coordinator, number)
         try:
-            orders = watch.begin(self.name)
-            if orders.stop_in_seconds is not None:
+            assignment = report.begin(self.name)
+            if assignment.stop_in_seconds is not None:
                 return Outcome(shard=number, status="abandoned", worker=self.name)
-            if orders.attempt > DEATHS_PER_ATTEMPT * self.order.max_attempts:
-                died = f"begun {orders.attempt - 1} times; its workers died"
+            if assignment.attempt > DEATHS_PER_ATTEMPT * self.config.max_attempts:
+                died = f"begun {assignment.attempt - 1} times; its workers died"
                 return Outcome(shard=number, status="failed", error=died, worker=self.name)
-            unit = shard(self.order.spec, number)
-            record = self._maker.write(unit, orders.attempt, watch.should_stop, watch.images)
+            unit = shard(self.config.spec, number)
+            record = self._writer.write(unit, assignment.attempt, report.should_stop, report.images)
             return Outcome(shard=number, status="done", record=record, worker=self.name)
         except ShardCancelled:
             return Outcome(shard=number, status="abandoned", worker=self.name)
@@ -138,53 +138,55 @@ class SampleWorker:
         except Exception as error:  # noqa: BLE001 - reported by the driver, which tries the shard elsewhere
             return Outcome(shard=number, status="failed", error=error_line(error), worker=self.name)
         finally:
-            watch.leave()
+            report.end()
 
 
-class _Watch:
-    """One shard's line on the board. The board may die: work goes on without it."""
+class _ProgressReport:
+    """Reports one shard to the coordinator. If the coordinator dies, work continues without it."""
 
-    def __init__(self, board: Any, number: int) -> None:
-        self._board = board
+    def __init__(self, coordinator: Any, number: int) -> None:
+        self._coordinator = coordinator
         self._number = number
         self._pending: Any = None
         self._stop_at: float | None = None
 
     def begin(self, worker: str) -> ShardAssignment:
         try:
-            return cast(ShardAssignment, ray.get(self._board.begin.remote(self._number, worker), timeout=30))
+            return cast(
+                ShardAssignment, ray.get(self._coordinator.begin.remote(self._number, worker), timeout=30)
+            )
         except (RayActorError, GetTimeoutError):
             return ShardAssignment(attempt=1)
 
     def images(self, done: int) -> None:
-        """Report without waiting; the answer to the last report is read when it is there."""
+        """Report without waiting; the answer to the previous report is read once it has arrived."""
         self._read_answer()
         if self._pending is None:
-            self._pending = self._board.report_images.remote(self._number, done)
+            self._pending = self._coordinator.report_images.remote(self._number, done)
 
     def should_stop(self) -> bool:
         self._read_answer()
         return self._stop_at is not None and time.monotonic() >= self._stop_at
 
-    def leave(self) -> None:
-        self._board.end.remote(self._number)
+    def end(self) -> None:
+        self._coordinator.end.remote(self._number)
 
     def _read_answer(self) -> None:
         if self._pending is None or not ray.wait([self._pending], timeout=0)[0]:
             return
         pending, self._pending = self._pending, None
         try:
-            orders = cast(ShardAssignment, ray.get(pending))
+            assignment = cast(ShardAssignment, ray.get(pending))
         except RayActorError:
             return
-        if orders.stop_in_seconds is not None:
-            self._stop_at = time.monotonic() + orders.stop_in_seconds
+        if assignment.stop_in_seconds is not None:
+            self._stop_at = time.monotonic() + assignment.stop_in_seconds
 
 
 def error_line(error: BaseException) -> str:
-    """An error with the place it comes from, in one line."""
+    """An error and where it was raised, in one line."""
     text = " ".join(str(error).split())[:500]
     if isinstance(error, (UserError, DamageError)):
         return text
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {text} ({os.path.basename(place.filename)}:{place.lineno})"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({os.path.basename(frame.filename)}:{frame.lineno})"

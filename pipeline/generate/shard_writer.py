@@ -1,4 +1,4 @@
-"""Making one shard: sample, encode and upload, record last. Knows nothing of the cluster."""
+"""Writes one shard: samples, encodes and uploads it, then its done-record. Independent of Ray."""
 
 import hashlib
 import json
@@ -22,8 +22,9 @@ from pipeline.data.formats.shards import write_shard
 from pipeline.errors import DamageError
 from pipeline.features.shard_sums import FeatureRecord, FeatureSums, add_records
 from pipeline.generate.class_labels import index_tensor, labels_of
-from pipeline.generate.done_records import DoneRecord, Times, read_record
+from pipeline.generate.done_records import DoneRecord, Times
 from pipeline.generate.engine import Engine, software
+from pipeline.generate.generation import Generation
 from pipeline.generate.guards import GuardTripped, check_guards
 from pipeline.generate.plan import SampleBatch, Shard, batches
 from pipeline.generate.spec import Spec, canonical
@@ -33,20 +34,20 @@ Member = tuple[str, dict[str, bytes]]
 OnImages = Callable[[int], None]
 
 
-class EncodedShard(NamedTuple):
-    """A batch on its way into a shard."""
+class EncodedBatch(NamedTuple):
+    """An encoded batch of a shard."""
 
     members: list[Member]
-    tally: ImageStats
+    stats: ImageStats
     features: FeatureRecord | None
 
 
-class ShardCancelled(Exception):  # noqa: N818 - asked for, not an error
-    """The shard was given up between two batches because the job is being drained. Nothing was written."""
+class ShardCancelled(Exception):  # noqa: N818 - requested, not an error
+    """The shard was cancelled between two batches because the job is draining. Nothing was written."""
 
 
 class ShardWriter:
-    """Makes shards of one generation. Several threads may call `write`: one has the device, the others encode."""
+    """Writes shards of one generation. Several threads may call `write`: one uses the device, the others encode."""
 
     def __init__(
         self, engine: Engine, store: Store, guards: GuardConfig, features: FeatureSums | None = None
@@ -54,8 +55,7 @@ class ShardWriter:
         """`features` adds the sums of a feature network to the done-records."""
         self.features = features
         self.engine = engine
-        self.spec = engine.spec
-        self.store = store
+        self.generation = Generation(store, engine.spec)
         self.guards = guards
         self._device = threading.Lock()
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -70,19 +70,20 @@ class ShardWriter:
         should_stop: Callable[[], bool] = lambda: False,
         on_images: OnImages = lambda done: None,
     ) -> DoneRecord:
-        """Make a shard, or find it made by another job at the same prefix, and return its record.
+        """Sample and store a shard, unless another job at the same prefix has done so; return its record.
 
-        `on_images` is told how many of its images are sampled so far. Raises GuardTripped for images not worth
-        keeping, ShardCancelled when `should_stop` says so between two batches; both leave nothing behind.
+        `on_images` is called with the number of images sampled so far. Raises GuardTripped for worthless images, and
+        ShardCancelled when `should_stop` returns True between two batches; both leave nothing in the store.
         """
-        found = self._made_already(unit)
-        if found is not None:
-            return found
+        spec, store = self.generation.spec, self.generation.store
+        existing = self._existing_record(unit)
+        if existing is not None:
+            return existing
         with self._device:
             began = time.monotonic()
-            parts: list[Future[EncodedShard]] = []
+            parts: list[Future[EncodedBatch]] = []
             done = 0
-            for batch in batches(self.spec, unit):
+            for batch in batches(spec, unit):
                 if should_stop():
                     raise ShardCancelled(unit.key)
                 images = self.engine.images(index_tensor(batch.samples))[: batch.keep]
@@ -92,13 +93,13 @@ class ShardWriter:
             sampled = time.monotonic()
         encoded = [part.result() for part in parts]
         members = [member for part in encoded for member in part.members]
-        total = sum((part.tally for part in encoded), ImageStats())
+        total = sum((part.stats for part in encoded), ImageStats())
         features = [part.features for part in encoded if part.features is not None]
-        fault = check_guards(total, self.guards, comparable_training_data(self.spec, self.engine.card.data))
+        fault = check_guards(total, self.guards, comparable_training_data(spec, self.engine.card.data))
         if fault is not None:
             raise GuardTripped(f"{unit.key}: {fault}")
         data = write_shard(members)
-        retry_during_outage(lambda: self.store.write(unit.key, data))
+        retry_during_outage(lambda: store.write(unit.key, data))
         times = Times(
             finished_at=time.time(),
             seconds=sampled - began,
@@ -110,16 +111,17 @@ class ShardWriter:
         )
         return self._record(unit, data, total, add_records(features) if features else None, times)
 
-    def _made_already(self, unit: Shard) -> DoneRecord | None:
-        """The record of a shard that is whole as far as a look at it tells; a damaged one is made again."""
-        there = self.store.stat(unit.key) if self.store.stat(unit.done_key) is not None else None
-        if there is None:
+    def _existing_record(self, unit: Shard) -> DoneRecord | None:
+        """The record of a stored shard, or None if record or object is missing, damaged, or of another size."""
+        store = self.generation.store
+        stored = store.stat(unit.key) if store.stat(unit.done_key) is not None else None
+        if stored is None:
             return None
         try:
-            record = read_record(self.store, self.spec, unit)
+            record = self.generation.read_record(unit)
         except (DamageError, ObjectMissing):
             return None
-        return record if record.bytes == there.size_bytes else None
+        return record if record.bytes == stored.size_bytes else None
 
     def _record(
         self, unit: Shard, data: bytes, total: ImageStats, features: FeatureRecord | None, times: Times
@@ -132,20 +134,20 @@ class ShardWriter:
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
             tally=total,
-            classes=class_counts(self.spec, unit),
+            classes=class_counts(self.generation.spec, unit),
             features=None if features is None else features.model_dump(mode="json"),
             times=times,
         )
-        proof = canonical(record.model_dump(mode="json"))
-        retry_during_outage(lambda: self.store.write(unit.done_key, proof))
+        document = canonical(record.model_dump(mode="json"))
+        retry_during_outage(lambda: self.generation.store.write(unit.done_key, document))
         return record
 
-    def _encode(self, batch: SampleBatch, images: Pixels) -> EncodedShard:
-        features = None
+    def _encode(self, batch: SampleBatch, images: Pixels) -> EncodedBatch:
+        spec, features = self.generation.spec, None
         if self.features is not None:
-            labels = labels_of(self.spec, batch.samples)
+            labels = labels_of(spec, batch.samples)
             features = self.features.batch(images, None if labels is None else np.array(labels[: batch.keep]))
-        return EncodedShard(members_of(self.spec, self._digest, batch, images), image_stats(images), features)
+        return EncodedBatch(members_of(spec, self._digest, batch, images), image_stats(images), features)
 
 
 def members_of(spec: Spec, digest: str, batch: SampleBatch, images: Pixels) -> list[Member]:
@@ -172,11 +174,11 @@ def class_counts(spec: Spec, unit: Shard) -> dict[int, int] | None:
 
 
 def comparable_training_data(spec: Spec, data: TrainingData) -> TrainingData | None:
-    """The training data's statistics where they are a measure of this generation: all classes, evenly, or none."""
-    chosen = spec.classes is not None and (
+    """The training data's statistics, if the generation has all classes evenly or none; else None: not comparable."""
+    uneven = spec.classes is not None and (
         spec.classes.weights is not None or spec.classes.labels != tuple(range(len(spec.classes.labels)))
     )
-    return None if chosen else data
+    return None if uneven else data
 
 
 def _json(facts: dict[str, int | str | None]) -> bytes:

@@ -1,4 +1,4 @@
-"""The spec: everything that determines a generation's bits, and the digest that names it."""
+"""The spec: everything that determines a generation's bytes, and the digest that identifies it."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from pipeline.store import ObjectMissing, Store
 
 
 class ModelIdentity(Settings):
-    """The network of a generation, pinned."""
+    """The pinned network of a generation."""
 
     name: Name
     """Registered name; `local` for a folder."""
@@ -41,26 +41,26 @@ class ModelIdentity(Settings):
     """Digest of the card's network, schedule, objective and image shape: how the weights are used."""
     card: Sha256 | None = None
     """Hex digest of the card's file, class names and training data's statistics included; None in specs of versions
-    that did not record it. No part of the digest, but compared where both are known."""
+    that did not record it. Not part of the digest, but compared if both specs have it."""
 
 
 class ClassPlan(Settings):
-    """Which class each sample has; see `pipeline.generate.class_labels`."""
+    """The class of each sample; see `pipeline.generate.class_labels`."""
 
     labels: tuple[Label, ...] = Field(min_length=1, max_length=MAX_CLASSES)
-    """The labels that occur, in order."""
+    """The labels used, in order."""
     weights: tuple[Annotated[float, Field(ge=0)], ...] | None
     """Relative frequency of each label, drawn by (seed, index); None = the labels in turn."""
 
     @model_validator(mode="after")
-    def _one_weight_a_label(self) -> Self:
+    def _one_weight_per_label(self) -> Self:
         if self.weights is not None and (len(self.weights) != len(self.labels) or sum(self.weights) <= 0):
             raise ValueError("weights must be one for each of labels, and not all zero")
         return self
 
 
 class Spec(Settings):
-    """What determines a generation's bits. Equal digests: equal bytes of every sample both have."""
+    """What determines a generation's bytes. If digests are equal, samples of equal index have equal bytes."""
 
     format: Literal[1] = 1
     """Version of the layout of a generation."""
@@ -73,25 +73,25 @@ class Spec(Settings):
     sampler: SamplerConfig
     """The reverse process."""
     classes: ClassPlan | None
-    """Classes of the samples; None = the network is given none."""
+    """Classes of the samples; None = sampling without classes."""
     seed: int = Field(ge=0, lt=2**63)
-    """Names the noise."""
+    """Seed of the noise."""
     first_index: Count
     """Index of the first sample."""
     count: int = Field(ge=1, le=MAX_IMAGES)
-    """Samples asked for so far. Not part of the digest, for it may be raised."""
+    """Samples requested so far. Not part of the digest, because it may be raised."""
     image_format: Literal["png", "webp", "npy"]
     """Encoding of a sample."""
     shard_size: int = Field(ge=1, le=MAX_IMAGES_A_SHARD)
     """Samples in a full shard."""
     batch_size: int = Field(ge=1, le=MAX_IMAGES_A_SHARD)
-    """Samples the network sees at once."""
+    """Samples per network call."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """Precision of the network's arithmetic."""
     device: Literal["cpu", "cuda"]
-    """Kind of device: the same network rounds differently on another."""
+    """Kind of device: rounding differs between kinds."""
     cpu_threads: Annotated[int, Field(ge=1, le=4096)] | None
-    """Threads of a worker on the CPU; None on a GPU, where they change nothing."""
+    """Threads of a worker on the CPU; None on a GPU, where they have no effect."""
     compile: bool
     """Whether the network is compiled."""
 
@@ -99,6 +99,11 @@ class Spec(Settings):
     def _can_be_planned(self) -> Self:
         check_plan(self.first_index, self.count, self.shard_size, self.batch_size)
         return self
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return (self.size, self.size, self.channels)
 
     @property
     def digest(self) -> str:
@@ -116,7 +121,7 @@ def canonical(document: Any) -> bytes:
 
 
 def pretty(document: Any) -> bytes:
-    """JSON for people, with the same promise."""
+    """Indented JSON: equal content, equal bytes."""
     return (json.dumps(document, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
@@ -129,7 +134,7 @@ def make_spec(
     device: Literal["cpu", "cuda"] = "cpu",
     card_sha256: str | None = None,
 ) -> Spec:
-    """The spec that `settings` ask of the model with this card. UserError when the two do not fit."""
+    """The spec of `settings` for the model with this card. UserError if they do not match."""
     if settings.weights is not None and settings.weights != card.weights.kind:
         raise UserError(
             f"weights: {settings.model} holds {card.weights.kind!r} weights, not {settings.weights!r}; "
@@ -176,7 +181,7 @@ def _check_guidance(settings: SpecSettings, card: ModelCard) -> None:
         return
     if card.net.null_label is None:
         raise UserError(
-            "sampler.guidance_scale: the network knows no 'no class' label to guide away from; use 1.0, "
+            "sampler.guidance_scale: the network has no 'no class' label to guide away from; use 1.0, "
             "or train with net.null_class"
         )
     if settings.classes is None:
@@ -189,11 +194,11 @@ def resolve_classes(choice: ClassChoice, card: ModelCard) -> ClassPlan | None:
     if known is None and choice in (None, "auto"):
         return None
     if choice is None and card.net.null_label is None:
-        raise UserError('classes: the network was not trained to do without a class; use "balanced"')
+        raise UserError('classes: the network was not trained without classes; use "balanced"')
     if choice is None:
         return None
     if known is None:
-        raise UserError("classes: the network knows no classes; leave the setting out")
+        raise UserError("classes: the network has no classes; leave the setting out")
     if isinstance(choice, str):
         return ClassPlan(labels=tuple(range(known)), weights=None)
     if not choice:
@@ -220,7 +225,7 @@ def _label(choice: int | str, known: int, names: tuple[str, ...] | None) -> int:
 
 
 def read_spec(store: Store) -> Spec | None:
-    """The spec that owns a prefix, or None. DamageError when the object is not one."""
+    """The spec that owns a prefix, or None. DamageError if the object is not a spec."""
     try:
         data = store.read(SPEC_KEY)
     except ObjectMissing:
@@ -228,31 +233,36 @@ def read_spec(store: Store) -> Spec | None:
     return parse_document(Spec, data, f"{store.uri}/{SPEC_KEY}", "a spec")
 
 
-def require_extension(store: Store, there: Spec, spec: Spec) -> None:
-    """UserError unless `spec` is the one that stands at the prefix, or raises its count."""
-    differing = differences(there, spec)
+def write_spec(store: Store, spec: Spec) -> None:
+    """Make `spec` the one that owns a prefix."""
+    store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
+
+
+def require_extension(uri: str, existing: Spec, spec: Spec) -> None:
+    """UserError unless `spec` equals the `existing` one at the prefix `uri`, or only raises its count."""
+    differing = differences(existing, spec)
     if differing:
         raise UserError(
-            f"{store.uri}: already holds another generation ({'; '.join(differing)}); "
-            "choose another output prefix, or ask for the same"
+            f"{uri}: already holds another generation ({'; '.join(differing)}); "
+            "choose another output prefix, or the same settings"
         )
-    if spec.count < there.count:
+    if spec.count < existing.count:
         raise UserError(
-            f"{store.uri}: count is {there.count} there and can only be raised, not lowered to {spec.count}; "
+            f"{uri}: count is {existing.count} at this prefix and can only be raised, not lowered to {spec.count}; "
             "choose another output prefix, or raise count"
         )
 
 
-def differences(there: Spec, wanted: Spec) -> list[str]:
-    """The fields, dotted, in which two specs differ apart from `count`: `seed: 0 there, 1 asked for`.
+def differences(existing: Spec, requested: Spec) -> list[str]:
+    """The fields, dotted, in which two specs differ apart from `count`: `seed: 0 stored, 1 requested`.
 
-    The card's hash is compared where both specs know it.
+    The card's hash is compared if both specs have it.
     """
-    old, new = _flat(_identity(there)), _flat(_identity(wanted))
-    if there.model.card is not None and wanted.model.card is not None:
-        old["model.card"], new["model.card"] = there.model.card, wanted.model.card
+    old, new = _flat(_identity(existing)), _flat(_identity(requested))
+    if existing.model.card is not None and requested.model.card is not None:
+        old["model.card"], new["model.card"] = existing.model.card, requested.model.card
     return [
-        f"{field}: {json.dumps(old.get(field))} there, {json.dumps(new.get(field))} asked for"
+        f"{field}: {json.dumps(old.get(field))} stored, {json.dumps(new.get(field))} requested"
         for field in sorted(old.keys() | new.keys())
         if old.get(field) != new.get(field)
     ]

@@ -1,4 +1,4 @@
-"""Verification: is a prefix what its spec, records and manifest say, down to each sample's pixels?"""
+"""Verification: compares a prefix with its spec, records and manifest, down to the pixels of each sample."""
 
 import hashlib
 import time
@@ -15,9 +15,10 @@ from pipeline.data.formats.image_stats import image_stats, is_constant
 from pipeline.data.formats.images import decode_image
 from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import read_shard
-from pipeline.errors import DamageError, UserError
+from pipeline.errors import DamageError
 from pipeline.generate.class_labels import labels_of
-from pipeline.generate.done_records import DoneRecord, read_record
+from pipeline.generate.done_records import DoneRecord, RecordAggregate
+from pipeline.generate.generation import Generation, PrefixListing
 from pipeline.generate.heartbeat import read_heartbeats
 from pipeline.generate.layout import (
     CLAIM_PREFIX,
@@ -29,10 +30,9 @@ from pipeline.generate.layout import (
     SHARD_PREFIX,
     SPEC_KEY,
 )
-from pipeline.generate.listing import PrefixListing, RecordAggregate, list_prefix
 from pipeline.generate.manifest import Manifest, make_entries, make_manifest, read_entries, read_manifest
-from pipeline.generate.plan import Shard, num_shards, shard
-from pipeline.generate.proven_count import proven_spec
+from pipeline.generate.plan import Shard
+from pipeline.generate.prefix_spec import open_generation
 from pipeline.generate.spec import Spec
 from pipeline.store import ObjectMissing, Store, open_store
 
@@ -43,17 +43,17 @@ _TOP_LEVEL = {SPEC_KEY, MANIFEST_KEY, CONTACT_KEY, REPORT_KEY}
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with one object."""
+    """A problem with one object."""
 
     object: str
-    """Key of the object, with the sample where there is one."""
+    """Key of the object, with the sample if it concerns one."""
     what: str
     """What is wrong with it."""
 
 
 @dataclass
 class VerifyReport:
-    """What verification found."""
+    """Result of a verification."""
 
     output: str
     spec: Spec
@@ -62,18 +62,18 @@ class VerifyReport:
     shards_checked: int = 0
     samples_checked: int = 0
     regenerated: int = 0
-    """Samples made again and compared byte by byte."""
+    """Samples that were sampled again and compared byte by byte."""
     duplicates: int = 0
-    """Images that equal an earlier one, pixel by pixel."""
+    """Images with the same pixels as an earlier one."""
     num_problems: int = 0
     problems: list[Problem] = field(default_factory=list[Problem])
     """The first problems; `num_problems` counts all."""
     damaged: list[Shard] = field(default_factory=list[Shard])
-    """Shards whose bytes are not what they should be, though their sizes may be."""
+    """Shards whose content is wrong, even if their size is right."""
     foreign: list[str] = field(default_factory=list[str])
-    """Keys that belong to no generation; the first of them."""
+    """Keys that belong to no generation; the first MAX_PROBLEMS of them."""
     notes: list[str] = field(default_factory=list[str])
-    """What is worth knowing and not wrong."""
+    """Remarks that are no problems."""
     seconds: float = 0.0
 
     @property
@@ -82,13 +82,13 @@ class VerifyReport:
         return self.complete and not self.num_problems
 
     def add(self, where: str, what: str) -> None:
-        """Note a problem."""
+        """Add a problem."""
         self.num_problems += 1
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(Problem(where, what))
 
     def add_foreign(self, key: str, what: str) -> None:
-        """Note an object that is not the generation's."""
+        """Add an object that does not belong to the generation."""
         self.add(key, what)
         if len(self.foreign) < MAX_PROBLEMS:
             self.foreign.append(key)
@@ -96,57 +96,53 @@ class VerifyReport:
 
 @dataclass
 class _ShardFindings:
-    """What one shard's check came to. `prints` are 64-bit fingerprints of its images' pixels."""
+    """Result of checking one shard. `pixel_hashes` are 64-bit hashes of its images' pixels."""
 
     unit: Shard
     record: DoneRecord | None = None
     problems: list[Problem] = field(default_factory=list[Problem])
     samples: int = 0
-    prints: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    pixel_hashes: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
 
     def add(self, what: str, sample: str | None = None) -> None:
         self.problems.append(Problem(self.unit.key + (f" sample {sample}" if sample else ""), what))
 
 
 def verify(uri: str, progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
-    """Recount, rehash and decode everything under an output prefix. UserError where there is no generation."""
+    """Count, hash and decode everything under an output prefix. UserError where there is no generation."""
     began = time.monotonic()
-    store = open_store(uri)
-    store.require_container()
-    spec = proven_spec(store)
-    if spec is None:
-        raise UserError(f"{uri}: no {SPEC_KEY} there, so no generation; check the prefix")
-    report = VerifyReport(uri, spec)
-    manifest = _manifest(store, spec, report)
-    found = list_prefix(store, spec)
-    check_listing(store, spec, found, report)
-    harvest = RecordAggregate()
-    prints: list[npt.NDArray[np.uint64]] = []
-    done = [n for n in range(num_shards(spec)) if found.is_done(n)]
-    for findings in _check_shards(store, spec, done):
+    generation = open_generation(uri)
+    report = VerifyReport(uri, generation.spec)
+    manifest = _read_manifest(generation, report)
+    listing = generation.listing()
+    check_listing(generation, listing, report)
+    aggregate = RecordAggregate()
+    pixel_hashes: list[npt.NDArray[np.uint64]] = []
+    done = listing.done()
+    for findings in _check_shards(generation, done):
         for problem in findings.problems:
             report.add(problem.object, problem.what)
         if findings.problems:
             report.damaged.append(findings.unit)
         report.shards_checked += 1
         report.samples_checked += findings.samples
-        prints.append(findings.prints)
+        pixel_hashes.append(findings.pixel_hashes)
         if findings.record is not None:
-            harvest.add(findings.unit.number, findings.record)
+            aggregate.add(findings.unit.number, findings.record)
         progress(report.shards_checked, len(done))
-    report.duplicates = _duplicates(prints)
+    report.duplicates = _count_duplicates(pixel_hashes)
     if report.duplicates:
-        report.add(SHARD_PREFIX, f"{report.duplicates} images equal another one, pixel by pixel")
+        report.add(SHARD_PREFIX, f"{report.duplicates} images have the same pixels as another one")
     if manifest is not None:
-        _check_manifest(store, manifest, harvest, report)
+        _check_manifest(generation, manifest, aggregate, report)
     report.seconds = time.monotonic() - began
     return report
 
 
 def discard_damaged(report: VerifyReport) -> int:
-    """Delete the records of damaged shards, so that the same generate command makes these again; returns how many.
+    """Delete the records of damaged shards, so that the same generate command makes them again; returns how many.
 
-    The objects stay until then, and the manifest with them: their keys and hashes are what they should be again.
+    Objects and manifest stay: after that command, keys and hashes agree with the manifest again.
     """
     store = open_store(report.output)
     for unit in report.damaged:
@@ -154,9 +150,10 @@ def discard_damaged(report: VerifyReport) -> int:
     return len(report.damaged)
 
 
-def _manifest(store: Store, spec: Spec, report: VerifyReport) -> Manifest | None:
+def _read_manifest(generation: Generation, report: VerifyReport) -> Manifest | None:
+    spec = generation.spec
     try:
-        manifest = read_manifest(store)
+        manifest = read_manifest(generation.store)
     except DamageError as error:
         report.add(MANIFEST_KEY, str(error))
         return None
@@ -169,33 +166,33 @@ def _manifest(store: Store, spec: Spec, report: VerifyReport) -> Manifest | None
     report.complete = manifest.count == spec.count
     if not report.complete:
         report.notes.append(
-            f"the manifest is that of {manifest.count} samples; {spec.count} are asked for by now"
+            f"the manifest is that of {manifest.count} samples; {spec.count} have been requested since"
         )
         return None
     return manifest
 
 
-def check_listing(store: Store, spec: Spec, found: PrefixListing, report: VerifyReport) -> None:
-    """Report what is missing, left over or foreign at the prefix, by its lists alone."""
-    missing = found.missing()
+def check_listing(generation: Generation, listing: PrefixListing, report: VerifyReport) -> None:
+    """Report objects that are missing, left over or foreign, by listings alone."""
+    missing = listing.missing()
     if report.complete:
         for number in missing:
-            unit = shard(spec, number)
-            absent = unit.done_key if not found.recorded[number] else unit.key
+            unit = generation.shard(number)
+            absent = unit.done_key if not listing.recorded[number] else unit.key
             report.add(absent, "missing, though the manifest says the generation is complete")
     elif missing:
-        report.notes.append(f"{len(missing)} of {num_shards(spec)} shards are still to be made")
-    for key in found.strange:
+        report.notes.append(f"{len(missing)} of {generation.num_shards} shards are not done yet")
+    for key in listing.unexpected:
         report.add_foreign(key, "belongs to no shard of this generation")
-    for key in _strangers(store):
-        report.add_foreign(key, "is no part of a generation")
-    leftover = found.superseded if report.complete and not read_heartbeats(store) else []
+    for key in _foreign_keys(generation.store):
+        report.add_foreign(key, "is not part of a generation")
+    leftover = listing.superseded if report.complete and not read_heartbeats(generation.store) else []
     for key in leftover:
-        report.add(key, "is left over from a smaller count; run the generation again to sweep it up")
+        report.add(key, "is left over from a smaller count; the same ddpm generate command deletes it")
 
 
-def _strangers(store: Store) -> Iterator[str]:
-    """Keys outside the layout. Steps over the folders instead of listing them once more."""
+def _foreign_keys(store: Store) -> Iterator[str]:
+    """Keys outside the layout. Skips the folders instead of listing them again."""
     folders = (CLAIM_PREFIX, DONE_PREFIX, JOBS_PREFIX, SHARD_PREFIX)
     after = ""
     while True:
@@ -210,25 +207,25 @@ def _strangers(store: Store) -> Iterator[str]:
             return
 
 
-def _check_shards(store: Store, spec: Spec, numbers: list[int]) -> Iterator[_ShardFindings]:
-    """Findings in order, a few shards in memory at a time."""
-    left = iter(numbers)
+def _check_shards(generation: Generation, numbers: list[int]) -> Iterator[_ShardFindings]:
+    """Findings in order, with a few shards in memory at a time."""
+    remaining = iter(numbers)
     with ThreadPoolExecutor(_READERS) as pool:
         window: list[Future[_ShardFindings]] = []
-        for number in islice(left, 2 * _READERS):
-            window.append(pool.submit(check_shard, store, spec, shard(spec, number)))
+        for number in islice(remaining, 2 * _READERS):
+            window.append(pool.submit(check_shard, generation, generation.shard(number)))
         while window:
             yield window.pop(0).result()
-            for number in islice(left, 1):
-                window.append(pool.submit(check_shard, store, spec, shard(spec, number)))
+            for number in islice(remaining, 1):
+                window.append(pool.submit(check_shard, generation, generation.shard(number)))
 
 
-def check_shard(store: Store, spec: Spec, unit: Shard) -> _ShardFindings:
+def check_shard(generation: Generation, unit: Shard) -> _ShardFindings:
     """Compare one shard with its record and the plan, sample by sample."""
     findings = _ShardFindings(unit)
     try:
-        record = read_record(store, spec, unit)
-        data = store.read(unit.key)
+        record = generation.read_record(unit)
+        data = generation.store.read(unit.key)
     except (DamageError, ObjectMissing) as error:
         findings.add(str(error))
         return findings
@@ -238,9 +235,9 @@ def check_shard(store: Store, spec: Spec, unit: Shard) -> _ShardFindings:
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != record.sha256:
         findings.add(f"sha256 is {sha256}, its record says {record.sha256}")
-    images = _check_samples(spec, data, findings)
+    images = _check_samples(generation.spec, data, findings)
     if len(images) == unit.count and image_stats(np.stack(images)) != record.tally:
-        findings.add("the sums over its images are not those of its record")
+        findings.add("the statistics of its images are not those of its record")
     return findings
 
 
@@ -253,23 +250,23 @@ def _check_samples(spec: Spec, data: bytes, findings: _ShardFindings) -> list[Pi
         for key, files in read_shard(data, label=unit.key):
             place = len(keys)
             keys.append(key)
-            facts = {
+            expected = {
                 "index": unit.first + place,
                 "seed": spec.seed,
                 "class": labels[place] if labels is not None and place < unit.count else None,
                 "spec": digest,
             }
-            image = _check_sample(spec, key, files, facts, findings)
+            image = _check_sample(spec, key, files, expected, findings)
             if image is not None:
                 images.append(image)
     except DamageError as error:
         findings.add(str(error))
-    expected = [f"{unit.first + place:012d}" for place in range(unit.count)]
-    if keys != expected:
-        findings.add(_difference(keys, expected))
+    planned = [f"{index:012d}" for index in unit.samples]
+    if keys != planned:
+        findings.add(_difference(keys, planned))
     findings.samples = len(keys)
     hashes = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images]
-    findings.prints = np.frombuffer(b"".join(hashes), dtype=np.uint64)
+    findings.pixel_hashes = np.frombuffer(b"".join(hashes), dtype=np.uint64)
     return images
 
 
@@ -277,55 +274,57 @@ def _check_sample(
     spec: Spec,
     key: str,
     files: dict[str, bytes],
-    facts: dict[str, int | str | None],
+    expected: dict[str, int | str | None],
     findings: _ShardFindings,
 ) -> Pixels | None:
     if set(files) != {spec.image_format, "json"}:
         findings.add(f"holds {sorted(files)}, not {spec.image_format} and json", key)
         return None
     try:
-        told = from_json(files["json"])  # which, unlike json, refuses nesting without end
+        found = from_json(files["json"])  # unlike the json module, it refuses endless nesting
     except ValueError as error:
-        told = f"no JSON ({error})"
-    if told != facts:
-        findings.add(f"its json says {told}, the plan says {facts}", key)
+        found = f"no JSON ({error})"
+    if found != expected:
+        findings.add(f"its json says {found}, the plan says {expected}", key)
     try:
-        image = decode_image(files[spec.image_format], (spec.size, spec.size, spec.channels))
+        image = decode_image(files[spec.image_format], spec.image_shape)
     except DamageError as error:
         findings.add(str(error), key)
         return None
     if is_constant(image[None])[0]:
-        findings.add("is of one flat colour", key)
+        findings.add("has one value per channel", key)
     return image
 
 
-def _difference(keys: list[str], expected: list[str]) -> str:
-    missing = sorted(set(expected) - set(keys))
-    extra = sorted(set(keys) - set(expected))
-    parts = [f"{len(keys)} samples where the plan has {len(expected)}"] if len(keys) != len(expected) else []
+def _difference(keys: list[str], planned: list[str]) -> str:
+    missing = sorted(set(planned) - set(keys))
+    extra = sorted(set(keys) - set(planned))
+    parts = [f"{len(keys)} samples where the plan has {len(planned)}"] if len(keys) != len(planned) else []
     parts += [f"missing {', '.join(missing[:5])}"] * bool(missing)
     parts += [f"not in the plan: {', '.join(extra[:5])}"] * bool(extra)
     return "; ".join(parts) or "the samples are out of order"
 
 
-def _duplicates(prints: list[npt.NDArray[np.uint64]]) -> int:
-    if not prints:
+def _count_duplicates(pixel_hashes: list[npt.NDArray[np.uint64]]) -> int:
+    if not pixel_hashes:
         return 0
-    everything = np.concatenate(prints)
-    return int(everything.size - np.unique(everything).size)
+    hashes = np.concatenate(pixel_hashes)
+    return int(hashes.size - np.unique(hashes).size)
 
 
-def _check_manifest(store: Store, manifest: Manifest, harvest: RecordAggregate, report: VerifyReport) -> None:
-    spec = report.spec
-    if harvest.num_shards != num_shards(spec):
-        return  # each missing shard is named already
+def _check_manifest(
+    generation: Generation, manifest: Manifest, aggregate: RecordAggregate, report: VerifyReport
+) -> None:
+    spec = generation.spec
+    if aggregate.num_shards != generation.num_shards:
+        return  # each missing shard is reported already
     try:
-        expected = make_manifest(spec, harvest, manifest.class_names)
-        for ours, theirs in zip(make_entries(spec, harvest), read_entries(store), strict=True):
+        expected = make_manifest(spec, aggregate, manifest.class_names)
+        for ours, theirs in zip(make_entries(spec, aggregate), read_entries(generation.store), strict=True):
             if ours != theirs:
-                report.add(MANIFEST_KEY, f"its entry of {ours.key} is not that of the done-record")
+                report.add(MANIFEST_KEY, f"its entry of {ours.key} differs from the done-record")
     except (DamageError, ValueError) as error:
         report.add(MANIFEST_KEY, str(error))
         return
     if expected.statistics != manifest.statistics:
-        report.add(MANIFEST_KEY, "its statistics are not those of the done-records")
+        report.add(MANIFEST_KEY, "its statistics differ from those of the done-records")

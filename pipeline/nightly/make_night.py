@@ -11,6 +11,7 @@ from pipeline.evaluate.measure import evaluate_generation
 from pipeline.features.reference_set import data_root
 from pipeline.features.shard_sums import network_for_sums
 from pipeline.generate.completeness import check_complete
+from pipeline.generate.generation import Generation
 from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.manifest import Manifest, read_manifest
 from pipeline.generate.spec import read_spec
@@ -51,7 +52,7 @@ def find_fault(night: Night, prefix: str) -> str | None:
         return f"{prefix} has no {SPEC_KEY}"
     if spec.digest != night.spec_digest:
         return f"{prefix} holds another generation than the record names"
-    proof = check_complete(store, spec)
+    proof = check_complete(Generation(store, spec))
     if proof.faults:
         more = f" ({proof.num_faults} faults)" if proof.num_faults > 1 else ""
         return f"{prefix}/{proof.faults[0]}{more}"

@@ -100,7 +100,7 @@ class Folder:
         if found is None:
             names = sorted(name for name in os.listdir(self.root) if not name.startswith(TEMP_PREFIX))
             if names:
-                raise UserError(f"{self.root}: holds {names[0]} already; choose an empty folder")
+                raise UserError(f"{self.root}: already holds {names[0]}; choose an empty folder")
             self.put(MARKER, f"{what}\n".encode())
             return
         with found:

@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.measure import evaluate_generation
 from pipeline.generate.completeness import check_complete
 from pipeline.generate.driver import GenerationResult
+from pipeline.generate.generation import Generation
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.spec import read_spec
 from pipeline.nightly import make_night, run_nights
@@ -48,7 +49,7 @@ def nights(digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chan
     def in_process(config: GenerateConfig, progress: object) -> GenerationResult:
         store = open_store(config.output)
         spec = read_spec(store)
-        if spec is None or not check_complete(store, spec).complete:
+        if spec is None or not check_complete(Generation(store, spec)).complete:
             fill(config)
         return GenerationResult("complete", config.output, "", config.count, 1, 1, config.count, 1.0)
 

@@ -22,28 +22,27 @@ from pipeline.features.shard_sums import (
     network_for_sums,
     parse_record,
 )
-from pipeline.generate.done_records import read_record
-from pipeline.generate.driver import _with_network
+from pipeline.generate.done_records import RecordAggregate
+from pipeline.generate.driver import with_feature_network
 from pipeline.generate.finalize import publish_manifest
-from pipeline.generate.layout import SPEC_KEY
-from pipeline.generate.listing import RecordAggregate
+from pipeline.generate.generation import Generation
 from pipeline.generate.plan import shard, shards
-from pipeline.generate.spec import pretty
+from pipeline.generate.spec import write_spec
 from pipeline.progress import no_progress
 from pipeline.store import open_store
-from tests.generate.tiny import fill, maker_of, settings, tiny_card, tiny_model
+from tests.generate.tiny import fill, settings, tiny_card, tiny_model, writer_of
 
 
 def test_the_records_alone_give_the_metrics_of_the_samples(digits: str, tmp_path: Path) -> None:
     config = settings(tiny_model(tmp_path / "model", tiny_card(size=8)), str(tmp_path / "out"), count=95)
     named = network_for_sums(FeatureNetworkConfig(), digits)
     assert named is not None
-    writer = maker_of(config.model_copy(update={"features": named}))
-    store, spec, records = writer.store, writer.spec, RecordAggregate()
-    store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
+    writer = writer_of(config.model_copy(update={"features": named}))
+    store, spec, records = writer.generation.store, writer.generation.spec, RecordAggregate()
+    write_spec(store, spec)
     for unit in shards(spec):
         records.add(unit.number, writer.write(unit))
-    publish_manifest(store, spec, records, None)
+    publish_manifest(Generation(store, spec), records, None)
     whole = evaluate_generation(EvaluateConfig(reference=digits), config.output, no_progress)
     quick = evaluate_generation(
         EvaluateConfig(reference=digits, records_only=True), config.output, no_progress
@@ -51,7 +50,9 @@ def test_the_records_alone_give_the_metrics_of_the_samples(digits: str, tmp_path
     assert quick.terms == whole.terms
     assert quick["frechet"] == pytest.approx(whole["frechet"], rel=1e-5)
     assert quick["class_accuracy"] == whole["class_accuracy"]
-    parts = [parse_record(read_record(store, spec, unit).features, "here") for unit in shards(spec)]
+    parts = [
+        parse_record(Generation(store, spec).read_record(unit).features, "here") for unit in shards(spec)
+    ]
     assert add_records(parts) == add_records([add_records(parts[:3]), add_records(parts[:2:-1])])
     key = shard(spec, 1).done_key  # made before the classifier was trained again
     document = json.loads(store.read(key))
@@ -64,7 +65,7 @@ def test_the_records_alone_give_the_metrics_of_the_samples(digits: str, tmp_path
 def test_a_generation_without_sums_names_the_setting_that_adds_them(digits: str, tmp_path: Path) -> None:
     config = settings(tiny_model(tmp_path / "model", tiny_card(size=8)), str(tmp_path / "out"))
     spec = fill(config)
-    assert read_record(open_store(config.output), spec, shard(spec, 0)).features is None
+    assert Generation(open_store(config.output), spec).read_record(shard(spec, 0)).features is None
     with pytest.raises(UserError, match="has no feature sums"):
         evaluate_generation(EvaluateConfig(reference=digits, records_only=True), config.output, no_progress)
 
@@ -114,8 +115,13 @@ def test_a_missing_network_is_refused_or_skipped_as_set(digits: str, tmp_path: P
     existing = FeatureNetworkConfig(uri=f"{digits}/features/classifier.json")
     config = settings(tiny_model(tmp_path / "model"), str(tmp_path / "out"), features=existing)
     lacking = config.model_copy(update={"features": FeatureNetworkConfig(uri=f"{tmp_path}/classifier.json")})
-    assert _with_network(config, None) == config
-    assert _with_network(config.model_copy(update={"features_missing": "skip"}), None).features == existing
-    assert _with_network(lacking.model_copy(update={"features_missing": "skip"}), None).features is None
+    assert with_feature_network(config, None) == config
+    assert (
+        with_feature_network(config.model_copy(update={"features_missing": "skip"}), None).features
+        == existing
+    )
+    assert (
+        with_feature_network(lacking.model_copy(update={"features_missing": "skip"}), None).features is None
+    )
     with pytest.raises(UserError, match="ddpm features train"):
-        _with_network(lacking, None)
+        with_feature_network(lacking, None)

@@ -26,7 +26,7 @@ from pipeline.features.feature_set import FeatureSet
 from pipeline.features.networks import open_network
 from pipeline.features.reference_set import load_reference, reference_key
 from pipeline.features.train_classifier import train_features
-from pipeline.generate.driver import _with_network  # pyright: ignore[reportPrivateUsage]
+from pipeline.generate.driver import with_feature_network
 from pipeline.generate.model_source import registered_name
 from pipeline.store import open_store
 from pipeline.tracking import ModelVersion, require_trusted, trust, trusted
@@ -97,8 +97,8 @@ def test_a_replaced_network_is_refused_until_it_is_trusted(
     features = FeatureNetworkConfig(uri=f"file://{data}/features/classifier.json")
     generation = GenerateConfig.model_validate(night.generate.model_dump() | {"features": features})
     with pytest.raises(UserError, match=changed):
-        _with_network(generation, "digits")
-    assert _with_network(generation, None) == generation  # models in folders have no trusted digests
+        with_feature_network(generation, "digits")
+    assert with_feature_network(generation, None) == generation  # models in folders have no trusted digests
 
     assert run_trust(config(data)) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -106,7 +106,7 @@ def test_a_replaced_network_is_refused_until_it_is_trusted(
     assert "classifier.json: " in printed[0]
     assert ", before " in printed[0]
     run_gate(data)
-    assert _with_network(generation, "digits") == generation
+    assert with_feature_network(generation, "digits") == generation
 
 
 def test_a_replaced_reference_is_refused(data: str) -> None:

@@ -28,7 +28,7 @@ from pipeline.data.index import load_index
 from pipeline.data.packing.pack_dataset import pack
 from pipeline.data.packing.scan_shard import index_shard
 from pipeline.errors import DamageError, UserError
-from pipeline.generate.done_records import read_record
+from pipeline.generate.generation import Generation
 from pipeline.generate.layout import MANIFEST_KEY, SPEC_KEY
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.plan import shards
@@ -107,7 +107,7 @@ def _generation_targets(folder: Path) -> Iterator[Target]:
     unit = next(iter(shards(spec)))
     yield _object("spec", store, SPEC_KEY, lambda: read_spec(store))
     yield _object("manifest", store, MANIFEST_KEY, lambda: read_manifest(store))
-    yield _object("done-record", store, unit.done_key, lambda: read_record(store, spec, unit))
+    yield _object("done-record", store, unit.done_key, lambda: Generation(store, spec).read_record(unit))
     yield _object("model card", open_store(f"file://{model}"), CARD_FILE, lambda: load_card(model))
 
 

@@ -13,13 +13,13 @@ from typing import BinaryIO
 import pytest
 import torch
 
-import pipeline.generate.driver as run_module
+import pipeline.generate.driver as driver_module
 from pipeline.config.generation import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.generate.coordinator import ShardProgress
 from pipeline.generate.driver import GenerationResult, generate
 from pipeline.generate.engine import Engine
-from pipeline.generate.plan import shard
+from pipeline.generate.generation import Generation
 from pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
 from pipeline.generate.shard_writer import ShardWriter
 from pipeline.nets.model_files import build_model
@@ -143,33 +143,33 @@ def _store(uri: str) -> Store:
 _engines: dict[str, Engine] = {}
 
 
-class _Crew:
-    def __init__(self, order: SampleWorkerConfig, weights: bytes) -> None:
-        if order.spec.digest not in _engines:
-            net = build_model(order.card, weights, where="test")
-            engine = Engine(order.spec, net, order.card)
+class _Pool:
+    def __init__(self, config: SampleWorkerConfig, weights: bytes) -> None:
+        if config.spec.digest not in _engines:
+            net = build_model(config.card, weights, where="test")
+            engine = Engine(config.spec, net, config.card)
             images = functools.cache(lambda index: Engine.images(engine, torch.tensor(index)))
             engine.images = lambda index: images(tuple(index.tolist()))
-            _engines[order.spec.digest] = engine
-        self.maker = ShardWriter(_engines[order.spec.digest], _store(order.output), order.guards)
-        self.maker.spec = order.spec
+            _engines[config.spec.digest] = engine
+        self.writer = ShardWriter(_engines[config.spec.digest], _store(config.output), config.guards)
+        self.writer.generation = Generation(self.writer.generation.store, config.spec)
 
-    def under_way(self) -> list[ShardProgress]:
+    def in_progress(self) -> list[ShardProgress]:
         return []
 
     def drain(self, seconds: float) -> None:
-        """Nothing is under way."""
+        """Nothing is in progress."""
 
 
 class _Stream:
-    def __init__(self, config: GenerateConfig, crew: _Crew, numbers: list[int]) -> None:
-        self._crew, self._numbers = crew, numbers[:]
+    def __init__(self, config: GenerateConfig, pool: _Pool, numbers: list[int]) -> None:
+        self._pool, self._numbers = pool, numbers[:]
 
     def poll(self, seconds: float) -> list[Outcome] | None:
         if not self._numbers:
             return None
         number = self._numbers.pop(0)
-        record = self._crew.maker.write(shard(self._crew.maker.spec, number))
+        record = self._pool.writer.write(self._pool.writer.generation.shard(number))
         return [Outcome(shard=number, status="done", record=record, worker="here")]
 
     def close(self) -> None:
@@ -180,10 +180,10 @@ class _Stream:
 def without_cluster() -> Generator[None]:
     """`generate` makes its shards in the thread that calls it, with the store of its Driver if there is one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "open_store", _store)
-        patch.setattr(run_module, "require_pool_resources", lambda config: None)
-        patch.setattr(run_module, "start_pool", _Crew)
-        patch.setattr(run_module, "OutcomeStream", _Stream)
+        patch.setattr(driver_module, "open_store", _store)
+        patch.setattr(driver_module, "require_pool_resources", lambda config: None)
+        patch.setattr(driver_module, "start_pool", _Pool)
+        patch.setattr(driver_module, "OutcomeStream", _Stream)
         yield
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DamageError, UserError
+from pipeline.generate.generation import Generation
 from pipeline.generate.layout import CLAIM_PREFIX, SPEC_KEY
-from pipeline.generate.proven_count import check_prefix
+from pipeline.generate.prefix_spec import check_prefix, claim_prefix
 from pipeline.generate.spec import Spec, read_spec, require_extension
-from pipeline.generate.spec_claim import claim_prefix
 from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, consensus, open_store
 from pipeline.store.prefix_claim import clear_claims
 from tests.generate.tiny import plan_of, settings, tiny_model
@@ -84,7 +84,9 @@ def race(seed: int, specs: list[Spec], dying: dict[int, int]) -> tuple[list[Spec
     def job(number: int) -> Spec | None:
         turns.wait(number)
         try:
-            return claim_prefix(Stepped(objects, turns, number, dying.get(number)), specs[number])
+            return claim_prefix(
+                Generation(Stepped(objects, turns, number, dying.get(number)), specs[number])
+            ).spec
         except Died:
             return None
         finally:
@@ -121,13 +123,13 @@ def test_a_job_that_dies_at_any_request_holds_nobody_up_and_changes_nobodys_mind
 def test_what_dead_jobs_left_is_no_stranger_and_is_swept_up(specs: list[Spec], tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}/out")
     store.write(f"{CLAIM_PREFIX}dead.0004.json", b'{"round": 3}')
-    assert check_prefix(store, specs[0]) is None
-    assert claim_prefix(store, specs[0]) == specs[0]
+    assert check_prefix(Generation(store, specs[0])) is None
+    assert claim_prefix(Generation(store, specs[0])).spec == specs[0]
     clear_claims(store, CLAIM_PREFIX)
     assert [info.key for info in store.list()] == [SPEC_KEY]
     store.write(f"{CLAIM_PREFIX}x.0000.json", b"{}")
     with pytest.raises(DamageError, match=r"claims/x\.0000\.json: not a claim"):
-        claim_prefix(store, specs[0])
+        claim_prefix(Generation(store, specs[0]))
 
 
 @pytest.mark.parametrize("kind", ["file", pytest.param("gateway", marks=pytest.mark.stack)])
@@ -142,7 +144,7 @@ def test_of_different_jobs_at_an_empty_prefix_one_wins_and_the_others_are_refuse
         def job(spec: Spec, store: Store = store, start: threading.Barrier = start) -> str:
             start.wait(30)
             try:
-                require_extension(store, claim_prefix(store, spec), spec)
+                require_extension(store.uri, claim_prefix(Generation(store, spec)).spec, spec)
             except UserError as error:
                 return str(error)
             return "won"
@@ -154,4 +156,4 @@ def test_of_different_jobs_at_an_empty_prefix_one_wins_and_the_others_are_refuse
         assert stands is not None
         assert stands == specs[told.index("won")]
         for number, said in enumerate(told):
-            assert said == "won" or f"(seed: {stands.seed} there, {number} asked for)" in said
+            assert said == "won" or f"(seed: {stands.seed} stored, {number} requested)" in said

@@ -16,11 +16,11 @@ from pathlib import Path
 from pipeline.config.generation import GenerateConfig
 from pipeline.generate.engine import set_up_torch
 from pipeline.generate.plan import shard
-from tests.generate.tiny import maker_of, plan_of
+from tests.generate.tiny import writer_of, plan_of
 config = GenerateConfig.model_validate_json(Path(sys.argv[1]).read_text())
 set_up_torch(plan_of(config)[0])
-maker = maker_of(config)
-print(maker.write(shard(maker.spec, 0)).sha256)
+writer = writer_of(config)
+print(writer.write(shard(writer.generation.spec, 0)).sha256)
 """
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from jobs.status import generation_status as status_command
 from pipeline.generate.completeness import check_complete
+from pipeline.generate.generation import Generation
 from pipeline.generate.generation_status import generation_status
 from pipeline.generate.spec import read_spec
 from pipeline.store import Store, open_store
@@ -58,7 +59,7 @@ FAULTS: dict[str, tuple[Callable[[Store], object], str]] = {
     "record torn": (tear("done/000001.json"), "done/000001.json: "),
     "record of other bytes": (
         edit("done/000001.json", lambda d: d.update(sha256="0" * 64)),
-        "done/000001.json: is of other bytes",
+        "done/000001.json: describes other bytes",
     ),
     "manifest torn": (tear("manifest.json"), "manifest.json: "),
     "manifest empty": (lambda store: store.write("manifest.json", b""), "manifest.json: "),
@@ -89,10 +90,10 @@ def test_what_contradicts_the_manifest_is_named_by_the_look_and_by_the_status(
     store = open_store(uri)
     spec = read_spec(store)
     assert spec is not None
-    assert check_complete(store, spec).complete
+    assert check_complete(Generation(store, spec)).complete
     assert status_command(uri, as_json=False) == 0
     harm(store)
-    found = check_complete(store, spec)
+    found = check_complete(Generation(store, spec))
     assert not found.complete
     assert any(what in fault for fault in found.faults), found.faults
     assert generation_status(uri).state == "damaged"
@@ -107,8 +108,8 @@ def test_a_manifest_of_a_smaller_count_and_none_at_all_are_no_faults(uri: str) -
     store = open_store(uri)
     spec = read_spec(store)
     assert spec is not None
-    larger = check_complete(store, spec.model_copy(update={"count": 40}))
+    larger = check_complete(Generation(store, spec.model_copy(update={"count": 40})))
     assert (larger.complete, larger.faults) == (False, [])
     store.delete("manifest.json")
-    none = check_complete(store, spec)
+    none = check_complete(Generation(store, spec))
     assert (none.complete, none.faults) == (False, [])

@@ -11,9 +11,10 @@ import pytest
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.completeness import check_complete
+from pipeline.generate.generation import Generation
 from pipeline.generate.generation_status import generation_status
 from pipeline.generate.heartbeat import make_heartbeat, new_job_id, read_heartbeats, write_heartbeat
-from pipeline.generate.proven_count import proven_spec
+from pipeline.generate.prefix_spec import find_generation
 from pipeline.generate.spec import Spec, read_spec
 from pipeline.generate.verification import verify
 from pipeline.nets.model_files import load_card
@@ -99,7 +100,7 @@ def test_a_hostile_spec_is_refused_in_one_line_by_whoever_reads_it(
 ) -> None:
     change(store, "spec.json", field, value)
     readers: list[Callable[[], object]] = [
-        lambda: proven_spec(store),
+        lambda: find_generation(store),
         lambda: generation_status(store.uri),
         lambda: verify(store.uri),
     ]
@@ -175,7 +176,7 @@ def test_a_hostile_manifest_is_a_fault(field: str, value: object, store: Store) 
     change(head, "manifest.json", field, value)
     told = head.read("manifest.json").rstrip(b"}\n")
     store.write("manifest.json", told + b",\n" + b"".join(lines[first:]))
-    found = check_complete(store, spec)
+    found = check_complete(Generation(store, spec))
     assert not found.complete
     assert found.faults[0].startswith("manifest.json: ")
     assert all("\n" not in fault and len(fault) < 1000 for fault in found.faults)
@@ -200,12 +201,12 @@ def test_a_hostile_heartbeat_hides_no_other_and_holds_nobody_up(
     spec = read_spec(store)
     assert spec is not None
     for job in (new_job_id(), "zz"):
-        beat = make_heartbeat(job, spec, "running", began_at=1e9, images_made=3, under_way=[], failed={})
+        beat = make_heartbeat(job, spec, "running", began_at=1e9, images_made=3, in_progress=[], failed={})
         write_heartbeat(store, beat)
     change(store, "jobs/zz.json", field, value)
     known = [beat.job for beat in read_heartbeats(store)]
     assert len(known) == (2 if field == "job" else 1)
-    assert ("left out: " in caplog.text) == (field != "job")
+    assert ("skipped: " in caplog.text) == (field != "job")
     assert generation_status(store.uri).state == "complete"
 
 
@@ -235,7 +236,7 @@ def test_long_class_names_are_cut_in_pictures_and_whole_in_the_manifest(tmp_path
     model = tiny_model(tmp_path / "model", tiny_card().model_copy(update={"class_names": names}))
     config = settings(model, f"file://{tmp_path}/out", count=12)
     spec: Spec = fill(config)
-    found = check_complete(open_store(config.output), spec)
+    found = check_complete(Generation(open_store(config.output), spec))
     assert found.manifest is not None
     assert found.manifest.class_names == names
     assert b"<script" not in open_store(config.output).read("report.html")

@@ -212,7 +212,7 @@ def test_a_place_with_neither_kind_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_another_generation_in_the_folder_is_refused_and_kept(made: Path, generation: Path) -> None:
     fill(settings(made / "model", Path("here").absolute().as_uri(), count=5, seed=1))
     before = files(Path("here"))
-    with pytest.raises(UserError, match=r"already holds another generation .seed: 1 there, 0 asked for"):
+    with pytest.raises(UserError, match=r"already holds another generation .seed: 1 stored, 0 requested"):
         run(str(generation), "here")
     assert files(Path("here")) == before
 
@@ -220,7 +220,7 @@ def test_another_generation_in_the_folder_is_refused_and_kept(made: Path, genera
 def test_a_folder_with_anything_else_in_it_is_refused_and_kept(source: Path) -> None:
     Path("here").mkdir()
     Path("here/letter.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds letter.txt already; choose an empty folder"):
+    with pytest.raises(UserError, match=r"already holds letter.txt; choose an empty folder"):
         run(str(source), "here")
     assert files(Path("here")) == {"letter.txt": b"mine"}
 

@@ -10,14 +10,14 @@ COMPUTE = {"torch", "mlflow", "matplotlib", "PIL", "pyarrow", "sklearn", "safete
 DOCUMENTS = [
     "completeness",
     "done_records",
+    "generation",
     "generation_status",
     "heartbeat",
-    "listing",
+    "layout",
     "manifest",
     "plan",
-    "proven_count",
+    "prefix_spec",
     "spec",
-    "spec_claim",
 ]
 COMMAND = """
 import atexit, sys

@@ -105,7 +105,7 @@ def test_sigterm_drains_and_the_same_command_goes_on(stack: LocalStack, prefix: 
     assert status.state == "not complete"
     assert [job.state for job in status.jobs] == ["drained"]
     assert 1 <= status.shards_done < 10
-    # What was under way was finished or given up whole: nothing but shards with their records.
+    # Shards in progress were finished or given up whole: every object has its record.
     tars = {info.key[7:-4] for info in store.list("shards/")}
     assert tars == {info.key[5:-5] for info in store.list("done/")}
     driver.again()

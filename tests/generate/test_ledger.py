@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.generate.coordinator import Coordinator, ShardProgress
+from pipeline.generate.done_records import RecordAggregate
+from pipeline.generate.generation import Generation
 from pipeline.generate.generation_status import generation_status
 from pipeline.generate.heartbeat import make_heartbeat, new_job_id, write_heartbeat
-from pipeline.generate.layout import SPEC_KEY
-from pipeline.generate.listing import RecordAggregate, aggregate_records, list_prefix
 from pipeline.generate.manifest import make_manifest
 from pipeline.generate.plan import num_shards, shard
-from pipeline.generate.spec import Spec, pretty
+from pipeline.generate.spec import Spec, write_spec
 from pipeline.store import FileStore, ObjectInfo, open_store
-from tests.generate.tiny import fill, maker_of, plan_of, settings, tiny_model
+from tests.generate.tiny import fill, plan_of, settings, tiny_model, writer_of
 
 
 @pytest.fixture(scope="module")
@@ -33,28 +33,29 @@ def test_a_shard_is_done_only_with_both_object_and_record(spec: Spec, tmp_path: 
     store = open_store(f"file://{tmp_path}/out")
     for key in ("shards/000000.tar", "done/000000.json", "shards/000001.tar", "done/000002.json"):
         store.write(key, b"x")
-    found = list_prefix(store, spec)
+    found = Generation(store, spec).listing()
     assert found.missing() == [1, 2, 3, 4]
-    assert list_prefix(store, spec, objects=False).missing() == [1, 3, 4]
-    assert (found.strange, found.superseded) == ([], [])
+    assert Generation(store, spec).listing(objects=False).missing() == [1, 3, 4]
+    assert (found.unexpected, found.superseded) == ([], [])
 
 
 def test_tails_of_smaller_counts_and_strangers_are_told_apart(spec: Spec, tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}/out")
     for key in ("shards/000001-0003.tar", "done/000001-0003.json", "done/x.json", "shards/000005.tar"):
         store.write(key, b"x")
-    found = list_prefix(store, spec)
+    found = Generation(store, spec).listing()
     assert found.superseded == ["done/000001-0003.json", "shards/000001-0003.tar"]
-    assert found.strange == ["done/x.json", "shards/000005.tar"]
+    assert found.unexpected == ["done/x.json", "shards/000005.tar"]
     assert found.missing() == [0, 1, 2, 3, 4]
 
 
 def test_an_object_that_is_not_what_its_record_says_is_undone(model: Path, tmp_path: Path) -> None:
     config = settings(model, f"file://{tmp_path}/out", count=40)
-    spec, store = fill(config), open_store(config.output)
+    generation = Generation(open_store(config.output), fill(config))
+    store = generation.store
     store.write("shards/000001.tar", b"short")
     store.write("done/000002.json", b"{}")
-    undone = aggregate_records(store, spec, list_prefix(store, spec), RecordAggregate())
+    undone = generation.add_records(generation.listing(), RecordAggregate())
     assert [number for number, _ in undone] == [2, 1]
     assert "not a done-record" in undone[0][1]
     assert "shards/000001.tar has 5 bytes, its record says" in undone[1][1]
@@ -63,14 +64,14 @@ def test_an_object_that_is_not_what_its_record_says_is_undone(model: Path, tmp_p
 def test_a_harvest_counts_a_shard_once_and_makes_no_manifest_while_one_lacks(
     model: Path, tmp_path: Path
 ) -> None:
-    maker = maker_of(settings(model, f"file://{tmp_path}/out", count=20))
-    harvest = RecordAggregate()
-    record = maker.write(shard(maker.spec, 0))
-    harvest.add(0, record)
-    harvest.add(0, record)
-    assert harvest.images == 10
+    writer = writer_of(settings(model, f"file://{tmp_path}/out", count=20))
+    records = RecordAggregate()
+    record = writer.write(shard(writer.generation.spec, 0))
+    records.add(0, record)
+    records.add(0, record)
+    assert records.images == 10
     with pytest.raises(ValueError, match="1 shards and 10 samples, the plan 2 and 20"):
-        make_manifest(maker.spec, harvest, None)
+        make_manifest(writer.generation.spec, records, None)
 
 
 class Vast(FileStore):
@@ -90,7 +91,7 @@ def test_a_million_records_are_planned_and_surveyed_within_bounds(spec: Spec, tm
     assert num_shards(vast) == Vast.total
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
-    found = list_prefix(Vast(tmp_path), vast)
+    found = Generation(Vast(tmp_path), vast).listing()
     missing = found.missing()
     assert time.process_time() - began < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 200_000
@@ -99,10 +100,10 @@ def test_a_million_records_are_planned_and_surveyed_within_bounds(spec: Spec, tm
 
 def test_the_status_is_told_from_the_prefix_alone(model: Path, tmp_path: Path) -> None:
     config = settings(model, f"file://{tmp_path}/out", count=40)
-    maker = maker_of(config)
-    maker.store.write(SPEC_KEY, pretty(maker.spec.model_dump(mode="json")))
+    writer = writer_of(config)
+    write_spec(writer.generation.store, writer.generation.spec)
     for number in (0, 1):
-        maker.write(shard(maker.spec, number))
+        writer.write(shard(writer.generation.spec, number))
     still = generation_status(config.output)
     assert (still.state, still.shards_done, still.images_done, still.eta_seconds) == (
         "not complete",
@@ -113,20 +114,20 @@ def test_the_status_is_told_from_the_prefix_alone(model: Path, tmp_path: Path) -
     assert still.images_per_second is not None
     beat = make_heartbeat(
         new_job_id(),
-        maker.spec,
+        writer.generation.spec,
         "running",
         began_at=time.time() - 10,
         images_made=20,
-        under_way=[ShardProgress(2, "host:1", time.time() - 3, 4)],
+        in_progress=[ShardProgress(2, "host:1", time.time() - 3, 4)],
         failed={"000003": "broken (on host:2)", "000001": "mended since"},
     )
-    write_heartbeat(maker.store, beat)
+    write_heartbeat(writer.generation.store, beat)
     busy = generation_status(config.output)
     assert (busy.state, busy.shards_under_way) == ("running", 1)
     assert busy.failed == {"000003": "broken (on host:2)"}
     assert busy.eta_seconds == pytest.approx(10, rel=0.1)
     silent = beat.model_copy(update={"updated_at": time.time() - 600})
-    write_heartbeat(maker.store, silent)
+    write_heartbeat(writer.generation.store, silent)
     assert generation_status(config.output).state == "not complete"
 
 
@@ -137,17 +138,17 @@ def test_a_complete_generation_says_so(model: Path, tmp_path: Path) -> None:
     assert (status.state, status.shards_done, status.num_shards) == ("complete", 3, 3)
 
 
-def test_the_board_counts_attempts_and_passes_on_the_order_to_stop() -> None:
-    board = Coordinator()
-    assert board.begin(4, "a").attempt == 1
-    assert board.begin(4, "b").attempt == 2  # the first worker died
-    assert board.report_images(4, 8).stop_in_seconds is None
-    assert [(unit.worker, unit.images) for unit in board.in_progress()] == [("b", 8)]
-    board.drain(5)
-    board.drain(500)
-    left = board.report_images(4, 9).stop_in_seconds
+def test_the_coordinator_counts_attempts_and_tells_workers_when_to_stop() -> None:
+    coordinator = Coordinator()
+    assert coordinator.begin(4, "a").attempt == 1
+    assert coordinator.begin(4, "b").attempt == 2  # the first worker died
+    assert coordinator.report_images(4, 8).stop_in_seconds is None
+    assert [(unit.worker, unit.images) for unit in coordinator.in_progress()] == [("b", 8)]
+    coordinator.drain(5)
+    coordinator.drain(500)
+    left = coordinator.report_images(4, 9).stop_in_seconds
     assert left is not None
     assert 0 < left <= 5
-    assert board.begin(5, "a").stop_in_seconds is not None
-    board.end(4)
-    assert board.in_progress() == []
+    assert coordinator.begin(5, "a").stop_in_seconds is not None
+    coordinator.end(4)
+    assert coordinator.in_progress() == []

@@ -70,7 +70,7 @@ def test_a_share_of_a_gpu_needs_a_node_that_has_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pipeline.generate.ray_pool.ray, "nodes", lambda: nodes)
     require_pool_resources(config())
     with pytest.raises(
-        UserError, match=r"gpus_per_worker: a worker asks for 0\.5, but the largest node .* has 0"
+        UserError, match=r"gpus_per_worker: a worker needs 0\.5, but the largest node .* has 0"
     ):
         require_pool_resources(config(gpus_per_worker=0.5))
     nodes.append({"Alive": False, "Resources": {"CPU": 4.0, "GPU": 8.0}})

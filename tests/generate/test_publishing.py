@@ -14,7 +14,8 @@ import pytest
 from pipeline.config.generation import GenerateConfig
 from pipeline.generate.completeness import check_complete
 from pipeline.generate.driver import generate
-from pipeline.generate.proven_count import proven_spec
+from pipeline.generate.generation import Generation
+from pipeline.generate.prefix_spec import find_generation
 from pipeline.generate.spec import Spec
 from pipeline.generate.verification import verify
 from pipeline.store import open_store
@@ -57,8 +58,9 @@ def spec_of(configs: dict[int, GenerateConfig], count: int) -> Spec:
 def is_whole(objects: dict[str, bytes], spec: Spec, expected: dict[str, bytes]) -> None:
     """The prefix holds the generation of this count and nothing else."""
     store = MemoryStore(objects)
-    assert proven_spec(store) == spec
-    assert check_complete(store, spec).complete, check_complete(store, spec).faults
+    generation = Generation(store, spec)
+    assert find_generation(store) == generation
+    assert check_complete(generation).complete, check_complete(generation).faults
     assert contents(store) == expected
 
 
@@ -99,7 +101,7 @@ def test_a_driver_suspended_anywhere_leaves_a_larger_generation_as_it_is(
         is_whole(objects, spec_of(configs, LARGE), at_once[LARGE])
     assert told <= {
         "superseded: another job published 18 images",
-        f"refused: file://{Path.cwd()}/nowhere: count is 18 there and can only be raised, not lowered to 15; "
+        f"refused: file://{Path.cwd()}/nowhere: count is 18 at this prefix and can only be raised, not lowered to 15; "
         "choose another output prefix, or raise count",
         "complete: None",  # it was at its last deletes
     }
@@ -154,7 +156,9 @@ def test_an_old_manifest_over_a_newer_one_is_replaced_by_the_next_command(
     small, objects = begun(configs, SMALL), begun(configs, LARGE)
     for key in ("spec.json", "report.html", "contact-sheet.png", "manifest.json"):
         objects[key] = small[key]
-        assert proven_spec(MemoryStore(objects)) == spec_of(configs, LARGE)
+        found = find_generation(MemoryStore(objects))
+        assert found is not None
+        assert found.spec == spec_of(configs, LARGE)
         result = run_alone(configs[LARGE], objects).result
         assert result is not None
         assert result.status in ("complete", "already complete")
@@ -169,7 +173,9 @@ def test_what_is_no_record_of_this_generation_raises_no_count(configs: dict[int,
     objects["done/000001-0007.json"] = b"{"
     objects["done/999999999999999.json"] = b"{}"
     objects["done/000001-0000.json"] = objects["done/000001-9999.json"] = b"{}"
-    assert proven_spec(MemoryStore(objects)) == spec_of(configs, SMALL)
+    found = find_generation(MemoryStore(objects))
+    assert found is not None
+    assert found.spec == spec_of(configs, SMALL)
 
 
 @pytest.mark.parametrize(
@@ -199,16 +205,16 @@ def test_what_is_torn_of_a_complete_generation_is_made_by_the_same_command(
 
 SUSPENDED = """
 import os, signal, sys
-import pipeline.generate.finalize as finish
+import pipeline.generate.finalize as finalize
 from pipeline.config.generation import GenerateConfig
 from pipeline.generate.driver import generate
 from tests.generate.inprocess import without_cluster
-real = finish.write_manifest
+real = finalize.write_manifest
 def suspended(store, manifest, entries):
-    finish.write_manifest = real
+    finalize.write_manifest = real
     os.kill(os.getpid(), signal.SIGSTOP)  # between the last look and the write, as a closed lid does it
     real(store, manifest, entries)
-finish.write_manifest = suspended
+finalize.write_manifest = suspended
 with without_cluster():
     result = generate(GenerateConfig.model_validate_json(sys.argv[1]))
 print(result.status, result.reason)

@@ -9,11 +9,13 @@ import pytest
 from jobs.generate import summary
 from pipeline.config.generation import GenerateConfig
 from pipeline.generate.coordinator import ShardProgress
-from pipeline.generate.driver import GenerationJob, GenerationResult, silent, stall_reason
-from pipeline.generate.generation_run import GenerationRun
-from pipeline.generate.layout import MANIFEST_KEY, SPEC_KEY
+from pipeline.generate.driver import GenerationJob, GenerationResult
+from pipeline.generate.generation import Generation
+from pipeline.generate.job_reporter import JobReporter, stall_reason
+from pipeline.generate.layout import MANIFEST_KEY
 from pipeline.generate.manifest import read_manifest
-from pipeline.generate.spec import Spec, pretty, read_spec
+from pipeline.generate.spec import Spec, read_spec, write_spec
+from pipeline.progress import no_progress
 from pipeline.store import Store, open_store
 from tests.generate.tiny import fill, plan_of, settings, tiny_model
 
@@ -29,13 +31,14 @@ def config(tmp_path: Path) -> GenerateConfig:
 
 def end(config: GenerateConfig) -> GenerationResult:
     spec, model = plan_of(config)
-    store, diary = open_store(config.output), GenerationRun(config, spec, model)
-    return GenerationJob(config, spec, model, store, diary, silent, threading.Event(), time.monotonic()).run()
+    generation, began = Generation(open_store(config.output), spec), time.monotonic()
+    reporter = JobReporter(config, generation, model, no_progress, began)
+    return GenerationJob(config, generation, model, reporter, threading.Event(), began).run()
 
 
 def told(store: Store, spec: Spec, count: int) -> None:
     """Another job has spoken: the prefix shall hold so many."""
-    store.write(SPEC_KEY, pretty(spec.model_copy(update={"count": count}).model_dump(mode="json")))
+    write_spec(store, spec.model_copy(update={"count": count}))
 
 
 def test_a_job_whose_count_was_raised_by_another_steps_back(config: GenerateConfig) -> None:
@@ -63,9 +66,12 @@ def test_a_job_of_a_smaller_count_that_spoke_last_is_overruled(config: GenerateC
     assert list(store.list("jobs/")) == []
 
 
-def test_a_generation_without_news_says_what_it_may_wait_for(config: GenerateConfig) -> None:
-    spec, _ = plan_of(config)
+def test_a_stalled_job_says_what_it_may_be_waiting_for(config: GenerateConfig) -> None:
+    generation = Generation(open_store(config.output), plan_of(config)[0])
     now = time.time()
-    at_work = [ShardProgress(3, "host:12", now - 70, 5), ShardProgress(1, "host:11", now - 200, 0)]
-    assert stall_reason(spec, 61.0, at_work).startswith("no news for 61 s: host:11 is at 000001 since 200 s")
-    assert "no shard is under way" in stall_reason(spec, 61.0, [])
+    in_progress = [ShardProgress(3, "host:12", now - 70, 5), ShardProgress(1, "host:11", now - 200, 0)]
+    assert stall_reason(generation, 61.0, in_progress) == (
+        "no progress for 61 s: worker host:11 has been on shard 000001 for 200 s "
+        "(sampling, or waiting for the object store)"
+    )
+    assert "no shard is in progress" in stall_reason(generation, 61.0, [])

@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.generation import SampleConfig
 from pipeline.generate.preview import draw
-from tests.generate.tiny import maker_of, settings, tiny_card, tiny_model
+from tests.generate.tiny import settings, tiny_card, tiny_model, writer_of
 
 
 def test_images_and_a_grid_are_drawn_into_a_folder(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_drawn_sample_is_the_one_a_generation_makes(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", tiny_card(classes=False))
     sampler = SamplerConfig(kind="ddim", num_steps=3)
     result = draw(SampleConfig(model=str(model), output=str(tmp_path / "out"), count=4, sampler=sampler))
-    engine = maker_of(settings(model, f"file://{tmp_path}/big", sampler=sampler)).engine
+    engine = writer_of(settings(model, f"file://{tmp_path}/big", sampler=sampler)).engine
     made = engine.images(torch.arange(4))
     for path, image in zip(result.images, made, strict=True):
         with Image.open(path) as picture:

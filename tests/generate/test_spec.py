@@ -10,10 +10,11 @@ from pydantic import ValidationError
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.generation import GenerateConfig
 from pipeline.errors import DamageError, UserError
+from pipeline.generate.generation import Generation
 from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.model_source import find_model, resolve_model
-from pipeline.generate.proven_count import check_prefix, raise_count
-from pipeline.generate.spec import make_spec, pretty, read_spec, resolve_classes
+from pipeline.generate.prefix_spec import check_prefix, raise_count
+from pipeline.generate.spec import make_spec, pretty, read_spec, resolve_classes, write_spec
 from pipeline.nets.model_files import load_card, load_model
 from pipeline.store import ObjectInfo, Store, open_store
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model
@@ -54,9 +55,9 @@ def test_each_setting_that_determines_bits_changes_the_digest_and_is_named(
     before, _ = plan_of(config(model))
     after, _ = plan_of(config(model, **{field: CHANGES[field]}))
     assert before.digest != after.digest
-    store.write(SPEC_KEY, pretty(before.model_dump(mode="json")))
+    write_spec(store, before)
     with pytest.raises(UserError, match=f"another generation .*{field}") as refusal:
-        check_prefix(store, after)
+        check_prefix(Generation(store, after))
     assert "\n" not in str(refusal.value)
 
 
@@ -78,26 +79,28 @@ def test_settings_of_the_work_leave_the_digest_alone(change: dict[str, object], 
 def test_another_network_is_another_generation(model: Path, tmp_path: Path, store: Store) -> None:
     before, _ = plan_of(config(model))
     after, _ = plan_of(config(tiny_model(tmp_path / "other", seed=1)))
-    store.write(SPEC_KEY, pretty(before.model_dump(mode="json")))
+    write_spec(store, before)
     with pytest.raises(UserError, match=r"model\.sha256"):
-        check_prefix(store, after)
+        check_prefix(Generation(store, after))
 
 
 def test_the_count_may_be_raised_but_not_lowered(model: Path, store: Store) -> None:
     small, large = plan_of(config(model, count=10))[0], plan_of(config(model, count=20))[0]
     assert small.digest == large.digest
-    assert check_prefix(store, small) is None
-    store.write(SPEC_KEY, pretty(small.model_dump(mode="json")))
-    assert check_prefix(store, large) == small
-    store.write(SPEC_KEY, pretty(large.model_dump(mode="json")))
-    with pytest.raises(UserError, match="count is 20 there and can only be raised, not lowered to 10"):
-        check_prefix(store, small)
+    assert check_prefix(Generation(store, small)) is None
+    write_spec(store, small)
+    assert check_prefix(Generation(store, large)) == Generation(store, small)
+    write_spec(store, large)
+    with pytest.raises(
+        UserError, match="count is 20 at this prefix and can only be raised, not lowered to 10"
+    ):
+        check_prefix(Generation(store, small))
 
 
 def test_a_prefix_with_foreign_objects_is_refused(model: Path, store: Store) -> None:
     store.write("shards/000000.tar", b"mine")
     with pytest.raises(UserError, match=r"holds shards/000000\.tar but no spec\.json"):
-        check_prefix(store, plan_of(config(model))[0])
+        check_prefix(Generation(store, plan_of(config(model))[0]))
 
 
 def test_a_prefix_that_another_job_claims_during_the_look_is_joined(
@@ -107,11 +110,11 @@ def test_a_prefix_that_another_job_claims_during_the_look_is_joined(
     plain_list = store.list
 
     def claimed_meanwhile(prefix: str = "") -> Iterator[ObjectInfo]:
-        store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
+        write_spec(store, spec)
         return plain_list()
 
     monkeypatch.setattr(store, "list", claimed_meanwhile)
-    assert check_prefix(store, spec) == spec
+    assert check_prefix(Generation(store, spec)) == Generation(store, spec)
 
 
 def test_a_spec_reads_back_equal_and_a_torn_one_is_damage(model: Path, store: Store) -> None:
@@ -158,7 +161,7 @@ def test_wrong_classes_are_refused_by_name(choice: object, message: str, model: 
 
 def test_classes_are_refused_for_a_network_without_any(tmp_path: Path) -> None:
     plain = tiny_model(tmp_path / "plain", tiny_card(classes=False))
-    with pytest.raises(UserError, match="the network knows no classes"):
+    with pytest.raises(UserError, match="the network has no classes"):
         plan_of(config(plain, classes=[0]))
     with pytest.raises(UserError, match="guidance_scale"):
         plan_of(config(plain, sampler=SamplerConfig(kind="ddim", num_steps=3, guidance_scale=2.0)))
@@ -188,7 +191,7 @@ def test_impossible_settings_are_refused(change: dict[str, object], message: str
 
 @pytest.mark.parametrize("reference", ["nowhere", "./nowhere", "/no/where"])
 def test_a_model_that_is_not_there_is_refused_in_one_line(reference: str) -> None:
-    with pytest.raises(UserError, match=f"model: {reference} is no folder"):
+    with pytest.raises(UserError, match=f"model: {reference} is not a folder"):
         find_model(reference)
 
 
@@ -235,14 +238,14 @@ def test_a_spec_names_the_network_it_was_made_with(model: Path) -> None:
 def test_the_card_is_part_of_what_a_generation_is_compared_by(model: Path, store: Store) -> None:
     """Class names and statistics are in no weights: who changes them is told before anything is sampled."""
     _, spec = resolve_model(config(model))
-    store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
-    assert check_prefix(store, resolve_model(config(model))[1]) == spec
+    write_spec(store, spec)
+    assert check_prefix(Generation(store, resolve_model(config(model))[1])) == Generation(store, spec)
     card = json.loads((model / "model.json").read_bytes())
     (model / "model.json").write_text(json.dumps(card | {"class_names": ["two", "one", "nought"]}))
     _, changed = resolve_model(config(model))
     assert changed.digest == spec.digest
-    with pytest.raises(UserError, match=rf'model.card: "{spec.model.card}" there'):
-        check_prefix(store, changed)
+    with pytest.raises(UserError, match=rf'model.card: "{spec.model.card}" stored'):
+        check_prefix(Generation(store, changed))
 
 
 def test_a_spec_from_before_cards_were_recorded_keeps_its_digest_and_is_pinned_when_extended(
@@ -256,8 +259,8 @@ def test_a_spec_from_before_cards_were_recorded_keeps_its_digest_and_is_pinned_w
     assert old is not None
     assert old.model.card is None
     assert old.digest == spec.digest
-    assert check_prefix(store, spec) == old
-    raise_count(store, spec.model_copy(update={"count": spec.count + 1}))
+    assert check_prefix(Generation(store, spec)) == Generation(store, old)
+    raise_count(Generation(store, spec).with_count(spec.count + 1))
     extended = read_spec(store)
     assert extended is not None
     assert extended.model.card == spec.model.card

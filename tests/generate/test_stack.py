@@ -18,8 +18,8 @@ from jobs.ray_session import ray_cluster
 from pipeline.config.generation import GenerateConfig, GuardConfig
 from pipeline.config.model_card import TrainingData
 from pipeline.errors import UserError
-from pipeline.generate.done_records import read_record
 from pipeline.generate.driver import GenerationJob, GenerationResult, generate
+from pipeline.generate.generation import Generation
 from pipeline.generate.generation_status import generation_status
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.plan import shards
@@ -69,7 +69,7 @@ def test_the_command_fills_a_prefix_and_then_has_nothing_to_do(
     assert contents(open_store(prefix)) == before
     # Another request at the same prefix is refused before anything is written.
     assert ddpm("generate", *words(config, tmp_path), "seed=5") == 2
-    assert "seed: 0 there, 5 asked for" in capsys.readouterr().err
+    assert "seed: 0 stored, 5 requested" in capsys.readouterr().err
     assert contents(open_store(prefix)) == before
 
 
@@ -120,8 +120,8 @@ def test_a_second_job_joins_the_first_and_says_so(
             time.sleep(0.01)
         second = generate(config, cluster=nullcontext)
         assert first.result().status == second.status == "complete"
-    assert first.result().company == ()
-    assert len(second.company) == 1
+    assert first.result().concurrent_jobs == ()
+    assert len(second.concurrent_jobs) == 1
     assert "shared   with the job of " in "\n".join(summary(second))
     assert contents(store) == contents(open_store(f"{prefix}/alone"))
 
@@ -130,7 +130,7 @@ def test_of_two_generations_that_find_a_prefix_empty_one_has_it(
     model: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both have looked before either wrote; the one that comes second at the claim is refused by name."""
-    monkeypatch.setattr(pipeline.generate.driver, "check_prefix", lambda store, spec: None)
+    monkeypatch.setattr(pipeline.generate.driver, "check_prefix", lambda generation: None)
     configs = [settings(model, f"{prefix}/out", seed=seed, num_workers=1) for seed in (3, 4)]
     with ray_cluster(), ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(generate, config, cluster=nullcontext) for config in configs]
@@ -138,7 +138,7 @@ def test_of_two_generations_that_find_a_prefix_empty_one_has_it(
     won = errors.index(None)
     assert jobs[won].result().status == "complete"
     assert isinstance(errors[1 - won], UserError)
-    assert f"seed: {3 + won} there, {4 - won} asked for" in str(errors[1 - won])
+    assert f"seed: {3 + won} stored, {4 - won} requested" in str(errors[1 - won])
     assert verify(f"{prefix}/out").ok
 
 
@@ -147,7 +147,7 @@ def test_a_pool_grows_while_shards_wait(model: Path, prefix: str) -> None:
     config = settings(model, prefix, **slow)
     assert run(config).status == "complete"
     spec, store = plan_of(config)[0], open_store(config.output)
-    assert 2 <= len({read_record(store, spec, unit).times.worker for unit in shards(spec)}) <= 3
+    assert 2 <= len({Generation(store, spec).read_record(unit).times.worker for unit in shards(spec)}) <= 3
 
 
 def test_a_failed_shard_is_tried_again_by_another_worker(
@@ -227,7 +227,7 @@ def test_a_worker_that_fits_no_node_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert ddpm("generate", *words(settings(model, prefix, cpus_per_worker=64), tmp_path)) == 2
-    assert "cpus_per_worker: a worker asks for 64" in capsys.readouterr().err
+    assert "cpus_per_worker: a worker needs 64" in capsys.readouterr().err
     assert list(open_store(prefix).list()) == []
 
 

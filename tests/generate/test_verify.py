@@ -139,11 +139,11 @@ DAMAGE: dict[str, tuple[Callable[[Store], None], str, str]] = {
     "torn shard": (lambda store: store.write(SHARD, store.read(SHARD)[:700]) and None, SHARD, "bytes"),
     "lost sample": (drop_a_sample, SHARD, "9 samples where the plan has 10; missing 000000000013"),
     "swapped samples": (swap_two_samples, f"{SHARD} sample 000000000010", "its json says"),
-    "copied sample": (copy_a_sample, "shards/", "1 images equal another one"),
-    "flat image": (flatten_an_image, f"{SHARD} sample 000000000012", "one flat colour"),
+    "copied sample": (copy_a_sample, "shards/", "1 images have the same pixels as another one"),
+    "flat image": (flatten_an_image, f"{SHARD} sample 000000000012", "has one value per channel"),
     "torn image": (tear_an_image, f"{SHARD} sample 000000000012", "image header does not decode"),
     "endless json": (nest_without_end, f"{SHARD} sample 000000000012", "its json says no JSON"),
-    "changed sums": (change_the_record, SHARD, "the sums over its images"),
+    "changed sums": (change_the_record, SHARD, "the statistics of its images"),
     "foreign record": (foreign_record, SHARD, "spec_digest is 0000"),
     "changed manifest": (change_the_manifest, "manifest.json", "its entry of shards/000001.tar"),
     "torn manifest": (
@@ -153,8 +153,8 @@ DAMAGE: dict[str, tuple[Callable[[Store], None], str, str]] = {
     ),
     "cut manifest": (cut_the_manifest, "manifest.json", "not a manifest: shards.2"),
     "foreign shard": (write("shards/000009.tar"), "shards/000009.tar", "belongs to no shard"),
-    "foreign object": (write("notes.txt"), "notes.txt", "is no part of a generation"),
-    "foreign object at the end": (write("zzz/notes.txt"), "zzz/notes.txt", "is no part of a generation"),
+    "foreign object": (write("notes.txt"), "notes.txt", "is not part of a generation"),
+    "foreign object at the end": (write("zzz/notes.txt"), "zzz/notes.txt", "is not part of a generation"),
     "left-over tail": (
         write("done/000001-0004.json"),
         "done/000001-0004.json",
@@ -185,7 +185,7 @@ def test_an_altered_sample_is_found_when_made_again(uri: str, model: Path) -> No
     before = report.num_problems
     regenerate(report, 23, str(model))
     assert report.num_problems == before + 1
-    assert "differs when made again" in found_in(report, f"{SHARD} sample 000000000012")
+    assert "differs when sampled again" in found_in(report, f"{SHARD} sample 000000000012")
 
 
 @pytest.mark.parametrize("kind", ["torn shard", "torn image", "lost record", "lost object", "flipped byte"])
@@ -202,7 +202,7 @@ def test_samples_are_not_made_again_with_another_network(uri: str, tmp_path: Pat
     other = tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="is not the network of this generation"):
         regenerate(verify(uri), 1, str(other))
-    with pytest.raises(UserError, match="name the folder with --model"):
+    with pytest.raises(UserError, match="name it with --model"):
         regenerate(verify(uri), 1)
 
 
@@ -212,7 +212,7 @@ def test_an_unfinished_generation_is_not_sound_but_not_damaged_either(uri: str) 
         store.delete(key)
     report = verify(uri)
     assert (report.ok, report.complete, report.num_problems) == (False, False, 0)
-    assert any("1 of 3 shards are still to be made" in note for note in report.notes)
+    assert any("1 of 3 shards are not done yet" in note for note in report.notes)
 
 
 def test_a_raised_count_leaves_the_old_manifest_valid_and_says_so(uri: str) -> None:
@@ -227,7 +227,7 @@ def test_a_raised_count_leaves_the_old_manifest_valid_and_says_so(uri: str) -> N
 
 
 def test_a_prefix_without_generation_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no spec\.json there"):
+    with pytest.raises(UserError, match=r"no spec\.json found"):
         verify(f"file://{tmp_path}/none")
 
 

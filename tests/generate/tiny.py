@@ -11,14 +11,15 @@ from pipeline.config.model_card import ImageShape, ModelCard, TrainingData
 from pipeline.config.net import UNetConfig
 from pipeline.features.networks import open_network
 from pipeline.features.shard_sums import FeatureSums
+from pipeline.generate.done_records import RecordAggregate
 from pipeline.generate.engine import Engine
 from pipeline.generate.finalize import publish_manifest
-from pipeline.generate.layout import DONE_PREFIX, MANIFEST_KEY, SPEC_KEY
-from pipeline.generate.listing import RecordAggregate
+from pipeline.generate.generation import Generation
+from pipeline.generate.layout import DONE_PREFIX, MANIFEST_KEY
 from pipeline.generate.model_source import ResolvedModel, resolve_model
 from pipeline.generate.plan import shards
 from pipeline.generate.shard_writer import ShardWriter
-from pipeline.generate.spec import Spec, pretty
+from pipeline.generate.spec import Spec, write_spec
 from pipeline.nets.model_files import build_model, save_model
 from pipeline.nets.unet import seeded_init
 from pipeline.store import Store, open_store
@@ -86,7 +87,7 @@ def plan_of(config: GenerateConfig) -> tuple[Spec, ResolvedModel]:
     return spec, model
 
 
-def maker_of(config: GenerateConfig) -> ShardWriter:
+def writer_of(config: GenerateConfig) -> ShardWriter:
     """A maker of the shards of `config`, in this process."""
     spec, model = plan_of(config)
     net = build_model(model.card, model.weights, where="tiny")
@@ -96,13 +97,13 @@ def maker_of(config: GenerateConfig) -> ShardWriter:
 
 def fill(config: GenerateConfig) -> Spec:
     """Make a whole generation in this process, without a cluster."""
-    maker = maker_of(config)
-    store, spec = maker.store, maker.spec
-    store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
-    harvest = RecordAggregate()
+    writer = writer_of(config)
+    store, spec = writer.generation.store, writer.generation.spec
+    write_spec(store, spec)
+    records = RecordAggregate()
     for unit in shards(spec):
-        harvest.add(unit.number, maker.write(unit))
-    publish_manifest(store, spec, harvest, maker.engine.card.class_names)
+        records.add(unit.number, writer.write(unit))
+    publish_manifest(Generation(store, spec), records, writer.engine.card.class_names)
     return spec
 
 

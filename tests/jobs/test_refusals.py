@@ -119,8 +119,8 @@ def test_missing_buckets_data_models_and_servers_are_refused_by_name(
     assert "no index there" in refused("train", "digits", data)
     assert "no bucket 'absent'" in refused("pack", "digits", "dest=s3://absent/data")
     assert "'nobody'" in refused("generate", "digits", "model=nobody@champion", f"output={prefix}/out")
-    assert "no spec.json there" in refused("verify", f"{prefix}/out")
-    assert "no spec.json there" in refused("status", f"{prefix}/out")
+    assert "no spec.json found" in refused("verify", f"{prefix}/out")
+    assert "no spec.json found" in refused("status", f"{prefix}/out")
     pack(PackConfig(source="digits", dest=f"{prefix}/data", channels=1), None)
     runs = f"runs={prefix}/runs"
     with monkeypatch.context() as wrong:

@@ -13,13 +13,12 @@ from torch import nn
 from pipeline.config.generation import GuardConfig
 from pipeline.data.formats.shards import read_shard
 from pipeline.generate import engine as engine_module
-from pipeline.generate.done_records import read_record
 from pipeline.generate.engine import Engine
 from pipeline.generate.guards import GuardTripped
 from pipeline.generate.plan import shard, shards
 from pipeline.generate.shard_writer import ShardCancelled, ShardWriter
 from pipeline.store import FileStore
-from tests.generate.tiny import contents, fill, maker_of, settings, tiny_model
+from tests.generate.tiny import contents, fill, settings, tiny_model, writer_of
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +26,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def shard_bytes(maker: ShardWriter) -> dict[str, bytes]:
-    for unit in shards(maker.spec):
-        maker.write(unit)
-    return {info.key: maker.store.read(info.key) for info in maker.store.list("shards/")}
+def shard_bytes(writer: ShardWriter) -> dict[str, bytes]:
+    for unit in shards(writer.generation.spec):
+        writer.write(unit)
+    return {
+        info.key: writer.generation.store.read(info.key) for info in writer.generation.store.list("shards/")
+    }
 
 
 def test_a_sample_is_the_same_whatever_the_count(model: Path, tmp_path: Path) -> None:
-    small = maker_of(settings(model, f"file://{tmp_path}/small", count=23))
-    large = maker_of(settings(model, f"file://{tmp_path}/large", count=40))
+    small = writer_of(settings(model, f"file://{tmp_path}/small", count=23))
+    large = writer_of(settings(model, f"file://{tmp_path}/large", count=40))
     few, many = shard_bytes(small), shard_bytes(large)
     assert few["shards/000001.tar"] == many["shards/000001.tar"]
     tail = dict(read_shard(few["shards/000002-0003.tar"]))
@@ -45,58 +46,60 @@ def test_a_sample_is_the_same_whatever_the_count(model: Path, tmp_path: Path) ->
 
 
 def test_shards_are_the_same_in_any_order_and_from_several_threads(model: Path, tmp_path: Path) -> None:
-    one = maker_of(settings(model, f"file://{tmp_path}/one"))
-    two = maker_of(settings(model, f"file://{tmp_path}/two"))
+    one = writer_of(settings(model, f"file://{tmp_path}/one"))
+    two = writer_of(settings(model, f"file://{tmp_path}/two"))
     shard_bytes(one)
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(two.write, reversed(list(shards(two.spec)))))
-    assert contents(one.store) == contents(two.store)
+        list(pool.map(two.write, reversed(list(shards(two.generation.spec)))))
+    assert contents(one.generation.store) == contents(two.generation.store)
 
 
 def test_a_shard_reads_through_plain_webdataset(model: Path, tmp_path: Path) -> None:
-    maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
-    maker.write(shard(maker.spec, 0))
+    writer = writer_of(settings(model, f"file://{tmp_path}/out", count=10))
+    writer.write(shard(writer.generation.spec, 0))
     rows = list(wds.WebDataset(f"{tmp_path}/out/shards/000000.tar", shardshuffle=False).decode("pil"))
     assert [row["__key__"] for row in rows] == [f"{i:012d}" for i in range(10)]
-    assert rows[4]["json"] == {"index": 4, "seed": 0, "class": 1, "spec": maker.spec.digest}
+    assert rows[4]["json"] == {"index": 4, "seed": 0, "class": 1, "spec": writer.generation.spec.digest}
     assert rows[4]["png"].size == (4, 4)
 
 
 def test_the_record_says_what_the_object_is(model: Path, tmp_path: Path) -> None:
-    maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
-    unit = shard(maker.spec, 0)
-    made = maker.write(unit, attempt=2)
-    assert made == read_record(maker.store, maker.spec, unit)
+    writer = writer_of(settings(model, f"file://{tmp_path}/out", count=10))
+    unit = shard(writer.generation.spec, 0)
+    made = writer.write(unit, attempt=2)
+    assert made == writer.generation.read_record(unit)
     assert (made.count, made.times.attempt, made.classes) == (10, 2, {0: 4, 1: 3, 2: 3})
     assert made.tally.images == 10
     assert made.features is None
 
 
 def test_a_shard_that_another_job_has_made_is_not_made_again(model: Path, tmp_path: Path) -> None:
-    maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
-    unit = shard(maker.spec, 0)
-    first = maker.write(unit)
-    assert maker.write(unit) == first
+    writer = writer_of(settings(model, f"file://{tmp_path}/out", count=10))
+    unit = shard(writer.generation.spec, 0)
+    first = writer.write(unit)
+    assert writer.write(unit) == first
 
 
 def test_a_shard_whose_record_or_object_is_damaged_is_made_again(model: Path, tmp_path: Path) -> None:
-    maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
-    unit = shard(maker.spec, 0)
-    maker.write(unit)
-    sound = contents(maker.store)
+    writer = writer_of(settings(model, f"file://{tmp_path}/out", count=10))
+    unit = shard(writer.generation.spec, 0)
+    writer.write(unit)
+    sound = contents(writer.generation.store)
     for key, data in ((unit.done_key, b"{"), (unit.key, b"short")):
-        maker.store.write(key, data)
-        maker.write(unit)
-        assert contents(maker.store) == sound
+        writer.generation.store.write(key, data)
+        writer.write(unit)
+        assert contents(writer.generation.store) == sound
 
 
 def test_an_abandoned_shard_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
+    writer = writer_of(settings(model, f"file://{tmp_path}/out", count=10))
     seen: list[int] = []
     with pytest.raises(ShardCancelled):
-        maker.write(shard(maker.spec, 0), should_stop=lambda: len(seen) == 2, on_images=seen.append)
+        writer.write(
+            shard(writer.generation.spec, 0), should_stop=lambda: len(seen) == 2, on_images=seen.append
+        )
     assert seen == [4, 8]
-    assert list(maker.store.list()) == []
+    assert list(writer.generation.store.list()) == []
 
 
 class Crowded(nn.Module):
@@ -116,7 +119,7 @@ class Crowded(nn.Module):
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_no_noise(model: Path, tmp_path: Path) -> None:
-    roomy = maker_of(settings(model, f"file://{tmp_path}/a", count=8, shard_size=8, batch_size=8)).engine
+    roomy = writer_of(settings(model, f"file://{tmp_path}/a", count=8, shard_size=8, batch_size=8)).engine
     crowded = Crowded(roomy._net)
     cramped = Engine(roomy.spec, crowded, roomy.card)
     index = torch.arange(8)
@@ -129,7 +132,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_noise(model: Path, 
 
 
 def test_an_error_that_is_not_memory_is_not_retried(model: Path, tmp_path: Path) -> None:
-    engine = maker_of(settings(model, f"file://{tmp_path}/a")).engine
+    engine = writer_of(settings(model, f"file://{tmp_path}/a")).engine
 
     class Broken(nn.Module):
         null_label = 3
@@ -144,7 +147,7 @@ def test_an_error_that_is_not_memory_is_not_retried(model: Path, tmp_path: Path)
 def test_nan_stops_the_shard_and_names_the_sample(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maker = maker_of(settings(model, f"file://{tmp_path}/out", count=10))
+    writer = writer_of(settings(model, f"file://{tmp_path}/out", count=10))
 
     def broken(
         _net: object,
@@ -161,18 +164,18 @@ def test_nan_stops_the_shard_and_names_the_sample(
 
     monkeypatch.setattr(engine_module, "sample", broken)
     with pytest.raises(GuardTripped, match="sample 6 holds NaN"):
-        maker.write(shard(maker.spec, 0))
-    assert list(maker.store.list()) == []
+        writer.write(shard(writer.generation.spec, 0))
+    assert list(writer.generation.store.list()) == []
 
 
 def test_worthless_images_are_not_stored(model: Path, tmp_path: Path) -> None:
     guards = GuardConfig(min_images=5, max_saturated_fraction=0, max_constant_fraction=0)
     config = settings(model, f"file://{tmp_path}/out", count=10, guards=guards)
-    maker = maker_of(config)
-    maker.engine.images = lambda index, on_step=None: np.zeros((len(index), 4, 4, 1), np.uint8)  # type: ignore[method-assign]
+    writer = writer_of(config)
+    writer.engine.images = lambda index, on_step=None: np.zeros((len(index), 4, 4, 1), np.uint8)  # type: ignore[method-assign]
     with pytest.raises(GuardTripped, match=r"shards/000000\.tar: 10 of 10 images are constant"):
-        maker.write(shard(maker.spec, 0))
-    assert list(maker.store.list()) == []
+        writer.write(shard(writer.generation.spec, 0))
+    assert list(writer.generation.store.list()) == []
 
 
 def test_the_object_is_written_before_its_record_and_the_manifest_last(

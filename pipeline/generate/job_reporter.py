@@ -1,0 +1,175 @@
+"""What a driver reports while it generates: progress, metrics, the MLflow run, heartbeats and stall warnings."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.config.generation import GenerateConfig
+from pipeline.generate import heartbeat
+from pipeline.generate.coordinator import ShardProgress
+from pipeline.generate.generation import Generation
+from pipeline.generate.generation_run import GenerationRun
+from pipeline.generate.heartbeat import Heartbeat
+from pipeline.generate.manifest import Manifest
+from pipeline.generate.model_source import ResolvedModel
+from pipeline.generate.sample_worker import Outcome
+from pipeline.progress import Progress
+from pipeline.store import StoreUnreachable, retry_during_outage
+from pipeline.telemetry.logs import name_process
+from pipeline.telemetry.prometheus import JobMetrics
+from pipeline.telemetry.stall import StallDetector
+
+_log = logging.getLogger(__name__)
+
+Status = Literal["complete", "already complete", "failed", "stopped by a guard", "drained", "superseded"]
+
+
+@dataclass
+class JobCounts:
+    """What a job has done so far."""
+
+    made: set[int] = field(default_factory=set[int])
+    """Numbers of the shards this job has written."""
+    images_made: int = 0
+    """Images in those shards."""
+    images_before: int = 0
+    """Images in shards that were done before this job, or by other jobs."""
+    errors: dict[int, str] = field(default_factory=dict[int, str])
+    """The last error of each failed shard, by number; some may be retried."""
+
+    def images_in_progress(self, in_progress: Sequence[ShardProgress]) -> int:
+        """Images sampled in shards that are not done yet."""
+        return sum(unit.images for unit in in_progress if unit.shard not in self.made)
+
+
+class JobReporter:
+    """Reports one job. Never blocks the work, and survives an unreachable store."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        generation: Generation,
+        model: ResolvedModel,
+        progress: Progress,
+        began: float,
+    ) -> None:
+        """`began`: time.monotonic() at the job's start."""
+        spec = generation.spec
+        name_process(run=f"{spec.model.name}-{spec.digest[:10]}")
+        self._generation = generation
+        self._run = GenerationRun(config, spec, model)
+        self._metrics = JobMetrics("generate", spec.model.name)
+        self._progress = progress
+        self._began = began
+        self._began_at = time.time()
+        self._job = heartbeat.new_job_id()
+        self._next_heartbeat = 0.0
+        self._stall, self._last_progress = StallDetector(), (-1, 0)
+        self.concurrent_jobs: tuple[str, ...] = ()
+        """Other jobs that were running at the prefix when this one started."""
+
+    @property
+    def run_url(self) -> str | None:
+        """The web page of the MLflow run; None without tracking."""
+        return self._run.url
+
+    def start(self, counts: JobCounts) -> None:
+        """Note which other jobs are running, and write the first heartbeat."""
+        heartbeat.clear_ended(self._generation.store)
+        others = heartbeat.read_heartbeats(self._generation.store)
+        self.concurrent_jobs = tuple(_describe(other) for other in others if other.alive)
+        self._write_heartbeat("running", counts, [])
+
+    def count(self, outcome: Outcome) -> None:
+        """Count an outcome in the job's metrics."""
+        if outcome.status == "done" and outcome.record is not None:
+            self._metrics.add("ddpm_shards_done")
+            self._metrics.add("ddpm_shards_retried", int(outcome.record.times.attempt > 1))
+        elif outcome.status == "failed":
+            self._metrics.add("ddpm_shards_failed")
+
+    def report(self, counts: JobCounts, in_progress: Sequence[ShardProgress]) -> None:
+        """Report progress; call it about twice a second."""
+        total = self._generation.spec.count
+        images = counts.images_made + counts.images_in_progress(in_progress)
+        done = min(total, counts.images_before + images)
+        rate = images / max(1e-9, time.monotonic() - self._began)
+        failed = len(counts.errors)
+        notes = [f"{len(in_progress)} shards in progress"] + [f"{failed} failed"] * bool(failed)
+        notes += [f"shared with {' and '.join(self.concurrent_jobs)}"] * bool(self.concurrent_jobs)
+        self._progress(done, total, ", ".join(notes))
+        self._metrics.gauge("ddpm_images_done", done)
+        self._metrics.gauge("ddpm_images_per_second", rate)
+        self._metrics.add_counted()
+        self._run.progress(done, rate, failed, len(in_progress))
+        self._warn_if_stalled((images, failed), in_progress)
+        if time.monotonic() >= self._next_heartbeat:
+            self._next_heartbeat = time.monotonic() + heartbeat.EVERY_SECONDS
+            self._write_heartbeat("running", counts, in_progress)
+
+    def complete(self, manifest: Manifest, sheet: bytes, report: bytes) -> None:
+        """Report a complete generation: its manifest, contact sheet (PNG) and report (HTML)."""
+        self._run.complete(manifest, sheet, report)
+        self._progress(manifest.count, manifest.count, "complete")
+
+    def end(self, status: Status, counts: JobCounts, reason: str | None) -> None:
+        """Write the last heartbeat, or delete it if the job was superseded, and close the MLflow run."""
+        try:
+            if status == "superseded":
+                retry_during_outage(lambda: heartbeat.delete_heartbeat(self._generation.store, self._job))
+            elif status != "complete":
+                self._write_heartbeat(status, counts, [])
+        finally:
+            if status == "superseded":
+                self._run.leave()
+            else:
+                self._run.end(status == "complete", killed=status == "drained", reason=reason)
+
+    def _warn_if_stalled(self, progress: tuple[int, int], in_progress: Sequence[ShardProgress]) -> None:
+        if progress != self._last_progress:
+            self._last_progress = progress
+            self._stall.progress()
+        elif (seconds := self._stall.due()) is not None:
+            _log.warning("%s", stall_reason(self._generation, seconds, in_progress))
+
+    def _write_heartbeat(
+        self, status: Status | Literal["running"], counts: JobCounts, in_progress: Sequence[ShardProgress]
+    ) -> None:
+        beat = heartbeat.make_heartbeat(
+            self._job,
+            self._generation.spec,
+            status,
+            began_at=self._began_at,
+            images_made=counts.images_made,
+            in_progress=in_progress,
+            failed={
+                self._generation.shard(number).name: text for number, text in sorted(counts.errors.items())
+            },
+        )
+        try:
+            heartbeat.write_heartbeat(self._generation.store, beat)
+        except StoreUnreachable as error:
+            _log.warning(
+                "no heartbeat: %s", error
+            )  # workers wait for the store, so the driver keeps waiting too
+
+
+def _describe(beat: Heartbeat) -> str:
+    """A job by its start and its host."""
+    return f"the job of {time.strftime('%F %T', time.gmtime(beat.began_at))}Z on {beat.host}"
+
+
+def stall_reason(generation: Generation, seconds: float, in_progress: Sequence[ShardProgress]) -> str:
+    """One line on what a job without progress may be waiting for."""
+    if in_progress:
+        oldest = min(in_progress, key=lambda unit: unit.began_at)
+        name, age = generation.shard(oldest.shard).name, max(0.0, time.time() - oldest.began_at)
+        what = (
+            f"worker {oldest.worker} has been on shard {name} for {age:.0f} s "
+            "(sampling, or waiting for the object store)"
+        )
+    else:
+        what = "no shard is in progress (Ray is starting workers, or waiting for resources)"
+    return f"no progress for {seconds:.0f} s: {what}"
