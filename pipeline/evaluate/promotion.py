@@ -79,9 +79,10 @@ def read_champion(name: str, alias: str) -> tuple[ModelVersion | None, AliasHist
 def decide(
     gate: GateConfig, challenger: ModelVersion, champion: ModelVersion | None, progress: Progress
 ) -> Decision:
-    """Sample both models from the same noise, extract features, apply the rules. Without a champion all pass.
+    """Sample both models from the same noise, extract features, apply the rules.
 
-    UserError where the feature network or the reference is not the one that is trusted for this model.
+    Without a champion the challenger passes. UserError where the feature network or the reference is not the one
+    that is trusted for this model.
     """
     network, data = gate.evaluate.network, data_root(gate.evaluate.reference)
     require_trusted_network(challenger.name, network, data, open_network(network, data))

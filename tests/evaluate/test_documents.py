@@ -121,6 +121,14 @@ def test_a_feature_set_round_trips() -> None:
     assert (len(plain), plain.logits, plain.labels, plain.data) == (3, None, None, "")
 
 
+def test_the_file_and_the_digest_of_a_feature_set_are_those_of_version_0_1() -> None:
+    whole = FeatureSet.from_bytes(npz(), "w")
+    with zipfile.ZipFile(io.BytesIO(whole.to_bytes())) as file:
+        names = [name.removesuffix(".npy") for name in file.namelist()]
+    assert names == ["network", "data", "vectors", "logits", "labels", "thumbs", "prints"]
+    assert whole.digest == "0aa4f7a81181db8dc51d3ef5ec93252d29e7a1380c52dc6ffca657a4fe482ac4"
+
+
 @pytest.mark.parametrize(
     "data",
     [
