@@ -65,9 +65,10 @@ fuzz: install-dev ## feed every reader of stored bytes with what a fuzzer thinks
 lock: install-dev ## write the lock files anew, with hashes (UPGRADE=1: newest versions; asks the package index)
 	@infra/lock.sh $(if $(UPGRADE),--upgrade)
 
-docs: install ## write docs/configuration.md, the settings' JSON schema and the images of docs/diffusion.md anew
+docs: install ## write the reference pages and images anew, then build the site: build/site (links are checked)
 	@$(BIN)/python -m jobs.config_docs
 	@$(BIN)/python -m docs.figures
+	@infra/supply.sh site
 
 sbom: install ## bill of materials of what is shipped: build/sbom.cdx.json (CycloneDX)
 	@infra/supply.sh sbom

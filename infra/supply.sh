@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What the program is made of:  infra/supply.sh sbom|licences|audit
+# What the program is made of:  infra/supply.sh sbom|licences|audit|site
 # sbom: build/sbom.cdx.json (CycloneDX).  licences: docs/licences.md.  audit: known weaknesses of what the lock pins.
+# site: the documentation as HTML, build/site.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=.supply
@@ -48,7 +49,12 @@ audit() {
     done
 }
 
+site() {
+    NO_MKDOCS_2_WARNING=1 $tools/bin/mkdocs build --clean  # not --quiet: a warning that is not logged fails no strict build
+    echo "site     build/site/index.html"
+}
+
 case ${1:-} in
-sbom | licences | audit) install_tools && "$1" ;;
-*) echo "usage: infra/supply.sh sbom|licences|audit" >&2 && exit 2 ;;
+sbom | licences | audit | site) install_tools && "$1" ;;
+*) echo "usage: infra/supply.sh sbom|licences|audit|site" >&2 && exit 2 ;;
 esac
