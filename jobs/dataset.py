@@ -70,10 +70,10 @@ def _left_out(made: Index) -> Iterator[str]:
     """Lines on what is in the tars and not in the index."""
     ignored = sum(shard.ignored_members for shard in made.shards)
     if ignored:
-        yield f"ignored  {ignored:,} files and samples without a picture"
+        yield f"ignored  {ignored:,} files and samples without an image"
     skipped = sum(shard.num_skipped for shard in made.shards)
     if skipped:
-        yield f"skipped  {skipped:,} samples whose picture cannot be read:"
+        yield f"skipped  {skipped:,} samples whose image cannot be read:"
         named = [name for shard in made.shards for name in shard.skipped]
         yield from (f"         {name}" for name in named[:_SHOWN])
 
@@ -86,9 +86,7 @@ def inspect_dataset(uri: str, sheet: Path, label_field: str | None, as_json: boo
     if not sheet.parent.is_dir():
         raise UserError(f"--sheet {sheet}: there is no folder {sheet.parent}; make it, or name another")
     if sheet.suffix.lower() not in Image.registered_extensions():
-        raise UserError(
-            f"--sheet {sheet}: {sheet.suffix or 'no suffix'} is no kind of picture; end it in .png"
-        )
+        raise UserError(f"--sheet {sheet}: {sheet.suffix or 'no suffix'} is no kind of image; end it in .png")
     with progress_of("inspect", "shards") as progress:
         found = inspect(uri, label_field=label_field, progress=progress)
     Image.fromarray(found.contact_sheet).save(sheet)
@@ -107,7 +105,7 @@ def inspect_dataset(uri: str, sheet: Path, label_field: str | None, as_json: boo
         echo(f"damaged  {line}")
     if len(found.damage) > _SHOWN:
         echo(f"         … {len(found.damage) - _SHOWN:,} more")
-    echo(f"picture  {sheet}")
+    echo(f"image  {sheet}")
     return FAILED if found.damage else DONE
 
 

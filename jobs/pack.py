@@ -1,4 +1,4 @@
-"""The packing job: pictures in, shards and their index out."""
+"""The packing job: images in, shards and their index out."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from pipeline.parallel import ParallelMap
 from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo, echo_json
 
-ENOUGH_PICTURES = 5_000
+ENOUGH_IMAGES = 5_000
 """From here on it is worth the seconds that joining a cluster takes."""
 
 
@@ -63,13 +63,13 @@ def estimate_pack(config: PackConfig) -> Places:
 
 
 @contextmanager
-def _spread(config: PackConfig, num_pictures: int) -> Generator[ParallelMap]:
-    """A cluster on this machine for many pictures, threads for few."""
-    with ray_map_for(num_pictures, ENOUGH_PICTURES, local_paths=True) as cluster:
+def _spread(config: PackConfig, num_images: int) -> Generator[ParallelMap]:
+    """A cluster on this machine for many images, threads for few."""
+    with ray_map_for(num_images, ENOUGH_IMAGES, local_paths=True) as cluster:
         if cluster is not None:
             yield cluster
             return
-        with local_parallel_map(config, num_pictures) as threads:
+        with local_parallel_map(config, num_images) as threads:
             yield threads
 
 
@@ -80,7 +80,7 @@ def _say(report: PackReport, dest: str) -> None:
         echo(f"note     {note}")
     if report.left_out:
         kinds = ", ".join(f"{kind} {count}" for kind, count in list(report.left_out.items())[:20])
-        echo(f"left out {report.other_files} files that are no pictures: {kinds}")
+        echo(f"left out {report.other_files} files that are no images: {kinds}")
     for kind, names in (
         ("unreadable or small, left out", report.unreadable),
         ("duplicate", report.duplicates),

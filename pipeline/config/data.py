@@ -12,15 +12,15 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class PackConfig(Settings):
-    """How pictures become shards."""
+    """How images become shards."""
 
     source: str
-    """Where the pictures are: `digits` (scikit-learn's 8x8 digits), or the path of a folder, a zip, a tar
+    """Where the images are: `digits` (scikit-learn's 8x8 digits), or the path of a folder, a zip, a tar
     (also compressed), a parquet file, or a folder or pattern (`train-{00..09}.tar`, `*.parquet`) of such. docs/data.md
     has a table of layouts."""
 
     labels: Literal["auto", "folder", "none"] = "auto"
-    """auto: the class of a picture stands in a file or column (dataset.json, metadata.csv, .cls, .json, parquet), or
+    """auto: the class of an image stands in a file or column (dataset.json, metadata.csv, .cls, .json, parquet), or
     else is its class folder. folder: the first folder is the class, whatever its name. none: no classes."""
 
     label_column: Annotated[str, Field(min_length=1)] | None = None
@@ -28,34 +28,34 @@ class PackConfig(Settings):
     `label`, or the only one that is named as classes usually are."""
 
     image_column: Annotated[str, Field(min_length=1)] | None = None
-    """Column of parquet that holds the picture; where samples of a tar or folder have several pictures, the extension
+    """Column of parquet that holds the image; where samples of a tar or folder have several images, the extension
     of the one to pack (`input.jpg`), or `all` to make each a sample."""
 
     split: Annotated[str, Field(min_length=1)] | None = None
     """Which of the splits (`train`, `validation`, `test`) of a source that has several to pack, or `all`."""
 
     image_root: str | None = None
-    """Folder of the pictures that parquet names by path. None: the parquet's own folder."""
+    """Folder of the images that parquet names by path. None: the parquet's own folder."""
 
     dest: str
     """URI of the data set to make; shards go to `<dest>/shards/`, the index beside them."""
 
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Edge in pixels: the shorter side is scaled to it with anti-aliasing and the middle square is kept.
-    None keeps pictures as they are, which then must all have one size."""
+    None keeps images as they are, which then must all have one size."""
 
     on_small: Literal["enlarge", "skip", "fail"] = "enlarge"
-    """What becomes of pictures smaller than image_size. enlarge: they are scaled up and counted. skip: they are left
+    """What becomes of images smaller than image_size. enlarge: they are scaled up and counted. skip: they are left
     out and listed in pack-report.json. fail: they end the job before anything is written."""
 
     channels: Literal[1, 3] = 3
-    """1 stores grey, 3 stores red, green, blue."""
+    """1 stores gray, 3 stores red, green, blue."""
 
     resize_filter: Literal["box", "bilinear", "bicubic", "lanczos"] = "lanczos"
     """Kernel of the scaling. Lanczos keeps most detail; box is the mean of the covered pixels."""
 
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    """Red, green, blue that transparent pixels are laid on. White, as most such pictures are drawn for it."""
+    """Red, green, blue that transparent pixels are laid on. White, as most such images are drawn for it."""
 
     shard_size: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     """Most samples in a shard. Shards differ by at most one sample. 10,000 of 32x32 are about 30 MB."""
@@ -68,18 +68,18 @@ class PackConfig(Settings):
     """png: lossless and small. npy: raw uint8, several times the bytes and several times faster to read."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Names the order in which pictures are dealt to shards, so that no shard holds one class only."""
+    """Names the order in which images are dealt to shards, so that no shard holds one class only."""
 
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the pictures that go to a data set of their own, `<dest>-held-out`, for measures on data that no
-    model has seen. A picture's side follows from its bytes and the seed, so equal pictures are never on both."""
+    """Share of the images that go to a data set of their own, `<dest>-held-out`, for measures on data that no
+    model has seen. An image's side follows from its bytes and the seed, so equal images are never on both."""
 
     on_unreadable: Literal["fail", "skip"] = "fail"
-    """fail: a picture that cannot be read ends the job before anything is written. skip: it is left out and
+    """fail: an image that cannot be read ends the job before anything is written. skip: it is left out and
     listed in pack-report.json."""
 
     num_threads: Annotated[int, Field(ge=1, le=256)] = 4
-    """Pictures and shards worked on at a time. Changes no byte of the result."""
+    """Images and shards worked on at a time. Changes no byte of the result."""
 
 
 class DataConfig(Settings):

@@ -78,7 +78,7 @@ class ShardEntry(BaseModel):
     ignored_members: Count = 0
     """Files that belong to no sample by the naming rule."""
     num_skipped: Count = 0
-    """Samples left out because their picture cannot be read."""
+    """Samples left out because their image cannot be read."""
     skipped: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
     """The first of these, and what is wrong with them."""
     channel_sums: Annotated[tuple[Total, ...], Field(min_length=1, max_length=3)] | None = None
@@ -105,7 +105,7 @@ class Index(BaseModel):
     tables_offset: Annotated[int, Field(ge=0, le=1 << 20)]
     """Where their first row begins in that object."""
     image: PixelShape | None
-    """The shape all images share; None when sizes differ. Mixed grey and colour count as colour."""
+    """The shape all images share; None when sizes differ. Mixed gray and color count as color."""
     class_names: Annotated[tuple[ClassName, ...], Field(max_length=MAX_CLASSES)] | None
     labelled: bool
     label_field: Text | None = None
@@ -224,7 +224,7 @@ def assemble_index(
     pairs = list(scans)
     shards = tuple(entry for entry, _ in pairs)
     if not sum(shard.num_samples for shard in shards):
-        raise UserError(f"{location.uri}: the shards hold no samples with a picture; check the prefix")
+        raise UserError(f"{location.uri}: the shards hold no samples with an image; check the prefix")
     labelled = _require_labels(location.uri, shards)
     highest = max(shard.max_label for shard in shards)
     if labelled and class_names is not None and highest >= len(class_names):

@@ -19,14 +19,14 @@ from pipeline.data.reading.loader import Batch, Loader
 from pipeline.store import Store, open_store
 
 
-def picture(number: int, size: tuple[int, int] = (8, 8), channels: int = 3) -> np.ndarray:
+def random_image(number: int, size: tuple[int, int] = (8, 8), channels: int = 3) -> np.ndarray:
     """uint8 (height, width, channels), different for every number."""
     shape = (size[1], size[0], channels)
     return np.random.default_rng(number).integers(0, 256, shape, np.uint8)
 
 
 def encoded(pixels: np.ndarray, kind: str = "png", **options: object) -> bytes:
-    """A picture file."""
+    """An image file."""
     out = io.BytesIO()
     if kind == "npy":
         np.save(out, pixels)
@@ -36,8 +36,8 @@ def encoded(pixels: np.ndarray, kind: str = "png", **options: object) -> bytes:
 
 
 def sample(number: int) -> tuple[str, dict[str, bytes]]:
-    """A shard's sample with a picture and a label."""
-    return f"{number:06d}", {"png": encoded(picture(number)), "cls": str(number % 10).encode()}
+    """A shard's sample with an image and a label."""
+    return f"{number:06d}", {"png": encoded(random_image(number)), "cls": str(number % 10).encode()}
 
 
 def small_set(uri: str, counts: tuple[int, ...] = (13, 7, 20, 11, 9)) -> Index:
@@ -66,7 +66,7 @@ def digits(dest: str, **settings: object) -> PackConfig:
 
 
 def sixty(dest: str, **settings: object) -> PackConfig:
-    """Sixty small pictures of three classes, packed into six shards."""
+    """Sixty small images of three classes, packed into six shards."""
     source = Path(tempfile.gettempdir()) / f"ddpm-tests-sixty-{os.getpid()}"
     if not source.exists():
         folder(source, {"cat": 20, "dog": 20, "newt": 20})
@@ -77,12 +77,12 @@ def sixty(dest: str, **settings: object) -> PackConfig:
 
 
 def folder(root: Path, classes: dict[str, int], size: tuple[int, int] = (8, 8)) -> Path:
-    """A folder with a sub-folder of pictures for each class."""
+    """A folder with a sub-folder of images for each class."""
     number = 0
     for name, count in classes.items():
         (root / name).mkdir(parents=True)
         for _ in range(count):
-            (root / name / f"{number}.png").write_bytes(encoded(picture(number, size)))
+            (root / name / f"{number}.png").write_bytes(encoded(random_image(number, size)))
             number += 1
     return root
 

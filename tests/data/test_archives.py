@@ -20,10 +20,10 @@ from pipeline.data.packing.pack_dataset import pack
 from pipeline.data.packing.sources import read_item
 from pipeline.errors import DiskFull, UserError
 from pipeline.parallel import ParallelMap
-from tests.data.making import encoded, folder, picture
+from tests.data.making import encoded, folder, random_image
 from tests.data.test_sources import labels, opened
 
-PICTURES = [encoded(picture(n)) for n in range(6)]
+IMAGES = [encoded(random_image(n)) for n in range(6)]
 
 
 def tarred(path: Path | None, *files: tuple[str, bytes] | tarfile.TarInfo) -> bytes:
@@ -66,21 +66,21 @@ def compressed_by_arrow(data: bytes) -> bytes:
 def test_tars_are_read_whatever_they_are_compressed_by(
     tmp_path: Path, name: str, compress: Callable[[bytes], bytes]
 ) -> None:
-    plain = tarred(None, ("cat/1.png", PICTURES[0]), ("dog/2.png", PICTURES[1]))
+    plain = tarred(None, ("cat/1.png", IMAGES[0]), ("dog/2.png", IMAGES[1]))
     (tmp_path / name).write_bytes(compress(plain))
     found = opened(tmp_path / name)
     assert labels(found) == {"cat/1.png": "cat", "dog/2.png": "dog"}
-    assert [read_item(found, 0), read_item(found, 1)] == PICTURES[:2]
+    assert [read_item(found, 0), read_item(found, 1)] == IMAGES[:2]
 
 
 def test_a_plain_tar_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("a temporary file was made")
 
-    tarred(tmp_path / "x.tar", ("1.png", PICTURES[0]))
+    tarred(tmp_path / "x.tar", ("1.png", IMAGES[0]))
     monkeypatch.setattr("tempfile.TemporaryFile", refused)
     found = opened(tmp_path / "x.tar")
-    assert (read_item(found, 0), found.copied_bytes) == (PICTURES[0], 0)
+    assert (read_item(found, 0), found.copied_bytes) == (IMAGES[0], 0)
 
 
 def test_a_full_tmpdir_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_a_full_tmpdir_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         def write(self, _: object, /) -> int:
             raise OSError(28, "No space left on device")
 
-    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tarred(None, ("1.png", PICTURES[0]))))
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tarred(None, ("1.png", IMAGES[0]))))
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Full())
     with pytest.raises(UserError, match=r"is unpacked in .* \(No space left on device\); set TMPDIR"):
         opened(tmp_path / "x.tar.gz")
@@ -102,11 +102,11 @@ def refuse_to_copy(*_: object, **__: object) -> None:
 def test_a_copy_that_cannot_fit_is_refused_before_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    plain = tarred(None, ("1.png", PICTURES[0]), ("2.png", PICTURES[1]))
+    plain = tarred(None, ("1.png", IMAGES[0]), ("2.png", IMAGES[1]))
     if kind == "parquet":
-        table = pa.table({"image": PICTURES[:2]})
+        table = pa.table({"image": IMAGES[:2]})
         pq.write_table(table, tmp_path / "x.parquet")
-        needed = sum(map(len, PICTURES[:2]))
+        needed = sum(map(len, IMAGES[:2]))
     elif kind == "folder":
         for name in ("a", "b"):
             (tmp_path / f"{name}.tar.gz").write_bytes(gzip.compress(plain))
@@ -126,55 +126,55 @@ def test_a_copy_that_cannot_fit_is_refused_before_it_begins(
     monkeypatch.setattr("shutil.disk_usage", lambda _: room)
     found = opened(source)
     assert found.copied_bytes >= needed
-    assert read_item(found, 0) == PICTURES[0]
+    assert read_item(found, 0) == IMAGES[0]
 
 
 def test_a_source_that_is_copied_is_opened_by_this_process_alone(tmp_path: Path) -> None:
     def nobody(config: PackConfig, count: int) -> AbstractContextManager[ParallelMap]:
-        raise AssertionError(f"{count} pictures of {config.source} were given away")
+        raise AssertionError(f"{count} images of {config.source} were given away")
 
-    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tarred(None, ("cat/1.png", PICTURES[0]))))
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tarred(None, ("cat/1.png", IMAGES[0]))))
     config = PackConfig(source=str(tmp_path / "x.tar.gz"), dest=(tmp_path / "set").as_uri())
     report = pack(config, spread=nobody)
     assert any("copied to TMPDIR" in note for note in report.notes)
 
 
-def test_links_roots_and_odd_bytes_in_a_tar_lose_no_picture(tmp_path: Path) -> None:
+def test_links_roots_and_odd_bytes_in_a_tar_lose_no_image(tmp_path: Path) -> None:
     tarred(
         tmp_path / "x.tar",
-        ("/cat/1.png", PICTURES[0]),
+        ("/cat/1.png", IMAGES[0]),
         link("cat/2.png", "cat/1.png", tarfile.LNKTYPE),
         link("dog/3.png", "../cat/2.png"),
         link("dog/4.png", "nowhere.png"),
         link("dog/pipe", "", tarfile.FIFOTYPE),
-        ("dog/caf\udce9.png", PICTURES[1]),
+        ("dog/caf\udce9.png", IMAGES[1]),
     )
     found = opened(tmp_path / "x.tar")
     assert labels(found) == {
         "cat/1.png": "cat", "cat/2.png": "cat", "dog/3.png": "dog", "dog/caf\\xe9.png": "dog",
     }  # fmt: skip
-    assert [read_item(found, n) for n in range(4)] == [PICTURES[0]] * 3 + [PICTURES[1]]
+    assert [read_item(found, n) for n in range(4)] == [IMAGES[0]] * 3 + [IMAGES[1]]
     assert found.left_out == {"links to nothing": 1, "devices": 1}
 
 
 def test_a_tar_of_a_tar_for_each_class_is_read(tmp_path: Path) -> None:
-    inner = [tarred(None, (f"{n}_1.JPEG", PICTURES[n])) for n in range(2)]
+    inner = [tarred(None, (f"{n}_1.JPEG", IMAGES[n])) for n in range(2)]
     tarred(tmp_path / "x.tar", ("n01440764.tar", inner[0]), ("n01443537.tar", inner[1]))
     found = opened(tmp_path / "x.tar")
     assert labels(found) == {"n01440764/0_1.JPEG": "n01440764", "n01443537/1_1.JPEG": "n01443537"}
-    assert read_item(found, 1) == PICTURES[1]
+    assert read_item(found, 1) == IMAGES[1]
 
 
 def test_a_tar_cut_at_a_member_is_refused(tmp_path: Path) -> None:
-    whole = tarred(None, ("1.png", PICTURES[0]), ("2.png", PICTURES[1]))
-    (tmp_path / "x.tar").write_bytes(whole[: 512 + len(PICTURES[0]) + -len(PICTURES[0]) % 512])
+    whole = tarred(None, ("1.png", IMAGES[0]), ("2.png", IMAGES[1]))
+    (tmp_path / "x.tar").write_bytes(whole[: 512 + len(IMAGES[0]) + -len(IMAGES[0]) % 512])
     with pytest.raises(UserError, match="it is cut short"):
         opened(tmp_path / "x.tar")
 
 
 def shards(tmp_path: Path, *numbers: int, name: str = "t") -> Path:
     for number in numbers:
-        tarred(tmp_path / f"{name}-{number:02d}.tar", ("0.png", PICTURES[number]), ("0.cls", b"%d" % number))
+        tarred(tmp_path / f"{name}-{number:02d}.tar", ("0.png", IMAGES[number]), ("0.cls", b"%d" % number))
     return tmp_path
 
 
@@ -209,29 +209,29 @@ def test_a_set_that_was_packed_keeps_its_class_names(tmp_path: Path) -> None:
         opened(dest)
 
 
-def test_two_pictures_of_a_sample_are_asked_about(tmp_path: Path) -> None:
-    files = [(f"{n}.{kind}", PICTURES[n]) for n in range(2) for kind in ("input.jpg", "target.png")]
+def test_two_images_of_a_sample_are_asked_about(tmp_path: Path) -> None:
+    files = [(f"{n}.{kind}", IMAGES[n]) for n in range(2) for kind in ("input.jpg", "target.png")]
     tarred(tmp_path / "x.tar", *files, ("0.cls", b"5"), ("1.cls", b"6"))
     with pytest.raises(
-        UserError, match=r"several pictures each: input\.jpg \(2\), target\.png \(2\); set image_col"
+        UserError, match=r"several images each: input\.jpg \(2\), target\.png \(2\); set image_col"
     ):
         opened(tmp_path / "x.tar")
     found = opened(tmp_path / "x.tar", image_column="input.jpg")
     assert labels(found) == {"0.input.jpg": 5, "1.input.jpg": 6}
-    assert "image_column input.jpg: 2 other pictures are left out" in found.notes
+    assert "image_column input.jpg: 2 other images are left out" in found.notes
     assert len(opened(tmp_path / "x.tar", image_column="all").items) == 4
-    with pytest.raises(UserError, match=r"image_column: .* holds no picture named …\.webp"):
+    with pytest.raises(UserError, match=r"image_column: .* holds no image named …\.webp"):
         opened(tmp_path / "x.tar", image_column="webp")
 
 
 def test_dots_in_names_make_no_samples(tmp_path: Path) -> None:
-    tarred(tmp_path / "x.tar", *((f"v{n}.{m}.png", PICTURES[n]) for n in range(2) for m in range(2)))
+    tarred(tmp_path / "x.tar", *((f"v{n}.{m}.png", IMAGES[n]) for n in range(2) for m in range(2)))
     assert len(opened(tmp_path / "x.tar").items) == 4
 
 
 def table(path: Path, column: str, values: pa.Array | list[object], names: list[str] | None = None) -> Path:
-    """Parquet of pictures with one more column."""
-    images = [{"bytes": PICTURES[n % 6], "path": f"{n}.png"} for n in range(len(values))]
+    """Parquet of images with one more column."""
+    images = [{"bytes": IMAGES[n % 6], "path": f"{n}.png"} for n in range(len(values))]
     made = pa.table({"image": images, column: values})
     features = {column: {"names": names, "_type": "ClassLabel"}} if names else {}
     made = made.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -292,57 +292,57 @@ def test_splits_and_names_that_disagree_are_refused(tmp_path: Path) -> None:
 def test_labels_on_some_files_only_are_refused_before_work(tmp_path: Path) -> None:
     table(tmp_path / "0.parquet", "label", [0, 1])
     table(tmp_path / "1.parquet", "width", [8, 8])
-    with pytest.raises(UserError, match="2 of 4 pictures have no label"):
+    with pytest.raises(UserError, match="2 of 4 images have no label"):
         opened(tmp_path)
     assert opened(tmp_path, labels="none").class_names is None
 
 
-def test_the_picture_is_taken_from_the_column_named_so(tmp_path: Path) -> None:
+def test_the_image_is_taken_from_the_column_named_so(tmp_path: Path) -> None:
     rows = {
         "id": [b"1", b"2"],
-        "conditioning_image": [{"bytes": PICTURES[5], "path": ""}] * 2,
-        "image": [{"bytes": data, "path": ""} for data in PICTURES[:2]],
+        "conditioning_image": [{"bytes": IMAGES[5], "path": ""}] * 2,
+        "image": [{"bytes": data, "path": ""} for data in IMAGES[:2]],
     }
     pq.write_table(pa.table(rows), tmp_path / "x.parquet")
     found = opened(tmp_path / "x.parquet")
-    assert [read_item(found, n) for n in range(2)] == PICTURES[:2]
+    assert [read_item(found, n) for n in range(2)] == IMAGES[:2]
     assert "column conditioning_image holds bytes too and is left out" in found.notes
     pq.write_table(pa.table({"before": rows["image"], "after": rows["image"]}), tmp_path / "y.parquet")
     with pytest.raises(
-        UserError, match="each of the columns before, after could be the picture; set image_column"
+        UserError, match="each of the columns before, after could be the image; set image_column"
     ):
         opened(tmp_path / "y.parquet")
     assert len(opened(tmp_path / "y.parquet", image_column="after").items) == 2
 
 
-def test_pictures_beside_the_parquet_are_read_by_their_paths_and_no_others(tmp_path: Path) -> None:
+def test_images_beside_the_parquet_are_read_by_their_paths_and_no_others(tmp_path: Path) -> None:
     (tmp_path / "in/images").mkdir(parents=True)
-    (tmp_path / "in/images/1.png").write_bytes(PICTURES[1])
+    (tmp_path / "in/images/1.png").write_bytes(IMAGES[1])
     rows = pa.table({"image": [{"bytes": None, "path": "images/1.png"}], "label": ["cat"]})
     pq.write_table(rows, tmp_path / "in/x.parquet")
     found = opened(tmp_path / "in/x.parquet")
-    assert (read_item(found, 0), found.class_names) == (PICTURES[1], ("cat",))
-    (tmp_path / "secret.png").write_bytes(PICTURES[2])
+    assert (read_item(found, 0), found.class_names) == (IMAGES[1], ("cat",))
+    (tmp_path / "secret.png").write_bytes(IMAGES[2])
     for path in ("../secret.png", str(tmp_path / "secret.png")):
         pq.write_table(pa.table({"file_name": [path]}), tmp_path / "in/y.parquet")
         with pytest.raises(UserError, match=r"outside of .*set image_root"):
             opened(tmp_path / "in/y.parquet")
-    assert read_item(opened(tmp_path / "in/y.parquet", image_root=str(tmp_path)), 0) == PICTURES[2]
+    assert read_item(opened(tmp_path / "in/y.parquet", image_root=str(tmp_path)), 0) == IMAGES[2]
 
 
-def test_tables_about_pictures_do_not_hide_them(tmp_path: Path) -> None:
+def test_tables_about_images_do_not_hide_them(tmp_path: Path) -> None:
     folder(tmp_path, {"cat": 1, "dog": 1})
     pq.write_table(pa.table({"url": ["u"], "status": ["success"]}), tmp_path / "annotations.parquet")
     found = opened(tmp_path)
     assert found.class_names == ("cat", "dog")
     assert found.left_out == {".parquet": 1}
     table(tmp_path / "more.parquet", "label", [0])
-    with pytest.raises(UserError, match="holds pictures and parquet with pictures; name one of them"):
+    with pytest.raises(UserError, match="holds images and parquet with images; name one of them"):
         opened(tmp_path)
 
 
 def test_metadata_of_parquet_nested_beyond_sense_is_passed_over(tmp_path: Path) -> None:
-    made = pa.table({"image": [PICTURES[0]], "label": [1]})
+    made = pa.table({"image": [IMAGES[0]], "label": [1]})
     deep = made.replace_schema_metadata({"huggingface": "[" * 100_000 + "]" * 100_000})
     pq.write_table(deep, tmp_path / "x.parquet")
     assert list(labels(opened(tmp_path / "x.parquet")).values()) == [1]

@@ -18,7 +18,7 @@ from pipeline.data.packing.build_index import build_index, plan_index
 from pipeline.data.packing.scan_shard import index_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.store import open_store
-from tests.data.making import batches, by_position, encoded, picture, sample, small_set
+from tests.data.making import batches, by_position, encoded, random_image, sample, small_set
 
 
 def test_an_index_counts_what_is_there(any_uri: str) -> None:
@@ -85,7 +85,7 @@ def test_what_an_earlier_index_did_not_look_at_is_read(uri: str) -> None:
 def test_statistics_are_exact(uri: str) -> None:
     small_set(uri)
     index = build_index(uri, pixels=True)
-    values = np.stack([picture(i) for i in range(60)]).reshape(-1, 3).astype(np.float64)
+    values = np.stack([random_image(i) for i in range(60)]).reshape(-1, 3).astype(np.float64)
     assert index.channel_mean == pytest.approx(values.mean(0), rel=1e-12)
     assert index.channel_std == pytest.approx(values.std(0), rel=1e-12)
     assert index.digest == load_index(uri).digest == small_set(uri).digest
@@ -102,7 +102,10 @@ def test_third_party_tars_work_as_they_are(
     shard = write_shard(
         (
             f"deep/er/{i}",
-            {"json": json.dumps({"label": i % 3}).encode(), extension: encoded(picture(i), kind, **options)},
+            {
+                "json": json.dumps({"label": i % 3}).encode(),
+                extension: encoded(random_image(i), kind, **options),
+            },
         )
         for i in range(10)
     )
@@ -117,7 +120,7 @@ def test_third_party_tars_work_as_they_are(
     assert labels == sorted(i % 3 for i in range(10))
     if kind != "jpeg":
         assert {pixels for pixels, _ in found.values()} == {
-            picture(i).transpose(2, 0, 1).tobytes() for i in range(10)
+            random_image(i).transpose(2, 0, 1).tobytes() for i in range(10)
         }
 
 
@@ -179,20 +182,20 @@ def test_a_wildcard_that_matches_nothing_is_missing_like_a_name(uri: str) -> Non
         build_index(f"{uri}/{{train,val}}-*.tar")
 
 
-def test_a_grey_shard_among_coloured_ones_counts_in_every_channel(uri: str) -> None:
+def test_a_grey_shard_among_colored_ones_counts_in_every_channel(uri: str) -> None:
     store = open_store(uri)
     for number, channels in enumerate((1, 3)):
-        files = {"png": encoded(picture(number, channels=channels))}
+        files = {"png": encoded(random_image(number, channels=channels))}
         store.write(f"{number}.tar", write_shard([("a", files)]))
     index = build_index(uri, pixels=True)
-    both = np.concatenate([np.repeat(picture(0, channels=1), 3, axis=2), picture(1)])
+    both = np.concatenate([np.repeat(random_image(0, channels=1), 3, axis=2), random_image(1)])
     assert index.channel_mean == pytest.approx(both.mean(axis=(0, 1)))
     assert index.channel_std == pytest.approx(both.std(axis=(0, 1)))
 
 
-def test_grey_and_colour_of_one_size_are_a_colour_set(uri: str) -> None:
+def test_grey_and_color_of_one_size_are_a_color_set(uri: str) -> None:
     shard = write_shard(
-        [("a", {"png": encoded(picture(0))}), ("b", {"png": encoded(picture(1, channels=1))})]
+        [("a", {"png": encoded(random_image(0))}), ("b", {"png": encoded(random_image(1, channels=1))})]
     )
     open_store(uri).write("0.tar", shard)
     index = build_index(uri)
@@ -203,7 +206,9 @@ def test_grey_and_colour_of_one_size_are_a_colour_set(uri: str) -> None:
 
 
 def test_images_of_different_sizes_are_refused_by_the_loader_with_the_remedy(uri: str) -> None:
-    shard = write_shard([("a", {"png": encoded(picture(0))}), ("b", {"png": encoded(picture(1, (9, 8)))})])
+    shard = write_shard(
+        [("a", {"png": encoded(random_image(0))}), ("b", {"png": encoded(random_image(1, (9, 8)))})]
+    )
     open_store(uri).write("0.tar", shard)
     index = build_index(uri)
     assert index.image is None
@@ -276,16 +281,16 @@ def npy_of_shape(shape: tuple[int, ...]) -> bytes:
     ("files", "complaint"),
     [
         ({"cls": b"1"}, "0 images"),
-        ({"png": encoded(picture(0)), "jpg": b""}, "2 images"),
+        ({"png": encoded(random_image(0)), "jpg": b""}, "2 images"),
         ({"png": b"\x89PNG no"}, "not a PNG"),
-        ({"png": encoded(picture(0)), "cls": b"cat"}, r"\.cls holds 'cat'"),
-        ({"png": encoded(picture(0)), "json": b"{"}, r"\.json is damaged"),
-        ({"png": encoded(picture(0)), "json": b'{"label": -2}'}, "holds '-2'"),
+        ({"png": encoded(random_image(0)), "cls": b"cat"}, r"\.cls holds 'cat'"),
+        ({"png": encoded(random_image(0)), "json": b"{"}, r"\.json is damaged"),
+        ({"png": encoded(random_image(0)), "json": b'{"label": -2}'}, "holds '-2'"),
         (
-            {"npy": encoded(picture(0).astype(np.float32), "npy")},
+            {"npy": encoded(random_image(0).astype(np.float32), "npy")},
             "npy holds float32 in C order; uint8 in C order expected",
         ),
-        ({"npy": encoded(picture(0), "npy")[:-1]}, "bytes of pixels"),
+        ({"npy": encoded(random_image(0), "npy")[:-1]}, "bytes of pixels"),
         ({"npy": npy_of_shape((-1, -1, 1)) + b"x"}, "damaged npy header: .*-1, -1, 1"),
     ],
 )
@@ -296,13 +301,13 @@ def test_what_is_wrong_with_a_sample_is_named(uri: str, files: dict[str, bytes],
 
 
 def test_labels_on_some_samples_only_are_refused(uri: str) -> None:
-    open_store(uri).write("0.tar", write_shard([sample(0), ("x", {"png": encoded(picture(1))})]))
+    open_store(uri).write("0.tar", write_shard([sample(0), ("x", {"png": encoded(random_image(1))})]))
     with pytest.raises(UserError, match=r"0\.tar: 1 of 2 samples have no label"):
         build_index(uri)
 
 
-def test_a_picture_that_claims_to_be_huge_is_refused(uri: str) -> None:
-    bomb = bytearray(encoded(picture(0)))
+def test_an_image_that_claims_to_be_huge_is_refused(uri: str) -> None:
+    bomb = bytearray(encoded(random_image(0)))
     bomb[16:24] = (100_000).to_bytes(4, "big") * 2
     open_store(uri).write("0.tar", write_shard([("bomb", {"png": bytes(bomb)})]))
     with pytest.raises(DamageError, match=r"bomb.*claims 100000x100000 pixels"):

@@ -18,7 +18,7 @@ from pipeline.data.reading.samples import SampleSource
 from pipeline.data.reading.shard_cache import open_shard_access
 from pipeline.errors import DamageError, UserError
 from pipeline.store import open_store
-from tests.data.making import batches, by_position, digits, picture, small_set
+from tests.data.making import batches, by_position, digits, random_image, small_set
 
 
 def test_every_world_size_sees_the_same_samples(any_uri: str) -> None:
@@ -54,7 +54,7 @@ def test_every_epoch_has_every_sample_once(uri: str) -> None:
 
 def test_labels_stay_with_their_images(uri: str) -> None:
     index = small_set(uri)
-    label = {picture(i).transpose(2, 0, 1).tobytes(): i % 10 for i in range(60)}
+    label = {random_image(i).transpose(2, 0, 1).tobytes(): i % 10 for i in range(60)}
     assert all(label[pixels] == number for pixels, number in by_position(batches(index, 0, 9)).values())
 
 

@@ -22,7 +22,7 @@ from pipeline.data.packing.pack_dataset import held_out_uri, pack
 from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import DamageError, UserError
 from pipeline.store import open_store
-from tests.data.making import digits, encoded, folder, picture, sixty
+from tests.data.making import digits, encoded, folder, random_image, sixty
 
 
 def contents(uri: str) -> dict[str, bytes]:
@@ -157,15 +157,15 @@ def test_a_webdataset_tar_is_a_source_too(uri: str, tmp_path: Path) -> None:
     assert pixels_of(f"{uri}/second") == pixels_of(f"{uri}/first")
 
 
-def test_pictures_without_class_folders_have_no_labels(uri: str, tmp_path: Path) -> None:
+def test_images_without_class_folders_have_no_labels(uri: str, tmp_path: Path) -> None:
     folder(tmp_path / "in", {"only": 4})
     report = pack(PackConfig(source=str(tmp_path / "in" / "only"), dest=uri))
     assert report.samples_per_class is None
     assert load_index(uri).num_classes is None
 
 
-def test_pictures_are_scaled_with_anti_aliasing_and_the_middle_is_kept(uri: str, tmp_path: Path) -> None:
-    # Stripes of one pixel: without anti-aliasing they come out black or white, with it grey. Red margins are cut.
+def test_images_are_scaled_with_anti_aliasing_and_the_middle_is_kept(uri: str, tmp_path: Path) -> None:
+    # Stripes of one pixel: without anti-aliasing they come out black or white, with it gray. Red margins are cut.
     stripes = np.zeros((64, 96, 3), np.uint8)
     stripes[:, ::2] = 255
     stripes[:, :16] = stripes[:, -16:] = (255, 0, 0)
@@ -189,7 +189,7 @@ def test_pictures_are_scaled_with_anti_aliasing_and_the_middle_is_kept(uri: str,
         (Image.new("RGB", (2, 2), (200, 200, 200)), 1, (200,)),
         (Image.new("P", (2, 2), 0), 3, (0, 0, 0)),
     ],
-    ids=["clear", "opaque", "grey-alpha", "grey", "bits", "16-bit", "to-grey", "palette"],
+    ids=["clear", "opaque", "gray-alpha", "gray", "bits", "16-bit", "to-gray", "palette"],
 )
 def test_every_kind_of_pixel_becomes_the_wanted_channels(
     uri: str, tmp_path: Path, image: Image.Image, channels: int, wanted: tuple[int, ...]
@@ -203,7 +203,7 @@ def test_every_kind_of_pixel_becomes_the_wanted_channels(
 
 
 def test_a_photograph_turned_by_its_camera_is_put_upright(uri: str, tmp_path: Path) -> None:
-    image = Image.fromarray(np.repeat(picture(0, (16, 8)), 1, axis=0))
+    image = Image.fromarray(np.repeat(random_image(0, (16, 8)), 1, axis=0))
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "in").mkdir()
@@ -226,13 +226,13 @@ def test_duplicates_and_other_files_are_reported(uri: str, tmp_path: Path) -> No
     assert written["num_samples"] == 6
 
 
-def test_an_unreadable_picture_ends_the_job_before_anything_is_written(uri: str, tmp_path: Path) -> None:
+def test_an_unreadable_image_ends_the_job_before_anything_is_written(uri: str, tmp_path: Path) -> None:
     source = folder(tmp_path / "in", {"cat": 3})
-    whole = encoded(picture(9, (64, 64)))
+    whole = encoded(random_image(9, (64, 64)))
     (source / "cat" / "torn.png").write_bytes(whole[: len(whole) // 2])
-    (source / "cat" / "text.jpg").write_text("no picture")
+    (source / "cat" / "text.jpg").write_text("no image")
     with pytest.raises(
-        UserError, match=r"2 of 5 pictures.*cat/text\.jpg: not a PNG.*cat/torn\.png: .*truncated.*skip"
+        UserError, match=r"2 of 5 images.*cat/text\.jpg: not a PNG.*cat/torn\.png: .*truncated.*skip"
     ):
         pack(PackConfig(source=str(source), dest=uri, image_size=8))
     assert list(open_store(uri).list()) == []
@@ -245,10 +245,10 @@ def test_an_unreadable_picture_ends_the_job_before_anything_is_written(uri: str,
     ("prepare", "complaint"),
     [
         (lambda root: None, "does not exist"),
-        (lambda root: root.mkdir(), "holds no pictures"),
+        (lambda root: root.mkdir(), "holds no images"),
         (lambda root: root.write_text("x"), "of no known kind"),
         (
-            lambda root: (folder(root, {"a": 1}), (root / "loose.png").write_bytes(encoded(picture(7)))),
+            lambda root: (folder(root, {"a": 1}), (root / "loose.png").write_bytes(encoded(random_image(7)))),
             "loose.png",
         ),
         (lambda root: (folder(root, {"a": 1}), folder(root / "b", {"b": 1}, (9, 9))), "set image_size"),
@@ -270,13 +270,13 @@ def test_a_broken_zip_is_named(uri: str, tmp_path: Path) -> None:
         pack(PackConfig(source=str(tmp_path / "x.zip"), dest=uri))
 
 
-def test_a_damaged_member_of_a_zip_is_an_unreadable_picture(uri: str, tmp_path: Path) -> None:
+def test_a_damaged_member_of_a_zip_is_an_unreadable_image(uri: str, tmp_path: Path) -> None:
     archive = zipped(folder(tmp_path / "in", {"cat": 3}), tmp_path / "x")
     data = bytearray(archive.read_bytes())
     data[data.index(b"IDAT") + 20] ^= 1
     archive.write_bytes(bytes(data))
     with pytest.raises(
-        UserError, match=r"1 of 3 pictures cannot be read: cat/0\.png: cannot be read: Bad CRC-32"
+        UserError, match=r"1 of 3 images cannot be read: cat/0\.png: cannot be read: Bad CRC-32"
     ):
         pack(PackConfig(source=str(archive), dest=uri))
 
@@ -292,7 +292,7 @@ def test_packing_again_does_nothing_and_says_so(any_uri: str) -> None:
 
 def test_a_place_that_holds_another_pack_or_other_data_is_refused(uri: str) -> None:
     sixty(uri)
-    with pytest.raises(UserError, match="holds a pack of other pictures or settings"):
+    with pytest.raises(UserError, match="holds a pack of other images or settings"):
         sixty(uri, seed=1)
     open_store(f"{uri}/other").write("x.tar", b"")
     with pytest.raises(UserError, match=r"holds other data \(x\.tar\)"):
@@ -339,7 +339,7 @@ def test_a_job_stopped_at_any_write_goes_on_to_the_same_bytes(
     )  # two claims, the plan; of each of three shards tar, table, record; report, card, tables, index, source
 
 
-def test_progress_counts_pictures_and_ends_at_their_number(uri: str, tmp_path: Path) -> None:
+def test_progress_counts_images_and_ends_at_their_number(uri: str, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     pack(
         PackConfig(source=str(folder(tmp_path / "in", {"a": 9})), dest=uri, shard_size=4),
@@ -401,8 +401,8 @@ def test_a_tar_of_png_and_one_of_npy_hold_the_same_pixels(uri: str) -> None:
         assert np.load(io.BytesIO(member.read()), allow_pickle=False).shape == (8, 8, 3)
 
 
-def test_a_pictures_side_follows_from_its_bytes_and_survives_more_pictures(tmp_path: Path) -> None:
-    def pictures(folder: Path, numbers: range) -> str:
+def test_an_images_side_follows_from_its_bytes_and_survives_more_images(tmp_path: Path) -> None:
+    def images(folder: Path, numbers: range) -> str:
         folder.mkdir()
         for number in numbers:
             pixels = np.full((4, 4), number, np.uint8)
@@ -413,7 +413,7 @@ def test_a_pictures_side_follows_from_its_bytes_and_survives_more_pictures(tmp_p
     def levels(uri: str) -> list[int]:
         return sorted(int(sample.pixels[0, 0, 0]) for sample in read_sequential(load_index(uri)))
 
-    few, many = pictures(tmp_path / "few", range(60)), pictures(tmp_path / "many", range(120))
+    few, many = images(tmp_path / "few", range(60)), images(tmp_path / "many", range(120))
     sides: list[tuple[list[int], list[int]]] = []
     for source in (few, many):
         dest = f"{source}-packed"
@@ -429,5 +429,5 @@ def test_a_pictures_side_follows_from_its_bytes_and_survives_more_pictures(tmp_p
         assert not set(kept) & set(held)  # twins stay together
         assert 0.15 < len(held) / (2 * count) < 0.45
     assert set(sides[0][1]) == {level for level in sides[1][1] if level < 60}
-    with pytest.raises(UserError, match=r"held_out: 1e-06 of these pictures is none"):
+    with pytest.raises(UserError, match=r"held_out: 1e-06 of these images is none"):
         pack(PackConfig(source=few, dest=str(tmp_path / "none"), channels=1, held_out=1e-6))

@@ -18,7 +18,7 @@ from pipeline.data.packing.pack_dataset import pack
 from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import UserError
 from pipeline.store import open_store
-from tests.data.making import digits, encoded, picture
+from tests.data.making import digits, encoded, random_image
 
 V0_1_0 = Path(__file__).parents[1] / "compatibility/v0.1.0"
 
@@ -42,16 +42,18 @@ PINNED = {
 
 
 def waves(number: int, edge: int) -> np.ndarray:
-    """A smooth picture with some noise, uint8 (edge, edge, 3), by whole numbers alone."""
+    """A smooth image with some noise, uint8 (edge, edge, 3), by whole numbers alone."""
     y, x, c = np.mgrid[0:edge, 0:edge, 0:3]
-    return ((x * x // 8 + y * number + 40 * c + picture(number, (edge, edge)) % 8) % 256).astype(np.uint8)
+    return ((x * x // 8 + y * number + 40 * c + random_image(number, (edge, edge)) % 8) % 256).astype(
+        np.uint8
+    )
 
 
-def pictures(root: Path, kind: str, edge: int = 40, count: int = 6) -> str:
+def images(root: Path, kind: str, edge: int = 40, count: int = 6) -> str:
     for number in range(count):
         place = root / ("even", "odd")[number % 2]
         place.mkdir(parents=True, exist_ok=True)
-        pixels = picture(number, (edge, edge)) if number < 2 else waves(number, edge)
+        pixels = random_image(number, (edge, edge)) if number < 2 else waves(number, edge)
         (place / f"{number}.{kind}").write_bytes(encoded(pixels, kind))
     return str(root)
 
@@ -78,12 +80,12 @@ def as_version_0_1_0_left_it(uri: str, *, finished: bool) -> None:
 @same_zlib
 @pytest.mark.parametrize("kind", ["npy", "png"])
 def test_shards_of_png_have_the_bytes_they_always_had(uri: str, tmp_path: Path, kind: str) -> None:
-    pack(PackConfig(source=pictures(tmp_path / "in", kind), dest=uri, shard_size=3))
+    pack(PackConfig(source=images(tmp_path / "in", kind), dest=uri, shard_size=3))
     assert hashes(uri) == PINNED[kind]
 
 
 def test_shards_of_npy_have_the_bytes_they_always_had(uri: str, tmp_path: Path) -> None:
-    pack(PackConfig(source=pictures(tmp_path / "in", "png"), dest=uri, shard_size=3, payload="npy"))
+    pack(PackConfig(source=images(tmp_path / "in", "png"), dest=uri, shard_size=3, payload="npy"))
     assert hashes(uri) == PINNED["as npy"]
 
 
@@ -94,7 +96,7 @@ def test_the_digits_have_the_digest_they_always_had(uri: str) -> None:
 
 
 @same_zlib
-def test_pictures_are_still_compressed_as_version_0_1_0_did_where_it_began() -> None:
+def test_images_are_still_compressed_as_version_0_1_0_did_where_it_began() -> None:
     samples = [s for shard in sorted(V0_1_0.glob("data/shards/*.tar")) for s in read_shard(shard)]
     assert len(samples) == 60
     for key, files in samples:
@@ -102,7 +104,7 @@ def test_pictures_are_still_compressed_as_version_0_1_0_did_where_it_began() -> 
 
 
 def test_a_pack_that_version_0_1_0_began_goes_on_in_its_way(uri: str, tmp_path: Path) -> None:
-    config = PackConfig(source=pictures(tmp_path / "in", "png"), dest=uri, shard_size=3)
+    config = PackConfig(source=images(tmp_path / "in", "png"), dest=uri, shard_size=3)
     pack(config)
     new = hashes(uri)
     as_version_0_1_0_left_it(uri, finished=False)
@@ -115,7 +117,7 @@ def test_a_pack_that_version_0_1_0_began_goes_on_in_its_way(uri: str, tmp_path: 
 
 
 def test_shard_bytes_cuts_by_pixels_and_evenly(uri: str, tmp_path: Path) -> None:
-    source = pictures(tmp_path / "in", "png", edge=10, count=7)  # of 300 bytes of pixels each
+    source = images(tmp_path / "in", "png", edge=10, count=7)  # of 300 bytes of pixels each
     for limit, counts in ((2100, [7]), (2099, [3, 4]), (900, [2, 2, 3]), (299, [1] * 7)):
         pack(PackConfig(source=source, dest=f"{uri}/{limit}", shard_bytes=limit))
         assert [shard.num_samples for shard in load_index(f"{uri}/{limit}").shards] == counts
@@ -124,11 +126,11 @@ def test_shard_bytes_cuts_by_pixels_and_evenly(uri: str, tmp_path: Path) -> None
 def test_a_set_that_was_packed_before_shard_bytes_is_left_as_it_is(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = pictures(tmp_path / "in", "png")
+    source = images(tmp_path / "in", "png")
     pack(PackConfig(source=source, dest=uri, shard_size=4))
     as_version_0_1_0_left_it(uri, finished=True)
     before = hashes(uri)
-    # Pictures so large that the default of shard_bytes would cut them into more shards.
+    # Images so large that the default of shard_bytes would cut them into more shards.
     monkeypatch.setattr(PackConfig.model_fields["shard_bytes"], "default", 4800)
     config = PackConfig(source=source, dest=uri, shard_size=4, shard_bytes=4800)
     assert pack(config).already_complete
@@ -141,7 +143,7 @@ def test_a_set_that_was_packed_before_shard_bytes_is_left_as_it_is(
 def test_a_shard_lost_from_such_a_set_is_made_again_with_its_own_samples(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = pictures(tmp_path / "in", "png")
+    source = images(tmp_path / "in", "png")
     pack(PackConfig(source=source, dest=uri, shard_size=4))
     samples = {sample.pixels.tobytes() for sample in read_sequential(load_index(uri))}
     as_version_0_1_0_left_it(uri, finished=True)
@@ -153,7 +155,7 @@ def test_a_shard_lost_from_such_a_set_is_made_again_with_its_own_samples(
 
 
 def test_a_plan_of_a_later_encoder_is_refused_in_one_line(uri: str, tmp_path: Path) -> None:
-    config = PackConfig(source=pictures(tmp_path / "in", "png"), dest=uri)
+    config = PackConfig(source=images(tmp_path / "in", "png"), dest=uri)
     pack(config)
     store = open_store(uri)
     plan = json.loads(store.read("pack-plan.json"))
@@ -174,5 +176,5 @@ def test_a_jpeg_cut_short_or_turned_is_noticed_when_it_is_looked_at(
     report = pack(PackConfig(source=str(tmp_path / "in"), dest=uri))
     assert str(report.image) == "64x40x3"
     (tmp_path / "in" / "torn.jpg").write_bytes(whole[: len(whole) * 3 // 4])
-    with pytest.raises(UserError, match=r"1 of 2 pictures cannot be read: torn\.jpg: .*truncated"):
+    with pytest.raises(UserError, match=r"1 of 2 images cannot be read: torn\.jpg: .*truncated"):
         pack(PackConfig(source=str(tmp_path / "in"), dest=f"{uri}-torn"))

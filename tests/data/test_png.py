@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.data.formats.images import decode_image
 from pipeline.data.formats.png import decode_png, encode_png
 from pipeline.errors import DamageError
-from tests.data.making import encoded, picture
+from tests.data.making import encoded, random_image
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 3]))
 
@@ -48,7 +48,7 @@ def test_each_line_filter_is_used_where_it_is_best(kind: str) -> None:
 
 
 def test_files_of_others_are_left_to_pillow() -> None:
-    pixels = picture(0, (20, 30))
+    pixels = random_image(0, (20, 30))
     for options in ({}, {"optimize": True}, {"compress_level": 9}):
         data = encoded(pixels, "png", **options)
         quick = decode_png(data, 3, 30, 20)
@@ -57,7 +57,7 @@ def test_files_of_others_are_left_to_pillow() -> None:
 
 
 def test_another_size_or_kind_than_expected_is_not_taken() -> None:
-    data = encode_png(picture(0))
+    data = encode_png(random_image(0))
     assert decode_png(data, 3, 8, 9) is None
     assert decode_png(data, 1, 8, 8) is None
     with pytest.raises(DamageError, match="image is 8x8x3, 9x8x3 expected"):
@@ -65,7 +65,7 @@ def test_another_size_or_kind_than_expected_is_not_taken() -> None:
 
 
 def test_damage_is_never_decoded_quietly() -> None:
-    pixels = picture(0, (16, 16))
+    pixels = random_image(0, (16, 16))
     data = encode_png(pixels)
     for place in range(33, len(data) - 16):
         damaged = data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]

@@ -15,9 +15,9 @@ from pipeline.data.packing.pack_dataset import pack
 from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import DamageError, UserError
 from pipeline.store import FileStore, ObjectInfo, open_store
-from tests.data.making import encoded, folder, picture, sample
+from tests.data.making import encoded, folder, random_image, sample
 
-PNG = encoded(picture(1))
+PNG = encoded(random_image(1))
 
 
 def labels(uri: str) -> list[int]:
@@ -159,7 +159,7 @@ def test_class_names_are_read_from_info_json(uri: str) -> None:
     assert build_index(uri).class_names == ("cat", "dog")
 
 
-def test_an_unreadable_picture_is_named_and_can_be_left_out(
+def test_an_unreadable_image_is_named_and_can_be_left_out(
     uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [("a", {"png": PNG, "cls": b"0"}), ("b", {"png": b"GIF89a", "cls": b"1"})]
@@ -173,15 +173,15 @@ def test_an_unreadable_picture_is_named_and_can_be_left_out(
     assert labels(uri) == [0, 2]
 
 
-def test_of_two_pictures_of_a_sample_one_is_chosen_by_its_extension(uri: str) -> None:
-    other = encoded(picture(2))
+def test_of_two_images_of_a_sample_one_is_chosen_by_its_extension(uri: str) -> None:
+    other = encoded(random_image(2))
     open_store(uri).write("0.tar", write_shard([("a", {"jpg": PNG, "seg.png": other, "cls": b"4"})]))
     with pytest.raises(DamageError, match=r"2 images.*--image jpg"):
         build_index(uri)
     made = plan_index(uri, image="seg.png").build()
     assert made.image_extension == "seg.png"
     (found,) = read_sequential(load_index(uri))
-    assert (found.pixels == picture(2)).all()
+    assert (found.pixels == random_image(2)).all()
     assert plan_index(uri, image="seg.png").to_scan == []
     assert plan_index(uri, image="jpg").to_scan == ["0.tar"]
 

@@ -1,4 +1,4 @@
-"""What is packed: every picture with the class that its source gives it, nothing invented, nothing left out unsaid."""
+"""What is packed: every image with the class that its source gives it, nothing invented, nothing left out unsaid."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from pipeline.config.data import PackConfig
 from pipeline.data.packing.open_source import open_source
 from pipeline.data.packing.sources import Source, read_item
 from pipeline.errors import DamageError, UserError
-from tests.data.making import encoded, picture
+from tests.data.making import encoded, random_image
 
 
 def put(root: Path, *names: str, data: bytes | str | None = None) -> Path:
-    """Files of these names, pictures that all differ unless `data` is given."""
+    """Files of these names, images that all differ unless `data` is given."""
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        content = encoded(picture(sum(name.encode()) + number)) if data is None else data
+        content = encoded(random_image(sum(name.encode()) + number)) if data is None else data
         (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return root
 
@@ -39,7 +39,7 @@ def labels(source: Source) -> dict[str, str | int | None]:
 def test_one_wrapping_folder_is_no_class(tmp_path: Path) -> None:
     found = opened(put(tmp_path, "img_align_celeba/1.png", "img_align_celeba/2.png"))
     assert (found.class_names, [item.label for item in found.items]) == (None, [-1, -1])
-    assert found.notes == ("one folder holds all pictures (img_align_celeba): it is no class",)
+    assert found.notes == ("one folder holds all images (img_align_celeba): it is no class",)
     inner = opened(put(tmp_path / "in", "flowers/cat/1.png", "flowers/dog/2.png"))
     assert inner.class_names == ("cat", "dog")
     assert opened(tmp_path, labels="folder").class_names == ("img_align_celeba", "in")
@@ -103,7 +103,7 @@ def test_linked_class_folders_are_followed_and_circles_are_not(tmp_path: Path) -
     assert found.left_out == {"links in a circle": 1}
 
 
-def test_a_link_to_nothing_is_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_link_to_nothing_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
     put(tmp_path, "1.png")
     (tmp_path / "2.png").symlink_to("missing.png")
     found = opened(tmp_path)
@@ -127,17 +127,17 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
 
 
 def test_names_that_are_not_utf8_are_packed(tmp_path: Path) -> None:
-    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(encoded(picture(1)))
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(encoded(random_image(1)))
     found = opened(tmp_path)
     assert [item.name for item in found.items] == ["caf\\xe9.png"]
-    assert read_item(found, 0) == encoded(picture(1))
+    assert read_item(found, 0) == encoded(random_image(1))
 
 
 @pytest.mark.parametrize("name", ["cat\ndog", "\x1b[31mred"])
 def test_a_class_name_that_no_model_could_hold_is_refused(tmp_path: Path, name: str) -> None:
     put(tmp_path, "ant/1.png")
     (tmp_path / name).mkdir()
-    (tmp_path / name / "2.png").write_bytes(encoded(picture(2)))
+    (tmp_path / name / "2.png").write_bytes(encoded(random_image(2)))
     with pytest.raises(UserError, match=r"class name .* rename it"):
         opened(tmp_path)
 
@@ -150,8 +150,8 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path: Path) -> None:
     assert found.left_out == {".heic": 2, ".txt": 1, "LICENSE": 1, ".parquet": 1, "hidden": 1}
 
 
-def test_a_source_without_pictures_says_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no pictures \(\.heic 2\); these are packed: \.png"):
+def test_a_source_without_images_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no images \(\.heic 2\); these are packed: \.png"):
         opened(put(tmp_path, "a.heic", "b.heic", data=b"x"))
 
 
@@ -171,10 +171,10 @@ def test_metadata_files_give_the_classes(tmp_path: Path, name: str) -> None:
     assert opened(tmp_path, labels="none").class_names is None
 
 
-def test_metadata_that_leaves_pictures_out_is_refused_with_one_of_them(tmp_path: Path) -> None:
+def test_metadata_that_leaves_images_out_is_refused_with_one_of_them(tmp_path: Path) -> None:
     put(tmp_path, "1.png", "2.png")
     put(tmp_path, "metadata.csv", data="file_name,label\n1.png,3\n9.png,1\n")
-    with pytest.raises(UserError, match=r"1 of 2 pictures have no label \(2\.png\).*labels=none"):
+    with pytest.raises(UserError, match=r"1 of 2 images have no label \(2\.png\).*labels=none"):
         opened(tmp_path)
 
 
@@ -193,7 +193,7 @@ def test_metadata_that_leaves_pictures_out_is_refused_with_one_of_them(tmp_path:
         ("json", '{"caption": "a cat"}', None),
     ],
 )
-def test_a_file_beside_a_picture_gives_its_class(
+def test_a_file_beside_an_image_gives_its_class(
     tmp_path: Path, extension: str, content: str, wanted: str | int | None
 ) -> None:
     put(tmp_path, "a.b.png", "c.png")
@@ -220,12 +220,12 @@ def test_several_fields_that_could_be_the_class_are_asked_about(tmp_path: Path) 
     [
         ("999999999", "0", "has the label 999999999; the limit is 1000000"),
         ("1", "cat", "some labels are numbers"),
-        ("0.5", "", "1 of 2 pictures have no label"),
+        ("0.5", "", "1 of 2 images have no label"),
         ("-7", "1", "a class is a number from 0 or a name"),
         ("x" * 300, "1", "that is a caption"),
     ],
 )
-def test_what_is_no_class_is_refused_with_the_picture(
+def test_what_is_no_class_is_refused_with_the_image(
     tmp_path: Path, one: str, other: str, complaint: str
 ) -> None:
     put(tmp_path, "1.png", "2.png")
@@ -237,9 +237,9 @@ def test_what_is_no_class_is_refused_with_the_picture(
 
 def test_captions_under_a_label_are_not_taken_for_classes(tmp_path: Path) -> None:
     names = [f"{n}.png" for n in range(60)]
-    put(tmp_path, *names, data=encoded(picture(0)))
+    put(tmp_path, *names, data=encoded(random_image(0)))
     put(tmp_path, "metadata.csv", data="file_name,label\n" + "".join(f"{n},a cat {n}\n" for n in names))
-    with pytest.raises(UserError, match="60 different texts among 60 pictures, as captions do"):
+    with pytest.raises(UserError, match="60 different texts among 60 images, as captions do"):
         opened(tmp_path)
     assert len(opened(tmp_path, label_column="label").class_names or ()) == 60
 
@@ -254,17 +254,17 @@ def zipped(path: Path, files: dict[str, bytes]) -> Path:
 @pytest.mark.parametrize("wrapped", ["", "cifar10/"])
 def test_a_dataset_json_gives_the_classes_not_the_folders(tmp_path: Path, wrapped: str) -> None:
     names = [f"{n // 2:05d}/img{n:08d}.png" for n in range(4)]
-    pictures = {wrapped + name: encoded(picture(n)) for n, name in enumerate(names)}
+    images = {wrapped + name: encoded(random_image(n)) for n, name in enumerate(names)}
     pairs = [[name, n % 2] for n, name in enumerate(names)]
     for listed, wanted in ((pairs, [0, 1, 0, 1]), (None, [-1] * 4)):
         content = json.dumps({"labels": listed}).encode()
-        found = opened(zipped(tmp_path / "x.zip", {**pictures, f"{wrapped}dataset.json": content}))
+        found = opened(zipped(tmp_path / "x.zip", {**images, f"{wrapped}dataset.json": content}))
         assert [item.label for item in found.items] == wanted
         assert (found.class_names, found.other_files) == (None, 0)
 
 
 def test_a_zip_with_odd_names_is_read_and_one_name_twice_is_refused(tmp_path: Path) -> None:
-    data = [encoded(picture(n)) for n in range(3)]
+    data = [encoded(random_image(n)) for n in range(3)]
     found = opened(
         zipped(tmp_path / "x.zip", {"/cat/1.png": data[0], "C:/cat/2.png": data[1], "./dog/3.png": data[2]})
     )

@@ -15,15 +15,15 @@ from pipeline.data.packing.inspect_dataset import inspect
 from pipeline.data.packing.pack_dataset import pack
 from pipeline.errors import UserError
 from pipeline.store import FileStore, ObjectInfo, Store, open_store
-from tests.data.making import encoded, picture
+from tests.data.making import encoded, random_image
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Forty pictures of noise, so that shards of different plans differ."""
+    """Forty images of noise, so that shards of different plans differ."""
     place = tmp_path_factory.mktemp("noise")
     for number in range(40):
-        (place / f"{number:02d}.png").write_bytes(encoded(picture(number)))
+        (place / f"{number:02d}.png").write_bytes(encoded(random_image(number)))
     return str(place)
 
 
@@ -83,7 +83,7 @@ def test_of_two_packs_of_different_plans_one_stands_and_the_other_is_refused(
     monkeypatch.undo()
     refused = [number for number, result in enumerate(told) if isinstance(result, UserError)]
     assert len(refused) == 1
-    assert "holds a pack of other pictures or settings" in str(told[refused[0]])
+    assert "holds a pack of other images or settings" in str(told[refused[0]])
     assert load_index(uri).digest == alone[1 - refused[0]]
     assert inspect(uri).damage == ()
 
@@ -156,7 +156,7 @@ def test_whatever_is_lost_of_a_pack_comes_back_by_the_same_command(
     assert inspect(uri).damage == ()
 
 
-def test_the_second_pack_of_an_unchanged_source_reads_no_picture(
+def test_the_second_pack_of_an_unchanged_source_reads_no_image(
     uri: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = tmp_path / "mine"
@@ -164,7 +164,7 @@ def test_the_second_pack_of_an_unchanged_source_reads_no_picture(
     first = pack(config(str(mine), uri))
 
     def read(*_: object) -> bytes:
-        raise AssertionError("a picture was read")
+        raise AssertionError("an image was read")
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.data.packing.sources.FilesSource.read", read)
@@ -172,11 +172,11 @@ def test_the_second_pack_of_an_unchanged_source_reads_no_picture(
     assert again.already_complete
     assert (again.index_digest, again.num_samples, again.image) == (first.index_digest, 40, first.image)
     (mine / "00.png").write_bytes(encoded(np.zeros((8, 8, 3), np.uint8)))
-    with pytest.raises(UserError, match="holds a pack of other pictures"):
+    with pytest.raises(UserError, match="holds a pack of other images"):
         pack(config(str(mine), uri))
 
 
-def test_a_taken_place_is_refused_before_any_picture_is_read(
+def test_a_taken_place_is_refused_before_any_image_is_read(
     uri: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack(config(source, uri))
@@ -186,12 +186,12 @@ def test_a_taken_place_is_refused_before_any_picture_is_read(
     open_store(f"{uri}-other").write("x.tar", b"")
 
     def read(*_: object) -> bytes:
-        raise AssertionError("a picture was read")
+        raise AssertionError("an image was read")
 
     monkeypatch.setattr("pipeline.data.packing.sources.FilesSource.read", read)
-    with pytest.raises(UserError, match="holds a pack of other pictures or settings"):
+    with pytest.raises(UserError, match="holds a pack of other images or settings"):
         pack(config(source, uri, seed=3))
-    with pytest.raises(UserError, match="holds a pack of other pictures or settings"):
+    with pytest.raises(UserError, match="holds a pack of other images or settings"):
         pack(config(str(fewer), uri))
     with pytest.raises(UserError, match=r"holds other data \(x\.tar\)"):
         pack(config(source, f"{uri}-other"))

@@ -58,7 +58,7 @@ def test_help_shows_every_command_with_what_it_does() -> None:
 
 def test_a_contact_sheet_that_cannot_be_written_is_refused_before_reading(root: Path) -> None:
     assert "there is no folder absent" in refused("inspect", NOWHERE, "--sheet", "absent/sheet.png")
-    assert "is no kind of picture" in refused("inspect", NOWHERE, "--sheet", "sheet.pgn")
+    assert "is no kind of image" in refused("inspect", NOWHERE, "--sheet", "sheet.pgn")
 
 
 def test_a_dry_run_prints_settings_that_can_be_given_back(root: Path, tmp_path: Path) -> None:

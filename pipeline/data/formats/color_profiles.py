@@ -1,4 +1,4 @@
-"""Colour profiles: pictures in Adobe RGB, Display P3 or CMYK brought to sRGB, which is what pixels mean here."""
+"""Color profiles: images in Adobe RGB, Display P3 or CMYK brought to sRGB, which is what pixels mean here."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
-CONVERTED = "were converted from their colour profile to sRGB"
-UNREADABLE = "have a colour profile that cannot be used; their values are taken for sRGB"
+CONVERTED = "were converted from their color profile to sRGB"
+UNREADABLE = "have a color profile that cannot be used; their values are taken for sRGB"
 _SPACES = {"L": "GRAY", "LA": "GRAY", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
 _TOLERANCE = 2
-"""Levels that values may differ by when a profile is as good as sRGB; no picture is touched for less."""
+"""Levels that values may differ by when a profile is as good as sRGB; no image is touched for less."""
 
 
 def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
-    """The loaded picture in sRGB, and what was done: CONVERTED, UNREADABLE, or None when there was nothing to do."""
+    """The loaded image in sRGB, and what was done: CONVERTED, UNREADABLE, or None when there was nothing to do."""
     profile = image.info.get("icc_profile")
     if not isinstance(profile, bytes) or not profile:
         return image, None
@@ -35,11 +35,11 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
 
 @lru_cache(maxsize=64)
 def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
-    """How pictures of this profile are converted; None when their values hardly change. Raises PyCMSError."""
+    """How images of this profile are converted; None when their values hardly change. Raises PyCMSError."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     header: Any = source.profile
     if str(header.xcolor_space).strip() != _SPACES[mode]:
-        raise ImageCms.PyCMSError("the profile is for other colours than the picture has")
+        raise ImageCms.PyCMSError("the profile is for other colors than the image has")
     srgb = ImageCms.createProfile("sRGB")
     if mode in ("L", "LA"):
         return _gray_conversion(ImageCms.buildTransform(source, srgb, "L", "RGB"))
@@ -50,15 +50,15 @@ def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Imag
 
 
 def _gray_conversion(transform: Any) -> Callable[[Image.Image], Image.Image] | None:
-    """Grey goes by way of colour, as there is no grey sRGB to convert to; the result is a table of 256 levels."""
+    """Gray goes by way of color, as there is no gray sRGB to convert to; the result is a table of 256 levels."""
     levels = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     table = np.asarray(_apply(levels, transform))[0, :, 1].tolist()
     if max(abs(after - before) for before, after in enumerate(table)) <= _TOLERANCE:
         return None
 
     def change(image: Image.Image) -> Image.Image:
-        grey, *rest = image.split()
-        return Image.merge(image.mode, (grey.point(table), *rest))
+        gray, *rest = image.split()
+        return Image.merge(image.mode, (gray.point(table), *rest))
 
     return change
 
@@ -76,7 +76,7 @@ def _largest_change(image: Image.Image, transform: Any) -> int:
 
 
 def _color_lattice(mode: str) -> Image.Image:
-    """A picture of colours from all over their range."""
+    """An image of colors from all over their range."""
     steps = np.arange(0, 256, 17, dtype=np.uint8)
     grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
     return Image.fromarray(grid).convert(mode)

@@ -53,7 +53,7 @@ UNDECODABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
 )
-"""What Pillow raises over damaged pictures."""
+"""What Pillow raises over damaged images."""
 
 
 def _open_as(kind: str, data: io.BytesIO) -> Image.Image:
@@ -61,7 +61,7 @@ def _open_as(kind: str, data: io.BytesIO) -> Image.Image:
 
 
 # By their first bytes, and the frequent ones straight to the decoder: Image.open tries a list of formats, for a tenth
-# of a decode. Only these are read: others that Pillow knows start programs (EPS) or are no pictures.
+# of a decode. Only these are read: others that Pillow knows start programs (EPS) or are no images.
 _OPENERS: tuple[tuple[bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
     (MAGIC, PngImageFile),
     (b"\xff\xd8\xff", JpegImageFile),
@@ -78,7 +78,7 @@ _OPENERS: tuple[tuple[bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
 
 @dataclass(frozen=True, order=True)
 class PixelShape:
-    """Channels (1 grey, 3 colour) and edges in pixels."""
+    """Channels (1 gray, 3 color) and edges in pixels."""
 
     channels: int
     height: int
@@ -102,8 +102,8 @@ class PixelShape:
 
 
 def probe(data: bytes) -> PixelShape:
-    """Shape of the upright picture, from the header alone where it tells. Raises DamageError for anything that is
-    not a whole picture of a known kind or a uint8 npy.
+    """Shape of the upright image, from the header alone where it tells. Raises DamageError for anything that is
+    not a whole image of a known kind or a uint8 npy.
     """
     if data.startswith(npy.MAGIC):
         return _shape_of_npy(npy.read_header(data)[0])
@@ -165,7 +165,7 @@ def to_pillow(pixels: Pixels) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture decoded to its end and turned as its EXIF or XMP says. Raises DamageError."""
+    """The image decoded to its end and turned as its EXIF or XMP says. Raises DamageError."""
     try:
         image.load()
     except UNDECODABLE as error:
@@ -174,7 +174,7 @@ def upright(image: Image.Image) -> Image.Image:
     if turn is None:
         return image
     turned = image.transpose(turn)
-    turned.info.update(image.info)  # transparency and colour profile
+    turned.info.update(image.info)  # transparency and color profile
     return turned
 
 
@@ -184,7 +184,7 @@ def orientation(image: Image.Image) -> int:
         return 1
     try:
         found = image.getexif().get(_ORIENTATION, 1)
-    except UNDECODABLE:  # broken notes about a picture do not make the picture unreadable
+    except UNDECODABLE:  # broken notes about an image do not make the image unreadable
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
@@ -209,17 +209,17 @@ def to_array(image: Image.Image, channels: int, background: tuple[int, int, int]
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled, which Pillow's own conversion clips at 255; a transparent level becomes an alpha channel."""
+    """16-bit gray scaled, which Pillow's own conversion clips at 255; a transparent level becomes an alpha channel."""
     if image.mode in ("I", "F"):
         raise ValueError("32-bit values; save it with 8 or 16 bits")
     if not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)
-    grey = Image.fromarray((values // 257).astype(np.uint8))
+    gray = Image.fromarray((values // 257).astype(np.uint8))
     clear = image.info.get("transparency")
     if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return grey
+        gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return gray
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -263,7 +263,7 @@ def _require_whole_png(data: bytes) -> None:
 
 
 def _normalize_transparency(image: PngImageFile, data: bytes) -> Image.Image:
-    """The PNG with its transparent colour in the levels that Pillow gives pixels in, or as an alpha channel."""
+    """The PNG with its transparent color in the levels that Pillow gives pixels in, or as an alpha channel."""
     clear, depth = image.info.get("transparency"), data[24]
     if image.mode == "L" and isinstance(clear, int) and depth < 8:
         image.info["transparency"] = clear * 255 // ((1 << depth) - 1)

@@ -20,9 +20,9 @@ from pipeline.data.formats.npy import Pixels
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _NONE, _SUB, _UP = range(3)
-_COLOR_TYPES = {1: 0, 3: 2}  # channels to PNG's colour type
-_MODES = {1: ("L", "L"), 3: ("RGB", "RGB;L")}  # Pillow's, and how it writes colour after colour in each line
-# What says nothing of the values of pixels, or nothing that Pillow heeds. A colour profile (iCCP) does.
+_COLOR_TYPES = {1: 0, 3: 2}  # channels to PNG's color type
+_MODES = {1: ("L", "L"), 3: ("RGB", "RGB;L")}  # Pillow's, and how it writes color after color in each line
+# What says nothing of the values of pixels, or nothing that Pillow heeds. A color profile (iCCP) does.
 _HARMLESS = frozenset(b"gAMA cHRM sRGB sBIT bKGD pHYs tIME tEXt zTXt iTXt".split())
 _ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 _BODY = len(MAGIC) + 25  # after the header chunk
@@ -30,14 +30,14 @@ _END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
 _BEST_LEVEL = b"\x78\xda"
 """How the stream of a packed file begins. Most writers name another level, so that theirs are told before inflating."""
 ENCODER = 2
-"""Counts the ways in which pictures were compressed for packing. A pack goes on in the way it was begun."""
+"""Counts the ways in which images were compressed for packing. A pack goes on in the way it was begun."""
 
 
 def encode_png(pixels: Pixels, encoder: int = ENCODER) -> bytes:
     """PNG of uint8 (height, width, 1 or 3), all lines by one of three filters.
 
     Encoder 1 deflates by all three and keeps the smallest. Encoder 2 takes the filter that leaves the smallest values
-    (PNG specification, 12.8) and deflates once: a fifth of the time, at most some percent larger for pictures that are
+    (PNG specification, 12.8) and deflates once: a fifth of the time, at most some percent larger for images that are
     not nearly empty.
     """
     height, width, channels = pixels.shape
@@ -126,7 +126,7 @@ def _decode_by_pillow(stream: bytes, channels: int, height: int, width: int) -> 
         image = Image.frombytes(mode, (width, height), stream, "zip", mode)
     except (ValueError, OSError):
         return None
-    # Colours one after the other within each line: a batch holds them apart, and copies this in long runs.
+    # Colors one after the other within each line: a batch holds them apart, and copies this in long runs.
     lines = np.frombuffer(image.tobytes("raw", by_line), np.uint8)
     return lines.reshape(height, channels, width).transpose(0, 2, 1)
 
@@ -159,7 +159,7 @@ def header_shape(data: bytes) -> tuple[int, int, int] | None:
     if not data.startswith(MAGIC) or data[12:16] != b"IHDR" or len(data) < _BODY:
         return None
     width, height, _, kind = struct.unpack(">IIBB", data[16:26])
-    # Palettes count as colour, and transparency as no channel: it is laid on a background.
+    # Palettes count as color, and transparency as no channel: it is laid on a background.
     return {0: 1, 2: 3, 3: 3, 4: 1, 6: 3}.get(kind, 0), height, width
 
 

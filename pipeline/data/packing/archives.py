@@ -155,7 +155,7 @@ def require_temp_space(where: str, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise DiskFull(
-            f"source: {where}: its pictures take at least {needed_bytes:,} bytes in {folder}, as they can only be "
+            f"source: {where}: its images take at least {needed_bytes:,} bytes in {folder}, as they can only be "
             f"read in order, and {free:,} are free; set TMPDIR to a place with more room"
         )
 

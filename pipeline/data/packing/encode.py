@@ -1,4 +1,4 @@
-"""Pictures of a shard read, scaled and encoded: the part of packing that is spread over threads or processes."""
+"""Images of a shard read, scaled and encoded: the part of packing that is spread over threads or processes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pipeline.data.packing.sources import Source, read_item
 from pipeline.errors import DamageError
 
 MAX_TASK_IMAGES = 64
-"""Pictures of one run of work: some milliseconds to some seconds."""
+"""Images of one run of work: some milliseconds to some seconds."""
 TASK_BYTES = 1 << 24
 """Pixels of one run: what is encoded and not yet written is a few runs a thread."""
 
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """Some of the pictures of a shard, in order, and the hashes they had when they were looked at."""
+    """Some of the images of a shard, in order, and the hashes they had when they were looked at."""
 
     items: tuple[int, ...]
     hashes: tuple[str, ...]
@@ -34,7 +34,7 @@ class EncodeTask:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """The files of a run's pictures, in order, and sums over their pixels."""
+    """The files of a run's images, in order, and sums over their pixels."""
 
     payloads: tuple[bytes, ...]
     stats: ImageStats
@@ -54,7 +54,7 @@ def run_encode_task(
 ) -> EncodedImages:
     """Encode a run; `encoder`: see pipeline.data.formats.png.
 
-    Raises DamageError naming a picture that is no longer what it was when it was looked at.
+    Raises DamageError naming an image that is no longer what it was when it was looked at.
     """
     encode = partial(encode_png, encoder=encoder) if config.payload == "png" else encode_npy
     payloads: list[bytes] = []

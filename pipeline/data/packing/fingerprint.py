@@ -1,4 +1,4 @@
-"""What tells, without reading pictures, that a source is still the one that was packed."""
+"""What tells, without reading images, that a source is still the one that was packed."""
 
 from __future__ import annotations
 

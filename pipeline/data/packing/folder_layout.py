@@ -1,4 +1,4 @@
-"""What the folders that pictures lie in mean: wrapping, splits, buckets of numbered files, or classes."""
+"""What the folders that images lie in mean: wrapping, splits, buckets of numbered files, or classes."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def choose_split(words: Sequence[str | None], wanted: str | None, where: str) ->
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """Which pictures belong to the data set, and where they lie below what wraps or splits it."""
+    """Which images belong to the data set, and where they lie below what wraps or splits it."""
 
     kept: list[int]
     parts: list[tuple[str, ...]]
     """Of each one kept: the folders that may mean something, and the file's name."""
     wraps: list[str]
-    """Folders that hold all pictures."""
+    """Folders that hold all images."""
 
 
 def interpret_folders(paths: Sequence[str], labels: str, split: str | None, where: str) -> FolderLayout:
-    """The pictures of the wanted split, and what is left of their paths.
+    """The images of the wanted split, and what is left of their paths.
 
     Folders that wrap everything mean nothing, `train` and `test` are splits; with labels=folder whatever folder
     stands first is the class. Raises UserError when splits are there and none was chosen.
@@ -82,19 +82,19 @@ def interpret_folders(paths: Sequence[str], labels: str, split: str | None, wher
 
 
 def class_folders(layout: FolderLayout, labels: str, where: str) -> tuple[list[str] | None, tuple[str, ...]]:
-    """The class folder of each picture, None when folders name no classes; and what might have been meant otherwise.
+    """The class folder of each image, None when folders name no classes; and what might have been meant otherwise.
 
-    Buckets of numbered files are no classes, unless labels=folder. Raises UserError when some pictures lie outside.
+    Buckets of numbered files are no classes, unless labels=folder. Raises UserError when some images lie outside.
     """
     parts = layout.parts
     loose = [len(p) == 1 for p in parts]
     if all(loose):
         if labels == "folder":
             raise UserError(f"labels: {where} has no class folders; set labels=auto or none")
-        return None, tuple(f"one folder holds all pictures ({w}): it is no class" for w in layout.wraps[-1:])
+        return None, tuple(f"one folder holds all images ({w}): it is no class" for w in layout.wraps[-1:])
     if any(loose):
         raise UserError(
-            f"source: {where} holds pictures both in class folders and outside "
+            f"source: {where} holds images both in class folders and outside "
             f"({parts[loose.index(True)][0]}); move the loose ones, or set labels=none"
         )
     if labels == "auto" and _are_buckets(parts):
@@ -115,7 +115,7 @@ def _unwrap(parts: list[tuple[str, ...]], least: int) -> tuple[list[tuple[str, .
 
 
 def _split_level(parts: list[tuple[str, ...]]) -> list[str | None] | None:
-    """The split of each picture, if the first folders are splits: two at least, and no fewer than other folders."""
+    """The split of each image, if the first folders are splits: two at least, and no fewer than other folders."""
     tops = {p[0] for p in parts if len(p) > 1}
     words = {top: split_word(top) for top in tops}
     named = [word for word in words.values() if word is not None]

@@ -39,8 +39,8 @@ class Inspection:
     channel_mean: list[float] | None
     """In uint8 units; None when shapes differ."""
     channel_std: list[float] | None
-    without_picture: int
-    """Samples that have no picture: a licence, say. They are no part of the data set."""
+    without_image: int
+    """Samples that have no image: a license, for example. They are no part of the data set."""
     damage: tuple[str, ...]
     """One line for each damaged sample or shard, naming it and the place."""
     contact_sheet: Pixels
@@ -80,7 +80,7 @@ def inspect(
         classes=_by_class_name(tally.labels, names),
         channel_mean=mean,
         channel_std=std,
-        without_picture=tally.without_picture,
+        without_image=tally.without_image,
         damage=tuple(tally.damage),
         contact_sheet=_contact_sheet(tally.tiles[:num_tiles]),
     )
@@ -95,7 +95,7 @@ class _InspectionCounts:
     damage: list[str] = field(default_factory=list[str])
     tiles: list[Pixels] = field(default_factory=list[Pixels])
     stats: ImageStats = field(default_factory=ImageStats)
-    without_picture: int = 0
+    without_image: int = 0
 
     def add(self, where: str, key: str, parts: Parts, keep: bool) -> None:
         """Count a sample, or its damage."""
@@ -103,7 +103,7 @@ class _InspectionCounts:
         try:
             extension = image_extension(parts, place, self.reading.image)
             if extension is None:
-                self.without_picture += 1
+                self.without_image += 1
                 return
             member, data = parts[extension]
             place = f"{place} at byte {member.offset}"

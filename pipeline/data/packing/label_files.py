@@ -1,4 +1,4 @@
-"""Labels that stand in files beside the pictures: dataset.json, metadata.csv and .jsonl, a .cls or .json each."""
+"""Labels that stand in files beside the images: dataset.json, metadata.csv and .jsonl, a .cls or .json each."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Read = Callable[[int], bytes]
 
 @dataclass
 class SidecarLabels:
-    """What files beside the pictures say of their classes."""
+    """What files beside the images say of their classes."""
 
     how: str
     """Which files these are."""
     values: list[Any]
-    """The raw label of each picture; None where there is none."""
+    """The raw label of each image; None where there is none."""
     field_chosen: bool
     """Whether the user named the field."""
     files_read: set[int]
@@ -46,8 +46,8 @@ class _Search:
     """What is searched for labels, and for which."""
 
     names: Sequence[FileName]
-    pictures: Sequence[int]
-    """Numbers of the pictures among `names`."""
+    images: Sequence[int]
+    """Numbers of the images among `names`."""
     read: Read
     column: str | None
     """The field that the user named."""
@@ -57,22 +57,22 @@ class _Search:
 
 
 def sidecar_labels(
-    names: Sequence[FileName], pictures: Sequence[int], read: Read, column: str | None, where: str
+    names: Sequence[FileName], images: Sequence[int], read: Read, column: str | None, where: str
 ) -> SidecarLabels | None:
-    """The labels in files beside the pictures; None when there are no such files, or none holds a label.
+    """The labels in files beside the images; None when there are no such files, or none holds a label.
 
-    dataset.json (StyleGAN, EDM) comes before metadata tables (Hugging Face), these before a file a picture.
-    `pictures` are the numbers of the pictures among `names`. Raises UserError for damaged label files.
+    dataset.json (StyleGAN, EDM) comes before metadata tables (Hugging Face), these before a file an image.
+    `images` are the numbers of the images among `names`. Raises UserError for damaged label files.
     """
     number_of = {name: number for number, name in enumerate(names)}
-    search = _Search(names, pictures, read, column, where, number_of)
+    search = _Search(names, images, read, column, where, number_of)
     for find in (_dataset_json, _tables, _sidecars):
         found = find(search)
         if found is not None:
             return found
     if column is not None:
         raise UserError(
-            f"label_column: {where} has no json or metadata file with {column!r} beside the pictures"
+            f"label_column: {where} has no json or metadata file with {column!r} beside the images"
         )
     return None
 
@@ -107,7 +107,7 @@ def _dataset_json(search: _Search) -> SidecarLabels | None:
             ) from None
     if not used or search.column is not None:
         return None
-    return SidecarLabels("dataset.json", [labels.get(search.names[i]) for i in search.pictures], False, used)
+    return SidecarLabels("dataset.json", [labels.get(search.names[i]) for i in search.images], False, used)
 
 
 def _tables(search: _Search) -> SidecarLabels | None:
@@ -131,8 +131,8 @@ def _tables(search: _Search) -> SidecarLabels | None:
     if field is None:
         return None
     absent = sum(name not in search.number_of for name in rows)
-    notes = (f"{title} names {absent} pictures that are not there",) if absent else ()
-    values = [rows.get(search.names[i], {}).get(field) for i in search.pictures]
+    notes = (f"{title} names {absent} images that are not there",) if absent else ()
+    values = [rows.get(search.names[i], {}).get(field) for i in search.images]
     return SidecarLabels(
         f"{title}, {field}", values, search.column is not None, {search.number_of[f] for f in files}, notes
     )
@@ -141,7 +141,7 @@ def _tables(search: _Search) -> SidecarLabels | None:
 def _sidecars(search: _Search) -> SidecarLabels | None:
     if not _has_sidecars(search.names):
         return None
-    beside = [_sidecar_numbers(search.names[i], search.number_of) for i in search.pictures]
+    beside = [_sidecar_numbers(search.names[i], search.number_of) for i in search.images]
     for kind in SIDECARS[:2] if search.column is None else ():
         if any(kind in found for found in beside):
             used = {found[kind] for found in beside if kind in found}
@@ -182,15 +182,15 @@ def _has_sidecars(names: Sequence[FileName]) -> bool:
     return any(name.path.lower().endswith(tuple(f".{kind}" for kind in SIDECARS)) for name in names)
 
 
-def _sidecar_numbers(picture: FileName, number_of: Mapping[FileName, int]) -> dict[str, int]:
-    """The files beside a picture by kind: of its name up to the last dot, or up to the first."""
-    stems = [picture.path.rpartition(".")[0]]
-    if (split := split_name(picture.path)) is not None and split[0] != stems[0]:
+def _sidecar_numbers(image: FileName, number_of: Mapping[FileName, int]) -> dict[str, int]:
+    """The files beside an image by kind: of its name up to the last dot, or up to the first."""
+    stems = [image.path.rpartition(".")[0]]
+    if (split := split_name(image.path)) is not None and split[0] != stems[0]:
         stems.append(split[0])
     found: dict[str, int] = {}
     for kind in SIDECARS:
         for stem in stems:
-            number = number_of.get(FileName(picture.archive, f"{stem}.{kind}"))
+            number = number_of.get(FileName(image.archive, f"{stem}.{kind}"))
             if number is not None:
                 found.setdefault(kind, number)
     return found

@@ -22,7 +22,7 @@ FIELDS = (
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.0+)?")
 
 Labels = tuple[list[int], tuple[str, ...] | None]
-"""The class number of each picture, -1 throughout when there are none, and the classes' names if they have any."""
+"""The class number of each image, -1 throughout when there are none, and the classes' names if they have any."""
 
 
 def is_label_field(field: str) -> bool:
@@ -70,7 +70,7 @@ def flatten(content: Any, depth: int = 4) -> dict[str, Any]:
 
 def to_class_numbers(
     values: Sequence[Any],
-    pictures: Sequence[str],
+    images: Sequence[str],
     where: str,
     names: tuple[str, ...] | None = None,
     asked: bool = False,
@@ -79,22 +79,22 @@ def to_class_numbers(
 
     Numbers stay as they are; digits in a text are a number; other texts are names, numbered in their order. A
     missing label is None, NaN, -1 or an empty text. `asked` says that the user named the field, so that many
-    different texts are accepted. Raises UserError, naming a picture, for labels that are missing on some pictures
+    different texts are accepted. Raises UserError, naming an image, for labels that are missing on some images
     only, and for what is no class.
     """
-    plain = [_normalize(value, picture, where) for value, picture in zip(values, pictures, strict=True)]
+    plain = [_normalize(value, image, where) for value, image in zip(values, images, strict=True)]
     missing = plain.count(None)
     if missing == len(plain):
         return [-1] * len(plain), None
     if missing:
         raise UserError(
-            f"source: {where}: {missing} of {len(plain)} pictures have no label "
-            f"({pictures[plain.index(None)]}); label or remove them, or set labels=none"
+            f"source: {where}: {missing} of {len(plain)} images have no label "
+            f"({images[plain.index(None)]}); label or remove them, or set labels=none"
         )
     texts = {value for value in plain if isinstance(value, str)}
     if not texts:
         numbers = [value for value in plain if isinstance(value, int)]
-        _require_in_range(numbers, pictures, where, names)
+        _require_in_range(numbers, images, where, names)
         return numbers, names
     if names is not None and texts <= set(names):
         by_name = {name: number for number, name in enumerate(names)}
@@ -103,7 +103,7 @@ def to_class_numbers(
     odd = next((i for i, value in enumerate(plain) if not isinstance(value, str)), None)
     if odd is not None:
         raise UserError(
-            f"source: {where}: some labels are numbers ({pictures[odd]}: {plain[odd]}) and some are names "
+            f"source: {where}: some labels are numbers ({images[odd]}: {plain[odd]}) and some are names "
             f"({min(texts)!r}); write all in one way, or set labels=none"
         )
     _require_classes(texts, len(plain), where, asked)
@@ -131,17 +131,17 @@ def describe_classes(how: str, classes: tuple[str, ...] | None, numbers: Sequenc
     return f"labels from {how}: {listed}{more}"
 
 
-def _normalize(value: Any, picture: str, where: str) -> int | str | None:
+def _normalize(value: Any, image: str, where: str) -> int | str | None:
     """One raw label as a number, a name, or None for a missing one."""
     if isinstance(value, bytes):
         value = value.decode(errors="backslashreplace")
     if isinstance(value, (list, tuple)):
-        value = _from_list(list(value), picture, where)
+        value = _from_list(list(value), image, where)
     if isinstance(value, float):
         if math.isnan(value):
             return None
         if not value.is_integer():
-            raise UserError(f"source: {where}: {picture} has the label {value!r}; a class is a whole number")
+            raise UserError(f"source: {where}: {image} has the label {value!r}; a class is a whole number")
         value = int(value)
     if isinstance(value, str):
         text = value.strip()
@@ -149,7 +149,7 @@ def _normalize(value: Any, picture: str, where: str) -> int | str | None:
             value = int(text.partition(".")[0])
         elif len(text) > MAX_NAME:
             raise UserError(
-                f"source: {where}: {picture} has the label {text[:40]!r}… of {len(text)} characters; "
+                f"source: {where}: {image} has the label {text[:40]!r}… of {len(text)} characters; "
                 "that is a caption: name the class with label_column, or set labels=none"
             )
         else:
@@ -158,32 +158,32 @@ def _normalize(value: Any, picture: str, where: str) -> int | str | None:
         return None
     if not isinstance(value, int) or value < 0:
         raise UserError(
-            f"source: {where}: {picture} has the label {str(value)[:80]!r}; a class is a number from 0 or a name"
+            f"source: {where}: {image} has the label {str(value)[:80]!r}; a class is a number from 0 or a name"
         )
     return int(value)
 
 
-def _from_list(value: list[Any], picture: str, where: str) -> Any:
+def _from_list(value: list[Any], image: str, where: str) -> Any:
     """The one label of a list: its only entry, or the place of the only one among zeros."""
     if len(value) == 1:
         return value[0]
     if len(value) > 1 and all(v in (0, 1) for v in value) and sum(map(int, value)) == 1:
         return [int(v) for v in value].index(1)
     raise UserError(
-        f"source: {where}: {picture} has the label {str(value)[:80]}; one class a picture is expected: "
+        f"source: {where}: {image} has the label {str(value)[:80]}; one class an image is expected: "
         "name another with label_column, or set labels=none"
     )
 
 
 def _require_in_range(
-    numbers: list[int], pictures: Sequence[str], where: str, names: tuple[str, ...] | None
+    numbers: list[int], images: Sequence[str], where: str, names: tuple[str, ...] | None
 ) -> None:
     largest = max(numbers)
     limit = MAX_CLASSES if names is None else len(names)
     if largest >= limit:
         said = "the limit is" if names is None else "the names given are"
         raise UserError(
-            f"source: {where}: {pictures[numbers.index(largest)]} has the label {largest}; {said} {limit}; "
+            f"source: {where}: {images[numbers.index(largest)]} has the label {largest}; {said} {limit}; "
             "name another with label_column, or set labels=none"
         )
 
@@ -191,6 +191,6 @@ def _require_in_range(
 def _require_classes(texts: set[str], count: int, where: str, asked: bool) -> None:
     if len(texts) > MAX_CLASSES or (not asked and count >= 50 and len(texts) > count // 2):
         raise UserError(
-            f"source: {where}: the labels have {len(texts)} different texts among {count} pictures, as captions "
+            f"source: {where}: the labels have {len(texts)} different texts among {count} images, as captions "
             "do; name the class with label_column, or set labels=none"
         )

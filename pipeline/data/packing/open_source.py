@@ -1,4 +1,4 @@
-"""From the word after `source=` to pictures: paths, patterns and URIs, and which kind of source they are."""
+"""From the word after `source=` to images: paths, patterns and URIs, and which kind of source they are."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _REMOTE = {
 }
 _UNSUPPORTED = {".rar": "unpack it", ".7z": "unpack it", ".npz": "write its arrays as .npy or .png files",
                 ".arrow": "write it as parquet: load_from_disk(…).to_parquet(…)",
-                ".mdb": "export its pictures into a folder", ".gz": "unpack it", ".zst": "unpack it"}  # fmt: skip
+                ".mdb": "export its images into a folder", ".gz": "unpack it", ".zst": "unpack it"}  # fmt: skip
 
 
 def open_source(config: PackConfig) -> Source:
-    """The pictures that `config.source` names. Raises UserError when there are none, or it is of no known kind.
+    """The images that `config.source` names. Raises UserError when there are none, or it is of no known kind.
 
     Pickled, a source is its settings: where it arrives it is opened again, once a process.
     """
@@ -62,7 +62,7 @@ def source_paths(source: str) -> list[Path]:
         source = str(file_path(source))
     elif scheme in _REMOTE and ":" in source and not Path(source).exists():
         remedy = _REMOTE[scheme].format(source)
-        raise UserError(f"source: {source}: pictures are packed from this machine's disk only; {remedy}")
+        raise UserError(f"source: {source}: images are packed from this machine's disk only; {remedy}")
     path = Path(source).expanduser()
     if path.exists():
         return [path]
@@ -98,7 +98,7 @@ def _open_paths(config: PackConfig, paths: list[Path]) -> Source:
 
 
 def _open_folder(config: PackConfig, folder: Path) -> Source:
-    """A folder of pictures, of archives, of parquet, or a set that was packed."""
+    """A folder of images, of archives, of parquet, or a set that was packed."""
     if (folder / "pack-plan.json").exists() and not (folder / "index.json").exists():
         raise UserError(f"source: {folder} is a pack that was interrupted; run that pack again first")
     files = FolderFiles(folder)
@@ -106,16 +106,16 @@ def _open_folder(config: PackConfig, folder: Path) -> Source:
     parquet = [path for path in paths.values() if path.suffix.lower() == ".parquet"]
     archives = [path for path in paths.values() if path.name.lower().endswith((*TARS, ".zip"))]
     tables = ".members.npy"  # of a packed set's index
-    pictures = any(path.lower().endswith(IMAGE_SUFFIXES) and not path.endswith(tables) for path in paths)
+    images = any(path.lower().endswith(IMAGE_SUFFIXES) and not path.endswith(tables) for path in paths)
     embedded = [path for path in parquet if not path.name.startswith("metadata") and has_image_column(path)]
-    kinds = {"pictures": pictures, "archives": bool(archives), "parquet with pictures": bool(embedded)}
+    kinds = {"images": images, "archives": bool(archives), "parquet with images": bool(embedded)}
     found = [kind for kind, there in kinds.items() if there]
     if len(found) > 1:
         raise UserError(
             f"source: {folder} holds {' and '.join(found)}; name one of them by its folder or a pattern "
             f"such as {folder}/**/*.{'parquet' if embedded else 'tar'}, or move the others away"
         )
-    if pictures or not (archives or parquet):
+    if images or not (archives or parquet):
         return FilesSource(files, config)
     rest = Counter(p.suffix.lower() or p.name for p in paths.values() if p not in {*archives, *parquet})
     if archives:
@@ -154,7 +154,7 @@ def _open_archive(path: Path) -> Files:
 
 
 def _require_distinct_names(paths: Sequence[Path]) -> Sequence[Path]:
-    """Paths whose last names, by which their pictures are told apart, differ. Raises UserError."""
+    """Paths whose last names, by which their images are told apart, differ. Raises UserError."""
     seen: dict[str, Path] = {}
     for path in paths:
         if (other := seen.setdefault(path.name, path)) != path:

@@ -1,7 +1,7 @@
-"""`ddpm pack`: pictures into shards and an index, byte for byte the same however often and wherever it runs.
+"""`ddpm pack`: images into shards and an index, byte for byte the same however often and wherever it runs.
 
-The destination is looked at first. Then every picture is looked at once before anything is written (`plan_pack`), so
-that an unreadable one, or sizes that differ, end the job in time. Then pictures are encoded by many and written by
+The destination is looked at first. Then every image is looked at once before anything is written (`plan_pack`), so
+that an unreadable one, or sizes that differ, end the job in time. Then images are encoded by many and written by
 one, a shard after the other (`pack_shard`), each with its record beside it, and the index last (`finish_pack`). A job
 that was stopped goes on with the shards that have no record.
 
@@ -70,27 +70,27 @@ __all__ = [
 
 Progress = Callable[[int, int], None]
 PROBE_BATCH = 64
-"""Pictures of one unit of looking: some milliseconds to some seconds of work."""
+"""Images of one unit of looking: some milliseconds to some seconds of work."""
 
 
 @contextmanager
-def local_parallel_map(config: PackConfig, num_pictures: int) -> Generator[ParallelMap]:
+def local_parallel_map(config: PackConfig, num_images: int) -> Generator[ParallelMap]:
     """Threads of this process, as many as the settings say."""
     yield thread_map(config.num_threads)
 
 
 ParallelMapFor = Callable[[PackConfig, int], AbstractContextManager[ParallelMap]]
-"""From the settings and the number of pictures: who does the work."""
+"""From the settings and the number of images: who does the work."""
 
 
 def pack(
     config: PackConfig, progress: Progress | None = None, spread: ParallelMapFor = local_parallel_map
 ) -> PackReport:
-    """Pack as `config` says. Progress counts every picture twice: when it is looked at, and when it is written.
+    """Pack as `config` says. Progress counts every image twice: when it is looked at, and when it is written.
 
-    `spread` says who looks and encodes, told how many pictures there are; the bytes are the same. Raises UserError
-    before anything is written for an unusable source or destination, a picture that cannot be read
-    (`on_unreadable: fail`), sizes that differ without `image_size`, labels on some pictures only, and a destination
+    `spread` says who looks and encodes, told how many images there are; the bytes are the same. Raises UserError
+    before anything is written for an unusable source or destination, an image that cannot be read
+    (`on_unreadable: fail`), sizes that differ without `image_size`, labels on some images only, and a destination
     that holds another pack.
     """
     places = _destinations(config)
@@ -116,7 +116,7 @@ def _destinations(config: PackConfig) -> list[PackConfig]:
 def _finished_reports(
     places: Sequence[PackConfig], seen: str, progress: Progress | None
 ) -> list[PackReport] | None:
-    """The reports of a pack that is finished and whose source has not changed, without reading a picture."""
+    """The reports of a pack that is finished and whose source has not changed, without reading an image."""
     found = [report for place in places if (report := finished_report(place, seen)) is not None]
     if len(found) < len(places):
         return None
@@ -199,14 +199,14 @@ def _with_progress(encoded: Iterable[EncodedImages], steps: _PackProgress) -> It
 
 
 def _split_held_out(config: PackConfig, facts: Sequence[ImageInfo]) -> list[tuple[PackConfig, list[int]]]:
-    """The data sets to make, each with its pictures: all of them, or those to train on and those held out."""
+    """The data sets to make, each with its images: all of them, or those to train on and those held out."""
     everything = list(range(len(facts)))
     if config.held_out == 0:
         return [(config, everything)]
     held = [i for i in everything if facts[i].problem is None and _is_held_out(config, facts[i])]
     if not held:
         raise UserError(
-            f"held_out: {config.held_out:g} of these pictures is none; raise it, or pack more of them"
+            f"held_out: {config.held_out:g} of these images is none; raise it, or pack more of them"
         )
     rest = sorted(set(everything) - set(held))
     return list(zip(_destinations(config), (rest, held), strict=True))
@@ -225,7 +225,7 @@ def _is_held_out(config: PackConfig, fact: ImageInfo) -> bool:
 
 
 def probe_item(config: PackConfig, source: Source, item: int) -> ImageInfo:
-    """The first look at one picture. May run anywhere the source can be opened."""
+    """The first look at one image. May run anywhere the source can be opened."""
     try:
         return probe_image(config, read_item(source, item))
     except DamageError as error:
@@ -235,7 +235,7 @@ def probe_item(config: PackConfig, source: Source, item: int) -> ImageInfo:
 def pack_shard(
     config: PackConfig, plan: PackPlan, unit: ShardPlan, source: Source, encoded: Iterable[EncodedImages]
 ) -> Scan:
-    """Write one shard from its encoded pictures, and then its record."""
+    """Write one shard from its encoded images, and then its record."""
     store = open_store(config.dest)
     stats = ImageStats()
     rows: list[tuple[int, int, int, int]] = []
@@ -305,7 +305,7 @@ def _current_scan(store: Store, info: ObjectInfo | None, scan: Scan) -> Scan:
 
 
 class _PackProgress:
-    """Two for each picture, looked at and packed; told in whole pictures, from the thread that called `pack`."""
+    """Two for each image, looked at and packed; told in whole images, from the thread that called `pack`."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.total, self.progress, self.done = total, progress, 0

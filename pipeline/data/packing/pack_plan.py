@@ -1,4 +1,4 @@
-"""The plan of a pack: which pictures go into which shard, and everything that can be refused before writing."""
+"""The plan of a pack: which images go into which shard, and everything that can be refused before writing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NEVER_DIGESTED = {
     *("source", "dest", "num_threads", "on_unreadable", "on_small", "held_out"),
     *("labels", "label_column", "image_column", "split", "image_root"),
 }
-"""The pictures themselves, and their labels, tell what these did to them."""
+"""The images themselves, and their labels, tell what these did to them."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PackReport:
     unreadable: tuple[tuple[str, str], ...]
     """(item, reason) of what was left out."""
     other_files: int
-    """Files that are not pictures."""
+    """Files that are not images."""
     left_out: dict[str, int] = field(default_factory=dict[str, int])
     """These files by extension."""
     notes: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ def plan_pack(
     *,
     by_bytes: bool = True,
 ) -> PackPlan:
-    """Deal the usable ones of these pictures to shards. Raises UserError when they cannot make one data set.
+    """Deal the usable ones of these images to shards. Raises UserError when they cannot make one data set.
 
     Without `by_bytes` shards are cut by `shard_size` alone, as version 0.1.0 did.
     """
@@ -121,7 +121,7 @@ def plan_pack(
     usable = [i for i in items if facts[i].shape is not None]
     if not usable:
         raise UserError(
-            f"source: {config.source}: none of its {len(names)} pictures can be used; check the path"
+            f"source: {config.source}: none of its {len(names)} images can be used; check the path"
         )
     _check_labels(source, usable)
     shape = _common_shape(config, names, facts, usable)
@@ -153,7 +153,7 @@ def plan_pack(
 def _refuse_unusable(
     config: PackConfig, names: Sequence[str], facts: Sequence[ImageInfo], items: Sequence[int]
 ) -> None:
-    """Raise UserError for pictures that the settings do not allow to leave out."""
+    """Raise UserError for images that the settings do not allow to leave out."""
     bad = [(i, facts[i].problem, SMALL in facts[i].notes) for i in items if facts[i].problem is not None]
     for small, setting, why, remedy in (
         (False, config.on_unreadable, "cannot be read", "remove them, or set on_unreadable=skip"),
@@ -162,13 +162,13 @@ def _refuse_unusable(
         found = [f"{names[i]}: {problem}" for i, problem, is_small in bad if is_small == small]
         if found and setting == "fail":
             raise UserError(
-                f"source: {len(found)} of {len(names)} pictures {why}: {'; '.join(found[:MAX_LISTED])}; {remedy}"
+                f"source: {len(found)} of {len(names)} images {why}: {'; '.join(found[:MAX_LISTED])}; {remedy}"
             )
 
 
 def _pixel_notes(facts: Sequence[ImageInfo], usable: Sequence[int]) -> list[str]:
     counts = Counter(note for i in usable for note in facts[i].notes)
-    return [f"{count} of {len(usable)} pictures {note}" for note, count in sorted(counts.items())]
+    return [f"{count} of {len(usable)} images {note}" for note, count in sorted(counts.items())]
 
 
 def _copy_note(source: Source) -> list[str]:
@@ -184,7 +184,7 @@ def settings_digest(config: PackConfig) -> str:
 
 
 def listing_digest(items: Sequence[Item], class_names: Sequence[str] | None) -> str:
-    """SHA-256 over names, labels and class names: what is known of a source before any picture is read."""
+    """SHA-256 over names, labels and class names: what is known of a source before any image is read."""
     digest = hashlib.sha256(json.dumps(class_names).encode())
     for item in items:
         digest.update(f"{item.name}\0{item.label}\n".encode("utf-8", "surrogateescape"))
@@ -203,7 +203,7 @@ def _plan_digest(config: PackConfig, source: Source, facts: Sequence[ImageInfo],
         json.dumps([_digested_settings(config), source.class_names], sort_keys=True).encode()
     )
     for i in order:
-        # A pack begun before colour profiles were converted is not continued with other pixels.
+        # A pack begun before color profiles were converted is not continued with other pixels.
         pixels = "\0sRGB" if CONVERTED in facts[i].notes else ""
         line = f"{source.items[i].name}\0{source.items[i].label}\0{facts[i].sha256}{pixels}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
@@ -217,12 +217,12 @@ def _max_samples(config: PackConfig, shape: PixelShape) -> int:
 
 
 def _check_labels(source: Source, usable: list[int]) -> None:
-    """Raise UserError for labels on some pictures only, beyond the class names, or beyond all sense."""
+    """Raise UserError for labels on some images only, beyond the class names, or beyond all sense."""
     bare = [i for i in usable if source.items[i].label < 0]
     if bare and len(bare) < len(usable):
         named = ", ".join(source.items[i].name for i in bare[:3])
         raise UserError(
-            f"source: {len(bare)} of {len(usable)} pictures have no label, others do ({named}"
+            f"source: {len(bare)} of {len(usable)} images have no label, others do ({named}"
             f"{', …' if len(bare) > 3 else ''}); label all of them or none, or pack the two kinds apart"
         )
     highest = max(usable, key=lambda i: source.items[i].label)
@@ -250,13 +250,13 @@ def _common_shape(
     if len(first) > 1:
         (a, name_a), (b, name_b) = list(first.items())[:2]
         raise UserError(
-            f"source: {config.source}: pictures differ in size ({name_a} is {a}, {name_b} is {b}); set image_size"
+            f"source: {config.source}: images differ in size ({name_a} is {a}, {name_b} is {b}); set image_size"
         )
     return next(iter(first))
 
 
 def _shuffle_key(seed: int, name: str) -> bytes:
-    """A picture's place in the deal: as good as random, and the same whatever other pictures there are."""
+    """An image's place in the deal: as good as random, and the same whatever other images there are."""
     data = name.encode("utf-8", "surrogateescape")
     return hashlib.blake2b(data, digest_size=16, key=seed.to_bytes(8, "big")).digest()
 

@@ -57,13 +57,13 @@ class PlanDocument(Settings):
     """Which pack a place is for."""
 
     digest: Digest
-    """Of the pictures and settings."""
+    """Of the images and settings."""
     settings: Digest | None = None
     """Of the settings alone; None in plans of earlier versions."""
     listing: Digest | None = None
     """Of names and labels alone; None in plans of earlier versions, and where some were held out."""
     encoder: Annotated[int, Field(ge=1, le=ENCODER)] = 1
-    """Which way pictures are compressed, see pipeline.data.formats.png; 1 in plans of earlier versions."""
+    """Which way images are compressed, see pipeline.data.formats.png; 1 in plans of earlier versions."""
 
     @property
     def by_bytes(self) -> bool:
@@ -90,7 +90,7 @@ class PackedSource(Settings):
 def read_destination(config: PackConfig) -> PlanDocument | None:
     """The plan that stands at the destination, or None for an empty place.
 
-    Raises UserError, before any picture is read, when it is of other settings or no pack's, and for an address that
+    Raises UserError, before any image is read, when it is of other settings or no pack's, and for an address that
     readers would take for a pattern of shards.
     """
     if Location.of(config.dest).pattern is not None:
@@ -112,7 +112,7 @@ def read_destination(config: PackConfig) -> PlanDocument | None:
 
 def destination_taken(dest: str) -> UserError:
     """The refusal of a place that is taken."""
-    return UserError(f"dest: {dest} holds a pack of other pictures or settings; choose an empty place")
+    return UserError(f"dest: {dest} holds a pack of other images or settings; choose an empty place")
 
 
 def begin_pack(store: Store, plan: PackPlan) -> PlanDocument:

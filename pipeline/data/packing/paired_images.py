@@ -1,4 +1,4 @@
-"""Several pictures of one sample (an input and a target, a mask, an embedding): which of them is packed."""
+"""Several images of one sample (an input and a target, a mask, an embedding): which of them is packed."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from pipeline.errors import UserError
 
 
 def select_one_image(
-    pictures: Sequence[FileName], names: Sequence[FileName], wanted: str | None, where: str
+    images: Sequence[FileName], names: Sequence[FileName], wanted: str | None, where: str
 ) -> list[int]:
-    """Numbers of the pictures to pack: all, or those with the extension `wanted` (`jpg`, `input.jpg`).
+    """Numbers of the images to pack: all, or those with the extension `wanted` (`jpg`, `input.jpg`).
 
-    Raises UserError when samples have several pictures and none was chosen, or none has the wanted extension.
+    Raises UserError when samples have several images and none was chosen, or none has the wanted extension.
     """
     if wanted == "all":
-        return list(range(len(pictures)))
+        return list(range(len(images)))
     if wanted is not None:
         end = f".{wanted.lower().lstrip('.')}"
-        chosen = [i for i, name in enumerate(pictures) if name.path.lower().endswith(end)]
+        chosen = [i for i, name in enumerate(images) if name.path.lower().endswith(end)]
         if not chosen:
-            raise UserError(f"image_column: {where} holds no picture named …{end}")
+            raise UserError(f"image_column: {where} holds no image named …{end}")
         return chosen
-    kinds = _kinds_of_samples(pictures, names)
+    kinds = _kinds_of_samples(images, names)
     if kinds:
         listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items())[:10])
         raise UserError(
-            f"source: {where}: samples have several pictures each: {listed}; set image_column to one of these "
-            "extensions, or to `all` to make each picture a sample"
+            f"source: {where}: samples have several images each: {listed}; set image_column to one of these "
+            "extensions, or to `all` to make each image a sample"
         )
-    return list(range(len(pictures)))
+    return list(range(len(images)))
 
 
-def _kinds_of_samples(pictures: Sequence[FileName], names: Sequence[FileName]) -> Counter[str]:
-    """How often each extension occurs, if the pictures belong together as samples do.
+def _kinds_of_samples(images: Sequence[FileName], names: Sequence[FileName]) -> Counter[str]:
+    """How often each extension occurs, if the images belong together as samples do.
 
     Names that only count on (`v1.0.png`, `v1.1.png`) do not. `a.jpg` and `a.png` do when both lie beside a label or
-    caption, or many pictures come in the same two kinds.
+    caption, or many images come in the same two kinds.
     """
     groups: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
-    for name in pictures:
+    for name in images:
         split = split_name(name.path)
         if split is not None:
             groups[name.archive, split[0]].append(split[1])
@@ -58,7 +58,7 @@ def _kinds_of_samples(pictures: Sequence[FileName], names: Sequence[FileName]) -
 
 
 def _counts_on(kinds: list[str]) -> bool:
-    """Whether `1.png`, `2.png` are parts of names with a dot in them, rather than kinds of picture."""
+    """Whether `1.png`, `2.png` are parts of names with a dot in them, rather than kinds of image."""
     return any(part.isdigit() or " " in part for kind in kinds for part in kind.split(".")[:-1])
 
 

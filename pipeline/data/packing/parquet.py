@@ -1,4 +1,4 @@
-"""Parquet with pictures in it, or with the paths of pictures that lie beside it."""
+"""Parquet with images in it, or with the paths of images that lie beside it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Columns:
 
     image: str
     embedded: bool
-    """Whether the column holds the pictures' bytes, not just their paths."""
+    """Whether the column holds the images' bytes, not just their paths."""
     label: str | None
     class_names: tuple[str, ...] | None
 
@@ -49,9 +49,9 @@ class _Rows:
 
 
 class ParquetSource(Source):
-    """Rows of parquet files: a picture's bytes, {bytes, path} or path, and its class in another column.
+    """Rows of parquet files: an image's bytes, {bytes, path} or path, and its class in another column.
 
-    Pictures' bytes are copied to a temporary file, because rows cannot be read in another order than they lie in.
+    Images' bytes are copied to a temporary file, because rows cannot be read in another order than they lie in.
     Class names come from the schema's "huggingface" metadata when they are there.
     """
 
@@ -139,7 +139,7 @@ def open_parquet(file: Path) -> Any:
 
 
 def has_image_column(file: Path) -> bool:
-    """Whether a column holds bytes that may be pictures; False for tables about pictures, and for no parquet."""
+    """Whether a column holds bytes that may be images; False for tables about images, and for no parquet."""
     try:
         return bool(_byte_columns(open_parquet(file).schema_arrow))
     except UserError:
@@ -190,7 +190,7 @@ def _image_column(wanted: str | None, embedded: list[str], schema: Any, file: Pa
     if len(embedded) == 1 or len(named) == 1 or "image" in named:
         return "image" if "image" in named else (named or embedded)[0]
     raise UserError(
-        f"source: {file}: each of the columns {', '.join(embedded)} could be the picture; set image_column"
+        f"source: {file}: each of the columns {', '.join(embedded)} could be the image; set image_column"
     )
 
 
@@ -237,7 +237,7 @@ def _class_names(features: dict[str, Any], column: str) -> tuple[str, ...] | Non
 
 
 def _image_bytes(metadata: Any, columns: Columns) -> int:
-    """How many bytes the pictures in a file take, but for those that stand there once for several rows."""
+    """How many bytes the images in a file take, but for those that stand there once for several rows."""
     if not columns.embedded:
         return 0
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
@@ -256,14 +256,14 @@ def _records(table: Any, columns: list[str], file: Path) -> Iterator[dict[str, A
 
 
 def _image_path(path: Any, file: Path, name: str, root: str | None) -> Path:
-    """The picture that a row names. It must lie below the parquet's folder, or below `image_root`."""
+    """The image that a row names. It must lie below the parquet's folder, or below `image_root`."""
     if not isinstance(path, str) or not path:
         raise UserError(f"source: {name}: holds neither image bytes nor a path; remove the row")
     top = Path(root).expanduser().resolve() if root else file.parent.resolve()
     found = top / path
     if not found.resolve().is_relative_to(top):
         raise UserError(
-            f"source: {name}: names the picture {path!r} outside of {top}; set image_root to the folder of the pictures"
+            f"source: {name}: names the image {path!r} outside of {top}; set image_root to the folder of the images"
         )
     return found
 

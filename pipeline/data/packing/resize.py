@@ -1,4 +1,4 @@
-"""A picture as it comes from outside, brought to the size and channels a data set has."""
+"""An image as it comes from outside, brought to the size and channels a data set has."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SMALL = "are smaller than image_size"
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What a look at a picture found: its bytes' hash, and the shape it will have or why it cannot be used."""
+    """What a look at an image found: its bytes' hash, and the shape it will have or why it cannot be used."""
 
     sha256: str
     shape: PixelShape | None
@@ -47,7 +47,7 @@ class ImageInfo:
 
 
 def probe_image(config: PackConfig, data: bytes) -> ImageInfo:
-    """Decode a picture to its end and say what it is; what is wrong with it is an answer, not an exception."""
+    """Decode an image to its end and say what it is; what is wrong with it is an answer, not an exception."""
     digest = source_digest(data)
     try:
         height, width, notes = _probe_size(config, data)
@@ -64,12 +64,12 @@ def probe_image(config: PackConfig, data: bytes) -> ImageInfo:
 
 
 def source_digest(data: bytes) -> str:
-    """SHA-256 of a picture's bytes as they came."""
+    """SHA-256 of an image's bytes as they came."""
     return hashlib.sha256(data).hexdigest()
 
 
 def to_pixels(config: PackConfig, data: bytes) -> Pixels:
-    """The picture as it will be stored, uint8 (height, width, channels). Raises DamageError.
+    """The image as it will be stored, uint8 (height, width, channels). Raises DamageError.
 
     With `image_size`, the largest middle square, scaled by a filter as wide as the reduction (anti-aliased).
     """
@@ -88,7 +88,7 @@ def to_pixels(config: PackConfig, data: bytes) -> Pixels:
 
 
 def _probe_size(config: PackConfig, data: bytes) -> tuple[int, int, tuple[str, ...]]:
-    """Height and width of the upright picture, decoded to its end, and what is done to its values."""
+    """Height and width of the upright image, decoded to its end, and what is done to its values."""
     if not data.startswith(_JPEG):
         pixels, notes = _decode(config, data)
         return pixels.shape[0], pixels.shape[1], notes
@@ -103,15 +103,15 @@ def _probe_size(config: PackConfig, data: bytes) -> tuple[int, int, tuple[str, .
 
 
 def _decode(config: PackConfig, data: bytes) -> tuple[Pixels, tuple[str, ...]]:
-    """The upright picture in sRGB, and what was done for that."""
+    """The upright image in sRGB, and what was done for that."""
     if (raw := read_npy(data)) is not None:
         image = Image.fromarray(raw[:, :, 0] if raw.shape[2] == 1 else raw)
         return to_array(image, config.channels, config.background), ()
     if (plain := _plain_png(config, data)) is not None:
         return plain, ()
     with open_image(data) as image:
-        coloured, note = to_srgb(upright(image))
-        return to_array(coloured, config.channels, config.background), () if note is None else (note,)
+        colored, note = to_srgb(upright(image))
+        return to_array(colored, config.channels, config.background), () if note is None else (note,)
 
 
 def _plain_png(config: PackConfig, data: bytes) -> Pixels | None:

@@ -33,7 +33,7 @@ _CLASS_NUMBER = (
     "beside the shards (one a line, in order of their numbers); --label-field none leaves labels out"
 )
 MAX_EXPANSION = 256
-"""Plain bytes a gzip may give for each of its own: pictures hardly compress; a bomb does 1000-fold."""
+"""Plain bytes a gzip may give for each of its own: images hardly compress; a bomb does 1000-fold."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class ScanOptions:
     label_field: str | None = None
     """The field of a sample's json that names its class; None for the first of LABEL_FIELDS, NO_LABELS for none."""
     image: str | None = None
-    """Extension of the file to take where samples have several pictures; None where each has one."""
+    """Extension of the file to take where samples have several images; None where each has one."""
     class_names: tuple[str, ...] | None = None
     """What labels that are names stand for, by number."""
     skip_unreadable: bool = False
-    """Leave out samples whose picture cannot be read, and name them, instead of ending."""
+    """Leave out samples whose image cannot be read, and name them, instead of ending."""
     pixels: bool = False
     """Decode every image, for channel statistics and to find damage inside images."""
 
@@ -83,7 +83,7 @@ def index_shard(
             facts.rows,
             facts.shapes,
             facts.stats,
-            len(ignored) + facts.without_picture,
+            len(ignored) + facts.without_image,
             tuple(facts.skipped),
         ),
         info,
@@ -141,7 +141,7 @@ class _ShardScan:
     stats: ImageStats = field(default_factory=ImageStats)
     keys: set[str] = field(default_factory=set[str])
     skipped: list[str] = field(default_factory=list[str])
-    without_picture: int = 0
+    without_image: int = 0
 
     def add(self, key: str, parts: Parts) -> None:
         where = f"{self.shard}: sample {key!r}"
@@ -157,7 +157,7 @@ class _ShardScan:
                 f"{where}: 0 images (of {sorted(parts)}); a sample with a class needs one, among its neighbours"
             )
         if extension is None:
-            self.without_picture += 1
+            self.without_image += 1
             return
         member, data = parts[extension]
         if member.size_bytes >= 1 << 32:

@@ -1,4 +1,4 @@
-"""Files by name, in a folder, a zip, or several archives together: what a source of pictures is made of."""
+"""Files by name, in a folder, a zip, or several archives together: what a source of images is made of."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pipeline.errors import UserError
 
 MAX_FILE_BYTES = 1 << 28
-"""Of one picture or label file. Other files may have any size: they are not read."""
+"""Of one image or label file. Other files may have any size: they are not read."""
 MAX_LINKED = 8
 """Folders that are links, one below the other. Beyond it links go in circles."""
 

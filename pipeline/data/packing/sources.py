@@ -1,4 +1,4 @@
-"""What is packed: a list of pictures, each with a name, a class and a way to its bytes, in the order of the names.
+"""What is packed: a list of images, each with a name, a class and a way to its bytes, in the order of the names.
 
 The same source gives the same list wherever it is opened, so that units of work may travel as numbers.
 """
@@ -30,14 +30,14 @@ from pipeline.errors import DamageError, UserError
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A picture: its name, and its class number or -1."""
+    """An image: its name, and its class number or -1."""
 
     name: str
     label: int
 
 
 class Source(ABC):
-    """Pictures in a fixed order. `read` may be called by several threads."""
+    """Images in a fixed order. `read` may be called by several threads."""
 
     items: Sequence[Item]
     class_names: tuple[str, ...] | None
@@ -48,7 +48,7 @@ class Source(ABC):
     config: PackConfig
     """What it was opened by."""
     copied_bytes: int = 0
-    """Of the temporary files that pictures are read from; 0 where they are read in place."""
+    """Of the temporary files that images are read from; 0 where they are read in place."""
     self_contained: bool = True
     """Whether nothing is read but what lies in the file or folder that it was opened by."""
 
@@ -87,7 +87,7 @@ def read_item(source: Source, number: int) -> bytes:
 
 
 class DigitsSource(Source):
-    """The 1,797 handwritten digits of scikit-learn, 8x8; their 17 grey levels are spread over 0..255."""
+    """The 1,797 handwritten digits of scikit-learn, 8x8; their 17 gray levels are spread over 0..255."""
 
     def __init__(self) -> None:
         self.left_out = Counter()
@@ -107,35 +107,33 @@ class DigitsSource(Source):
 
 
 class FilesSource(Source):
-    """Pictures that are files, in a folder or in archives, with the classes that files beside them or folders name."""
+    """Images that are files, in a folder or in archives, with the classes that files beside them or folders name."""
 
     def __init__(self, files: Files, config: PackConfig, class_names: tuple[str, ...] | None = None) -> None:
         self._files, self.config, self.copied_bytes = files, config, files.copied_bytes
         names, where = files.names, files.where
-        pictures = [i for i, name in enumerate(names) if name.path.lower().endswith(IMAGE_SUFFIXES)]
-        if not pictures:
+        images = [i for i, name in enumerate(names) if name.path.lower().endswith(IMAGE_SUFFIXES)]
+        if not images:
             raise UserError(
-                f"source: {where} holds no pictures ({_format_counts(_count_extensions(names)) or 'it is empty'}); "
+                f"source: {where} holds no images ({_format_counts(_count_extensions(names)) or 'it is empty'}); "
                 f"these are packed: {' '.join(IMAGE_SUFFIXES)}"
             )
-        everything = len(pictures)
-        split, pictures = _select_split(names, pictures, config.split, where)
-        layout = interpret_folders([names[i].path for i in pictures], config.labels, split, where)
-        pictures = [pictures[i] for i in layout.kept]
-        notes = [f"split {config.split}: {len(pictures)} of {everything} pictures"] if config.split else []
-        chosen = select_one_image([names[i] for i in pictures], names, config.image_column, where)
-        others_of_sample = len(pictures) - len(chosen)
+        everything = len(images)
+        split, images = _select_split(names, images, config.split, where)
+        layout = interpret_folders([names[i].path for i in images], config.labels, split, where)
+        images = [images[i] for i in layout.kept]
+        notes = [f"split {config.split}: {len(images)} of {everything} images"] if config.split else []
+        chosen = select_one_image([names[i] for i in images], names, config.image_column, where)
+        others_of_sample = len(images) - len(chosen)
         layout = type(layout)(layout.kept, [layout.parts[i] for i in chosen], layout.wraps)
-        self._numbers = [pictures[i] for i in chosen]
+        self._numbers = [images[i] for i in chosen]
         if others_of_sample:
-            notes.append(
-                f"image_column {config.image_column}: {others_of_sample} other pictures are left out"
-            )
+            notes.append(f"image_column {config.image_column}: {others_of_sample} other images are left out")
         shown = _display_names([names[i] for i in self._numbers], files.wrapped)
         labels, self.class_names, used, told = self._labels(layout, shown, class_names)
         self.items = [Item(name, label) for name, label in zip(shown, labels, strict=True)]
-        pictures_seen = {i for i, name in enumerate(names) if name.path.lower().endswith(IMAGE_SUFFIXES)}
-        rest = [name for i, name in enumerate(names) if i not in pictures_seen and i not in used]
+        images_seen = {i for i, name in enumerate(names) if name.path.lower().endswith(IMAGE_SUFFIXES)}
+        rest = [name for i, name in enumerate(names) if i not in images_seen and i not in used]
         self.left_out = _count_extensions(rest) + files.left_out
         self.notes = (*notes, *told)
 
@@ -174,15 +172,15 @@ class FilesSource(Source):
 
 
 def _select_split(
-    names: Sequence[FileName], pictures: list[int], split: str | None, where: str
+    names: Sequence[FileName], images: list[int], split: str | None, where: str
 ) -> tuple[str | None, list[int]]:
-    """The pictures in archives of the wanted split, and the split that is still to be found in folders."""
-    archives = sorted({names[i].archive for i in pictures})
+    """The images in archives of the wanted split, and the split that is still to be found in folders."""
+    archives = sorted({names[i].archive for i in images})
     words = {archive: split_word(archive) for archive in archives}
     if all(word is None for word in words.values()):
-        return split, pictures
+        return split, images
     kept = {archives[i] for i in choose_split(list(words.values()), split, where)}
-    return None if split != "all" else split, [i for i in pictures if names[i].archive in kept]
+    return None if split != "all" else split, [i for i in images if names[i].archive in kept]
 
 
 def _display_names(names: list[FileName], wrapped: bool) -> list[str]:

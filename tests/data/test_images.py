@@ -19,10 +19,10 @@ from pipeline.data.packing.resize import ENLARGED, probe_image, to_pixels
 from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import DamageError, UserError
 from pipeline.store import open_store
-from tests.data.making import batches, encoded, picture
+from tests.data.making import batches, encoded, random_image
 
 CONFIG = PackConfig(source="unused", dest="unused")
-PIXELS = picture(3, (12, 8))
+PIXELS = random_image(3, (12, 8))
 
 
 def pixels(data: bytes, **settings: object) -> np.ndarray:
@@ -34,7 +34,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(values: np.ndarray, kind: int, depth: int, clear: tuple[int, ...]) -> bytes:
-    """A PNG of 2 to 16 bits with a transparent colour."""
+    """A PNG of 2 to 16 bits with a transparent color."""
     height, width = values.shape[:2]
     rows = [
         row.astype(">u2").tobytes() if depth == 16 else np.packbits(_bits(row, depth)).tobytes()
@@ -54,13 +54,13 @@ def _bits(row: np.ndarray, depth: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("kind", "depth"), [(0, 2), (0, 4), (0, 16), (2, 16)])
-def test_a_transparent_colour_is_clear_at_every_depth(kind: int, depth: int) -> None:
+def test_a_transparent_color_is_clear_at_every_depth(kind: int, depth: int) -> None:
     top = (1 << depth) - 1
     shape = (4, 8, 3) if kind == 2 else (4, 8)
     values = np.random.default_rng(0).integers(0, top + 1, shape).astype(np.uint16)
     clear = tuple(int(v) for v in np.atleast_1d(values[1, 2]))
     if depth == 16:
-        values[0, 0] = np.array(values[1, 2]) ^ 1  # another colour with the same upper bits
+        values[0, 0] = np.array(values[1, 2]) ^ 1  # another color with the same upper bits
     found = pixels(png(values, kind, depth, clear))
     wanted = np.atleast_3d(values.astype(float) * 255 / top) * np.ones(3)
     wanted[(np.atleast_3d(values) == clear).all(axis=2)] = 255
@@ -118,13 +118,13 @@ def test_every_format_that_tells_its_orientation_is_turned(kind: str) -> None:
     ],
     ids=["text for a number", "unknown type", "pointer as text", "circle", "off the end"],
 )
-def test_broken_notes_about_a_picture_do_not_lose_it(entry: tuple[int, int, int, bytes]) -> None:
+def test_broken_notes_about_an_image_do_not_lose_it(entry: tuple[int, int, int, bytes]) -> None:
     jpeg = encoded(PIXELS, "jpeg", quality=95)
     found = pixels(turned(jpeg, exif(entry, SIX)))
     assert np.array_equal(found, np.rot90(np.asarray(Image.open(io.BytesIO(jpeg))), -1))
 
 
-def test_a_colour_profile_is_converted_and_srgb_left_as_it_is() -> None:
+def test_a_color_profile_is_converted_and_srgb_left_as_it_is() -> None:
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert probe_image(CONFIG, encoded(PIXELS, icc_profile=srgb)).notes == ()
@@ -134,22 +134,22 @@ def test_a_colour_profile_is_converted_and_srgb_left_as_it_is() -> None:
         assert np.array_equal(pixels(encoded(PIXELS, icc_profile=unusable)), PIXELS)
     wide = swapped(srgb)
     (note,) = probe_image(CONFIG, encoded(PIXELS, icc_profile=wide)).notes
-    assert note == "were converted from their colour profile to sRGB"
+    assert note == "were converted from their color profile to sRGB"
     found = pixels(encoded(PIXELS, icc_profile=wide)).astype(int)
     assert np.abs(found - PIXELS[..., [1, 0, 2]]).max() <= 2
 
 
 def of_all_kinds() -> dict[str, bytes]:
-    """Picture files of 12x8 whose pixels depend on how orientation and colour profile are heeded."""
+    """Image files of 12x8 whose pixels depend on how orientation and color profile are heeded."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     wide, six = swapped(srgb), exif(SIX)
-    tall, grey, photo = np.rot90(PIXELS), PIXELS[..., :1], Image.fromarray(PIXELS)
+    tall, gray, photo = np.rot90(PIXELS), PIXELS[..., :1], Image.fromarray(PIXELS)
     return {
         "plain": encoded(PIXELS),
         "srgb": encoded(PIXELS, icc_profile=srgb),
         "png": encoded(PIXELS, icc_profile=wide),
         "unusable": encoded(PIXELS, icc_profile=b"no profile"),
-        "grey": encoded(grey, icc_profile=wide),
+        "gray": encoded(gray, icc_profile=wide),
         "jpeg": encoded(PIXELS, "jpeg", quality=95, icc_profile=wide),
         "webp": encoded(PIXELS, "webp", lossless=True, icc_profile=wide),
         "turned": turned(encoded(tall, "jpeg", quality=95, icc_profile=wide), six),
@@ -195,7 +195,7 @@ def test_pack_index_and_loader_take_the_same_pixels_from_the_same_file(uri: str,
 
 
 def swapped(profile: bytes) -> bytes:
-    """The profile with the primaries of red and green exchanged: a colour space of whose pixels all are known."""
+    """The profile with the primaries of red and green exchanged: a color space of whose pixels all are known."""
     return profile.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
 
 
@@ -204,7 +204,7 @@ def test_damage_that_decoders_read_over_is_damage() -> None:
     place = data.index(b"IDAT")
     size = int.from_bytes(data[place - 4 : place], "big")
     data[place + 4 + size] ^= 1  # the checksum alone
-    cut = encoded(picture(1, (64, 64)), "webp", lossless=True)
+    cut = encoded(random_image(1, (64, 64)), "webp", lossless=True)
     for broken in (bytes(data), cut[: len(cut) // 2]):
         assert probe_image(CONFIG, broken).problem is not None
         with pytest.raises(DamageError):
@@ -234,10 +234,10 @@ def test_32_bit_values_are_refused_instead_of_clipped() -> None:
     )
 
 
-def test_small_pictures_are_counted_left_out_or_refused(tmp_path: Path) -> None:
+def test_small_images_are_counted_left_out_or_refused(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for size in (4, 16):
-        (tmp_path / "in" / f"{size}.png").write_bytes(encoded(picture(size, (size, size))))
+        (tmp_path / "in" / f"{size}.png").write_bytes(encoded(random_image(size, (size, size))))
 
     def packed(**settings: object) -> PackConfig:
         dest = (tmp_path / str(settings.get("on_small", "default"))).as_uri()
@@ -245,8 +245,8 @@ def test_small_pictures_are_counted_left_out_or_refused(tmp_path: Path) -> None:
             {"source": str(tmp_path / "in"), "dest": dest, "image_size": 8, **settings}
         )
 
-    assert pack(packed()).notes == (f"1 of 2 pictures {ENLARGED}",)
+    assert pack(packed()).notes == (f"1 of 2 images {ENLARGED}",)
     skipped = pack(packed(on_small="skip"))
     assert (skipped.num_samples, [name for name, _ in skipped.unreadable]) == (1, ["4.png"])
-    with pytest.raises(UserError, match=r"1 of 2 pictures are smaller than image_size: 4\.png: is 4x4"):
+    with pytest.raises(UserError, match=r"1 of 2 images are smaller than image_size: 4\.png: is 4x4"):
         pack(packed(on_small="fail", on_unreadable="skip"))
