@@ -158,7 +158,7 @@ def test_what_is_not_what_was_indexed_is_not_admitted(uri: str, tmp_path: Path) 
     store.write("005.tar", bytes(data))
     index = load_index(uri, check=False).model_copy(update={"made_at": "elsewhere"})
     cache = ShardCache(index, tmp_path / "cache", 10**9, False)
-    with pytest.raises(DamageError, match=r"005\.tar: its SHA-256 is not the indexed one"):
+    with pytest.raises(DamageError, match=r"005\.tar: its SHA-256 differs from the index"):
         cache.open(5)
     assert used_bytes(tmp_path / "cache") == 0
     lenient = ShardCache(index, tmp_path / "cache", 10**9, True)
@@ -345,7 +345,7 @@ def test_a_shard_that_another_user_laid_in_the_cache_is_not_read(
 def test_a_cache_that_cannot_be_made_is_told_in_one_line(uri: str, tmp_path: Path) -> None:
     small_set(uri, SHARDS)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"data\.cache_dir: .*file/cache cannot be made"):
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*file/cache: cannot be created"):
         cache_of(uri, tmp_path / "file" / "cache")
 
 

@@ -194,7 +194,7 @@ def damaged_set(uri: str, damage: Damage) -> tuple[Index, str]:
 def test_damage_ends_the_run_with_shard_sample_and_place(uri: str, damage: Damage, workers: int) -> None:
     index, name = damaged_set(uri, damage)
     index = index.model_copy(update={"made_at": "elsewhere"})  # tags are of no help
-    pattern = r"002\.tar.*(ends at byte \d+|at byte \d+: its bytes are not the indexed ones)"
+    pattern = r"002\.tar.*(ends at byte \d+|at byte \d+: its CRC-32 differs from the index)"
     with pytest.raises(DamageError, match=pattern) as caught:
         batches(index, 0, 9, num_workers=workers)
     assert "\n" not in str(caught.value)

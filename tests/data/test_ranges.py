@@ -9,7 +9,7 @@ from pipeline.config.data import DataConfig
 from pipeline.data.index import Index
 from pipeline.data.reading import samples
 from pipeline.data.reading.loader import Loader
-from pipeline.data.reading.range_reads import GAP_BYTES, REQUESTS_AT_ONCE, RangeAccess, coalesce
+from pipeline.data.reading.range_reads import GAP_BYTES, MAX_CONCURRENT, RangeAccess, coalesce
 from pipeline.store import FileStore
 from tests.data.making import batches, by_position, read_through, small_set
 
@@ -59,7 +59,7 @@ def test_what_is_gathered_ahead_is_what_is_read_one_by_one(
     straight = by_position(batches(index, 3, 95))
     found, store = streamed(index, limit_bytes, monkeypatch, 3, 95)
     assert found == straight
-    assert store.most_under_way <= max(limit_bytes // 2, REQUESTS_AT_ONCE * 1000)
+    assert store.most_under_way <= max(limit_bytes // 2, MAX_CONCURRENT * 1000)
 
 
 def test_requests_fall_as_memory_grows(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

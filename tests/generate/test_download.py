@@ -176,7 +176,7 @@ def test_a_rotten_shard_is_named_the_rest_is_brought_and_nothing_says_whole(sour
     sound = shard.read_bytes()
     rot(shard)
     with pytest.raises(
-        DamageError, match=rf"{shard.name}: is damaged: .*; the rest is brought; (run|restore) "
+        DamageError, match=rf"{shard.name}: is damaged: .*; everything else was downloaded; (run|restore) "
     ):
         run(str(source), "here")
     shards = len(list(source.rglob("*.tar")))
@@ -333,9 +333,7 @@ def test_what_cannot_fit_is_refused_before_a_shard_is_fetched(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave_free(30_000, monkeypatch)
-    with pytest.raises(
-        DiskFull, match=r"here: [0-9,]+ bytes are still to come and 30,000 are free; make room"
-    ):
+    with pytest.raises(DiskFull, match=r"here: [0-9,]+ bytes to download and 30,000 free; free disk space"):
         run(str(source), "here")
     assert list(Path("here").rglob("*.tar")) == []
 

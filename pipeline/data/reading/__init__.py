@@ -1,1 +1,1 @@
-"""From an index to batches: order, cache, random access, loader."""
+"""Reading a data set: global order, shard cache, random access, batches."""

@@ -1,7 +1,7 @@
-"""Bringing a data set to a folder of this machine, checked against its index while it is written.
+"""Downloading a data set to a local folder, checked against its index while it is written.
 
-A file that is there with the right size and hash is not fetched again, and the index is written last, so that the same
-command goes on after any interruption. `Download` brings a generation too.
+A file that is present with the right size and hash is not fetched again, and the index is written last, so the same
+command resumes after an interruption. Downloading a generation uses `Download` too.
 """
 
 from __future__ import annotations
@@ -35,45 +35,45 @@ T = TypeVar("T")
 Progress = Callable[[int, int], None]
 MAX_CONCURRENT = 8
 CHUNK_BYTES = 256 << 10
-"""After so many each thread looks whether the download ends."""
+"""After each chunk a thread checks whether the download was cancelled."""
 _MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
 class RemoteObject:
-    """An object whose bytes are known before they come."""
+    """An object to download whose size and hash are known."""
 
     key: str
     size_bytes: int
     sha256: str
     etag: str | None = None
-    """The tag it must have, where that is known."""
+    """The tag it must have, if that is known."""
 
 
-class _Cancelled(Exception):  # noqa: N818 - what happened is the name
-    """The download ends before this shard is whole."""
+class _Cancelled(Exception):  # noqa: N818 - an outcome, not an error
+    """The download ends before this shard is complete."""
 
 
 @dataclass
 class Download:
-    """Objects of one store on their way to a folder, several at a time. `progress` is told of bytes."""
+    """Downloads objects of one store to a folder, several at a time. `progress` counts bytes."""
 
     store: Store
     folder: Folder
     total_bytes: int
     progress: Progress
     fetched: int = 0
-    """Shards that were brought."""
+    """Number of shards downloaded."""
     present: int = 0
-    """Shards that were there already."""
+    """Number of shards that were already present."""
     images: ImageFolder | None = None
-    """Where the images go as files, if they are wanted so."""
+    """Where images are unpacked to, if requested."""
     _done_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def process_all(self, work: Callable[[T], None], items: Iterable[T], remedy: str) -> None:
-        """`work` on all items. DamageError, after the others are there, names those that are damaged or gone."""
+        """Call `work` on all items. After the rest is done, DamageError lists the damaged and missing ones."""
 
         def problem(item: T) -> str | None:
             try:
@@ -81,121 +81,121 @@ class Download:
             except (DamageError, ObjectMissing) as error:
                 return str(error)
             except _Cancelled:
-                return None  # the item that failed raises in its turn
+                return None  # the item that failed raises
             except BaseException:
-                self._cancelled.set()  # so that the other threads do not go on to the end of their shards
+                self._cancelled.set()  # so that other threads stop in the middle of their shards
                 raise
             return None
 
         require_disk_space(self.folder, self.total_bytes)
-        self._tell(0)
-        found: list[str] = []
-        number = 0
-        for told in thread_map(MAX_CONCURRENT, self._cancelled)(problem, items):
-            if told is not None:
-                number += 1
-                found += [told] if len(found) < _MAX_LISTED else []
-        if number:
-            more = f" (and {number - len(found):,} more)" if number > len(found) else ""
-            raise DamageError(f"{'; '.join(found)}{more}; the rest is brought; {remedy}")
+        self._report(0)
+        listed: list[str] = []
+        count = 0
+        for message in thread_map(MAX_CONCURRENT, self._cancelled)(problem, items):
+            if message is not None:
+                count += 1
+                listed += [message] if len(listed) < _MAX_LISTED else []
+        if count:
+            more = f" (and {count - len(listed):,} more)" if count > len(listed) else ""
+            raise DamageError(f"{'; '.join(listed)}{more}; everything else was downloaded; {remedy}")
 
-    def download(self, piece: RemoteObject) -> None:
-        """Fetch a shard unless it is there. A wrong hash is tried once more, as the way here may be to blame."""
-        if self._is_present(piece):
-            self._tell(piece.size_bytes, kept=1)
+    def download(self, remote: RemoteObject) -> None:
+        """Fetch a shard unless it is present. A wrong hash is retried once, in case the transfer was at fault."""
+        if self._is_present(remote):
+            self._report(remote.size_bytes, present=1)
             return
         try:
-            self._fetch(piece)
+            self._fetch(remote)
         except DamageError:
-            self._fetch(piece)
-        self._tell(0, fetched=1)
+            self._fetch(remote)
+        self._report(0, fetched=1)
 
     def copy_document(self, key: str) -> None:
-        """Copy a small object as it is now, if there is one."""
+        """Copy a small object in its current state, if it exists."""
         try:
             self.folder.put(key, self.store.read(key))
         except ObjectMissing:
             return
 
-    def _is_present(self, piece: RemoteObject) -> bool:
-        file = self.folder.open(piece.key)
+    def _is_present(self, remote: RemoteObject) -> bool:
+        file = self.folder.open(remote.key)
         if file is None:
             return False
         with file:
-            if file.seek(0, 2) != piece.size_bytes:
+            if file.seek(0, 2) != remote.size_bytes:
                 return False
             file.seek(0)
             sha256 = hashlib.sha256()
             while chunk := file.read(CHUNK_BYTES):
                 sha256.update(chunk)
                 self._check_cancelled()
-        return sha256.hexdigest() == piece.sha256
+        return sha256.hexdigest() == remote.sha256
 
     def _check_cancelled(self) -> None:
-        """Raise _Ended once the download ends."""
+        """Raise _Cancelled once the download is cancelled."""
         if self._cancelled.is_set():
             raise _Cancelled
 
-    def _fetch(self, piece: RemoteObject) -> None:
+    def _fetch(self, remote: RemoteObject) -> None:
         size, sha256 = 0, hashlib.sha256()
         try:
             with (
-                self.store.open(piece.key, etag=piece.etag) as stream,
-                self.folder.new(piece.key) as file,
+                self.store.open(remote.key, etag=remote.etag) as stream,
+                self.folder.new(remote.key) as file,
             ):
-                while size <= piece.size_bytes and (chunk := stream.read(CHUNK_BYTES)):
+                while size <= remote.size_bytes and (chunk := stream.read(CHUNK_BYTES)):
                     file.write(chunk)
                     sha256.update(chunk)
                     size += len(chunk)
-                    self._tell(len(chunk))
+                    self._report(len(chunk))
                     self._check_cancelled()
-                if (size, sha256.hexdigest()) != (piece.size_bytes, piece.sha256):
+                if (size, sha256.hexdigest()) != (remote.size_bytes, remote.sha256):
                     raise DamageError(
-                        f"{self.store.uri}/{piece.key}: is damaged: its size or sha256 is not the recorded one"
+                        f"{self.store.uri}/{remote.key}: is damaged: its size or SHA-256 differs from the record"
                     )
         except BaseException:
-            self._tell(-size)
+            self._report(-size)
             raise
 
-    def _tell(self, more_bytes: int, fetched: int = 0, kept: int = 0) -> None:
+    def _report(self, more_bytes: int, fetched: int = 0, present: int = 0) -> None:
         with self._lock:
             self._done_bytes += more_bytes
             self.fetched += fetched
-            self.present += kept
+            self.present += present
             self.progress(self._done_bytes, self.total_bytes)
 
 
 def require_disk_space(folder: Folder, total_bytes: int) -> None:
-    """Raise DiskFull, before anything is fetched, where what is still to come cannot fit."""
+    """Raise DiskFull, before anything is fetched, when the missing bytes do not fit."""
     free = shutil.disk_usage(folder.root).free
-    there = sum(path.lstat().st_size for path in folder.root.rglob("*") if path.name.endswith(SUFFIXES))
-    if total_bytes - there > free:
+    present = sum(path.lstat().st_size for path in folder.root.rglob("*") if path.name.endswith(SUFFIXES))
+    if total_bytes - present > free:
         raise DiskFull(
-            f"{folder.root}: {total_bytes - there:,} bytes are still to come and {free:,} are free; make room there, "
+            f"{folder.root}: {total_bytes - present:,} bytes to download and {free:,} free; free disk space, "
             "or choose another folder"
         )
 
 
 def local_folder(place: str, store: Store) -> Path:
-    """The folder that a user names. UserError for a place in a store, and for one inside what is to be brought."""
-    there = open_store(place)
-    if not isinstance(there, FileStore):
-        raise UserError(f"{place}: is no folder of this machine; name one, such as ./samples")
-    root = there.root.resolve()
+    """The local folder that a user names. UserError for a URI of a store, and for a folder inside the source."""
+    target = open_store(place)
+    if not isinstance(target, FileStore):
+        raise UserError(f"{place}: not a local folder; name one, such as ./samples")
+    root = target.root.resolve()
     if isinstance(store, FileStore) and root.is_relative_to(store.root.resolve()):
-        raise UserError(f"{place}: lies in {store.uri}, which is to be brought; choose another folder")
+        raise UserError(f"{place}: is inside {store.uri}, the source; choose another folder")
     return root
 
 
 def image_folder(root: Path, what: str, class_names: Iterable[str] | None) -> ImageFolder:
-    """The folder for images as files: beside that of the shards, which holds nothing else than was brought."""
+    """The folder for unpacked images, beside that of the shards, which contains nothing but the download."""
     folder = Folder(root.with_name(f"{root.name}-images"))
     folder.claim(f"the images of {what}")
     return ImageFolder(folder, None if class_names is None else tuple(class_names))
 
 
 def download_dataset(uri: str, place: str, unpack: bool, progress: Progress) -> tuple[Index, Download]:
-    """Bring the shards of an index, its member tables and itself. UserError for a folder that holds anything else."""
+    """Download an index, its shards and member tables. UserError for a folder that contains anything else."""
     index = load_index(uri)
     root = local_folder(place, index.store)
     _require_distinct(index)
@@ -214,7 +214,7 @@ def download_dataset(uri: str, place: str, unpack: bool, progress: Progress) -> 
                 images.put(label, int(index.starts[number]) + row, extension, data)
 
     download.process_all(
-        work, enumerate(index.shards), f"restore what is damaged, or run ddpm index {uri} --fresh"
+        work, enumerate(index.shards), f"restore the damaged shards, or run ddpm index {uri} --fresh"
     )
     if index.location.pattern is None:
         download.copy_document(DATASET_CARD_KEY)
@@ -226,9 +226,7 @@ def download_dataset(uri: str, place: str, unpack: bool, progress: Progress) -> 
 def _require_distinct(index: Index) -> None:
     names = [shard.name for shard in index.shards]
     if len({*names, index.name, index.tables, DATASET_CARD_KEY, PACK_REPORT_KEY}) != len(names) + 4:
-        raise DamageError(
-            f"{index.uri}: {index.name}: two of the objects it names have one name; index it again"
-        )
+        raise DamageError(f"{index.uri}: {index.name}: two of its objects have the same name; index it again")
 
 
 def _download_tables(download: Download, index: Index) -> None:
@@ -253,7 +251,7 @@ def _tables_present(folder: Folder, index: Index) -> bool:
 
 
 def _checked_tables(index: Index, stream: BinaryIO) -> Iterator[bytes]:
-    """The member tables' object in parts. DamageError when the rows of a shard are not those indexed."""
+    """The member tables' object in chunks. DamageError when the rows of a shard differ from the index."""
     yield stream.read(index.tables_offset)
     for entry in index.shards:
         data = stream.read(entry.num_samples * MEMBER.itemsize)

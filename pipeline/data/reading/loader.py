@@ -1,4 +1,4 @@
-"""Batches for one training worker, in the global order, from any step on."""
+"""Batches for one training worker, in the global order, starting at any step."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """One worker's part of a global batch. n differs by at most one between workers: weigh by n * W / B."""
+    """One worker's part of a global batch. n differs by at most one between workers: weight by n * W / B."""
 
     step: int
     positions: Tensor
-    """int64 (n,): places in the global order, the names of these samples' random numbers."""
+    """int64 (n,): positions in the global order, which also key the random numbers of these samples."""
     images: Tensor
     """uint8 (n, C, H, W)."""
     labels: Tensor | None
@@ -41,14 +41,13 @@ class Batch:
     wait_seconds: float
     """How long the caller waited for this batch."""
     damage: tuple[str, ...] = ()
-    """With `on_damage: skip`, a line for each damaged sample that another replaced."""
+    """With `on_damage: skip`, one line for each damaged sample that was replaced by another."""
 
 
 class Loader:
-    """A worker's view of the data: no state but its settings. What has been read is one integer, the next step.
+    """A worker's view of the data. It has no state but its settings: progress is one integer, the next step.
 
-    Resuming anywhere, at any world size, is `batches(step)`, provided seed, global batch and index digest are
-    those of before.
+    `batches(step)` resumes anywhere, at any world size, if seed, global batch and index digest are unchanged.
     """
 
     def __init__(
@@ -62,30 +61,32 @@ class Loader:
             )
         self.config, self.index, self.seed = config, index, seed
         self.global_batch = global_batch
-        open_cache(config, index)  # a limit that is too small is said now
+        open_cache(config, index)  # fail now if the cache limit is too small
         self._dataset = _StepSampler(SampleSource(config, index, seed), global_batch, rank, world)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Batches of steps start_step .. stop_step - 1. Raises DamageError (see `on_damage`), StoreUnreachable."""
         steps = range(start_step, stop_step)
         self._dataset.stop_step = stop_step
-        made = map(self._dataset.__getitem__, steps) if self.config.num_workers == 0 else self._workers(steps)
-        ahead = self._prefetcher()
+        results = (
+            map(self._dataset.__getitem__, steps) if self.config.num_workers == 0 else self._workers(steps)
+        )
+        prefetcher = self._prefetcher()
         try:
-            began = time.perf_counter()
-            for step, result in zip(steps, made, strict=True):
+            started = time.perf_counter()
+            for step, result in zip(steps, results, strict=True):
                 if isinstance(result, Exception):
                     raise result
-                if ahead is not None:
-                    ahead.advance((step + 1) * self.global_batch)
-                yield replace(result, wait_seconds=time.perf_counter() - began)
-                began = time.perf_counter()
+                if prefetcher is not None:
+                    prefetcher.advance((step + 1) * self.global_batch)
+                yield replace(result, wait_seconds=time.perf_counter() - started)
+                started = time.perf_counter()
         finally:
-            if ahead is not None:
-                ahead.close()
+            if prefetcher is not None:
+                prefetcher.close()
 
     def close(self) -> None:
-        """Give back descriptors and memory."""
+        """Release descriptors and memory."""
         self._dataset.source.close()
 
     def _prefetcher(self) -> Prefetcher | None:
@@ -95,7 +96,7 @@ class Loader:
         return Prefetcher(cache, GlobalOrder(self.index.counts, self.seed, self.config.window_shards))
 
     def _workers(self, steps: range) -> Iterator[Batch | Exception]:
-        # forkserver: a fork of a process with CUDA, gloo or gRPC threads may hang; its server imports once for all.
+        # forkserver: a fork of a process with CUDA, gloo or gRPC threads may hang; the server imports only once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["pipeline.data.reading.loader"])
         return iter(
@@ -122,7 +123,7 @@ def resilient_batches(
     """
     step = start_step
     retries = Retries(
-        policy, lambda error, left: log.warning("step %d waits for its samples: %s", step, error)
+        policy, lambda error, left: log.warning("step %d: waiting for samples: %s", step, error)
     )
     while step < stop_step:
         try:
@@ -137,30 +138,30 @@ def resilient_batches(
 
 
 class _StepSampler(torch.utils.data.Dataset["Batch | Exception"]):
-    """Step number to this rank's batch: stateless, so that any loader process can make any batch."""
+    """Maps a step to this rank's batch. Stateless, so any loader process can make any batch."""
 
     def __init__(self, source: SampleSource, global_batch: int, rank: int, world: int) -> None:
         self.source, self.global_batch, self.rank, self.world = source, global_batch, rank, world
         self.stop_step = 0
-        """Where reading ahead ends."""
+        """Exclusive end of reading ahead."""
 
     def __getitem__(self, step: int) -> Batch | Exception:
         positions = self._positions(step)
-        beside = torch.utils.data.get_worker_info()
-        mine = range(step, self.stop_step, 1 if beside is None else beside.num_workers)
+        worker = torch.utils.data.get_worker_info()
+        own_steps = range(step, self.stop_step, 1 if worker is None else worker.num_workers)
         try:
-            found = self.source.get(positions, map(self._positions, mine[1:]))
+            found = self.source.get(positions, map(self._positions, own_steps[1:]))
         except (UserError, DamageError) as error:
-            return error  # as a value: raised in a loader process it would come out wrapped in its traceback
+            return error  # not raised: a loader process would wrap it in its traceback
         return Batch(step, torch.from_numpy(positions), found.images, found.labels, 0.0, found.damage)
 
     def _positions(self, step: int) -> Int64:
-        places = rank_slice(step, self.global_batch, self.rank, self.world)
-        return np.arange(places.start, places.stop, dtype=np.int64)
+        own = rank_slice(step, self.global_batch, self.rank, self.world)
+        return np.arange(own.start, own.stop, dtype=np.int64)
 
 
 class _SetEnvironment:
-    """Gives a loader process this process's variables: a fork server keeps those of the moment it was started."""
+    """Copies this process's environment to a loader process: a fork server keeps that of its own start."""
 
     def __init__(self, variables: dict[str, str]) -> None:
         self._variables = variables

@@ -1,4 +1,4 @@
-"""Reading without a cache from shards too large for memory: the samples of many batches at once, by few requests."""
+"""Reading shards too large for memory without a cache: samples of many batches by few ranged requests."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pipeline.data.index import Index
 from pipeline.errors import DamageError
 from pipeline.store import ObjectChanged
 
-REQUESTS_AT_ONCE = 8
+MAX_CONCURRENT = 8
 GAP_BYTES = 256 << 10
-"""Bytes nobody asked for that are cheaper to read than another request is to make."""
+"""Unneeded bytes between samples that are cheaper to read than to split the request."""
 
 
 class Span(NamedTuple):
-    """Neighbouring samples of a shard, read by one request."""
+    """Adjacent samples of a shard, read by one request."""
 
     shard: int
     offsets: list[int]
@@ -24,31 +24,31 @@ class Span(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """From the first sample's beginning to the last one's end."""
+        """From the start of the first sample to the end of the last."""
         return self.offsets[-1] + self.sizes[-1] - self.offsets[0]
 
 
 class RangeAccess:
-    """Samples by ranged requests (see access.Access), brought together ahead of their use by `gather`.
+    """Samples by ranged requests (see ShardAccess), fetched ahead of use by `prefetch`.
 
-    Holds at most `limit_bytes`: half for samples that wait to be read, half for requests under way.
+    Uses at most `limit_bytes`: half for prefetched samples, half for requests in flight.
     """
 
     def __init__(self, index: Index, limit_bytes: int) -> None:
         self.index = index
         self.prefetch_bytes = limit_bytes // 2
-        """How many bytes of samples to gather at a time."""
-        self._most_span_bytes = limit_bytes // 2 // REQUESTS_AT_ONCE
+        """Bytes of samples to prefetch at a time."""
+        self._max_span_bytes = limit_bytes // 2 // MAX_CONCURRENT
         self._prefetched: dict[tuple[int, int], bytes] = {}
-        self._pool = ThreadPoolExecutor(REQUESTS_AT_ONCE)
+        self._pool = ThreadPoolExecutor(MAX_CONCURRENT)
 
     def prefetch(self, wanted: Iterable[tuple[int, Sequence[int], Sequence[int]]]) -> None:
-        """Bring samples, given as (shard, ascending offsets, sizes), in place of those that are held.
+        """Fetch samples, given as (shard, ascending offsets, sizes); replaces those prefetched before.
 
-        What cannot be brought is left to `read`, which says why. Raises ObjectChanged, StoreUnreachable.
+        What cannot be fetched is left to `read`, which raises the error. Raises ObjectChanged, StoreUnreachable.
         """
         self._prefetched.clear()
-        spans = [span for each in wanted for span in coalesce(*each, self._most_span_bytes)]
+        spans = [span for group in wanted for span in coalesce(*group, self._max_span_bytes)]
         for found in self._pool.map(self._fetch, spans):
             self._prefetched.update(found)
 
@@ -57,10 +57,10 @@ class RangeAccess:
         return self.index.store.read_range(entry.name, offset, size, etag=self.index.tag(entry))
 
     def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
-        places = zip(offsets, sizes, strict=True)
+        ranges = zip(offsets, sizes, strict=True)
         return [
             self._prefetched.pop((shard, offset), b"") or self.read(shard, offset, size)
-            for offset, size in places
+            for offset, size in ranges
         ]
 
     def renew(self, shard: int) -> bool:
@@ -85,14 +85,12 @@ class RangeAccess:
         }
 
 
-def coalesce(shard: int, offsets: Sequence[int], sizes: Sequence[int], most_bytes: int) -> list[Span]:
-    """Samples at ascending offsets, together where they lie near each other and are at most `most_bytes` in all."""
+def coalesce(shard: int, offsets: Sequence[int], sizes: Sequence[int], max_bytes: int) -> list[Span]:
+    """Merge samples at ascending offsets into spans of at most `max_bytes`, where they are close to each other."""
     spans: list[Span] = []
     end = 0
     for offset, size in zip(offsets, sizes, strict=True):
-        near = (
-            bool(spans) and offset - end <= GAP_BYTES and offset + size - spans[-1].offsets[0] <= most_bytes
-        )
+        near = bool(spans) and offset - end <= GAP_BYTES and offset + size - spans[-1].offsets[0] <= max_bytes
         if not near:
             spans.append(Span(shard, [], []))
         spans[-1].offsets.append(offset)

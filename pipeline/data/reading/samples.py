@@ -1,4 +1,4 @@
-"""From positions to pixels: look up, read, check, decode, flip, crop. A pure function of (index, seed, positions)."""
+"""Positions to pixels: look up, read, check, decode, flip, crop. A pure function of (index, seed, positions)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from pipeline.errors import DamageError, UserError
 from pipeline.store import ObjectChanged
 
 MAX_SUBSTITUTES = 1000
-"""Damaged neighbours passed over before giving up: beyond this the data set, not a sample, is broken."""
+"""Damaged samples in a row to skip before giving up: beyond this the data set, not a sample, is broken."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images uint8 (n, C, H, W), labels int64 (n,) or None, and one line for each damaged sample replaced."""
+    """Images uint8 (n, C, H, W), labels int64 (n,) or None, and one line for each replaced damaged sample."""
 
     images: Tensor
     labels: Tensor | None
@@ -56,8 +56,8 @@ class SampleSource:
     def get(self, positions: Int64, upcoming: Iterable[Int64] = ()) -> Samples:
         """The samples of int64 (n,) positions. Raises DamageError naming shard, sample, offset and cause.
 
-        `upcoming` are the positions of this process's next calls, as far as asked for: it changes how many requests
-        are made where nothing is cached, and no sample.
+        `upcoming` are the positions of this process's next calls, consumed as needed. It changes the number of
+        requests where nothing is cached, never a sample.
         """
         opened = self._reader or self._open()
         opened.prefetch(positions, upcoming)
@@ -67,7 +67,7 @@ class SampleSource:
         return Samples(images, torch.from_numpy(labels) if self.index.labelled else None, damage)
 
     def close(self) -> None:
-        """Give back descriptors and memory; the next `get` opens them again."""
+        """Release descriptors and memory; the next `get` opens them again."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
@@ -80,15 +80,15 @@ class SampleSource:
         return self._reader
 
     def _augmented(self, pixels: Pixels, positions: Tensor) -> Tensor:
-        """Flips and crops, drawn for each position, so that they are the same on any rank and after any restart."""
+        """Flips and crops, drawn by position, so they are the same on any rank and after any restart."""
         if self.config.crop is not None:
             edge, count = self.config.crop, len(positions)
             tops = noise.randint(self.seed, noise.Stream.CROP, positions, self.shape.height - edge + 1, 0)
             lefts = noise.randint(self.seed, noise.Stream.CROP, positions, self.shape.width - edge + 1, 1)
-            cut = np.empty((count, self.shape.channels, edge, edge), np.uint8)
+            cropped = np.empty((count, self.shape.channels, edge, edge), np.uint8)
             for i, (top, left) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True)):
-                cut[i] = pixels[i, :, top : top + edge, left : left + edge]
-            pixels = cut
+                cropped[i] = pixels[i, :, top : top + edge, left : left + edge]
+            pixels = cropped
         images = torch.from_numpy(pixels)
         if self.config.flip:
             mirrored = noise.uniform(self.seed, noise.Stream.FLIP, positions) < 0.5
@@ -97,7 +97,7 @@ class SampleSource:
 
 
 class _SampleLocation(NamedTuple):
-    """A sample's row in the whole data set, and what the index says of it."""
+    """A sample's row in the whole data set, and its entry in the index."""
 
     row: int
     shard: int
@@ -108,7 +108,7 @@ class _SampleLocation(NamedTuple):
 
 
 class _SampleReader:
-    """What a process holds while it reads."""
+    """Open shards, member tables and decoded samples of one process."""
 
     def __init__(self, source: SampleSource) -> None:
         self.index, self.shape, self.array_shape = source.index, source.shape, source.shape.array_shape
@@ -116,7 +116,7 @@ class _SampleReader:
         self.order = GlobalOrder(source.index.counts, source.seed, source.config.window_shards)
         limit_bytes = source.limit_bytes // 2 if source.fits_in_memory else source.limit_bytes
         self.access: ShardAccess = open_shard_access(source.config, source.index, limit_bytes)
-        # Two windows of tables: a batch may lie across the seam of two.
+        # Tables of two windows: a batch may cross a boundary.
         self.table = lru_cache(maxsize=2 * self.order.window_shards)(partial(read_table, self.index))
         self.decoded = (
             _DecodedSamples(source.index.num_samples, self.shape) if source.fits_in_memory else None
@@ -124,24 +124,24 @@ class _SampleReader:
         self._prefetched: set[int] = set()
 
     def prefetch(self, positions: Int64, upcoming: Iterable[Int64]) -> None:
-        """Where samples come by request: bring these and those of the next calls together, as many as may be held."""
+        """For ranged requests: fetch these samples and those of the next calls together, as far as memory allows."""
         if not isinstance(self.access, RangeAccess) or not len(positions):
             return
         if int(positions[0]) in self._prefetched:
             self._prefetched.remove(int(positions[0]))
             return
-        left = self.access.prefetch_bytes
+        remaining = self.access.prefetch_bytes
         batches: list[Int64] = []
-        places: list[tuple[int, MemberTable]] = []
+        tables: list[tuple[int, MemberTable]] = []
         for batch in itertools.chain([positions], upcoming):
             found = self._by_shard(*self.order.lookup(batch))
-            left -= sum(int(table["size"].sum()) for _, table in found)
-            if left < 0 and batches:
+            remaining -= sum(int(table["size"].sum()) for _, table in found)
+            if remaining < 0 and batches:
                 break
             batches.append(batch)
-            places += found
+            tables += found
         self._prefetched = {int(batch[0]) for batch in batches[1:] if len(batch)}
-        self.access.prefetch(_by_offset(places))
+        self.access.prefetch(_by_offset(tables))
 
     def _by_shard(self, shards: Int64, members: Int64) -> list[tuple[int, MemberTable]]:
         return [(shard, self.table(shard)[members[shards == shard]]) for shard in np.unique(shards).tolist()]
@@ -153,7 +153,7 @@ class _SampleReader:
             return self.decoded.pixels[rows], self.decoded.labels[rows], ()
         out = np.empty((len(rows), self.shape.channels, self.shape.height, self.shape.width), np.uint8)
         labels, damage = np.empty(len(rows), np.int64), list[str]()
-        # In order of place: neighbouring rows are neighbours on disk.
+        # Sorted by row: adjacent rows are adjacent on disk.
         order = np.argsort(rows, kind="stable")
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             self._fill(int(shards[part[0]]), members[part], part, out, labels, damage)
@@ -167,12 +167,12 @@ class _SampleReader:
     def _fill(
         self, shard: int, members: Int64, slots: Int64, out: Pixels, labels: Int64, damage: list[str]
     ) -> None:
-        """Put samples of one shard into these slots of a batch. The inner loop of training: it does little else."""
-        places = self.table(shard)[members]
-        labels[slots] = places["label"]
-        crcs = places["crc"].tolist()
+        """Fill these slots of a batch with samples of one shard. This is the inner loop of training."""
+        entries = self.table(shard)[members]
+        labels[slots] = entries["label"]
+        crcs = entries["crc"].tolist()
         for member, slot, data, crc in zip(
-            members.tolist(), slots.tolist(), self._bytes(shard, places), crcs, strict=True
+            members.tolist(), slots.tolist(), self._bytes(shard, entries), crcs, strict=True
         ):
             pixels = self._decode(data) if crc32(data) == crc else None
             if pixels is None:
@@ -182,17 +182,17 @@ class _SampleReader:
                 damage += problems
             out[slot] = pixels.transpose(2, 0, 1)
 
-    def _bytes(self, shard: int, places: MemberTable) -> Iterable[bytes]:
+    def _bytes(self, shard: int, entries: MemberTable) -> Iterable[bytes]:
         try:
-            return self.access.read_each(shard, places["offset"].tolist(), places["size"].tolist())
+            return self.access.read_each(shard, entries["offset"].tolist(), entries["size"].tolist())
         except DamageError:
-            return [b""] * len(places)  # none of which will fit its CRC; `_one` finds out what each lacks
+            return [b""] * len(entries)  # no CRC matches; `_read_or_substitute` raises or reports each
 
     def _decode(self, data: bytes) -> Pixels | None:
         try:
             return decode_image(data, self.array_shape)
         except DamageError:
-            return None  # `_one` meets it again, and says where
+            return None  # `_read_or_substitute` raises it again with its location
 
     def _location(self, row: int) -> _SampleLocation:
         shard = int(np.searchsorted(self.index.starts, row, side="right")) - 1
@@ -200,47 +200,47 @@ class _SampleReader:
         offset, size, crc, label = (int(member[name]) for name in ("offset", "size", "crc", "label"))
         return _SampleLocation(row, shard, offset, size, crc, label)
 
-    def _read_or_substitute(self, place: _SampleLocation) -> tuple[Pixels, int, list[str]]:
-        """A sample, or, where damage is skipped, the nearest whole one after it: the same one every time."""
+    def _read_or_substitute(self, location: _SampleLocation) -> tuple[Pixels, int, list[str]]:
+        """A sample or, where damage is skipped, the next intact one, which is the same every time."""
         problems: list[str] = []
         for distance in range(MAX_SUBSTITUTES):
             if distance:
-                place = self._location((place.row + 1) % self.index.num_samples)
+                location = self._location((location.row + 1) % self.index.num_samples)
             try:
-                return self._read(place), place.label, problems
+                return self._read(location), location.label, problems
             except ObjectChanged:
                 raise
             except DamageError as error:
                 if not self.skips_damage:
                     raise
                 problems.append(str(error))
-        raise DamageError(f"{problems[0]} (and so are the {MAX_SUBSTITUTES - 1} samples after it)")
+        raise DamageError(f"{problems[0]} (as are the {MAX_SUBSTITUTES - 1} samples after it)")
 
-    def _read(self, place: _SampleLocation) -> Pixels:
+    def _read(self, location: _SampleLocation) -> Pixels:
         try:
-            return self._read_checked(place)
+            return self._read_checked(location)
         except ObjectChanged:
             raise
         except DamageError:
-            if not self.access.renew(place.shard):
+            if not self.access.renew(location.shard):
                 raise
-        return self._read_checked(place)
+        return self._read_checked(location)
 
-    def _read_checked(self, place: _SampleLocation) -> Pixels:
-        data = self.access.read(place.shard, place.offset, place.size)
+    def _read_checked(self, location: _SampleLocation) -> Pixels:
+        data = self.access.read(location.shard, location.offset, location.size)
         try:
-            if crc32(data) != place.crc:
-                raise DamageError("its bytes are not the indexed ones (CRC-32)")
+            if crc32(data) != location.crc:
+                raise DamageError("its CRC-32 differs from the index")
             return decode_image(data, self.array_shape)
         except DamageError as error:
-            entry = self.index.shards[place.shard]
-            name = self._name(place.shard, place.offset)
+            entry = self.index.shards[location.shard]
+            name = self._name(location.shard, location.offset)
             raise DamageError(
-                f"{self.index.uri}: {entry.name}: {name} at byte {place.offset}: {error}"
+                f"{self.index.uri}: {entry.name}: {name} at byte {location.offset}: {error}"
             ) from error
 
     def _name(self, shard: int, offset: int) -> str:
-        """The member's name from its tar header, as far as that can still be read."""
+        """The member's name from its tar header, if that is readable."""
         try:
             header = self.access.read(shard, offset - 512, 100)
         except DamageError:
@@ -248,16 +248,16 @@ class _SampleReader:
         return repr(header.split(b"\0", 1)[0].decode(errors="replace"))
 
 
-def _by_offset(places: list[tuple[int, MemberTable]]) -> Iterator[tuple[int, list[int], list[int]]]:
-    """(shard, ascending offsets, sizes) of samples given in several parts."""
-    for shard in sorted({shard for shard, _ in places}):
-        table = np.concatenate([part for other, part in places if other == shard])
+def _by_offset(tables: list[tuple[int, MemberTable]]) -> Iterator[tuple[int, list[int], list[int]]]:
+    """(shard, ascending offsets, sizes) of samples given as several tables."""
+    for shard in sorted({shard for shard, _ in tables}):
+        table = np.concatenate([part for other, part in tables if other == shard])
         table = table[np.argsort(table["offset"], kind="stable")]
         yield shard, table["offset"].tolist(), table["size"].tolist()
 
 
 class _DecodedSamples:
-    """All samples of a small data set, decoded once."""
+    """All samples of a small data set, each decoded once."""
 
     def __init__(self, num_samples: int, shape: PixelShape) -> None:
         self.pixels: Pixels = np.empty((num_samples, shape.channels, shape.height, shape.width), np.uint8)
@@ -269,11 +269,11 @@ class _DecodedSamples:
 
 
 def require_one_shape(index: Index) -> PixelShape:
-    """The shape of all images. Raises UserError when sizes differ."""
+    """The shape that all images share. Raises UserError when sizes differ."""
     if index.image is None:
         shapes = sorted({shape for shard in index.shards for shape in shard.shapes})
         raise UserError(
             f"{index.uri}: images differ in size ({shapes[0]} to {shapes[-1]}); "
-            "bring them to one with: ddpm pack source=… image_size=…"
+            "resize them with: ddpm pack source=… image_size=…"
         )
     return index.image

@@ -1,4 +1,4 @@
-"""Reading a data set once, forward, shard after shard: no cache, no random access, memory of one sample."""
+"""Reading a data set once, forward, shard by shard: no cache, no random access, memory for one sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.errors import DamageError
 
 @dataclass(frozen=True)
 class SequentialSample:
-    """A sample as it lies in the data set: pixels uint8 (height, width, channels), label or -1."""
+    """A stored sample: pixels uint8 (height, width, channels), label or -1."""
 
     shard: int
     key: str
@@ -25,10 +25,10 @@ class SequentialSample:
 
 
 def read_sequential(index: Index, shards: Iterable[int] | None = None) -> Iterator[SequentialSample]:
-    """Every sample of the given shards (by default all), in stored order, each exactly once.
+    """Every sample of the given shards (default: all), in stored order, exactly once.
 
-    Connections that break are resumed. Raises DamageError when a sample does not decode, and, after its last sample,
-    when a shard's hash or count is not the indexed one; ObjectChanged when a shard is replaced meanwhile.
+    Broken connections are resumed. Raises DamageError when a sample does not decode, and, after its last sample, when a
+    shard's hash or count differs from the index; ObjectChanged when a shard is replaced meanwhile.
     """
     shape = require_one_shape(index)
     for number in range(len(index.shards)) if shards is None else shards:

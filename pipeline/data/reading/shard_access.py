@@ -1,4 +1,4 @@
-"""Ways to get bytes out of the middle of a shard: a local file, a shard held in memory, or a ranged request."""
+"""Random access to the bytes of a shard: in a local file or in memory (see also range_reads and shard_cache)."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ class ShardAccess(Protocol):
         ...
 
     def read_each(self, shard: int, offsets: list[int], sizes: list[int]) -> Iterable[bytes]:
-        """The bytes at several places, in ascending order. What lies beyond a shard's end is simply not there:
-        the caller compares hashes anyway, and `read` says what is wrong. Raises as `read` does for the whole shard.
+        """The bytes at several ascending offsets, without the checks of `read`: bytes beyond the end of a shard are
+        missing. The caller compares checksums. Raises as `read` does for the whole shard.
         """
         ...
 
     def renew(self, shard: int) -> bool:
-        """What was read is damaged: take another copy of the shard, if this way keeps copies; whether it did."""
+        """Replace this machine's damaged copy of a shard, if it keeps copies. Returns whether it did."""
         ...
 
     def close(self) -> None:
-        """Give back descriptors and memory."""
+        """Release descriptors and memory."""
         ...
 
 
 class DescriptorAccess(ABC):
-    """Shards that are files of this machine. Keeps at most `most_open` descriptors."""
+    """Shards that are local files. Keeps at most `max_open` descriptors."""
 
-    def __init__(self, index: Index, most_open: int) -> None:
+    def __init__(self, index: Index, max_open: int) -> None:
         self.index = index
-        self.files = OpenFiles(most_open)
+        self.files = OpenFiles(max_open)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         where = f"{self.index.store.uri}/{self.index.shards[shard].name}"
@@ -61,7 +61,7 @@ class DescriptorAccess(ABC):
         self.files.close()
 
     def fd(self, shard: int) -> int:
-        """A descriptor of a shard, which is opened if need be."""
+        """A descriptor of a shard, opened on first use."""
         fd = self.files.get(shard)
         return self.files.put(shard, self.opened(shard)) if fd is None else fd
 
@@ -71,7 +71,7 @@ class DescriptorAccess(ABC):
 
 
 class FileAccess(DescriptorAccess):
-    """Shards that lie in a local directory, read in place."""
+    """Shards in a local directory, read in place."""
 
     def opened(self, shard: int) -> int:
         entry = self.index.shards[shard]
@@ -80,7 +80,7 @@ class FileAccess(DescriptorAccess):
 
 
 class MemoryAccess:
-    """Whole shards held in memory, the longest unused given up first."""
+    """Whole shards in memory, least recently used evicted first."""
 
     def __init__(self, index: Index, limit_bytes: int, lenient: bool) -> None:
         self.index, self.limit_bytes, self.lenient = index, limit_bytes, lenient
@@ -123,10 +123,10 @@ class MemoryAccess:
 
 
 class OpenFiles:
-    """A few descriptors by number, the longest unused closed first."""
+    """A few descriptors by number, least recently used closed first."""
 
-    def __init__(self, most: int) -> None:
-        self.capacity = most
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
         self.open: OrderedDict[int, int] = OrderedDict()
 
     def get(self, number: int) -> int | None:
@@ -147,7 +147,7 @@ class OpenFiles:
 
 
 def read_exactly(fd: int, offset: int, size: int, where: str) -> bytes:
-    """Bytes at a place of an open file. Raises DamageError when it ends before."""
+    """Bytes at an offset of an open file. Raises DamageError when the file is shorter."""
     data = os.pread(fd, size, offset)
     while 0 < len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
         data += more
@@ -157,10 +157,10 @@ def read_exactly(fd: int, offset: int, size: int, where: str) -> bytes:
 
 
 def download_shard(index: Index, shard: int, file: BinaryIO, lenient: bool) -> None:
-    """Fill a file with a shard's plain bytes, checked against the index.
+    """Write a shard's plain bytes to a file, checked against the index.
 
-    A wrong hash is tried once more, as the way here may be to blame. Then it is DamageError, or, if `lenient`, the
-    bytes are taken as far as they go, and the samples' own CRCs will tell which of them are damaged.
+    A wrong hash is retried once, in case the transfer was at fault. Then it is a DamageError or, if `lenient`, the
+    bytes are kept as far as they go: the samples' own CRCs show which of them are damaged.
     """
     entry = index.shards[shard]
     where = f"{index.store.uri}/{entry.name}"
@@ -169,7 +169,7 @@ def download_shard(index: Index, shard: int, file: BinaryIO, lenient: bool) -> N
         with index.store.open(entry.name, etag=index.tag(entry)) as stream:
             hashed = HashingReader(stream)
             size, problem = _copy_plain(hashed, file, entry.plain_bytes, where)
-        file.truncate()  # not before: until now its size stands for the room it was promised
+        file.truncate()  # not earlier: until now the file's size reserves its disk space
         if problem is None and hashed.hash.hexdigest() == entry.sha256:
             return
         if last_try and not lenient:
@@ -177,18 +177,16 @@ def download_shard(index: Index, shard: int, file: BinaryIO, lenient: bool) -> N
 
 
 def _copy_plain(
-    hashed: HashingReader, file: BinaryIO, most_bytes: int, where: str
+    hashed: HashingReader, file: BinaryIO, max_bytes: int, where: str
 ) -> tuple[int, DamageError | None]:
-    """Decompress a stream into a file, never beyond what was indexed; how many bytes, and what stopped it."""
+    """Decompress a stream into a file, up to the indexed size. Returns the number of bytes, and what stopped it."""
     size = 0
     try:
         with plain_stream(cast(BinaryIO, hashed), where) as plain:
             while chunk := plain.read(COPY_BYTES):
-                if size + len(chunk) > most_bytes:
-                    file.write(chunk[: most_bytes - size])
-                    return most_bytes, DamageError(
-                        f"{where}: longer than the {most_bytes} bytes that were indexed"
-                    )
+                if size + len(chunk) > max_bytes:
+                    file.write(chunk[: max_bytes - size])
+                    return max_bytes, DamageError(f"{where}: longer than the {max_bytes} bytes in the index")
                 size += len(chunk)
                 file.write(chunk)
     except ObjectChanged:
@@ -199,13 +197,13 @@ def _copy_plain(
 
 
 def hash_mismatch(where: str, size_bytes: int, entry: ShardEntry) -> DamageError:
-    """What to say of a shard whose hash is wrong."""
+    """The error for a shard whose hash is wrong."""
     return DamageError(
-        f"{where}: its SHA-256 is not the indexed one ({size_bytes} bytes, {entry.size_bytes} indexed): it was "
+        f"{where}: its SHA-256 differs from the index ({size_bytes} bytes, {entry.size_bytes} indexed): it was "
         "damaged or replaced; restore it, or run ddpm index --fresh"
     )
 
 
-def truncated(where: str, end: int, wanted: int) -> DamageError:
-    """What to say of a shard that ends too early."""
-    return DamageError(f"{where}: ends at byte {end}, {wanted} expected: it is cut short")
+def truncated(where: str, end: int, expected: int) -> DamageError:
+    """The error for a shard that is too short."""
+    return DamageError(f"{where}: ends at byte {end}, {expected} expected: it is truncated")

@@ -1,13 +1,13 @@
-"""A machine's shard cache: a directory all processes share, whose size never passes its limit.
+"""A shard cache: a directory shared by all processes of a machine, whose size never exceeds its limit.
 
-How that holds. Room is reserved before bytes arrive: under one lock, old shards are removed until the new one fits,
-and a `.part` file of the shard's full size takes its place in the count. A second lock, one for each shard, lets one
-process bring it while others wait. The bytes are hashed on the way in and renamed when they are right. Descriptors
-are opened before the rename, so a shard removed a moment later is still readable; its disk space is freed when the
-last process that has it open lets go, at most two windows later.
+Space is reserved before bytes arrive: under one lock, old shards are evicted until the new one fits, and a `.part` file
+of the shard's full size reserves its space. A second lock per shard lets one process download it while others wait. The
+bytes are hashed while they are written, and renamed when the hash matches. Descriptors are opened before the rename, so
+a shard that is evicted right away is still readable; its disk space is freed when the last process closes it, at most
+two windows later.
 
-The directory may hold other things: only files are opened, counted and removed that have a shard's name (32 hex
-digits), a lock beside them and this user as owner. Links are not followed.
+The directory may contain other files: only files with a shard's name (32 hex digits), a lock beside them and this user
+as owner are opened, counted and removed. Links are not followed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _OWN_NAME = re.compile(r"[0-9a-f]{32}\.(shard|part)")
 
 
 class ShardCache:
-    """Plain (decompressed) shards of one data set, in a directory that may hold others' too."""
+    """Plain (decompressed) shards of one data set, in a directory that several data sets may share."""
 
     def __init__(self, index: Index, directory: Path, limit_bytes: int, lenient: bool) -> None:
         self.index, self.lenient = index, lenient
@@ -58,29 +58,31 @@ class ShardCache:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"data.cache_dir: {directory} cannot be made ({error.strerror})") from None
+            raise UserError(
+                f"data.cache_dir: {directory}: cannot be created ({error.strerror}); choose another directory"
+            ) from None
 
     def path(self, shard: int) -> Path:
-        """Where a shard is when it is there; the name changes with its content."""
+        """The path of a cached shard. The name depends on its content."""
         entry = self.index.shards[shard]
         identity = f"{self.index.store.uri}\0{entry.name}\0{entry.sha256}"
         return self.directory / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.shard"
 
     def open(self, shard: int) -> int:
-        """A descriptor of a shard, brought first if need be. Raises DamageError, ObjectChanged, StoreUnreachable."""
+        """A descriptor of a shard, downloaded first if missing. Raises DamageError, ObjectChanged, StoreUnreachable."""
         path = self.path(shard)
         fd = self._open_cached(path)
         increment("cache_misses" if fd is None else "cache_hits")
         if fd is not None:
             return fd
         with disk_errors_at(self.directory), _locked(path.with_suffix(".lock")):
-            fd = self._open_cached(path)  # another process may have brought it while this one waited
+            fd = self._open_cached(path)  # another process may have downloaded it meanwhile
             return self._download(shard, path) if fd is None else fd
 
     def renew(self, shard: int, damaged: int) -> int:
-        """A descriptor of a shard brought anew in the place of the copy that is open as `damaged`.
+        """A descriptor of a fresh copy of a shard, in place of the copy open as `damaged`.
 
-        Where another process has replaced that copy by now, its own is taken. Raises as `open` does.
+        If another process has replaced that copy already, its copy is used. Raises as `open` does.
         """
         path = self.path(shard)
         with disk_errors_at(self.directory), _locked(path.with_suffix(".lock")):
@@ -92,11 +94,11 @@ class ShardCache:
             before = _sha256(damaged)
             fd = self._download(shard, path)
         if _sha256(fd) != before:
-            log.warning("%s: this machine's copy was damaged, not the shard; brought anew", path)
+            log.warning("%s: the cached copy was damaged, not the shard; downloaded again", path)
         return fd
 
     def touch(self, shard: int) -> None:
-        """Say that a shard is in use, so that it is not the next to go."""
+        """Mark a shard as used, so that it is not evicted next."""
         with suppress(FileNotFoundError):
             os.utime(self.path(shard), follow_symlinks=False)
 
@@ -117,9 +119,7 @@ class ShardCache:
                 file.flush()
                 os.fsync(file.fileno())
             fd = open_private(part)
-            with _locked(
-                self.directory / ADMISSION_LOCK
-            ):  # a count that is under way must find it under one name
+            with _locked(self.directory / ADMISSION_LOCK):  # a concurrent count must see it under one name
                 os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -127,7 +127,7 @@ class ShardCache:
         return fd
 
     def _reserve(self, part: Path, size_bytes: int) -> None:
-        """Make room and take it. Waits while the rest of the room is taken by shards still on their way."""
+        """Free and reserve disk space. Waits while shards in transfer occupy the rest."""
         while True:
             with _locked(self.directory / ADMISSION_LOCK):
                 if self._evict(size_bytes, part):
@@ -137,39 +137,37 @@ class ShardCache:
                     return
             time.sleep(POLL_SECONDS)
 
-    def _evict(self, wanted_bytes: int, own_part: Path) -> bool:
-        """Remove the longest unused shards until `wanted_bytes` fit; whether they do now."""
-        held: list[tuple[float, int, Path]] = []
+    def _evict(self, needed_bytes: int, own_part: Path) -> bool:
+        """Evict least recently used shards until `needed_bytes` fit. Returns whether they do."""
+        shards: list[tuple[float, int, Path]] = []
         used = 0
         for path in self.directory.iterdir():
             if not _OWN_NAME.fullmatch(path.name) or path == own_part:
                 continue
-            with suppress(
-                FileNotFoundError
-            ):  # of the file, or of the lock that each of the cache's files has
+            with suppress(FileNotFoundError):  # of the file, or of its lock
                 found = path.lstat()
                 path.with_suffix(".lock").lstat()
                 if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
                     continue
                 if path.suffix == ".part" and _is_unlocked(path.with_suffix(".lock")):
-                    path.unlink()  # whoever brought it was killed
+                    path.unlink()  # the process that downloaded it was killed
                     continue
                 used += found.st_size
                 if path.suffix == ".shard":
-                    held.append((found.st_mtime, found.st_size, path))
-        for _, size, path in sorted(held):
-            if used + wanted_bytes <= self.limit_bytes:
+                    shards.append((found.st_mtime, found.st_size, path))
+        for _, size, path in sorted(shards):
+            if used + needed_bytes <= self.limit_bytes:
                 break
             path.unlink(missing_ok=True)
             used -= size
-        return used + wanted_bytes <= self.limit_bytes
+        return used + needed_bytes <= self.limit_bytes
 
 
 class CacheAccess(DescriptorAccess):
-    """Random access to shards through the cache (see access.Access)."""
+    """Random access to shards through the cache (see ShardAccess)."""
 
-    def __init__(self, cache: ShardCache, most_open: int) -> None:
-        super().__init__(cache.index, most_open)
+    def __init__(self, cache: ShardCache, max_open: int) -> None:
+        super().__init__(cache.index, max_open)
         self.cache = cache
         self._touched: dict[int, float] = {}
         self._renewed: set[int] = set()
@@ -187,19 +185,19 @@ class CacheAccess(DescriptorAccess):
         return fd
 
     def renew(self, shard: int) -> bool:
-        """Bring a shard anew, once in this process: its copy here may have rotted."""
+        """Download a shard again, once per process: the cached copy may be damaged."""
         if shard in self._renewed:
             return False
         self._renewed.add(shard)
         damaged = self.fd(shard)
         fresh = self.cache.renew(shard, damaged)
-        os.dup2(fresh, damaged)  # under the old number, by which somebody may be reading
+        os.dup2(fresh, damaged)  # keep the descriptor number, which may be in use
         os.close(fresh)
         return True
 
 
 class Prefetcher:
-    """A thread that brings the shards of the window in use and of the next one, so that no batch waits for them."""
+    """A thread that downloads the shards of the current and the next window, so that batches need not wait."""
 
     def __init__(self, cache: ShardCache, order: GlobalOrder) -> None:
         self._cache, self._order = cache, order
@@ -209,14 +207,14 @@ class Prefetcher:
         self._thread.start()
 
     def advance(self, position: int) -> None:
-        """Reading has come to `position`."""
+        """Reading has reached `position`."""
         window = self._order.window_at(position)
         if window is not self._wanted:
             self._wanted = window
             self._changed.set()
 
     def close(self) -> None:
-        """Ends after the shard it is at."""
+        """Stop after the current shard."""
         self._closed.set()
         self._changed.set()
         self._thread.join()
@@ -231,24 +229,24 @@ class Prefetcher:
             for shard in [*window.shards.tolist(), *self._order.next_window(window).shards.tolist()]:
                 if self._closed.is_set() or self._wanted is not window:
                     break
-                # The reader meets the same failure when it gets there, and says so; a prefetch may just stop.
+                # The reader meets the same failure and reports it; a prefetch can ignore it.
                 with suppress(DamageError, UserError, OSError):
                     os.close(self._cache.open(shard))
 
 
 def require_cache_space(index: Index, window_shards: int, limit_bytes: int) -> None:
-    """Raise UserError unless two windows fit: with less, each window would push the next one out."""
+    """Raise UserError unless two windows fit: with less, each window would evict the next one."""
     sizes = sorted((shard.plain_bytes for shard in index.shards), reverse=True)
     needed = sum(sizes[: 2 * window_shards])
     if limit_bytes < needed:
         raise UserError(
-            f"data.cache_bytes: {limit_bytes} holds less than two windows of shards; "
-            f"set it to {needed} or more, or make window_shards smaller"
+            f"data.cache_bytes: {limit_bytes} is less than two windows of shards; "
+            f"set it to {needed} or more, or reduce window_shards"
         )
 
 
 def open_shard_access(config: DataConfig, index: Index, limit_bytes: int) -> ShardAccess:
-    """The fastest way the settings allow. Raises UserError when there is none for these shards."""
+    """The fastest access that the settings allow. Raises UserError when there is none for these shards."""
     compressed = next((shard.name for shard in index.shards if shard.compressed), None)
     if isinstance(index.store, FileStore) and compressed is None:
         return FileAccess(index, 2 * config.window_shards)
@@ -261,14 +259,14 @@ def open_shard_access(config: DataConfig, index: Index, limit_bytes: int) -> Sha
         return MemoryAccess(index, limit_bytes, config.on_damage == "skip")
     if compressed is not None:
         raise UserError(
-            f"data.cache_dir: {compressed} is compressed, and two windows of shards ({needed} bytes) are more than "
-            f"memory_bytes allows each process ({limit_bytes}); name a cache directory"
+            f"data.cache_dir: {compressed} is compressed, and two windows of shards ({needed} bytes) exceed the "
+            f"memory_bytes of each process ({limit_bytes}); set a cache directory"
         )
     return RangeAccess(index, limit_bytes)
 
 
 def open_cache(config: DataConfig, index: Index) -> ShardCache | None:
-    """The shard cache, if one is wanted and of use. Raises UserError when it is too small."""
+    """The shard cache, if one is configured and useful. Raises UserError when it is too small."""
     in_place = isinstance(index.store, FileStore) and not any(shard.compressed for shard in index.shards)
     if config.cache_dir is None or in_place:
         return None
@@ -288,7 +286,7 @@ def _locked(path: Path) -> Generator[None]:
 
 
 def _is_unlocked(path: Path) -> bool:
-    """Whether nobody holds a lock. The system lets go of a dead process's locks."""
+    """Whether no process holds a lock. The system releases the locks of dead processes."""
     fd = open_private(path, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

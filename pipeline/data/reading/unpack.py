@@ -1,4 +1,4 @@
-"""Images of shards as files: a folder a class, and file names that are numbers, so that none comes from a bucket."""
+"""Images of shards as files: one folder per class, numbered files. No file name is taken from a bucket."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pipeline.errors import DamageError
 from pipeline.store.download_folder import Folder
 
 MAX_IMAGES_PER_FOLDER = 10_000
-"""Images of a folder, where they have no classes."""
+"""Images per folder where they have no classes."""
 _LONGEST_BYTES = 100
 _ALLOWED = " ._-+,()'"
 
 
 class ImageFolder:
-    """Images by class and number in a folder of this machine."""
+    """Images by class and number in a local folder."""
 
     def __init__(self, folder: Folder, class_names: Sequence[str] | None) -> None:
         self.folder, self._names = folder, folder_names(class_names or ())
 
     def put(self, label: int, number: int, extension: str, data: bytes) -> None:
-        """Write an image unless it is there. Without classes the label is -1."""
+        """Write an image unless it exists. Without classes the label is -1."""
         if label < 0:
             group = f"{number // MAX_IMAGES_PER_FOLDER:06d}"
         else:
@@ -33,11 +33,11 @@ class ImageFolder:
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
-    """A folder's name for each class, distinct on any file system. Letters, digits and a few signs are kept."""
+    """A folder name for each class, distinct on any file system. Letters, digits and a few symbols are kept."""
     names: list[str] = []
     seen: set[str] = set()
     for label, text in enumerate(class_names):
-        name = "".join(sign if sign.isalnum() or sign in _ALLOWED else "_" for sign in text)
+        name = "".join(char if char.isalnum() or char in _ALLOWED else "_" for char in text)
         name = name.encode()[:_LONGEST_BYTES].decode(errors="ignore").strip(" .-") or "_"
         while name.casefold() in seen:
             name = f"{name}-{label}"
@@ -47,9 +47,9 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
 
 
 def indexed_images(path: Path, label: str, table: MemberTable) -> Iterator[tuple[int, str, int, bytes]]:
-    """(row, extension, class, bytes) of each image of a shard that its member table lists.
+    """(row, extension, class, bytes) of each image that a shard's member table lists.
 
-    DamageError when the shard holds fewer.
+    Raises DamageError when images are missing from the shard.
     """
     rows = {int(row["offset"]): (number, int(row["label"])) for number, row in enumerate(table)}
     with path.open("rb") as file, plain_stream(file, label) as plain:
@@ -59,4 +59,4 @@ def indexed_images(path: Path, label: str, table: MemberTable) -> Iterator[tuple
                     kind = extension.rpartition(".")[2]
                     yield found[0], kind if kind in EXTENSIONS else "image", found[1], data
     if rows:
-        raise DamageError(f"{label}: {len(rows)} of its indexed images are not in it; index it again")
+        raise DamageError(f"{label}: {len(rows)} indexed images are missing; index it again")
