@@ -1,7 +1,7 @@
-"""The index: which shards there are, what is in them, and where in each shard every sample lies.
+"""The index of a data set: its shards, their contents, and the offset of every sample.
 
-Two objects. `index.json` (or `index-<pattern hash>.json` for a pattern of tars) lists the shards; it is
-small and written last. The member tables it points to hold 20 bytes a sample and are read a shard at a time.
+It has two objects. `index.json` (or `index-<pattern hash>.json` for a pattern of tars) lists the shards; it is small
+and written last. The member tables it refers to hold 20 bytes per sample and are read one shard at a time.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from pipeline.store.interface import checked_key
 
 FORMAT = 1
 PLAN_KEY = "pack-plan.json"
-"""Beside the shards that `ddpm pack` makes: written before the first of them, and kept."""
+"""Beside the shards that `ddpm pack` writes: written before the first shard, and kept."""
 PACK_REPORT_KEY = "pack-report.json"
-"""What `ddpm pack` left out or changed."""
+"""What `ddpm pack` skipped or changed."""
 DATASET_CARD_KEY = "README.md"
 """Tells Hugging Face's `load_dataset` which files are the data."""
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")])
-"""A sample's image: where its bytes lie in the (decompressed) tar, their CRC-32, and its class or -1."""
+"""A sample's image: offset and size of its bytes in the (decompressed) tar, their CRC-32, and its class or -1."""
 
 MemberTable = np.ndarray[tuple[int], np.dtype[np.void]]
 
-# Limits of what an index may say: far beyond any data set, and near enough that nothing made from it overflows or fills
-# the memory.
+# Limits on the content of an index: far beyond any real data set, and small enough that nothing computed from it
+# overflows or fills the memory.
 Key = Annotated[str, AfterValidator(checked_key)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=100_000_000)]
@@ -52,7 +52,7 @@ Text = Annotated[str, Field(max_length=4096)]
 
 
 class ShardEntry(BaseModel):
-    """What one pass over a shard tells."""
+    """The result of one pass over a shard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,34 +60,34 @@ class ShardEntry(BaseModel):
     """Key below the data set's URI."""
     num_samples: Count
     size_bytes: Bytes
-    """Of the object as it is stored."""
+    """Of the stored object."""
     plain_bytes: Bytes
-    """Of the tar once decompressed; the same as size_bytes for a plain tar."""
+    """Of the decompressed tar; equal to size_bytes for a plain tar."""
     compressed: bool
     sha256: Sha256
-    """Of the object as it is stored."""
+    """Of the stored object."""
     etag: Text
-    """The store's own tag, by which a replaced shard is noticed without reading it."""
+    """The store's tag, which shows a replaced shard without reading it."""
     table_sha256: Sha256
     """Of this shard's rows of the member table."""
     shapes: Annotated[tuple[PixelShape, ...], Field(max_length=64)]
-    """Which image shapes occur, sorted; at most scan.MAX_SHAPES of them."""
+    """Image shapes that occur, sorted; at most scan_shard.MAX_SHAPES of them."""
     num_labelled: Count
     max_label: Annotated[int, Field(ge=-1, lt=MAX_CLASSES)]
     """-1 when there are no labels."""
     ignored_members: Count = 0
-    """Files that belong to no sample by the naming rule."""
+    """Files that belong to no sample under the naming rule."""
     num_skipped: Count = 0
-    """Samples left out because their image cannot be read."""
+    """Samples skipped because their image cannot be read."""
     skipped: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
-    """The first of these, and what is wrong with them."""
+    """The first of these, and why."""
     channel_sums: Annotated[tuple[Total, ...], Field(min_length=1, max_length=3)] | None = None
-    """Exact sums of the uint8 values of each channel, if the pixels were looked at."""
+    """Exact sums of the uint8 values of each channel, if the pixels were decoded."""
     channel_squares: Annotated[tuple[Total, ...], Field(min_length=1, max_length=3)] | None = None
 
 
 class Index(BaseModel):
-    """A data set: its shards in order, and what all its samples have in common."""
+    """A data set: its shards in order, and the properties that all samples share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
 
@@ -97,28 +97,28 @@ class Index(BaseModel):
     """Key of this index below the URI."""
     format: int = FORMAT
     digest: Sha256
-    """SHA-256 over everything but places and store tags: equal digests, equal samples in equal order."""
+    """SHA-256 over everything but locations and store tags. Equal digests mean equal samples in equal order."""
     made_at: Text
-    """The URI the shards' tags were taken at; tags of a copy elsewhere may differ and are not compared."""
+    """The URI where the shards' tags were read. Tags of a copy elsewhere may differ and are not compared."""
     tables: Key
     """Key of the member tables."""
     tables_offset: Annotated[int, Field(ge=0, le=1 << 20)]
-    """Where their first row begins in that object."""
+    """Offset of their first row in that object."""
     image: PixelShape | None
-    """The shape all images share; None when sizes differ. Mixed gray and color count as color."""
+    """The shape that all images share; None when sizes differ. Mixed grayscale and color count as color."""
     class_names: Annotated[tuple[ClassName, ...], Field(max_length=MAX_CLASSES)] | None
     labelled: bool
     label_field: Text | None = None
-    """The field of a sample's json that was asked for its class; None for the usual ones."""
+    """The field of a sample's JSON that holds its class; None for the usual fields."""
     image_extension: Text | None = None
-    """Which file of each sample is its image, where that had to be said."""
+    """The extension of each sample's image, if it had to be chosen."""
     shards_uri: Text | None = None
-    """Prefix or pattern of the shards where they lie elsewhere; None: they lie beside the index."""
+    """Prefix or pattern of the shards if they are elsewhere; None: beside the index."""
     shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1, max_length=10_000_000)]
 
     @property
     def location(self) -> Location:
-        """Where the shards lie."""
+        """Location of the shards."""
         return Location.of(self.shards_uri or self.uri)
 
     @cached_property
@@ -132,7 +132,7 @@ class Index(BaseModel):
         return open_store(Location.of(self.uri).root)
 
     def tag(self, shard: ShardEntry) -> str | None:
-        """The tag that reads of a shard must meet; None for a copy, where tags of the original mean nothing."""
+        """The tag that reads of a shard must match; None for a copy, whose tags differ from the original's."""
         return shard.etag if self.made_at == self.location.root else None
 
     @cached_property
@@ -151,7 +151,7 @@ class Index(BaseModel):
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes labels may name, or None without labels."""
+        """Number of classes, or None without labels."""
         if not self.labelled:
             return None
         highest = max(shard.max_label for shard in self.shards) + 1
@@ -163,7 +163,7 @@ class Index(BaseModel):
 
     @property
     def channel_mean(self) -> list[float] | None:
-        """Mean of each channel in uint8 units (0..255), if every shard's pixels were looked at."""
+        """Mean of each channel in uint8 units (0..255), if every shard's pixels were decoded."""
         return None if (stats := self._stats()) is None else list(stats.mean)
 
     @property
@@ -198,7 +198,7 @@ class Index(BaseModel):
 def content_digest(
     shards: Sequence[ShardEntry], image: PixelShape | None, class_names: Sequence[str] | None
 ) -> str:
-    """Hash over what the samples are and in which order, and not over where they are kept."""
+    """Hash over the samples and their order, but not their location."""
     content = {
         "format": FORMAT,
         "image": None if image is None else [image.channels, image.height, image.width],
@@ -216,15 +216,15 @@ def assemble_index(
     image_extension: str | None = None,
     home: Location | None = None,
 ) -> Index:
-    """Put the scanned shards, in this order, together; write the tables and then the index.
+    """Build the index of scanned shards, in this order; write the member tables, then the index.
 
-    They go to `home`, by default beside the shards, which lie at `location`.
-    Raises UserError for no samples, for labels on some samples only, and for labels without a class name.
+    They go to `home`, by default `location`, where the shards are. Raises UserError for no samples, for labels on only
+    some samples, and for labels without a class name.
     """
     pairs = list(scans)
     shards = tuple(entry for entry, _ in pairs)
     if not sum(shard.num_samples for shard in shards):
-        raise UserError(f"{location.uri}: the shards hold no samples with an image; check the prefix")
+        raise UserError(f"{location.uri}: the shards contain no samples with an image; check the prefix")
     labelled = _require_labels(location.uri, shards)
     highest = max(shard.max_label for shard in shards)
     if labelled and class_names is not None and highest >= len(class_names):
@@ -261,7 +261,7 @@ def assemble_index(
 
 
 def index_document(index: Index) -> bytes:
-    """The index as it is stored."""
+    """The stored form of the index."""
     without = {"uri", "name"} | (set() if index.shards_uri else {"shards_uri"})
     return index.model_dump_json(exclude=without, indent=1).encode() + b"\n"
 
@@ -269,9 +269,8 @@ def index_document(index: Index) -> bytes:
 def load_index(uri: str, *, check: bool = True) -> Index:
     """The index of a data set. `check` compares the shards' sizes and tags with the store's listing.
 
-    Raises UserError when there is no index, or a shard is missing, new or replaced since it was made
-    (each case names the shard and says to run `ddpm index` again); DamageError when the index
-    contradicts itself.
+    Raises UserError when there is no index, or when a shard is missing, new or replaced (the message names the shard
+    and the command to run); DamageError when the index is inconsistent.
     """
     location = Location.of(uri)
     store = open_store(location.root)
@@ -282,7 +281,7 @@ def load_index(uri: str, *, check: bool = True) -> Index:
         store.require_container()
         raise _no_index_error(store, uri, location.index_name) from None
     try:
-        content = from_json(data)  # which, unlike json, refuses nesting without end
+        content = from_json(data)  # unlike json, it limits nesting
         index = Index.model_validate({**content, "uri": uri, "name": location.index_name})
     except (ValueError, TypeError, ValidationError, DamageError) as error:
         reason = first_fault(error) if isinstance(error, ValidationError) else error
@@ -291,7 +290,7 @@ def load_index(uri: str, *, check: bool = True) -> Index:
         raise UserError(f"{where}: format {index.format}, this program reads {FORMAT}; {remedy(store, uri)}")
     if content_digest(index.shards, index.image, index.class_names) != index.digest:
         raise DamageError(
-            f"{where}: its digest does not fit its content: it was edited; {remedy(store, uri)}"
+            f"{where}: its digest does not match its content: it was edited; {remedy(store, uri)}"
         )
     _require_shards_uri(index, where)
     if check:
@@ -300,36 +299,32 @@ def load_index(uri: str, *, check: bool = True) -> Index:
 
 
 def _require_shards_uri(index: Index, where: str) -> None:
-    """Raise UserError for shards at no place, and for files that an index in a bucket makes readers open."""
+    """Raise UserError for an invalid URI, and for local files named by an index in a bucket."""
     try:
         on_disk = index.store.uri.startswith("file:")
     except UserError as error:
         raise UserError(f"{where}: shards_uri: {error}") from None
     if on_disk and not index.index_store.uri.startswith("file:"):
         raise UserError(
-            f"{where}: names shards on a disk ({index.shards_uri}); an index in a bucket is of shards in buckets"
+            f"{where}: names local shards ({index.shards_uri}); an index in a bucket must name shards in buckets"
         )
 
 
 def _no_index_error(store: Store, uri: str, name: str) -> UserError:
     if store.stat(PLAN_KEY) is not None:
-        return UserError(
-            f"{uri}: a pack was begun there and not finished: run the same ddpm pack again (dest={uri})"
-        )
-    return UserError(f"{uri}: no index there ({name}); make one with: ddpm index {uri}")
+        return UserError(f"{uri}: an unfinished pack: run the same ddpm pack again (dest={uri})")
+    return UserError(f"{uri}: no index ({name}); create one with: ddpm index {uri}")
 
 
 def remedy(store: Store, uri: str) -> str:
-    """What brings a sound index back: the pack that made the shards, if one did, or `ddpm index`."""
+    """The command that restores the index: the pack that wrote the shards, if any, or `ddpm index`."""
     if store.stat(PLAN_KEY) is not None:
         return f"run the same ddpm pack again (dest={uri})"
     return f"run ddpm index {uri}"
 
 
 def read_table(index: Index, shard: int, store: Store | None = None) -> MemberTable:
-    """The member rows of a shard, (num_samples,) of MEMBER. Raises DamageError when they are not those
-    indexed.
-    """
+    """The member rows of a shard, (num_samples,) of MEMBER. Raises DamageError when they differ from the index."""
     store = store or index.index_store
     entry = index.shards[shard]
     start = index.tables_offset + int(index.starts[shard]) * MEMBER.itemsize
@@ -361,7 +356,7 @@ def _require_labels(uri: str, shards: Sequence[ShardEntry]) -> bool:
         if shard.num_labelled != shard.num_samples:
             missing = shard.num_samples - shard.num_labelled
             raise UserError(
-                f"{uri}: {shard.name}: {missing} of {shard.num_samples} samples have no label, others do"
+                f"{uri}: {shard.name}: {missing} of {shard.num_samples} samples have no label; label all or none"
             )
     return True
 
@@ -372,13 +367,13 @@ def _require_fresh(index: Index) -> None:
     if rows is None or rows.size_bytes < index.tables_offset + MEMBER.itemsize * sum(
         shard.num_samples for shard in index.shards
     ):
-        raise UserError(f"{index.uri}: {index.tables} is missing or cut short; {again}")
+        raise UserError(f"{index.uri}: {index.tables} is missing or truncated; {again}")
     found = {info.key: info for info in index.location.shard_objects(index.store)}
     for shard in index.shards:
         info = found.pop(shard.name, None)
         if info is None:
             raise UserError(
-                f"{index.uri}: shard {shard.name} is in the index but not there; restore it or {again}"
+                f"{index.uri}: shard {shard.name} is in the index but missing; restore it or {again}"
             )
         if info.size_bytes != shard.size_bytes:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Which tars a URI means: all below a prefix, or those of a pattern."""
+"""The tars that a URI means: all below a prefix, or those that match a pattern."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_EXPANDED = 1_000_000
 MAX_GROUPS = 50
 MAX_DIGITS = 100
-"""Of a range of numbers: Python refuses to read one of thousands."""
+"""Digits in a range of numbers: Python refuses to parse numbers of thousands of digits."""
 _GROUP = re.compile(r"\{([^{}]*)\}")
 _STEP = r"(?:\.\.-?\d+)?$"
 _RANGE, _LETTERS = re.compile(rf"(-?\d+)\.\.(-?\d+){_STEP}"), re.compile(rf"[A-Za-z]\.\.[A-Za-z]{_STEP}")
@@ -27,7 +27,7 @@ _MAX_LISTED = 5
 
 @dataclass(frozen=True)
 class Location:
-    """A data set's URI, split into the store that holds it and the pattern of its shards, if it has one."""
+    """A data set's URI, split into the root of its store and the pattern of its shards, if it has one."""
 
     uri: str
     root: str
@@ -35,9 +35,7 @@ class Location:
 
     @classmethod
     def of(cls, uri: str) -> Location:
-        """`s3://b/set` is every tar below it; `s3://b/set/train-{000..099}.tar` and `…/*.tar` are
-        patterns.
-        """
+        """`s3://b/set` means every tar below it; `s3://b/set/train-{000..099}.tar` and `…/*.tar` are patterns."""
         last = uri.rstrip("/")
         if not any(mark in uri for mark in "{*?") and not last.endswith(SUFFIXES):
             return cls(uri, last, None)
@@ -49,23 +47,21 @@ class Location:
 
     @property
     def index_name(self) -> str:
-        """Key of the index. A pattern has its own, so that train and validation tars may share a
-        directory.
-        """
+        """Key of the index. Each pattern has its own, so training and validation tars can share a directory."""
         if self.pattern is None:
             return "index.json"
         return f"index-{hashlib.sha256(self.pattern.encode()).hexdigest()[:16]}.json"
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Names that the pattern writes out and that none of `keys` is, or matches where they have wildcards."""
+        """Names in the expanded pattern that are not in `keys`; names with wildcards must match one of `keys`."""
         if self.pattern is None:
             return []
-        there = list(keys)
-        names = set(expand(self.pattern)).difference(there)
-        return sorted(name for name in names if not (is_glob(name) and fnmatch.filter(there, name)))
+        keys = list(keys)
+        names = set(expand(self.pattern)).difference(keys)
+        return sorted(name for name in names if not (is_glob(name) and fnmatch.filter(keys, name)))
 
     def shard_objects(self, store: Store) -> Iterator[ObjectInfo]:
-        """The shards there are now, sorted by key."""
+        """The current shards, sorted by key."""
         if self.pattern is None:
             yield from (info for info in store.list() if info.key.endswith(SUFFIXES))
             return
@@ -79,34 +75,34 @@ class Location:
 
 
 def require_matches(what: str, missing: Sequence[str]) -> None:
-    """Raise UserError when something that a pattern names is not there; `what` begins the line."""
+    """Raise UserError when names of a pattern are missing; `what` begins the message."""
     if missing:
         named = ", ".join(missing[:_MAX_LISTED]) + (", …" if len(missing) > _MAX_LISTED else "")
         raise UserError(
-            f"{what}: {len(missing)} of what it names are not there: {named}; get them, or name those that are there"
+            f"{what}: {len(missing)} of the files it names are missing: {named}; get them, or name existing ones"
         )
 
 
 def is_glob(name: str) -> bool:
-    """Whether a name written out still stands for several."""
+    """Whether an expanded name still has wildcards."""
     return not set(name).isdisjoint("*?[")
 
 
 def expand(pattern: str) -> list[str]:
-    """`a-{00..02}.{x,y}` written out as webdataset does it, in order.
+    """Expand braces as webdataset does, in order: `a-{00..02}.{x,y}` gives six names.
 
-    Braces without their counterpart are a part of the name. Raises UserError beyond a million names.
+    Unmatched braces are part of the name. Raises UserError beyond a million names.
     """
     if _max_names(pattern) > MAX_EXPANDED:
-        raise UserError(f"{pattern[:200]}: stands for more than {MAX_EXPANDED:,} names; use a wildcard")
+        raise UserError(f"{pattern[:200]}: expands to more than {MAX_EXPANDED:,} names; use a wildcard")
     try:
         return list(braceexpand(pattern, escape=False))
-    except ValueError:  # of braces without their counterpart
+    except ValueError:  # unmatched braces
         return [pattern]
 
 
 def _max_names(pattern: str) -> int:
-    """No fewer names than a pattern stands for, told without writing them out: braces within braces multiply."""
+    """An upper bound on the names a pattern expands to, without expanding it: nested braces multiply."""
     total, groups = 1, 0
     while total <= MAX_EXPANDED and (group := _GROUP.search(pattern)):
         total *= _num_choices(group[1])
@@ -118,7 +114,7 @@ def _max_names(pattern: str) -> int:
 
 
 def _num_choices(group: str) -> int:
-    """How many a pair of braces chooses from, by what stands in it; a step makes them fewer."""
+    """How many choices a pair of braces has at most; a step reduces them."""
     if (numbers := _RANGE.match(group)) is None:
         return _NUM_LETTERS if _LETTERS.match(group) else group.count(",") + 1
     if len(group) > MAX_DIGITS:

@@ -168,7 +168,7 @@ def test_a_tar_of_a_tar_for_each_class_is_read(tmp_path: Path) -> None:
 def test_a_tar_cut_at_a_member_is_refused(tmp_path: Path) -> None:
     whole = tarred(None, ("1.png", IMAGES[0]), ("2.png", IMAGES[1]))
     (tmp_path / "x.tar").write_bytes(whole[: 512 + len(IMAGES[0]) + -len(IMAGES[0]) % 512])
-    with pytest.raises(UserError, match="it is cut short"):
+    with pytest.raises(UserError, match="it is truncated"):
         opened(tmp_path / "x.tar")
 
 
@@ -183,7 +183,7 @@ def test_shards_are_packed_together_by_folder_or_pattern(tmp_path: Path) -> None
     wanted = {"t-00.tar/0.png": 0, "t-01.tar/0.png": 1}
     for source in (tmp_path, tmp_path / "*.tar", tmp_path / "t-{00..01}.tar"):
         assert labels(opened(source)) == wanted
-    with pytest.raises(UserError, match=r"8 of what it names are not there: .*t-02\.tar"):
+    with pytest.raises(UserError, match=r"8 of the files it names are missing: .*t-02\.tar"):
         opened(tmp_path / "t-{00..09}.tar")
 
 

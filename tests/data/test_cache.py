@@ -261,7 +261,7 @@ def test_a_copy_that_rotted_in_the_cache_is_brought_anew_and_blamed(
         again = batches(index, 0, 12, **settings)
         assert by_position(again) == plain
     assert not any(batch.damage for rank in again for batch in rank)
-    assert caplog.text.count("this machine's copy was damaged, not the shard") == 1
+    assert caplog.text.count("the cached copy was damaged, not the shard") == 1
     assert copy.read_bytes() == whole
 
 

@@ -100,7 +100,7 @@ def test_shards_that_a_pattern_names_and_that_are_not_there_are_named(uri: str) 
     store = open_store(uri)
     for number in (0, 1, 3):
         store.write(f"t-{number}.tar", write_shard([sample(number)]))
-    with pytest.raises(UserError, match=r"2 of what it names are not there: t-2\.tar, t-4\.tar; get them"):
+    with pytest.raises(UserError, match=r"2 of the files it names are missing: t-2\.tar, t-4\.tar; get them"):
         plan_index(f"{uri}/t-{{0..4}}.tar")
     assert plan_index(f"{uri}/t-*.tar").build().num_samples == 3
 

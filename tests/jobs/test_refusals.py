@@ -116,7 +116,7 @@ def test_missing_buckets_data_models_and_servers_are_refused_by_name(
     monkeypatch.chdir(tmp_path)
     data = f"data.uri={prefix}/data"
     assert "no bucket 'absent'" in refused("train", "digits", "data.uri=s3://absent/data")
-    assert "no index there" in refused("train", "digits", data)
+    assert "no index (" in refused("train", "digits", data)
     assert "no bucket 'absent'" in refused("pack", "digits", "dest=s3://absent/data")
     assert "'nobody'" in refused("generate", "digits", "model=nobody@champion", f"output={prefix}/out")
     assert "no spec.json found" in refused("verify", f"{prefix}/out")

@@ -41,7 +41,7 @@ def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_n
     assert "already trained" in again
 
     assert submit("train", tiny(f"{prefix}/absent", f"{prefix}/runs", name="handed")) == 2
-    assert "no index there" in capfd.readouterr().out
+    assert "no index (" in capfd.readouterr().out
 
     client = job_client()
     assert print_jobs(client, as_json=True) == 0

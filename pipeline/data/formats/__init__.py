@@ -1,1 +1,1 @@
-"""File formats: tar shards, images, and statistics of pixels."""
+"""File formats: tar shards, images, contact sheets, and statistics of pixels."""

@@ -1,4 +1,4 @@
-"""Color profiles: images in Adobe RGB, Display P3 or CMYK brought to sRGB, which is what pixels mean here."""
+"""Color profiles: conversion of images in Adobe RGB, Display P3 or CMYK to sRGB."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image, ImageCms
 
 CONVERTED = "were converted from their color profile to sRGB"
-UNREADABLE = "have a color profile that cannot be used; their values are taken for sRGB"
+UNREADABLE = "have a color profile that cannot be used; their values are taken as sRGB"
 _SPACES = {"L": "GRAY", "LA": "GRAY", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
 _TOLERANCE = 2
-"""Levels that values may differ by when a profile is as good as sRGB; no image is touched for less."""
+"""Largest difference in levels at which a profile counts as sRGB and the image is left as it is."""
 
 
 def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
-    """The loaded image in sRGB, and what was done: CONVERTED, UNREADABLE, or None when there was nothing to do."""
+    """The loaded image in sRGB, and a note: CONVERTED, UNREADABLE, or None if nothing was done."""
     profile = image.info.get("icc_profile")
     if not isinstance(profile, bytes) or not profile:
         return image, None
@@ -27,19 +27,19 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
     if image.mode not in _SPACES:
         return image, UNREADABLE
     try:
-        change = _conversion(profile, image.mode)
-        return (image, None) if change is None else (change(image), CONVERTED)
+        convert = _conversion(profile, image.mode)
+        return (image, None) if convert is None else (convert(image), CONVERTED)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image, UNREADABLE
 
 
 @lru_cache(maxsize=64)
 def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
-    """How images of this profile are converted; None when their values hardly change. Raises PyCMSError."""
+    """Conversion for images with this profile; None when values hardly change. Raises PyCMSError."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     header: Any = source.profile
     if str(header.xcolor_space).strip() != _SPACES[mode]:
-        raise ImageCms.PyCMSError("the profile is for other colors than the image has")
+        raise ImageCms.PyCMSError("the profile is for another color space")
     srgb = ImageCms.createProfile("sRGB")
     if mode in ("L", "LA"):
         return _gray_conversion(ImageCms.buildTransform(source, srgb, "L", "RGB"))
@@ -50,17 +50,17 @@ def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Imag
 
 
 def _gray_conversion(transform: Any) -> Callable[[Image.Image], Image.Image] | None:
-    """Gray goes by way of color, as there is no gray sRGB to convert to; the result is a table of 256 levels."""
+    """Grayscale is converted through RGB, as there is no grayscale sRGB; the result is a table of 256 levels."""
     levels = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     table = np.asarray(_apply(levels, transform))[0, :, 1].tolist()
     if max(abs(after - before) for before, after in enumerate(table)) <= _TOLERANCE:
         return None
 
-    def change(image: Image.Image) -> Image.Image:
+    def convert(image: Image.Image) -> Image.Image:
         gray, *rest = image.split()
         return Image.merge(image.mode, (gray.point(table), *rest))
 
-    return change
+    return convert
 
 
 def _apply(image: Image.Image, transform: Any) -> Image.Image:
@@ -76,7 +76,7 @@ def _largest_change(image: Image.Image, transform: Any) -> int:
 
 
 def _color_lattice(mode: str) -> Image.Image:
-    """An image of colors from all over their range."""
+    """An image of colors spread over the whole range."""
     steps = np.arange(0, 256, 17, dtype=np.uint8)
     grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
     return Image.fromarray(grid).convert(mode)

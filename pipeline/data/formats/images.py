@@ -1,4 +1,4 @@
-"""Image bytes to arrays and back, with every size known before anything is decompressed."""
+"""Image files to arrays and back. Sizes are checked before anything is decompressed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ EXTENSIONS = (
     *("avif", "jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm"),
 )
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb, too
+MAX_PIXELS = 89_478_485  # also Pillow's limit for decompression bombs
 MAX_SCANNED_PIXELS = 1 << 30
-"""Pixels times scans of a progressive JPEG: some seconds of work. Cameras and encoders use up to a dozen scans."""
+"""Pixels times scans of a progressive JPEG: a few seconds of work. Encoders use up to a dozen scans."""
 WHITE = (255, 255, 255)
 
 ImageFormat = Literal["png", "webp", "npy"]
@@ -53,15 +53,15 @@ UNDECODABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
 )
-"""What Pillow raises over damaged images."""
+"""What Pillow raises for damaged images."""
 
 
 def _open_as(kind: str, data: io.BytesIO) -> Image.Image:
     return Image.open(data, formats=(kind,))
 
 
-# By their first bytes, and the frequent ones straight to the decoder: Image.open tries a list of formats, for a tenth
-# of a decode. Only these are read: others that Pillow knows start programs (EPS) or are no images.
+# Chosen by first bytes; the frequent ones go straight to the decoder, as Image.open's search takes a tenth of a decode.
+# Only these formats are accepted: others that Pillow knows start programs (EPS) or are not images.
 _OPENERS: tuple[tuple[bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
     (MAGIC, PngImageFile),
     (b"\xff\xd8\xff", JpegImageFile),
@@ -78,7 +78,7 @@ _OPENERS: tuple[tuple[bytes, Callable[[io.BytesIO], Image.Image]], ...] = (
 
 @dataclass(frozen=True, order=True)
 class PixelShape:
-    """Channels (1 gray, 3 color) and edges in pixels."""
+    """Channels (1 grayscale, 3 color), height and width in pixels."""
 
     channels: int
     height: int
@@ -89,7 +89,7 @@ class PixelShape:
             raise DamageError(f"image has {self.channels} channels; 1 or 3 are known")
         if min(self.height, self.width) < 1 or self.height * self.width > MAX_PIXELS:
             raise DamageError(
-                f"image claims {self.width}x{self.height} pixels; the limit is {MAX_PIXELS} in all"
+                f"image claims {self.width}x{self.height} pixels; the limit is {MAX_PIXELS} in total"
             )
 
     def __str__(self) -> str:
@@ -102,8 +102,9 @@ class PixelShape:
 
 
 def probe(data: bytes) -> PixelShape:
-    """Shape of the upright image, from the header alone where it tells. Raises DamageError for anything that is
-    not a whole image of a known kind or a uint8 npy.
+    """Shape of the upright image, from the header alone where possible.
+
+    Raises DamageError for anything but an intact image of a known format or a uint8 npy.
     """
     if data.startswith(npy.MAGIC):
         return _shape_of_npy(npy.read_header(data)[0])
@@ -114,7 +115,7 @@ def probe(data: bytes) -> PixelShape:
     with open_image(data) as image:
         if not isinstance(
             image, JpegImageFile | WebPImageFile
-        ):  # others tell of their turn only when decoded
+        ):  # others know their orientation only when decoded
             return _shape_of(upright(image))
         shape = _shape_of(image)
         turned = orientation(image) >= 5
@@ -165,34 +166,34 @@ def to_pillow(pixels: Pixels) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image decoded to its end and turned as its EXIF or XMP says. Raises DamageError."""
+    """The image, fully decoded and rotated as its EXIF or XMP says. Raises DamageError."""
     try:
         image.load()
     except UNDECODABLE as error:
         raise DamageError(f"image does not decode: {error}") from error
-    turn = _TRANSPOSES.get(orientation(image))
-    if turn is None:
+    method = _TRANSPOSES.get(orientation(image))
+    if method is None:
         return image
-    turned = image.transpose(turn)
+    turned = image.transpose(method)
     turned.info.update(image.info)  # transparency and color profile
     return turned
 
 
 def orientation(image: Image.Image) -> int:
-    """How the camera was held, 1 to 8; 1 as well when nothing tells, or what tells it is damaged."""
+    """EXIF orientation, 1 to 8; 1 if it is missing or damaged."""
     if not any(name in image.info for name in _ORIENTATION_KEYS):
         return 1
     try:
         found = image.getexif().get(_ORIENTATION, 1)
-    except UNDECODABLE:  # broken notes about an image do not make the image unreadable
+    except UNDECODABLE:  # damaged metadata does not make an image unreadable
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def to_array(image: Image.Image, channels: int, background: tuple[int, int, int]) -> Pixels:
-    """Pixels of a Pillow image, uint8 (height, width, channels), transparency laid on `background`.
+    """Pixels of a Pillow image, uint8 (height, width, channels), transparency composited on `background`.
 
-    Raises DamageError when the image does not decode to its end, or has values beyond 16 bits.
+    Raises DamageError when the image does not decode completely, or has more than 16 bits per value.
     """
     try:
         image.load()
@@ -209,7 +210,7 @@ def to_array(image: Image.Image, channels: int, background: tuple[int, int, int]
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit gray scaled, which Pillow's own conversion clips at 255; a transparent level becomes an alpha channel."""
+    """16-bit grayscale, scaled (Pillow clips it at 255); a transparent level becomes an alpha channel."""
     if image.mode in ("I", "F"):
         raise ValueError("32-bit values; save it with 8 or 16 bits")
     if not image.mode.startswith("I;16"):
@@ -223,7 +224,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """A Pillow image, header read, of a kind that is read here. Raises DamageError."""
+    """A Pillow image of an accepted format, with its header read. Raises DamageError."""
     kind = next((kind for magic, kind in _OPENERS if data.startswith(magic)), None)
     if kind is None and data[4:12] in (b"ftypavif", b"ftypavis"):
         kind = partial(_open_as, "AVIF")
@@ -235,19 +236,19 @@ def open_image(data: bytes) -> Image.Image:
         raise DamageError(f"image header does not decode: {error}") from error
     if image.width * image.height > MAX_PIXELS:
         raise DamageError(
-            f"image claims {image.width}x{image.height} pixels; the limit is {MAX_PIXELS} in all"
+            f"image claims {image.width}x{image.height} pixels; the limit is {MAX_PIXELS} in total"
         )
     _require_whole(image, data)
     return _normalize_transparency(image, data) if isinstance(image, PngImageFile) else image
 
 
 def _require_whole(image: Image.Image, data: bytes) -> None:
-    """Damage that decoders read over, and work that is out of all proportion."""
+    """Raise DamageError for damage that decoders ignore, and for excessive work."""
     if isinstance(image, PngImageFile):
         _require_whole_png(data)
     elif isinstance(image, WebPImageFile):
         if int.from_bytes(data[4:8], "little") + 8 > len(data):
-            raise DamageError("image is truncated: its header claims more bytes than there are")
+            raise DamageError("image is truncated: its header claims more bytes than it has")
     elif isinstance(image, JpegImageFile):
         scans = data.count(b"\xff\xda")
         if scans > 12 and scans * image.width * image.height > MAX_SCANNED_PIXELS:
@@ -263,23 +264,23 @@ def _require_whole_png(data: bytes) -> None:
 
 
 def _normalize_transparency(image: PngImageFile, data: bytes) -> Image.Image:
-    """The PNG with its transparent color in the levels that Pillow gives pixels in, or as an alpha channel."""
+    """The PNG with its transparent color scaled to the levels of Pillow's pixels, or as an alpha channel."""
     clear, depth = image.info.get("transparency"), data[24]
     if image.mode == "L" and isinstance(clear, int) and depth < 8:
         image.info["transparency"] = clear * 255 // ((1 << depth) - 1)
     if image.mode != "RGB" or not isinstance(clear, tuple) or depth != 16:
         return image
     try:
-        # Pillow unpacks 16 bits to the upper eight; asked for the other byte order it gives the lower ones.
+        # Pillow unpacks the upper eight of 16 bits; with the other byte order it returns the lower ones.
         upper, lower = np.asarray(image).astype(np.uint16), PngImageFile(io.BytesIO(data))
         lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
         values = upper << 8 | np.asarray(lower)
     except UNDECODABLE as error:
         raise DamageError(f"image does not decode: {error}") from error
-    whole = image.copy()
-    whole.info = {key: value for key, value in image.info.items() if key != "transparency"}
-    whole.putalpha(Image.fromarray(np.where((values == clear).all(axis=2), 0, 255).astype(np.uint8)))
-    return whole
+    copy = image.copy()
+    copy.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    copy.putalpha(Image.fromarray(np.where((values == clear).all(axis=2), 0, 255).astype(np.uint8)))
+    return copy
 
 
 def _shape_of(image: Image.Image) -> PixelShape:
@@ -312,7 +313,7 @@ def _shape_of_npy(shape: tuple[int, ...]) -> PixelShape:
 
 
 def read_npy(data: bytes) -> Pixels | None:
-    """Pixels uint8 (height, width, channels) of an npy file; None when it is not one. Raises DamageError."""
+    """Pixels uint8 (height, width, channels) of an npy file; None for other files. Raises DamageError."""
     if not data.startswith(npy.MAGIC):
         return None
     return _as_pixels(npy.decode_npy(data))

@@ -1,10 +1,10 @@
-"""PNG, the easy part of it, fast.
+"""A fast codec for the common subset of PNG.
 
-What makes decoding a small PNG slow is not inflating it but undoing five kinds of line filters line by line. A file
-whose lines all use one of the first three is undone by one running sum over the whole image. Packing writes only
-such files; they are ordinary PNGs, a few percent larger than the best choice for each line would give. The lines of
-other plain PNGs are undone by Pillow's decoder, called without the half of its time that goes into its Python around
-it. Whatever is not plain (palettes, 16 bits, interlace, transparency, profiles, damage) is left to Pillow as a whole.
+Decoding a small PNG is slow not because of inflating but because line filters are reversed line by line. If all
+lines of a file use the same one of the first three filters, one running sum over the whole image reverses it.
+Packing writes only such files; they are ordinary PNGs, a few percent larger than with the best filter for each line.
+Other plain PNGs are decoded by Pillow's C decoder, without Pillow's Python overhead, which is half of the time.
+Anything else (palettes, 16 bits, interlacing, transparency, profiles, damage) is left to Pillow.
 """
 
 from __future__ import annotations
@@ -21,24 +21,27 @@ from pipeline.data.formats.npy import Pixels
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _NONE, _SUB, _UP = range(3)
 _COLOR_TYPES = {1: 0, 3: 2}  # channels to PNG's color type
-_MODES = {1: ("L", "L"), 3: ("RGB", "RGB;L")}  # Pillow's, and how it writes color after color in each line
-# What says nothing of the values of pixels, or nothing that Pillow heeds. A color profile (iCCP) does.
+_MODES = {
+    1: ("L", "L"),
+    3: ("RGB", "RGB;L"),
+}  # Pillow's mode, and the raw mode with separate colors in each line
+# Chunks that do not affect pixel values, or that Pillow ignores. A color profile (iCCP) does affect them.
 _HARMLESS = frozenset(b"gAMA cHRM sRGB sBIT bKGD pHYs tIME tEXt zTXt iTXt".split())
 _ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 _BODY = len(MAGIC) + 25  # after the header chunk
 _END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
 _BEST_LEVEL = b"\x78\xda"
-"""How the stream of a packed file begins. Most writers name another level, so that theirs are told before inflating."""
+"""First bytes of the stream of a packed file. Most writers use another level, so they are recognized early."""
 ENCODER = 2
-"""Counts the ways in which images were compressed for packing. A pack goes on in the way it was begun."""
+"""Version of the compression used for packing. An interrupted pack continues with the version it began with."""
 
 
 def encode_png(pixels: Pixels, encoder: int = ENCODER) -> bytes:
-    """PNG of uint8 (height, width, 1 or 3), all lines by one of three filters.
+    """PNG of uint8 (height, width, 1 or 3), with one of three filters for all lines.
 
-    Encoder 1 deflates by all three and keeps the smallest. Encoder 2 takes the filter that leaves the smallest values
-    (PNG specification, 12.8) and deflates once: a fifth of the time, at most some percent larger for images that are
-    not nearly empty.
+    Encoder 1 deflates with all three filters and keeps the smallest result. Encoder 2 chooses the filter that leaves
+    the smallest values (PNG specification, 12.8) and deflates once: a fifth of the time, and a few percent larger at
+    most unless the image is nearly empty.
     """
     height, width, channels = pixels.shape
     sub, up = pixels.copy(), pixels.copy()
@@ -67,12 +70,12 @@ def _filtered_lines(kind: int, filtered: Pixels) -> bytes:
 
 
 def _magnitude(filtered: Pixels) -> int:
-    """The sum of the values taken as differences, from -128 to 127, without their signs."""
+    """Sum of the absolute values, taken as signed differences from -128 to 127."""
     return int(np.minimum(filtered, -filtered).sum(dtype=np.int64))
 
 
 def _deflate(lines: bytes, strategy: int) -> bytes:
-    """A zlib stream of level 6. Its head names the best level, which nothing but `decode_png` heeds."""
+    """A zlib stream of level 6. Its header states the best level, which only `decode_png` looks at."""
     deflater = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, strategy=strategy)
     body = deflater.compress(lines) + deflater.flush()
     return _BEST_LEVEL + body + struct.pack(">I", zlib.adler32(lines))
@@ -81,7 +84,7 @@ def _deflate(lines: bytes, strategy: int) -> bytes:
 def decode_png(data: bytes, channels: int, height: int, width: int) -> Pixels | None:
     """Pixels, uint8 (height, width, channels), of a plain PNG of exactly this shape.
 
-    None for any other file, damaged ones among them: Pillow then reads it or says what is wrong.
+    None for any other file, including damaged ones: Pillow then reads it or reports the problem.
     """
     if (
         channels not in _MODES
@@ -101,22 +104,20 @@ def decode_png(data: bytes, channels: int, height: int, width: int) -> Pixels | 
 
 
 def _decode_uniform(stream: bytes, channels: int, height: int, width: int) -> Pixels | None:
-    """Pixels of lines as `encode_png` filters them; None for others."""
+    """Pixels of lines that all use one filter, as in `encode_png`; None for others."""
     stride = 1 + width * channels
     inflater = zlib.decompressobj()
     try:
         raw = inflater.decompress(stream, height * stride + 1)
     except zlib.error:
         return None
-    if (
-        len(raw) != height * stride or not inflater.eof
-    ):  # at its end the stream's own checksum has been compared
+    if len(raw) != height * stride or not inflater.eof:  # at its end zlib has checked the stream's checksum
         return None
     kind = raw[0]
     if kind > _UP or raw[::stride] != raw[:1] * height:
         return None
     filtered = np.frombuffer(raw, np.uint8).reshape(height, stride)[:, 1:].reshape(height, width, channels)
-    # Values add up modulo 256, which is how uint8 adds.
+    # Filters add modulo 256, as uint8 does.
     return filtered if kind == _NONE else np.add.accumulate(filtered, int(kind == _SUB), np.uint8)
 
 
@@ -126,13 +127,13 @@ def _decode_by_pillow(stream: bytes, channels: int, height: int, width: int) -> 
         image = Image.frombytes(mode, (width, height), stream, "zip", mode)
     except (ValueError, OSError):
         return None
-    # Colors one after the other within each line: a batch holds them apart, and copies this in long runs.
+    # Separate colors within each line: batches are channel-first, so this copies long runs.
     lines = np.frombuffer(image.tobytes("raw", by_line), np.uint8)
     return lines.reshape(height, channels, width).transpose(0, 2, 1)
 
 
 def _image_stream(data: bytes) -> bytes | None:
-    """The compressed lines of a file that has nothing else that matters; None if it has, or is not whole."""
+    """The compressed lines of a file without other relevant chunks; None if it has any, or is incomplete."""
     parts: list[bytes] = []
     place, end = _BODY, len(data)
     while place + 12 <= end:
@@ -149,27 +150,27 @@ def _image_stream(data: bytes) -> bytes | None:
 
 @lru_cache
 def _head(channels: int, height: int, width: int) -> bytes:
-    """How a plain PNG of this shape begins: eight bits, no palette, not interlaced."""
+    """First bytes of a plain PNG of this shape: eight bits, no palette, not interlaced."""
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOR_TYPES[channels], 0, 0, 0)
     return MAGIC + struct.pack(">I", len(header)) + b"IHDR" + header
 
 
 def header_shape(data: bytes) -> tuple[int, int, int] | None:
-    """(channels, height, width) from a PNG's header; None when it is no PNG. 0 channels for an unknown kind."""
+    """(channels, height, width) from a PNG's header; None if it is no PNG. 0 channels for an unknown type."""
     if not data.startswith(MAGIC) or data[12:16] != b"IHDR" or len(data) < _BODY:
         return None
     width, height, _, kind = struct.unpack(">IIBB", data[16:26])
-    # Palettes count as color, and transparency as no channel: it is laid on a background.
+    # Palettes count as color. Transparency is no channel: it is composited on a background.
     return {0: 1, 2: 3, 3: 3, 4: 1, 6: 3}.get(kind, 0), height, width
 
 
 def may_have_orientation(data: bytes) -> bool:
-    """Whether a PNG may say how it is to be turned. Rarely true of one that does not: marks by chance."""
+    """Whether a PNG may contain an orientation. False positives are possible but rare."""
     return any(mark in data for mark in _ORIENTATION_MARKS)
 
 
 def png_problem(data: bytes) -> str | None:
-    """What is wrong with the chunks that make a PNG's pixels, whose checksums decoders do not all compare."""
+    """What is wrong with the chunks that hold a PNG's pixels. Not all decoders check their checksums."""
     place = len(MAGIC)
     while place + 12 <= len(data):
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]

@@ -1,9 +1,9 @@
-"""Shards: tars of samples by WebDataset's naming rule, written byte-reproducibly and read without leniency.
+"""Shards: tars of samples under WebDataset's naming rule, written reproducibly and read strictly.
 
-webdataset writes them. It is not what reads them here: it passes over damage, a tar cut short for one, without a word.
+webdataset writes them. It does not read them here, because it ignores damage silently, a truncated tar for example.
 
-A sample is a run of neighbouring members with one key. Of `a/b.seg.png` the key is `a/b` and the extension
-`seg.png`: the base name is cut at its first dot.
+A sample is a sequence of adjacent members with one key. `a/b.seg.png` has the key `a/b` and the extension `seg.png`:
+the base name is split at its first dot.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from pipeline.errors import DamageError
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_WRITTEN_NAME_BYTES = 100
-"""Longer names need headers that not every reader of tars understands."""
+"""Longer names need extended headers that not every tar reader understands."""
 
 Parts = dict[str, tuple[Member, bytes]]
 """A sample's files by lower-case extension."""
 
 
 class ShardStream:
-    """A shard written sample by sample: the same samples give the same bytes, on any machine.
+    """Writes a shard sample by sample: the same samples give the same bytes, on any machine.
 
-    webdataset writes the members, without owner and time. It then fills the tar up with zeros to a multiple of 10,240
-    bytes. Those are left out, so that the loss of any block at the end is noticed.
+    webdataset writes the members, without owner and time. It pads the tar with zeros to a multiple of 10,240 bytes;
+    this padding is omitted, so that the loss of any block at the end is detected.
 
-    A context manager: left in order, what ends a tar is written; left by an exception, nothing more is.
+    A context manager: a normal exit writes the end of the tar, an exception writes nothing more.
     """
 
     def __init__(self, out: BinaryIO) -> None:
@@ -62,15 +62,13 @@ class ShardStream:
             self._sink.limit = self.size_bytes
             self._tar.close()
         else:
-            self._sink.limit = (
-                0  # tarfile writes what it holds back when it is collected, the file closed or not
-            )
+            self._sink.limit = 0  # tarfile flushes when it is collected, even if the file is closed
 
     def add(self, key: str, files: dict[str, bytes]) -> list[int]:
-        """Write a sample; where the bytes of each of its files begin.
+        """Write a sample. Returns the offset of the bytes of each of its files.
 
-        Raises ValueError for a key or extension that a reader would not find again, for a repeated key, and for a name
-        of more than 100 bytes.
+        Raises ValueError for a key or extension that a reader would split differently, for a repeated key, and for a
+        name of more than 100 bytes.
         """
         if key in self._seen:
             raise ValueError(f"key {key!r} occurs twice")
@@ -90,22 +88,22 @@ class ShardStream:
 
 
 class _HashingWriter:
-    """Hashes what is written, and passes on no more than `limit` bytes in all."""
+    """Hashes what is written, and passes on at most `limit` bytes in total."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out, self._written = out, 0
         self.hash, self.limit = hashlib.sha256(), sys.maxsize
 
     def write(self, data: bytes) -> int:
-        if kept := data[: max(0, self.limit - self._written)]:
-            self._out.write(kept)
-            self.hash.update(kept)
-            self._written += len(kept)
+        if passed := data[: max(0, self.limit - self._written)]:
+            self._out.write(passed)
+            self.hash.update(passed)
+            self._written += len(passed)
         return len(data)
 
 
 def write_shard(samples: Iterable[tuple[str, dict[str, bytes]]]) -> bytes:
-    """The tar of (key, {extension: bytes}) samples, as a ShardStream writes it."""
+    """The tar of (key, {extension: bytes}) samples, as ShardStream writes it."""
     out = io.BytesIO()
     with ShardStream(out) as stream:
         for key, files in samples:
@@ -116,7 +114,7 @@ def write_shard(samples: Iterable[tuple[str, dict[str, bytes]]]) -> bytes:
 def read_shard(source: bytes | Path, label: str | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, {extension: bytes}) of every sample of a tar or gzipped tar, in order.
 
-    Raises DamageError, naming `label` (by default the path) and the offset, for anything torn or changed.
+    Raises DamageError, naming `label` (default: the path) and the offset, for anything truncated or modified.
     """
     name = label or (str(source) if isinstance(source, Path) else "shard")
     file = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
@@ -126,7 +124,7 @@ def read_shard(source: bytes | Path, label: str | None = None) -> Iterator[tuple
 
 
 def read_samples(plain: Reader, label: str, ignored: list[str] | None = None) -> Iterator[tuple[str, Parts]]:
-    """Samples of a plain tar, with the place of each file. Names outside the naming rule go to `ignored`."""
+    """Samples of a plain tar, with the offset of each file. Names outside the naming rule go to `ignored`."""
     key, parts = "", cast(Parts, {})
     for member, data in read_members(plain, label):
         split = split_name(member.name)
@@ -173,7 +171,7 @@ class HashingReader(io.RawIOBase):
 
 @contextmanager
 def plain_stream(stream: BinaryIO, label: str) -> Generator[BinaryIO]:
-    """`stream`, decompressed if it is gzip; damage in the compression is DamageError."""
+    """`stream`, decompressed if it is gzip. Raises DamageError for damage in the compression."""
     buffered = (
         stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, stream))
     )

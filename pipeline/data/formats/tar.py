@@ -1,8 +1,8 @@
-"""Reading tar without leniency.
+"""A strict tar reader.
 
-Python's `tarfile` ends quietly at a damaged header or a cut, losing the rest of a shard (CPython issue
-120740). Here a tar is whole only if every header's checksum holds, every payload is complete, two zero
-blocks follow the last member, and nothing but zeros follows those.
+Python's `tarfile` stops silently at a damaged header or a truncated file and loses the rest of a shard (CPython issue
+120740). Here a tar is intact only if every header's checksum matches, every payload is complete, two zero blocks follow
+the last member, and only zeros follow those.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ENTRY_KINDS: dict[bytes, Literal["file", "hard link", "symbolic link", "other"]
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file in a tar: its name, and where its payload lies in the (decompressed) tar."""
+    """A regular file in a tar: its name, and the offset of its payload in the (decompressed) tar."""
 
     name: str
     offset: int
@@ -47,22 +47,22 @@ class Member:
 
 
 class Reader(Protocol):
-    """Anything read forward: `read(n)` gives n bytes, or fewer at the end only."""
+    """Anything read forward: `read(n)` returns n bytes, fewer only at the end."""
 
     def read(self, size: int, /) -> bytes: ...
 
 
 class SeekableReader(Reader, Protocol):
-    """A reader that can also jump, as files can."""
+    """A reader that can also seek, as files can."""
 
     def seek(self, offset: int, whence: int = 0, /) -> int: ...
 
 
 def read_members(stream: Reader, label: str) -> Iterator[tuple[Member, bytes]]:
-    """Regular files of a tar in their order, with their bytes. `label` names the tar in errors.
+    """Regular files of a tar, in order, with their bytes. `label` names the tar in errors.
 
-    Raises DamageError, naming the offset, for anything that is not a whole and harmless tar: also for links,
-    devices, and names that are absolute or contain '..'.
+    Raises DamageError, naming the offset, for anything but an intact and safe tar: also for links, devices, and names
+    that are absolute or contain '..'.
     """
     reader = _BlockReader(stream, label)
     for head in _headers(reader, "strict"):
@@ -75,7 +75,7 @@ def read_members(stream: Reader, label: str) -> Iterator[tuple[Member, bytes]]:
 
 @dataclass(frozen=True, slots=True)
 class TarEntry:
-    """What a tar lists: a file with the place of its payload, or a link with what it points at."""
+    """An entry of a tar: a file with the offset of its payload, or a link with its target."""
 
     name: str
     offset: int
@@ -85,10 +85,10 @@ class TarEntry:
 
 
 def list_members(stream: SeekableReader, label: str) -> Iterator[TarEntry]:
-    """What a tar holds, payloads left unread: files, links, and `other` for devices and the like.
+    """The entries of a tar, without reading payloads: files, links, and `other` for devices and the like.
 
-    Names may be anything, odd bytes in them are written out; nothing is extracted by them. Raises DamageError, naming
-    the offset, when headers are damaged or the tar is cut short.
+    Names may be anything, with undecodable bytes escaped; nothing is extracted under them. Raises DamageError, naming
+    the offset, when headers are damaged or the tar is truncated.
     """
     reader = _BlockReader(stream, label)
     for head in _headers(reader, "backslashreplace"):
@@ -109,7 +109,7 @@ class _Header:
 
 
 def _headers(reader: _BlockReader, names: str) -> Iterator[_Header]:
-    """The header of each member; the caller takes the payload before it asks for the next. `names`: how to decode."""
+    """The header of each member; the caller consumes the payload before the next. `names`: how to decode names."""
     label = reader.label
     long: dict[bytes, str] = {}
     pax: dict[str, str] = {}
@@ -123,7 +123,7 @@ def _headers(reader: _BlockReader, names: str) -> Iterator[_Header]:
         if kind in (b"L", b"K", b"x", b"g"):
             if size > 1 << 20:
                 raise DamageError(
-                    f"{label}: at byte {start}: an extended header of {size} bytes; not a sane tar"
+                    f"{label}: at byte {start}: an extended header of {size} bytes is not accepted"
                 )
             body = reader.payload(size, "an extended header")
             if kind in (b"L", b"K"):
@@ -138,7 +138,7 @@ def _headers(reader: _BlockReader, names: str) -> Iterator[_Header]:
 
 
 class _BlockReader:
-    """Exact reads that know where they are."""
+    """Exact reads that track the position."""
 
     def __init__(self, stream: Reader, label: str) -> None:
         self.stream, self.label, self.position = stream, label, 0
@@ -147,7 +147,7 @@ class _BlockReader:
         data = self.stream.read(count)
         if len(data) != count:
             raise DamageError(
-                f"{self.label}: ends at byte {self.position + len(data)}, in {what}: it is cut short"
+                f"{self.label}: ends at byte {self.position + len(data)}, in {what}: it is truncated"
             )
         self.position += count
         return data
@@ -158,21 +158,21 @@ class _BlockReader:
         return data
 
     def skip(self, size: int, what: str, stream: SeekableReader) -> None:
-        """Pass over a payload and its padding; its last byte is read, to see that it is there."""
+        """Skip a payload and its padding; its last byte is read to detect truncation."""
         padded = size + -size % BLOCK
         if padded:
             stream.seek(padded - 1, 1)
             if len(stream.read(1)) != 1:
                 raise DamageError(
-                    f"{self.label}: ends in {what}, which starts at byte {self.position}: it is cut short"
+                    f"{self.label}: ends in {what}, which starts at byte {self.position}: it is truncated"
                 )
         self.position += padded
 
     def require_end(self) -> None:
-        """After one zero block: another, then zeros up to the end of the file."""
+        """After one zero block: require another, then zeros up to the end of the file."""
         start = self.position
         if self.take(BLOCK, "the second end block") != _ZERO:
-            raise DamageError(f"{self.label}: at byte {start}: data after a zero block: a header was wiped")
+            raise DamageError(f"{self.label}: at byte {start}: data after a zero block: a header was erased")
         while rest := self.stream.read(1 << 16):
             if rest.count(0) != len(rest):
                 raise DamageError(
@@ -182,10 +182,10 @@ class _BlockReader:
 
 
 def _checked_size(header: bytes, label: str, start: int) -> int:
-    """The payload's size, once the header's checksum is found right."""
+    """The payload's size, after checking the header's checksum."""
     stated = _number(header[148:156], label, start)
     if sum(header) - sum(header[148:156]) + 8 * 32 != stated:
-        raise DamageError(f"{label}: at byte {start}: the header's checksum is wrong: its bytes were changed")
+        raise DamageError(f"{label}: at byte {start}: the header's checksum is wrong: it was modified")
     return _number(header[124:136], label, start)
 
 
