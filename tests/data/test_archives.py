@@ -135,7 +135,7 @@ def test_a_source_that_is_copied_is_opened_by_this_process_alone(tmp_path: Path)
 
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tarred(None, ("cat/1.png", IMAGES[0]))))
     config = PackConfig(source=str(tmp_path / "x.tar.gz"), dest=(tmp_path / "set").as_uri())
-    report = pack(config, spread=nobody)
+    report = pack(config, open_map=nobody)
     assert any("copied to TMPDIR" in note for note in report.notes)
 
 

@@ -124,7 +124,7 @@ def test_an_index_in_a_bucket_cannot_make_readers_open_files(
         "pipeline.data.index.open_store",
         lambda place: bucket if place.startswith("s3:") else open_store(place),
     )
-    with pytest.raises(UserError, match=r"names shards on a disk \(file:///etc\)"):
+    with pytest.raises(UserError, match=r"names local shards \(file:///etc\)"):
         load_index("s3://bucket/set")
 
 

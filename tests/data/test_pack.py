@@ -292,10 +292,10 @@ def test_packing_again_does_nothing_and_says_so(any_uri: str) -> None:
 
 def test_a_place_that_holds_another_pack_or_other_data_is_refused(uri: str) -> None:
     sixty(uri)
-    with pytest.raises(UserError, match="holds a pack of other images or settings"):
+    with pytest.raises(UserError, match="contains a pack of other images or settings"):
         sixty(uri, seed=1)
     open_store(f"{uri}/other").write("x.tar", b"")
-    with pytest.raises(UserError, match=r"holds other data \(x\.tar\)"):
+    with pytest.raises(UserError, match=r"contains other data \(x\.tar\)"):
         sixty(f"{uri}/other")
 
 
@@ -429,5 +429,5 @@ def test_an_images_side_follows_from_its_bytes_and_survives_more_images(tmp_path
         assert not set(kept) & set(held)  # twins stay together
         assert 0.15 < len(held) / (2 * count) < 0.45
     assert set(sides[0][1]) == {level for level in sides[1][1] if level < 60}
-    with pytest.raises(UserError, match=r"held_out: 1e-06 of these images is none"):
+    with pytest.raises(UserError, match=r"held_out: 1e-06 selects no images"):
         pack(PackConfig(source=few, dest=str(tmp_path / "none"), channels=1, held_out=1e-6))

@@ -70,7 +70,7 @@ def test_an_interrupted_pack_is_not_indexed_but_packed_again(
         with pytest.raises(KeyboardInterrupt):
             pack(other)
     for command in (plan_index, load_index):
-        with pytest.raises(UserError, match="not finished: run the same ddpm pack again"):
+        with pytest.raises(UserError, match="an unfinished pack: run the same ddpm pack again"):
             command(other.dest)
     pack(other)
     assert load_index(other.dest).digest == load_index(packed.dest).digest

@@ -83,7 +83,7 @@ def test_of_two_packs_of_different_plans_one_stands_and_the_other_is_refused(
     monkeypatch.undo()
     refused = [number for number, result in enumerate(told) if isinstance(result, UserError)]
     assert len(refused) == 1
-    assert "holds a pack of other images or settings" in str(told[refused[0]])
+    assert "contains a pack of other images or settings" in str(told[refused[0]])
     assert load_index(uri).digest == alone[1 - refused[0]]
     assert inspect(uri).damage == ()
 
@@ -172,7 +172,7 @@ def test_the_second_pack_of_an_unchanged_source_reads_no_image(
     assert again.already_complete
     assert (again.index_digest, again.num_samples, again.image) == (first.index_digest, 40, first.image)
     (mine / "00.png").write_bytes(encoded(np.zeros((8, 8, 3), np.uint8)))
-    with pytest.raises(UserError, match="holds a pack of other images"):
+    with pytest.raises(UserError, match="contains a pack of other images"):
         pack(config(str(mine), uri))
 
 
@@ -189,9 +189,9 @@ def test_a_taken_place_is_refused_before_any_image_is_read(
         raise AssertionError("an image was read")
 
     monkeypatch.setattr("pipeline.data.packing.sources.FilesSource.read", read)
-    with pytest.raises(UserError, match="holds a pack of other images or settings"):
+    with pytest.raises(UserError, match="contains a pack of other images or settings"):
         pack(config(source, uri, seed=3))
-    with pytest.raises(UserError, match="holds a pack of other images or settings"):
+    with pytest.raises(UserError, match="contains a pack of other images or settings"):
         pack(config(str(fewer), uri))
-    with pytest.raises(UserError, match=r"holds other data \(x\.tar\)"):
+    with pytest.raises(UserError, match=r"contains other data \(x\.tar\)"):
         pack(config(source, f"{uri}-other"))

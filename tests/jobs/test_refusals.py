@@ -140,7 +140,7 @@ def test_missing_buckets_data_models_and_servers_are_refused_by_name(
 def test_a_dry_run_of_a_pack_looks_at_source_and_destination(root: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused("pack", "source=nowhere", f"dest={root}/a", "--dry-run")
     open_store(f"{root}/taken").write("x.tar", b"")
-    assert "holds other data" in refused("pack", "source=digits", f"dest={root}/taken", "--dry-run")
+    assert "contains other data" in refused("pack", "source=digits", f"dest={root}/taken", "--dry-run")
     done = CliRunner().invoke(app, ["pack", "source=digits", f"dest={root}/a", "--dry-run"])
     assert done.exit_code == 0
     assert "# dest     is empty" in done.stdout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -23,9 +23,9 @@ from pipeline.data.location import SUFFIXES, Location, require_matches
 from pipeline.data.packing.scan_shard import ScanOptions, index_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.parallel import ParallelMap, thread_map
+from pipeline.progress import Progress
 from pipeline.store import ObjectInfo, ObjectMissing, Store, open_store
 
-Progress = Callable[[int, int], None]
 Scan = tuple[ShardEntry, MemberTable]
 OTHER_ARCHIVES = (".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".tzst", ".tbz2", ".txz", ".zip")
 """Archives that are no shards here."""

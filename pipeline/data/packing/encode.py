@@ -1,4 +1,4 @@
-"""Images of a shard read, scaled and encoded: the part of packing that is spread over threads or processes."""
+"""Reading, scaling and encoding the images of a shard: the parallel part of packing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pipeline.data.packing.sources import Source, read_item
 from pipeline.errors import DamageError
 
 MAX_TASK_IMAGES = 64
-"""Images of one run of work: some milliseconds to some seconds."""
+"""Images per task: milliseconds to seconds of work."""
 TASK_BYTES = 1 << 24
-"""Pixels of one run: what is encoded and not yet written is a few runs a thread."""
+"""Bytes of pixels per task. A few tasks per thread are encoded ahead of writing."""
 
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """Some of the images of a shard, in order, and the hashes they had when they were looked at."""
+    """Some images of a shard, in order, and their hashes when they were probed."""
 
     items: tuple[int, ...]
     hashes: tuple[str, ...]
@@ -34,39 +34,39 @@ class EncodeTask:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """The files of a run's images, in order, and sums over their pixels."""
+    """The encoded images of a task, in order, and their statistics."""
 
     payloads: tuple[bytes, ...]
     stats: ImageStats
 
 
-def encode_tasks(unit: ShardPlan, facts: Sequence[ImageInfo], shape: PixelShape) -> Iterator[EncodeTask]:
-    """The runs a shard is made of."""
+def encode_tasks(shard: ShardPlan, infos: Sequence[ImageInfo], shape: PixelShape) -> Iterator[EncodeTask]:
+    """The tasks of a shard."""
     each = shape.channels * shape.height * shape.width
     length = max(1, min(MAX_TASK_IMAGES, TASK_BYTES // each))
-    for first in range(0, len(unit.items), length):
-        items = unit.items[first : first + length]
-        yield EncodeTask(items, tuple(facts[i].sha256 for i in items))
+    for first in range(0, len(shard.items), length):
+        items = shard.items[first : first + length]
+        yield EncodeTask(items, tuple(infos[i].sha256 for i in items))
 
 
 def run_encode_task(
-    config: PackConfig, shape: PixelShape, source: Source, encoder: int, run: EncodeTask
+    config: PackConfig, shape: PixelShape, source: Source, encoder: int, task: EncodeTask
 ) -> EncodedImages:
-    """Encode a run; `encoder`: see pipeline.data.formats.png.
+    """Encode the images of a task; `encoder`: see pipeline.data.formats.png.
 
-    Raises DamageError naming an image that is no longer what it was when it was looked at.
+    Raises DamageError naming an image that changed since it was probed.
     """
     encode = partial(encode_png, encoder=encoder) if config.payload == "png" else encode_npy
     payloads: list[bytes] = []
     all_pixels: list[Pixels] = []
-    for item, wanted in zip(run.items, run.hashes, strict=True):
+    for item, expected in zip(task.items, task.hashes, strict=True):
         name = source.items[item].name
         try:
             data = read_item(source, item)
             pixels = to_pixels(config, data)
         except DamageError as error:
             raise DamageError(f"{name}: {error}; it changed while being packed: pack again") from error
-        if source_digest(data) != wanted or pixels.shape != shape.array_shape:
+        if source_digest(data) != expected or pixels.shape != shape.array_shape:
             raise DamageError(f"{name}: it changed while being packed: pack again")
         all_pixels.append(pixels)
         payloads.append(encode(pixels))

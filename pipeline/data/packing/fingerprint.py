@@ -1,4 +1,4 @@
-"""What tells, without reading images, that a source is still the one that was packed."""
+"""Detects, without reading images, whether a source has changed since it was packed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pipeline.config.data import PackConfig
 from pipeline.data.packing.open_source import source_paths
 
 FORMAT_VERSION = 2
-"""Counts changes of what this program makes of the same files: raised, every source is looked at anew."""
+"""Increase it when this program packs the same files differently: every source is then read again."""
 _IRRELEVANT = {"source", "dest", "num_threads"}
-"""Settings that neither change what is packed nor what is refused."""
+"""Settings that change neither what is packed nor what is refused."""
 
 
 def fingerprint(config: PackConfig) -> str:
     """SHA-256 over the settings and the names, sizes and times of the source's files.
 
-    Raises UserError for a source that is not there.
+    Raises UserError for a missing source.
     """
     settings = config.model_dump(mode="json", exclude=_IRRELEVANT)
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, settings], sort_keys=True).encode())
@@ -34,7 +34,7 @@ def _files(path: Path) -> Iterator[bytes]:
     if path.is_file():
         yield _line(path.name, path.stat())
         return
-    seen: set[tuple[int, int]] = set()  # a link may lead back to a folder above it
+    seen: set[tuple[int, int]] = set()  # a link may point to a parent folder
     for folder, below, names in os.walk(path, followlinks=True):
         found = os.stat(folder)
         if (found.st_dev, found.st_ino) in seen:

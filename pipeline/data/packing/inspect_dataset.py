@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import BinaryIO, cast
 
@@ -18,9 +17,8 @@ from pipeline.data.location import Location
 from pipeline.data.packing.build_index import find_shards, sidecar_class_names
 from pipeline.data.packing.scan_shard import ScanOptions, image_extension, sample_label
 from pipeline.errors import DamageError, UserError
+from pipeline.progress import Progress
 from pipeline.store import Store, open_store
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""`ddpm pack`: images into shards and an index, byte for byte the same however often and wherever it runs.
+"""`ddpm pack`: packs images into shards and an index. The bytes are the same on every run and machine.
 
-The destination is looked at first. Then every image is looked at once before anything is written (`plan_pack`), so
-that an unreadable one, or sizes that differ, end the job in time. Then images are encoded by many and written by
-one, a shard after the other (`pack_shard`), each with its record beside it, and the index last (`finish_pack`). A job
-that was stopped goes on with the shards that have no record.
+The destination is checked first. Then every image is probed before anything is written (`plan_pack`), so unreadable
+images and differing sizes fail early. Then images are encoded in parallel and written one shard after another
+(`pack_shard`), each shard with a record beside it, and the index last (`finish_pack`). An interrupted job resumes with
+the shards that have no record.
 
-Several jobs may pack into one place at once. They agree on one plan (`begin_pack`); those of another are refused.
-Those of the same write the same bytes, and an object that is there already is never written again.
+Several jobs may pack to one destination at once. They agree on one plan (`begin_pack`); jobs with another plan are
+refused. Jobs with the same plan write the same bytes, and an existing object is never overwritten.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from pipeline.data.packing.sources import Source, read_item
 from pipeline.disk_errors import disk_errors_at
 from pipeline.errors import DamageError, UserError
 from pipeline.parallel import ParallelMap, thread_map
+from pipeline.progress import Progress
 from pipeline.store import FileStore, ObjectInfo, Store, open_store
 from pipeline.store.interface import TEMP_PREFIX
 
@@ -68,57 +69,66 @@ __all__ = [
     "plan_pack",
 ]
 
-Progress = Callable[[int, int], None]
 PROBE_BATCH = 64
-"""Images of one unit of looking: some milliseconds to some seconds of work."""
+"""Images probed by one task: milliseconds to seconds of work."""
 
 
 @contextmanager
 def local_parallel_map(config: PackConfig, num_images: int) -> Generator[ParallelMap]:
-    """Threads of this process, as many as the settings say."""
+    """`config.num_threads` threads of this process."""
     yield thread_map(config.num_threads)
 
 
 ParallelMapFor = Callable[[PackConfig, int], AbstractContextManager[ParallelMap]]
-"""From the settings and the number of images: who does the work."""
+"""Opens the parallel map for the settings and a number of images."""
 
 
 def pack(
-    config: PackConfig, progress: Progress | None = None, spread: ParallelMapFor = local_parallel_map
+    config: PackConfig, progress: Progress | None = None, open_map: ParallelMapFor = local_parallel_map
 ) -> PackReport:
-    """Pack as `config` says. Progress counts every image twice: when it is looked at, and when it is written.
+    """Pack as `config` says. Progress counts each image half when it is probed and half when it is written.
 
-    `spread` says who looks and encodes, told how many images there are; the bytes are the same. Raises UserError
-    before anything is written for an unusable source or destination, an image that cannot be read
-    (`on_unreadable: fail`), sizes that differ without `image_size`, labels on some images only, and a destination
-    that holds another pack.
+    `open_map` opens the workers that probe and encode; they do not change the bytes. Raises UserError before anything
+    is written for an unusable source or destination, an unreadable image (`on_unreadable: fail`), differing sizes
+    without `image_size`, labels on only some images, and a destination with another pack.
     """
-    places = _destinations(config)
-    plans = [read_destination(place) for place in places]
-    seen = fingerprint(config)
-    reports = _finished_reports(places, seen, progress)
+    destinations = _destinations(config)
+    plans = [read_destination(destination) for destination in destinations]
+    source_fingerprint = fingerprint(config)
+    reports = _finished_reports(destinations, source_fingerprint, progress)
     if reports is None:
         source = open_source(config)
         listing = plans[0].listing if plans[0] is not None else None
         all_packed = config.on_unreadable == "fail" and config.on_small != "skip"
         if all_packed and listing not in (None, listing_digest(source.items, source.class_names)):
             raise destination_taken(config.dest)
-        reports = _pack(config, source, seen, plans, _PackProgress(2 * len(source.items), progress), spread)
+        reports = _pack(
+            config,
+            source,
+            source_fingerprint,
+            plans,
+            _PackProgress(2 * len(source.items), progress),
+            open_map,
+        )
     return reports[0] if len(reports) == 1 else replace(reports[0], held_out=reports[1])
 
 
 def _destinations(config: PackConfig) -> list[PackConfig]:
-    """The data sets to make: one, or one to train on and one held out."""
-    aside = config.model_copy(update={"dest": held_out_uri(config.dest)})
-    return [config] if config.held_out == 0 else [config, aside]
+    """The data sets to write: one, or one for training and one held_items out."""
+    held_out = config.model_copy(update={"dest": held_out_uri(config.dest)})
+    return [config] if config.held_out == 0 else [config, held_out]
 
 
 def _finished_reports(
-    places: Sequence[PackConfig], seen: str, progress: Progress | None
+    destinations: Sequence[PackConfig], source_fingerprint: str, progress: Progress | None
 ) -> list[PackReport] | None:
-    """The reports of a pack that is finished and whose source has not changed, without reading an image."""
-    found = [report for place in places if (report := finished_report(place, seen)) is not None]
-    if len(found) < len(places):
+    """The reports of a finished pack of an unchanged source, without reading images."""
+    found = [
+        report
+        for destination in destinations
+        if (report := finished_report(destination, source_fingerprint)) is not None
+    ]
+    if len(found) < len(destinations):
         return None
     if progress is not None:
         total = sum(report.num_samples for report in found)
@@ -129,32 +139,37 @@ def _finished_reports(
 def _pack(
     config: PackConfig,
     source: Source,
-    seen: str,
+    source_fingerprint: str,
     plans: Sequence[PlanDocument | None],
-    steps: _PackProgress,
-    spread: ParallelMapFor,
+    pack_progress: _PackProgress,
+    open_map: ParallelMapFor,
 ) -> list[PackReport]:
-    # Every process of a spread opens the source for itself: a copy in TMPDIR is made once, for threads that share it.
-    chosen = local_parallel_map if source.copied_bytes else spread
-    with chosen(config, len(source.items)) as spreading:
-        facts: list[ImageInfo] = []
-        for some in spreading(partial(_probe_items, config, source), _item_ranges(len(source.items))):
-            facts += some
-            steps.add(len(some))
-        sides = [
-            (side, plan_pack(side, source, facts, items, by_bytes=there is None or there.by_bytes))
-            for (side, items), there in zip(_split_held_out(config, facts), plans, strict=True)
+    # Each process would open the source itself. A copy in TMPDIR is made only once, so threads share it.
+    open_workers = local_parallel_map if source.copied_bytes else open_map
+    with open_workers(config, len(source.items)) as parallel_map:
+        infos: list[ImageInfo] = []
+        for batch in parallel_map(partial(_probe_items, config, source), _item_ranges(len(source.items))):
+            infos += batch
+            pack_progress.add(len(batch))
+        datasets = [
+            (
+                dataset_config,
+                plan_pack(
+                    dataset_config, source, infos, items, by_bytes=existing is None or existing.by_bytes
+                ),
+            )
+            for (dataset_config, items), existing in zip(_split_held_out(config, infos), plans, strict=True)
         ]
-        there = [completed(side, plan) for side, plan in sides]
+        existing_reports = [completed(dataset_config, plan) for dataset_config, plan in datasets]
         reports = [
-            done or _write(side, plan, source, facts, steps, spreading)
-            for (side, plan), done in zip(sides, there, strict=True)
+            done or _write(dataset_config, plan, source, infos, pack_progress, parallel_map)
+            for (dataset_config, plan), done in zip(datasets, existing_reports, strict=True)
         ]
-    steps.finish()
-    fingerprint_kept = seen if source.self_contained else None
-    for (side, _), report in zip(sides, reports, strict=True):
-        made_of = PackedSource(fingerprint=fingerprint_kept, index_digest=report.index_digest)
-        open_store(side.dest).write(SOURCE_KEY, made_of.model_dump_json().encode() + b"\n")
+    pack_progress.finish()
+    stored_fingerprint = source_fingerprint if source.self_contained else None
+    for (dataset_config, _), report in zip(datasets, reports, strict=True):
+        packed_source = PackedSource(fingerprint=stored_fingerprint, index_digest=report.index_digest)
+        open_store(dataset_config.dest).write(SOURCE_KEY, packed_source.model_dump_json().encode() + b"\n")
     return reports
 
 
@@ -171,61 +186,62 @@ def _write(
     config: PackConfig,
     plan: PackPlan,
     source: Source,
-    facts: Sequence[ImageInfo],
-    steps: _PackProgress,
-    spreading: ParallelMap,
+    infos: Sequence[ImageInfo],
+    pack_progress: _PackProgress,
+    parallel_map: ParallelMap,
 ) -> PackReport:
     store = open_store(config.dest)
     refuse_foreign_shards(config, plan)
-    standing = begin_pack(store, plan)
+    document = begin_pack(store, plan)
     scans = finished_shards(config, plan)
-    steps.add(sum(len(plan.shards[shard].items) for shard in scans))
-    todo = [unit for unit in plan.shards if unit.number not in scans]
+    pack_progress.add(sum(len(plan.shards[number].items) for number in scans))
+    pending = [shard for shard in plan.shards if shard.number not in scans]
     shape = plan.report.image
-    runs = [(unit, list(encode_tasks(unit, facts, shape))) for unit in todo]
-    work = partial(run_encode_task, config, shape, source, standing.encoder)
-    encoded = iter(spreading(work, (run for _, some in runs for run in some)))
-    for unit, some in runs:
-        scans[unit.number] = pack_shard(
-            config, plan, unit, source, _with_progress(islice(encoded, len(some)), steps)
+    tasks = [(shard, list(encode_tasks(shard, infos, shape))) for shard in pending]
+    work = partial(run_encode_task, config, shape, source, document.encoder)
+    encoded = iter(parallel_map(work, (task for _, shard_tasks in tasks for task in shard_tasks)))
+    for shard, shard_tasks in tasks:
+        scans[shard.number] = pack_shard(
+            config, plan, shard, source, _with_progress(islice(encoded, len(shard_tasks)), pack_progress)
         )
     return finish_pack(config, plan, scans)
 
 
-def _with_progress(encoded: Iterable[EncodedImages], steps: _PackProgress) -> Iterator[EncodedImages]:
-    for some in encoded:
-        yield some
-        steps.add(len(some.payloads))
+def _with_progress(encoded: Iterable[EncodedImages], pack_progress: _PackProgress) -> Iterator[EncodedImages]:
+    for batch in encoded:
+        yield batch
+        pack_progress.add(len(batch.payloads))
 
 
-def _split_held_out(config: PackConfig, facts: Sequence[ImageInfo]) -> list[tuple[PackConfig, list[int]]]:
-    """The data sets to make, each with its images: all of them, or those to train on and those held out."""
-    everything = list(range(len(facts)))
+def _split_held_out(config: PackConfig, infos: Sequence[ImageInfo]) -> list[tuple[PackConfig, list[int]]]:
+    """The data sets to write, each with its items: all, or those for training and those held_items out."""
+    all_items = list(range(len(infos)))
     if config.held_out == 0:
-        return [(config, everything)]
-    held = [i for i in everything if facts[i].problem is None and _is_held_out(config, facts[i])]
-    if not held:
-        raise UserError(
-            f"held_out: {config.held_out:g} of these images is none; raise it, or pack more of them"
-        )
-    rest = sorted(set(everything) - set(held))
-    return list(zip(_destinations(config), (rest, held), strict=True))
+        return [(config, all_items)]
+    held_items = [i for i in all_items if infos[i].problem is None and _is_held_out(config, infos[i])]
+    if not held_items:
+        raise UserError(f"held_out: {config.held_out:g} selects no images; increase it or add images")
+    rest = sorted(set(all_items) - set(held_items))
+    return list(zip(_destinations(config), (rest, held_items), strict=True))
 
 
 def held_out_uri(dest: str) -> str:
-    """Where what is held out of the data set at `dest` goes."""
-    return f"{dest.rstrip('/')}-held-out"
+    """The URI of the data set held_items out of the one at `dest`."""
+    return f"{dest.rstrip('/')}-held_items-out"
 
 
-def _is_held_out(config: PackConfig, fact: ImageInfo) -> bool:
-    drawn = hashlib.blake2b(
-        bytes.fromhex(fact.sha256), digest_size=8, key=config.seed.to_bytes(8, "big"), person=b"held out"
+def _is_held_out(config: PackConfig, info: ImageInfo) -> bool:
+    hashed = hashlib.blake2b(
+        bytes.fromhex(info.sha256),
+        digest_size=8,
+        key=config.seed.to_bytes(8, "big"),
+        person=b"held_items out",
     )
-    return int.from_bytes(drawn.digest(), "big") < config.held_out * 2**64
+    return int.from_bytes(hashed.digest(), "big") < config.held_out * 2**64
 
 
 def probe_item(config: PackConfig, source: Source, item: int) -> ImageInfo:
-    """The first look at one image. May run anywhere the source can be opened."""
+    """Probe one image. May run wherever the source can be opened."""
     try:
         return probe_image(config, read_item(source, item))
     except DamageError as error:
@@ -233,23 +249,23 @@ def probe_item(config: PackConfig, source: Source, item: int) -> ImageInfo:
 
 
 def pack_shard(
-    config: PackConfig, plan: PackPlan, unit: ShardPlan, source: Source, encoded: Iterable[EncodedImages]
+    config: PackConfig, plan: PackPlan, shard: ShardPlan, source: Source, encoded: Iterable[EncodedImages]
 ) -> Scan:
-    """Write one shard from its encoded images, and then its record."""
+    """Write one shard from its encoded images, then its record."""
     store = open_store(config.dest)
     stats = ImageStats()
     rows: list[tuple[int, int, int, int]] = []
     with disk_errors_at(_scratch_folder(store)), _scratch(store) as file:
         with ShardStream(cast(BinaryIO, file)) as stream:
-            for some in encoded:
-                stats += some.stats
-                for payload in some.payloads:
-                    label = source.items[unit.items[len(rows)]].label
+            for batch in encoded:
+                stats += batch.stats
+                for payload in batch.payloads:
+                    label = source.items[shard.items[len(rows)]].label
                     files = {config.payload: payload} | ({"cls": str(label).encode()} if label >= 0 else {})
-                    offset = stream.add(f"{unit.first_sample + len(rows):09d}", files)[0]
+                    offset = stream.add(f"{shard.first_sample + len(rows):09d}", files)[0]
                     rows.append((offset, len(payload), zlib.crc32(payload), label))
         file.flush()
-        info = _upload_unless_same(store, unit.key, Path(file.name), stream)
+        info = _upload_unless_same(store, shard.key, Path(file.name), stream)
     entry, table = shard_entry(
         ShardSummary(rows, {plan.report.image}, stats),
         info,
@@ -257,14 +273,14 @@ def pack_shard(
         compressed=False,
         sha256=stream.hash.hexdigest(),
     )
-    store.write(unit.table_key, table.tobytes())
-    part = ShardRecord(plan=plan.digest, entry=entry)
-    store.write(unit.record_key, part.model_dump_json().encode() + b"\n")
+    store.write(shard.table_key, table.tobytes())
+    record = ShardRecord(plan=plan.digest, entry=entry)
+    store.write(shard.record_key, record.model_dump_json().encode() + b"\n")
     return entry, table
 
 
 def _scratch_folder(store: Store) -> Path:
-    """Where to write a shard: on the destination's file system if that is this machine's, in TMPDIR otherwise."""
+    """Folder for temporary shards: on the destination's file system if it is local, else TMPDIR."""
     return store.root if isinstance(store, FileStore) else Path(tempfile.gettempdir())
 
 
@@ -273,21 +289,21 @@ def _scratch(store: Store) -> AbstractContextManager[IO[bytes]]:
 
 
 def _upload_unless_same(store: Store, key: str, path: Path, shard: ShardStream) -> ObjectInfo:
-    """The object of this shard: the one that is there if it has the very bytes, so that its tag stays."""
-    there = store.stat(key)
-    if there is None or there.size_bytes != shard.size_bytes:
+    """The stored shard. An existing object with the same bytes is kept, so that its tag does not change."""
+    existing = store.stat(key)
+    if existing is None or existing.size_bytes != shard.size_bytes:
         return store.upload(key, path)
-    same = sha256_of(store, there) == shard.hash.hexdigest()
-    return there if same else store.upload(key, path)
+    same = sha256_of(store, existing) == shard.hash.hexdigest()
+    return existing if same else store.upload(key, path)
 
 
 def finish_pack(config: PackConfig, plan: PackPlan, scans: dict[int, Scan]) -> PackReport:
-    """Put the shards together: report, tables, and the index last of all. Then the records go."""
+    """Write the report, the tables and, last, the index. Then delete the records."""
     store = open_store(config.dest)
-    there = {info.key: info for info in store.list("shards/")}
-    current = [_current_scan(store, there.get(unit.key), scans[unit.number]) for unit in plan.shards]
+    objects = {info.key: info for info in store.list("shards/")}
+    current = [_current_scan(store, objects.get(shard.key), scans[shard.number]) for shard in plan.shards]
     store.write(PACK_REPORT_KEY, plan.report.to_json())
-    if store.stat(DATASET_CARD_KEY) is None:  # a person may have written a better one
+    if store.stat(DATASET_CARD_KEY) is None:  # keep a card edited by hand
         store.write(DATASET_CARD_KEY, CARD)
     index = assemble_index(Location.of(config.dest), current, plan.class_names)
     delete_records(store, plan)
@@ -295,17 +311,18 @@ def finish_pack(config: PackConfig, plan: PackPlan, scans: dict[int, Scan]) -> P
 
 
 def _current_scan(store: Store, info: ObjectInfo | None, scan: Scan) -> Scan:
-    """A shard as it is now: another job of the same plan may have written the same bytes under a newer tag."""
+    """A shard with its current tag: another job with the same plan may have written the same bytes again."""
     entry, table = scan
     if info is not None and info.etag == entry.etag:
         return scan
     if info is None or sha256_of(store, info) != entry.sha256:
-        raise DamageError(f"{store.uri}/{entry.name}: it was removed or replaced while packing; pack again")
+        raise DamageError(f"{store.uri}/{entry.name}: removed or replaced while packing; pack again")
     return entry.model_copy(update={"etag": info.etag}), table
 
 
 class _PackProgress:
-    """Two for each image, looked at and packed; told in whole images, from the thread that called `pack`."""
+    """Counts two steps per image, probing and packing; reports whole images, in the thread that called
+    `pack`."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.total, self.progress, self.done = total, progress, 0

@@ -1,7 +1,7 @@
-"""What stands at the place of a pack: its plan, records of finished shards, the source it was made of.
+"""State of a pack at its destination: the plan, records of finished shards, and the source.
 
-pack-plan.json     written first, by agreement of all who start there at once: which pack this place is for
-parts/             a record and a member table beside each finished shard; gone when the index is there
+pack-plan.json     written first, agreed on by all jobs that start at once: identifies the pack
+parts/             a record and a member table for each finished shard; deleted when the index is written
 pack-source.json   written last: a fingerprint of the source, and the index's digest
 """
 
@@ -54,56 +54,56 @@ _REPORT = TypeAdapter(PackReport)
 
 
 class PlanDocument(Settings):
-    """Which pack a place is for."""
+    """Identifies the pack at a destination."""
 
     digest: Digest
-    """Of the images and settings."""
+    """Digest of the images and settings."""
     settings: Digest | None = None
-    """Of the settings alone; None in plans of earlier versions."""
+    """Digest of the settings; None in plans of earlier versions."""
     listing: Digest | None = None
-    """Of names and labels alone; None in plans of earlier versions, and where some were held out."""
+    """Digest of names and labels; None in plans of earlier versions, and with held-out images."""
     encoder: Annotated[int, Field(ge=1, le=ENCODER)] = 1
-    """Which way images are compressed, see pipeline.data.formats.png; 1 in plans of earlier versions."""
+    """Version of the image compression, see pipeline.data.formats.png; 1 in plans of earlier versions."""
 
     @property
     def by_bytes(self) -> bool:
-        """Whether `shard_bytes` had a part in cutting the shards; version 0.1.0 knew `shard_size` only."""
+        """Whether `shard_bytes` limits the shards; version 0.1.0 had only `shard_size`."""
         return self.settings is not None
 
 
 class ShardRecord(Settings):
-    """The record beside a finished shard."""
+    """The record of a finished shard."""
 
     plan: Digest
     entry: ShardEntry
 
 
 class PackedSource(Settings):
-    """What a pack was made of."""
+    """The source of a pack."""
 
     fingerprint: Digest | None
     """See pipeline.data.packing.fingerprint."""
     index_digest: Digest
-    """Of the index that was written then."""
+    """Digest of the index that the pack wrote."""
 
 
 def read_destination(config: PackConfig) -> PlanDocument | None:
-    """The plan that stands at the destination, or None for an empty place.
+    """The plan at the destination, or None if it is empty.
 
-    Raises UserError, before any image is read, when it is of other settings or no pack's, and for an address that
+    Raises UserError, before any image is read, for a pack with other settings, for other data, and for a URI that
     readers would take for a pattern of shards.
     """
     if Location.of(config.dest).pattern is not None:
         raise UserError(
-            f"dest: {config.dest} would be read as a pattern of shards; name it without {{, *, ? and .tar"
+            f"dest: {config.dest} would be read as a pattern of shards; choose a name without {{, *, ? and .tar"
         )
     store = open_store(config.dest)
     store.require_container()
     plan = _read_plan(store)
     if plan is None:
-        strange = next((o.key for o in store.list() if o.key.endswith((*SUFFIXES, "index.json"))), None)
-        if strange is not None and _read_plan(store) is None:  # not of a pack that has begun meanwhile
-            raise UserError(f"dest: {config.dest} holds other data ({strange}); choose an empty place")
+        other = next((o.key for o in store.list() if o.key.endswith((*SUFFIXES, "index.json"))), None)
+        if other is not None and _read_plan(store) is None:  # not of a pack started meanwhile
+            raise UserError(f"dest: {config.dest} contains other data ({other}); choose an empty prefix")
         return None
     if plan.settings not in (None, settings_digest(config)):
         raise destination_taken(config.dest)
@@ -111,14 +111,14 @@ def read_destination(config: PackConfig) -> PlanDocument | None:
 
 
 def destination_taken(dest: str) -> UserError:
-    """The refusal of a place that is taken."""
-    return UserError(f"dest: {dest} holds a pack of other images or settings; choose an empty place")
+    """The error for a destination that holds another pack."""
+    return UserError(f"dest: {dest} contains a pack of other images or settings; choose an empty prefix")
 
 
 def begin_pack(store: Store, plan: PackPlan) -> PlanDocument:
-    """Claim the destination for this plan; what stands there then. Of plans that begin at once one stands.
+    """Claim the destination for this plan. Returns the stored plan. Of several jobs that start at once, one plan wins.
 
-    Raises UserError for the others.
+    Raises UserError for jobs with another plan.
     """
     document = PlanDocument(digest=plan.digest, settings=plan.settings, listing=plan.listing, encoder=ENCODER)
 
@@ -126,95 +126,97 @@ def begin_pack(store: Store, plan: PackPlan) -> PlanDocument:
         found = _read_plan(store)
         return None if found is None else found.model_dump_json()
 
-    stands = read() or agree(
+    agreed = read() or agree(
         store,
         CLAIMS,
         document.model_dump_json(exclude_none=True),
         read,
         lambda text: store.write(PLAN_KEY, text.encode() + b"\n"),
     )
-    standing = PlanDocument.model_validate_json(stands)
-    if standing.digest != plan.digest:
+    stored = PlanDocument.model_validate_json(agreed)
+    if stored.digest != plan.digest:
         raise destination_taken(store.uri)
-    return standing
+    return stored
 
 
 def refuse_foreign_shards(config: PackConfig, plan: PackPlan) -> None:
-    """Raise UserError for shards at the destination that this pack did not make: an index would not fit them."""
-    keys = {unit.key for unit in plan.shards}
-    stray = [o.key for o in open_store(config.dest).list() if o.key.endswith(SUFFIXES) and o.key not in keys]
-    if stray:
+    """Raise UserError for shards at the destination that are not of this pack: the index would not match them."""
+    keys = {shard.key for shard in plan.shards}
+    foreign = [
+        o.key for o in open_store(config.dest).list() if o.key.endswith(SUFFIXES) and o.key not in keys
+    ]
+    if foreign:
         raise UserError(
-            f"dest: {config.dest} holds {stray[0]} ({len(stray)} such), which is not of this pack; move it away"
+            f"dest: {config.dest} contains {foreign[0]} ({len(foreign)} such), not part of this pack; move it away"
         )
 
 
-def finished_report(config: PackConfig, seen: str) -> PackReport | None:
-    """The report of a finished pack whose source had the fingerprint `seen`; None when that cannot be told."""
+def finished_report(config: PackConfig, source_fingerprint: str) -> PackReport | None:
+    """The report of a finished pack whose source has this fingerprint; None if unknown."""
     store = open_store(config.dest)
-    made_of = packed_source(store)
-    if made_of is None or made_of.fingerprint != seen:
+    recorded_source = packed_source(store)
+    if recorded_source is None or recorded_source.fingerprint != source_fingerprint:
         return None
     try:
         index = load_index(config.dest)
         report = _REPORT.validate_json(store.read(PACK_REPORT_KEY))
     except (UserError, DamageError, ValidationError):
-        return None  # which the longer way finds out about, and mends
-    if index.digest != made_of.index_digest:
+        return None  # the full pack finds and repairs it
+    if index.digest != recorded_source.index_digest:
         return None
     return _as_complete(report, index)
 
 
 def completed(config: PackConfig, plan: PackPlan) -> PackReport | None:
-    """The report of this very pack if it is there, whole; None when there is work to do.
+    """The report of exactly this pack if it is complete; None if there is work to do.
 
-    Raises UserError when the destination holds another.
+    Raises UserError when the destination contains another pack.
     """
     store = open_store(config.dest)
-    there = _read_plan(store)
-    if there is None:
+    stored_plan = _read_plan(store)
+    if stored_plan is None:
         return None
-    if there.digest != plan.digest:
+    if stored_plan.digest != plan.digest:
         raise destination_taken(config.dest)
     if store.stat(PACK_REPORT_KEY) is None:
         return None
     try:
         index = load_index(config.dest)
     except (UserError, DamageError):
-        return None  # changed since: it is put right
-    made_of = packed_source(store)
-    expected = index.digest if made_of is None else made_of.index_digest
+        return None  # changed since; it is repaired
+    recorded_source = packed_source(store)
+    expected = index.digest if recorded_source is None else recorded_source.index_digest
     same = (index.num_samples, index.class_names) == (plan.report.num_samples, plan.class_names)
     if not same or index.digest != expected or [s.name for s in index.shards] != [u.key for u in plan.shards]:
         return None
-    delete_records(store, plan)  # a job killed at the very end left them
+    delete_records(store, plan)  # left by a job killed at the end
     return _as_complete(plan.report, index)
 
 
 def finished_shards(config: PackConfig, plan: PackPlan) -> dict[int, Scan]:
-    """Shards of the plan that need not be made: recorded, or in the index that this pack once wrote."""
+    """Shards of the plan that are finished: recorded, or in an index that this pack wrote before."""
     store = open_store(config.dest)
-    there = {info.key: info for info in store.list("shards/")}
-    indexed = _indexed_scans(config, store, there)
+    objects = {info.key: info for info in store.list("shards/")}
+    indexed = _indexed_scans(config, store, objects)
     found: dict[int, Scan] = {}
-    for unit in plan.shards:
-        scan = indexed.get(unit.key) or _recorded_scan(store, plan.digest, unit, there.get(unit.key))
+    for shard in plan.shards:
+        scan = indexed.get(shard.key) or _recorded_scan(store, plan.digest, shard, objects.get(shard.key))
         if scan is not None:
-            found[unit.number] = scan
+            found[shard.number] = scan
     return found
 
 
 def delete_records(store: Store, plan: PackPlan) -> None:
-    """Delete what is of no use once the index is there."""
-    keys = [key for unit in plan.shards for key in (unit.record_key, unit.table_key)]
-    there = {info.key for info in store.list("parts/")}
-    for key in there.intersection(keys):
+    """Delete what is not needed once the index exists."""
+    keys = [key for shard in plan.shards for key in (shard.record_key, shard.table_key)]
+    existing = {info.key for info in store.list("parts/")}
+    for key in existing.intersection(keys):
         store.delete(key)
     clear_claims(store, CLAIMS)
 
 
 def packed_source(store: Store) -> PackedSource | None:
-    """What the pack at this place was made of; None when that is not recorded, or damaged."""
+    """The source of the pack in this store; None if it is not recorded, or damaged."""
     try:
         return parse_document(PackedSource, store.read(SOURCE_KEY), store.uri, "a packed source")
     except (ObjectMissing, DamageError):
@@ -242,21 +244,21 @@ def _read_plan(store: Store) -> PlanDocument | None:
     try:
         return parse_document(PlanDocument, data, f"{store.uri}/{PLAN_KEY}", "the plan of a pack")
     except DamageError as error:
-        raise UserError(f"dest: {error}; choose an empty place, or remove what is there") from None
+        raise UserError(f"dest: {error}; choose an empty prefix, or remove its content") from None
 
 
-def _indexed_scans(config: PackConfig, store: Store, there: Mapping[str, ObjectInfo]) -> dict[str, Scan]:
-    """What the index tells, if it is the one this pack wrote; a shard written anew since is compared by its hash."""
-    made_of = packed_source(store)
+def _indexed_scans(config: PackConfig, store: Store, objects: Mapping[str, ObjectInfo]) -> dict[str, Scan]:
+    """The scans in the index, if this pack wrote it. Shards written again since are compared by hash."""
+    recorded_source = packed_source(store)
     try:
         index = load_index(config.dest, check=False)
     except (UserError, DamageError):
         return {}
-    if made_of is None or made_of.index_digest != index.digest:
+    if recorded_source is None or recorded_source.index_digest != index.digest:
         return {}
     found: dict[str, Scan] = {}
     for number, entry in enumerate(index.shards):
-        info = there.get(entry.name)
+        info = objects.get(entry.name)
         if info is None or info.size_bytes != entry.size_bytes:
             continue
         try:
@@ -265,29 +267,29 @@ def _indexed_scans(config: PackConfig, store: Store, there: Mapping[str, ObjectI
                 continue
             scanned, table = index_shard(store, entry.name, pixels=True)
         except (DamageError, ObjectMissing):
-            continue  # it is made again
+            continue  # it is packed again
         if scanned.sha256 == entry.sha256:
             found[entry.name] = (scanned, table)
     return found
 
 
-def _recorded_scan(store: Store, plan_digest: str, unit: ShardPlan, found: ObjectInfo | None) -> Scan | None:
-    """The shard's entry and table, if its record is of this plan and the object is the one recorded."""
+def _recorded_scan(store: Store, plan_digest: str, shard: ShardPlan, found: ObjectInfo | None) -> Scan | None:
+    """The shard's entry and table, if its record is of this plan and matches the object."""
     if found is None:
         return None
     try:
-        part = parse_document(ShardRecord, store.read(unit.record_key), unit.record_key, "a record")
-        data = store.read(unit.table_key)
+        record = parse_document(ShardRecord, store.read(shard.record_key), shard.record_key, "a record")
+        data = store.read(shard.table_key)
     except (ObjectMissing, DamageError):
-        return None  # it is made again
-    entry = part.entry
+        return None  # it is packed again
+    entry = record.entry
     same = (entry.name, entry.size_bytes) == (found.key, found.size_bytes)
     if same and entry.etag != found.etag and sha256_of(store, found) == entry.sha256:
         entry = entry.model_copy(update={"etag": found.etag})  # another job wrote the same bytes
     if (
         not same
         or entry.etag != found.etag
-        or part.plan != plan_digest
+        or record.plan != plan_digest
         or len(data) != entry.num_samples * MEMBER.itemsize
     ):
         return None

@@ -1,4 +1,4 @@
-"""An image as it comes from outside, brought to the size and channels a data set has."""
+"""Probing source images and converting them to the size and channels of a data set."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ SMALL = "are smaller than image_size"
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What a look at an image found: its bytes' hash, and the shape it will have or why it cannot be used."""
+    """The result of probing an image: its hash, and the shape it will have or why it is unusable."""
 
     sha256: str
     shape: PixelShape | None
     problem: str | None
     notes: tuple[str, ...] = ()
-    """What was done to its pixels beyond the settings; what people are told of it, with the count before it."""
+    """What is done to its pixels beyond the settings; reported with the count of images."""
 
 
 def probe_image(config: PackConfig, data: bytes) -> ImageInfo:
-    """Decode an image to its end and say what it is; what is wrong with it is an answer, not an exception."""
+    """Decode an image completely and describe it. Damage is returned as `problem`, not raised."""
     digest = source_digest(data)
     try:
         height, width, notes = _probe_size(config, data)
@@ -64,14 +64,14 @@ def probe_image(config: PackConfig, data: bytes) -> ImageInfo:
 
 
 def source_digest(data: bytes) -> str:
-    """SHA-256 of an image's bytes as they came."""
+    """SHA-256 of an image's source bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def to_pixels(config: PackConfig, data: bytes) -> Pixels:
     """The image as it will be stored, uint8 (height, width, channels). Raises DamageError.
 
-    With `image_size`, the largest middle square, scaled by a filter as wide as the reduction (anti-aliased).
+    With `image_size`: the largest center square, scaled with anti-aliasing.
     """
     pixels, _ = _decode(config, data)
     if config.image_size is None:
@@ -81,20 +81,20 @@ def to_pixels(config: PackConfig, data: bytes) -> Pixels:
     left, top = (width - edge) / 2, (height - edge) / 2
     image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
     size = (config.image_size, config.image_size)
-    # Cutting and scaling in one step keeps half pixels where the margin is odd.
+    # Cropping and scaling in one step keeps half pixels where the margin is odd.
     scaled = image.resize(size, _FILTERS[config.resize_filter], box=(left, top, left + edge, top + edge))
     out = np.asarray(scaled)
     return out[:, :, None] if out.ndim == 2 else out
 
 
 def _probe_size(config: PackConfig, data: bytes) -> tuple[int, int, tuple[str, ...]]:
-    """Height and width of the upright image, decoded to its end, and what is done to its values."""
+    """Height and width of the upright image, fully decoded, and notes on what is done to its values."""
     if not data.startswith(_JPEG):
         pixels, notes = _decode(config, data)
         return pixels.shape[0], pixels.shape[1], notes
     with open_image(data) as image:
         width, height = image.size
-        image.draft(None, (1, 1))  # all of the file is read, an eighth of each edge is computed
+        image.draft(None, (1, 1))  # reads the whole file, computes an eighth of each edge
         turned = upright(image)
         _, note = to_srgb(turned)
         if orientation(image) >= 5:
@@ -103,19 +103,19 @@ def _probe_size(config: PackConfig, data: bytes) -> tuple[int, int, tuple[str, .
 
 
 def _decode(config: PackConfig, data: bytes) -> tuple[Pixels, tuple[str, ...]]:
-    """The upright image in sRGB, and what was done for that."""
+    """The upright image in sRGB, and notes on conversions."""
     if (raw := read_npy(data)) is not None:
         image = Image.fromarray(raw[:, :, 0] if raw.shape[2] == 1 else raw)
         return to_array(image, config.channels, config.background), ()
     if (plain := _plain_png(config, data)) is not None:
         return plain, ()
     with open_image(data) as image:
-        colored, note = to_srgb(upright(image))
-        return to_array(colored, config.channels, config.background), () if note is None else (note,)
+        converted, note = to_srgb(upright(image))
+        return to_array(converted, config.channels, config.background), () if note is None else (note,)
 
 
 def _plain_png(config: PackConfig, data: bytes) -> Pixels | None:
-    """Pixels of a whole PNG that needs no conversion; None for others."""
+    """Pixels of an intact PNG that needs no conversion; None for others."""
     found = header_shape(data)
     if found is None or found[0] != config.channels or found[1] * found[2] > MAX_PIXELS:
         return None

@@ -28,11 +28,11 @@ from pipeline.data.location import SUFFIXES
 from pipeline.data.reading.unpack import ImageFolder, indexed_images
 from pipeline.errors import DamageError, DiskFull, UserError
 from pipeline.parallel import thread_map
+from pipeline.progress import Progress
 from pipeline.store import FileStore, ObjectMissing, Store, open_store
 from pipeline.store.download_folder import Folder
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
 MAX_CONCURRENT = 8
 CHUNK_BYTES = 256 << 10
 """After each chunk a thread checks whether the download was cancelled."""
