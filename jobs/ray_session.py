@@ -165,9 +165,9 @@ def shared_variables() -> dict[str, str]:
     """
     found = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
     with suppress(UserError):  # settings of S3 that cannot be used: who needs it says so
-        from pipeline.store.s3_client import whereabouts  # boto3 takes a quarter of a second to import
+        from pipeline.store.s3_client import location_variables  # boto3 takes a quarter of a second to import
 
-        found |= whereabouts()
+        found |= location_variables()
     for name in [name for name, value in found.items() if "@" in urlsplit(value).netloc]:
         log.warning("%s holds a password, which Ray would show: not handed on, so set it on the nodes", name)
         del found[name]

@@ -1,7 +1,7 @@
-"""Folders and files of this user's own: made with mode 0700, opened without following links, owner and mode checked.
+"""Private folders and files: created with mode 0700, opened without following links, owner and mode checked.
 
-What another user may have planted (in a shared temporary folder, in a folder that one was sent to) is refused in one
-line before it is read, written or obeyed.
+What another user may have planted (in a shared temporary folder, or in a folder that one was sent) is rejected in one
+line before it is read, written or trusted.
 """
 
 import errno
@@ -14,28 +14,28 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 SAFE_VARIABLE = "DDPM_SAFE_FOLDERS"
-"""Folders, separated by ':', that are obeyed whoever owns them, as git's safe.directory."""
+"""Folders, separated by ':', that are trusted whoever owns them, like git's safe.directory."""
 STATE_VARIABLE = "XDG_STATE_HOME"
 _OTHERS_MAY_WRITE = 0o022
 _NO_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR)  # a link, a pipe that nobody reads, a folder
 
 
 def state_folder(name: str) -> Path:
-    """This user's folder `name` for what outlives a job: below $XDG_STATE_HOME/ddpm, else ~/.local/state/ddpm.
+    """This user's state folder `name`: below $XDG_STATE_HOME/ddpm, else ~/.local/state/ddpm.
 
-    Where no home can be written to (a container), below ddpm-UID in the temporary folder. Made if need be; UserError
-    when somebody else made it.
+    Without a writable home (a container), below ddpm-UID in the temporary folder. Created if missing; UserError when
+    another user created it.
     """
     home = Path(os.environ.get(STATE_VARIABLE, ""))
     try:
         base = private_folder((home if home.is_absolute() else Path.home() / ".local" / "state") / "ddpm")
-    except (OSError, RuntimeError):  # the second where this user has no home
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
         base = private_folder(Path(tempfile.gettempdir()) / f"ddpm-{os.geteuid()}")
     return private_folder(base / name)
 
 
 def private_folder(path: Path) -> Path:
-    """`path`, a folder that only this user can have filled; made where it is missing. Raises as `require_own`."""
+    """`path`, a folder that only this user can have written to; created if missing. Raises as `require_own`."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except FileExistsError:
@@ -47,7 +47,7 @@ def private_folder(path: Path) -> Path:
 def require_own(path: Path) -> None:
     """Raise UserError unless a file or folder belongs to this user and nobody else may write to it.
 
-    A link must be this user's too, and counts as what it points at. OSError where there is nothing.
+    A link must be this user's too, and so must its target. OSError if nothing exists there.
     """
     found = path.lstat()
     if _is_safe(path):
@@ -66,10 +66,10 @@ def require_own(path: Path) -> None:
 
 
 def open_private(path: Path, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a plain file of this user's own, made with mode 0600 if `flags` say so.
+    """A descriptor of a regular file of this user, created with mode 0600 if `flags` say so.
 
-    Raises UserError for a link, for what is no plain file, and for a file that others own or also know by another name.
-    FileNotFoundError as usual. Nothing is truncated: pass no O_TRUNC, but truncate what this returns.
+    Raises UserError for a link, for anything but a regular file, and for a file that others own or that has other hard
+    links. FileNotFoundError as usual. Do not pass O_TRUNC: truncate the returned descriptor instead.
     """
     try:
         # Without O_NONBLOCK, opening a pipe would wait for its other end.
@@ -96,7 +96,7 @@ def read_private(path: Path, most_bytes: int) -> bytes:
 
 
 def _is_safe(path: Path) -> bool:
-    """Whether the user has said that what lies here may be trusted."""
+    """Whether the user has declared this location as trusted."""
     folders = [Path(text) for text in os.environ.get(SAFE_VARIABLE, "").split(os.pathsep) if text]
     place = path.resolve()
     return any(place.is_relative_to(folder.resolve()) for folder in folders if folder.is_absolute())

@@ -1,4 +1,4 @@
-"""Our settings in diffusers' words and back. What the other side has no word for is refused by name."""
+"""Our settings as diffusers' settings and back. A setting that the other side cannot express is rejected by name."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -36,7 +36,7 @@ _Widths = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
 
 
 class _TheirNet(BaseModel):
-    """What is read of a `UNet2DModel`'s config.json, with the defaults for what an older version's leaves out."""
+    """The settings read from a `UNet2DModel`'s config.json, with the defaults for those that older versions omit."""
 
     model_config = ConfigDict(strict=True)
 
@@ -63,7 +63,7 @@ class _TheirNet(BaseModel):
 
 
 class _TheirScheduler(BaseModel):
-    """What is read of a scheduler_config.json, with diffusers' defaults."""
+    """The settings read from a scheduler_config.json, with diffusers' defaults."""
 
     model_config = ConfigDict(strict=True)
 

@@ -1,7 +1,7 @@
 """Exchange with diffusers: a `UNet2DModel` and its scheduler as JSON and safetensors, both ways.
 
-What both can express moves without loss; what one cannot is refused by name. `ddpm.json` beside the diffusers files
-keeps what they have no word for (a "no class" label, the weighting of the loss) and is checked against them.
+What both can express is converted without loss; anything else is rejected by name. `ddpm.json` beside the diffusers
+files keeps what they cannot express (a "no class" label, the weighting of the loss) and is checked against them.
 """
 
 import json
@@ -58,7 +58,7 @@ _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 
 
 class ExchangeNotes(Settings):
-    """`ddpm.json`: our own settings, whole."""
+    """`ddpm.json`: our complete settings."""
 
     net: UNetConfig
     """The network's architecture."""
@@ -107,7 +107,7 @@ def export_diffusers(
 def import_diffusers(directory: Path) -> Imported:
     """Read a directory of a diffusers pipeline (unet/, scheduler/) or of the older flat layout.
 
-    Raises: UserError naming the missing file or the setting that this network has no word for; DamageError where the
+    Raises: UserError naming the missing file or the setting that this network cannot express; DamageError where the
     weights do not fit their configuration.
     """
     nested = (directory / "unet").is_dir()
@@ -189,7 +189,7 @@ def _modern(name: str) -> str:
 def _own_notes(
     directory: Path, config: UNetConfig, schedule: ScheduleConfig, objective: ObjectiveConfig
 ) -> ExchangeNotes:
-    """`ddpm.json`, if the diffusers files beside it still say the same."""
+    """`ddpm.json`, if it agrees with the diffusers files beside it."""
     path = directory / _OWN
     try:
         notes = ExchangeNotes.model_validate(_read(path))
@@ -201,9 +201,7 @@ def _own_notes(
         notes.schedule, notes.objective
     ) == scheduler_to_diffusers(schedule, objective)
     if not same:
-        raise UserError(
-            f"{path}: says something else than the diffusers files beside it; remove it to go by them"
-        )
+        raise UserError(f"{path}: contradicts the diffusers files beside it; remove it to use theirs")
     return notes
 
 
@@ -224,7 +222,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = from_json(path.read_bytes())  # unlike the json module's, it refuses nesting without end
+        document = from_json(path.read_bytes())  # unlike the json module, it rejects unbounded nesting
     except FileNotFoundError:
         raise UserError(f"{path}: missing; name a directory written by diffusers") from None
     except ValueError as error:

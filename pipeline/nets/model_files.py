@@ -1,6 +1,6 @@
 """A trained network as two files: `model.safetensors` (weights) and `model.json` (how to use them).
 
-The card carries the sha256 of the weights: a directory is either whole or refused. Nothing is pickled.
+The card contains the sha256 of the weights: an incomplete directory is rejected. Nothing is pickled.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from pipeline.nets.unet import UNet
 
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "model.json"
-MOST_CARD_BYTES = 1 << 26
-MOST_TIMES_STORED = 4
-"""How much larger than its file a network may be: weights may be stored in 8 bits and are computed with in 32."""
+MAX_CARD_BYTES = 1 << 26
+MAX_EXPANSION = 4
+"""Maximum size of a network relative to its file: weights may be stored in 8 bits and are computed with in 32."""
 
 
 def save_model(directory: Path, net_state: Mapping[str, Tensor], card: ModelCard) -> ModelCard:
-    """Write weights and card into `directory` (made if need be); return the card with the weights' sha256.
+    """Write weights and card into `directory` (created if missing); return the card with the weights' sha256.
 
     The weights go first and the card last, each written whole under a temporary name before it is renamed.
     Equal tensors give equal bytes.
@@ -48,8 +48,8 @@ def load_card(directory: Path) -> ModelCard:
     """Read `model.json` alone. UserError when it is missing or not a card."""
     path = directory / CARD_FILE
     try:
-        if path.stat().st_size > MOST_CARD_BYTES:
-            raise UserError(f"{path}: longer than {MOST_CARD_BYTES} bytes, which no model card is")
+        if path.stat().st_size > MAX_CARD_BYTES:
+            raise UserError(f"{path}: longer than {MAX_CARD_BYTES} bytes; not a model card")
         return ModelCard.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory}: no {CARD_FILE} here; name a directory that holds a model") from None
@@ -96,7 +96,7 @@ def _check(card: ModelCard, data: bytes, where: str) -> None:
 
 def _built(card: ModelCard, data: bytes, device: str | torch.device, where: str) -> UNet:
     _require_room(card, len(data), where)
-    # The initial weights are thrown away: leave no trace of having drawn them.
+    # The initial weights are discarded: restore the generator's state.
     with torch.random.fork_rng(devices=[]):
         net = UNet(card.net)
     try:
@@ -108,11 +108,11 @@ def _built(card: ModelCard, data: bytes, device: str | torch.device, where: str)
 
 
 def _require_room(card: ModelCard, size_bytes: int, where: str) -> None:
-    """Raise DamageError before memory is taken for a network that these weights cannot fill."""
+    """Raise DamageError before allocating a network that these weights cannot fill."""
     with torch.device("meta"):
         values = [*UNet(card.net).state_dict().values()]
     wanted = sum(value.numel() * value.element_size() for value in values)
-    if wanted > MOST_TIMES_STORED * size_bytes:
+    if wanted > MAX_EXPANSION * size_bytes:
         raise DamageError(
             f"{where}: {size_bytes} bytes of weights do not fit the network in {CARD_FILE}, which has {wanted}"
         )

@@ -1,4 +1,4 @@
-"""A folder of this machine that objects are brought to: no key leads out of it, and each file appears there whole."""
+"""A local folder for downloads: no key leads out of it, and each file appears there atomically."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pipeline.store.file_store import atomic_file
 from pipeline.store.interface import TEMP_PREFIX, checked_key
 
 MARKER = ".ddpm-download"
-"""Says what a folder is a download of."""
+"""Names what the folder is a download of."""
 
 
 class Folder:
-    """Files by key below `root`, which is made. Links below it are neither followed nor written through."""
+    """Files by key below `root`, which is created. Links below it are neither followed nor written through."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -30,7 +30,7 @@ class Folder:
             self.root.mkdir(parents=True, exist_ok=True)
 
     def path(self, key: str) -> Path:
-        """Where the file of a key belongs; the folders above it are made.
+        """Path of the file of a key; its parent folders are created.
 
         DamageError for a key that could lead elsewhere, UserError for a link among its folders.
         """
@@ -47,7 +47,7 @@ class Folder:
         return path / parts[-1]
 
     def open(self, key: str) -> BufferedReader | None:
-        """A plain file that is there; None where there is none. A link counts as none: the next file replaces it."""
+        """An existing regular file, else None. A link counts as none: the next file replaces it."""
         with disk_errors_at(self.root / key):
             try:
                 fd = os.open(self.path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -64,7 +64,7 @@ class Folder:
 
     @contextmanager
     def new(self, key: str) -> Generator[BinaryIO]:
-        """A file that takes its place, synced, when the block ends well; otherwise nothing is left of it."""
+        """A file that appears, synced, when the block succeeds; otherwise nothing is left of it."""
         with disk_errors_at(self.root / key), atomic_file(self.path(key)) as file:
             yield file
 
@@ -74,9 +74,9 @@ class Folder:
             file.write(data)
 
     def keep(self, key: str, data: bytes) -> None:
-        """Write a whole file unless these bytes are there.
+        """Write a file atomically unless it already has these bytes.
 
-        For many small files: they are not synced, so a power cut may leave some empty, which the next call mends.
+        For many small files: they are not synced, so a power cut may leave some empty, which the next call repairs.
         """
         found = self.open(key)
         if found is not None:
@@ -95,7 +95,7 @@ class Folder:
                 raise
 
     def claim(self, what: str) -> None:
-        """Make the folder that of `what`, named exactly. UserError where it holds anything else."""
+        """Mark the folder as a download of `what`. UserError if it contains anything else."""
         found = self.open(MARKER)
         if found is None:
             names = sorted(name for name in os.listdir(self.root) if not name.startswith(TEMP_PREFIX))
@@ -104,6 +104,6 @@ class Folder:
             self.put(MARKER, f"{what}\n".encode())
             return
         with found:
-            there = found.read(1000).decode(errors="replace").strip()
-        if there != what:
-            raise UserError(f"{self.root}: holds {there}, not {what}; choose another folder")
+            marker = found.read(1000).decode(errors="replace").strip()
+        if marker != what:
+            raise UserError(f"{self.root}: holds {marker}, not {what}; choose another folder")

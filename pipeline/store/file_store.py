@@ -1,4 +1,4 @@
-"""`file://`: a directory as an object store, with the same promises as S3."""
+"""`file://`: a directory as an object store, with the same guarantees as S3."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from pipeline.store.interface import (
 )
 
 TEMP_AGE_SECONDS = 3600.0
-"""How old a temporary file must be, beyond having no living writer, to be removed: for file systems shared by machines
+"""Minimum age of a temporary file to be removed, besides having no running writer: on file systems shared by machines
 that do not see each other's locks, as long as a write may take."""
 
-MOST_DIRECTORIES = 100
-"""How often a directory is made again that others remove before a file is in it."""
+MAX_DIRECTORY_ATTEMPTS = 100
+"""How often to create a directory again that others remove before a file is in it."""
 
 
 class FileStore(Store):
     """Objects are files under `root`. Writes go to a hidden file beside it, are synced, then renamed.
 
-    What a killed writer left is removed by whoever lists the directory an hour later, as every job does.
+    A listing removes what killed writers left an hour or more ago; every job lists.
     """
 
     def __init__(self, root: Path) -> None:
@@ -45,15 +45,15 @@ class FileStore(Store):
         self.uri = self.root.as_uri()
 
     def path(self, key: str) -> Path:
-        """Where the object's bytes are on this machine."""
+        """Path of the object's file."""
         return self.root / checked_key(key)
 
     def read(self, key: str) -> bytes:
-        with self._told(key), self._opened(key) as file:
+        with self._disk_errors(key), self._open(key) as file:
             return file.read()
 
     def read_range(self, key: str, start: int, length: int, *, etag: str | None = None) -> bytes:
-        with self._told(key), self._opened(key) as file:
+        with self._disk_errors(key), self._open(key) as file:
             self._check_tag(key, file, etag)
             file.seek(start)
             data = file.read(length)
@@ -64,7 +64,7 @@ class FileStore(Store):
         return data
 
     def open(self, key: str, *, start: int = 0, etag: str | None = None) -> BinaryIO:
-        file = self._opened(key)
+        file = self._open(key)
         try:
             self._check_tag(key, file, etag)
             file.seek(start)
@@ -75,7 +75,7 @@ class FileStore(Store):
 
     def stat(self, key: str) -> ObjectInfo | None:
         path = self.path(key)
-        with self._told(key):
+        with self._disk_errors(key):
             try:
                 found = path.stat()
             except (FileNotFoundError, NotADirectoryError):
@@ -99,21 +99,21 @@ class FileStore(Store):
     def download(self, key: str, path: Path) -> None:
         with disk_errors_at(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._opened(key) as source, atomic_file(path) as file:
+            with self._open(key) as source, atomic_file(path) as file:
                 shutil.copyfileobj(source, file, 1 << 20)
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
         for key in _walk(str(self.root), "", prefix, start_after):
             with contextlib.suppress(FileNotFoundError):  # deleted since the directory was read
-                with self._told(key):
+                with self._disk_errors(key):
                     found = os.stat(f"{self.root}/{key}")
                 yield ObjectInfo(key, found.st_size, _tag(found))
 
     def delete(self, key: str) -> None:
         path = self.path(key)
-        with self._told(key), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with self._disk_errors(key), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
-        # An object store has no empty directories: leave none behind, up to the root.
+        # An object store has no empty directories: remove them, up to the root.
         for parent in path.parents:
             if parent == self.root or not parent.is_relative_to(self.root):
                 break
@@ -138,7 +138,7 @@ class FileStore(Store):
             self.root.mkdir(parents=True, exist_ok=True)
 
     def server_time(self) -> datetime:
-        """When a new file was made, as its file system says: a file server has a clock of its own."""
+        """Modification time of a new file: a file server has its own clock."""
         nearest = next(p for p in (self.root, *self.root.parents) if p.is_dir())
         probe = nearest / f"{TEMP_PREFIX}{uuid.uuid4().hex}"
         with disk_errors_at(nearest, StoreUnreachable):
@@ -148,11 +148,11 @@ class FileStore(Store):
             finally:
                 probe.unlink(missing_ok=True)
 
-    def _told(self, key: str) -> contextlib.AbstractContextManager[None]:
+    def _disk_errors(self, key: str) -> contextlib.AbstractContextManager[None]:
         return disk_errors_at(f"{self.uri}/{key}", StoreUnreachable)
 
-    def _opened(self, key: str) -> BinaryIO:
-        with self._told(key):
+    def _open(self, key: str) -> BinaryIO:
+        with self._disk_errors(key):
             try:
                 return self.path(key).open("rb")
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -163,8 +163,8 @@ class FileStore(Store):
             raise ObjectChanged(f"{self.uri}/{key}: replaced since it was listed; index it again")
 
     def _publish(self, key: str, fill: Callable[[BinaryIO], None]) -> ObjectInfo:
-        path, attempts_left = self.path(key), MOST_DIRECTORIES
-        with self._told(key):
+        path, attempts_left = self.path(key), MAX_DIRECTORY_ATTEMPTS
+        with self._disk_errors(key):
             while True:
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,8 +174,8 @@ class FileStore(Store):
                         found = os.fstat(file.fileno())
                     return ObjectInfo(key, found.st_size, _tag(found))
                 except (FileNotFoundError, FileExistsError):
-                    # Another process deleted the directory's last object, and the directory with it: make it again.
-                    # mkdir says that something is in its way when the directory is gone by its second look.
+                    # Another process deleted the directory's last object, and with it the directory: create it again.
+                    # mkdir raises FileExistsError if the directory disappears between its two checks.
                     attempts_left -= 1
                     if not attempts_left:
                         raise
@@ -183,7 +183,7 @@ class FileStore(Store):
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Generator[BinaryIO]:
-    """A file that takes its place at `path`, synced, when the block ends well; otherwise nothing is left."""
+    """A file that appears at `path`, synced, when the block succeeds; otherwise nothing is left."""
     temp = path.parent / f"{TEMP_PREFIX}{uuid.uuid4().hex}"
     try:
         with temp.open("xb") as file:
@@ -198,7 +198,7 @@ def atomic_file(path: Path) -> Generator[BinaryIO]:
     try:
         directory = os.open(path.parent, os.O_RDONLY)
     except FileNotFoundError:
-        return  # deleted by another already, and its directory with it
+        return  # already deleted by another process, with its directory
     try:
         os.fsync(directory)  # the rename itself must survive a power cut
     finally:
@@ -214,8 +214,8 @@ def _tag(found: os.stat_result) -> str:
 
 
 def _sweep(path: str) -> None:
-    """Remove a temporary file whose writer is dead: the system has let go of its lock, and it is not a new one's."""
-    with contextlib.suppress(OSError):  # locked: its writer lives. Gone, or not ours to remove: as well.
+    """Remove a temporary file whose writer is dead: its lock is free, and it is not new."""
+    with contextlib.suppress(OSError):  # locked: its writer is alive; or gone, or not ours to remove
         if time.time() - os.lstat(path).st_mtime < TEMP_AGE_SECONDS:
             return
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
@@ -236,7 +236,7 @@ def _walk(directory: str, base: str, prefix: str, start_after: str) -> Iterator[
 
 
 def _names(directory: str, base: str, prefix: str, start_after: str) -> list[str]:
-    """Sorted names in a directory below which wanted keys may lie. Names alone, for there may be millions."""
+    """Sorted names in a directory that may lead to matching keys. Names only, since there may be millions."""
     found: list[str] = []
     with disk_errors_at(directory, StoreUnreachable):
         try:

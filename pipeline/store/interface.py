@@ -1,4 +1,4 @@
-"""What every object store does for this program, and the errors that come of it."""
+"""The object store interface, and its errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO
 from pipeline.errors import DamageError, Outage, UserError
 from pipeline.retry import retry_during_outage, start_seconds
 
-MAX_KEY_BYTES = 1024  # S3's limit; file:// holds to it too, so that data can move between the two
+MAX_KEY_BYTES = 1024  # S3's limit; file:// has the same, so that data can move between the two
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ObjectInfo:
 
 
 class ObjectMissing(UserError):  # noqa: N818 - the fact is the name
-    """The store answers, and holds no object of that key."""
+    """The store responds, and has no object with that key."""
 
     def __init__(self, key: str, where: str = "") -> None:
         self.key = key
@@ -36,18 +36,18 @@ class ObjectMissing(UserError):  # noqa: N818 - the fact is the name
 
 
 class ObjectChanged(DamageError):  # noqa: N818
-    """The object was replaced while it was being read, or since its index was made."""
+    """The object was replaced while it was being read, or since it was indexed."""
 
 
 class StoreUnreachable(Outage):
-    """The store did not answer, or answered with failures, until the retries were used up."""
+    """The store did not respond, or responded with errors, until the retries were used up."""
 
 
 class Store(ABC):
     """Objects under one URI. Keys are relative to it and separated by '/'.
 
     Instances hold no connection and no lock of their own, so they may be pickled, forked and shared by
-    threads. Every method may raise `UserError` (wrong key or secret, missing bucket) or `StoreUnreachable`.
+    threads. Every method may raise `UserError` (wrong credentials, missing bucket) or `StoreUnreachable`.
     """
 
     uri: str
@@ -77,15 +77,15 @@ class Store(ABC):
 
     @abstractmethod
     def write(self, key: str, data: bytes) -> ObjectInfo:
-        """Put `data` under `key`: afterwards readers see all of it, before that what was there."""
+        """Write `data` under `key` atomically: readers see either all of it or what was there before."""
 
     @abstractmethod
     def upload(self, key: str, path: Path) -> ObjectInfo:
-        """Put a local file's bytes under `key`, as atomically as `write`."""
+        """Write a local file's bytes under `key`, as atomically as `write`."""
 
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
-        """Bring an object to a local path; the file appears there whole or not at all."""
+        """Download an object to a local path; the file appears there atomically."""
 
     @abstractmethod
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
@@ -93,12 +93,12 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Remove an object; a missing one is no error."""
 
     def require_container(self, wait_seconds: float | None = None) -> None:
         """Raise UserError unless the bucket (or directory) can be used.
 
-        One that does not answer is waited for, as long as DDPM_START_WAIT_SECONDS says where nothing is given.
+        Waits for one that does not respond, for `wait_seconds` (default: DDPM_START_WAIT_SECONDS).
         """
         retry_during_outage(self._probe, start_seconds() if wait_seconds is None else wait_seconds)
 
@@ -108,14 +108,11 @@ class Store(ABC):
 
     @abstractmethod
     def create_container(self) -> None:
-        """Make the bucket (or directory); one that is there is no error."""
+        """Create the bucket (or directory); an existing one is no error."""
 
     @abstractmethod
     def server_time(self) -> datetime | None:
-        """What the clock of the machine that keeps the objects shows (UTC, exact to a second or two).
-
-        None when the service tells no time.
-        """
+        """The time of the machine that stores the objects (UTC, exact to a second or two); None if unknown."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri!r})"
@@ -132,4 +129,4 @@ def checked_key(key: str) -> str:
     return key
 
 
-TEMP_PREFIX = ".tmp-"  # files on their way into a file:// store; no listing shows them
+TEMP_PREFIX = ".tmp-"  # incomplete files of a file:// store; listings hide them

@@ -1,4 +1,4 @@
-"""The connection to an S3 service: its address, keys and ways, from the usual AWS variables and files."""
+"""The connection to an S3 service: address, keys and options, from the usual AWS variables and files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _ROOTS = {
 
 @dataclass(frozen=True)
 class Connected:
-    """A client, and the session whose settings and keys it has."""
+    """A client, and the session that its settings and keys come from."""
 
     client: S3Client
     session: boto3.session.Session
@@ -54,7 +54,7 @@ _lock = threading.Lock()
 
 
 def connected() -> Connected:
-    """This process's client for the present environment: connections must not be shared across a fork."""
+    """This process's client for the current environment: connections must not be shared across a fork."""
     identity = _identity()
     with _lock:
         if identity not in _connected:
@@ -63,7 +63,7 @@ def connected() -> Connected:
 
 
 def renewed(old: Connected) -> Connected | None:
-    """A client with the keys as they stand in the AWS files now; None when they are those that `old` has."""
+    """A client with the current keys of the AWS files; None when they are those of `old`."""
     identity = _identity()
     with _lock:
         now = _connected.get(identity, old)
@@ -84,7 +84,7 @@ def custom_endpoint() -> str:
 
 
 def endpoint() -> str:
-    """Where requests go, in words that hold no credentials; with the proxy, if they go through one."""
+    """Where requests go, for messages, without credentials; with the proxy, if there is one."""
     address = connected().client.meta.endpoint_url
     parts = urlsplit(address)
     name = _without_user(address) if custom_endpoint() else "AWS S3"
@@ -94,8 +94,8 @@ def endpoint() -> str:
     return f"{name} (through the proxy {_without_user(proxy)})"
 
 
-def whereabouts() -> dict[str, str]:
-    """Variables that let another machine find the service that this one finds, without its AWS files."""
+def location_variables() -> dict[str, str]:
+    """Variables with which another machine reaches the same service without this one's AWS files."""
     config: Any = connected().client.meta.config
     style = (config.s3 or {}).get("addressing_style")
     found = {
@@ -107,7 +107,7 @@ def whereabouts() -> dict[str, str]:
 
 
 def sends_own_checksums() -> bool:
-    """Whether boto adds a checksum to every request by itself, because the user has asked for that."""
+    """Whether boto itself adds a checksum to every request, because the user configured it."""
     config: Any = connected().client.meta.config
     return config.request_checksum_calculation != WHEN_REQUIRED
 
@@ -141,17 +141,17 @@ def _connect(session: boto3.session.Session) -> Connected:
         client = session.client("s3", config=config, region_name=region)
     except (ValueError, boto_errors.BotoCoreError) as error:
         raise settings_error(error) from None
-    # Asked by "Expect: 100-continue", a server answers before it has the body. When the connection ends within that
-    # answer, botocore reads on for ever; and it may take the answer for that of the next request (botocore issue 3755).
+    # With "Expect: 100-continue" a server responds before it has the body. If the connection ends within that response,
+    # botocore reads forever, or takes it for the response to the next request (botocore issue 3755).
     client.meta.events.unregister("before-call.s3", add_expect_header)
-    client.meta.events.register_first("needs-retry.s3", _stay)
+    client.meta.events.register_first("needs-retry.s3", _follow_region_only)
     client.meta.events.unregister("before-parse.s3.*", unread_as_500)
-    client.meta.events.register_first("before-parse.s3.*", _no_page)
+    client.meta.events.register_first("before-parse.s3.*", _reject_web_page)
     return Connected(client, session)
 
 
 def _config(profile: dict[str, Any]) -> Config:
-    """What this program sets; the rest, and whatever the user has set, stays boto's."""
+    """Our defaults; what the user has set, and everything else, stays boto's."""
     style: Any = os.environ.get(ADDRESSING_VARIABLE)
 
     def chosen(name: str) -> Any:
@@ -169,8 +169,8 @@ def _config(profile: dict[str, Any]) -> Config:
     )
 
 
-def _stay(request_dict: Any, response: Any, **_: Any) -> None:
-    """Let botocore follow a redirection only if it names a region: it would ask for one, and be redirected again."""
+def _follow_region_only(request_dict: Any, response: Any, **_: Any) -> None:
+    """Let botocore follow a redirection only if it names a region: its request for one would be redirected too."""
     if response is None or response[0].status_code not in (301, 302, 307):
         return
     parsed = response[1]
@@ -179,8 +179,8 @@ def _stay(request_dict: Any, response: Any, **_: Any) -> None:
         request_dict["context"].setdefault("s3_redirect", {})["redirected"] = True
 
 
-def _no_page(operation_model: Any, response_dict: Any, **_: Any) -> None:
-    """Raise NotS3Answer for a web page, or another text than XML where that is due, that comes as a success."""
+def _reject_web_page(operation_model: Any, response_dict: Any, **_: Any) -> None:
+    """Raise NotS3Answer for a successful response that is a web page, or not XML where XML is expected."""
     status, body = response_dict["status_code"], response_dict["body"]
     if status >= 300 or not isinstance(body, bytes) or not body.strip():
         return
@@ -209,8 +209,8 @@ class _Parsers(ResponseParserFactory):
 
 
 class _Parser(RestXMLParser):
-    """Refuses what is no S3 answer, and reads an object's entry in a listing by its tags instead of by botocore's
-    model of it: half the time of a page. Nobody here asks when an object was written, so that is left as it is.
+    """Rejects responses that are not S3's, and parses an object's entry in a listing by its XML tags instead of by
+    botocore's model, in half the time. Modification times stay text: nothing here uses them.
     """
 
     def parse(self, response: Any, shape: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What an S3 service's refusals mean, and what to do about each: one line, whatever the service is."""
+"""Errors of S3 services as errors of this program: one line with the cause and the remedy, whatever the service is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from botocore.parsers import ResponseParserError
 from pipeline.errors import DamageError, DiskFull, UserError
 from pipeline.store.interface import ObjectChanged, ObjectMissing, StoreUnreachable
 
-MOST_WORDS = 200  # of a service's own message
+MAX_MESSAGE_CHARACTERS = 200  # of a service's own message
 MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
 READS = {"HeadObject", "GetObject"}
 STALE_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
@@ -27,7 +27,7 @@ BUSY_CODES = {
     "OperationAborted", "ConditionalRequestConflict", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch",
     "XAmzContentChecksumMismatch", "408", "429",
 }  # fmt: skip
-NEVER_STATUSES = {501, 505}  # of the 5xx: no later try ends otherwise
+PERMANENT_STATUSES = {501, 505}  # the 5xx that no retry changes
 
 _KEYS = "get new keys (aws sso login, or a new AWS_SESSION_TOKEN) and start the same command again"
 _REGION = "set AWS_REGION to the bucket's"
@@ -111,19 +111,19 @@ CONNECTION_ERRORS = (
 
 
 class NotS3Answer(ResponseParserError):  # noqa: N818
-    """An answer that no S3 service gives: a web page, say."""
+    """A response that no S3 service gives, such as a web page."""
 
 
 class UploadGone(UserError):  # noqa: N818 - the fact is the name
-    """The service knows nothing of a multipart upload (any more)."""
+    """The multipart upload does not exist (any more)."""
 
 
 class NoSuchRange(DamageError):  # noqa: N818
-    """The object ends before the first byte that was asked for."""
+    """The object ends before the first requested byte."""
 
 
 def code_of(error: boto_errors.ClientError) -> str:
-    """The service's own word for what is wrong, or the HTTP status where it gave none."""
+    """The service's error code, or the HTTP status if it gave none."""
     return str(error.response.get("Error", {}).get("Code") or status_of(error))[:60]
 
 
@@ -133,7 +133,7 @@ def status_of(error: boto_errors.ClientError) -> int:
 
 
 def refusal(error: boto_errors.ClientError, uri: str, bucket: str, key: str, endpoint: str) -> Exception:
-    """The error of this program that a service's refusal stands for. `endpoint` is its name in words."""
+    """Translate a service's error response. `endpoint`: the service's name for messages."""
     code, status, where = code_of(error), status_of(error), f"{uri}/{key}" if key else uri
     operation = error.operation_name
     if operation.startswith("AssumeRole") or operation == "GetRoleCredentials":
@@ -144,9 +144,9 @@ def refusal(error: boto_errors.ClientError, uri: str, bucket: str, key: str, end
             f"create it (aws s3 mb s3://{bucket}) or correct the name"
         )
     if code == "NoSuchUpload":
-        return UploadGone(f"{where}: its upload was ended by others; try again")
+        return UploadGone(f"{where}: another process ended its upload; try again")
     if code in ("416", "InvalidRange"):
-        return NoSuchRange(f"{where}: ends before the byte that was asked for")
+        return NoSuchRange(f"{where}: ends before the requested byte")
     if code in ("412", "PreconditionFailed"):
         return ObjectChanged(f"{where}: replaced while it was being read, or since it was indexed")
     if _busy(code, status):
@@ -170,7 +170,7 @@ def refusal(error: boto_errors.ClientError, uri: str, bucket: str, key: str, end
 
 
 def not_s3(where: str, endpoint: str, answer: str) -> UserError:
-    """What answers is a console, a web site, a login page: something else than an S3 service."""
+    """The response came from something else than an S3 service: a console, a web site, a login page."""
     return UserError(
         f"{where}: {endpoint} answers, but not as an S3 service does ({answer}); set AWS_ENDPOINT_URL to the "
         "address of its S3 API, not of its console, and look for a proxy or login page in between"
@@ -178,7 +178,7 @@ def not_s3(where: str, endpoint: str, answer: str) -> UserError:
 
 
 def silence(error: Exception, uri: str, endpoint: str) -> UserError:
-    """The error of this program that a failed connection stands for."""
+    """Translate a failed connection."""
     reason = _reason(error)
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         return UserError(
@@ -196,8 +196,8 @@ def silence(error: Exception, uri: str, endpoint: str) -> UserError:
 
 
 def settings_error(error: Exception) -> UserError:
-    """The keys or the settings of AWS cannot be used as they are."""
-    name, text = type(error).__name__, " ".join(str(error).split())[:MOST_WORDS].rstrip(".")
+    """Translate unusable AWS keys or settings."""
+    name, text = type(error).__name__, " ".join(str(error).split())[:MAX_MESSAGE_CHARACTERS].rstrip(".")
     if isinstance(error, (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError)):
         return UserError("no S3 keys found; set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE")
     if isinstance(error, boto_errors.MetadataRetrievalError):
@@ -210,7 +210,7 @@ def settings_error(error: Exception) -> UserError:
 
 
 def _busy(code: str, status: int) -> bool:
-    known = code in BUSY_CODES or status == 429 or (status >= 500 and status not in NEVER_STATUSES)
+    known = code in BUSY_CODES or status == 429 or (status >= 500 and status not in PERMANENT_STATUSES)
     return known and code not in _REFUSALS
 
 
@@ -237,7 +237,7 @@ def _region(error: boto_errors.ClientError) -> str:
 
 def _words(error: boto_errors.ClientError) -> str:
     words = " ".join(str(error.response.get("Error", {}).get("Message") or "").split())
-    return f": {words[:MOST_WORDS].rstrip('.')}" if words else ""
+    return f": {words[:MAX_MESSAGE_CHARACTERS].rstrip('.')}" if words else ""
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """`s3://`: any S3-compatible service through boto3.
 
-No conditional PUT and no bulk delete is relied on: some gateways ignore the first and refuse the second.
+It uses neither conditional PUT nor bulk delete: some gateways ignore the first and reject the second.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class S3Store(Store):
         self.uri = f"s3://{bucket}/{self._base}".rstrip("/")
 
     def read(self, key: str) -> bytes:
-        """Replaced while it is read, an object is read again. The tag tells when the store does not: JuiceFS's
-        gateway can answer with the length of one version and the bytes of the other.
+        """An object that is replaced while it is read is read again. The tag is checked too: JuiceFS's gateway can
+        respond with the length of one version and the bytes of another.
         """
         before: tuple[bytes, str | None] | None = None
         where = f"{self.uri}/{key}"
@@ -86,8 +86,8 @@ class S3Store(Store):
             tag = _Tag()
             with self._stream(key, 0, tag) as stream:
                 found = (stream.readall(), tag.value)
-            # Twice the same is no accident but a store whose tags are no digests.
-            if tag.encrypted or _bears_out(*found) or found == before:
+            # The same bytes twice: the store's tags are not digests.
+            if tag.encrypted or _matches_tag(*found) or found == before:
                 return found[0]
             before = found
             raise ObjectChanged(f"{where}: replaced while it was being read")
@@ -122,7 +122,7 @@ class S3Store(Store):
             except boto_errors.ClientError as error:
                 if status_of(error) >= 500:
                     raise
-                # A HEAD has no body to say why in: no object, no bucket, old keys.
+                # A HEAD has no body that gives the reason: no object, no bucket, expired keys.
                 client.get_object(Bucket=self.bucket, Key=name, Range="bytes=0-0")["Body"].close()
                 return client.head_object(Bucket=self.bucket, Key=name)
 
@@ -193,7 +193,7 @@ class S3Store(Store):
         self._call("", create, PROBE_POLICY)
 
     def server_time(self) -> datetime | None:
-        """The Date of an answer."""
+        """The Date header of a response."""
         where: Any = {"Bucket": self.bucket, "Prefix": self._base, "MaxKeys": 1}
         answer = self._call("", lambda client: client.list_objects_v2(**where))
         try:
@@ -209,13 +209,13 @@ class S3Store(Store):
         return self._base + checked_key(key)
 
     def _tag_of(self, key: str, answer: Any) -> str:
-        """The tag in an answer about an object. Every S3 service gives one; a web server need not."""
+        """The tag in a response about an object. Every S3 service sends one; a web server may not."""
         if "ETag" not in answer:
             raise not_s3(f"{self.uri}/{key}", endpoint(), "no ETag")
         return _bare(answer["ETag"])
 
     def _stream(self, key: str, start: int, tag: _Tag, stop: int | None = None) -> ResumingStream:
-        """The first answer sets the object's tag, where none is given; every later range must still match it."""
+        """The first response sets the object's tag, if none is given; every later range must match it."""
         last, name = "" if stop is None else stop - 1, self._name(key)
 
         def open_range(position: int) -> tuple[Body, int]:
@@ -223,9 +223,9 @@ class S3Store(Store):
             if tag.value:
                 where["IfMatch"] = f'"{tag.value}"'
             try:
-                found: Any = self._explained(key, lambda client: client.get_object(**where))
+                found: Any = self._with_new_keys(key, lambda client: client.get_object(**where))
             except NoSuchRange:
-                return _NoBytes(), position  # an empty object has no byte 0 to give
+                return _NoBytes(), position  # an empty object has no byte 0
             total = _CONTENT_RANGE.fullmatch(found.get("ContentRange", ""))
             if "ETag" not in found or total is None:
                 found["Body"].close()
@@ -233,7 +233,7 @@ class S3Store(Store):
                     raise not_s3(f"{self.uri}/{key}", endpoint(), "an object without ETag or Content-Range")
                 # seen of an object that was just being deleted
                 raise StoreUnreachable(f"{self.uri}/{key}: {endpoint()} gave half an answer; try again later")
-            if tag.value and tag.value != _bare(found["ETag"]):  # not every service heeds IfMatch
+            if tag.value and tag.value != _bare(found["ETag"]):  # not every service honors IfMatch
                 found["Body"].close()
                 raise ObjectChanged(
                     f"{self.uri}/{key}: replaced while it was being read, or since it was indexed"
@@ -243,11 +243,11 @@ class S3Store(Store):
             end = int(total[1])
             return _Connection(found["Body"]), end if stop is None else min(end, stop)
 
-        explain = partial(self._heard, key)
+        explain = partial(self._translated, key)
         return ResumingStream(open_range, self.policy, _may_retry, explain, start)
 
     def _upload_parts(self, key: str, path: Path) -> str:
-        """A multipart upload that, when it fails, takes its parts away: orphans are invisible and billed."""
+        """A multipart upload that deletes its parts when it fails: orphaned parts are invisible and billed."""
         where: Any = {"Bucket": self.bucket, "Key": self._name(key)}
         begun = self._call(key, lambda client: client.create_multipart_upload(**where))
         where["UploadId"] = begun["UploadId"]
@@ -256,41 +256,43 @@ class S3Store(Store):
             with path.open("rb") as file:
                 while chunk := file.read(PART_BYTES):
                     parts.append(self._upload_part(key, where, len(parts) + 1, chunk))
-            return self._finished(key, {**where, "MultipartUpload": {"Parts": parts}}, path.stat().st_size)
+            return self._complete_upload(
+                key, {**where, "MultipartUpload": {"Parts": parts}}, path.stat().st_size
+            )
         except BaseException:
-            with suppress(UserError):  # what failed first is what is told
+            with suppress(UserError):  # report the first failure
                 self._call(key, lambda client: client.abort_multipart_upload(**where), PROBE_POLICY)
             raise
 
     def _upload_part(self, key: str, where: dict[str, Any], number: int, chunk: bytes) -> dict[str, Any]:
-        """Send a part; what the end of the upload must say of it."""
+        """Upload a part; returns its entry for the request that completes the upload."""
         content: Any = {**where, "PartNumber": number, "Body": chunk, **_checksum(chunk)}
         done: Any = self._call(key, lambda client: client.upload_part(**content))
         self._tag_of(key, done)
         checksums = {name: done[name] for name in done if re.fullmatch(r"Checksum(CRC|SHA)\w+", name)}
         return {"PartNumber": number, "ETag": done["ETag"], **checksums}
 
-    def _finished(self, key: str, where: Any, size_bytes: int) -> str:
-        """The tag of the completed upload. Asked again after a lost answer, a store knows of no upload any more."""
+    def _complete_upload(self, key: str, where: Any, size_bytes: int) -> str:
+        """Complete the upload; returns its tag. After a lost response, a retry finds no upload any more."""
         try:
             done = self._call(key, lambda client: client.complete_multipart_upload(**where))
             return self._tag_of(key, done)
         except UploadGone:
-            there = self.stat(key)
-            if there is None or there.size_bytes != size_bytes:
+            found = self.stat(key)
+            if found is None or found.size_bytes != size_bytes:
                 raise
-            return there.etag
+            return found.etag
 
     def _call(self, key: str, action: Callable[[S3Client], T], policy: RetryPolicy | None = None) -> T:
         return call_with_retries(
-            lambda: self._explained(key, action),
+            lambda: self._with_new_keys(key, action),
             _may_retry,
             policy or self.policy,
             lambda error, left: increment("store_retries"),
         )
 
-    def _explained(self, key: str, action: Callable[[S3Client], T]) -> T:
-        """`action` on the client, and once more where newer keys have been put in place of those that it had."""
+    def _with_new_keys(self, key: str, action: Callable[[S3Client], T]) -> T:
+        """`action` on the client, and once more if its keys were rejected and newer ones are available."""
         connection = connected()
 
         def attempt() -> T:
@@ -302,10 +304,10 @@ class S3Store(Store):
                     raise
                 return action(newer.client)
 
-        return self._heard(key, attempt)
+        return self._translated(key, attempt)
 
-    def _heard(self, key: str, action: Callable[[], T]) -> T:
-        """`action()`, with boto's failures turned into this program's, which show no key or secret."""
+    def _translated(self, key: str, action: Callable[[], T]) -> T:
+        """`action()`, with boto's errors translated into this program's, which contain no keys or secrets."""
         try:
             return action()
         except boto_errors.ClientError as error:
@@ -324,25 +326,25 @@ class S3Store(Store):
 
 @dataclass
 class _Tag:
-    """Which version of an object a stream holds to; empty = the one it meets."""
+    """The version of an object that a stream reads; empty = the one it finds."""
 
     value: str | None = None
     encrypted: bool = False
-    """Its bytes have been encrypted under a key of the user's: the tag is not their digest."""
+    """Encrypted under a key of the user's: the tag is not the digest of the bytes."""
 
 
 class _NoBytes:
-    """The body of a range that lies at the very end of its object."""
+    """The body of an empty range at the end of an object."""
 
     def read(self, amt: int) -> bytes:
         return b""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to release."""
 
 
 class _Connection:
-    """A body whose `read` gives what has arrived, so that no byte is lost when the rest never comes."""
+    """A body whose `read` returns what has arrived, so that no byte is lost when the rest never comes."""
 
     def __init__(self, body: Any) -> None:
         self._body = body
@@ -360,8 +362,8 @@ def _may_retry(error: Exception) -> bool:
     return isinstance(error, (StoreUnreachable, *CONNECTION_ERRORS))
 
 
-def _bears_out(data: bytes, etag: str | None) -> bool:
-    """Whether the bytes are the tag's, which is their MD5 digest unless it came of parts or of encryption."""
+def _matches_tag(data: bytes, etag: str | None) -> bool:
+    """Whether the bytes match the tag, which is their MD5 digest except for multipart uploads and encryption."""
     if etag is None or not MD5_TAG.fullmatch(etag):
         return True
     return hashlib.md5(data, usedforsecurity=False).hexdigest() == etag
@@ -372,7 +374,7 @@ def _bare(etag: str) -> str:
 
 
 def _checksum(data: bytes) -> dict[str, str]:
-    """Buckets under object lock take no object without one, and MD5 is the one that every service knows."""
+    """Buckets with object lock reject objects without a checksum, and MD5 is the one that every service supports."""
     if sends_own_checksums():
         return {}
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}

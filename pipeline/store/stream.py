@@ -1,4 +1,4 @@
-"""A stream over HTTP ranges that goes on after the last byte that arrived."""
+"""A stream over HTTP ranges that resumes after the last byte received."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ READ_ALL_CHUNK_BYTES = 1 << 20  # io's own is 8 KiB: a hundred times the calls
 
 
 class Body(Protocol):
-    """What a range request gives: bytes until the range ends or the connection breaks."""
+    """The body of a range request: bytes until the range ends or the connection breaks."""
 
     def read(self, amt: int) -> bytes: ...
     def close(self) -> None: ...
 
 
 OpenRange = Callable[[int], tuple[Body, int]]
-"""From a start offset: the body, and the offset at which the whole read ends. It holds to one version."""
+"""From a start offset: the body, and the offset at which the whole read ends. All ranges are of one version."""
 
 
 class ResumingStream(io.RawIOBase):
-    """Reads one version of an object to its end, whatever the connection does.
+    """Reads one version of an object to its end over broken connections.
 
-    A body that breaks, or ends before the last byte, is asked for again from the next missing one. The retry
-    budget is for failures in a row: any byte that arrives renews it, so a server that cuts every connection
-    only slows the read, and one that gives nothing ends it after `policy.attempts`. `explain` runs an action
-    and turns the transport's errors into this program's; `may_retry` sees those.
+    A body that breaks, or ends early, is requested again from the next missing byte. The retry limit is for failures
+    in a row: any received byte resets it, so a server that cuts every connection only slows the read, and one that
+    sends nothing ends it after `policy.attempts`. `explain` runs an action and translates the transport's errors;
+    `may_retry` gets the translated ones.
     """
 
     def __init__(
@@ -102,6 +102,6 @@ class ResumingStream(io.RawIOBase):
 
     def _drop_body(self) -> None:
         if self._body is not None:
-            with suppress(Exception):  # the connection is being given up: how it ends does not matter
+            with suppress(Exception):  # the connection is abandoned: an error while closing does not matter
                 self._body.close()
             self._body = None

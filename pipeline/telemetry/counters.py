@@ -1,6 +1,6 @@
-"""Counts that any layer may keep and one that speaks to the outside may read: cache hits, calls tried again.
+"""Counters that any layer may increment and the metrics exporter reads: cache hits, retries.
 
-Counts are of this process and only grow, so a reader keeps what it has seen and takes the difference.
+They are per process and only grow, so a reader remembers the last values and takes the difference.
 """
 
 import threading
@@ -11,12 +11,12 @@ _counts: Counter[str] = Counter()
 
 
 def increment(name: str, more: int = 1) -> None:
-    """Add `more` to the count of `name`. Safe from any thread."""
+    """Add `more` to counter `name`. Thread-safe."""
     with _lock:
         _counts[name] += more
 
 
 def totals() -> dict[str, int]:
-    """All counts so far."""
+    """The values of all counters."""
     with _lock:
         return dict(_counts)

@@ -1,7 +1,7 @@
-"""How this program's processes log: warnings in words, or, with DDPM_LOG=json, every record as a line of JSON.
+"""Logging: warnings as text or, with DDPM_LOG=json, every record as a line of JSON.
 
-A JSON line holds `time` (UTC), `level`, `logger`, `message`, and what is known of where it happened: `run`, `rank`,
-`step`, `shard`. Either way secrets are masked, tracebacks included.
+A JSON line has `time` (UTC), `level`, `logger`, `message`, and the known context: `run`, `rank`, `step`, `shard`.
+Secrets are masked in both, tracebacks included.
 """
 
 import json
@@ -23,9 +23,9 @@ FORM_VARIABLE = "DDPM_LOG"
 JSON = "json"
 _OWN = ("pipeline", "jobs", "infra")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-# What is true of the whole process, and what is true of the thread that is at work.
+# Context of the whole process, and of the current thread.
 _process: dict[str, object] = {}
-_here: ContextVar[tuple[tuple[str, object], ...]] = ContextVar("log_context", default=())
+_context: ContextVar[tuple[tuple[str, object], ...]] = ContextVar("log_context", default=())
 
 
 def as_json() -> bool:
@@ -34,30 +34,30 @@ def as_json() -> bool:
 
 
 def name_process(**facts: object) -> None:
-    """Facts that every later record of this process carries, such as run=…, rank=…"""
+    """Add context to every later record of this process, such as run=…, rank=…"""
     _process.update(facts)
 
 
 @contextmanager
 def located(**facts: object) -> Generator[None]:
-    """Facts that the records of this thread carry inside the block, such as shard=…"""
-    token = _here.set((*_here.get(), *facts.items()))
+    """Add context to the records of this thread inside the block, such as shard=…"""
+    token = _context.set((*_context.get(), *facts.items()))
     try:
         yield
     finally:
-        _here.reset(token)
+        _context.reset(token)
 
 
 def set_up_logging() -> None:
-    """Put this process's logs, and the traceback it may die with, into the asked form. May be called again."""
+    """Set up logs and crash tracebacks of this process in the configured format. May be called again."""
     tolerate_narrow_encodings()
-    if sys.excepthook is sys.__excepthook__:  # Ray has one of its own, which ends in the one it found
+    if sys.excepthook is sys.__excepthook__:  # Ray installs its own, which calls the previous one
         sys.excepthook = report_crash
     own = [logging.getLogger(name) for name in _OWN]
     for logger in own:
-        # said outright: Ray's training workers let everything from INFO on through to the driver's terminal
+        # set explicitly: Ray's training workers pass everything from INFO on to the driver's terminal
         logger.setLevel(logging.INFO if as_json() else logging.WARNING)
-        logger.propagate = not as_json()  # there may be handlers above that write another form
+        logger.propagate = not as_json()  # parent handlers may use another format
     logging.setLogRecordFactory(_masked_record)
     if not as_json():
         return
@@ -67,7 +67,7 @@ def set_up_logging() -> None:
 
 
 class JsonLines(logging.Formatter):
-    """A record as one line of JSON; `extra=` fields stand beside the rest."""
+    """A record as one line of JSON, with its `extra=` fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
@@ -78,7 +78,7 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **_process,
-            **dict(_here.get()),
+            **dict(_context.get()),
             **{key: value for key, value in vars(record).items() if key not in _STANDARD},
         }
         if record.exc_info:
@@ -94,7 +94,7 @@ class _Stderr(logging.Handler):
         self.setFormatter(JsonLines())
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line; a record that cannot be told must not end the work it tells of."""
+        """Write one line; a record that cannot be written must not end the job."""
         try:
             print(self.format(record), file=sys.stderr, flush=True)
         except (OSError, ValueError):
@@ -102,14 +102,14 @@ class _Stderr(logging.Handler):
 
 
 def _masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-    """A record without secrets, whoever makes it and whatever handler will write it."""
+    """A record without secrets, whatever logger creates it and whatever handler writes it."""
     record = logging.LogRecord(*args, **kwargs)
     try:
         message = record.getMessage()
     except (TypeError, ValueError):
-        return record  # a message and arguments that do not fit: the handler says so
+        return record  # arguments that do not match the message: the handler reports it
     masked = redact(message)
-    if str(record.name).partition(".")[0] in _OWN:  # a record of ours is one line, whatever names it holds
+    if str(record.name).partition(".")[0] in _OWN:  # our records are one line, whatever names they contain
         masked = one_line(masked)
     if masked != message:
         record.msg, record.args = masked, ()
@@ -119,9 +119,9 @@ def _masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
 
 
 def report_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Write the traceback of what nobody caught, secrets masked, in the asked form; an excepthook."""
+    """An excepthook: write the traceback of an uncaught exception in the configured format, secrets masked."""
     if as_json() and issubclass(kind, Exception):
         logging.getLogger("pipeline").critical("%s", error, exc_info=(kind, error, trace))
     else:
-        # the whole first: a private key spans lines
+        # redact the whole text: a private key spans lines
         echo(*redact("".join(traceback.format_exception(kind, error, trace))).splitlines(), error=True)

@@ -1,6 +1,6 @@
-"""What Prometheus is told, through Ray's exporter: one table of names, and a handle that does nothing without Ray.
+"""Prometheus metrics, exported by Ray: the table of all metrics, and a handle that does nothing without Ray.
 
-Ray puts `ray_` before each name. Dashboard and alerts (infra/grafana) may ask for nothing else; a test compares.
+Ray prefixes each name with `ray_`. Dashboards and alerts (infra/grafana) may use only these; a test compares.
 """
 
 import sys
@@ -20,34 +20,32 @@ class MetricSpec:
 
 
 METRICS: dict[str, MetricSpec] = {
-    "ddpm_images_per_second": MetricSpec("gauge", "Images trained on, or sampled, a second."),
+    "ddpm_images_per_second": MetricSpec("gauge", "Images trained on, or sampled, per second."),
     "ddpm_step": MetricSpec("gauge", "Finished steps of a training."),
     "ddpm_step_seconds": MetricSpec("gauge", "Mean seconds of a training step since the last report."),
-    "ddpm_data_wait_share": MetricSpec("gauge", "Share of that time in which a step waited for its samples."),
+    "ddpm_data_wait_share": MetricSpec("gauge", "Share of that time spent waiting for samples."),
     "ddpm_loss": MetricSpec("gauge", "Mean loss since the last report."),
-    "ddpm_images_done": MetricSpec("gauge", "Finished images of a generation, over all its attempts."),
+    "ddpm_images_done": MetricSpec("gauge", "Finished images of a generation, over all attempts."),
     "ddpm_shards_done": MetricSpec("counter", "Shards a generation finished."),
     "ddpm_shards_failed": MetricSpec("counter", "Attempts at a shard that failed."),
-    "ddpm_shards_retried": MetricSpec(
-        "counter", "Shards that were finished at a later attempt than the first."
-    ),
-    "ddpm_store_retries": MetricSpec("counter", "Calls of the object store that were tried again."),
-    "ddpm_cache_hits": MetricSpec("counter", "Shards that a worker found in its machine's cache."),
-    "ddpm_cache_misses": MetricSpec("counter", "Shards that had to be brought into the cache."),
+    "ddpm_shards_retried": MetricSpec("counter", "Shards that were finished after the first attempt."),
+    "ddpm_store_retries": MetricSpec("counter", "Retried calls of the object store."),
+    "ddpm_cache_hits": MetricSpec("counter", "Shards found in the machine's cache."),
+    "ddpm_cache_misses": MetricSpec("counter", "Shards downloaded into the cache."),
 }
 COUNTED = ("ddpm_store_retries", "ddpm_cache_hits", "ddpm_cache_misses")
-"""Counted by lower layers in `pipeline.telemetry.counters`, each without its `ddpm_`."""
-LABELS = ("work", "run")  # `job` is what Prometheus calls the thing it scrapes
+"""Counted by lower layers in `pipeline.telemetry.counters`, without the prefix `ddpm_`."""
+LABELS = ("work", "run")  # `job` is Prometheus's own label of a scrape target
 
 
 class JobMetrics:
-    """A job's metrics. Every call returns at once; outside a process that Ray knows they do nothing."""
+    """A job's metrics. Calls never block, and do nothing without Ray."""
 
     def __init__(self, work: Literal["train", "generate"], run: str) -> None:
         """`run`: name of the training, or of the generation's model."""
         self._labels = {"work": work, "run": run}
         self._made: dict[str, Any] = {}
-        self._told: Mapping[str, int] = totals()
+        self._reported: Mapping[str, int] = totals()
 
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge of `METRICS`."""
@@ -56,27 +54,27 @@ class JobMetrics:
             metric.set(value, tags=self._labels)
 
     def add(self, name: str, more: int = 1) -> None:
-        """Raise a counter of `METRICS`; nothing for 0."""
+        """Increase a counter of `METRICS`; nothing for 0."""
         metric = self._metric(name) if more else None
         if metric is not None:
             metric.inc(more, tags=self._labels)
 
     def add_counted(self) -> None:
-        """Raise the counters that lower layers keep by what they counted since the last call."""
+        """Increase the counters of lower layers by what they counted since the last call."""
         now = totals()
         for name in COUNTED:
             key = name.removeprefix("ddpm_")
-            self.add(name, now.get(key, 0) - self._told.get(key, 0))
-        self._told = now
+            self.add(name, now.get(key, 0) - self._reported.get(key, 0))
+        self._reported = now
 
     def _metric(self, name: str) -> Any:
-        meter = METRICS[name]
-        ray = sys.modules.get("ray")  # importing it here would make a job without Ray pay for it
+        spec = METRICS[name]
+        ray = sys.modules.get("ray")  # not imported here: a job without Ray would pay for it
         if ray is None or not ray.is_initialized():
             return None
         if name not in self._made:
             from ray.util import metrics
 
-            make = metrics.Gauge if meter.kind == "gauge" else metrics.Counter
-            self._made[name] = make(name, meter.meaning, tag_keys=LABELS)
+            make = metrics.Gauge if spec.kind == "gauge" else metrics.Counter
+            self._made[name] = make(name, spec.meaning, tag_keys=LABELS)
         return self._made[name]

@@ -1,4 +1,4 @@
-"""Secrets never leave: what goes to the tracking server or into a log passes through here first."""
+"""Masking of secrets in everything that goes to the tracking server, a log or a terminal."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def redact(value: Mapping[str, Any]) -> dict[str, Any]: ...
 @overload
 def redact(value: list[Any]) -> list[Any]: ...
 def redact(value: Any) -> Any:
-    """A copy of `value` (text, or a mapping or list of anything) with every recognised secret masked.
+    """A copy of `value` (text, or a mapping or list of anything) with every recognized secret masked.
 
     Masked are: values under names such as `password` or `AWS_SECRET_ACCESS_KEY`, user:password in URLs,
     bearer and basic credentials, AWS key ids, private keys, `name=value` pairs with such a name inside text,
@@ -70,7 +70,7 @@ def _redact(value: Any, secrets: tuple[str, ...]) -> Any:
 
 
 def _is_secret_entry(name: Any, value: Any) -> bool:
-    # A missing or structured value carries no secret itself; its inside is looked at in its turn.
+    # A missing or structured value is no secret itself; its contents are checked separately.
     return bool(_SECRET_NAME.search(str(name))) and isinstance(value, (str, bytes)) and len(value) > 0
 
 

@@ -1,14 +1,14 @@
-"""The moves of an alias, such as champion: decided one at a time, in a log that the alias follows.
+"""Moves of an alias such as champion: each is decided in a log, which the alias then follows.
 
-MLflow moves an alias unconditionally, so two jobs that look, work for long and then move it would undo each other. Here
-a move is first decided: it is numbered, and of the jobs that want to be the next number one wins
-(`pipeline.store.consensus`), against the version that the log says is in office. The log is kept as tags of the
-registered model, one a move. The alias is set afterwards and looked at again; whoever finds it behind the log moves
+MLflow moves an alias unconditionally, so two jobs that read it, work for long and then move it would undo each other.
+Here a move is decided first: moves are numbered, and of the jobs that want the next number one wins
+(`pipeline.store.consensus`), against the version that is current in the log. The log is stored as tags of the
+registered model, one per move. The alias is set afterwards and read again; any job that finds it behind the log moves
 it forward.
 
-A job marks its intention (`ddpm.moving.…`) before it decides and removes the mark when the alias stands where the log
-says. So an alias that differs from the log while there is a mark was left by a job that was killed or held up; without
-one it was moved by something else, by hand for example, which is taken into the log as a move of its own.
+A job sets a mark (`ddpm.moving.…`) before it decides and removes it once the alias agrees with the log. An alias that
+differs from the log while there is a mark was left by a killed or suspended job; without a mark something else moved
+it, by hand for example, which is recorded in the log as a move.
 """
 
 import logging
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_TRIES = 20
+_MAX_ATTEMPTS = 20
 _KEPT_MOVES = 100
 MARK_SECONDS = 86400.0
-"""Age from which a mark is a dead job's. A job that is held up for longer stops instead of setting the alias."""
+"""Age from which a mark is a dead job's. A job that is suspended for longer stops instead of setting the alias."""
 
 
 class MoveConflictError(JobError):
-    """Another decision was made since this one's grounds were looked at; nothing was moved."""
+    """Another decision was made since the caller read the alias; nothing was moved."""
 
 
 class Move(Settings):
@@ -49,11 +49,11 @@ class Move(Settings):
     format: Literal[1] = 1
     """Version of this document's layout."""
     number: int = Field(ge=1, lt=10**6)
-    """Its place in the log."""
+    """Its number in the log."""
     before: int | None = Field(ge=1, lt=2**31)
-    """The version that was in office; None = none was."""
+    """The current version before; None = none."""
     after: int | None = Field(ge=1, lt=2**31)
-    """The version that is from then on; None = the alias was removed by hand."""
+    """The current version afterwards; None = the alias was removed by hand."""
     kind: Literal["first", "promotion", "rollback", "by hand"]
     """What moved it."""
     job: str = Field(pattern=r"^[0-9a-f]{1,32}$")
@@ -64,16 +64,16 @@ class Move(Settings):
 
 @dataclass(frozen=True)
 class AliasHistory:
-    """One look at an alias and its log."""
+    """An alias and its log, as read at one time."""
 
     version: int | None
-    """What the alias means."""
+    """The version that the alias points to."""
     moves: Mapping[int, Move]
     """The log, by number."""
     tags: Mapping[str, str]
     """All tags of the registered model."""
     marks: Mapping[str, float]
-    """Tags of jobs that are about to set the alias, with the time at which each was made."""
+    """Marks of jobs that are about to set the alias, with their times."""
 
     @property
     def last(self) -> Move | None:
@@ -86,14 +86,14 @@ class AliasHistory:
 
     @property
     def is_behind_log(self) -> bool:
-        """Whether a job that was killed or held up left the alias where the log does not say."""
+        """Whether a killed or suspended job left the alias behind the log."""
         known = {version for move in self.moves.values() for version in (move.before, move.after)}
         behind = self.last is not None and self.version != self.last.after
         return behind and bool(self.marks) and self.version in known
 
     @property
     def current_version(self) -> int | None:
-        """The version that the alias means once what was decided is carried out."""
+        """The version that the alias points to once all decided moves are applied."""
         return self.last.after if self.last is not None and self.is_behind_log else self.version
 
 
@@ -111,7 +111,7 @@ class LoggedAlias:
         return f"{self.name}@{self.alias}"
 
     def read(self) -> AliasHistory:
-        """Alias and log as they are. DamageError for a tag that is no move."""
+        """Read alias and log. DamageError for an invalid tag."""
         model = self.call(lambda client: client.get_registered_model(self.name))
         tags = dict(model.tags)
         found = dict(model.aliases).get(self.alias)
@@ -122,26 +122,26 @@ class LoggedAlias:
         )
 
     def reconcile(self) -> AliasHistory:
-        """Alias and log, brought together: an alias left behind is moved forward, one moved by hand is recorded.
+        """Make alias and log agree: move an alias forward that is behind, record one that was moved by hand.
 
-        A line in the log says so. JobError when others keep moving it.
+        Either is logged as a warning. JobError when others keep moving it.
         """
         before: AliasHistory | None = None
-        for _ in range(_TRIES):
+        for _ in range(_MAX_ATTEMPTS):
             seen = self.read()
             last = seen.last
             if last is None or seen.version == last.after:
-                self._sweep(seen)
+                self._clean_up(seen)
                 return seen
             if seen.is_behind_log and last.after is not None:
                 _log.warning(
-                    "%s stood at version %s, behind move %d of the log: set to version %d",
+                    "%s pointed to version %s, behind move %d of the log; set to version %d",
                     self, seen.version, last.number, last.after,
                 )  # fmt: skip
                 self._set(last.after)
-            elif seen == before:  # a look need not see tags and aliases of one moment, two in a row do
+            elif seen == before:  # tags and aliases may be read at different moments, but not twice in a row
                 _log.warning(
-                    "%s was moved by hand, from version %s to %s: recorded as move %d",
+                    "%s was moved by hand from version %s to %s; recorded as move %d",
                     self, last.after, seen.version, last.number + 1,
                 )  # fmt: skip
                 self._decide(self._next(seen, last.after, seen.version, "by hand"))
@@ -156,35 +156,35 @@ class LoggedAlias:
         *,
         seen_number: int | None = None,
     ) -> Move:
-        """Move the alias from version `before`, which it must still mean, to `after`; returns the move.
+        """Move the alias from version `before`, to which it must still point, to `after`; returns the move.
 
-        `seen_number`: number of the newest move when the caller looked at what it decides on. With it, an alias that
-        was moved away and back in between (2 promoted, rolled back to 1) counts as moved.
+        `seen_number`: number of the newest move when the caller read the alias. With it, an alias that was moved away
+        and back in between (2 promoted, rolled back to 1) counts as moved.
 
-        Where another job has just made this very move, that one is returned. MoveConflictError, with nothing moved,
-        when another decision came first. JobError when the alias, after it was set, does not stay where the log says.
+        If another job has just made the same move, that one is returned. MoveConflictError, with nothing moved, when
+        another decision came first. JobError when the alias, after it was set, does not agree with the log.
         """
         seen = self.reconcile()
-        asked = (before, after, kind)
+        requested = (before, after, kind)
         if seen.version != before or seen_number not in (None, seen.number()):
-            if seen.last is not None and (seen.last.before, seen.last.after, seen.last.kind) == asked:
+            if seen.last is not None and (seen.last.before, seen.last.after, seen.last.kind) == requested:
                 return seen.last
-            raise self._overtaken(before, seen.version)
+            raise self._conflict(before, seen.version)
         wanted = self._next(seen, before, after, kind)
         mark = f"{self._mark_prefix}{self.job}"
         self.tag(mark, str(time.time()))
         decided = self._decide(wanted)
-        if (decided.before, decided.after, decided.kind) != asked:
+        if (decided.before, decided.after, decided.kind) != requested:
             self.untag(mark)
             self.reconcile()
-            raise self._overtaken(before, decided.after)
-        self._carry_out(decided, mark)  # also where a job that was killed had asked for the same
+            raise self._conflict(before, decided.after)
+        self._apply(decided, mark)  # also if a killed job decided the same move
         return decided
 
-    def _carry_out(self, move: Move, mark: str) -> None:
-        """Set the alias to where the log says, which may be further on by now; look whether it stays; unmark."""
+    def _apply(self, move: Move, mark: str) -> None:
+        """Set the alias as the log says, which may have advanced by now; check that it stays; remove the mark."""
         set_for, version = 0, move.before
-        for _ in range(_TRIES):
+        for _ in range(_MAX_ATTEMPTS):
             seen = self.read()
             last, version = seen.last or move, seen.version
             if mark not in seen.marks:
@@ -193,7 +193,7 @@ class LoggedAlias:
                 )
             if seen.version == last.after or last.after is None:
                 self.untag(mark)
-                self._sweep(seen)
+                self._clean_up(seen)
                 if last.number > move.number:
                     _log.warning("%s was moved on to version %s by a later decision", self, last.after)
                 return
@@ -223,15 +223,15 @@ class LoggedAlias:
         number = seen.number() + 1
         return Move(number=number, before=before, after=after, kind=kind, job=self.job, at=time.time())
 
-    def _overtaken(self, before: int | None, now: int | None) -> MoveConflictError:
+    def _conflict(self, before: int | None, now: int | None) -> MoveConflictError:
         if now == before:
             found = f"was moved away from {_version(before)} and back since this decision was begun"
         else:
             found = f"means {_version(now)} by now, and this decision was made against {_version(before)}"
         return MoveConflictError(f"{self}: {found}; nothing was moved, run it again")
 
-    def _sweep(self, seen: AliasHistory) -> None:
-        """Remove what dead jobs left, and the oldest moves. Only ballots on numbers that are decided."""
+    def _clean_up(self, seen: AliasHistory) -> None:
+        """Delete marks and ballots of dead jobs, and the oldest moves. Only ballots on numbers that are decided."""
         newest = seen.number()
         for key, made_at in seen.marks.items():
             if time.time() - made_at > MARK_SECONDS:
@@ -273,7 +273,7 @@ class LoggedAlias:
         self.call(lambda client: client.delete_registered_model_tag(self.name, key))
 
     def call(self, action: "Callable[[MlflowClient], T]") -> T:
-        """Ask the registry, patiently; every question and every write here may be repeated."""
+        """Call the registry with retries; every call here is idempotent."""
         return retry_request("the model registry", lambda: action(tracking_client(self.uri)))
 
 
@@ -322,7 +322,7 @@ class _MoveBallots:
 
 
 def _seconds(text: str) -> float:
-    """The time that a mark holds; 0 for one that holds none, which is so as old as can be."""
+    """The time of a mark; 0 for an invalid one, which counts as old."""
     try:
         return float(text)
     except ValueError:

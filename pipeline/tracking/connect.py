@@ -1,4 +1,4 @@
-"""Reaching the tracking server: checked quickly before work, patiently during it."""
+"""Connections to the tracking server: checked before work starts, retried during it."""
 
 import base64
 import os
@@ -24,8 +24,8 @@ T = TypeVar("T")
 REQUEST_POLICY = RetryPolicy(attempts=None, first_pause_seconds=0.5, longest_pause_seconds=10.0)
 """For one request, or one function of several, while the server is away."""
 
-# Waiting is done here and in the spool, where it can be bounded and shown, not inside one HTTP call (whose
-# defaults hold a caller for minutes). All of them can be overruled from outside.
+# Retries are ours, where they can be bounded and logged, not inside one HTTP call (whose defaults block a caller for
+# minutes). The environment overrides all of these.
 _CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
@@ -36,19 +36,17 @@ _CLIENT_ENVIRONMENT = {
 
 
 class TrackingError(Exception):
-    """The tracking server stayed away, or refused, after work had begun."""
+    """The tracking server was unreachable, or rejected a request, after work had started."""
 
 
 def configure_client() -> None:
-    """Set what rules MLflow's client in this process; values already in the environment stay."""
+    """Configure MLflow's client in this process; values already in the environment stay."""
     for name, value in _CLIENT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def tracking_uri(uri: str | None = None) -> str:
-    """`uri`, or MLFLOW_TRACKING_URI, without a trailing slash; UserError when there is none or it is no http
-    URL.
-    """
+    """`uri`, or MLFLOW_TRACKING_URI, without a trailing slash; UserError when it is missing or not an http(s) URL."""
     found = (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).strip().rstrip("/")
     if not found:
         raise UserError(
@@ -57,7 +55,7 @@ def tracking_uri(uri: str | None = None) -> str:
     try:
         parts = urlsplit(found)
         whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets that are not closed, a port that is none
+    except ValueError:  # unclosed brackets, an invalid port
         parts, whole = urlsplit(""), False
     if not whole:
         raise UserError(
@@ -74,11 +72,11 @@ def tracking_uri(uri: str | None = None) -> str:
 def require_server(
     uri: str | None = None, timeout_seconds: float = 5.0, wait_seconds: float | None = None
 ) -> str:
-    """Return the server's address once it has answered and accepted our credentials.
+    """Return the server's address once it has responded and accepted our credentials.
 
-    A server that is away is waited for, as long as DDPM_START_WAIT_SECONDS says where nothing is given; one that is
-    slow gets six times `timeout_seconds` from the second try on. Raises Outage when it stays away, and UserError when
-    its address is none or it refuses.
+    Retries an unreachable server for `wait_seconds` (default: DDPM_START_WAIT_SECONDS), with six times
+    `timeout_seconds` from the second attempt on. Raises Outage when it stays unreachable, and UserError for an invalid
+    address or a rejected request.
     """
     found = tracking_uri(uri)
     limits = chain([timeout_seconds], repeat(6 * timeout_seconds))
@@ -89,7 +87,7 @@ def require_server(
 
 
 def server_version(uri: str, timeout_seconds: float = 5.0) -> str:
-    """What the server says that it is; empty when it does not say."""
+    """The server's version; empty if it does not report one."""
     try:
         answer = _get(f"{uri}/version", timeout_seconds)
     except UserError:
@@ -106,7 +104,7 @@ def _ask(uri: str, timeout_seconds: float) -> None:
 
 
 def _get(url: str, timeout_seconds: float) -> "requests.Response":
-    """An answer, asked for with our credentials."""
+    """A response to a GET request with our credentials."""
     import requests
 
     server = f"{urlsplit(url).scheme}://{urlsplit(url).netloc}"
@@ -118,7 +116,7 @@ def _get(url: str, timeout_seconds: float) -> "requests.Response":
             "set MLFLOW_TRACKING_SERVER_CERT_PATH to its CA"
         ) from None
     except requests.RequestException as error:
-        if isinstance(error, ValueError):  # an address that is none
+        if isinstance(error, ValueError):  # an invalid address
             raise UserError(f"MLflow at {server}: {brief(error)}; correct MLFLOW_TRACKING_URI") from None
         proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
         through = f" through the proxy {redact(proxy)}, which NO_PROXY can rule out" if proxy else ""
@@ -141,7 +139,7 @@ def tracking_client(uri: str | None = None) -> "MlflowClient":
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether waiting may help: the server is away, overloaded or restarting."""
+    """Whether a retry may help: the server is unreachable, overloaded or restarting."""
     import requests
 
     status = _status(error)
@@ -151,15 +149,15 @@ def is_outage(error: BaseException) -> bool:
 
 
 def is_denied(error: BaseException) -> bool:
-    """Whether the server does not let us in (which it may again, once somebody renews the credentials)."""
+    """Whether the server denies access (until somebody renews the credentials)."""
     return _status(error) in (401, 403)
 
 
 def retry_request(what: str, action: Callable[[], T], wait_seconds: float = 60.0) -> T:
-    """`action()`, tried again with growing pauses while the server is away; it must be idempotent.
+    """`action()`, retried with growing pauses while the server is unreachable; it must be idempotent.
 
-    Raises TrackingError, naming `what`, when the server stayed away for `wait_seconds`, and UserError when it does
-    not let us in.
+    Raises TrackingError, naming `what`, when the server stayed unreachable for `wait_seconds`, and UserError when it
+    denies access.
     """
     try:
         return call_with_retries(action, is_outage, replace(REQUEST_POLICY, total_seconds=wait_seconds))
@@ -174,7 +172,7 @@ def retry_request(what: str, action: Callable[[], T], wait_seconds: float = 60.0
 
 
 def retry_requests(what: str, wait_seconds: float = 60.0) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorator: the whole function is idempotent and is run by `retry_request`."""
+    """Decorator: run the whole function, which must be idempotent, by `retry_request`."""
 
     def wrap(function: Callable[P, T]) -> Callable[P, T]:
         @wraps(function)
@@ -188,9 +186,9 @@ def retry_requests(what: str, wait_seconds: float = 60.0) -> Callable[[Callable[
 
 @contextmanager
 def long_transfers(timeout_seconds: int = 600) -> Generator[None]:
-    """Give the server this long to answer: it takes a whole model before it stores it and says so.
+    """Raise the request timeout: the server receives a whole model before it stores it and responds.
 
-    The setting is the process's, so a spool's thread may meanwhile also wait longer for a frozen server.
+    The setting is process-wide, so a spool's thread may also wait longer for a hanging server in the meantime.
     """
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ.get(name)
@@ -214,7 +212,7 @@ def authorization(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status a failed call ended with, if the server answered at all."""
+    """The HTTP status of a failed call, if the server responded at all."""
     import requests
     from mlflow.exceptions import MlflowException
 
@@ -244,7 +242,7 @@ def _verify() -> bool | str:
 
 
 def brief(error: BaseException) -> str:
-    """The innermost reason of a failed call in a few words, without addresses of Python objects."""
+    """The innermost reason of a failed call, briefly, without addresses of Python objects."""
     text = redact(str(error)).splitlines()[0] if str(error) else type(error).__name__
     for reason in ("Connection refused", "timed out", "Name or service not known", "Connection reset"):
         if reason.lower() in text.lower():

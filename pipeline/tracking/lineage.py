@@ -1,4 +1,4 @@
-"""What a run is made from: data sets, models, and the code that ran."""
+"""Lineage of a run: data sets, models, and the code that ran."""
 
 import getpass
 import json
@@ -29,7 +29,7 @@ def log_dataset(
     details: Mapping[str, str | int | float] | None = None,
     uri: str | None = None,
 ) -> None:
-    """Show a data set on the run's page with its digest; logging it again changes nothing."""
+    """Log a data set with its digest on the run's page; logging it again changes nothing."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     scheme = urlsplit(dataset_uri).scheme
@@ -47,8 +47,8 @@ def log_dataset(
 
 @retry_requests("model of a run")
 def link_model(run_id: str, version: ModelVersion, *, uri: str | None = None) -> None:
-    """Tie a run to the registered version it uses: tags that lead to it everywhere, and an input on the run's
-    page where model and run are in the same experiment (MLflow shows it only there).
+    """Link a run to the registered version it uses: by tags, and as an input on the run's page if model and run are in
+    the same experiment (MLflow shows it only then).
     """
     from mlflow.entities import LoggedModelInput
 
@@ -65,24 +65,27 @@ def link_model(run_id: str, version: ModelVersion, *, uri: str | None = None) ->
 
 
 def source_tags(directory: Path | None = None) -> dict[str, str]:
-    """Tags that say who started the program and which code ran: the user, the git commit, and whether files differed
-    from it (no commit outside a repository). A submitted copy of the code knows neither: the submitter says both in
-    $DDPM_SOURCE_TAGS.
+    """Tags for the user who started the program, the git commit, and whether files differed from it (no commit outside
+    a repository). A submitted copy of the code knows neither: the submitter passes them in $DDPM_SOURCE_TAGS.
     """
-    told = os.environ.get(SOURCE_VARIABLE)
-    if told:
-        return {str(name): str(value) for name, value in json.loads(told).items()}
-    here = directory or Path(__file__).parent
+    submitted = os.environ.get(SOURCE_VARIABLE)
+    if submitted:
+        return {str(name): str(value) for name, value in json.loads(submitted).items()}
+    folder = directory or Path(__file__).parent
     tags = {"mlflow.user": _user()}
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=False
+            result = subprocess.run(
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=False,
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return result.stdout.strip() if result.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
     if not commit:

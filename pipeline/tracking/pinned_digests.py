@@ -1,8 +1,8 @@
-"""What a registered model is judged by, pinned at its first use: digests kept as tags of the model.
+"""Pinned digests of what a registered model is evaluated with, stored as tags of the model.
 
-Who may write beside a data set (a feature network, a measured reference) would otherwise decide who is champion. The
-first job that judges a model records the digests; from then on a changed one is refused until somebody says that it was
-changed on purpose (`ddpm features trust`).
+Otherwise anyone who may write beside a data set (a feature network, a measured reference) could decide which model is
+champion. The first job that evaluates a model records the digests; from then on a changed one is rejected until
+somebody confirms the change (`ddpm features trust`).
 """
 
 import hashlib
@@ -20,20 +20,20 @@ _log = logging.getLogger(__name__)
 
 
 class Trusted(Settings):
-    """One thing that a model is judged by, as its tag holds it."""
+    """One pinned digest, as its tag stores it."""
 
     uri: str = Field(max_length=4096)
-    """What it is called in settings."""
+    """Its URI in settings."""
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Of what was found there at its first use."""
+    """Of the content at its first use."""
     at: float = Field(ge=0, lt=1e11)
     """Seconds since 1970 (UTC)."""
 
 
 def require_trusted(model: str, what: str, uri: str, digest: str) -> None:
-    """UserError unless `digest` is what `model` has been judged by under this URI; its first use records it.
+    """UserError unless `digest` is the one pinned for `model` and this URI; the first use pins it.
 
-    `what` says in a word or two what it is.
+    `what`: its kind, for the tag and messages, such as "feature network".
     """
     known = trusted(model, what, uri)
     if known is None:
@@ -51,7 +51,7 @@ def require_trusted(model: str, what: str, uri: str, digest: str) -> None:
 
 @retry_requests("the model registry")
 def trusted(model: str, what: str, uri: str) -> Trusted | None:
-    """What is recorded, or None. UserError when there is no such model, DamageError for a tag that is no record."""
+    """The pinned digest, or None. UserError when there is no such model, DamageError for an invalid tag."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -69,11 +69,11 @@ def trusted(model: str, what: str, uri: str) -> Trusted | None:
 
 @retry_requests("the model registry")
 def trust(model: str, what: str, uri: str, digest: str) -> None:
-    """Record that `digest` is right from now on, whatever was recorded before."""
+    """Pin `digest`, replacing any earlier one."""
     text = Trusted(uri=uri, digest=digest, at=time.time()).model_dump_json()
     tracking_client().set_registered_model_tag(model, _key(what, uri), text)
 
 
 def _key(what: str, uri: str) -> str:
-    """The tag of a URI, in which not every character of one may stand."""
+    """The tag for a URI, hashed because tags allow fewer characters."""
     return f"ddpm.trust.{what.replace(' ', '-')}.{hashlib.sha256(uri.encode()).hexdigest()[:16]}"

@@ -40,9 +40,9 @@ SHA256_TAG = "sha256"
 CARD_TAG = "card_sha256"
 CHECKPOINT_TAG = "ddpm.checkpoint_uri"
 IDENTITY_TAG = "identity"
-"""Digest of the training that a version came from, where its caller tells it."""
+"""Digest of the training that a version came from, if the caller passes it."""
 _REFERENCE = re.compile(r"^(?:models:/)?(?P<name>[^@/:]+)(?:@(?P<alias>[\w\-]+)|/(?P<version>\d+))$")
-_UPLOAD_PATIENCE_SECONDS = 300.0
+_UPLOAD_RETRY_SECONDS = 300.0
 _LOGGED_MODEL = "models:/"
 
 
@@ -53,7 +53,7 @@ class ModelVersion:
     name: str
     version: int
     sha256: str
-    """Hex digest of `model.safetensors`; empty for a version that something else registered."""
+    """Hex digest of `model.safetensors`; empty for a version that another program registered."""
     source: str
     run_id: str
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -64,7 +64,7 @@ class ModelVersion:
 
     @property
     def reference(self) -> str:
-        """`name/version`, which `resolve` understands and which never moves."""
+        """`name/version`, which `resolve` accepts and which never changes its meaning."""
         return f"{self.name}/{self.version}"
 
 
@@ -82,10 +82,10 @@ def register(
 ) -> ModelVersion:
     """Register the exported model in `directory` as the next version of `name`.
 
-    `logged_name` (such as unet-ema-0012000; default: `name`) and `step` are what the run page shows;
-    `checkpoint_uri` is the checkpoint it was cut from, which retention then spares. The same weights of the same
-    training (its tag `identity`, else its run) are registered once: a repeated call returns the version that is there,
-    and of two calls at once both return the lower version. UserError when the directory is no export.
+    `logged_name` (such as unet-ema-0012000; default: `name`) and `step` are for the run page; `checkpoint_uri` is the
+    checkpoint that it came from, which retention then keeps. The same weights of the same training (its tag `identity`,
+    else its run) are registered once: a repeated call returns the existing version, and two concurrent calls both
+    return the lower version. UserError when the directory is not an exported model.
     """
     sha256 = _weights_sha256(directory)
     client = tracking_client(uri)
@@ -96,26 +96,26 @@ def register(
         all_tags[CHECKPOINT_TAG] = checkpoint_uri
 
     def attempt() -> ModelVersion:
-        # Registered by an earlier call, or by a try that got no answer.
+        # Registered by an earlier call, or by an attempt whose response was lost.
         found = _registered(client, name, training, sha256)
         if found is not None:
             return _view(client, found)
         model_id = log_model(directory, run_id, tags, logged_name=logged_name or name, step=step, uri=uri)
         _make_registered_model(client, name)
         source = f"{_LOGGED_MODEL}{model_id}"
-        made = client.create_model_version(
+        created = client.create_model_version(
             name, source, run_id, all_tags, None, redact(description), await_creation_for=0, model_id=model_id
         )
-        # MLflow has no "unless it is there": whoever finds a lower version beside its own takes its own back.
-        first = _registered(client, name, training, sha256) or made
-        if int(first.version) < int(made.version):
+        # MLflow has no conditional create: a caller that finds a lower version deletes its own.
+        first = _registered(client, name, training, sha256) or created
+        if int(first.version) < int(created.version):
             log.warning(
-                "%s/%s: registered at the same time as %s; taken back", name, made.version, first.version
+                "%s/%s: registered at the same time as %s; deleted", name, created.version, first.version
             )
-            client.delete_model_version(name, str(made.version))
+            client.delete_model_version(name, str(created.version))
         return _view(client, first)
 
-    return retry_request(f"registering {name}", attempt, _UPLOAD_PATIENCE_SECONDS)
+    return retry_request(f"registering {name}", attempt, _UPLOAD_RETRY_SECONDS)
 
 
 def log_model(
@@ -142,23 +142,23 @@ def log_model(
                 _show_on_run(client, run_id, str(model.model_id), step)
                 return str(model.model_id)
         all_tags = {**{k: str(v) for k, v in redact(tags).items()}, SHA256_TAG: sha256}
-        made = client.create_logged_model(
+        created = client.create_logged_model(
             experiment_id, logged_name, run_id, all_tags, model_type="diffusion"
         )
         with tempfile.TemporaryDirectory() as folder, long_transfers():
-            package(directory, Path(folder) / "package", str(made.model_id), run_id)
-            client.log_model_artifacts(made.model_id, str(Path(folder) / "package"))
-        client.finalize_logged_model(made.model_id, "READY")
-        _show_on_run(client, run_id, str(made.model_id), step)
-        return str(made.model_id)
+            package(directory, Path(folder) / "package", str(created.model_id), run_id)
+            client.log_model_artifacts(created.model_id, str(Path(folder) / "package"))
+        client.finalize_logged_model(created.model_id, "READY")
+        _show_on_run(client, run_id, str(created.model_id), step)
+        return str(created.model_id)
 
-    return retry_request(f"uploading model {logged_name}", attempt, _UPLOAD_PATIENCE_SECONDS)
+    return retry_request(f"uploading model {logged_name}", attempt, _UPLOAD_RETRY_SECONDS)
 
 
 def resolve(reference: str, uri: str | None = None) -> ModelVersion:
     """The version that `name@alias`, `name/3` or the same after `models:/` stands for now.
 
-    Where a killed or suspended job left an alias behind the log of its moves, the log says it; readers write nothing.
+    If a killed or suspended job left an alias behind the log of its moves, the log decides; readers write nothing.
     UserError names what is missing and lists what exists.
     """
     match = _REFERENCE.match(reference)
@@ -173,8 +173,8 @@ def resolve(reference: str, uri: str | None = None) -> ModelVersion:
         chosen = [v for v in known if v.version == int(match["version"])]
         missing = f"version {match['version']}: not registered; {name} has versions {_span(known)}"
     else:
-        office = LoggedAlias(name, match["alias"], uri).read().current_version
-        chosen = [v for v in known if v.version == office]
+        current = LoggedAlias(name, match["alias"], uri).read().current_version
+        chosen = [v for v in known if v.version == current]
         aliases = sorted(f"{a} -> {v.version}" for v in known for a in v.aliases)
         missing = (
             f"alias {match['alias']!r}: not set; {name} has {_listing(aliases)}, versions {_span(known)}"
@@ -185,7 +185,7 @@ def resolve(reference: str, uri: str | None = None) -> ModelVersion:
 
 
 def download(version: ModelVersion, dest: Path, uri: str | None = None) -> Path:
-    """Fetch weights and card into `dest`, checked; returns `dest`. Files already there and right are kept.
+    """Fetch weights and card into `dest`, checked; returns `dest`. Files that already match are kept.
 
     UserError when the version carries no sha256; DamageError, and nothing left in place, when weights or card are
     not those that were registered.
@@ -197,35 +197,35 @@ def download(version: ModelVersion, dest: Path, uri: str | None = None) -> Path:
     registered = {WEIGHTS: version.sha256, CARD: version.tags.get(CARD_TAG)}
     if registered[CARD] is None:
         log.warning(
-            "model %s: its %s is taken as it is, for versions were registered without its hash then",
+            "model %s: its %s cannot be verified, because it was registered without a hash",
             version.reference,
             CARD,
         )
-    if all(_is(dest / name, sha256) for name, sha256 in registered.items()):
+    if all(_has_sha256(dest / name, sha256) for name, sha256 in registered.items()):
         return dest
     configured = tracking_client(uri)
     dest.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dest, prefix=".download-") as folder:
         for name, sha256 in registered.items():
             _fetch(configured, version, name, Path(folder), tracking_uri(uri))
-            if not _is(Path(folder) / name, sha256):
+            if not _has_sha256(Path(folder) / name, sha256):
                 raise DamageError(
                     f"model {version.reference}: {name} has sha256 {file_sha256(Path(folder) / name)}, registered was "
-                    f"{sha256}; its object was changed or torn: restore it, or use another version"
+                    f"{sha256}; its object was changed or truncated; restore it, or use another version"
                 )
         for name in registered:
             (Path(folder) / name).replace(dest / name)
     return dest
 
 
-def _is(path: Path, sha256: str | None) -> bool:
-    """Whether there is a file of this hash, or of any where None is known."""
+def _has_sha256(path: Path, sha256: str | None) -> bool:
+    """Whether the file exists and has this hash; any hash if `sha256` is None."""
     return path.is_file() and sha256 in (None, file_sha256(path))
 
 
 @retry_requests("the model registry")
 def set_alias(name: str, alias: str, version: int, uri: str | None = None) -> None:
-    """Let `name@alias` mean this version from now on. UserError for a version that does not exist."""
+    """Point `name@alias` to this version. UserError for a version that does not exist."""
     if not any(v.version == version for v in versions(name, uri)):
         raise UserError(
             f"model {name}/{version}: not registered; it has versions {_span(versions(name, uri))}"
@@ -235,7 +235,7 @@ def set_alias(name: str, alias: str, version: int, uri: str | None = None) -> No
 
 @retry_requests("the model registry")
 def set_version_tags(version: ModelVersion, tags: Mapping[str, str], uri: str | None = None) -> None:
-    """Set tags on a registered version, beside those it has."""
+    """Set tags on a registered version, in addition to its others."""
     client = tracking_client(uri)
     for name, value in redact(tags).items():
         client.set_model_version_tag(version.name, str(version.version), name, str(value))
@@ -252,22 +252,20 @@ def versions(name: str, uri: str | None = None) -> list[ModelVersion]:
 
 @retry_requests("the model registry")
 def protected_model_sources(uri: str | None = None) -> frozenset[str]:
-    """Every place that some registered version needs: retention and clean-up must not touch anything below
-    these.
+    """Every URI that some registered version needs: retention and cleanup must not touch anything below these.
 
-    Holds MLflow's sources, the artifact locations behind them, and the checkpoints that versions were cut
-    from.
+    These are MLflow's sources, the artifact locations behind them, and the checkpoints that versions came from.
     """
     client = tracking_client(uri)
-    places: set[str] = set()
+    uris: set[str] = set()
     for version in _search_versions(client, None):
-        places.add(str(version.source))
+        uris.add(str(version.source))
         if version.tags.get(CHECKPOINT_TAG):
-            places.add(version.tags[CHECKPOINT_TAG])
+            uris.add(version.tags[CHECKPOINT_TAG])
         model_id = _model_id(version)
         if model_id is not None:
-            places.add(str(client.get_logged_model(model_id).artifact_location))
-    return frozenset(places)
+            uris.add(str(client.get_logged_model(model_id).artifact_location))
+    return frozenset(uris)
 
 
 def file_sha256(path: Path) -> str:
@@ -284,8 +282,8 @@ def _weights_sha256(directory: Path) -> str:
 
 
 def _show_on_run(client: "MlflowClient", run_id: str, model_id: str, step: int) -> None:
-    """List the model on the run's page, once: MLflow shows there what is an output of the run, and being its source
-    does not make a model one.
+    """List the model on the run's page, once: MLflow lists a run's outputs there, and a registered model is not
+    automatically an output of its source run.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -331,12 +329,12 @@ def _fetch(client: "MlflowClient", version: ModelVersion, name: str, folder: Pat
         )
 
     try:
-        got = retry_request(f"downloading {version.reference}", fetch, _UPLOAD_PATIENCE_SECONDS)
+        downloaded = retry_request(f"downloading {version.reference}", fetch, _UPLOAD_RETRY_SECONDS)
     except (MlflowException, OSError) as error:
         raise DamageError(
             f"model {version.reference}: {name} cannot be read ({redact(str(error))[:200]})"
         ) from None
-    shutil.move(got, folder / name)
+    shutil.move(downloaded, folder / name)
 
 
 def _search_versions(client: "MlflowClient", where: str | None) -> "Iterator[MlflowVersion]":

@@ -1,4 +1,4 @@
-"""Runs: opened, described and ended by the driver; workers only get the run id."""
+"""MLflow runs: opened, described and ended by the driver; workers only get the run id."""
 
 import logging
 import re
@@ -57,7 +57,7 @@ class Run:
     resumed: bool = False
 
     def __str__(self) -> str:
-        """Where to look."""
+        """The address of its page."""
         return self.url
 
 
@@ -75,13 +75,13 @@ def open_run(
     reopen_finished: bool = False,
     uri: str | None = None,
 ) -> Run:
-    """Open the run that `key` identifies: go on with the unfinished one, or make a new one.
+    """Open the run that `key` identifies: resume the unfinished one, or create a new one.
 
-    With `reopen_finished` a run that has ended well is gone on with too, as when a generation is extended.
+    With `reopen_finished` a finished run is resumed too, for example when a generation is extended.
 
-    Safe to repeat after a crash at any point: what is missing is added, what is there stays as it was first
-    written (params) or is written again with the same content (config). Raises UserError for an unusable
-    server or experiment, ValueError for more than 8 params: the full settings belong into `config_yaml`.
+    Safe to repeat after a crash at any point: missing parts are added, existing params stay as first written, and the
+    config is written again with the same content. Raises UserError for an unusable server or experiment, ValueError for
+    more than 8 params: the full settings belong in `config_yaml`.
     """
     if len(params) > MAX_PARAMS:
         raise ValueError(f"params: at most {MAX_PARAMS}, got {len(params)}; the rest is in config_yaml")
@@ -106,9 +106,7 @@ def open_run(
 
 @retry_requests("looking for a run")
 def find_run(experiment: str, key: str, uri: str | None = None) -> Run | None:
-    """The newest run with this key, in whatever state it ended, or None; a finished one wins over later
-    failures.
-    """
+    """The newest run with this key in any state, or None; a finished one takes precedence over later failures."""
     _check_key(key)
     client = tracking_client(uri)
     found = client.get_experiment_by_name(experiment)
@@ -124,7 +122,7 @@ def find_run(experiment: str, key: str, uri: str | None = None) -> Run | None:
 def find_latest_run(
     experiment: str | None = None, *, key_prefix: str = "", uri: str | None = None
 ) -> Run | None:
-    """The pipeline's most recently started run, in one experiment or in all, whose key begins so; None if none."""
+    """The pipeline's latest run whose key starts with `key_prefix`, in one experiment or in all; or None."""
     client = tracking_client(uri)
     if experiment is not None:
         found = client.get_experiment_by_name(experiment)
@@ -146,7 +144,7 @@ def finish(
     uri: str | None = None,
     wait_seconds: float = 60.0,
 ) -> bool:
-    """End the run for good; False when the server stayed away (`ddpm cleanup` then closes it later)."""
+    """End the run; False when the server was unreachable (`ddpm cleanup` closes it later)."""
     client = tracking_client(uri)
 
     def end() -> None:
@@ -166,7 +164,7 @@ def finish(
 
 @retry_requests("describing a run")
 def describe(run_id: str, markdown: str, *, uri: str | None = None) -> None:
-    """Set the run's description; `picture(run_id, path)` makes a picture of one of its artifacts for it."""
+    """Set the run's description; `image_markdown(run_id, path)` embeds one of its artifacts."""
     tracking_client(uri).set_tag(run_id, "mlflow.note.content", redact(markdown))
 
 
@@ -194,7 +192,7 @@ def put_text(client: "MlflowClient", run_id: str, path: str, text: str) -> None:
 
 
 def run_url(address: str, experiment_id: str, run_id: str) -> str:
-    """Where a person opens the run; without the parameter the UI starts in its GenAI mode."""
+    """The address of the run's page; without the parameter the UI starts in its GenAI mode."""
     return f"{address}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
@@ -211,7 +209,7 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
         try:
             return client.create_experiment(name)
         except MlflowException as error:
-            found = client.get_experiment_by_name(name)  # another driver may have been first
+            found = client.get_experiment_by_name(name)  # another driver may have created it
             if found is None:
                 raise UserError(f"experiment {name!r}: MLflow refuses it ({error.message})") from None
     if found.lifecycle_stage != "active":
@@ -244,7 +242,7 @@ def _run_tags(
         KEY_TAG: key,
         HEARTBEAT_TAG: str(time.time()),
         OPENED_TAG: uuid.uuid4().hex,
-        # What the list of runs shows as their source: the command.
+        # The list of runs shows the command as their source.
         "mlflow.source.name": f"ddpm {key.partition('/')[0]}",
         "mlflow.source.type": "LOCAL",
     }
@@ -269,17 +267,17 @@ def _resume(client: "MlflowClient", run: "MlflowRun", tags: dict[str, str]) -> "
 
 
 def reopen_if_closed_as_stale(client: "MlflowClient", run_id: str) -> bool:
-    """For who knows that the run lives: undo its closing for silence; whether there was one."""
+    """For a caller that knows that the run is alive: reopen it if it was closed as stale; returns whether it was."""
     run = client.get_run(run_id)
     if STALE_TAG not in run.data.tags:
         return False
-    log.warning("run %s was closed as dead, and is open again", run_id)
+    log.warning("run %s was closed as stale; reopened", run_id)
     reopen(client, run)
     return True
 
 
 def reopen(client: "MlflowClient", run: "MlflowRun") -> None:
-    """Let a run be RUNNING again, without what its closing left on it."""
+    """Set a run to RUNNING again, and remove the tags of its closing."""
     client.update_run(run.info.run_id, status="RUNNING")
     for tag in (REASON_TAG, STALE_TAG):
         if tag in run.data.tags:

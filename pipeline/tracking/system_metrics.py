@@ -1,4 +1,4 @@
-"""Processor and memory readings of a node, through the spool like every metric."""
+"""CPU and memory readings of a node, logged through the spool."""
 
 import logging
 import threading
@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class SystemSampler:
-    """Reads this node's load at a fixed interval until closed; start one a node.
+    """Reads this node's load at a fixed interval until closed; start one per node.
 
-    Points are named `system/<node>/...`, which the run page shows under "System metrics"; their step is the
-    number of seconds since the run's first start, so that a resumed run goes on to the right.
+    Metrics are named `system/<node>/...`, which the run page shows under "System metrics"; their step is the number of
+    seconds since the run's first start, so that a resumed run continues the charts.
     """
 
     def __init__(
@@ -30,13 +30,13 @@ class SystemSampler:
         self._thread.start()
 
     def close(self) -> None:
-        """End the readings; call it before closing the spool."""
+        """Stop; call it before closing the spool."""
         self._stop.set()
         self._thread.join(5.0)
 
     def _read_until_closed(self) -> None:
         process = psutil.Process()
-        psutil.cpu_percent()  # the first call only sets the mark from which the next one measures
+        psutil.cpu_percent()  # the first call only starts the interval that the next one measures
         process.cpu_percent()
         while not self._stop.wait(self._interval):
             try:

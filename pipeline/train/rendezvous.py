@@ -1,7 +1,7 @@
 """How the workers of a group find each other: torch's key-value store, at the node's own address.
 
-Ray Train's own set-up opens that store, which asks for no password, on every interface of rank 0's node, and lets
-gloo take the address that the host's name resolves to: loopback, on most Debian machines, where no other node is.
+Ray Train's own setup opens that store, which has no authentication, on every interface of rank 0's node, and lets gloo
+use the address that the host name resolves to: on most Debian machines loopback, which other nodes cannot reach.
 """
 
 import ipaddress
@@ -27,7 +27,7 @@ from pipeline.train.worker import UnreachableError
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 JOIN_SECONDS = 180
-"""Within which the workers of a group, all started by now, have met."""
+"""Timeout for the workers of a group, all started, to join each other."""
 _stores: list[TCPStore] = []
 """Rank 0's store, from `_listen` until `_join` hands it to torch."""
 
@@ -38,13 +38,13 @@ class Rendezvous(TorchConfig):
 
     @property
     def backend_cls(self) -> type["_Backend"]:
-        """What joins them."""
+        """The class that joins them."""
         return _Backend
 
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Called in the controller once all workers live. A worker alone joins nobody, so nothing listens."""
+        """Called in the controller once all workers run. A single worker needs no store, so nothing listens."""
         gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
         worker_group.execute(_prepare, gpus=gpus)
         world = len(worker_group)
@@ -77,7 +77,7 @@ def interface_of(address: str, interfaces: Mapping[str, Sequence[Any]] | None = 
 
 
 def use_interface(address: str, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Make gloo and NCCL use the interface of this node's `address`, unless their variables say otherwise.
+    """Make gloo and NCCL use the interface of this node's `address`, unless their variables are set.
 
     UserError where this machine has no such address.
     """

@@ -75,7 +75,7 @@ def test_a_network_that_its_weights_cannot_fill_takes_no_memory(
 def test_a_card_of_a_gigabyte_is_not_read(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_files, "MOST_CARD_BYTES", 100)
+    monkeypatch.setattr(model_files, "MAX_CARD_BYTES", 100)
     with pytest.raises(UserError, match=r"model\.json: longer than 100 bytes"):
         load_card(model)
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.store import RetryPolicy
-from pipeline.store.s3_client import custom_endpoint, endpoint, whereabouts
+from pipeline.store.s3_client import custom_endpoint, endpoint, location_variables
 from pipeline.store.s3_store import S3Store
 from tests.store.hostile_s3 import Answer, Request, answering, of_code
 
@@ -156,7 +156,7 @@ def test_another_machine_is_told_where_the_service_is_without_the_files_of_this_
     configured: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configured("endpoint_url = http://store.example\nregion = eu-west-7\ns3 =\n  addressing_style = virtual")
-    told = whereabouts()
+    told = location_variables()
     assert told == {
         "AWS_ENDPOINT_URL_S3": "http://store.example",
         "AWS_REGION": "eu-west-7",
@@ -165,4 +165,4 @@ def test_another_machine_is_told_where_the_service_is_without_the_files_of_this_
     configured()
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    assert whereabouts() == told
+    assert location_variables() == told

@@ -141,7 +141,7 @@ def test_what_was_moved_by_hand_is_recorded_and_not_undone(caplog: pytest.LogCap
     alias(registry).move(1, 2, "promotion")
     registry.aliases["champion"] = 1
     assert alias(registry).reconcile().version == 1
-    assert "was moved by hand, from version 2 to 1: recorded as move 2" in caplog.text
+    assert "was moved by hand from version 2 to 1; recorded as move 2" in caplog.text
     assert log(registry) == [(1, 2), (2, 1)]
     del registry.aliases["champion"]
     assert alias(registry).reconcile().version is None

@@ -198,7 +198,7 @@ def test_a_card_that_was_changed_is_refused_and_one_without_a_recorded_hash_is_t
     assert list((tmp_path / "download").iterdir()) == []
     client.delete_model_version_tag(name, "1", "card_sha256")
     download(resolve(f"{name}/1", uri=server), tmp_path / "old", uri=server)
-    assert f"model {name}/1: its model.json is taken as it is" in caplog.text
+    assert f"model {name}/1: its model.json cannot be verified" in caplog.text
 
 
 def test_a_download_keeps_what_is_right_and_replaces_what_is_not(
