@@ -2,7 +2,7 @@
 
     ddpm generate digits count=10000
 
-Started again with the same settings it makes only what is missing, and does nothing once all is done.
+Started again with the same settings, it generates only what is missing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _EXIT_CODES: dict[str, int] = {
 
 
 def run(config: GenerateConfig, progress: Progress) -> int:
-    """Generate and say in words how it ended."""
+    """Generate and print how it ended."""
     result = generate(config, progress)
     echo(*summary(result))
     for key, error in list(result.failed.items())[:20]:
@@ -56,7 +56,7 @@ def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:
 
     @contextmanager
     def cluster() -> Generator[None]:
-        # The handler goes in after Ray's own, which would end the process where it stands.
+        # Installed after Ray's own handler, which would end the process at once.
         with ray_cluster(), on_stop_signal(stop.set, "finishing or giving up the shards in progress"):
             yield
 
@@ -64,7 +64,7 @@ def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:
 
 
 def summary(result: GenerationResult) -> list[str]:
-    """The end of a generation, a line a fact."""
+    """How a generation ended, one fact per line."""
     what = f"{result.count:,} images in {result.num_shards:,} shards"
     if result.status == "superseded":
         what = str(result.reason)
@@ -78,7 +78,7 @@ def summary(result: GenerationResult) -> list[str]:
             f"{result.images_per_second:,.1f} images/s"
         )
     if result.status in ("drained", "failed"):
-        lines.append("go on    with the same command: what is done is kept")
+        lines.append("next     the same command continues; finished shards are kept")
     if result.run_url:
         lines.append(f"run      {result.run_url}")
     if result.status in ("complete", "already complete"):

@@ -1,17 +1,17 @@
-"""What runs: the local stack, or a generation, told from its bucket alone."""
+"""Status of the local stack, or of a generation from its prefix alone."""
 
 import dataclasses
 
 from infra.local import LocalStack, sign_in
 from jobs.progress_bar import clock
 from jobs.runner import DONE, FAILED, LOCAL, use_running_stack
+from pipeline.generate import generation_status as status
 from pipeline.generate.generation_status import GenerationStatus
-from pipeline.generate.generation_status import generation_status as look
 from pipeline.telemetry.terminal import echo, echo_json
 
 
 def stack_status(as_json: bool) -> int:
-    """A line for each service; exit code 1 when one that should run does not."""
+    """Print one line per service; exit code 1 if one that should run does not."""
     rows = LocalStack(LOCAL).status()
     if as_json:
         facts = [{"service": r.service, "state": r.state, "url": r.url, "pid": r.pid} for r in rows]
@@ -29,9 +29,9 @@ def stack_status(as_json: bool) -> int:
 
 
 def generation_status(prefix: str, as_json: bool) -> int:
-    """How far the generation at a prefix is. Raises UserError where there is none."""
+    """Print the status of the generation at a prefix. UserError where there is none."""
     use_running_stack()
-    found = look(prefix)
+    found = status.generation_status(prefix)
     if as_json:
         facts = dataclasses.asdict(dataclasses.replace(found, jobs=()))
         echo_json(facts | {"spec": found.spec.model_dump(mode="json")})
@@ -41,7 +41,7 @@ def generation_status(prefix: str, as_json: bool) -> int:
 
 
 def _lines(found: GenerationStatus) -> list[str]:
-    """The status, a line a fact."""
+    """The status, one fact per line."""
     lines = [
         f"{found.state}: {found.output}",
         f"images   {found.images_done:,} of {found.spec.count:,}",

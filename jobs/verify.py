@@ -18,7 +18,7 @@ def run(
     as_json: bool = False,
     discard: bool = False,
 ) -> int:
-    """Verify and print what was found; with `discard`, make room for damaged shards to be made again."""
+    """Verify and print the report; with `discard`, delete the records of damaged shards."""
     use_running_stack()
     with progress_of("verify", "shards") as progress:
         report = verify(prefix, progress)
@@ -36,7 +36,7 @@ def run(
 
 
 def lines(report: VerifyReport, discarded: bool = False) -> list[str]:
-    """The report, a line a fact."""
+    """The report, one fact per line."""
     verdict = "sound and complete" if report.ok else "NOT sound" if report.num_problems else "not complete"
     out = [
         f"{verdict}: {report.output}",
@@ -53,12 +53,14 @@ def lines(report: VerifyReport, discarded: bool = False) -> list[str]:
 
 
 def next_steps(report: VerifyReport, discarded: bool = False) -> list[str]:
-    """What to do about what was found, a line a step."""
+    """What to do next, one step per line."""
     if report.ok:
         return [f"next     ddpm evaluate PRESET --prefix {report.output}"]
     steps: list[str] = []
     if report.foreign:
-        steps.append(f"next     move away what is not the generation's, such as {report.foreign[0]}")
+        steps.append(
+            f"next     move away objects that do not belong to the generation, such as {report.foreign[0]}"
+        )
     if report.damaged and not discarded:
         steps.append(f"next     ddpm verify {report.output} --discard-damaged")
     if not report.complete or report.num_problems > len(report.foreign):

@@ -1,11 +1,10 @@
-"""The common ground of all settings: frozen, closed, and complete."""
+"""Base class of all settings and stored documents."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """A group of settings. Immutable; an unknown or ill-typed field is refused when it is read, and so is a number that
-    is none, or infinite."""
+    """A group of settings. Immutable; unknown or ill-typed fields, NaN and infinity are refused."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -17,8 +16,7 @@ class Settings(BaseModel):
 
 
 def refuse_idle(settings: Settings, fields: tuple[str, ...], because: str) -> None:
-    """Raise ValueError for the first of `fields` that was moved from its default although it has no
-    effect."""
+    """Raise ValueError for the first of `fields` that differs from its default although it has no effect."""
     for name in fields:
         if getattr(settings, name) != type(settings).model_fields[name].default:
             raise ValueError(f"{name} has no effect {because}; leave it out")

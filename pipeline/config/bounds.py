@@ -1,28 +1,28 @@
-"""Bounded types of stored documents: what anybody may have written is refused by name before it is reckoned with."""
+"""Bounded types of stored documents: a value out of bounds is refused with its field's name before it is used."""
 
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 MAX_IMAGES = 10**12
-"""Images of a generation: their keys have twelve digits."""
+"""Images of a generation: keys have twelve digits."""
 MAX_SHARDS = 10_000_000
-"""Shards of a generation: a job keeps a few bytes of each in memory."""
+"""Shards of a generation: a job keeps a few bytes per shard in memory."""
 MAX_IMAGES_A_SHARD = 1_000_000
 MAX_CLASSES = 1_000_000
-"""As many as a network's `num_classes` may be."""
+"""The limit of a network's `num_classes`."""
 _MAX_NAME = 256
 
 
 def checked_name(text: str) -> str:
-    """`text`, if it can be shown on one line. Raises ValueError saying what is wrong with it."""
+    """`text`, if it can be shown on one line. ValueError names the defect."""
     if not 1 <= len(text) <= _MAX_NAME:
         raise ValueError(f"is not of 1 to {_MAX_NAME} characters; rename it")
     return checked_line(text)
 
 
 def checked_line(text: str) -> str:
-    """`text`, if it holds no control characters and no surrogates. Raises ValueError."""
+    """`text`, if it has no control characters and no surrogates. ValueError otherwise."""
     if any(ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" for c in text):
         raise ValueError("holds a line break or another control character; rename it")
     if any(0xD800 <= ord(c) < 0xE000 for c in text):
@@ -31,9 +31,9 @@ def checked_line(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(checked_name)]
-"""A name that people read: of a class, a model, a host."""
+"""A name for people to read: of a class, a model, a host."""
 Text = Annotated[str, Field(max_length=10_000)]
-"""Something said, such as an error."""
+"""Free text, such as an error message."""
 Key = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(checked_line)]
 """Key of an object."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -49,4 +49,4 @@ Date = Annotated[float, Field(ge=0, le=253_402_300_799)]
 Seconds = Annotated[float, Field(ge=0, le=1e15)]
 """A duration."""
 Number = Annotated[int, Field(ge=0, le=2**31)]
-"""A count of anything small."""
+"""A small count."""

@@ -1,4 +1,4 @@
-"""Settings of a generation: what determines its bits (this becomes the spec), and how the work is done."""
+"""Settings of a generation: those that determine its bytes (they become the spec), and those of the work."""
 
 from typing import Annotated, Literal, Self
 
@@ -14,7 +14,7 @@ ClassChoice = Literal["auto", "balanced"] | list[int | str] | dict[int | str, fl
 
 
 def check_plan(first_index: int, count: int, shard_size: int, batch_size: int) -> None:
-    """ValueError unless a generation of these numbers can be planned."""
+    """ValueError unless a generation with these numbers can be planned."""
     if first_index + count > MAX_IMAGES:
         raise ValueError(f"first_index + count must be at most {MAX_IMAGES}; keys have twelve digits")
     if batch_size > shard_size:
@@ -26,52 +26,52 @@ def check_plan(first_index: int, count: int, shard_size: int, batch_size: int) -
 
 
 class GuardConfig(Settings):
-    """When a generation is stopped because what it makes is worthless. NaN and infinity always stop it."""
+    """When to stop a generation because its images are worthless. NaN and infinity always stop it."""
 
     enabled: bool = True
-    """False judges nothing but NaN and infinity."""
+    """False checks for NaN and infinity only."""
     min_images: int = Field(default=64, ge=1)
-    """Images to see before fractions and means are judged; fewer say too little."""
+    """Images to sample before fractions and means are checked; fewer prove too little."""
     max_constant_fraction: float = Field(default=0.05, ge=0, le=1)
-    """Largest share of images of one flat colour."""
+    """Largest fraction of images with one value per channel."""
     max_saturated_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Largest share of images made of nothing but the darkest and the brightest value."""
+    """Largest fraction of images whose values are all 0 or 255."""
     max_mean_drift: float = Field(default=0.75, gt=0)
     """Largest distance of a channel's mean from the training data's, in the training data's standard
-    deviations. Judged where the model's card carries those statistics and classes are not chosen by hand."""
+    deviations. Checked if the model's card has those statistics and the generation has all classes evenly."""
 
 
 class SpecSettings(Settings):
-    """The settings that determine a generation's bits. Another value is another generation."""
+    """The settings that determine a generation's bytes. Another value is another generation."""
 
     model: str = Field(min_length=1)
     """`name@alias`, `name/version`, or a folder that holds model.safetensors and model.json."""
     weights: str | None = None
-    """The kind of weights the model must hold, such as `ema`; another kind is refused. None accepts any."""
+    """Required kind of weights, such as `ema`; a model with another kind is refused. None accepts any."""
     count: int = Field(ge=1)
-    """Images to make, exactly. May be raised later: the same generation is then extended."""
+    """Exact number of images. May be raised later, which extends the same generation."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Names the noise: the same seed and index give the same image."""
+    """Seed of the noise: the same seed and index give the same image."""
     first_index: int = Field(default=0, ge=0)
-    """Index of the first image; a second prefix can go on where another ended."""
+    """Index of the first image; a second prefix can continue where another ended."""
     classes: ClassChoice = "auto"
     """Classes of the images. `balanced`: every class in turn; a list of labels or names: those in turn; a
-    mapping from label or name to weight: drawn at random by (seed, index); None: no class is told.
+    mapping from label or name to weight: drawn at random by (seed, index); None: sampling without classes.
     `auto` is balanced for a network with classes and None for one without."""
     sampler: SamplerConfig = SamplerConfig()
     """The reverse process: kind, steps, guidance."""
     image_format: Literal["png", "webp", "npy"] = "png"
     """png and webp are lossless; npy is the plain array (height, width, channels) of uint8."""
     shard_size: int = Field(default=1000, ge=1, le=MAX_IMAGES_A_SHARD)
-    """Images in a shard. A shard is what a failure costs, so keep one within a few minutes of work."""
+    """Images per shard. A failure costs at most a shard, so a shard should take a few minutes at most."""
     batch_size: int = Field(default=64, ge=1, le=MAX_IMAGES_A_SHARD)
-    """Images the network sees at once. Part of the bits: a network's rounding depends on its batch."""
+    """Images per network call. Changes bytes: rounding depends on the batch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the network's arithmetic; the schedule's arithmetic is always full."""
+    """Precision of the network's arithmetic; the schedule always uses full precision."""
     cpu_threads: int = Field(default=1, ge=1, le=4096)
-    """Threads of a worker without GPU. Part of the bits: a sum split differently rounds differently."""
+    """Threads of a worker without GPU. Changes bytes: sums split differently round differently."""
     compile: bool = False
-    """Compile the network with torch.compile: faster after a minute of warm-up, but it rounds differently."""
+    """Compile the network with torch.compile: faster after a minute of warm-up, but rounding differs."""
 
     @model_validator(mode="after")
     def _can_be_planned(self) -> Self:
@@ -80,24 +80,24 @@ class SpecSettings(Settings):
 
 
 class GenerateConfig(SpecSettings):
-    """A generation: its bits, its place, and the workers that make it."""
+    """A generation: its spec, its output prefix, and its workers."""
 
     output: str = Field(min_length=1)
     """Prefix to fill, `s3://bucket/path` or `file:///path`. One prefix holds one generation."""
     num_workers: int = Field(default=2, ge=1)
-    """Workers to begin with and never to fall below."""
+    """Workers to start with; also the minimum."""
     max_workers: int | None = Field(default=None, ge=1)
-    """Workers to grow to while the cluster has room and shards wait. None = num_workers."""
+    """Maximum number of workers, reached while the cluster has room and shards wait. None = num_workers."""
     cpus_per_worker: float = Field(default=1, ge=0)
     """Logical CPUs a worker reserves."""
     gpus_per_worker: float = Field(default=0, ge=0)
-    """GPUs a worker reserves; 0.5 puts two workers on one. 0 = the CPU does the work."""
+    """GPUs a worker reserves; 0.5 puts two workers on one GPU. 0 = sample on the CPU."""
     max_attempts: int = Field(default=3, ge=1)
-    """Times a shard is tried, on other workers each time, before it is reported as failed."""
+    """Attempts at a shard, each on another worker, before it is reported as failed."""
     drain_seconds: float = Field(default=20.0, ge=0)
-    """Time to finish shards under way after SIGTERM; what is not done by then is given up, cleanly."""
+    """Time to finish shards in progress after SIGTERM; unfinished ones are then given up and leave nothing behind."""
     guards: GuardConfig = GuardConfig()
-    """When to stop a generation that makes nothing worth keeping."""
+    """When to stop a generation of worthless images."""
     features: FeatureNetworkConfig | None = None
     """A feature network, named by its uri, whose sums workers add to the done-records, so that evaluating takes no
     second pass over the samples. Changes no sample. None = no sums."""
@@ -119,16 +119,16 @@ class GenerateConfig(SpecSettings):
 
 
 class SampleConfig(Settings):
-    """A few images for a look, made in this process."""
+    """A few images, sampled in this process."""
 
     model: str = Field(min_length=1)
     """`name@alias`, `name/version`, or a folder that holds model.safetensors and model.json."""
     output: str = "samples"
     """Folder for the images and grid.png; made if need be."""
     count: int = Field(default=16, ge=1, le=10_000)
-    """Images to draw."""
+    """Number of images."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Names the noise."""
+    """Seed of the noise."""
     first_index: int = Field(default=0, ge=0)
     """Index of the first image."""
     classes: ClassChoice = "auto"
@@ -138,4 +138,4 @@ class SampleConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network's arithmetic."""
     batch_size: int = Field(default=64, ge=1)
-    """Images the network sees at once."""
+    """Images per network call."""

@@ -1,4 +1,4 @@
-"""Stored JSON documents: one object's bytes as one model, or one line about what is wrong with them."""
+"""Stored JSON documents: parses an object's bytes as a model, or reports the first error in one line."""
 
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ M = TypeVar("M", bound=BaseModel)
 def parse_document(model: type[M], data: bytes, where: str, what: str) -> M:
     """`data` as `model`. Raises DamageError: `where: not what (field: reason)`.
 
-    pydantic's own parser reads the bytes: unlike the standard library's, it refuses nesting without end.
+    pydantic's own parser reads the bytes: unlike the standard library's, it refuses endless nesting.
     """
     try:
         return model.model_validate_json(data)
@@ -21,12 +21,12 @@ def parse_document(model: type[M], data: bytes, where: str, what: str) -> M:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing wrong, as `field: reason`."""
+    """The first error, as `field: reason`."""
     fault = error.errors(include_url=False)[0]
     field = field_of(fault["loc"])
     return f"{field}: {fault['msg']}" if field else fault["msg"]
 
 
 def field_of(place: tuple[int | str, ...]) -> str:
-    """A place that pydantic names, as settings are written: `a.b.0`."""
+    """A location reported by pydantic, in the notation of settings: `a.b.0`."""
     return ".".join(str(part) for part in place if part != "[key]")

@@ -160,4 +160,4 @@ def _head(file: BinaryIO, where: str) -> Manifest:
             break
         lines.append(line)
     head = b"".join(lines).rstrip(b",\n") + b"\n}"
-    return parse_document(Manifest, head, where, "a manifest; generate again, what is done is kept")
+    return parse_document(Manifest, head, where, "a manifest; the same ddpm generate command writes it again")

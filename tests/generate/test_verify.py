@@ -258,7 +258,7 @@ def test_it_says_what_to_do_and_damage_can_be_given_up_to_be_made_again(
     store.write("notes.txt", b"x")
     assert ddpm("verify", uri) == 1
     said = capsys.readouterr().out
-    assert "next     move away what is not the generation's, such as notes.txt" in said
+    assert "next     move away objects that do not belong to the generation, such as notes.txt" in said
     assert f"next     ddpm verify {uri} --discard-damaged" in said
     assert ddpm("verify", uri, "--discard-damaged") == 1
     said = capsys.readouterr().out
