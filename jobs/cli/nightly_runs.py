@@ -41,6 +41,6 @@ def schedule(
     ] = False,
 ) -> None:
     """Run the nightly job every night, in the foreground, until it is ended."""
-    from jobs.schedule import schedule as run
+    from jobs.nightly_schedule import schedule as run
 
     end_job(lambda call: run(call, at, now, catch_up), words, config)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.schedule import Runner, daily, missed
+from jobs.nightly_schedule import Runner, daily, missed
 from pipeline.errors import UserError
 from pipeline.nightly.history import write_latest
 from pipeline.store import open_store
