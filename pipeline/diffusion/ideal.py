@@ -35,7 +35,7 @@ class Mixture:
         return between + within * torch.eye(len(between), dtype=between.dtype)
 
     def expected_x0(self, x: Tensor, alpha_bar: Tensor | float) -> Tensor:
-        """E[x0 | x_t = x], what a perfect network would say. x: (B, ...) with D values a sample.
+        """E[x0 | x_t = x], the output of a perfect network. x: (B, ...) with D values a sample.
 
         Bayes' rule by component: x_t given component k is N(a mu_k, a^2 v_k + s^2), and x0 given both is the
         precision-weighted mean; the components are weighed by how well they explain x.
@@ -62,7 +62,7 @@ class Mixture:
         return estimate
 
     def net(self, schedule: NoiseSchedule) -> Callable[..., Tensor]:
-        """The perfect network predicting noise, told whole or fractional timesteps, the same for all of a batch."""
+        """The perfect noise prediction network, for whole or fractional timesteps, the same for a whole batch."""
         log_sigmas = 0.5 * ((1 - schedule.alpha_bars) / schedule.alpha_bars).log()
 
         def predict(x: Tensor, t: Tensor, **_: object) -> Tensor:
@@ -77,7 +77,7 @@ class Mixture:
 
 
 def three_blobs() -> Mixture:
-    """A mixture in the plane for tests and pictures: three unequal blobs, two of them close."""
+    """A mixture in the plane for tests and figures: three unequal blobs, two of them close."""
     return Mixture(
         weights=torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
         means=torch.tensor([[-0.6, -0.4], [0.5, 0.6], [0.7, 0.1]], dtype=torch.float64),

@@ -1,4 +1,4 @@
-"""The training loss: what the network should have said about x_t, and how much each error counts."""
+"""The training loss: the target of the network's prediction at x_t, and the weight of each error."""
 
 from typing import NamedTuple, Protocol
 

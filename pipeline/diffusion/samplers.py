@@ -63,10 +63,10 @@ def ancestral(
     """DDPM's chain (Ho et al. 2020, algorithm 2) on any subset of steps (improved DDPM, section 4).
 
     Beta of a step is 1 - abar_t / abar_s with the levels really left (t) and entered (s), never the table's.
-    noise(k): standard normal like x for the step that leaves level k; not asked for at the last.
+    noise(k): standard normal like x for the step that leaves level k; not called at the last.
     """
     for k in range(len(grid)):
-        estimate = _look(denoise, x, k, grid, on_step)
+        estimate = _estimate(denoise, x, k, grid, on_step)
         now, after = grid.alpha_bars[k], grid.alpha_bars[k + 1]
         keep = now / after
         beta = 1 - keep
@@ -87,11 +87,11 @@ def ddim(
     eta: float = 0.0,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, eq. 12 and 16); eta 0 is deterministic and never asks for noise."""
+    """DDIM (Song et al. 2021, eq. 12 and 16); eta 0 is deterministic and never calls `noise`."""
     if eta > 0 and noise is None:
         raise ValueError("noise is needed where eta is above 0")
     for k in range(len(grid)):
-        estimate = _look(denoise, x, k, grid, on_step)
+        estimate = _estimate(denoise, x, k, grid, on_step)
         now, after = grid.alpha_bars[k], grid.alpha_bars[k + 1]
         std = eta * math.sqrt((1 - after) / (1 - now)) * math.sqrt(1 - now / after)
         # Where all noise is fresh, rounding could leave the rest an ulp below zero.
@@ -115,7 +115,7 @@ def dpm_solver_pp_2m(
     previous: Tensor | None = None
     previous_h = 0.0
     for k in range(len(grid)):
-        x0 = _look(denoise, x, k, grid, on_step).x0
+        x0 = _estimate(denoise, x, k, grid, on_step).x0
         (_, s_now), (a_after, s_after) = grid.coefficients(k), grid.coefficients(k + 1)
         h = _half_log_snr(grid, k + 1) - _half_log_snr(grid, k)
         data = x0
@@ -141,7 +141,7 @@ def heun(denoise: Denoise, x: Tensor, grid: SamplingGrid, on_step: OnStep | None
     scaled = x / grid.coefficients(0)[0]
     for k in range(len(grid)):
         sigma, sigma_after = grid.sigma(k), grid.sigma(k + 1)
-        x0 = _look(denoise, scaled * grid.coefficients(k)[0], k, grid, on_step).x0
+        x0 = _estimate(denoise, scaled * grid.coefficients(k)[0], k, grid, on_step).x0
         slope = (scaled - x0) / sigma
         euler = scaled + (sigma_after - sigma) * slope
         if k + 1 == len(grid):
@@ -269,7 +269,7 @@ def _sampled(
     return heun(denoise, x, grid, on_step)
 
 
-def _look(denoise: Denoise, x: Tensor, k: int, grid: SamplingGrid, on_step: OnStep | None) -> Denoised:
+def _estimate(denoise: Denoise, x: Tensor, k: int, grid: SamplingGrid, on_step: OnStep | None) -> Denoised:
     estimate = denoise(x, k)
     if on_step is not None:
         on_step(SamplerStep(k, len(grid), grid.timesteps[k], grid.alpha_bars[k], x, estimate.x0))

@@ -15,7 +15,7 @@ from pipeline.diffusion.schedule import NoiseSchedule
 class SamplingGrid:
     """K noise levels in the order of visit, and the clean image after them.
 
-    timesteps: K timesteps as the network is told them, falling; fractional between the schedule's levels.
+    timesteps: K decreasing timesteps as the network gets them; fractional between the schedule's levels.
     alpha_bars: K + 1 signal powers, rising; the last is 1, the clean image.
     """
 
@@ -72,7 +72,7 @@ def leading_timesteps(T: int, num_steps: int) -> list[int]:
 def karras_grid(schedule: NoiseSchedule, num_steps: int, rho: float = 7.0) -> SamplingGrid:
     """Sigmas spaced evenly in sigma^(1/rho) between the schedule's ends (Karras et al. 2022, eq. 5).
 
-    The network is told the fractional timestep at which its schedule has that sigma, log sigma being linear
+    The network gets the fractional timestep at which its schedule has that sigma, log sigma being linear
     between entries. Raises: ValueError naming spacing for a schedule whose last sigma is infinite.
     """
     if num_steps < 1:

@@ -170,7 +170,7 @@ class S3Store(Store):
                 return
             before, last = last, max([last, *(found["Key"] for found in entries)])
             if "NextContinuationToken" not in page or last == before:
-                raise not_s3(self.uri, endpoint(), "a listing that does not go on")
+                raise not_s3(self.uri, endpoint(), "a listing without continuation")
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def delete(self, key: str) -> None:

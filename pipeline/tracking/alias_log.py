@@ -202,7 +202,7 @@ class LoggedAlias:
             self._set(last.after)
             set_for = last.number
         raise JobError(
-            f"{self}: move {move.number} to version {move.after} was decided, yet it stands at version "
+            f"{self}: move {move.number} to version {move.after} was decided, but it points to version "
             f"{version}: something else moved it; look at the registry, then run this again"
         )
 

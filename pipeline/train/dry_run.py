@@ -31,7 +31,7 @@ LARGEST_SAMPLE_FLOPS = 1e11
 LARGEST_HALF_ON_CPU = 2e9
 """The same for bfloat16 on a CPU, which may have to emulate it."""
 BUDGET_SECONDS = 6.0
-MOST_SAMPLES = 16
+MAX_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _measure(config: TrainConfig, device: torch.device, flops: int) -> Pace:
     _step(trainer, state, _batch(config, 1, size))  # the first one allocates and selects kernels
     single = _pass(trainer, _batch(config, 1, size))
     count = max(
-        1, min(MOST_SAMPLES, largest_micro_batch(config, trainer.world), int(BUDGET_SECONDS / 4 / single))
+        1, min(MAX_SAMPLES, largest_micro_batch(config, trainer.world), int(BUDGET_SECONDS / 4 / single))
     )
     batch = _batch(config, count, size)
     passes = [single if count == 1 else _pass(trainer, batch)]

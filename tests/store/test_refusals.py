@@ -175,7 +175,7 @@ def test_an_endless_listing_and_one_without_an_end_are_no_s3_services(server: Se
     )
     for text in (body, body.replace("NextContinuationToken", "Other")):
         server.answer = Answer(200, text.encode())
-        with pytest.raises(UserError, match=r"not as an S3 service does .a listing that does not go on."):
+        with pytest.raises(UserError, match=r"not as an S3 service does .a listing without continuation."):
             list(S3Store("bucket", policy=QUICK).list())
 
 

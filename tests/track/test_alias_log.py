@@ -154,7 +154,7 @@ def test_an_alias_that_something_else_moves_at_the_same_moment_is_told_of() -> N
         def set_registered_model_alias(self, name: str, alias_: str, version: str) -> None:
             self.aliases[alias_] = 9
 
-    with pytest.raises(JobError, match=r"move 1 to version 2 was decided, yet it stands at version 9"):
+    with pytest.raises(JobError, match=r"move 1 to version 2 was decided, but it points to version 9"):
         alias(Fought()).move(1, 2, "promotion")
 
 
