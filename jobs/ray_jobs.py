@@ -62,7 +62,10 @@ def follow(client: JobSubmissionClient, name: str) -> int:
     except Outage as error:
         echo(f"note     the output of {name} broke off; {error}", error=True)
     except KeyboardInterrupt:
-        echo("", f"detached; the job goes on.  look again: ddpm logs -f {name}   end it: ddpm stop {name}")
+        echo(
+            "",
+            f"detached; the job keeps running.  follow it: ddpm logs -f {name}   stop it: ddpm stop {name}",
+        )
         return DONE
     info = client.get_job_info(name)
     if info.status == JobStatus.SUCCEEDED:
@@ -71,7 +74,7 @@ def follow(client: JobSubmissionClient, name: str) -> int:
         return int(info.driver_exit_code)
     if not info.status.is_terminal():
         echo(
-            f"error: job {name} goes on, but its output broke off; look again: ddpm logs -f {name}",
+            f"error: job {name} is still running, but its output broke off; follow it again: ddpm logs -f {name}",
             error=True,
         )
         return FAILED

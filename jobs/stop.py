@@ -44,7 +44,7 @@ def stop_job(client: JobSubmissionClient, name: str, now: bool = False) -> int:
         return DONE
     asked = not now and status == JobStatus.RUNNING and _ask(client, name)
     if asked:
-        echo(f"asked {name} to save and end; the same command starts it again where it was")
+        echo(f"asked {name} to save and end; run the same command to resume it")
     else:
         client.stop_job(name)
         echo(

@@ -84,7 +84,7 @@ def submit(job: str, settings: Settings, detach: bool = False, flags: Sequence[s
     digest = _digest("\0".join([content, *flags]))
     name, going = _job_name(client, base, digest)
     if going:
-        echo(f"joined   job {name}, which is already going on")
+        echo(f"joined   job {name}, which is already running")
     else:
         _start(client, name, job, content, flags, digest)
         echo(f"job      {name}  {client.get_address()}/#/jobs/{name}")
@@ -142,7 +142,7 @@ def _base_name(job: str, settings: Settings, flags: Sequence[str] = ()) -> str:
         identity, place = _identity_and_place(settings, flags)
         return "-".join([job, *([identity[:NAME_DIGITS]] if identity else []), _digest(place)[:PLACE_DIGITS]])
     except (UserError, DamageError, TrackingError) as error:
-        echo(f"note     named by its settings, for here {error}", error=True)
+        echo(f"note     named by its settings, because {error}", error=True)
         return f"{job}-{_digest(settings.model_dump_json())[:NAME_DIGITS]}"
 
 
@@ -175,10 +175,10 @@ def _digest(text: str) -> str:
 
 
 def _job_name(client: JobSubmissionClient, base: str, digest: str) -> tuple[str, bool]:
-    """The name to submit under, and whether the job of that name is going on.
+    """The name to submit under, and whether a job of that name is running.
 
     A finished job keeps its name for the life of the cluster: the next of the same work is its `-r2`. UserError when
-    the one that is going on was given other settings (another count, other workers).
+    the running one has different settings (another count, other workers).
     """
     known = {str(info.submission_id): info for info in client.list_jobs()}
     for name in names_of(known, base):

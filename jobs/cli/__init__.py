@@ -28,7 +28,7 @@ def options(
         typer.Option("--log-json", help=f"Log and report progress as JSON lines ({FORM_VARIABLE}={JSON})."),
     ] = False,
 ) -> None:
-    """Options that every command knows; they stand before its name."""
+    """Options of every command; they precede its name."""
     if log_json:
         os.environ[FORM_VARIABLE] = JSON
 

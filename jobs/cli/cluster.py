@@ -1,4 +1,4 @@
-"""Commands that hand jobs to a cluster and look after them there."""
+"""Commands that submit jobs to a cluster and manage them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,7 +45,7 @@ _EXAMPLES = {
     "tune-sampler": "ddpm submit tune-sampler digits steps=[10,20]",
     "promote": "ddpm submit promote digits",
 }
-"""The jobs that take settings and nothing else, each with a line to copy."""
+"""The jobs that take only settings, each with an example."""
 
 
 def _register(command: str, example: str) -> None:
@@ -118,7 +118,9 @@ def list_jobs(json: AsJson = False, cluster: Cluster = None) -> None:
 @app.command(rich_help_panel=CLUSTER, epilog=examples("ddpm logs -f train-1a2b3c4d5e"))
 def logs(
     job: Job,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it ends; Ctrl-C detaches.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Follow it until it ends; Ctrl-C detaches.")
+    ] = False,
     cluster: Cluster = None,
 ) -> None:
     """Output of a submitted job."""
@@ -141,7 +143,7 @@ def logs(
 def stop(
     job: Job,
     now: Annotated[
-        bool, typer.Option("--now", help="By Ray's own stop, which kills after seconds: work may be lost.")
+        bool, typer.Option("--now", help="Use Ray's own stop, which kills after seconds: work may be lost.")
     ] = False,
     cluster: Cluster = None,
 ) -> None:
@@ -163,7 +165,7 @@ def stop(
 def replay(
     folder: Annotated[Path | None, typer.Argument(help="A spool; default: this machine's.")] = None,
 ) -> None:
-    """Deliver metrics to MLflow that ended jobs could not; exit code 1 where something is left or lost."""
+    """Deliver metrics that ended jobs could not send to MLflow; exit code 1 if some remain or were lost."""
 
     def work() -> int:
         from jobs.replay import run

@@ -39,14 +39,14 @@ def index(
         bool, typer.Option("--pixels", help="Decode every image, for channel statistics.")
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Read also shards whose size and tag are those of before.")
+        bool, typer.Option("--fresh", help="Also read shards whose size and tag are unchanged.")
     ] = False,
     image: Annotated[
         str | None,
-        typer.Option("--image", help="Extension of the picture to take, where samples have several."),
+        typer.Option("--image", help="Extension of the image to use, if samples have several."),
     ] = None,
     skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave out pictures that cannot be read, and name them.")
+        bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read, and name them.")
     ] = False,
     dest: Annotated[
         str | None,
@@ -55,7 +55,7 @@ def index(
         ),
     ] = None,
 ) -> None:
-    """Make the index of WebDataset tars that are already there."""
+    """Make the index of existing WebDataset tars."""
     from jobs.dataset import index as run
 
     end(lambda: run(uri, label_field, pixels, fresh, image, skip_unreadable, dest))
@@ -64,11 +64,11 @@ def index(
 @app.command(rich_help_panel=DATA, epilog=examples("ddpm inspect s3://ddpm/data/digits --sheet digits.png"))
 def inspect(
     uri: Annotated[str, typer.Argument(help="Prefix or brace pattern of shards.")],
-    sheet: Annotated[Path, typer.Option(help="Where to put a contact sheet.")] = Path("inspection.png"),
+    sheet: Annotated[Path, typer.Option(help="File for a contact sheet.")] = Path("inspection.png"),
     label_field: LabelField = None,
     json: AsJson = False,
 ) -> None:
-    """Say what a data set holds, and what is damaged in it."""
+    """Print what a data set contains, and what is damaged in it."""
     from jobs.dataset import inspect_dataset
 
     end(lambda: inspect_dataset(uri, sheet, label_field, json))

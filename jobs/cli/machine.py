@@ -1,4 +1,4 @@
-"""Commands about this machine: the local stack, the whole demo, and what is wrong here."""
+"""Commands about this machine: the local stack, the demo, and diagnosis."""
 
 import shlex
 from pathlib import Path
@@ -15,7 +15,7 @@ app = typer.Typer()
 
 @app.command(rich_help_panel=MACHINE, epilog=examples("ddpm demo", "ddpm demo --store file"))
 def demo(store: Store = None) -> None:
-    """From nothing to a verified bucket: stack, data, training, generation, verification."""
+    """Run everything once: stack, data, training, generation, verification, evaluation."""
     from jobs.demo import demo as run
 
     end(lambda: run(store))
@@ -30,11 +30,11 @@ def up(
     schedule: Annotated[
         str | None,
         typer.Option(
-            metavar="WORDS", help="Run `ddpm schedule WORDS` with the stack, from now on; `off` ends that."
+            metavar="WORDS", help="Run `ddpm schedule WORDS` as a service of the stack; `off` ends it."
         ),
     ] = None,
 ) -> None:
-    """Start the local stack (S3, MLflow, Ray) on loopback, or find it running."""
+    """Start the local stack (S3, MLflow, Ray) on loopback, unless it is running."""
     from infra.local import LocalStack, sign_in
 
     def work() -> int:
@@ -54,7 +54,7 @@ def status(
     prefix: Annotated[str | None, typer.Argument(help="Output prefix; without it, the local stack.")] = None,
     json: AsJson = False,
 ) -> None:
-    """What runs: the local stack, or how far the generation at PREFIX is."""
+    """Print the state of the local stack, or the progress of the generation at PREFIX."""
     from jobs.status import generation_status, stack_status
 
     end(lambda: stack_status(json) if prefix is None else generation_status(prefix, json))
@@ -78,7 +78,7 @@ def down() -> None:
 
     def work() -> int:
         echo(f"stopped: {', '.join(LocalStack(LOCAL).down()) or 'nothing was running'}")
-        echo("next     ddpm up   (goes on with the same data), or ddpm clean   (removes it)")
+        echo("next     ddpm up   (with the same data), or ddpm clean   (removes it)")
         return DONE
 
     end(work)
@@ -102,9 +102,9 @@ def clean() -> None:
 
 @app.command(rich_help_panel=MACHINE, epilog=examples("ddpm schema .ddpm", "ddpm schema docs/schema"))
 def schema(
-    folder: Annotated[Path, typer.Argument(help="Folder for the schema; made if need be.")] = Path("."),
+    folder: Annotated[Path, typer.Argument(help="Folder for the schema; created if missing.")] = Path("."),
 ) -> None:
-    """Write the JSON schema of settings files, by which editors complete and check them."""
+    """Write the JSON schema with which editors complete and check settings files."""
     from jobs.config_docs import write_schema
 
     end(lambda: write_schema(folder))

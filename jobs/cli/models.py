@@ -1,4 +1,4 @@
-"""Commands that make models, compare them, and hand them over."""
+"""Commands that train, compare, promote and convert models."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from jobs.cli.options import MODELS, AsJson, Config, DryRun, Words, end, end_job, examples
 
 app = typer.Typer()
-features_app = typer.Typer(help="Feature networks, by which images are judged.", no_args_is_help=True)
+features_app = typer.Typer(help="Feature networks, with which images are evaluated.", no_args_is_help=True)
 app.add_typer(features_app, name="features", rich_help_panel=MODELS)
 
 
@@ -27,7 +27,7 @@ def train(
     json: AsJson = False,
     local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
 ) -> None:
-    """Train a model on the Ray cluster and register it. Goes on where it was interrupted."""
+    """Train a model on the Ray cluster and register it. Resumes after an interruption."""
     from jobs.train import run_call
 
     end_job(lambda call: run_call(call, local=local), words, config, dry_run, json)
@@ -39,7 +39,7 @@ def train(
 def promote(
     words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
 ) -> None:
-    """Compare the challenger with the champion on equal terms; it takes over only if it is better."""
+    """Compare the challenger with the champion under equal conditions; promote it only if it is better."""
     from jobs.promote import run_call
 
     end_job(run_call, words, config, dry_run, json)
@@ -60,7 +60,7 @@ def rollback(
 def features_train(
     words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
 ) -> None:
-    """Train a small classifier on a labelled data set; its inner layer becomes the feature network."""
+    """Train a small classifier on a labeled data set; its inner layer becomes the feature network."""
     from jobs.features import run_call
 
     end_job(run_call, words, config, dry_run, json)
@@ -70,7 +70,7 @@ def features_train(
 def features_trust(
     words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
 ) -> None:
-    """Accept the feature network and the measured reference by which the gate judges a model, as they are now."""
+    """Accept the feature network and the measured reference that a model's gate uses, as they are now."""
     from jobs.features import trust_call
 
     end_job(trust_call, words, config, dry_run, json)

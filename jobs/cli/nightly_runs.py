@@ -21,7 +21,7 @@ def nightly(
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
-    """Let the champion fill the nights that are due, measure them, file them. Does nothing when all is done."""
+    """Generate, measure and record the nights that are due, with the champion. Does nothing when all are done."""
     from jobs.nightly import run_call
 
     end_job(lambda call: run_call(call, first, last), words, config, dry_run, json)
@@ -35,12 +35,12 @@ def schedule(
     words: Words = None,
     config: Config = None,
     at: Annotated[str, typer.Option(help="Time of day, HH:MM in UTC.")] = "02:00",
-    now: Annotated[bool, typer.Option("--now", help="Run once at the start, too.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Also run once at the start.")] = False,
     catch_up: Annotated[
         bool, typer.Option("--catch-up", help="Run at the start if a night since the latest was missed.")
     ] = False,
 ) -> None:
-    """Run the nightly job every night, in the foreground, until it is ended."""
+    """Run the nightly job every night, in the foreground, until stopped."""
     from jobs.nightly_schedule import schedule as run
 
     end_job(lambda call: run(call, at, now, catch_up), words, config)

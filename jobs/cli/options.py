@@ -1,4 +1,4 @@
-"""What commands have in common: their options, their examples, their way out."""
+"""What commands share: options, examples, exit."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,20 +53,20 @@ First = Annotated[str | None, typer.Option("--from", help="First night, YYYY-MM-
 Last = Annotated[str | None, typer.Option("--to", help="Last night, YYYY-MM-DD.")]
 Prefix = Annotated[str | None, typer.Option(help="Generation; without it, the preset's.")]
 Against = Annotated[
-    str | None, typer.Option(help="Another, evaluated before on equal terms, to show beside it.")
+    str | None, typer.Option(help="Another generation, evaluated under equal conditions, to show beside it.")
 ]
 Store = Annotated[
-    StoreKind | None, typer.Option(help="Object store of the stack; default: as before, first s3.")
+    StoreKind | None, typer.Option(help="Object store of the stack; default: as before, initially s3.")
 ]
 
 
 def examples(*lines: str) -> str:
-    """A command's epilog: complete lines to copy, whatever signs they hold."""
+    """A command's epilog: complete lines to copy, with markup escaped."""
     return "\n\n".join(["Examples:", *(escape(f"  {line}") for line in lines)])
 
 
 def end(work: Callable[[], int]) -> NoReturn:
-    """Run a command's work and leave with its exit code; what a user can put right is one line."""
+    """Run a command's work and exit with its code; a user's mistake becomes one line."""
     raise typer.Exit(handle_errors(work))
 
 
@@ -77,5 +77,5 @@ def end_job(
     dry_run: bool = False,
     json: bool = False,
 ) -> NoReturn:
-    """Sort the words into a call, run it, and leave with its exit code."""
+    """Sort the words into arguments, run the job, and exit with its code."""
     end(lambda: run_call(JobArguments.of(words or [], config or [], dry_run, json)))

@@ -1,4 +1,4 @@
-"""Commands that make samples and look at them."""
+"""Commands that make, check and evaluate samples."""
 
 from typing import Annotated
 
@@ -20,7 +20,7 @@ app = typer.Typer()
 def generate(
     words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
 ) -> None:
-    """Fill an output prefix with samples of a registered model. Redoes only what is missing."""
+    """Fill an output prefix with samples of a registered model. Makes only what is missing."""
     from jobs.generate import run
     from pipeline.config.generation import GenerateConfig
 
@@ -41,7 +41,8 @@ def verify(
     prefix: Annotated[str, typer.Argument(help="Output prefix of a generation.")],
     regenerate: Annotated[int, typer.Option(help="Sample this many again and compare bytes.")] = 0,
     model: Annotated[
-        str | None, typer.Option(help="The network, for --regenerate of one that came from a folder.")
+        str | None,
+        typer.Option(help="Folder of the network, for --regenerate of a generation that used one."),
     ] = None,
     discard_damaged: Annotated[
         bool,
@@ -51,7 +52,7 @@ def verify(
     ] = False,
     json: AsJson = False,
 ) -> None:
-    """Recount, rehash and decode everything a generation says it made."""
+    """Recount, rehash and decode every object of a generation."""
     from jobs.verify import run
 
     end(lambda: run(prefix, regenerate, model, json, discard_damaged))
@@ -66,13 +67,13 @@ def verify(
 )
 def download(
     prefix: Annotated[str, typer.Argument(help="A complete generation, or a data set with an index.")],
-    folder: Annotated[str, typer.Argument(help="Folder of this machine; made if need be.")],
+    folder: Annotated[str, typer.Argument(help="Folder on this machine; created if missing.")],
     unpack: Annotated[
-        bool, typer.Option("--unpack", help="Write the images as files, too, into FOLDER-images.")
+        bool, typer.Option("--unpack", help="Also write the images as files, into FOLDER-images.")
     ] = False,
     json: AsJson = False,
 ) -> None:
-    """Bring a generation or a data set to a folder, every shard checked. Fetches only what is missing."""
+    """Download a generation or a data set to a folder and check every shard. Fetches only what is missing."""
     from jobs.download import run
 
     end(lambda: run(prefix, folder, unpack, json))

@@ -102,10 +102,7 @@ def test_a_running_job_is_asked_itself_on_its_drivers_node(capsys: pytest.Captur
     assert list(client.scripts) == ["stop-train-1", "stop-train-1-r2"]
     assert client.scripts["stop-train-1"]["entrypoint_resources"] == {"node:10.77.0.3": 0.001}
     assert client.stopped == []  # Ray's stop would kill it after seconds
-    assert (
-        "asked train-1 to save and end; the same command starts it again where it was"
-        in capsys.readouterr().out
-    )
+    assert "asked train-1 to save and end; run the same command to resume it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_a_server_that_is_gone_is_told_in_one_line(
         (
             "RUNNING",
             1,
-            f"error: job {NAME} goes on, but its output broke off; look again: ddpm logs -f {NAME}",
+            f"error: job {NAME} is still running, but its output broke off; follow it again: ddpm logs -f {NAME}",
         ),
         ("SUCCEEDED", 0, "the job server fails (WebSocket connection closed unexpectedly"),
         ("FAILED", 3, "the job server fails (WebSocket connection closed unexpectedly"),

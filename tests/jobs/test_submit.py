@@ -29,7 +29,7 @@ def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_n
     assert name.rpartition("-")[0] == f"train-{plan_training(config).identity}"
     with pytest.raises(UserError, match=f"job {name} is already running this work with different settings"):
         submit("train", config.model_copy(update={"steps": 48}))
-    assert submit("train", config) == 0  # the same settings: the job that is going on
+    assert submit("train", config) == 0  # the same settings: joins the running job
     said = capfd.readouterr()
     assert f"joined   job {name}" in said.out
     assert "handed/1" in said.out
