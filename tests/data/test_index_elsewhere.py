@@ -101,13 +101,13 @@ def test_a_place_that_holds_anything_else_is_refused(shards: str, dest: str, tmp
     plan_index(shards, dest=dest).build()
     other = (tmp_path / "other").as_uri()
     small_set(other, (3,))
-    with pytest.raises(UserError, match="holds shards itself"):
+    with pytest.raises(UserError, match="contains shards; choose"):
         plan_index(shards, dest=other)
-    with pytest.raises(UserError, match=r"holds the index of .*others"):
+    with pytest.raises(UserError, match=r"contains the index of .*others"):
         plan_index(other, dest=dest)
     with pytest.raises(UserError, match="is a pattern"):
         plan_index(shards, dest=f"{dest}/*.tar")
-    with pytest.raises(UserError, match="is in a bucket and the shards are on a disk"):
+    with pytest.raises(UserError, match="is in a bucket and the shards are local"):
         plan_index(shards, dest="s3://bucket/set")
     assert plan_index(other, dest=other).build() == load_index(other)
 

@@ -1,1 +1,1 @@
-"""From images as they are found to shards and an index."""
+"""Packing images into shards, and indexing shards."""

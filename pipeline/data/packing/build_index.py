@@ -1,4 +1,4 @@
-"""`ddpm index`: make the index of tars that are already there."""
+"""`ddpm index`: build the index of existing tars."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from pipeline.store import ObjectInfo, ObjectMissing, Store, open_store
 
 Scan = tuple[ShardEntry, MemberTable]
 OTHER_ARCHIVES = (".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".tzst", ".tbz2", ".txz", ".zip")
-"""Archives that are no shards here."""
+"""Archives that are not accepted as shards."""
 SPLITS = ("train", "val", "valid", "validation", "test")
 CLASSES_FILE, INFO_FILE = "classes.txt", "_info.json"
 MAX_NAMES_BYTES = 1 << 26
 
 
 def find_shards(uri: str) -> tuple[Location, list[ObjectInfo]]:
-    """The shards, sorted by key, that lie at a URI, or that an index there is of.
+    """The shards at a URI, or those of an index at that URI, sorted by key.
 
-    Raises UserError when there are none, or the store is wrong.
+    Raises UserError when there are none, or the store cannot be used.
     """
     location = Location.of(uri)
     store = open_store(location.root)
@@ -48,9 +48,9 @@ def find_shards(uri: str) -> tuple[Location, list[ObjectInfo]]:
         found = list(location.shard_objects(store))
     if not found:
         other = next((info.key for info in store.list() if info.key.endswith(OTHER_ARCHIVES)), None)
-        read = "only .tar, .tar.gz and .tgz are read: unpack or repack it"
+        read = "only .tar, .tar.gz and .tgz are supported: unpack or repack it"
         raise UserError(
-            f"{uri}: no .tar or .tar.gz there; "
+            f"{uri}: no .tar or .tar.gz found; "
             + (f"{other}: {read}" if other else "check the prefix or pattern")
         )
     return location, found
@@ -58,20 +58,20 @@ def find_shards(uri: str) -> tuple[Location, list[ObjectInfo]]:
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """What an index is to be made of: shards that an earlier one knows, and shards to read."""
+    """The plan of an index: scans reused from an earlier index, and shards to read."""
 
     location: Location
-    """Where the shards lie."""
+    """Location of the shards."""
     home: Location
-    """Where the index goes."""
+    """Location of the index."""
     keys: tuple[str, ...]
     """All shards, sorted."""
     reused: dict[str, Scan]
     options: ScanOptions
     packed: Index | None = None
-    """The index that `ddpm pack` made, if it made these shards: the new one must say the same."""
+    """The index written by `ddpm pack`, if it wrote these shards: the new index must agree with it."""
     notes: tuple[str, ...] = ()
-    """What a person should know of these shards, a line each."""
+    """Remarks on these shards for the user, one line each."""
 
     @property
     def to_scan(self) -> list[str]:
@@ -80,26 +80,26 @@ class IndexPlan:
 
     def build(
         self,
-        spread: ParallelMap | None = None,
+        parallel_map: ParallelMap | None = None,
         progress: Progress | None = None,
         class_names: Sequence[str] | None = None,
     ) -> Index:
-        """Read the unknown shards, once each, and write the index; `spread` (default: four threads) says who reads.
+        """Read the shards to scan, once each, and write the index. Reads with `parallel_map` (default: four threads).
 
-        Raises DamageError naming shard and place; UserError when a shard that `ddpm pack` made is another now.
+        Raises DamageError naming shard and offset; UserError when a shard written by `ddpm pack` has changed.
         """
         store = open_store(self.location.root)
-        scan = partial(index_shard, store, reading=self.options)
+        scan = partial(index_shard, store, options=self.options)
         scans, unknown = dict(self.reused), self.to_scan
-        for key, found in zip(unknown, (spread or thread_map(4))(scan, unknown), strict=True):
+        for key, found in zip(unknown, (parallel_map or thread_map(4))(scan, unknown), strict=True):
             scans[key] = found
             if progress is not None:
                 progress(len(scans), len(self.keys))
-        every = [scans[key] for key in self.keys]
-        self._require_as_packed(store, every)
+        all_scans = [scans[key] for key in self.keys]
+        self._require_as_packed(store, all_scans)
         return assemble_index(
             self.location,
-            every,
+            all_scans,
             class_names or self.options.class_names,
             self.options.label_field,
             self.options.image,
@@ -112,7 +112,7 @@ class IndexPlan:
         for (entry, _), shard in zip(scans, self.packed.shards, strict=True):
             if entry.sha256 != shard.sha256:
                 raise UserError(
-                    f"{self.location.uri}: {entry.name} is not the shard that was packed; "
+                    f"{self.location.uri}: {entry.name} differs from the shard that was packed; "
                     f"{remedy(store, self.location.uri)}"
                 )
 
@@ -127,14 +127,15 @@ def plan_index(
     skip_unreadable: bool = False,
     dest: str | None = None,
 ) -> IndexPlan:
-    """Look at what is there. `reuse` keeps what an earlier index says of shards unchanged by size and tag.
+    """Find the shards and decide which to read. `reuse` keeps an earlier index's scans of shards with equal size and
+    tag.
 
-    The index goes to `dest`, by default beside the shards. Given the place of an index whose shards lie elsewhere, that
-    index is made again.
+    The index goes to `dest`, by default beside the shards. If `uri` has an index of shards elsewhere, that index is
+    rebuilt.
 
-    Class names are those of the earlier index, or of a classes.txt or _info.json beside the shards, or of the packed
-    set that these shards are part of. Raises UserError, before anything is read, for a wrong URI, names of a pattern
-    that are not there, and a pack that is not finished.
+    Class names come from classes.txt or _info.json beside the shards, from the packed data set that these shards are
+    part of, or from the earlier index. Raises UserError, before anything is read, for a wrong URI, missing files of a
+    pattern, and an unfinished pack.
     """
     location, found = find_shards(uri)
     keys = [info.key for info in found]
@@ -144,25 +145,25 @@ def plan_index(
     earlier = packed or _existing_index(home.uri)
     names = None if packed is not None else sidecar_class_names(location, keys)
     names = names or (earlier.class_names if earlier is not None else None)
-    reading = ScanOptions(label_field, image, names, skip_unreadable, pixels)
+    options = ScanOptions(label_field, image, names, skip_unreadable, pixels)
     if packed is not None and packed.channel_mean is not None:
-        reading = replace(reading, pixels=True)  # the statistics of a pack are kept
-    known = _reusable_scans(earlier, location, found, reading) if reuse and earlier is not None else {}
-    return IndexPlan(location, home, tuple(keys), known, reading, packed, tuple(_notes(location, keys)))
+        options = replace(options, pixels=True)  # keep the statistics of a pack
+    known = _reusable_scans(earlier, location, found, options) if reuse and earlier is not None else {}
+    return IndexPlan(location, home, tuple(keys), known, options, packed, tuple(_notes(location, keys)))
 
 
-def _locations(location: Location, asked: Location, dest: str | None) -> tuple[Location, Location]:
-    """Where the shards lie, and where their index goes: both in full where these are two places. Raises UserError."""
-    home = asked if dest is None else Location.of(dest)
+def _locations(location: Location, requested: Location, dest: str | None) -> tuple[Location, Location]:
+    """Locations of the shards and of their index: absolute if these differ. Raises UserError."""
+    home = requested if dest is None else Location.of(dest)
     shards, place = open_store(location.root), open_store(home.root)
     if place.uri == shards.uri and (home.pattern is None or home.pattern == location.pattern):
         return location, location
     if home.pattern is not None:
-        raise UserError(f"--dest: {dest} is a pattern; name a folder or prefix for the index")
+        raise UserError(f"--dest: {dest} is a pattern; choose a folder or prefix for the index")
     if shards.uri.startswith("file:") and not place.uri.startswith("file:"):
         raise UserError(
-            f"--dest: {dest} is in a bucket and the shards are on a disk ({location.uri}), which not every reader "
-            "of the bucket has; choose a folder"
+            f"--dest: {dest} is in a bucket and the shards are local ({location.uri}), which other readers of "
+            "the bucket cannot open; choose a local folder"
         )
     full = shards.uri if location.pattern is None else f"{shards.uri}/{location.pattern}"
     _require_free_for(place, home, full)
@@ -170,15 +171,17 @@ def _locations(location: Location, asked: Location, dest: str | None) -> tuple[L
 
 
 def _require_free_for(place: Store, home: Location, shards_uri: str) -> None:
-    """Raise UserError for a place that holds shards, or the index of others."""
+    """Raise UserError for a location that contains shards, or the index of other shards."""
     place.require_container()
     if any(home.shard_objects(place)):
-        raise UserError(f"--dest: {home.uri} holds shards itself; choose an empty place for the index")
+        raise UserError(f"--dest: {home.uri} contains shards; choose an empty prefix for the index")
     if place.stat(home.index_name) is None:
         return
     earlier = _existing_index(home.uri)
     if earlier is not None and earlier.shards_uri != shards_uri:
-        raise UserError(f"--dest: {home.uri} holds the index of {earlier.shards_uri}; choose another place")
+        raise UserError(
+            f"--dest: {home.uri} contains the index of {earlier.shards_uri}; choose another prefix"
+        )
 
 
 def build_index(
@@ -187,17 +190,17 @@ def build_index(
     label_field: str | None = None,
     class_names: Sequence[str] | None = None,
     pixels: bool = False,
-    spread: ParallelMap | None = None,
+    parallel_map: ParallelMap | None = None,
     progress: Progress | None = None,
 ) -> Index:
-    """Plan and build an index in one go."""
-    return plan_index(uri, label_field=label_field, pixels=pixels).build(spread, progress, class_names)
+    """Plan and build an index."""
+    return plan_index(uri, label_field=label_field, pixels=pixels).build(parallel_map, progress, class_names)
 
 
 def sidecar_class_names(location: Location, keys: Sequence[str]) -> tuple[str, ...] | None:
-    """Class names from classes.txt (one a line), from a list in _info.json, or from the pack these shards are of.
+    """Class names from classes.txt (one per line), a list in _info.json, or the pack that these shards are part of.
 
-    Raises UserError for a file that is neither.
+    Raises UserError for an invalid file.
     """
     store = open_store(location.root)
     if (text := _read_small(store, CLASSES_FILE)) is not None:
@@ -206,7 +209,7 @@ def sidecar_class_names(location: Location, keys: Sequence[str]) -> tuple[str, .
         return names
     if location.pattern is None:
         return None
-    above, _, folder = location.root.rpartition("/")  # of a pattern: shards/{…}.tar of a pack
+    above, _, folder = location.root.rpartition("/")  # the pattern may be shards/{…}.tar of a pack
     for place, base in ((location.root, ""), (above, f"{folder}/")):
         index = _existing_index(place)
         if index is not None and {shard.name for shard in index.shards}.issuperset(
@@ -222,7 +225,7 @@ def _read_small(store: Store, key: str) -> bytes | None:
         return None
     if info.size_bytes > MAX_NAMES_BYTES:
         raise UserError(
-            f"{store.uri}/{key}: {info.size_bytes} bytes are no list of class names; move it away"
+            f"{store.uri}/{key}: {info.size_bytes} bytes is too large for a list of class names; move it away"
         )
     return store.read(key)
 
@@ -242,7 +245,7 @@ def _class_names_of_info(store: Store, text: bytes) -> tuple[str, ...] | None:
 
 
 def _pack_index(location: Location, keys: Sequence[str]) -> Index | None:
-    """The index of the pack that this prefix is; None for shards of others. Raises UserError for half a pack."""
+    """The index of the pack at this prefix; None if there is no pack. Raises UserError for an incomplete pack."""
     store = open_store(location.root)
     if location.pattern is not None or store.stat(PLAN_KEY) is None:
         return None
@@ -250,10 +253,10 @@ def _pack_index(location: Location, keys: Sequence[str]) -> Index | None:
         index = load_index(location.uri, check=False)
     except DamageError as error:
         raise UserError(str(error)) from None
-    strange = set(keys).symmetric_difference(shard.name for shard in index.shards)
-    if strange:
+    difference = set(keys).symmetric_difference(shard.name for shard in index.shards)
+    if difference:
         raise UserError(
-            f"{location.uri}: {min(strange)} is missing, or not of this pack; {remedy(store, location.uri)}"
+            f"{location.uri}: {min(difference)} is missing, or not part of this pack; {remedy(store, location.uri)}"
         )
     return index
 
@@ -262,19 +265,17 @@ def _existing_index(uri: str) -> Index | None:
     try:
         return load_index(uri, check=False)
     except (UserError, DamageError):
-        return (
-            None  # there is none that can be trusted: everything is read, which is what an index is made by
-        )
+        return None  # no usable index: all shards are read
 
 
 def _notes(location: Location, keys: Sequence[str]) -> list[str]:
-    """Lines on shards of several splits taken together, and on archives left out."""
+    """Remarks on splits that are indexed together, and on ignored archives."""
     store = open_store(location.root)
     notes: list[str] = []
     splits = sorted({part for key in keys for part in _split_of(key)})
     if location.pattern is None and len(splits) > 1:
         notes.append(
-            f"splits   {', '.join(splits)} are indexed together; a pattern such as {splits[0]}*.tar parts them"
+            f"splits   {', '.join(splits)} are indexed together; a pattern such as {splits[0]}*.tar separates them"
         )
     left = (
         [info.key for info in store.list() if info.key.endswith(OTHER_ARCHIVES)]
@@ -283,7 +284,7 @@ def _notes(location: Location, keys: Sequence[str]) -> list[str]:
     )
     if left:
         notes.append(
-            f"left out {len(left):,} archives that are not read here ({left[0]}); only {', '.join(SUFFIXES)}"
+            f"left out {len(left):,} archives of unsupported types ({left[0]}); supported: {', '.join(SUFFIXES)}"
         )
     return notes
 
@@ -294,25 +295,25 @@ def _split_of(key: str) -> set[str]:
 
 
 def _reusable_scans(
-    index: Index, location: Location, found: Sequence[ObjectInfo], reading: ScanOptions
+    index: Index, location: Location, found: Sequence[ObjectInfo], options: ScanOptions
 ) -> dict[str, Scan]:
-    """By key, what an index made before says of shards that are still the same by size and tag.
+    """By key, the scans of an earlier index for shards with equal size and tag.
 
-    Nothing, when that index was made elsewhere (its tags mean nothing here) or by another reading; nothing of a shard
-    whose pixels were not looked at, when they are asked for now.
+    None are reused from an index made at another URI (its tags do not apply) or with other options, and none without
+    pixel statistics when these are requested now.
     """
-    same = (index.label_field, index.image_extension) == (reading.label_field, reading.image)
+    same = (index.label_field, index.image_extension) == (options.label_field, options.image)
     if index.made_at != location.root or not same:
         return {}
-    there = {(info.key, info.size_bytes, info.etag) for info in found}
+    current = {(info.key, info.size_bytes, info.etag) for info in found}
     known: dict[str, Scan] = {}
     for number, entry in enumerate(index.shards):
-        looked_at = entry.channel_sums is not None or not reading.pixels
-        refused = entry.num_skipped and not reading.skip_unreadable
-        if (entry.name, entry.size_bytes, entry.etag) not in there or not looked_at or refused:
+        has_statistics = entry.channel_sums is not None or not options.pixels
+        refused = entry.num_skipped and not options.skip_unreadable
+        if (entry.name, entry.size_bytes, entry.etag) not in current or not has_statistics or refused:
             continue
         try:
             known[entry.name] = (entry, read_table(index, number))
         except (ObjectMissing, DamageError):
-            continue  # its rows are lost: the shard is read again
+            continue  # its rows are lost: read the shard again
     return known

@@ -1,4 +1,4 @@
-"""`ddpm inspect`: what is in a data set, and what is wrong with it. Reads everything once; stops at nothing."""
+"""`ddpm inspect`: contents and damage of a data set. Reads everything once and continues after damage."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from pipeline.store import Store, open_store
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a full reading found."""
+    """The result of reading a whole data set."""
 
     uri: str
     index_digest: str | None
-    """None when there is no usable index; `damage` says why."""
+    """None without a usable index; `damage` says why."""
     num_shards: int
     num_samples: int
     size_bytes: int
     shapes: dict[str, int]
-    """How many images have each shape, written width x height x channels; most frequent first."""
+    """Number of images of each shape, written width x height x channels; most frequent first."""
     classes: dict[str, int] | None
     channel_mean: list[float] | None
     """In uint8 units; None when shapes differ."""
     channel_std: list[float] | None
     without_image: int
-    """Samples that have no image: a license, for example. They are no part of the data set."""
+    """Samples without an image: a license, for example. They are not part of the data set."""
     damage: tuple[str, ...]
-    """One line for each damaged sample or shard, naming it and the place."""
+    """One line for each damaged sample or shard, with its location."""
     contact_sheet: Pixels
     """uint8 (height, width, 3): samples spread over the shards."""
 
@@ -50,43 +50,43 @@ def inspect(
 ) -> Inspection:
     """Read all shards of a data set, indexed or not. Progress counts shards.
 
-    Raises UserError when there are no shards, or the store is wrong; damage is reported, not raised.
+    Raises UserError when there are no shards, or the store cannot be used; damage is reported, not raised.
     """
     location, found = find_shards(uri)
     keys = [info.key for info in found]
     store = open_store(location.root)
     damage = [f"{uri}: {name} is missing" for name in location.missing(keys)]
     index = _index_of(uri, damage)
-    tally = _InspectionCounts(
+    counts = _InspectionCounts(
         _scan_options(location, keys, index, label_field), -(-num_tiles // len(keys)), damage=damage
     )
     indexed = {} if index is None else {shard.name: shard.sha256 for shard in index.shards}
     size_bytes = 0
     for done, key in enumerate(keys, 1):
-        size_bytes += _read_shard(store, key, indexed.get(key), tally)
+        size_bytes += _read_shard(store, key, indexed.get(key), counts)
         if progress is not None:
             progress(done, len(keys))
     names = None if index is None else index.class_names
-    mean, std = tally.mean_and_std()
+    mean, std = counts.mean_and_std()
     return Inspection(
         uri=uri,
         index_digest=None if index is None else index.digest,
         num_shards=len(keys),
-        num_samples=sum(tally.shapes.values()),
+        num_samples=sum(counts.shapes.values()),
         size_bytes=size_bytes,
-        shapes={str(shape): count for shape, count in tally.shapes.most_common()},
-        classes=_by_class_name(tally.labels, names),
+        shapes={str(shape): count for shape, count in counts.shapes.most_common()},
+        classes=_by_class_name(counts.labels, names),
         channel_mean=mean,
         channel_std=std,
-        without_image=tally.without_image,
-        damage=tuple(tally.damage),
-        contact_sheet=_contact_sheet(tally.tiles[:num_tiles]),
+        without_image=counts.without_image,
+        damage=tuple(counts.damage),
+        contact_sheet=_contact_sheet(counts.tiles[:num_tiles]),
     )
 
 
 @dataclass
 class _InspectionCounts:
-    reading: ScanOptions
+    options: ScanOptions
     tiles_per_shard: int
     shapes: Counter[PixelShape] = field(default_factory=Counter[PixelShape])
     labels: Counter[int] = field(default_factory=Counter[int])
@@ -97,20 +97,20 @@ class _InspectionCounts:
 
     def add(self, where: str, key: str, parts: Parts, keep: bool) -> None:
         """Count a sample, or its damage."""
-        place = f"{where}: sample {key!r}"
+        sample_name = f"{where}: sample {key!r}"
         try:
-            extension = image_extension(parts, place, self.reading.image)
+            extension = image_extension(parts, sample_name, self.options.image)
             if extension is None:
                 self.without_image += 1
                 return
             member, data = parts[extension]
-            place = f"{place} at byte {member.offset}"
+            sample_name = f"{sample_name} at byte {member.offset}"
             shape = probe(data)
             pixels = decode_image(data, shape.array_shape)
-            label = sample_label(parts, self.reading, place)
+            label = sample_label(parts, self.options, sample_name)
         except DamageError as error:
             text = str(error)
-            self.damage.append(text if text.startswith(where) else f"{place}: {text}")
+            self.damage.append(text if text.startswith(where) else f"{sample_name}: {text}")
             return
         self.shapes[shape] += 1
         self.labels[label] += 1
@@ -142,32 +142,32 @@ def _index_of(uri: str, damage: list[str]) -> Index | None:
 def _scan_options(
     location: Location, keys: list[str], index: Index | None, label_field: str | None
 ) -> ScanOptions:
-    """As the index was made, if there is one."""
+    """The options of the index, if there is one."""
     if index is None:
         return ScanOptions(label_field, class_names=sidecar_class_names(location, keys))
     return ScanOptions(label_field or index.label_field, index.image_extension, index.class_names)
 
 
-def _read_shard(store: Store, key: str, sha256: str | None, tally: _InspectionCounts) -> int:
-    """Count one shard's samples up to where it breaks, if it does; the bytes it has."""
+def _read_shard(store: Store, key: str, sha256: str | None, counts: _InspectionCounts) -> int:
+    """Count one shard's samples, up to the first damage of the tar. Returns its size in bytes."""
     where = f"{store.uri}/{key}"
     info = store.stat(key)
-    kept = len(tally.tiles) + tally.tiles_per_shard
+    max_tiles = len(counts.tiles) + counts.tiles_per_shard
     try:
         with store.open(key) as stream:
             hashed = HashingReader(stream)
             with plain_stream(cast(BinaryIO, hashed), where) as plain:
                 for name, parts in read_samples(plain, where):
-                    tally.add(where, name, parts, keep=len(tally.tiles) < kept)
+                    counts.add(where, name, parts, keep=len(counts.tiles) < max_tiles)
         if sha256 is not None and hashed.hash.hexdigest() != sha256:
-            tally.damage.append(f"{where}: its SHA-256 is not the indexed one")
+            counts.damage.append(f"{where}: its SHA-256 differs from the index")
     except DamageError as error:
-        tally.damage.append(str(error))
+        counts.damage.append(str(error))
     return 0 if info is None else info.size_bytes
 
 
 def _by_class_name(labels: Counter[int], names: tuple[str, ...] | None) -> dict[str, int] | None:
     if set(labels) <= {-1}:
         return None
-    known = names or ()
-    return {known[n] if 0 <= n < len(known) else str(n): labels[n] for n in sorted(labels)}
+    class_names = names or ()
+    return {class_names[n] if 0 <= n < len(class_names) else str(n): labels[n] for n in sorted(labels)}

@@ -1,4 +1,4 @@
-"""One pass over a shard: is it whole, what is in it, and where."""
+"""Scanning a shard in one pass: checks it and collects its samples, labels and offsets."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from pipeline.errors import DamageError
 from pipeline.store import ObjectInfo, ObjectMissing, Store
 
 MAX_SHAPES = 64
-"""Shapes listed for a shard; a set of photographs of all sizes would otherwise fill the index with them."""
+"""Shapes listed per shard, so that images of many sizes do not fill the index."""
 LABEL_FIELDS = ("label", "class", "cls", "class_id", "target")
 NO_LABELS = "none"
 MAX_DIGITS = 40
-"""Of a class number; Python refuses to read a number of thousands."""
+"""Digits in a class number; Python refuses to parse numbers of thousands of digits."""
 MAX_LISTED = 20
-"""Skipped samples named in an index for each shard."""
+"""Skipped samples listed in an index per shard."""
 _NUMBER = re.compile(r"-?[0-9]+(\.0+)?")
 _CLASS_NUMBER = (
-    f"a class number from 0 to {MAX_CLASSES - 1} is expected, or -1 for none, or a name that stands in classes.txt "
-    "beside the shards (one a line, in order of their numbers); --label-field none leaves labels out"
+    f"expected a class number from 0 to {MAX_CLASSES - 1}, -1 for none, or a name from classes.txt beside the "
+    "shards (one per line, in order of class numbers); --label-field none ignores labels"
 )
 MAX_EXPANSION = 256
-"""Plain bytes a gzip may give for each of its own: images hardly compress; a bomb does 1000-fold."""
+"""Largest expansion of a gzip: images hardly compress; a decompression bomb expands 1000-fold."""
 
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """How the samples of others' shards are to be understood."""
+    """How to interpret the samples of shards."""
 
     label_field: str | None = None
-    """The field of a sample's json that names its class; None for the first of LABEL_FIELDS, NO_LABELS for none."""
+    """The field of a sample's JSON that holds its class; None for the first of LABEL_FIELDS, NO_LABELS for none."""
     image: str | None = None
-    """Extension of the file to take where samples have several images; None where each has one."""
+    """Extension of the image to use where samples have several; None where each has one."""
     class_names: tuple[str, ...] | None = None
-    """What labels that are names stand for, by number."""
+    """Class names by number, for labels that are names."""
     skip_unreadable: bool = False
-    """Leave out samples whose image cannot be read, and name them, instead of ending."""
+    """Skip and report samples whose image cannot be read, instead of failing."""
     pixels: bool = False
     """Decode every image, for channel statistics and to find damage inside images."""
 
@@ -58,33 +58,32 @@ def index_shard(
     *,
     label_field: str | None = None,
     pixels: bool = False,
-    reading: ScanOptions | None = None,
+    options: ScanOptions | None = None,
 ) -> tuple[ShardEntry, MemberTable]:
     """The entry and member table of one shard, read in one forward pass.
 
-    `reading` says how; without it, `label_field` and `pixels` do. Raises DamageError naming shard, key and offset;
-    ObjectMissing.
+    `options` override `label_field` and `pixels`. Raises DamageError naming shard, key and offset; ObjectMissing.
     """
-    reading = reading or ScanOptions(label_field, pixels=pixels)
+    options = options or ScanOptions(label_field, pixels=pixels)
     info = store.stat(key)
     label = f"{store.uri}/{key}"
     if info is None:
         raise ObjectMissing(key, label)
-    facts = _ShardScan(label, reading)
+    scan = _ShardScan(label, options)
     ignored: list[str] = []
     with store.open(key, etag=info.etag) as stream:
         hashed = HashingReader(stream)
         with plain_stream(cast(BinaryIO, hashed), label) as plain:
             counted = _BoundedReader(plain, MAX_EXPANSION * max(info.size_bytes, 1 << 20), label)
             for name, parts in read_samples(counted, label, ignored):
-                facts.add(name, parts)
+                scan.add(name, parts)
     return shard_entry(
         ShardSummary(
-            facts.rows,
-            facts.shapes,
-            facts.stats,
-            len(ignored) + facts.without_image,
-            tuple(facts.skipped),
+            scan.rows,
+            scan.shapes,
+            scan.stats,
+            len(ignored) + scan.without_image,
+            tuple(scan.skipped),
         ),
         info,
         plain_bytes=counted.total,
@@ -95,7 +94,7 @@ def index_shard(
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What the samples of a shard tell: (offset, size, CRC-32, label) of each image, and what they have in common."""
+    """Contents of a shard: (offset, size, CRC-32, label) of each image, shapes and statistics."""
 
     rows: Sequence[tuple[int, int, int, int]]
     shapes: Collection[PixelShape]
@@ -105,10 +104,10 @@ class ShardSummary:
 
 
 def shard_entry(
-    facts: ShardSummary, info: ObjectInfo, *, plain_bytes: int, compressed: bool, sha256: str
+    summary: ShardSummary, info: ObjectInfo, *, plain_bytes: int, compressed: bool, sha256: str
 ) -> tuple[ShardEntry, MemberTable]:
-    """Entry and member table of the shard that the store holds as `info`."""
-    table = np.array(facts.rows, MEMBER)
+    """Entry and member table of the shard stored as `info`."""
+    table = np.array(summary.rows, MEMBER)
     entry = ShardEntry(
         name=info.key,
         num_samples=len(table),
@@ -118,24 +117,24 @@ def shard_entry(
         sha256=sha256,
         etag=info.etag,
         table_sha256=table_hash(table),
-        shapes=tuple(sorted(facts.shapes)[:MAX_SHAPES]),
+        shapes=tuple(sorted(summary.shapes)[:MAX_SHAPES]),
         num_labelled=int((table["label"] >= 0).sum()),
         max_label=int(table["label"].max(initial=-1)),
-        ignored_members=facts.ignored_members,
-        skipped=facts.skipped[:MAX_LISTED],
-        num_skipped=len(facts.skipped),
-        channel_sums=facts.stats.sums or None,
-        channel_squares=facts.stats.squares or None,
+        ignored_members=summary.ignored_members,
+        skipped=summary.skipped[:MAX_LISTED],
+        num_skipped=len(summary.skipped),
+        channel_sums=summary.stats.sums or None,
+        channel_squares=summary.stats.squares or None,
     )
     return entry, table
 
 
 @dataclass
 class _ShardScan:
-    """What gathers while a shard goes by."""
+    """Collects the samples of a shard while it is read."""
 
     shard: str
-    reading: ScanOptions
+    options: ScanOptions
     rows: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
     shapes: set[PixelShape] = field(default_factory=set[PixelShape])
     stats: ImageStats = field(default_factory=ImageStats)
@@ -147,14 +146,14 @@ class _ShardScan:
         where = f"{self.shard}: sample {key!r}"
         if key in self.keys:
             raise DamageError(
-                f"{where}: comes in two places (the second has {sorted(parts)}): files of a sample must be neighbours; "
-                "write the tar anew, sorted by name"
+                f"{where}: occurs twice (the second has {sorted(parts)}): files of a sample must be adjacent; "
+                "rewrite the tar sorted by name"
             )
         self.keys.add(key)
-        extension = image_extension(parts, where, self.reading.image)
+        extension = image_extension(parts, where, self.options.image)
         if extension is None and "cls" in parts:
             raise DamageError(
-                f"{where}: 0 images (of {sorted(parts)}); a sample with a class needs one, among its neighbours"
+                f"{where}: no image among {sorted(parts)}; a sample with a class needs one, adjacent to its label"
             )
         if extension is None:
             self.without_image += 1
@@ -166,25 +165,25 @@ class _ShardScan:
             shape = self._shape(data)
         except DamageError as error:
             problem = f"{self.shard}: {member.name!r} at byte {member.offset}: {error}"
-            if not self.reading.skip_unreadable:
-                raise DamageError(f"{problem}; --skip-unreadable leaves such out") from error
+            if not self.options.skip_unreadable:
+                raise DamageError(f"{problem}; --skip-unreadable skips such samples") from error
             self.skipped.append(problem)
             return
         self.shapes.add(shape)
-        number = sample_label(parts, self.reading, where)
+        number = sample_label(parts, self.options, where)
         self.rows.append((member.offset, member.size_bytes, zlib.crc32(data), number))
 
     def _shape(self, data: bytes) -> PixelShape:
         shape = probe(data)
-        if self.reading.pixels:
+        if self.options.pixels:
             self.stats += image_stats(decode_image(data, shape.array_shape)[None])
         return shape
 
 
 def image_extension(parts: Any, where: str, wanted: str | None = None) -> str | None:
-    """The extension of a sample's one image, or of the one that is `wanted`; None when it has none.
+    """The extension of a sample's only image, or `wanted` if the sample has it; None without an image.
 
-    Raises DamageError for several.
+    Raises DamageError for several images.
     """
     if wanted is not None:
         return wanted if wanted in parts else None
@@ -196,29 +195,29 @@ def image_extension(parts: Any, where: str, wanted: str | None = None) -> str | 
     return found[0] if found else None
 
 
-def sample_label(parts: Parts, reading: ScanOptions, where: str) -> int:
-    """The class of a sample from its cls, or its json's label; -1 if it has none.
+def sample_label(parts: Parts, options: ScanOptions, where: str) -> int:
+    """The class of a sample from its .cls or the label in its .json; -1 if it has none.
 
     Raises DamageError for a label that is neither a class number, nor a known class name, nor one-hot.
     """
-    if reading.label_field == NO_LABELS:
+    if options.label_field == NO_LABELS:
         return -1
     if "cls" in parts:
-        return class_number(parts["cls"][1].decode("utf-8", "replace").strip(), reading, f"{where}: its .cls")
+        return class_number(parts["cls"][1].decode("utf-8", "replace").strip(), options, f"{where}: its .cls")
     if "json" not in parts:
         return -1
     try:
         content = from_json(parts["json"][1])
     except ValueError as error:
         raise DamageError(f"{where}: its .json is damaged: {error}") from error
-    fields = (reading.label_field,) if reading.label_field else LABEL_FIELDS
+    fields = (options.label_field,) if options.label_field else LABEL_FIELDS
     name = next((f for f in fields if isinstance(content, dict) and f in content), None)
-    return -1 if name is None else class_number(content[name], reading, f"{where}: {name!r} of its .json")
+    return -1 if name is None else class_number(content[name], options, f"{where}: {name!r} of its .json")
 
 
-def class_number(value: Any, reading: ScanOptions, where: str) -> int:
-    """A class from what stands for it: 3, "3", 3.0, a name, one-hot; -1 or null for none. Raises DamageError."""
-    names = reading.class_names or ()
+def class_number(value: Any, options: ScanOptions, where: str) -> int:
+    """A class number from 3, "3", 3.0, a name, or a one-hot list; -1 or null for none. Raises DamageError."""
+    names = options.class_names or ()
     if value is None:
         return -1
     if isinstance(value, list) and len(hot := cast(list[Any], value)) > 1:
@@ -237,13 +236,13 @@ def class_number(value: Any, reading: ScanOptions, where: str) -> int:
 
 
 class _BoundedReader:
-    """Counts plain bytes, and stops a stream that gives absurdly many."""
+    """Counts plain bytes, and stops a stream that expands too far."""
 
     def __init__(self, stream: BinaryIO, limit: int, label: str) -> None:
         self.stream, self.limit, self.label, self.total = stream, limit, label, 0
 
     def read(self, size: int, /) -> bytes:
-        if self.total + size > self.limit:  # before reading: the whole of a bomb might not fit in memory
+        if self.total + size > self.limit:  # before reading: a bomb might not fit in memory
             raise DamageError(f"{self.label}: expands beyond {self.limit} bytes: a decompression bomb")
         data = self.stream.read(size)
         self.total += len(data)
