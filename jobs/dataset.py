@@ -1,4 +1,4 @@
-"""Looking at data sets: making the index of tars that are there, and inspecting what they hold."""
+"""Data set jobs: indexing existing tars, and inspecting data sets."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from pipeline.telemetry.terminal import echo, echo_json
 
 _SHOWN = 20
 ENOUGH_SHARDS = 16
-"""Shards to read from which on joining a cluster is worth its seconds."""
+"""From this number of shards to read on, connecting to a cluster is worth the seconds it takes."""
 
 
 def index(
@@ -29,7 +29,7 @@ def index(
     skip_unreadable: bool = False,
     dest: str | None = None,
 ) -> int:
-    """Index the tars at a prefix or pattern, in one pass over each that the index there does not know already.
+    """Index the tars at a prefix or pattern, in one pass over each tar that the existing index does not cover.
 
     The index goes to `dest`, where that is given.
     `fresh` reads all of them. On the cluster that RAY_ADDRESS names, if there is one and enough to read.
@@ -67,7 +67,7 @@ def _classes(made: Index) -> str:
 
 
 def _left_out(made: Index) -> Iterator[str]:
-    """Lines on what is in the tars and not in the index."""
+    """Lines on what is in the tars but not in the index."""
     ignored = sum(shard.ignored_members for shard in made.shards)
     if ignored:
         yield f"ignored  {ignored:,} files and samples without an image"
@@ -79,7 +79,7 @@ def _left_out(made: Index) -> Iterator[str]:
 
 
 def inspect_dataset(uri: str, sheet: Path, label_field: str | None, as_json: bool) -> int:
-    """Read a data set whole and say what is in it; exit code 1 when something is damaged.
+    """Read a whole data set and report its contents; exit code 1 for damage.
 
     UserError, before anything is read, when the contact sheet cannot be written to `sheet`.
     """

@@ -1,4 +1,4 @@
-"""Bringing a generation or a data set from a store to a folder of this machine."""
+"""The download job: a generation or a data set from a store to a local folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The packing job: images in, shards and their index out."""
+"""The packing job: images to shards and their index."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo, echo_json
 
 ENOUGH_IMAGES = 5_000
-"""From here on it is worth the seconds that joining a cluster takes."""
+"""From this number on, connecting to a cluster is worth the seconds it takes."""
 
 
 def run_call(call: JobArguments) -> int:
@@ -25,12 +25,12 @@ def run_call(call: JobArguments) -> int:
     try:
         return run_job("pack", PackConfig, run, call, unit="images", foresee=estimate_pack)
     except KeyboardInterrupt:
-        echo("stopped: shards that are written stay; the same command goes on from there", error=True)
+        echo("stopped: finished shards are kept; run the same command to resume", error=True)
         return INTERRUPTED
 
 
 def pack_images(config: PackConfig, progress: Progress, as_json: bool = False) -> int:
-    """Pack, or find that it is done. Raises UserError before anything is written."""
+    """Pack, unless it is done already. Raises UserError before anything is written."""
     report = pack(config, progress, _spread)
     if as_json:
         echo_json({"dest": config.dest, **asdict(report)})
@@ -64,7 +64,7 @@ def estimate_pack(config: PackConfig) -> Places:
 
 @contextmanager
 def _spread(config: PackConfig, num_images: int) -> Generator[ParallelMap]:
-    """A cluster on this machine for many images, threads for few."""
+    """A cluster for many images, threads of this process for few."""
     with ray_map_for(num_images, ENOUGH_IMAGES, local_paths=True) as cluster:
         if cluster is not None:
             yield cluster
@@ -80,7 +80,7 @@ def _say(report: PackReport, dest: str) -> None:
         echo(f"note     {note}")
     if report.left_out:
         kinds = ", ".join(f"{kind} {count}" for kind, count in list(report.left_out.items())[:20])
-        echo(f"left out {report.other_files} files that are no images: {kinds}")
+        echo(f"left out {report.other_files} files that are not images: {kinds}")
     for kind, names in (
         ("unreadable or small, left out", report.unreadable),
         ("duplicate", report.duplicates),

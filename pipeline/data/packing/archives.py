@@ -1,4 +1,4 @@
-"""Tars as sources: read where they lie when they are plain, unpacked to a temporary file when compressed."""
+"""Tars as sources: read in place if plain, decompressed to a temporary file otherwise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipeline.errors import DamageError, DiskFull, UserError
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 MAX_NESTED = 2
-"""Tars in tars are opened so far: ImageNet's is one of a tar for each class."""
+"""Depth to which tars inside tars are opened: ImageNet has one tar per class inside a tar."""
 
 
 class _MemberRange(NamedTuple):
@@ -39,7 +39,7 @@ class _MemberRange(NamedTuple):
 
 
 class TarFiles(Files):
-    """The files of a tar. A tar inside counts as a folder of its name. Links inside are followed."""
+    """The files of a tar. A nested tar counts as a folder of its name. Internal links are followed."""
 
     def __init__(self, path: Path) -> None:
         self.where, self.left_out = str(path), Counter()
@@ -52,16 +52,16 @@ class TarFiles(Files):
         except DamageError as error:
             raise UserError(f"source: {error}; get the file again") from error
         for name, target in links.items():
-            end = _resolve_link(target, links)
-            if end in found:
-                found[name] = found[end]
+            file = _resolve_link(target, links)
+            if file in found:
+                found[name] = found[file]
             else:
                 self.left_out["links to nothing"] += 1
         self.names = [FileName("", name) for name in sorted(found)]
-        self._places = [found[name] for name in sorted(found)]
+        self._ranges = [found[name] for name in sorted(found)]
 
     def read(self, number: int) -> bytes:
-        offset, size = self._places[number]
+        offset, size = self._ranges[number]
         if size > MAX_FILE_BYTES:
             raise OSError(f"it has {size} bytes; the limit is {MAX_FILE_BYTES}")
         data = os.pread(self._file.fileno(), size, offset)
@@ -72,16 +72,18 @@ class TarFiles(Files):
     def _entries(self, label: str, start: int, size: int, depth: int) -> Iterator[TarEntry]:
         view = cast(BinaryIO, _FileSlice(self._file.fileno(), start, size))
         for entry in list_members(view, label):
-            place = TarEntry(entry.name, start + entry.offset, entry.size_bytes, entry.kind, entry.target)
+            located = TarEntry(entry.name, start + entry.offset, entry.size_bytes, entry.kind, entry.target)
             if entry.kind == "file" and entry.name.lower().endswith(".tar") and depth < MAX_NESTED:
                 folder = entry.name[: -len(".tar")]
-                inside = self._entries(f"{label}: {entry.name}", place.offset, place.size_bytes, depth + 1)
+                inside = self._entries(
+                    f"{label}: {entry.name}", located.offset, located.size_bytes, depth + 1
+                )
                 for inner in inside:
                     yield TarEntry(
                         f"{folder}/{inner.name}", inner.offset, inner.size_bytes, inner.kind, inner.target
                     )
             else:
-                yield place
+                yield located
 
     def _add(self, entry: TarEntry, found: dict[str, _MemberRange], links: dict[str, str]) -> None:
         name = clean_name(entry.name, self.where)
@@ -101,7 +103,7 @@ class TarFiles(Files):
 
 
 class TemporaryCopies:
-    """Byte strings by number, kept in an unnamed temporary file, so that memory does not grow with them."""
+    """Byte strings in an unnamed temporary file, to bound memory."""
 
     def __init__(self, where: str) -> None:
         self._file = tempfile.TemporaryFile(prefix="ddpm-pack-")  # noqa: SIM115 - lives as long as the source
@@ -109,11 +111,11 @@ class TemporaryCopies:
 
     @property
     def num_bytes(self) -> int:
-        """How many are kept."""
+        """Number of bytes in the file."""
         return self._end
 
     def add(self, data: bytes) -> tuple[int, int]:
-        """Keep `data`; its place. Raises UserError when TMPDIR is full."""
+        """Append `data`. Returns its offset and size. Raises DiskFull when TMPDIR is full."""
         try:
             self._file.write(data)
         except OSError as error:
@@ -122,11 +124,11 @@ class TemporaryCopies:
         return self._end - len(data), len(data)
 
     def get(self, offset: int, size: int) -> bytes:
-        """Bytes by place; safe for several threads once everything is added and `done` was called."""
+        """Bytes by offset and size; thread-safe after `finish`."""
         return os.pread(self._file.fileno(), size, offset)
 
     def finish(self) -> None:
-        """Everything is added."""
+        """Flush the file; nothing is added afterwards."""
         try:
             self._file.flush()
         except OSError as error:
@@ -134,23 +136,23 @@ class TemporaryCopies:
 
 
 class _FileSlice:
-    """A part of an open file, read and skipped through."""
+    """A forward reader over a part of an open file."""
 
     def __init__(self, fd: int, start: int, size: int) -> None:
-        self._fd, self._place, self._end = fd, start, start + size
+        self._fd, self._position, self._end = fd, start, start + size
 
     def read(self, size: int, /) -> bytes:
-        data = os.pread(self._fd, max(0, min(size, self._end - self._place)), self._place)
-        self._place += len(data)
+        data = os.pread(self._fd, max(0, min(size, self._end - self._position)), self._position)
+        self._position += len(data)
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_CUR, /) -> int:
-        self._place += offset
-        return self._place
+        self._position += offset
+        return self._position
 
 
 def require_temp_space(where: str, needed_bytes: int) -> None:
-    """Raise DiskFull, before anything is copied, where TMPDIR has not this much room."""
+    """Raise DiskFull, before anything is copied, when TMPDIR has less free space."""
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
@@ -161,7 +163,7 @@ def require_temp_space(where: str, needed_bytes: int) -> None:
 
 
 def unpacked_bytes(path: Path) -> int:
-    """How many bytes a tar takes in TMPDIR: 0 for a plain one, and at least this many for a compressed one."""
+    """Bytes a tar needs in TMPDIR: 0 if plain, a lower bound if compressed."""
     with _read_errors(path), path.open("rb") as file:
         head = file.read(6)
         if _decompressor(head) is None:
@@ -188,7 +190,7 @@ def _decompressor(head: bytes) -> Any:
 
 
 def _open_plain(path: Path) -> tuple[BinaryIO, int]:
-    """The plain tar, which is the file itself unless it is compressed, and how many bytes were unpacked for it."""
+    """The plain tar (the file itself unless compressed), and the number of bytes decompressed for it."""
     with _read_errors(path):
         file = path.open("rb")
         unpack = _decompressor(file.read(6))
@@ -214,7 +216,7 @@ def _gzip(file: BinaryIO) -> Any:
 
 
 def _zstd(file: BinaryIO) -> Any:
-    import pyarrow as pa  # 60 ms and 40 MB: for this compression only
+    import pyarrow as pa  # imported only when needed: 60 ms and 40 MB
 
     return pa.CompressedInputStream(file, "zstd")
 

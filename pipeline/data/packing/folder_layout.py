@@ -1,4 +1,4 @@
-"""What the folders that images lie in mean: wrapping, splits, buckets of numbered files, or classes."""
+"""Interprets the folders of images: wrapping folders, splits, buckets of numbered files, or classes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def split_word(name: str) -> str | None:
 def choose_split(words: Sequence[str | None], wanted: str | None, where: str) -> list[int]:
     """Numbers of what belongs to the wanted split, by the split of each, None where a name tells none.
 
-    Raises UserError when there are several and none is wanted, or the wanted one is not there.
+    Raises UserError when there are several and none is requested, and when the requested one is missing.
     """
     counts = {word: words.count(word) for word in sorted({word for word in words if word is not None})}
     if wanted == "all" or (wanted is None and len(counts) < 2):
@@ -48,17 +48,17 @@ def choose_split(words: Sequence[str | None], wanted: str | None, where: str) ->
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """Which images belong to the data set, and where they lie below what wraps or splits it."""
+    """The images of the data set, and their paths below wrapping and split folders."""
 
     kept: list[int]
     parts: list[tuple[str, ...]]
-    """Of each one kept: the folders that may mean something, and the file's name."""
+    """For each kept image: the remaining folders, and the file name."""
     wraps: list[str]
-    """Folders that hold all images."""
+    """Folders that contain all images."""
 
 
 def interpret_folders(paths: Sequence[str], labels: str, split: str | None, where: str) -> FolderLayout:
-    """The images of the wanted split, and what is left of their paths.
+    """The images of the requested split, and the rest of their paths.
 
     Folders that wrap everything mean nothing, `train` and `test` are splits; with labels=folder whatever folder
     stands first is the class. Raises UserError when splits are there and none was chosen.

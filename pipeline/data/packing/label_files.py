@@ -1,4 +1,4 @@
-"""Labels that stand in files beside the images: dataset.json, metadata.csv and .jsonl, a .cls or .json each."""
+"""Labels in files beside the images: dataset.json, metadata.csv and .jsonl, or one .cls or .json per image."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ TABLES = ("metadata.csv", "metadata.jsonl")
 NAME_LISTS = ("classes.txt", "classnames.txt", "labels.txt", "class_names.txt")
 _FILE_FIELDS = ("file_name", "filename", "image", "file", "path")
 _MAX_CLASS_BYTES = 4096
-"""Bytes of a .cls; more is something else."""
+"""Size limit of a .cls file."""
 
 Read = Callable[[int], bytes]
 
 
 @dataclass
 class SidecarLabels:
-    """What files beside the images say of their classes."""
+    """Labels found in files beside the images."""
 
     how: str
-    """Which files these are."""
+    """Description of these files."""
     values: list[Any]
     """The raw label of each image; None where there is none."""
     field_chosen: bool
-    """Whether the user named the field."""
+    """Whether the user chose the field."""
     files_read: set[int]
     """Numbers of the files that were read."""
     notes: tuple[str, ...] = ()
@@ -43,14 +43,14 @@ class SidecarLabels:
 
 @dataclass(frozen=True)
 class _Search:
-    """What is searched for labels, and for which."""
+    """The input of a search for labels."""
 
     names: Sequence[FileName]
     images: Sequence[int]
     """Numbers of the images among `names`."""
     read: Read
     column: str | None
-    """The field that the user named."""
+    """The field that the user chose."""
     where: str
     number_of: Mapping[FileName, int]
     """The numbers of `names`."""
@@ -59,9 +59,9 @@ class _Search:
 def sidecar_labels(
     names: Sequence[FileName], images: Sequence[int], read: Read, column: str | None, where: str
 ) -> SidecarLabels | None:
-    """The labels in files beside the images; None when there are no such files, or none holds a label.
+    """The labels in files beside the images; None without such files or labels.
 
-    dataset.json (StyleGAN, EDM) comes before metadata tables (Hugging Face), these before a file an image.
+    dataset.json (StyleGAN, EDM) takes precedence over metadata tables (Hugging Face), these over a file per image.
     `images` are the numbers of the images among `names`. Raises UserError for damaged label files.
     """
     number_of = {name: number for number, name in enumerate(names)}
@@ -78,7 +78,7 @@ def sidecar_labels(
 
 
 def class_list(names: Sequence[FileName], read: Read, where: str) -> tuple[str, ...] | None:
-    """Class names by number from a classes.txt, one a line, if there is one at the top."""
+    """Class names by number from a classes.txt (one per line) at the top level, if there is one."""
     for number, name in enumerate(names):
         if name.path in NAME_LISTS:
             lines = _text(read(number), f"{where}: {name.full_name}").splitlines()
@@ -183,7 +183,7 @@ def _has_sidecars(names: Sequence[FileName]) -> bool:
 
 
 def _sidecar_numbers(image: FileName, number_of: Mapping[FileName, int]) -> dict[str, int]:
-    """The files beside an image by kind: of its name up to the last dot, or up to the first."""
+    """The label files of an image by kind, named like it up to the last or the first dot."""
     stems = [image.path.rpartition(".")[0]]
     if (split := split_name(image.path)) is not None and split[0] != stems[0]:
         stems.append(split[0])
@@ -197,7 +197,7 @@ def _sidecar_numbers(image: FileName, number_of: Mapping[FileName, int]) -> dict
 
 
 def _sibling(file: FileName, name: str) -> FileName:
-    """A name that a label file gives, from the top of its archive or source."""
+    """The file that a label file refers to, relative to the top of its archive or source."""
     folder = PurePosixPath(file.path).parent
     parts = [p for p in (folder / name.replace("\\", "/")).parts if p != "."]
     return FileName(file.archive, "/".join(parts))
@@ -241,7 +241,7 @@ def _json(data: bytes, where: str) -> Any:
 
 
 def with_user_errors(read: Read, names: Sequence[FileName], where: str) -> Read:
-    """`read`, with a label file that cannot be read told as what the user can put right."""
+    """`read`, but raising UserError for a label file that cannot be read."""
 
     def reading(number: int) -> bytes:
         try:

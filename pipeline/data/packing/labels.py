@@ -1,4 +1,4 @@
-"""From what people write down as a class (numbers, names, one-hot lists, nothing) to class numbers from 0."""
+"""Converts raw labels (numbers, names, one-hot lists, nothing) to class numbers from 0."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pipeline.config.bounds import MAX_CLASSES
 from pipeline.errors import UserError
 
 MAX_NAME = 200
-"""Characters of a class name; more is a caption."""
+"""Longest class name in characters; longer texts are captions."""
 FIELDS = (
     "label", "labels", "class", "cls", "class_id", "classid", "class_idx", "target", "targets", "category",
     "category_id", "digit", "y", "fine_label", "coarse_label", "label_id", "label_idx", "class_label",
     "class_name", "classname", "label_name", "image_label", "species", "breed",
 )  # fmt: skip
-"""Names under which a class is looked for, in parquet, json and metadata files."""
+"""Field names that are recognized as the class in parquet, JSON and metadata files."""
 
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.0+)?")
 
 Labels = tuple[list[int], tuple[str, ...] | None]
-"""The class number of each image, -1 throughout when there are none, and the classes' names if they have any."""
+"""The class number of each image (-1 for all without labels), and the class names, if any."""
 
 
 def is_label_field(field: str) -> bool:
@@ -33,15 +33,16 @@ def is_label_field(field: str) -> bool:
 def choose_field(
     wanted: str | None, candidates: Iterable[str], fields: Iterable[str], where: str
 ) -> str | None:
-    """The field that holds the class: the one asked for, else `label`, else the only candidate; None for none.
+    """The field that holds the class: the requested one, else `label`, else the only candidate; None without
+    candidates.
 
-    Raises UserError when the field asked for is not there, or several could be it.
+    Raises UserError when the requested field is missing, and for several candidates.
     """
-    there = sorted(set(fields))
+    available = sorted(set(fields))
     if wanted is not None:
-        if wanted not in there:
+        if wanted not in available:
             raise UserError(
-                f"label_column: {where} has no {wanted!r}; it has: {', '.join(there[:50]) or 'none'}"
+                f"label_column: {where} has no {wanted!r}; it has: {', '.join(available[:50]) or 'none'}"
             )
         return wanted
     found = sorted(set(candidates))
@@ -73,14 +74,13 @@ def to_class_numbers(
     images: Sequence[str],
     where: str,
     names: tuple[str, ...] | None = None,
-    asked: bool = False,
+    field_chosen: bool = False,
 ) -> Labels:
-    """Class numbers of raw labels. `names` are those of numbers, if the source gives them.
+    """Class numbers of raw labels. `names` are the class names by number, if the source has them.
 
-    Numbers stay as they are; digits in a text are a number; other texts are names, numbered in their order. A
-    missing label is None, NaN, -1 or an empty text. `asked` says that the user named the field, so that many
-    different texts are accepted. Raises UserError, naming an image, for labels that are missing on some images
-    only, and for what is no class.
+    Numbers are kept; texts of digits are numbers; other texts are names, numbered in sorted order. A missing label is
+    None, NaN, -1 or an empty text. `field_chosen` means that the user chose the field: many different texts are then
+    accepted. Raises UserError, naming an image, for labels missing on only some images, and for invalid classes.
     """
     plain = [_normalize(value, image, where) for value, image in zip(values, images, strict=True)]
     missing = plain.count(None)
@@ -100,20 +100,20 @@ def to_class_numbers(
         by_name = {name: number for number, name in enumerate(names)}
         if all(isinstance(value, str) for value in plain):
             return [by_name[str(value)] for value in plain], names
-    odd = next((i for i, value in enumerate(plain) if not isinstance(value, str)), None)
-    if odd is not None:
+    number_at = next((i for i, value in enumerate(plain) if not isinstance(value, str)), None)
+    if number_at is not None:
         raise UserError(
-            f"source: {where}: some labels are numbers ({images[odd]}: {plain[odd]}) and some are names "
+            f"source: {where}: some labels are numbers ({images[number_at]}: {plain[number_at]}) and some are names "
             f"({min(texts)!r}); write all in one way, or set labels=none"
         )
-    _require_classes(texts, len(plain), where, asked)
+    _require_classes(texts, len(plain), where, field_chosen)
     classes = sort_class_names(texts)
     number = {name: i for i, name in enumerate(classes)}
     return [number[str(value)] for value in plain], classes
 
 
 def sort_class_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Class names in the order of their numbers: by value when all are numbers, else as texts."""
+    """Class names in the order of their numbers: by value if all are numbers, else alphabetically."""
     found = set(names)
     if all(name.isascii() and name.isdigit() for name in found):
         return tuple(sorted(found, key=lambda name: (int(name), name)))
@@ -121,7 +121,7 @@ def sort_class_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def describe_classes(how: str, classes: tuple[str, ...] | None, numbers: Sequence[int]) -> str:
-    """What the classes are, for people: `labels from class folders: 0 cat, 1 dog`."""
+    """A line on the classes, such as `labels from class folders: 0 cat, 1 dog`."""
     if classes is None:
         seen = sorted(set(numbers))
         listed = ", ".join(map(str, seen[:10])) + (f" … {seen[-1]}" if len(seen) > 10 else "")
@@ -132,7 +132,7 @@ def describe_classes(how: str, classes: tuple[str, ...] | None, numbers: Sequenc
 
 
 def _normalize(value: Any, image: str, where: str) -> int | str | None:
-    """One raw label as a number, a name, or None for a missing one."""
+    """A raw label as a number, a name, or None if missing."""
     if isinstance(value, bytes):
         value = value.decode(errors="backslashreplace")
     if isinstance(value, (list, tuple)):
@@ -164,7 +164,7 @@ def _normalize(value: Any, image: str, where: str) -> int | str | None:
 
 
 def _from_list(value: list[Any], image: str, where: str) -> Any:
-    """The one label of a list: its only entry, or the place of the only one among zeros."""
+    """The label in a list: its only entry, or the index of the 1 in a one-hot list."""
     if len(value) == 1:
         return value[0]
     if len(value) > 1 and all(v in (0, 1) for v in value) and sum(map(int, value)) == 1:
@@ -188,8 +188,8 @@ def _require_in_range(
         )
 
 
-def _require_classes(texts: set[str], count: int, where: str, asked: bool) -> None:
-    if len(texts) > MAX_CLASSES or (not asked and count >= 50 and len(texts) > count // 2):
+def _require_classes(texts: set[str], count: int, where: str, field_chosen: bool) -> None:
+    if len(texts) > MAX_CLASSES or (not field_chosen and count >= 50 and len(texts) > count // 2):
         raise UserError(
             f"source: {where}: the labels have {len(texts)} different texts among {count} images, as captions "
             "do; name the class with label_column, or set labels=none"

@@ -1,4 +1,4 @@
-"""From the word after `source=` to images: paths, patterns and URIs, and which kind of source they are."""
+"""Opens the source named by `source=`: resolves paths, patterns and URIs, and detects the kind of source."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _UNSUPPORTED = {".rar": "unpack it", ".7z": "unpack it", ".npz": "write its arra
 
 
 def open_source(config: PackConfig) -> Source:
-    """The images that `config.source` names. Raises UserError when there are none, or it is of no known kind.
+    """The source that `config.source` names. Raises UserError for an unknown kind, and without images.
 
-    Pickled, a source is its settings: where it arrives it is opened again, once a process.
+    A source is pickled as its settings and opened again once per process.
     """
     source = DigitsSource() if config.source == "digits" else _open_paths(config, source_paths(config.source))
     for name in source.class_names or ():
         try:
-            checked_name(name)  # else no model trained on them could hold it
+            checked_name(name)  # otherwise no model trained on it could store it
         except ValueError as error:
             raise UserError(f"source: {config.source}: class name {name[:80]!r} {error}") from None
     source.config = config
@@ -50,7 +50,7 @@ def open_source(config: PackConfig) -> Source:
 
 
 def require_source(config: PackConfig) -> None:
-    """Raise UserError, at once, for a source that is not there."""
+    """Raise UserError for a missing source, without opening it."""
     if config.source != "digits":
         source_paths(config.source)
 
@@ -69,8 +69,8 @@ def source_paths(source: str) -> list[Path]:
     if not set(source) & set("*?[{"):
         raise UserError(f"source: {source} does not exist; {KINDS}")
     found = {name: _matches(name) for name in expand(str(path))}
-    require_matches(f"source: {source}", [name for name, there in found.items() if not there])
-    return sorted({path for there in found.values() for path in there})
+    require_matches(f"source: {source}", [name for name, paths in found.items() if not paths])
+    return sorted({path for paths in found.values() for path in paths})
 
 
 def _matches(name: str) -> list[Path]:
@@ -98,7 +98,7 @@ def _open_paths(config: PackConfig, paths: list[Path]) -> Source:
 
 
 def _open_folder(config: PackConfig, folder: Path) -> Source:
-    """A folder of images, of archives, of parquet, or a set that was packed."""
+    """A folder of images, archives or parquet files, or a packed data set."""
     if (folder / "pack-plan.json").exists() and not (folder / "index.json").exists():
         raise UserError(f"source: {folder} is a pack that was interrupted; run that pack again first")
     files = FolderFiles(folder)
@@ -109,7 +109,7 @@ def _open_folder(config: PackConfig, folder: Path) -> Source:
     images = any(path.lower().endswith(IMAGE_SUFFIXES) and not path.endswith(tables) for path in paths)
     embedded = [path for path in parquet if not path.name.startswith("metadata") and has_image_column(path)]
     kinds = {"images": images, "archives": bool(archives), "parquet with images": bool(embedded)}
-    found = [kind for kind, there in kinds.items() if there]
+    found = [kind for kind, present in kinds.items() if present]
     if len(found) > 1:
         raise UserError(
             f"source: {folder} holds {' and '.join(found)}; name one of them by its folder or a pattern "
@@ -138,7 +138,7 @@ def _open_folder_of_archives(
 
 
 def _open_archives(where: str, paths: Sequence[Path]) -> list[Files]:
-    """The archives, opened. Raises DiskFull before the first of them is unpacked."""
+    """Open archives. Raises DiskFull before the first of them is decompressed."""
     tars = [path for path in paths if path.name.lower().endswith(TARS)]
     require_temp_space(where, sum(map(unpacked_bytes, tars)))
     return [_open_archive(path) for path in paths]
@@ -154,7 +154,7 @@ def _open_archive(path: Path) -> Files:
 
 
 def _require_distinct_names(paths: Sequence[Path]) -> Sequence[Path]:
-    """Paths whose last names, by which their images are told apart, differ. Raises UserError."""
+    """The paths. Raises UserError unless their file names, which distinguish their images, differ."""
     seen: dict[str, Path] = {}
     for path in paths:
         if (other := seen.setdefault(path.name, path)) != path:
@@ -163,7 +163,7 @@ def _require_distinct_names(paths: Sequence[Path]) -> Sequence[Path]:
 
 
 def _packed_class_names(path: Path) -> tuple[str, ...] | None:
-    """Class names by number that the index of a packed set holds; None for shards that are no part of one."""
+    """Class names from the index of a packed data set; None for shards that are not part of one."""
     folder = path if path.is_dir() else path.parent
     for place in (folder, folder.parent) if folder.name == "shards" else (folder,):
         file = place / "index.json"

@@ -1,4 +1,4 @@
-"""Parquet with images in it, or with the paths of images that lie beside it."""
+"""Parquet files that contain images, or paths of images beside them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PATH_COLUMNS = ("image", "file_name", "filename", "image_path", "img_path", "pa
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a file that matter."""
+    """The relevant columns of a file."""
 
     image: str
     embedded: bool
@@ -41,7 +41,7 @@ class Columns:
 
 @dataclass
 class _Rows:
-    """What gathers row by row."""
+    """Rows collected from the files."""
 
     names: list[str] = field(default_factory=list[str])
     places: list[tuple[int, int] | Path] = field(default_factory=list[tuple[int, int] | Path])
@@ -51,8 +51,8 @@ class _Rows:
 class ParquetSource(Source):
     """Rows of parquet files: an image's bytes, {bytes, path} or path, and its class in another column.
 
-    Images' bytes are copied to a temporary file, because rows cannot be read in another order than they lie in.
-    Class names come from the schema's "huggingface" metadata when they are there.
+    Image bytes are copied to a temporary file, because rows can only be read in stored order.
+    Class names come from the schema's "huggingface" metadata, if present.
     """
 
     def __init__(self, files: Sequence[Path], config: PackConfig, where: str, left_out: Counter[str]) -> None:
@@ -130,7 +130,7 @@ class ParquetSource(Source):
 
 def open_parquet(file: Path) -> Any:
     """The parquet file, its schema read. Raises UserError."""
-    import pyarrow.parquet as pq  # 60 ms and 40 MB: for this source only
+    import pyarrow.parquet as pq  # imported only when needed: 60 ms and 40 MB
 
     try:
         return pq.ParquetFile(file)
@@ -139,7 +139,7 @@ def open_parquet(file: Path) -> Any:
 
 
 def has_image_column(file: Path) -> bool:
-    """Whether a column holds bytes that may be images; False for tables about images, and for no parquet."""
+    """Whether a column may hold image bytes; False for tables about images, and for files that are no parquet."""
     try:
         return bool(_byte_columns(open_parquet(file).schema_arrow))
     except UserError:
@@ -147,7 +147,7 @@ def has_image_column(file: Path) -> bool:
 
 
 def find_columns(schema: Any, config: PackConfig, file: Path) -> tuple[Columns, list[str]]:
-    """The columns of image and class, and what might have been meant otherwise. Raises UserError."""
+    """The columns of image and class, and notes on alternatives. Raises UserError."""
     features = _hugging_face_features(schema.metadata)
     bytes_columns = _byte_columns(schema)
     embedded = [c for c in bytes_columns if _is_image(features, c)] or bytes_columns
@@ -237,7 +237,7 @@ def _class_names(features: dict[str, Any], column: str) -> tuple[str, ...] | Non
 
 
 def _image_bytes(metadata: Any, columns: Columns) -> int:
-    """How many bytes the images in a file take, but for those that stand there once for several rows."""
+    """Bytes of the images in a file; an image shared by several rows may count once."""
     if not columns.embedded:
         return 0
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
@@ -256,7 +256,7 @@ def _records(table: Any, columns: list[str], file: Path) -> Iterator[dict[str, A
 
 
 def _image_path(path: Any, file: Path, name: str, root: str | None) -> Path:
-    """The image that a row names. It must lie below the parquet's folder, or below `image_root`."""
+    """The image file that a row names. It must be inside the parquet's folder or `image_root`."""
     if not isinstance(path, str) or not path:
         raise UserError(f"source: {name}: holds neither image bytes nor a path; remove the row")
     top = Path(root).expanduser().resolve() if root else file.parent.resolve()
@@ -269,7 +269,7 @@ def _image_path(path: Any, file: Path, name: str, root: str | None) -> Path:
 
 
 def _common_folder(files: Sequence[Path]) -> Path:
-    """The deepest folder that holds all the files."""
+    """The deepest folder that contains all files."""
     folder = files[0].parent
     while not all(file.is_relative_to(folder) for file in files):
         folder = folder.parent

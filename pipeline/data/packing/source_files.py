@@ -1,4 +1,4 @@
-"""Files by name, in a folder, a zip, or several archives together: what a source of images is made of."""
+"""Named files in a folder, a zip, or several archives: the input of a source."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from typing import NamedTuple
 from pipeline.errors import UserError
 
 MAX_FILE_BYTES = 1 << 28
-"""Of one image or label file. Other files may have any size: they are not read."""
+"""Size limit of an image or label file. Other files are not read."""
 MAX_LINKED = 8
-"""Folders that are links, one below the other. Beyond it links go in circles."""
+"""Depth of nested links to folders. More are taken for a cycle."""
 
 
 class FileName(NamedTuple):
-    """The archive among several that a file lies in ("" when there is one only), and its path there."""
+    """The archive that contains a file ("" if there is only one), and the path inside it."""
 
     archive: str
     path: str
 
     @property
     def full_name(self) -> str:
-        """Both together."""
+        """Archive and path, joined."""
         return f"{self.archive}/{self.path}" if self.archive else self.path
 
 
 class Files(ABC):
-    """Names, sorted, and the bytes of each. `read` may be called by several threads."""
+    """Sorted names, and the bytes of each file. `read` is thread-safe."""
 
     where: str
-    """What people call it."""
+    """Its name in messages."""
     wrapped: bool = True
-    """Whether names are told without a folder that holds everything: of archives, not of folders."""
+    """Whether messages omit a top folder that contains everything: for archives, not for folders."""
     copied_bytes: int = 0
-    """Of the temporary files that they are read from; 0 where they are read in place."""
+    """Size of temporary copies; 0 if files are read in place."""
     names: Sequence[FileName]
     left_out: Counter[str]
-    """What was seen and has no name here, by kind: hidden files, links without an end."""
+    """Ignored files by kind: hidden files, broken links."""
 
     @abstractmethod
     def read(self, number: int) -> bytes:
-        """The bytes of file `number`. Raises OSError, DamageError, or what `read_item` knows."""
+        """The bytes of file `number`. Raises OSError, DamageError, or another error that `read_item` handles."""
 
 
 class FolderFiles(Files):
-    """All files below a folder. Links are followed, but not in circles; a link to nothing is a file that fails."""
+    """All files below a folder. Links are followed, except cycles; reading a broken link fails."""
 
     wrapped = False
 
@@ -93,7 +93,7 @@ class FolderFiles(Files):
                 yield from self._walk(entry.path, (*above, here), linked + entry.is_symlink())
             else:
                 shown = os.path.relpath(entry.path, self.folder)
-                # Names that are not UTF-8 are told with their odd bytes written out.
+                # Bytes that are not UTF-8 are escaped.
                 yield os.fsencode(shown).decode(errors="backslashreplace"), entry.path
 
 
@@ -130,7 +130,7 @@ class ZipFiles(Files):
 
 
 class CombinedFiles(Files):
-    """Several archives as one."""
+    """Several archives combined."""
 
     def __init__(self, where: str, archives: Sequence[tuple[str, Files]]) -> None:
         self.where, self.left_out = where, Counter()
@@ -148,17 +148,17 @@ class CombinedFiles(Files):
 
 
 def is_hidden(part: str) -> bool:
-    """Whether a folder or file of this name holds what systems and tools put there: nobody's data."""
+    """Whether a name is that of system or tool files, which are no data."""
     return part.startswith((".", "__MACOSX"))
 
 
 def is_counted_hidden(part: str) -> bool:
-    """Whether leaving it out is worth a word: not for the litter that systems drop everywhere."""
+    """Whether ignoring it is reported: not for files that systems create everywhere."""
     return not part.startswith(("._", ".DS_Store", "__MACOSX", ".git"))
 
 
 def clean_name(name: str, where: str) -> str:
-    """A member's name without a root, a drive or `./`. Raises UserError for one that leads out by `..`."""
+    """A member's name without root, drive or `./`. Raises UserError for names with `..`."""
     parts = [part for part in re.sub(r"^[A-Za-z]:/", "", name).split("/") if part not in ("", ".")]
     if ".." in parts or not parts or "\0" in name:
         raise UserError(

@@ -1,6 +1,6 @@
-"""What is packed: a list of images, each with a name, a class and a way to its bytes, in the order of the names.
+"""Sources of images to pack: a list of items with name and class, sorted by name, and access to their bytes.
 
-The same source gives the same list wherever it is opened, so that units of work may travel as numbers.
+A source gives the same list wherever it is opened, so tasks can refer to items by number.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ class Item:
 
 
 class Source(ABC):
-    """Images in a fixed order. `read` may be called by several threads."""
+    """Images in a fixed order. `read` is thread-safe."""
 
     items: Sequence[Item]
     class_names: tuple[str, ...] | None
     left_out: Counter[str]
-    """Files that are not packed, by extension."""
+    """Number of files that are not packed, by extension."""
     notes: tuple[str, ...] = ()
-    """What people should know of how the source was understood, a line each."""
+    """How the source was interpreted, one line each."""
     config: PackConfig
-    """What it was opened by."""
+    """The settings it was opened with."""
     copied_bytes: int = 0
-    """Of the temporary files that images are read from; 0 where they are read in place."""
+    """Size of temporary copies; 0 if images are read in place."""
     self_contained: bool = True
-    """Whether nothing is read but what lies in the file or folder that it was opened by."""
+    """Whether everything read is inside the file or folder that it was opened with."""
 
     @abstractmethod
     def read(self, number: int) -> bytes:
@@ -58,7 +58,7 @@ class Source(ABC):
 
     @property
     def other_files(self) -> int:
-        """How many files are not packed."""
+        """Number of files that are not packed."""
         return sum(self.left_out.values())
 
     def __reduce__(self) -> tuple[Callable[[PackConfig], Source], tuple[PackConfig]]:
@@ -66,13 +66,13 @@ class Source(ABC):
 
 
 def reopen(config: PackConfig) -> Source:
-    """The source of these settings, opened once in a process that is sent it again and again."""
+    """The source of these settings, opened once per process."""
     return _reopen(config.model_dump_json())
 
 
 @lru_cache(maxsize=1)
 def _reopen(settings: str) -> Source:
-    from pipeline.data.packing.open_source import open_source  # which stands above this module
+    from pipeline.data.packing.open_source import open_source  # imports this module
 
     return open_source(PackConfig.model_validate_json(settings))
 
@@ -82,12 +82,12 @@ def read_item(source: Source, number: int) -> bytes:
     try:
         return source.read(number)
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        # RuntimeError and NotImplementedError are how zipfile refuses encryption and unknown compression.
+        # zipfile raises RuntimeError for encryption and NotImplementedError for unknown compression.
         raise DamageError(f"cannot be read: {error}") from error
 
 
 class DigitsSource(Source):
-    """The 1,797 handwritten digits of scikit-learn, 8x8; their 17 gray levels are spread over 0..255."""
+    """The 1,797 handwritten digits of scikit-learn, 8x8; their 17 gray levels are scaled to 0..255."""
 
     def __init__(self) -> None:
         self.left_out = Counter()
@@ -100,14 +100,14 @@ class DigitsSource(Source):
 
     @cached_property
     def _digits(self) -> tuple[np.ndarray[tuple[int, int, int], np.dtype[np.uint8]], list[int]]:
-        from sklearn.datasets import load_digits  # slow to import, and wanted for this source only
+        from sklearn.datasets import load_digits  # slow to import, and needed by this source only
 
         found: Any = load_digits()
         return ((found.images * 255 + 8) // 16).astype(np.uint8), found.target.tolist()
 
 
 class FilesSource(Source):
-    """Images that are files, in a folder or in archives, with the classes that files beside them or folders name."""
+    """Image files in a folder or archives, with classes from label files or folder names."""
 
     def __init__(self, files: Files, config: PackConfig, class_names: tuple[str, ...] | None = None) -> None:
         self._files, self.config, self.copied_bytes = files, config, files.copied_bytes
@@ -118,24 +118,24 @@ class FilesSource(Source):
                 f"source: {where} holds no images ({_format_counts(_count_extensions(names)) or 'it is empty'}); "
                 f"these are packed: {' '.join(IMAGE_SUFFIXES)}"
             )
-        everything = len(images)
+        num_all = len(images)
         split, images = _select_split(names, images, config.split, where)
         layout = interpret_folders([names[i].path for i in images], config.labels, split, where)
         images = [images[i] for i in layout.kept]
-        notes = [f"split {config.split}: {len(images)} of {everything} images"] if config.split else []
+        notes = [f"split {config.split}: {len(images)} of {num_all} images"] if config.split else []
         chosen = select_one_image([names[i] for i in images], names, config.image_column, where)
-        others_of_sample = len(images) - len(chosen)
+        num_others = len(images) - len(chosen)
         layout = type(layout)(layout.kept, [layout.parts[i] for i in chosen], layout.wraps)
         self._numbers = [images[i] for i in chosen]
-        if others_of_sample:
-            notes.append(f"image_column {config.image_column}: {others_of_sample} other images are left out")
+        if num_others:
+            notes.append(f"image_column {config.image_column}: {num_others} other images are left out")
         shown = _display_names([names[i] for i in self._numbers], files.wrapped)
-        labels, self.class_names, used, told = self._labels(layout, shown, class_names)
+        labels, self.class_names, label_files, label_notes = self._labels(layout, shown, class_names)
         self.items = [Item(name, label) for name, label in zip(shown, labels, strict=True)]
-        images_seen = {i for i, name in enumerate(names) if name.path.lower().endswith(IMAGE_SUFFIXES)}
-        rest = [name for i, name in enumerate(names) if i not in images_seen and i not in used]
+        image_numbers = {i for i, name in enumerate(names) if name.path.lower().endswith(IMAGE_SUFFIXES)}
+        rest = [name for i, name in enumerate(names) if i not in image_numbers and i not in label_files]
         self.left_out = _count_extensions(rest) + files.left_out
-        self.notes = (*notes, *told)
+        self.notes = (*notes, *label_notes)
 
     def read(self, number: int) -> bytes:
         return self._files.read(self._numbers[number])
@@ -143,7 +143,7 @@ class FilesSource(Source):
     def _labels(
         self, layout: Any, shown: list[str], class_names: tuple[str, ...] | None
     ) -> tuple[list[int], tuple[str, ...] | None, set[int], tuple[str, ...]]:
-        """Class numbers, class names, the files that tell them, and what to say of it."""
+        """Class numbers, class names, the label files read, and notes."""
         none = [-1] * len(shown)
         config, names, where = self.config, self._files.names, self._files.where
         if config.labels == "none":
@@ -156,12 +156,12 @@ class FilesSource(Source):
                 labels, classes = to_class_numbers(
                     found.values, shown, f"{where}: {found.how}", listed, found.field_chosen
                 )
-                said = (
+                note = (
                     describe_classes(found.how, classes, labels)
                     if max(labels) >= 0
                     else f"{found.how}: no labels"
                 )
-                return labels, classes, found.files_read, (*found.notes, said)
+                return labels, classes, found.files_read, (*found.notes, note)
         folders, notes = class_folders(layout, config.labels, where)
         if folders is None:
             return none, None, set(), notes
@@ -174,7 +174,7 @@ class FilesSource(Source):
 def _select_split(
     names: Sequence[FileName], images: list[int], split: str | None, where: str
 ) -> tuple[str | None, list[int]]:
-    """The images in archives of the wanted split, and the split that is still to be found in folders."""
+    """The split that is still to be found in folders, and the images in archives of the requested split."""
     archives = sorted({names[i].archive for i in images})
     words = {archive: split_word(archive) for archive in archives}
     if all(word is None for word in words.values()):
@@ -184,7 +184,7 @@ def _select_split(
 
 
 def _display_names(names: list[FileName], wrapped: bool) -> list[str]:
-    """Names as people are told them; of an archive without one folder that wraps all class folders."""
+    """Names for messages; for archives without a top folder that contains all class folders."""
     tops = {PurePosixPath(name.path).parts[0] for name in names}
     if not wrapped or len(tops) != 1 or any(len(PurePosixPath(name.path).parts) < 3 for name in names):
         return [name.full_name for name in names]
