@@ -241,7 +241,7 @@ def test_a_stale_index_is_noticed_and_the_shard_named(any_uri: str, change, comp
 def test_a_missing_index_says_how_to_make_one(any_uri: str) -> None:
     with pytest.raises(UserError, match=r"no index \(.*ddpm index"):
         load_index(any_uri)
-    with pytest.raises(UserError, match=r"no \.tar or \.tar\.gz there"):
+    with pytest.raises(UserError, match=r"no \.tar or \.tar\.gz found"):
         build_index(any_uri)
 
 

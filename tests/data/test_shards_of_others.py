@@ -212,7 +212,7 @@ def test_files_of_a_sample_that_are_no_neighbours_are_refused(uri: str) -> None:
 def test_archives_of_other_kinds_are_named(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     store = open_store(uri)
     store.write("a.tar.zst", b"")
-    with pytest.raises(UserError, match=r"a\.tar\.zst: only \.tar, \.tar\.gz and \.tgz are read"):
+    with pytest.raises(UserError, match=r"a\.tar\.zst: only \.tar, \.tar\.gz and \.tgz are supported"):
         plan_index(uri)
     store.write("train/0.tar", write_shard([sample(0)]))
     store.write("val/0.tar", write_shard([sample(1)]))
