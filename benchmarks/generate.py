@@ -33,11 +33,11 @@ from pipeline.config.model_card import ImageShape, ModelCard
 from pipeline.config.net import UNetConfig
 from pipeline.generate.done_records import DoneRecord
 from pipeline.generate.engine import Engine, set_up_torch
-from pipeline.generate.generation import Generation
 from pipeline.generate.model_source import find_model
 from pipeline.generate.plan import shard
 from pipeline.generate.shard_writer import ShardWriter
 from pipeline.generate.spec import Spec, make_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.nets.diffusers_weights import export_diffusers
 from pipeline.nets.model_files import build_model, save_model
 from pipeline.nets.unet import UNet, seeded_init

@@ -33,7 +33,6 @@ from benchmarks.common import add_output_options, machine, publish
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.data.formats.image_stats import ImageStats
 from pipeline.generate.done_records import DoneRecord, RecordAggregate, Times
-from pipeline.generate.generation import Generation
 from pipeline.generate.generation_status import generation_status
 from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.manifest import (
@@ -46,6 +45,7 @@ from pipeline.generate.manifest import (
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.prefix_spec import check_prefix
 from pipeline.generate.spec import ModelIdentity, Spec, pretty
+from pipeline.generate.stored_generation import Generation
 from pipeline.generate.verification import VerifyReport, check_listing
 from pipeline.store import open_store
 

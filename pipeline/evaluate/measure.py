@@ -26,10 +26,10 @@ from pipeline.features.shard_sums import FeatureRecord, add_records, parse_recor
 from pipeline.features.trust import require_trusted_network, require_trusted_reference
 from pipeline.generate.class_labels import classes_of
 from pipeline.generate.engine import Engine
-from pipeline.generate.generation import Generation
 from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
 from pipeline.generate.model_source import ResolvedModel, find_model
 from pipeline.generate.spec import Spec, make_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.nets.model_files import build_model
 from pipeline.parallel import OpenParallelMap, ParallelMap, in_process
 from pipeline.progress import Progress

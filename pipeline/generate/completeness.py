@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, field
 
 from pipeline.errors import DamageError
-from pipeline.generate.generation import Generation, PrefixListing
 from pipeline.generate.layout import CONTACT_KEY, MANIFEST_KEY, REPORT_KEY
 from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
+from pipeline.generate.stored_generation import Generation, PrefixListing
 from pipeline.store import ObjectMissing, Store
 
 MAX_RECORDS_READ = 2_000

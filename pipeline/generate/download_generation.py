@@ -18,12 +18,12 @@ from pipeline.errors import DamageError, UserError
 from pipeline.generate.class_labels import labels_of
 from pipeline.generate.completeness import check_complete
 from pipeline.generate.done_records import DoneRecord, check_record
-from pipeline.generate.generation import Generation
 from pipeline.generate.layout import CONTACT_KEY, MANIFEST_KEY, REPORT_KEY, SPEC_KEY
 from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
 from pipeline.generate.plan import Shard, shard
 from pipeline.generate.prefix_spec import find_generation
 from pipeline.generate.spec import Spec, differences
+from pipeline.generate.stored_generation import Generation
 from pipeline.store import FileStore
 from pipeline.store.download_folder import Folder
 

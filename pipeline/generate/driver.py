@@ -13,7 +13,6 @@ from pipeline.features.trust import require_trusted_network
 from pipeline.generate.completeness import Completeness, check_complete
 from pipeline.generate.done_records import RecordAggregate
 from pipeline.generate.finalize import Superseded, clean_up, publish_manifest, require_newest
-from pipeline.generate.generation import Generation
 from pipeline.generate.generation_run import require_tracking
 from pipeline.generate.guards import check_guards
 from pipeline.generate.job_reporter import JobCounts, JobReporter, Status
@@ -23,6 +22,7 @@ from pipeline.generate.ray_pool import OutcomeStream, WorkerPool, require_pool_r
 from pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
 from pipeline.generate.shard_writer import comparable_training_data
 from pipeline.generate.spec import require_extension
+from pipeline.generate.stored_generation import Generation
 from pipeline.progress import Progress, no_progress
 from pipeline.store import open_store, retry_during_outage
 

@@ -9,12 +9,12 @@ from pipeline.data.formats.images import encode_image
 from pipeline.errors import DamageError
 from pipeline.generate.completeness import Completeness, check_complete
 from pipeline.generate.done_records import RecordAggregate
-from pipeline.generate.generation import Generation
 from pipeline.generate.heartbeat import clear_heartbeats
 from pipeline.generate.layout import CLAIM_PREFIX, CONTACT_KEY, JOBS_PREFIX, REPORT_KEY
 from pipeline.generate.manifest import Manifest, make_entries, make_manifest, read_manifest, write_manifest
 from pipeline.generate.prefix_spec import raise_count
 from pipeline.generate.report import grid_rows, load_images, render_report, row_labels
+from pipeline.generate.stored_generation import Generation
 from pipeline.store import ObjectMissing, StoreUnreachable
 from pipeline.store.prefix_claim import clear_claims
 

@@ -5,10 +5,10 @@ from typing import Literal
 
 from pipeline.generate.completeness import Completeness, check_complete
 from pipeline.generate.done_records import DoneRecord
-from pipeline.generate.generation import Generation, PrefixListing
 from pipeline.generate.heartbeat import Heartbeat, read_heartbeats
 from pipeline.generate.prefix_spec import open_generation
 from pipeline.generate.spec import Spec
+from pipeline.generate.stored_generation import Generation, PrefixListing
 
 _RECORDS_READ = 32
 State = Literal["complete", "running", "not complete", "damaged"]

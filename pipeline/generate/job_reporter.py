@@ -9,12 +9,12 @@ from typing import Literal
 from pipeline.config.generation import GenerateConfig
 from pipeline.generate import heartbeat
 from pipeline.generate.coordinator import ShardProgress
-from pipeline.generate.generation import Generation
 from pipeline.generate.generation_run import GenerationRun
 from pipeline.generate.heartbeat import Heartbeat
 from pipeline.generate.manifest import Manifest
 from pipeline.generate.model_source import ResolvedModel
 from pipeline.generate.sample_worker import Outcome
+from pipeline.generate.stored_generation import Generation
 from pipeline.progress import Progress
 from pipeline.store import StoreUnreachable, retry_during_outage
 from pipeline.telemetry.logs import name_process

@@ -16,12 +16,12 @@ from pipeline.config.base import Settings
 from pipeline.config.bounds import Number
 from pipeline.config.json_document import parse_document
 from pipeline.errors import DamageError, UserError
-from pipeline.generate.generation import Generation
 from pipeline.generate.heartbeat import new_job_id
 from pipeline.generate.layout import CLAIM_PREFIX, DONE_PREFIX, SPEC_KEY
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.plan import end_of
 from pipeline.generate.spec import Spec, canonical, read_spec, require_extension, write_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.store import ObjectMissing, Store, open_store
 from pipeline.store.consensus import Ballot
 from pipeline.store.prefix_claim import PrefixBallots

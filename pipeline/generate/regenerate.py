@@ -15,10 +15,10 @@ from pipeline.data.formats.shards import read_shard
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.class_labels import index_tensor
 from pipeline.generate.engine import Engine, set_up_torch, software
-from pipeline.generate.generation import Generation
 from pipeline.generate.model_source import ResolvedModel, find_model
 from pipeline.generate.plan import SampleBatch, Shard, locate
 from pipeline.generate.spec import Spec, make_model_identity
+from pipeline.generate.stored_generation import Generation
 from pipeline.generate.verification import VerifyReport
 from pipeline.nets.model_files import build_model
 from pipeline.store import ObjectMissing, open_store

@@ -9,10 +9,10 @@ from pipeline.data.formats.images import decode_image, encode_image
 from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import read_shard
 from pipeline.generate.class_labels import class_name, classes_of
-from pipeline.generate.generation import Generation
 from pipeline.generate.manifest import Statistics
 from pipeline.generate.plan import Shard, locate
 from pipeline.generate.spec import Spec, pretty
+from pipeline.generate.stored_generation import Generation
 from pipeline.html_page import render_page
 
 COLUMNS = 12

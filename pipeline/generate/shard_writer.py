@@ -24,10 +24,10 @@ from pipeline.features.shard_sums import FeatureRecord, FeatureSums, add_records
 from pipeline.generate.class_labels import index_tensor, labels_of
 from pipeline.generate.done_records import DoneRecord, Times
 from pipeline.generate.engine import Engine, software
-from pipeline.generate.generation import Generation
 from pipeline.generate.guards import GuardTripped, check_guards
 from pipeline.generate.plan import SampleBatch, Shard, batches
 from pipeline.generate.spec import Spec, canonical
+from pipeline.generate.stored_generation import Generation
 from pipeline.store import ObjectMissing, Store, retry_during_outage
 
 Member = tuple[str, dict[str, bytes]]

@@ -18,7 +18,6 @@ from pipeline.data.formats.shards import read_shard
 from pipeline.errors import DamageError
 from pipeline.generate.class_labels import labels_of
 from pipeline.generate.done_records import DoneRecord, RecordAggregate
-from pipeline.generate.generation import Generation, PrefixListing
 from pipeline.generate.heartbeat import read_heartbeats
 from pipeline.generate.layout import (
     CLAIM_PREFIX,
@@ -34,6 +33,7 @@ from pipeline.generate.manifest import Manifest, make_entries, make_manifest, re
 from pipeline.generate.plan import Shard
 from pipeline.generate.prefix_spec import open_generation
 from pipeline.generate.spec import Spec
+from pipeline.generate.stored_generation import Generation, PrefixListing
 from pipeline.store import ObjectMissing, Store, open_store
 
 MAX_PROBLEMS = 1000

@@ -11,10 +11,10 @@ from pipeline.evaluate.measure import evaluate_generation
 from pipeline.features.reference_set import data_root
 from pipeline.features.shard_sums import network_for_sums
 from pipeline.generate.completeness import check_complete
-from pipeline.generate.generation import Generation
 from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.manifest import Manifest, read_manifest
 from pipeline.generate.spec import read_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.nightly.history import Night, drift, night_prefix, night_seed, read_nights, write_night
 from pipeline.parallel import OpenParallelMap
 from pipeline.progress import Progress

@@ -24,9 +24,9 @@ from pipeline.errors import UserError
 from pipeline.evaluate.measure import evaluate_generation
 from pipeline.generate.completeness import check_complete
 from pipeline.generate.driver import GenerationResult
-from pipeline.generate.generation import Generation
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.spec import read_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.nightly import make_night, run_nights
 from pipeline.nightly.history import read_latest, read_nights, write_night
 from pipeline.nightly.make_night import find_fault, night_settings

@@ -25,9 +25,9 @@ from pipeline.features.shard_sums import (
 from pipeline.generate.done_records import RecordAggregate
 from pipeline.generate.driver import with_feature_network
 from pipeline.generate.finalize import publish_manifest
-from pipeline.generate.generation import Generation
 from pipeline.generate.plan import shard, shards
 from pipeline.generate.spec import write_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.progress import no_progress
 from pipeline.store import open_store
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model, writer_of

@@ -28,11 +28,11 @@ from pipeline.data.index import load_index
 from pipeline.data.packing.pack_dataset import pack
 from pipeline.data.packing.scan_shard import index_shard
 from pipeline.errors import DamageError, UserError
-from pipeline.generate.generation import Generation
 from pipeline.generate.layout import MANIFEST_KEY, SPEC_KEY
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.plan import shards
 from pipeline.generate.spec import read_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.nets.model_files import CARD_FILE, load_card
 from pipeline.store import Store, open_store
 from pipeline.train.checkpoint import RECORD, STATE, load_checkpoint, save_checkpoint

@@ -19,9 +19,9 @@ from pipeline.errors import UserError
 from pipeline.generate.coordinator import ShardProgress
 from pipeline.generate.driver import GenerationResult, generate
 from pipeline.generate.engine import Engine
-from pipeline.generate.generation import Generation
 from pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
 from pipeline.generate.shard_writer import ShardWriter
+from pipeline.generate.stored_generation import Generation
 from pipeline.nets.model_files import build_model
 from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, open_store
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DamageError, UserError
-from pipeline.generate.generation import Generation
 from pipeline.generate.layout import CLAIM_PREFIX, SPEC_KEY
 from pipeline.generate.prefix_spec import check_prefix, claim_prefix
 from pipeline.generate.spec import Spec, read_spec, require_extension
+from pipeline.generate.stored_generation import Generation
 from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, consensus, open_store
 from pipeline.store.prefix_claim import clear_claims
 from tests.generate.tiny import plan_of, settings, tiny_model
@@ -45,7 +45,7 @@ class Stepped(FileStore):
 
     def write(self, key: str, data: bytes) -> ObjectInfo:
         self._step()
-        assert key not in self._objects or key == SPEC_KEY, "a word once given is never replaced"
+        assert key not in self._objects or key == SPEC_KEY, "a ballot is never overwritten"
         self._objects[key] = data
         return ObjectInfo(key, len(data), "")
 
@@ -78,7 +78,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def race(seed: int, specs: list[Spec], dying: dict[int, int]) -> tuple[list[Spec], dict[str, bytes]]:
-    """Claims of all jobs with their requests in an order drawn by `seed`; what the survivors were told."""
+    """Claims of all jobs with their requests in an order drawn by `seed`; what the survivors agreed on."""
     turns, objects = Turns(seed, range(JOBS)), dict[str, bytes]()
 
     def job(number: int) -> Spec | None:
@@ -93,34 +93,34 @@ def race(seed: int, specs: list[Spec], dying: dict[int, int]) -> tuple[list[Spec
             turns.next(ended=number)
 
     with ThreadPoolExecutor(JOBS) as pool:
-        told = list(pool.map(job, range(JOBS)))
-    return [spec for spec in told if spec is not None], objects
+        agreed = list(pool.map(job, range(JOBS)))
+    return [spec for spec in agreed if spec is not None], objects
 
 
 @pytest.mark.usefixtures("at_once")
-def test_all_are_told_of_the_same_spec_in_any_order_of_requests(specs: list[Spec]) -> None:
+def test_all_jobs_agree_on_one_spec_in_any_order_of_requests(specs: list[Spec]) -> None:
     winners: set[int] = set()
     for seed in range(150):
-        told, objects = race(seed, specs, {})
-        assert len(told) == JOBS
-        assert {spec.seed for spec in told} == {told[0].seed}
-        assert Spec.model_validate_json(objects[SPEC_KEY]) == told[0]
+        agreed, objects = race(seed, specs, {})
+        assert len(agreed) == JOBS
+        assert {spec.seed for spec in agreed} == {agreed[0].seed}
+        assert Spec.model_validate_json(objects[SPEC_KEY]) == agreed[0]
         assert list(objects) == [SPEC_KEY]
-        winners.add(told[0].seed)
+        winners.add(agreed[0].seed)
     assert winners == set(range(JOBS))
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_job_that_dies_at_any_request_holds_nobody_up_and_changes_nobodys_mind(specs: list[Spec]) -> None:
+def test_a_job_that_dies_at_any_request_blocks_no_other_and_changes_no_decision(specs: list[Spec]) -> None:
     for seed in range(150):
         chance = random.Random(seed)
         dying = {job: chance.randrange(12) for job in chance.sample(range(JOBS), chance.randint(1, JOBS - 1))}
-        told, objects = race(seed, specs, dying)
-        assert len({spec.seed for spec in told}) == 1
-        assert Spec.model_validate_json(objects[SPEC_KEY]) == told[0]
+        agreed, objects = race(seed, specs, dying)
+        assert len({spec.seed for spec in agreed}) == 1
+        assert Spec.model_validate_json(objects[SPEC_KEY]) == agreed[0]
 
 
-def test_what_dead_jobs_left_is_no_stranger_and_is_swept_up(specs: list[Spec], tmp_path: Path) -> None:
+def test_claims_of_dead_jobs_are_not_foreign_and_are_deleted(specs: list[Spec], tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}/out")
     store.write(f"{CLAIM_PREFIX}dead.0004.json", b'{"round": 3}')
     assert check_prefix(Generation(store, specs[0])) is None
@@ -150,10 +150,10 @@ def test_of_different_jobs_at_an_empty_prefix_one_wins_and_the_others_are_refuse
             return "won"
 
         with ThreadPoolExecutor(JOBS) as pool:
-            told = list(pool.map(job, specs))
-        assert told.count("won") == 1
-        stands = read_spec(store)
-        assert stands is not None
-        assert stands == specs[told.index("won")]
-        for number, said in enumerate(told):
-            assert said == "won" or f"(seed: {stands.seed} stored, {number} requested)" in said
+            agreed = list(pool.map(job, specs))
+        assert agreed.count("won") == 1
+        winner = read_spec(store)
+        assert winner is not None
+        assert winner == specs[agreed.index("won")]
+        for number, message in enumerate(agreed):
+            assert message == "won" or f"(seed: {winner.seed} stored, {number} requested)" in message

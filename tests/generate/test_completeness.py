@@ -9,9 +9,9 @@ import pytest
 
 from jobs.status import generation_status as status_command
 from pipeline.generate.completeness import check_complete
-from pipeline.generate.generation import Generation
 from pipeline.generate.generation_status import generation_status
 from pipeline.generate.spec import read_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.store import Store, open_store
 from tests.generate.tiny import fill, settings, tiny_model
 

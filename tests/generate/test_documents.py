@@ -11,11 +11,11 @@ import pytest
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.errors import DamageError, UserError
 from pipeline.generate.completeness import check_complete
-from pipeline.generate.generation import Generation
 from pipeline.generate.generation_status import generation_status
 from pipeline.generate.heartbeat import make_heartbeat, new_job_id, read_heartbeats, write_heartbeat
 from pipeline.generate.prefix_spec import find_generation
 from pipeline.generate.spec import Spec, read_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.generate.verification import verify
 from pipeline.nets.model_files import load_card
 from pipeline.store import Store, open_store

@@ -154,8 +154,8 @@ def test_killed_at_any_write_it_shows_nothing_half_and_goes_on(
         assert run(str(source), "here", as_json=True) == DONE
         assert files(Path("here")) == whole
         if died:
-            told = json.loads(capsys.readouterr().out)
-            assert told["shards_kept"] == shards
+            printed = json.loads(capsys.readouterr().out)
+            assert printed["shards_kept"] == shards
             kills += 1
     assert kills > len(list(source.rglob("*.tar")))
 
@@ -416,12 +416,12 @@ def test_ctrl_c_ends_a_download_without_waiting_for_its_shards(packed: Path, man
             assert process.stdout is not None
             assert process.stdout.readline() == "under way\n"
             process.send_signal(signal.SIGINT)
-            _, told = process.communicate(timeout=100)  # waiting for the shards would take for ever
+            _, printed = process.communicate(timeout=100)  # waiting for the shards would take for ever
         finally:
             process.kill()
     assert process.returncode == INTERRUPTED
-    assert "stopped: shards that are whole stay; the same command brings the rest" in told
-    assert "Traceback" not in told
+    assert "stopped: shards that are whole stay; the same command brings the rest" in printed
+    assert "Traceback" not in printed
     there = files(Path("here"))
     assert not [name for name in there if name.endswith(".tar") or name == last(packed)]
     if manner == "is slow":  # a thread that hangs leaves what a killed process does

@@ -11,7 +11,7 @@ DOCUMENTS = [
     "evaluate.document",
     "generate.completeness",
     "generate.done_records",
-    "generate.generation",
+    "generate.stored_generation",
     "generate.generation_status",
     "generate.heartbeat",
     "generate.layout",

@@ -9,12 +9,12 @@ import pytest
 
 from pipeline.generate.coordinator import Coordinator, ShardProgress
 from pipeline.generate.done_records import RecordAggregate
-from pipeline.generate.generation import Generation
 from pipeline.generate.generation_status import generation_status
 from pipeline.generate.heartbeat import make_heartbeat, new_job_id, write_heartbeat
 from pipeline.generate.manifest import make_manifest
 from pipeline.generate.plan import num_shards, shard
 from pipeline.generate.spec import Spec, write_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.store import FileStore, ObjectInfo, open_store
 from tests.generate.tiny import fill, plan_of, settings, tiny_model, writer_of
 
@@ -39,7 +39,7 @@ def test_a_shard_is_done_only_with_both_object_and_record(spec: Spec, tmp_path: 
     assert (found.unexpected, found.superseded) == ([], [])
 
 
-def test_tails_of_smaller_counts_and_strangers_are_told_apart(spec: Spec, tmp_path: Path) -> None:
+def test_tails_of_smaller_counts_and_unexpected_keys_are_separated(spec: Spec, tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}/out")
     for key in ("shards/000001-0003.tar", "done/000001-0003.json", "done/x.json", "shards/000005.tar"):
         store.write(key, b"x")
@@ -61,7 +61,7 @@ def test_an_object_that_is_not_what_its_record_says_is_undone(model: Path, tmp_p
     assert "shards/000001.tar has 5 bytes, its record says" in undone[1][1]
 
 
-def test_a_harvest_counts_a_shard_once_and_makes_no_manifest_while_one_lacks(
+def test_records_count_a_shard_once_and_make_no_manifest_while_one_is_missing(
     model: Path, tmp_path: Path
 ) -> None:
     writer = writer_of(settings(model, f"file://{tmp_path}/out", count=20))
@@ -86,7 +86,7 @@ class Vast(FileStore):
                 yield ObjectInfo(f"{prefix}{number:06d}{suffix}", 1000, "etag")
 
 
-def test_a_million_records_are_planned_and_surveyed_within_bounds(spec: Spec, tmp_path: Path) -> None:
+def test_a_million_records_are_planned_and_listed_within_bounds(spec: Spec, tmp_path: Path) -> None:
     vast = spec.model_copy(update={"count": 10**9, "shard_size": 1000, "batch_size": 50})
     assert num_shards(vast) == Vast.total
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -98,7 +98,7 @@ def test_a_million_records_are_planned_and_surveyed_within_bounds(spec: Spec, tm
     assert missing == list(range(7, Vast.total, 100_000))
 
 
-def test_the_status_is_told_from_the_prefix_alone(model: Path, tmp_path: Path) -> None:
+def test_the_status_is_read_from_the_prefix_alone(model: Path, tmp_path: Path) -> None:
     config = settings(model, f"file://{tmp_path}/out", count=40)
     writer = writer_of(config)
     write_spec(writer.generation.store, writer.generation.spec)

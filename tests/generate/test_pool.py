@@ -17,9 +17,9 @@ def config(**more: object) -> GenerateConfig:
 
 
 class FakeData:
-    """Stands for `ray.data`: remembers what is asked for and has no rows."""
+    """Replaces `ray.data`: records its arguments and has no rows."""
 
-    asked: dict[str, Any]
+    arguments: dict[str, Any]
     DataContext = pipeline.generate.ray_pool.ray.data.DataContext
     ActorPoolStrategy = pipeline.generate.ray_pool.ray.data.ActorPoolStrategy
 
@@ -27,26 +27,28 @@ class FakeData:
         assert len(items) == override_num_blocks
         return self
 
-    def map_batches(self, worker: type, **asked: Any) -> "FakeData":
-        self.asked = asked
+    def map_batches(self, worker: type, **arguments: Any) -> "FakeData":
+        self.arguments = arguments
         return self
 
     def iter_batches(self, **_: Any) -> list[Any]:
         return []
 
 
-def asked_of_ray(config: GenerateConfig, num_shards: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def arguments_for_ray(
+    config: GenerateConfig, num_shards: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
     fake = FakeData()
     monkeypatch.setattr(pipeline.generate.ray_pool.ray, "data", fake)
-    crew: Any = WorkerPool
-    crew = WorkerPool(crew, None, None)
-    assert list(pipeline.generate.ray_pool._wave(config, crew, list(range(num_shards)))) == []
-    return fake.asked
+    pool: Any = WorkerPool
+    pool = WorkerPool(pool, None, None)
+    assert list(pipeline.generate.ray_pool._wave(config, pool, list(range(num_shards)))) == []
+    return fake.arguments
 
 
 def test_half_a_gpu_puts_two_workers_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = asked_of_ray(config(gpus_per_worker=0.5, cpus_per_worker=2), 8, monkeypatch)
-    assert (asked["num_gpus"], asked["num_cpus"], asked["batch_size"]) == (0.5, 2, 1)
+    arguments = arguments_for_ray(config(gpus_per_worker=0.5, cpus_per_worker=2), 8, monkeypatch)
+    assert (arguments["num_gpus"], arguments["num_cpus"], arguments["batch_size"]) == (0.5, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_half_a_gpu_puts_two_workers_on_one(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_pool_keeps_between_its_sizes_and_never_exceeds_the_shards(
     pool: dict[str, object], num_shards: int, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = asked_of_ray(config(**pool), num_shards, monkeypatch)["compute"]
+    found = arguments_for_ray(config(**pool), num_shards, monkeypatch)["compute"]
     assert (found.min_size, found.max_size) == sizes
 
 

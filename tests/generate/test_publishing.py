@@ -14,9 +14,9 @@ import pytest
 from pipeline.config.generation import GenerateConfig
 from pipeline.generate.completeness import check_complete
 from pipeline.generate.driver import generate
-from pipeline.generate.generation import Generation
 from pipeline.generate.prefix_spec import find_generation
 from pipeline.generate.spec import Spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.generate.verification import verify
 from pipeline.store import open_store
 from tests.generate.inprocess import Driver, MemoryStore, run_alone, without_cluster
@@ -87,7 +87,7 @@ def places(configs: dict[int, GenerateConfig], before: int, count: int) -> list[
 def test_a_driver_suspended_anywhere_leaves_a_larger_generation_as_it_is(
     before: int, configs: dict[int, GenerateConfig], at_once: dict[int, dict[str, bytes]]
 ) -> None:
-    told: set[str] = set()
+    endings: set[str] = set()
     for place in places(configs, before, SMALL):
         objects = begun(configs, before)
         asleep = Driver(configs[SMALL], objects, stop_at=place)
@@ -97,15 +97,15 @@ def test_a_driver_suspended_anywhere_leaves_a_larger_generation_as_it_is(
         assert larger.result.status == "complete"
         is_whole(objects, spec_of(configs, LARGE), {**at_once[LARGE], **_claims(objects)})
         asleep.resume()
-        told.add(_told(asleep))
+        endings.add(_ending(asleep))
         is_whole(objects, spec_of(configs, LARGE), at_once[LARGE])
-    assert told <= {
+    assert endings <= {
         "superseded: another job published 18 images",
         f"refused: file://{Path.cwd()}/nowhere: count is 18 at this prefix and can only be raised, not lowered to 15; "
         "choose another output prefix, or raise count",
         "complete: None",  # it was at its last deletes
     }
-    assert "superseded: another job published 18 images" in told
+    assert "superseded: another job published 18 images" in endings
 
 
 def test_two_drivers_suspended_at_any_two_places_end_with_the_larger_generation(
@@ -248,7 +248,7 @@ def _claims(objects: dict[str, bytes]) -> dict[str, bytes]:
     return {key: data for key, data in objects.items() if key.startswith(("claims/", "jobs/"))}
 
 
-def _told(driver: Driver) -> str:
+def _ending(driver: Driver) -> str:
     if driver.result is not None:
         return f"{driver.result.status}: {driver.result.reason}"
     return f"refused: {driver.error}"

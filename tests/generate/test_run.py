@@ -10,11 +10,11 @@ from jobs.generate import summary
 from pipeline.config.generation import GenerateConfig
 from pipeline.generate.coordinator import ShardProgress
 from pipeline.generate.driver import GenerationJob, GenerationResult
-from pipeline.generate.generation import Generation
 from pipeline.generate.job_reporter import JobReporter, stall_reason
 from pipeline.generate.layout import MANIFEST_KEY
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.spec import Spec, read_spec, write_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.progress import no_progress
 from pipeline.store import Store, open_store
 from tests.generate.tiny import fill, plan_of, settings, tiny_model
@@ -36,14 +36,14 @@ def end(config: GenerateConfig) -> GenerationResult:
     return GenerationJob(config, generation, model, reporter, threading.Event(), began).run()
 
 
-def told(store: Store, spec: Spec, count: int) -> None:
-    """Another job has spoken: the prefix shall hold so many."""
+def write_other_count(store: Store, spec: Spec, count: int) -> None:
+    """What another job does that requests another count."""
     write_spec(store, spec.model_copy(update={"count": count}))
 
 
-def test_a_job_whose_count_was_raised_by_another_steps_back(config: GenerateConfig) -> None:
+def test_a_job_whose_count_was_raised_by_another_is_superseded(config: GenerateConfig) -> None:
     store, (spec, _) = open_store(config.output), plan_of(config)
-    told(store, spec, 70)
+    write_other_count(store, spec, 70)
     result = end(config)
     assert (result.status, result.reason) == (
         "superseded",
@@ -55,9 +55,9 @@ def test_a_job_whose_count_was_raised_by_another_steps_back(config: GenerateConf
     assert read_spec(store) == spec.model_copy(update={"count": 70})
 
 
-def test_a_job_of_a_smaller_count_that_spoke_last_is_overruled(config: GenerateConfig) -> None:
+def test_a_spec_of_a_smaller_count_is_replaced_by_the_larger_one(config: GenerateConfig) -> None:
     store, (spec, _) = open_store(config.output), plan_of(config)
-    told(store, spec, 20)
+    write_other_count(store, spec, 20)
     assert end(config).status == "complete"
     manifest = read_manifest(store)
     assert manifest is not None

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.generation import GenerateConfig
 from pipeline.errors import DamageError, UserError
-from pipeline.generate.generation import Generation
 from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.model_source import find_model, resolve_model
 from pipeline.generate.prefix_spec import check_prefix, raise_count
 from pipeline.generate.spec import make_spec, pretty, read_spec, resolve_classes, write_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.nets.model_files import load_card, load_model
 from pipeline.store import ObjectInfo, Store, open_store
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model

@@ -19,11 +19,11 @@ from pipeline.config.generation import GenerateConfig, GuardConfig
 from pipeline.config.model_card import TrainingData
 from pipeline.errors import UserError
 from pipeline.generate.driver import GenerationJob, GenerationResult, generate
-from pipeline.generate.generation import Generation
 from pipeline.generate.generation_status import generation_status
 from pipeline.generate.manifest import read_manifest
 from pipeline.generate.plan import shards
 from pipeline.generate.sample_worker import Outcome
+from pipeline.generate.stored_generation import Generation
 from pipeline.generate.verification import verify
 from pipeline.store import open_store
 from pipeline.tracking import find_run, register, set_alias, tracking_client

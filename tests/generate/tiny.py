@@ -14,12 +14,12 @@ from pipeline.features.shard_sums import FeatureSums
 from pipeline.generate.done_records import RecordAggregate
 from pipeline.generate.engine import Engine
 from pipeline.generate.finalize import publish_manifest
-from pipeline.generate.generation import Generation
 from pipeline.generate.layout import DONE_PREFIX, MANIFEST_KEY
 from pipeline.generate.model_source import ResolvedModel, resolve_model
 from pipeline.generate.plan import shards
 from pipeline.generate.shard_writer import ShardWriter
 from pipeline.generate.spec import Spec, write_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.nets.model_files import build_model, save_model
 from pipeline.nets.unet import seeded_init
 from pipeline.store import Store, open_store
