@@ -6,7 +6,6 @@ fetched again, so the same command continues after any interruption.
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +23,9 @@ from pipeline.generate.plan import Shard, shard
 from pipeline.generate.prefix_spec import find_generation
 from pipeline.generate.spec import Spec, differences
 from pipeline.generate.stored_generation import Generation
+from pipeline.progress import Progress
 from pipeline.store import FileStore
 from pipeline.store.download_folder import Folder
-
-Progress = Callable[[int, int], None]
 
 
 def download_generation(

@@ -1,6 +1,5 @@
 """Samples a few images into a local folder, in this process, without a cluster."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from pipeline.generate.engine import Engine
 from pipeline.generate.model_source import find_model
 from pipeline.generate.spec import make_spec
 from pipeline.nets.model_files import build_model
+from pipeline.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class SampleResult:
     """All samples in one image; with classes, one row per class."""
 
 
-def draw(
-    config: SampleConfig, progress: Callable[[int, int], None] = lambda done, total: None
-) -> SampleResult:
+def draw(config: SampleConfig, progress: Progress = no_progress) -> SampleResult:
     """Sample and write images and grid.png. Progress counts network evaluations of batches."""
     model = find_model(config.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"

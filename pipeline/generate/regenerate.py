@@ -3,7 +3,6 @@
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -21,6 +20,7 @@ from pipeline.generate.spec import Spec, make_model_identity
 from pipeline.generate.stored_generation import Generation
 from pipeline.generate.verification import VerifyReport
 from pipeline.nets.model_files import build_model
+from pipeline.progress import Progress, no_progress
 from pipeline.store import ObjectMissing, open_store
 
 
@@ -29,7 +29,7 @@ def regenerate(
     count: int,
     model: str | None = None,
     choice_seed: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> None:
     """Sample `count` random samples of a verified generation again, compare bytes, and add differences to the report.
 

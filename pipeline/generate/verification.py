@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -34,6 +34,7 @@ from pipeline.generate.plan import Shard
 from pipeline.generate.prefix_spec import open_generation
 from pipeline.generate.spec import Spec
 from pipeline.generate.stored_generation import Generation, PrefixListing
+from pipeline.progress import Progress, no_progress
 from pipeline.store import ObjectMissing, Store, open_store
 
 MAX_PROBLEMS = 1000
@@ -108,7 +109,7 @@ class _ShardFindings:
         self.problems.append(Problem(self.unit.key + (f" sample {sample}" if sample else ""), what))
 
 
-def verify(uri: str, progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
+def verify(uri: str, progress: Progress = no_progress) -> VerifyReport:
     """Count, hash and decode everything under an output prefix. UserError where there is no generation."""
     began = time.monotonic()
     generation = open_generation(uri)
