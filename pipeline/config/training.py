@@ -85,7 +85,7 @@ class CheckpointConfig(Settings):
 
 
 class GridConfig(Settings):
-    """Pictures of fixed seeds, logged while training."""
+    """Images of fixed seeds, logged while training."""
 
     every_steps: int = Field(default=1000, ge=1)
     """Steps between grids; one is also drawn before the first step and after the last."""
