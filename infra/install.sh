@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv hold what the lock files say:  infra/install.sh runtime|dev
+# Make .venv match the lock files:  infra/install.sh runtime|dev
 # Does nothing when it already does: the locks are compared with those of the last installation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -51,13 +51,13 @@ install_lock() {
     cp "$lock" "$stamp"
 }
 
-# Only files whose sha256 stands in the lock, and nothing that does not stand there; then torch, for which see its lock.
+# Only files whose sha256 is in the lock, and no others; then torch, for which see its lock.
 install_runtime() {
     install_lock requirements.lock --require-hashes --no-deps
     install_lock requirements-torch.lock
 }
 
-# The project itself, editable, so that what runs is what stands here.
+# The project itself, editable, so that the code that runs is this checkout's.
 install_project() {
     local stamp=$venv/installed-pyproject.toml
     cmp -s pyproject.toml "$stamp" && [ -x $venv/bin/ddpm ] && return

@@ -1,7 +1,7 @@
 """Users of the S3 gateway (JuiceFS's, which is MinIO's) with a policy each: `python -m infra.s3_users POLICY KEYS ...`.
 
-POLICY is a policy file, KEYS a file in the form of ~/.aws/credentials with what the user is to be known by. The
-gateway's own keys (AWS_SHARED_CREDENTIALS_FILE) make them and need not be known to anybody else. May be repeated.
+POLICY is a policy file, KEYS a file in the form of ~/.aws/credentials with the user's own keys. The pair may be
+repeated. The gateway's keys (AWS_SHARED_CREDENTIALS_FILE) create the users and need not be known to anybody else.
 """
 
 import configparser
@@ -26,7 +26,7 @@ _TIMEOUT_SECONDS = 30.0
 
 
 def make_user(endpoint: str, own: Credentials, keys: Credentials, policy_name: str, policy: str) -> None:
-    """Let `keys` do on the gateway at `endpoint` what the policy says and no more. Raises UserError when refused."""
+    """Create a user with `keys` on the gateway at `endpoint`, limited to the policy. Raises UserError when refused."""
     user = json.dumps({"status": "enabled", "secretKey": keys.secret_key}).encode()
     _put(endpoint, own, "add-canned-policy", {"name": policy_name}, policy.encode())
     _put(endpoint, own, "add-user", {"accessKey": keys.access_key}, _sealed(user, own.secret_key))
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     try:
         own, endpoint = Session().get_credentials(), os.environ.get("AWS_ENDPOINT_URL", "")
         if own is None or not endpoint or not argv or len(argv) % 2:
-            raise UserError("wants AWS_ENDPOINT_URL, the gateway's own keys, and pairs of POLICY KEYS")
+            raise UserError("needs AWS_ENDPOINT_URL, the gateway's own keys, and pairs of POLICY KEYS")
         for policy, keys in zip(argv[::2], argv[1::2], strict=True):
             name = Path(policy).stem
             make_user(endpoint, own, read_keys(Path(keys)), name, Path(policy).read_text())

@@ -17,7 +17,7 @@ install_tools() {
 
 sbom() {
     mkdir -p build
-    # shellcheck disable=SC2086  (a word for each file)
+    # shellcheck disable=SC2086  (one argument per file)
     cat $locks >build/requirements.txt
     $tools/bin/cyclonedx-py requirements build/requirements.txt --pyproject pyproject.toml --output-reproducible --validate \
         --output-file build/sbom.cdx.json
@@ -34,7 +34,7 @@ licences() {
         echo "*Written by \`make licences\` from the packages that \`requirements.lock\` and \`requirements-torch.lock\` pin, as their own metadata tell it (UNKNOWN: it"
         echo "tells none). This program's own Debian and CUDA layers, in containers, come under their own.*"
         echo
-        # shellcheck disable=SC2086  (a word for each package)
+        # shellcheck disable=SC2086  (one argument per package)
         $tools/bin/pip-licenses --python=.venv/bin/python --format=markdown --from=mixed --with-system --packages $names |
             sed -E 's/ +\|/ |/g; s/\|-+/|---/g'
     } >docs/licences.md

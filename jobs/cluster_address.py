@@ -33,17 +33,17 @@ ADDRESS_VARIABLE = "RAY_JOB_ADDRESS"
 RAYS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 """Ray's own name for it, which its job client obeys before any address that it is given."""
 DRIVER_VARIABLE = "RAY_ADDRESS"
-"""Where a driver joins (host:port); Ray's own tools also take a dashboard's http address there."""
+"""Where a driver joins (host:port); Ray's own tools also accept a dashboard's http address in it."""
 
 
 def dashboard_address(environ: Mapping[str, str] = os.environ) -> str | None:
-    """The dashboard that is meant: ours before Ray's names for it. None where no variable names one."""
+    """The dashboard's address: our variable before Ray's. None if no variable names one."""
     named = _named(environ)
     return next(iter(named.values()), None)
 
 
 def settle_address(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Make the dashboard that is meant the one that Ray uses, too; say which variables name another.
+    """Make Ray use the dashboard of `dashboard_address`; print which variables name another.
 
     To be called before Ray is imported. UserError for an address that is no http one.
     """
@@ -63,7 +63,7 @@ def settle_address(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def settle_token(environ: MutableMapping[str, str] = os.environ) -> None:
-    """A token that is given is meant to be used, also where Ray's switch for it is not set."""
+    """Use a token that is set, even if Ray's switch for it is not."""
     if environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH"):
         environ.setdefault("RAY_AUTH_MODE", "token")
 
@@ -127,7 +127,7 @@ def use_cluster(name: str | None, environ: MutableMapping[str, str] = os.environ
 
 
 def named(name: str, environ: MutableMapping[str, str] = os.environ) -> Cluster:
-    """The cluster of this name. UserError: there is none, or its entry is wrong."""
+    """The cluster of this name. UserError if it is unknown or its entry is invalid."""
     file = Path(environ.get(FILE_VARIABLE) or "~/.config/ddpm/clusters.yaml").expanduser()
     known = read_yaml(file)
     if name not in known:

@@ -1,6 +1,6 @@
-"""What settings files may hold, told from the models themselves: a page for people, a JSON schema for editors.
+"""What settings files may hold, generated from the models: a page for people, a JSON schema for editors.
 
-python -m jobs.config_docs      writes docs/configuration.md and docs/schema/settings.json anew
+python -m jobs.config_docs      rewrites docs/configuration.md and docs/schema/settings.json
 """
 
 import json
@@ -41,7 +41,7 @@ For completion and checking in an editor that speaks yaml-language-server (VS Co
 
 
 def main() -> int:
-    """Write both files anew."""
+    """Rewrite both files."""
     (DOCS / "schema").mkdir(exist_ok=True)
     (DOCS / "configuration.md").write_text(configuration_page(), encoding="utf-8")
     (DOCS / "schema" / "settings.json").write_text(schema_text(), encoding="utf-8")
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def write_schema(folder: Path) -> int:
-    """Write the schema into `folder` and say how an editor finds it. UserError when that cannot be done."""
+    """Write the schema into `folder` and print how to point an editor at it. UserError when it cannot be written."""
     file = folder / SCHEMA_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,10 +151,10 @@ def _types(field: Mapping[str, Any]) -> Iterator[str]:
 
 def _bounds(field: Mapping[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    told = [f"{sign} {field[key]:.12g}" for key, sign in signs.items() if key in field]
+    bounds = [f"{sign} {field[key]:.12g}" for key, sign in signs.items() if key in field]
     if "pattern" in field:
-        told.append(f"like `{field['pattern']}`")
-    return f", {', '.join(told)}" if told else ""
+        bounds.append(f"like `{field['pattern']}`")
+    return f", {', '.join(bounds)}" if bounds else ""
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def index(
     """Index the tars at a prefix or pattern, in one pass over each tar that the existing index does not cover.
 
     The index goes to `dest`, where that is given.
-    `fresh` reads all of them. On the cluster that RAY_ADDRESS names, if there is one and enough to read.
+    `fresh` reads all of them. Runs on the cluster that RAY_ADDRESS names, if it is set and there are enough shards.
     """
     with progress_of("index", "shards") as progress:
         found = plan_index(
@@ -84,7 +84,7 @@ def inspect_dataset(uri: str, sheet: Path, label_field: str | None, as_json: boo
     UserError, before anything is read, when the contact sheet cannot be written to `sheet`.
     """
     if not sheet.parent.is_dir():
-        raise UserError(f"--sheet {sheet}: there is no folder {sheet.parent}; make it, or name another")
+        raise UserError(f"--sheet {sheet}: folder {sheet.parent} does not exist; create it, or name another")
     if sheet.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--sheet {sheet}: {sheet.suffix or 'no suffix'} is no kind of image; end it in .png")
     with progress_of("inspect", "shards") as progress:

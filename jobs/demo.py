@@ -25,7 +25,7 @@ def demo(store: StoreKind | None = None) -> int:
     began = time.monotonic()
     call = JobArguments(preset=PRESET)
     _headline(1, "start the local stack")
-    LocalStack(LOCAL, store=store).up(say=_say)
+    LocalStack(LOCAL, store=store).up(report=_print_line)
     use_running_stack()
     parts: list[tuple[str, Callable[[], int]]] = [
         ("pack the data set", lambda: _pack(call)),
@@ -40,7 +40,7 @@ def demo(store: StoreKind | None = None) -> int:
         code = part()
         if code != DONE:
             return code
-    _say_where_to_look(call, time.monotonic() - began)
+    _print_where_to_look(call, time.monotonic() - began)
     return DONE
 
 
@@ -74,7 +74,7 @@ def _evaluate(call: JobArguments) -> int:
     return run_call(call)
 
 
-def _say_where_to_look(call: JobArguments, seconds: float) -> None:
+def _print_where_to_look(call: JobArguments, seconds: float) -> None:
     from pipeline.store import open_store
     from pipeline.tracking import find_latest_run
 
@@ -94,6 +94,6 @@ def _headline(number: int, title: str) -> None:
     echo("", f"[{number}/{NUM_PARTS}] {title}")
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     sys.stdout.write(f"  {line}\n")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""`ddpm doctor`: is everything there that a job needs, and if not, what to do about it."""
+"""`ddpm doctor`: checks everything that a job needs, with a remedy for each fault."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What `ddpm doctor` looks at. Each check asks the real thing once, quickly, and says what to do about a fault."""
+"""What `ddpm doctor` looks at. Each check makes one quick, real request and gives a remedy for a fault."""
 
 import email.utils
 import os
@@ -47,7 +47,7 @@ class Finding:
     name: str
     ok: bool
     found: str
-    """What is there, or what is wrong."""
+    """What was found, or what is wrong."""
     remedy: str = ""
     """What to do about it; empty when all is well."""
 
@@ -65,7 +65,7 @@ def check_packages(locks: Sequence[Path] = LOCKS) -> Finding:
         return Finding("packages", True, f"Python {python}; not compared: no {names} beside the program")
     wanted = [pin for lock in locks for pin in read_pins(lock)]
     here = [pin for pin in wanted if pin.marker is None or pin.marker.evaluate()]
-    wrong = [told for pin in here if (told := _difference(pin))]
+    wrong = [fault for pin in here if (fault := _difference(pin))]
     if not wrong:
         return Finding("packages", True, f"Python {python}; all {len(here)} as {names} pin them")
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -76,7 +76,7 @@ def check_packages(locks: Sequence[Path] = LOCKS) -> Finding:
 def check_credentials(environ: Environ = os.environ) -> Finding:
     """Whether S3 keys can be found, and from where; never what they are."""
     if not environ.get("DDPM_ROOT", "s3:").startswith("s3:"):
-        return Finding("credentials", True, "none needed: data lies in files")
+        return Finding("credentials", True, "none needed: data is in files")
     import boto3
     from botocore.exceptions import BotoCoreError
 
@@ -123,16 +123,16 @@ def check_mlflow(environ: Environ = os.environ) -> Finding:
         return Finding(
             "mlflow", False, f"{url} runs {server}, here is {ours}", "use one version on both sides"
         )
-    return Finding("mlflow", True, f"{url} runs {server or 'an untold version'}")
+    return Finding("mlflow", True, f"{url} runs {server or 'an unknown version'}")
 
 
 def check_mlflow_password(environ: Environ = os.environ) -> Finding:
-    """MLflow's server has routes that run commands: it must not answer to those who know no password."""
+    """MLflow's server has routes that run commands: it must require a password."""
     url = environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
     if url and get(f"{url}/api/2.0/mlflow/experiments/search?max_results=1") is not None:
         remedy = "start it as `ddpm up` and infra/docker/compose.yaml do, with users and passwords"
-        return Finding("mlflow login", False, f"{url} lets anybody in without a password", remedy)
-    return Finding("mlflow login", True, "asked for" if url else "no server to ask")
+        return Finding("mlflow login", False, f"{url} does not require a password", remedy)
+    return Finding("mlflow login", True, "required" if url else "no server to check")
 
 
 def check_ray_cluster(environ: Environ = os.environ) -> Finding:
@@ -161,16 +161,16 @@ def check_ray_cluster(environ: Environ = os.environ) -> Finding:
 
 
 def check_ray_token(environ: Environ = os.environ) -> Finding:
-    """Ray runs code for whoever reaches it: a token must be asked for, and only its owner may read the file."""
+    """Ray runs code for any client: a token must be required, and only its owner may read the file."""
     url = dashboard_address(environ)
     token = get(f"{url}/api/version") if url else None
     if token is not None:
         remedy = "set RAY_AUTH_MODE=token on head, nodes and clients, and restart the cluster"
-        return Finding("ray token", False, f"{url} lets anybody in without a token", remedy)
+        return Finding("ray token", False, f"{url} does not require a token", remedy)
     path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or "")
     if path.is_file() and stat.S_IMODE(path.stat().st_mode) & 0o077:
         return Finding("ray token", False, f"{path} can be read by others", f"chmod 600 {path}")
-    return Finding("ray token", True, "asked for, and private" if url else "no cluster to ask")
+    return Finding("ray token", True, "required, and private" if url else "no cluster to check")
 
 
 def check_gpus(devices: Path = Path("/dev")) -> Finding:
@@ -204,7 +204,7 @@ def check_clock(environ: Environ = os.environ) -> Finding:
             remedy = "switch time synchronisation on (timedatectl set-ntp true)"
             return Finding("clock", False, f"{abs(skew):.0f} s {late} {_host(url or '')}", remedy)
         return Finding("clock", True, f"within {max(2.0, abs(skew)):.0f} s of {_host(url or '')}")
-    return Finding("clock", True, "no service tells the time; not compared")
+    return Finding("clock", True, "no service reports the time; not compared")
 
 
 def check_disk(folder: Path | None = None) -> Finding:
@@ -219,13 +219,13 @@ def check_disk(folder: Path | None = None) -> Finding:
 
 
 def check_shm(folder: Path = Path("/dev/shm")) -> Finding:
-    """Shared memory, through which Ray and data loaders hand over arrays."""
+    """Shared memory, through which Ray and data loaders pass arrays."""
     if not folder.is_dir():
         return Finding("shared memory", True, "not of this system")
     total = shutil.disk_usage(folder).total
     found = f"{total / 2**30:.2f} GiB in {folder}"
     if total < MIN_SHM_BYTES:
-        remedy = "docker: --shm-size=2g; Kubernetes: an emptyDir with medium: Memory there"
+        remedy = "docker: --shm-size=2g; Kubernetes: mount an emptyDir with medium: Memory at /dev/shm"
         return Finding("shared memory", False, found, remedy)
     return Finding("shared memory", True, found)
 
@@ -258,7 +258,7 @@ def _difference(pin: Requirement) -> str | None:
 
 
 def _refused(name: str, error: UserError) -> Finding:
-    """A UserError says what is wrong and, after its last colon or semicolon, what to do."""
+    """A UserError names the fault and, after its last colon or semicolon, the remedy."""
     text = str(error)
     cut = max(text.rfind("; "), text.rfind(": "))
     return Finding(name, False, text[:cut], text[cut + 2 :]) if cut > 0 else Finding(name, False, text)

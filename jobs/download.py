@@ -15,11 +15,11 @@ from pipeline.telemetry.terminal import echo, echo_json
 
 
 def run(prefix: str, folder: str, unpack: bool = False, as_json: bool = False) -> int:
-    """Bring what lies at `prefix`, and say where it is now and what to do next. Interrupted, it says how to go on."""
+    """Download `prefix`; print where it is now and what to do next. Interrupted, it prints how to resume."""
     try:
         return _run(prefix, folder, unpack, as_json)
     except KeyboardInterrupt:
-        echo("stopped: shards that are whole stay; the same command brings the rest", error=True)
+        echo("stopped: shards that are whole stay; the same command fetches the rest", error=True)
         return INTERRUPTED
 
 
@@ -31,8 +31,8 @@ def _run(prefix: str, folder: str, unpack: bool, as_json: bool) -> int:
     generation = None if location.pattern is not None else find_generation(store)
     if generation is None and store.stat(location.index_name) is None:
         raise UserError(
-            f"{prefix}: neither {SPEC_KEY} of a generation nor {location.index_name} of a data set is there; "
-            f"check the prefix, or index tars that lie there: ddpm index {prefix}"
+            f"{prefix}: holds neither {SPEC_KEY} of a generation nor {location.index_name} of a data set; "
+            f"check the prefix, or index its tars: ddpm index {prefix}"
         )
     with progress_of("download", "bytes") as progress:
         if generation is not None:
@@ -41,7 +41,7 @@ def _run(prefix: str, folder: str, unpack: bool, as_json: bool) -> int:
         else:
             index, made = download_dataset(prefix, folder, unpack, progress)
             count = index.num_samples
-            then = f"ddpm inspect {_again(made.folder.root, location.pattern)}"
+            then = f"ddpm inspect {_shell_argument(made.folder.root, location.pattern)}"
     if as_json:
         echo_json(_facts(made, count))
     else:
@@ -49,8 +49,8 @@ def _run(prefix: str, folder: str, unpack: bool, as_json: bool) -> int:
     return DONE
 
 
-def _again(root: Path, pattern: str | None) -> str:
-    """The place of a data set as a word for the shell."""
+def _shell_argument(root: Path, pattern: str | None) -> str:
+    """The location of a data set as a shell argument."""
     return str(root) if pattern is None else f"'{root}/{pattern}'"
 
 
@@ -66,9 +66,9 @@ def _facts(made: Download, count: int) -> dict[str, object]:
 
 
 def _lines(made: Download, count: int) -> list[str]:
-    lines = [f"brought  {count:,} images, {made.total_bytes:,} bytes, to {made.folder.root}"]
+    lines = [f"copied   {count:,} images, {made.total_bytes:,} bytes, to {made.folder.root}"]
     if made.present:
-        lines.append(f"kept     {made.present:,} shards that were there; {made.fetched:,} fetched")
+        lines.append(f"kept     {made.present:,} shards that were present; {made.fetched:,} fetched")
     if made.images is not None:
         lines.append(f"images   {made.images.folder.root}")
     return lines

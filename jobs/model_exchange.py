@@ -34,7 +34,7 @@ def export_model(model: str, folder: Path, form: str) -> int:
 def import_model(source: Path, folder: Path) -> int:
     """Read a diffusers directory and write it as a model folder that `model=` accepts.
 
-    Raises UserError naming the missing file, or the setting that this network has no word for.
+    Raises UserError naming the missing file, or the setting that this network does not support.
     """
     _require_empty(folder)
     imported = import_diffusers(source)
@@ -53,4 +53,4 @@ def import_model(source: Path, folder: Path) -> int:
 
 def _require_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already; name a folder that is empty or new")
+        raise UserError(f"{folder}: exists and is not an empty folder; name one that is empty or new")

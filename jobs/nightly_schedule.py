@@ -61,7 +61,7 @@ def daily(at: str) -> CronTrigger:
 
 
 def missed(store: Store, trigger: CronTrigger, now: dt.datetime) -> bool:
-    """Whether a night has come due since the latest one that is complete. False where there never was one."""
+    """Whether a night has come due since the latest one that is complete. False if no night is complete yet."""
     store.require_container()
     latest = read_latest(store)
     if latest is None:
@@ -80,13 +80,13 @@ class Runner:
         self._ended = threading.Event()
 
     def __call__(self) -> int:
-        """Run the command; returns its exit code and says one that is not 0."""
+        """Run the command, print when it begins and how it ended; returns its exit code."""
         if self._ended.is_set():
             return DONE
         began = dt.datetime.now(dt.UTC)
         echo(f"{began:%F %T}Z nightly begins")
         self._process = subprocess.Popen(self._command)
-        if self._ended.is_set():  # asked while it began
+        if self._ended.is_set():  # `end` was called while it started
             self.end()
         code = self._process.wait()
         minutes = (dt.datetime.now(dt.UTC) - began).total_seconds() / 60
@@ -94,7 +94,7 @@ class Runner:
         return code
 
     def end(self) -> None:
-        """Ask a running command to end, and wait for it; no other is begun."""
+        """Terminate a running command and wait for it; no further one is started."""
         self._ended.set()
         if self._process is None or self._process.poll() is not None:
             return

@@ -20,10 +20,10 @@ ENOUGH_IMAGES = 5_000
 
 
 def run_call(call: JobArguments) -> int:
-    """Run the job a call describes. Interrupted, it says how to go on."""
+    """Run the job a call describes. Interrupted, it prints how to resume."""
     run = partial(pack_images, as_json=call.as_json)
     try:
-        return run_job("pack", PackConfig, run, call, unit="images", foresee=estimate_pack)
+        return run_job("pack", PackConfig, run, call, unit="images", estimate=estimate_pack)
     except KeyboardInterrupt:
         echo("stopped: finished shards are kept; run the same command to resume", error=True)
         return INTERRUPTED
@@ -35,16 +35,16 @@ def pack_images(config: PackConfig, progress: Progress, as_json: bool = False) -
     if as_json:
         echo_json({"dest": config.dest, **asdict(report)})
         return DONE
-    _say(report, config.dest)
+    _print_report(report, config.dest)
     if report.held_out is not None:
-        _say(report.held_out, held_out_uri(config.dest))
+        _print_report(report.held_out, held_out_uri(config.dest))
     echo(f"next     ddpm train data.uri={config.dest} …   (or a preset that names it)")
     return DONE
 
 
 @dataclass(frozen=True)
 class Places:
-    """What a dry run finds out."""
+    """State of source and destination, as a dry run prints it."""
 
     source: str
     dest: str
@@ -54,11 +54,11 @@ class Places:
 
 
 def estimate_pack(config: PackConfig) -> Places:
-    """Look whether source and destination can be used. Raises UserError when they cannot."""
+    """Check that source and destination can be used. Raises UserError when they cannot."""
     require_source(config)
     plan = read_destination(config)
     return Places(
-        "is there", "is empty" if plan is None else "holds a pack of these settings, begun or finished"
+        "exists", "is empty" if plan is None else "holds a pack of these settings, started or finished"
     )
 
 
@@ -73,16 +73,16 @@ def _spread(config: PackConfig, num_images: int) -> Generator[ParallelMap]:
             yield threads
 
 
-def _say(report: PackReport, dest: str) -> None:
+def _print_report(report: PackReport, dest: str) -> None:
     done = "already packed" if report.already_complete else "packed"
     echo(f"{done}: {report.num_samples} images in {report.num_shards} shards at {dest}")
     for note in report.notes:
         echo(f"note     {note}")
     if report.left_out:
         kinds = ", ".join(f"{kind} {count}" for kind, count in list(report.left_out.items())[:20])
-        echo(f"left out {report.other_files} files that are not images: {kinds}")
+        echo(f"skipped {report.other_files} files that are not images: {kinds}")
     for kind, names in (
-        ("unreadable or small, left out", report.unreadable),
+        ("unreadable or small, skipped", report.unreadable),
         ("duplicate", report.duplicates),
     ):
         if names:

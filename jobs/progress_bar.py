@@ -114,7 +114,7 @@ def _records(what: str, unit: str) -> Progress:
 
 
 class _Due:
-    """Whether a line is worth printing: there is news, and the last line is some time ago or the end is reached."""
+    """Whether a line is worth printing: something changed, and the last line is old enough or the end is reached."""
 
     def __init__(self, every_seconds: float) -> None:
         self._every, self._next, self._shown = every_seconds, 0.0, -1

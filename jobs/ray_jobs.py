@@ -23,9 +23,9 @@ from pipeline.telemetry.redaction import redact
 from pipeline.telemetry.terminal import echo, echo_json
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-# Said of actors that Ray Data and Ray Train start themselves: each of their pools, and Train's PreemptionWatcher. What
-# those are given is held until they end, so it can never be lost to them, and nobody could act upon it. Ray's own log
-# files keep it.
+# A warning about actors that Ray Data and Ray Train start themselves: each of their pools, and Train's
+# PreemptionWatcher. Their arguments are held until they end, so they cannot be lost, and the user could not act on the
+# warning. Ray's own log files keep it.
 REMARK = re.compile(
     r"\bcore_worker\.cc:\d+: Actor with class name: .* has constructor arguments in the object store"
 )
@@ -83,7 +83,7 @@ def follow(client: JobSubmissionClient, name: str) -> int:
 
 
 def print_log(client: JobSubmissionClient, name: str) -> None:
-    """Print what a job has said so far; of its progress, which `ddpm logs -f` draws, nothing."""
+    """Print a job's output so far, without its progress lines, which `ddpm logs -f` draws."""
     for line in client.get_job_logs(name).splitlines():
         if _progress_fact(line) is None:
             _print_line(line)

@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 PROXY_VARIABLES = tuple(
     spelt for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY") for spelt in (name, name.lower())
 )
-# What workers must know to reach the same services. No keys: Ray shows a job's settings to whoever sees the
-# dashboard, so a cluster's nodes have keys of their own (the local stack's head does).
+# What workers must know to reach the same services. No keys: Ray shows a job's settings to everyone who sees
+# the dashboard, so a cluster's nodes have keys of their own (the local stack's head does).
 SHARED_VARIABLES = (
     "AWS_CA_BUNDLE",
     "AWS_DEFAULT_REGION",
@@ -87,7 +87,7 @@ def ray_cluster() -> Generator[None]:
     if "://" in address:
         raise UserError(
             f"RAY_ADDRESS {redact(address)}: a driver joins a cluster as host:port, on one of its nodes; from "
-            "elsewhere hand the job over by `ddpm submit`, with RAY_JOB_ADDRESS=http://HEAD:8265"
+            "elsewhere submit the job with `ddpm submit` and RAY_JOB_ADDRESS=http://HEAD:8265"
         )
     settle_token()
     retry_during_outage(check_ray, start_seconds())
@@ -101,7 +101,7 @@ def ray_cluster() -> Generator[None]:
                 address=address,
                 runtime_env=runtime_env,
                 logging_level=logging.WARNING,
-                # workers' lines would come with Ray's own prefix; as JSON they lie in Ray's log folder on each node
+                # workers' lines would get Ray's own prefix; as JSON they stay in Ray's log folder on each node
                 log_to_driver=not as_json(),
             )
     except (ConnectionError, RuntimeError, RayError) as error:
@@ -124,7 +124,7 @@ def require_node(address: str) -> None:
     if address in ("auto", "local"):
         return  # looked for on this machine, or started here
     if not listens(f"tcp://{address}"):
-        raise Outage(f"RAY_ADDRESS {address}: nothing answers there; is the cluster up?")
+        raise Outage(f"RAY_ADDRESS {address}: does not answer; is the cluster up?")
     from ray.exceptions import RayError
 
     try:
@@ -136,7 +136,7 @@ def require_node(address: str) -> None:
     if not any(_is_here(found) for found in addresses):
         raise UserError(
             f"RAY_ADDRESS {address}: this machine is no node of that cluster ({', '.join(sorted(addresses)[:3])}), and "
-            "a driver must run on one; from here hand the job over by `ddpm submit`, with RAY_JOB_ADDRESS=http://HEAD:8265"
+            "a driver must run on one; from here, use `ddpm submit` with RAY_JOB_ADDRESS=http://HEAD:8265"
         )
 
 
@@ -161,15 +161,15 @@ def _is_here(address: str) -> bool:
 def shared_variables() -> dict[str, str]:
     """Where the services are, as far as this process knows, be it from a variable or from its AWS config.
 
-    An address that holds a password is left out, and that is said.
+    An address that holds a password is skipped with a warning.
     """
     found = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
-    with suppress(UserError):  # settings of S3 that cannot be used: who needs it says so
+    with suppress(UserError):  # invalid S3 settings: reported where S3 is used
         from pipeline.store.s3_client import location_variables  # boto3 takes a quarter of a second to import
 
         found |= location_variables()
     for name in [name for name, value in found.items() if "@" in urlsplit(value).netloc]:
-        log.warning("%s holds a password, which Ray would show: not handed on, so set it on the nodes", name)
+        log.warning("%s holds a password, which Ray would show: not passed on, so set it on the nodes", name)
         del found[name]
     return found
 
@@ -193,7 +193,7 @@ def _environment(address: str) -> Generator[dict[str, Any] | None]:
 
 
 def require_resources(num_workers: int, cpus_each: float, gpus_each: float, section: str) -> None:
-    """Refuse a request that the cluster, as it stands, could never fill; an autoscaling one is trusted to grow."""
+    """Refuse a request that exceeds the cluster's present size; an autoscaling one is trusted to grow."""
     import ray
 
     from pipeline.generate.ray_pool import GROWS_VARIABLE
@@ -204,23 +204,23 @@ def require_resources(num_workers: int, cpus_each: float, gpus_each: float, sect
         if need > have.get(kind, 0.0) and not os.environ.get(GROWS_VARIABLE):
             raise UserError(
                 f"{section}.num_workers: {num_workers} workers need {need:g} {kind}s, the cluster has "
-                f"{have.get(kind, 0.0):g}; ask for fewer, or set {GROWS_VARIABLE}=1 if it scales by itself"
+                f"{have.get(kind, 0.0):g}; request fewer, or set {GROWS_VARIABLE}=1 if it scales by itself"
             )
 
 
 @contextmanager
-def on_stop_signal(ask: Callable[[], None], saying: str) -> Generator[None]:
-    """Call `ask` on SIGTERM and on the first Ctrl-C instead of ending, so that a job ends where it can go on from.
+def on_stop_signal(request_stop: Callable[[], None], message: str) -> Generator[None]:
+    """Call `request_stop` on SIGTERM and the first Ctrl-C instead of ending, so that a job ends where it can resume.
 
     A second Ctrl-C ends at once. To be entered after Ray is joined, whose own handler would end the process.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's affair
+        yield  # only the main thread receives signals
         return
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        echo(f"{signal.Signals(number).name}: {saying}", error=True)
-        ask()
+        echo(f"{signal.Signals(number).name}: {message}", error=True)
+        request_stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -233,7 +233,7 @@ def on_stop_signal(ask: Callable[[], None], saying: str) -> Generator[None]:
 
 @contextmanager
 def watch_cluster(is_known: Callable[[], bool]) -> Generator[None]:
-    """Raise JobError in the main thread once `is_known` (asked from a thread) has said no for some seconds.
+    """Raise JobError in the main thread once `is_known` (called in a thread) has been False for some seconds.
 
     Where the main thread hangs even then, the process ends with exit code 1. Does nothing outside the main thread.
     """
@@ -260,7 +260,7 @@ def _watch(is_known: Callable[[], bool], over: threading.Event) -> None:
     while not over.wait(_POLL_SECONDS):
         try:
             known = is_known()
-        except Exception:  # noqa: BLE001  (nobody answers: Ray itself decides for how long to try)
+        except Exception:  # noqa: BLE001  (no answer: Ray itself decides how long to retry)
             continue
         if known:
             absent_since = None

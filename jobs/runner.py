@@ -53,7 +53,7 @@ _COMMANDS = {"features": ("features", "train"), "tune": ("tune-sampler",)}
 
 
 class JobEstimate(Protocol):
-    """A dataclass that says what a job will need."""
+    """A dataclass that estimates what a job will need."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -119,7 +119,7 @@ def command_of(section: str) -> tuple[str, ...]:
 
 
 def use_running_stack() -> None:
-    """Point this process at the working directory's local stack, if there is one; the user's variables win."""
+    """Point this process at the working directory's local stack, if it has one; the user's variables win."""
     if read_state(LOCAL) is not None:
         export_environment(LOCAL)
 
@@ -136,12 +136,12 @@ def handle_errors(work: Callable[[], int]) -> int:
         if found is None:
             raise
     refused = isinstance(found, UserError) and not isinstance(found, (Outage, DiskFull))
-    _complain("error" if refused else "failed", found)
+    _print_error("error" if refused else "failed", found)
     return REFUSED if refused else FAILED
 
 
-def _complain(kind: str, error: Exception) -> None:
-    """Say in one line what ended a job, without the secrets that an address may hold."""
+def _print_error(kind: str, error: Exception) -> None:
+    """Report in one line what ended a job, without the secrets that an address may hold."""
     if as_json():
         log.error("%s: %s", kind, error)
     else:
@@ -155,18 +155,16 @@ def run_job(
     call: JobArguments,
     *,
     unit: str,
-    foresee: Callable[[S], JobEstimate] | None = None,
+    estimate: Callable[[S], JobEstimate] | None = None,
 ) -> int:
-    """Resolve the settings of a call and run the job on them, or only print them on a dry run, with what the job
-    can `foresee` of itself.
-    """
+    """Resolve the settings of a call and run the job on them. A dry run only prints them, with the job's `estimate`."""
 
     def work() -> int:
         use_running_stack()
         config = settings_of(model, section, call)
         if call.dry_run:
             print_settings(
-                {section: config.model_dump(mode="json")}, call.as_json, foresee and foresee(config)
+                {section: config.model_dump(mode="json")}, call.as_json, estimate and estimate(config)
             )
             return DONE
         with progress_of(section, unit) as progress:
@@ -175,11 +173,11 @@ def run_job(
     return handle_errors(work)
 
 
-def print_settings(content: Mapping[str, object], as_json: bool, foreseen: JobEstimate | None = None) -> None:
-    """Settings as YAML that can be given back by --config, with what is foreseen as comments; or both as JSON."""
+def print_settings(content: Mapping[str, object], as_json: bool, estimate: JobEstimate | None = None) -> None:
+    """Settings as YAML that can be given back by --config, with the estimate as comments; or both as JSON."""
     if as_json:
-        beside = {} if foreseen is None else {"estimate": asdict(foreseen)}
-        echo_json({**content, **beside})
+        extra = {} if estimate is None else {"estimate": asdict(estimate)}
+        echo_json({**content, **extra})
         return
     echo(*yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True).splitlines())
-    echo(*(f"# {line}" for line in ([] if foreseen is None else foreseen.lines())))
+    echo(*(f"# {line}" for line in ([] if estimate is None else estimate.lines())))

@@ -64,7 +64,7 @@ def wait_for(client: JobSubmissionClient, name: str, seconds: float) -> JobStatu
     return status
 
 
-def told_by(client: JobSubmissionClient, name: str, mark: str) -> object | None:
-    """What a script printed as JSON behind `mark`, in the last such line of its output; None where there is none."""
+def printed_by(client: JobSubmissionClient, name: str, mark: str) -> object | None:
+    """What a script printed as JSON behind `mark`, in the last such line of its output; None without such a line."""
     lines = [line for line in client.get_job_logs(name).splitlines() if line.startswith(mark)]
     return json.loads(lines[-1].removeprefix(mark)) if lines else None

@@ -1,6 +1,6 @@
-"""What travels to a cluster: the program's own files, chosen by an allow-list, never a folder as it lies there.
+"""What travels to a cluster: the program's own files, chosen by an allow-list, never a whole folder.
 
-Whatever else lies in a package's folder (keys that a script made, caches, an editor's copies) stays here: Ray keeps
+Whatever else is in a package's folder (keys that a script made, caches, an editor's copies) stays here: Ray keeps
 what it is handed where every user of the cluster can read it.
 """
 
@@ -17,7 +17,7 @@ DATA = {"jobs": "presets/*.yaml", "pipeline": "templates/*.html"}
 """Files beside the modules, as pyproject.toml's package-data lists them."""
 LAUNCHER_FILE = "launch.sh"
 # Ray may have been started by its full path, with no `python` on PATH or with another one: the raylet, from which a
-# job's shell descends, was told which interpreter its workers use.
+# job's shell descends, has its workers' interpreter among its arguments.
 LAUNCHER = r"""
 pid=$PPID python=
 while [ -z "$python" ] && [ "${pid:-0}" -gt 1 ]; do
@@ -27,7 +27,7 @@ done 2>/dev/null
 for program in "$python" python python3; do
     if [ -n "$program" ] && command -v "$program" >/dev/null 2>&1; then exec "$program" "$@"; fi
 done
-echo "error: no python on this node's PATH ($PATH), and Ray's own is not to be found" >&2
+echo "error: no python on this node's PATH ($PATH), and Ray's own was not found" >&2
 exit 127
 """
 

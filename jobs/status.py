@@ -29,7 +29,7 @@ def stack_status(as_json: bool) -> int:
 
 
 def generation_status(prefix: str, as_json: bool) -> int:
-    """Print the status of the generation at a prefix. UserError where there is none."""
+    """Print the status of the generation at a prefix. UserError if there is no generation at it."""
     use_running_stack()
     found = status.generation_status(prefix)
     if as_json:

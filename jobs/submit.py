@@ -1,10 +1,10 @@
-"""Handing a job to a Ray cluster, and watching it from here.
+"""Submitting a job to a Ray cluster, and following it from here.
 
 What travels is the program itself (the modules of three packages) and the settings, resolved here, so that the
 cluster needs neither this folder nor these files. A job is named by what determines its result and by where that
 goes: submitting the same twice joins the first.
 
-Whether the cluster has the software that the job needs is checked before it is handed over. Ray and Python are
+Whether the cluster has the software that the job needs is checked before it is submitted. Ray and Python are
 reported by the head, the packages by a small job, `versions-SESSION`, which runs once in a cluster's life and whose
 output is read again from then on; one that failed or was evicted is run again.
 """
@@ -29,7 +29,7 @@ from jobs.progress_bar import MODE_VARIABLE
 from jobs.ray_jobs import follow, job_client
 from jobs.ray_session import SUBMITTED, shared_variables
 from jobs.runner import DONE, PROGRAM, command_of
-from jobs.scripts import names_of, next_name, start_script, statuses, told_by, wait_for
+from jobs.scripts import names_of, next_name, printed_by, start_script, statuses, wait_for
 from jobs.staging import entrypoint, stage_launcher, stage_program
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
@@ -55,7 +55,7 @@ NAME_DIGITS = 12
 PLACE_DIGITS = 6
 DISTRIBUTION = "ddpm-pipeline"
 SAME_BITS = ("torch", "numpy", "pillow")
-"""Packages whose version decides how numbers are rounded or pictures encoded: here and there must be the same."""
+"""Packages whose version decides how numbers are rounded or images encoded: must be equal here and on the cluster."""
 _MARK = "::versions "
 _PROBE_SECONDS = 120.0
 _PROBE = f"""
@@ -77,7 +77,7 @@ def submit(job: str, settings: Settings, detach: bool = False, flags: Sequence[s
     Raises UserError when no cluster answers, or refuses our token.
     """
     client = job_client()
-    settings = _for_elsewhere(settings)
+    settings = _portable(settings)
     content = yaml.safe_dump({job: settings.model_dump(mode="json")}, sort_keys=False)
     require_compatible_cluster(client)
     base = _base_name(job, settings, flags)
@@ -97,7 +97,7 @@ def submit(job: str, settings: Settings, detach: bool = False, flags: Sequence[s
 def _start(
     client: JobSubmissionClient, name: str, job: str, content: str, flags: Sequence[str], digest: str
 ) -> None:
-    """Hand the program and its settings over. UserError when the cluster does not take them."""
+    """Submit the program and its settings. UserError when the cluster does not take them."""
     with tempfile.TemporaryDirectory(prefix="ddpm-submit-") as folder:
         _stage(Path(folder), content)
         client.submit_job(
@@ -111,8 +111,8 @@ def _start(
         )
 
 
-def _for_elsewhere(settings: Settings) -> Settings:
-    """The settings as another machine shall read them. What travels is kept by Ray: no secret may be in it."""
+def _portable(settings: Settings) -> Settings:
+    """The settings for another machine. Ray keeps what is submitted: no secret may be in it."""
     if isinstance(settings, NightlyConfig) and settings.webhook is not None:
         echo(
             "note     nightly.webhook is not sent: its path may be a secret, and Ray keeps a job's settings; the exit "
@@ -193,7 +193,7 @@ def _job_name(client: JobSubmissionClient, base: str, digest: str) -> tuple[str,
 
 
 def _stage(folder: Path, settings: str) -> None:
-    """The program and its settings, and nothing else of the folders they lie in."""
+    """The program and its settings, and nothing else of their folders."""
     stage_program(folder)
     stage_launcher(folder)
     (folder / SETTINGS_FILE).write_text(settings, encoding="utf-8")
@@ -213,16 +213,16 @@ def _variables(name: str) -> dict[str, str]:
 def require_compatible_cluster(client: JobSubmissionClient) -> None:
     """Raise UserError, in one line, for the first difference that would fail a job or change its bits."""
     ours = {"Ray": metadata.version("ray"), "Python": ".".join(map(str, sys.version_info[:2]))}
-    told = ask("/api/version")
+    version_info = ask("/api/version")
     python = ask("/api/v0/cluster_metadata").get("data", {}).get("pythonVersion", "")
-    theirs = {"Ray": told.get("ray_version", ""), "Python": ".".join(python.split(".")[:2])}
+    theirs = {"Ray": version_info.get("ray_version", ""), "Python": ".".join(python.split(".")[:2])}
     for name, version in ours.items():
         if theirs[name] and theirs[name] != version:
             raise UserError(
                 f"{client.get_address()}: runs {name} {theirs[name]}, here is {version}; submit from the cluster's "
                 f"own image, or use {name} {theirs[name]} here"
             )
-    packages = _packages(client, told.get("session_name", "unknown"))
+    packages = _packages(client, version_info.get("session_name", "unknown"))
     for fault in package_faults(packages):
         raise UserError(
             f"{client.get_address()}: {fault}; rebuild the cluster's image from this version's lock"
@@ -244,31 +244,31 @@ def package_faults(theirs: dict[str, str | None]) -> list[str]:
 
 
 def requirements() -> list[Requirement]:
-    """What the program itself asks for on this platform, without extras."""
-    told = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+    """What the program itself requires on this platform, without extras."""
+    declared = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
     return [
         Requirement(f"{need.name}{need.specifier or SpecifierSet()}")
-        for need in told
+        for need in declared
         if need.marker is None or need.marker.evaluate({"extra": ""})
     ]
 
 
 def _packages(client: JobSubmissionClient, session: str) -> dict[str, str | None]:
-    """What a probe that succeeded has told, or one that runs or is started now tells."""
+    """The output of a probe that succeeded, or of one that runs or is started now."""
     base = f"versions-{session.removeprefix('session_')}"
     known = statuses(client)
     for name in names_of(known, base):
-        if known[name] == JobStatus.SUCCEEDED and (told := told_by(client, name, _MARK)) is not None:
-            return cast("dict[str, str | None]", told)
+        if known[name] == JobStatus.SUCCEEDED and (found := printed_by(client, name, _MARK)) is not None:
+            return cast("dict[str, str | None]", found)
     going = [name for name in names_of(known, base) if not known[name].is_terminal()]
     name = going[0] if going else next_name(known, base)
     if not going:
         start_script(client, name, _PROBE, [json.dumps([need.name for need in requirements()])])
     status = wait_for(client, name, _PROBE_SECONDS)
-    told = told_by(client, name, _MARK)
-    if status != JobStatus.SUCCEEDED or told is None:
-        raise UserError(f"{client.get_address()}: cannot tell its packages; see `ddpm logs {name}`")
-    return cast("dict[str, str | None]", told)
+    found = printed_by(client, name, _MARK)
+    if status != JobStatus.SUCCEEDED or found is None:
+        raise UserError(f"{client.get_address()}: cannot list its packages; see `ddpm logs {name}`")
+    return cast("dict[str, str | None]", found)
 
 
 def _public(version: str) -> str:

@@ -23,7 +23,7 @@ from pipeline.train.training_driver import TrainingDriver, TrainingResult
 
 def run_call(call: JobArguments, local: bool = False) -> int:
     """Run the job that a call describes; `local` trains in this process, without Ray."""
-    return run_job("train", TrainConfig, lambda c, p: run(c, p, local), call, unit="steps", foresee=estimate)
+    return run_job("train", TrainConfig, lambda c, p: run(c, p, local), call, unit="steps", estimate=estimate)
 
 
 def run(config: TrainConfig, progress: Progress, local: bool = False) -> int:
@@ -77,7 +77,7 @@ def _cluster(
                     cpus, gpus = workers.cpus_per_worker, workers.gpus_per_worker
                     require_resources(workers.fewest, cpus, gpus, "train.workers")
                 joined_before = True
-            # The handler goes in after Ray's own, which would end the process where it stands.
+            # Installed after Ray's own handler, which would end the process at once.
             stack.enter_context(on_stop_signal(stop.set, "saving a checkpoint, then ending"))
             yield
 

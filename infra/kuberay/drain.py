@@ -24,11 +24,11 @@ def drain(
 ) -> list[str]:
     """Wait until no job runs, with `stop` after asking each to end; return those still running at the limit.
 
-    A job that refuses keeps no other from being asked, and is asked again. Raises OSError when the job server does not
-    answer several times in a row: once may be the machine's being busy.
+    A job whose stop request fails is asked again, and delays no other. Raises OSError when the job server does not
+    answer several times in a row: one failure may only mean a busy machine.
     """
     deadline = time.monotonic() + limit_seconds
-    asked: set[str] = set()
+    stopped: set[str] = set()
     unanswered, running = 0, list[str]()
     while True:
         try:
@@ -41,10 +41,10 @@ def drain(
             unanswered = 0
             if not running:
                 return running
-            for name in [name for name in running if stop and name not in asked]:
+            for name in [name for name in running if stop and name not in stopped]:
                 with suppress(OSError):
                     _ask(f"{address}/api/jobs/{name}/stop", token, b"")
-                    asked.add(name)
+                    stopped.add(name)
         if time.monotonic() > deadline:
             return running  # as the last answer had it
         time.sleep(poll_seconds)
@@ -65,7 +65,7 @@ def _ask(url: str, token: str, body: bytes | None = None) -> Any:
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
-    """Exit code 0 when all jobs ended (for a worker also: when the head is gone), 1 otherwise, 2 for wrong words."""
+    """Exit code 0 when all jobs ended (for a worker also: when the head is gone), 1 otherwise, 2 for bad arguments."""
     if len(argv) != 2 or argv[0] not in ("head", "worker"):
         print("usage: python -m infra.kuberay.drain head|worker SECONDS", file=sys.stderr)
         return 2

@@ -2,7 +2,7 @@
 
 Runs in the CronJob's pod with an account that may read this one pattern and create RayJobs, nothing else. The date
 is the scheduled one, also when the pod starts after midnight, and a second start on the same night finds the job
-there and is content.
+and does nothing.
 """
 
 import json
@@ -36,7 +36,7 @@ class Api:
 
     @classmethod
     def of_pod(cls, environ: Mapping[str, str] = os.environ, account: Path = ACCOUNT) -> "Api":
-        """The API server as a pod finds it. Raises UserError outside of a cluster."""
+        """The API server as a pod finds it. Raises UserError outside a cluster."""
         host, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT", "443")
         if not host or not account.is_dir():
             raise UserError("KUBERNETES_SERVICE_HOST: not set; this program runs inside a Kubernetes pod")
@@ -52,7 +52,7 @@ class Api:
         return self._ask(f"{self.url}/{name}", None)
 
     def create(self, job: Mapping[str, Any]) -> bool:
-        """Create a RayJob; False when one of its name is there already."""
+        """Create a RayJob; False when one of its name exists already."""
         try:
             self._ask(self.url, json.dumps(job).encode())
         except FileExistsError:
@@ -78,7 +78,7 @@ class Api:
 def scheduled_time(cron_job_pod: str, now: datetime) -> datetime:
     """When a CronJob's job was due: its name ends in the minutes since 1970 (kept by Kubernetes since 1.21).
 
-    A job made by hand has no such name and is due now.
+    A job created manually has no such name and is due now.
     """
     digits = re.search(r"-(\d{8,})$", cron_job_pod)
     minutes = int(digits.group(1)) if digits else 0
@@ -99,12 +99,12 @@ def dated(pattern: Mapping[str, Any], prefix: str, night: datetime) -> dict[str,
 
 
 def launch(api: Api, pattern: str, prefix: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Create tonight's job from the pattern of that name; say in a line what happened."""
+    """Create tonight's job from the pattern of that name; returns a line on what happened."""
     zone = ZoneInfo(environ.get("NIGHT_TIME_ZONE", "Etc/UTC"))
     due = scheduled_time(environ.get("JOB_NAME", ""), datetime.now(UTC))
     job = dated(api.read(pattern), prefix, due.astimezone(zone))
     name = job["metadata"]["name"]
-    return f"created {name}" if api.create(job) else f"{name} is there already: nothing to do"
+    return f"created {name}" if api.create(job) else f"{name} exists already: nothing to do"
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
@@ -115,7 +115,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code 0 when the night's job is there, 2 when it could not be created."""
+    """Exit code 0 when the night's job exists, 2 when it could not be created."""
     if len(argv) != 2:
         print("usage: python -m infra.kuberay.night PATTERN PREFIX", file=sys.stderr)
         return 2

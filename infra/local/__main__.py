@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     echo(line)  # one write: services report from several threads
 
 
@@ -41,7 +41,7 @@ def _run(options: argparse.Namespace) -> int:
     stack = LocalStack(options.root, store=options.store, num_cpus=options.num_cpus)
     match options.command:
         case "up":
-            stack.up(say=_say)
+            stack.up(report=_print_line)
             echo(*sign_in(options.root))
         case "down":
             echo(f"ended: {', '.join(stack.down()) or 'nothing was running'}")
@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace) -> int:
             stack.remove()
         case "env":
             for name, value in environment(options.root).items():
-                print(f"export {name}={shlex.quote(value)}")  # noqa: T201 - secrets, for the shell that asked for them
+                print(f"export {name}={shlex.quote(value)}")  # noqa: T201 - secrets, for the calling shell
         case _:
             rows = stack.status()
             for row in rows:

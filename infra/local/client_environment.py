@@ -30,7 +30,7 @@ _SENT_SECRETS = {"mlflow": ("mlflow",), "ray": ("ray", "ray-dashboard")}
 def environment(root: Path) -> dict[str, str]:
     """The variables of the stack under `root`: S3, MLflow, Ray and DDPM_ROOT.
 
-    Services that are the user's own are left out. Raises UserError where no stack has been started.
+    Without services that are the user's own. Raises UserError if no stack has been started.
     """
     state = read_state(own_root(root))
     if state is None:
@@ -39,7 +39,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def export_environment(root: Path, environ: MutableMapping[str, str] = os.environ) -> dict[str, str]:
-    """Put the stack's variables into `environ`, except for services the user names there; return them.
+    """Put the stack's variables into `environ`, except for services that the user set in it; return them.
 
     UserError where another program has taken the port of a service, and would be sent its password.
     """
@@ -68,9 +68,9 @@ def require_own_ports(state: State, external: Collection[str] = ()) -> None:
     """UserError where a remembered port is held by a program that the stack did not start: it went down, say, and the
     port was taken since. Services in `external` are not looked at.
     """
-    for name, asked in _SENT_SECRETS.items():
+    for name, port_names in _SENT_SECRETS.items():
         record = state.services.get(name)
-        for port in () if name in external or not state.ports else (state.ports[one] for one in asked):
+        for port in () if name in external or not state.ports else (state.ports[one] for one in port_names):
             if not ports.is_free(port) and not (record and processes.listens(record.identity, port)):
                 raise UserError(
                     f"port {port} of the local stack's {name} is held by another program, which would be sent its "
@@ -101,8 +101,8 @@ def client_variables(root: Path, state: State) -> dict[str, str]:
 
 
 def sign_in(root: Path) -> list[str]:
-    """A line for each of the stack's web pages that asks who comes: its address, and the command that shows what
-    to give. Never a secret itself.
+    """A line for each of the stack's web pages that needs a login: its address, and the command that prints the
+    password or token. Never a secret itself.
     """
     root = own_root(root)
     state = read_state(root)
@@ -120,7 +120,7 @@ def sign_in(root: Path) -> list[str]:
 
 
 def s3_variables(root: Path, state: State) -> dict[str, str]:
-    """What opens the stack's own S3 server; empty where there is none."""
+    """Address and keys of the stack's own S3 server; empty without one."""
     if state.store == "file" or "s3" in state.external:
         return {}
     keys = s3_keys(root)

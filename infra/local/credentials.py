@@ -57,7 +57,7 @@ def mlflow_password_path(root: Path) -> Path:
 
 
 def mlflow_password(root: Path) -> str:
-    """What stands in this file. UserError where it is another user's."""
+    """The stack's MLflow password. UserError if its file belongs to another user."""
     return read_private(mlflow_password_path(root), _LONGEST_PASSWORD_BYTES).decode().strip()
 
 

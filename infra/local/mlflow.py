@@ -44,7 +44,7 @@ def mlflow_service(
         is_ready=lambda: service.get(f"{url}/health") == b"OK",
         start_seconds=180,
         prepare=lambda: home.mkdir(parents=True, exist_ok=True),
-        # A server that was told where a server is, or a password, would be its own client.
+        # With a server's address or a password in its environment, the server would be its own client.
         unset=(
             "MLFLOW_TRACKING_URI",
             "MLFLOW_REGISTRY_URI",

@@ -1,4 +1,4 @@
-"""Own processes: started to outlive their parent, recognised for certain later, ended as a whole family."""
+"""Own processes: started to outlive their parent, recognized for certain later, ended as a whole family."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import psutil
 from pipeline.config.base import Settings
 
 MARK_VARIABLE = "DDPM_SERVICE_MARK"
-"""Set to a random word in everything a service starts, so that its orphans are still recognised."""
+"""Set to a random value in everything a service starts, so that its orphans are still recognized."""
 
 
 class ProcessIdentity(Settings):
@@ -22,7 +22,7 @@ class ProcessIdentity(Settings):
     born: str
     """When it started, in the kernel's own count (exact on Linux: boot id and clock ticks)."""
     mark: str
-    """The random word in the environment of all it starts."""
+    """The random value in the environment of all it starts."""
 
 
 _EXEC_SECONDS = 1.0
@@ -48,7 +48,7 @@ def spawn(argv: Sequence[str], environ: Mapping[str, str], log: Path, mark: str)
 def is_alive(identity: ProcessIdentity) -> bool:
     """Whether this very process still runs: born then, and with the mark that only what was started here carries.
 
-    A zombie or another program with its pid does not count, whoever wrote the identity.
+    A zombie or another program with its pid does not count, even if the identity was forged.
     """
     child = _children.get(identity.pid)
     if child is not None and child.poll() is not None:
@@ -71,10 +71,10 @@ def is_alive(identity: ProcessIdentity) -> bool:
 
 
 def end(identity: ProcessIdentity, grace_seconds: float = 10.0) -> int:
-    """End the process and all that came from it; return how many there were.
+    """End the process and all its descendants; return how many processes that were.
 
-    The leader is asked first (SIGTERM) and may end its own children in order. What is left after
-    `grace_seconds` is killed, and looked for again, because a dying family can still have offspring.
+    The leader gets SIGTERM first and may end its own children in order. What is left after
+    `grace_seconds` is killed, and looked for again, because a dying process may still start others.
     """
     members = {member.pid: member for member in family(identity)}
     count = len(members)
@@ -100,17 +100,17 @@ def kill(identity: ProcessIdentity) -> None:
 
 
 def family(identity: ProcessIdentity) -> list[psutil.Process]:
-    """The leader if it lives, its session, its descendants, and whoever carries its mark.
+    """The leader if it lives, its session, its descendants, and every process that carries its mark.
 
-    A session counts only with somebody in it who carries the mark: its number may be another's, or made up.
+    A session counts only if a member carries the mark: its number may be another's, or made up.
     """
     # Some programs write their title over their environment: they are found by their session.
     running = [process for process in psutil.process_iter() if process.pid != os.getpid() and _runs(process)]
     marked = {process.pid for process in running if _mark(process) == identity.mark}
     in_session = {process.pid for process in running if _session(process.pid) == identity.pid}
-    # While any member lives, the kernel gives the session's number to nobody else: a living process of
+    # While any member lives, the kernel does not reuse the session's number: a living process of
     # another birth under this pid therefore means that the session is gone.
-    # The leader itself, a zombie perhaps that nobody reaps, keeps it.
+    # The leader itself, perhaps an unreaped zombie, keeps it.
     session_is_ours = bool(marked & in_session) and _born(identity.pid) in (identity.born, None)
     ours = marked | in_session if session_is_ours else marked
     found = {process.pid: process for process in running if process.pid in ours}
@@ -196,7 +196,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _wait(waited_for: list[psutil.Process], seconds: float) -> None:
-    # Not psutil.wait_procs: where nobody reaps orphans (a container without an init), it waits for zombies.
+    # Not psutil.wait_procs: where orphans are not reaped (a container without an init), it waits for zombies.
     deadline = time.monotonic() + seconds
     while any(_runs(process) for process in waited_for) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -19,8 +19,8 @@ from pipeline.private_files import private_folder
 _NODE_PORTS = ("object-manager", "node-manager", "agent-http", "agent-grpc", "runtime-env", "metrics")
 PORTS = ("ray", "ray-dashboard", "ray-client", *(f"ray-{end}" for end in _NODE_PORTS))
 OBJECT_STORE_BYTES = 512 * 2**20
-# Told 127.0.0.1, Ray on Linux looks up the machine's outward address instead and listens there (and its control
-# store on every address). This switch, meant for other systems, says "one machine": then all of Ray stays on
+# Given 127.0.0.1, Ray on Linux looks up the machine's outward address instead and listens on it (and its control
+# store on every address). This switch, meant for other systems, means "one machine": all of Ray stays on
 # loopback. Clients need it too, to find their own node.
 LOOPBACK_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _STARTS = 3  # on a busy machine head and nodes may miss a time limit of Ray's own (30 s, which cannot be set)
@@ -83,12 +83,12 @@ def node_ports(ports: Mapping[str, int], prefix: str = "ray") -> list[str]:
 
 
 def cluster_settings(token: Path) -> dict[str, str]:
-    """What every process of the cluster must be told."""
+    """Environment variables that every process of the cluster needs."""
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # A job that is told to end saves first; Ray's default would kill it after 3 s.
+        # A job that is stopped saves first; Ray's default would kill it after 3 s.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
         **LOOPBACK_SETTINGS,
         # So that the metrics of a job of some seconds are seen; by default a process tells them every 10 s.
@@ -104,7 +104,7 @@ def cluster_settings(token: Path) -> dict[str, str]:
 def temp_dir(root: Path) -> Path:
     """Ray's folder for sockets and logs: short, because socket paths must be, and of this root only.
 
-    Ray opens its folder to everybody (mode 777), so it lies in one that is this user's alone.
+    Ray opens its folder to everybody (mode 777), so its parent is private to this user.
     """
     base = tempfile.gettempdir()
     name = f"ddpm-{hashlib.sha256(str(root).encode()).hexdigest()[:10]}/ray"

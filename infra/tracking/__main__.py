@@ -6,8 +6,8 @@ from pathlib import Path
 from infra.tracking.app import users_of_server
 from pipeline.errors import UserError
 
-# MLflow finds applications through the metadata of packages: this folder holds what says where ours is. Read when
-# MLflow's command line is imported, which is therefore done below.
+# MLflow finds applications through the metadata of packages: this folder declares ours. MLflow's command line reads it
+# when imported, so the import comes below.
 sys.path.append(str(Path(__file__).with_name("plugin")))
 
 

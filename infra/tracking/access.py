@@ -1,4 +1,4 @@
-"""Who may ask the MLflow server for what: users with a role each, and what a role may do.
+"""Who may request what from the MLflow server: users with a role each, and what a role may do.
 
 What no rule names is refused, also to the administrator: MLflow's server has routes that run shell commands (its
 assistant), forward requests to other hosts (gateway, webhooks) or start jobs, and new releases bring more of them.
@@ -69,22 +69,22 @@ _UPLOADS = re.compile(r"mlflow-artifacts/(?:artifacts|mpu/(?:create|complete|abo
 
 @dataclass(frozen=True)
 class User:
-    """One who may come in."""
+    """A user who may log in."""
 
     role: Role
     """What they may do."""
     sha256: str
-    """Of the password, which is long and random: no slow hash is needed, and every request asks for it."""
+    """Of the password, which is long and random: no slow hash is needed, and every request computes it."""
 
 
 class Users:
-    """Everybody who may come in, by name."""
+    """Everybody who may log in, by name."""
 
     def __init__(self, users: Mapping[str, User]) -> None:
         self._users = dict(users)
 
     def role_of(self, authorization: str | None) -> Role | None:
-        """The role of whoever sent this `Authorization` header; None for a wrong password or none."""
+        """The role of the user who sent this `Authorization` header; None for a wrong password or none."""
         name, password = _credentials(authorization)
         digest = hashlib.sha256(password).hexdigest()
         user = self._users.get(name)
@@ -107,11 +107,11 @@ def read_users(path: Path) -> Users:
             continue
         match = _USER_LINE.fullmatch(line)
         if match is None or match["name"] in users:
-            wants = f"a new name, a role ({', '.join(get_args(Role))}) and the sha256 of a password"
-            raise UserError(f"{path} (MLflow's users), line {number}: wants {wants}")
+            needed = f"a new name, a role ({', '.join(get_args(Role))}) and the sha256 of a password"
+            raise UserError(f"{path} (MLflow's users), line {number}: needs {needed}")
         users[match["name"]] = User(cast("Role", match["role"]), match["sha256"])
     if not users:
-        raise UserError(f"{path} (MLflow's users) names nobody, so nobody could come in")
+        raise UserError(f"{path} (MLflow's users) names nobody, so nobody could log in")
     return Users(users)
 
 
@@ -121,7 +121,7 @@ def user_line(name: str, role: Role, password: str) -> str:
 
 
 def right_for(method: str, path: str) -> Right | None:
-    """The right that a request needs; None for what nobody may ask for."""
+    """The right that a request needs; None for what nobody may request."""
     if method in ("GET", "HEAD") and _PAGES.fullmatch(path):
         return Right.READ
     if path == "/graphql":  # the web page's own searches; its schema changes nothing

@@ -1,6 +1,6 @@
 """MLflow's web application behind the users and rules of `access`, which `python -m infra.tracking` serves.
 
-MLflow's own authentication (`--app-name basic-auth`) is not used: with it, whoever may log in may also have the
+MLflow's own authentication (`--app-name basic-auth`) is not used: with it, every user may also have the
 server's assistant run shell commands, and no role may register models without deleting them.
 """
 
@@ -43,13 +43,13 @@ class PasswordGate:
         elif scope["path"] == OPEN_PATH and scope["method"] in ("GET", "HEAD"):
             await self._app(scope, receive, send)
         else:
-            await self._ask(scope, receive, send)
+            await self._authorize(scope, receive, send)
 
-    async def _ask(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _authorize(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         role = self._users.role_of(headers.get(b"authorization", b"").decode("latin-1"))
         if role is None:
-            text = "MLflow wants a user and a password: MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
+            text = "MLflow requires a user and a password: MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
             await _refuse(send, 401, "UNAUTHENTICATED", text)
             return
         method, path = scope["method"], scope["path"]
@@ -90,10 +90,10 @@ async def _look_at_experiment(receive: Receive, needed: Right) -> tuple[Receive,
         if not message.get("more_body") or len(body) > _MAX_BODY_BYTES:
             break
     try:
-        told = json.loads(body)
+        content = json.loads(body)
     except ValueError:
-        told = None
-    plain = isinstance(told, dict) and set(told) <= {"name", "tags"}
+        content = None
+    plain = isinstance(content, dict) and set(content) <= {"name", "tags"}
 
     async def again() -> Message:
         return messages.pop(0) if messages else await receive()

@@ -46,7 +46,7 @@ def index(
         typer.Option("--image", help="Extension of the image to use, if samples have several."),
     ] = None,
     skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read, and name them.")
+        bool, typer.Option("--skip-unreadable", help="Skip images that cannot be read, and name them.")
     ] = False,
     dest: Annotated[
         str | None,

@@ -39,7 +39,7 @@ def up(
 
     def work() -> int:
         words = None if schedule is None else [] if schedule == "off" else shlex.split(schedule)
-        LocalStack(LOCAL, store=store, schedule=words).up(say=_say)
+        LocalStack(LOCAL, store=store, schedule=words).up(report=_print_line)
         echo(*sign_in(LOCAL))
         echo("next     ddpm pack digits   (or, all at once: ddpm demo)")
         return DONE
@@ -65,7 +65,7 @@ def doctor(
     json: AsJson = False,
     write: Annotated[bool, typer.Option("--write", help="Also try writing to the data root.")] = False,
 ) -> None:
-    """Check credentials, buckets, MLflow, Ray, GPUs, versions, clock and disk, and say what to fix."""
+    """Check credentials, buckets, MLflow, Ray, GPUs, versions, clock and disk, and print what to fix."""
     from jobs.doctor import doctor as run
 
     end(lambda: run(json, write))
@@ -110,5 +110,5 @@ def schema(
     end(lambda: write_schema(folder))
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     echo(line)

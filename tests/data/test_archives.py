@@ -90,7 +90,7 @@ def test_a_full_tmpdir_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tarred(None, ("1.png", IMAGES[0]))))
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Full())
-    with pytest.raises(UserError, match=r"is unpacked in .* \(No space left on device\); set TMPDIR"):
+    with pytest.raises(UserError, match=r"cannot be unpacked in .* \(No space left on device\); set TMPDIR"):
         opened(tmp_path / "x.tar.gz")
 
 
@@ -270,7 +270,7 @@ def test_labels_of_every_type_are_taken(tmp_path: Path, values: list[object], wa
 
 def test_a_column_of_another_name_is_pointed_out_and_can_be_named(tmp_path: Path) -> None:
     file = table(tmp_path / "x.parquet", "sort", ["dog", "cat"])
-    assert opened(file).notes == ("no labels: none of the columns sort is named as a class is",)
+    assert opened(file).notes == ("no labels: none of the columns sort has the usual name of a class column",)
     assert opened(file, label_column="sort").class_names == ("cat", "dog")
     by_metadata = table(tmp_path / "y.parquet", "sort", [0, 1], ["ant", "bee"])
     assert opened(by_metadata).class_names == ("ant", "bee")
@@ -306,7 +306,7 @@ def test_the_image_is_taken_from_the_column_named_so(tmp_path: Path) -> None:
     pq.write_table(pa.table(rows), tmp_path / "x.parquet")
     found = opened(tmp_path / "x.parquet")
     assert [read_item(found, n) for n in range(2)] == IMAGES[:2]
-    assert "column conditioning_image holds bytes too and is left out" in found.notes
+    assert "column conditioning_image also holds bytes and is skipped" in found.notes
     pq.write_table(pa.table({"before": rows["image"], "after": rows["image"]}), tmp_path / "y.parquet")
     with pytest.raises(
         UserError, match="each of the columns before, after could be the image; set image_column"
@@ -325,7 +325,7 @@ def test_images_beside_the_parquet_are_read_by_their_paths_and_no_others(tmp_pat
     (tmp_path / "secret.png").write_bytes(IMAGES[2])
     for path in ("../secret.png", str(tmp_path / "secret.png")):
         pq.write_table(pa.table({"file_name": [path]}), tmp_path / "in/y.parquet")
-        with pytest.raises(UserError, match=r"outside of .*set image_root"):
+        with pytest.raises(UserError, match=r"outside .*set image_root"):
             opened(tmp_path / "in/y.parquet")
     assert read_item(opened(tmp_path / "in/y.parquet", image_root=str(tmp_path)), 0) == IMAGES[2]
 

@@ -246,7 +246,7 @@ def test_an_unreadable_image_ends_the_job_before_anything_is_written(uri: str, t
     [
         (lambda root: None, "does not exist"),
         (lambda root: root.mkdir(), "holds no images"),
-        (lambda root: root.write_text("x"), "of no known kind"),
+        (lambda root: root.write_text("x"), "of an unknown kind"),
         (
             lambda root: (folder(root, {"a": 1}), (root / "loose.png").write_bytes(encoded(random_image(7)))),
             "loose.png",

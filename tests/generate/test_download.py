@@ -420,7 +420,7 @@ def test_ctrl_c_ends_a_download_without_waiting_for_its_shards(packed: Path, man
         finally:
             process.kill()
     assert process.returncode == INTERRUPTED
-    assert "stopped: shards that are whole stay; the same command brings the rest" in printed
+    assert "stopped: shards that are whole stay; the same command fetches the rest" in printed
     assert "Traceback" not in printed
     there = files(Path("here"))
     assert not [name for name in there if name.endswith(".tar") or name == last(packed)]

@@ -246,7 +246,7 @@ def test_a_killed_service_keeps_its_port_though_an_orphan_without_the_mark_holds
     assert (plan.ports["mlflow"], plan.services) == (port, {})
 
 
-def test_what_the_web_pages_ask_for_is_told_by_the_command_that_shows_it(tmp_path: Path) -> None:
+def test_sign_in_names_the_command_that_prints_what_each_web_page_asks_for(tmp_path: Path) -> None:
     assert sign_in(tmp_path) == []
     remembered(tmp_path)
     told = sign_in(tmp_path)

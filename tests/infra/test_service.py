@@ -30,7 +30,7 @@ def a_service(tmp_path: Path, code: str, **settings: str) -> Service:
     )
 
 
-def test_a_service_that_ends_at_once_is_told_with_its_log_and_last_words(tmp_path: Path) -> None:
+def test_a_service_that_ends_at_once_is_reported_with_the_last_line_of_its_log(tmp_path: Path) -> None:
     service = a_service(tmp_path, "print('first', flush=True); raise SystemExit('no water left')")
     record = start(service, {})
     with pytest.raises(
@@ -49,7 +49,7 @@ def test_a_service_that_never_answers_is_waited_for_only_so_long(tmp_path: Path)
         end(record.identity, grace_seconds=1)
 
 
-def test_the_last_words_of_an_earlier_life_are_kept_but_not_taken_for_those_of_this_one(
+def test_the_log_of_an_earlier_start_is_kept_but_its_last_line_is_not_reported(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(UserError, match="earlier trouble"):

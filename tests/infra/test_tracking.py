@@ -170,7 +170,7 @@ def test_a_websocket_is_closed() -> None:
     [
         (None, "cannot be read"),
         ("\n", "names nobody"),
-        ("anna god " + "0" * 64, "line 1: wants a new name, a role"),
+        ("anna god " + "0" * 64, "line 1: needs a new name, a role"),
         ("anna viewer 12", "line 1"),
         (user_line("anna", "viewer", "x") + user_line("anna", "admin", "y"), "line 2"),
     ],

@@ -100,9 +100,9 @@ def test_a_missing_unfit_or_differently_rounding_package_is_refused(
 
 
 @pytest.mark.usefixtures("answers")
-def test_a_cluster_that_cannot_tell_its_packages_is_refused() -> None:
+def test_a_cluster_that_cannot_list_its_packages_is_refused() -> None:
     assert "ddpm logs versions-2026" in refusal(Client(None))
-    assert "cannot tell" in refusal(Client(HERE, JobStatus.FAILED))
+    assert "cannot list" in refusal(Client(HERE, JobStatus.FAILED))
 
 
 @pytest.mark.usefixtures("answers")

@@ -57,7 +57,7 @@ def test_help_shows_every_command_with_what_it_does() -> None:
 
 
 def test_a_contact_sheet_that_cannot_be_written_is_refused_before_reading(root: Path) -> None:
-    assert "there is no folder absent" in refused("inspect", NOWHERE, "--sheet", "absent/sheet.png")
+    assert "folder absent does not exist" in refused("inspect", NOWHERE, "--sheet", "absent/sheet.png")
     assert "is no kind of image" in refused("inspect", NOWHERE, "--sheet", "sheet.pgn")
 
 
@@ -157,14 +157,14 @@ def test_a_pack_prints_what_it_did_as_json(root: Path) -> None:
         assert said["index_digest"]
 
 
-def test_a_pack_that_is_interrupted_says_how_to_go_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_pack_prints_how_to_resume(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("jobs.pack.pack", interrupted)
     done = CliRunner().invoke(app, ["pack", "source=digits", f"dest={root}/a"])
     assert done.exit_code == 130
-    assert "the same command goes on" in done.stderr
+    assert "run the same command to resume" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["set-*", "what?", "{a,b}", "set.tar"])

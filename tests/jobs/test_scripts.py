@@ -97,21 +97,21 @@ def stopping(client: Client, now: bool = False) -> int:
 
 
 def test_a_running_job_is_asked_itself_on_its_drivers_node(capsys: pytest.CaptureFixture[str]) -> None:
-    client = Client(JobStatus.RUNNING, "::asked 1\n")
+    client = Client(JobStatus.RUNNING, "::signaled 1\n")
     assert stopping(client) == stopping(client) == 0
     assert list(client.scripts) == ["stop-train-1", "stop-train-1-r2"]
     assert client.scripts["stop-train-1"]["entrypoint_resources"] == {"node:10.77.0.3": 0.001}
     assert client.stopped == []  # Ray's stop would kill it after seconds
-    assert "asked train-1 to save and end; run the same command to resume it" in capsys.readouterr().out
+    assert "stopping train-1: it saves and ends; run the same command to resume it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("status", "answer", "now"),
     [
         (JobStatus.PENDING, "", False),
-        (JobStatus.RUNNING, "::asked 0\n", False),
+        (JobStatus.RUNNING, "::signaled 0\n", False),
         (JobStatus.RUNNING, "Killed\n", False),
-        (JobStatus.RUNNING, "::asked 1\n", True),
+        (JobStatus.RUNNING, "::signaled 1\n", True),
     ],
 )
 def test_what_rays_own_stop_may_lose_is_said(
@@ -123,7 +123,7 @@ def test_what_rays_own_stop_may_lose_is_said(
     said = capsys.readouterr().out
     assert "RAY_JOB_STOP_WAIT_TIME_S (3 s" in said
     assert "a training from its last checkpoint" in said
-    assert ("cannot be asked itself" in said) == (status == JobStatus.RUNNING and not now)
+    assert ("cannot be signaled" in said) == (status == JobStatus.RUNNING and not now)
 
 
 def test_a_job_that_has_ended_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +155,7 @@ def test_the_script_ends_the_driver_of_this_job_and_no_other_process(tmp_path: P
         found = subprocess.run(
             [sys.executable, "-c", script, json.dumps(name)], capture_output=True, text=True, check=True
         )
-        assert found.stdout == "::asked 1\n"
+        assert found.stdout == "::signaled 1\n"
         assert processes[0].wait(10) == -signal.SIGTERM
         assert [process.poll() for process in processes[1:]] == [None, None]
     finally:

@@ -133,7 +133,7 @@ def test_a_server_that_is_gone_is_told_in_one_line(
     code, said = ended(lambda: ASKED[command](client), capsys)
     assert code == FAILED
     assert said.splitlines()[-1] == (
-        f"failed: {client.get_address()}: the job server fails (no connection); once the cluster is up, give the same "
+        f"failed: {client.get_address()}: the job server fails (no connection); once the cluster is up, run the same "
         "command again"
     )
     assert len(said.splitlines()) <= 2

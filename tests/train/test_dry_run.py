@@ -1,4 +1,4 @@
-"""What a dry run of a training foresees: numbers that are right where they can be computed, and told quickly."""
+"""What a dry run of a training estimates: exact where it can be computed, and printed quickly."""
 
 import json
 from pathlib import Path

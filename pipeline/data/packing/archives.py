@@ -231,7 +231,7 @@ _DECOMPRESSORS: dict[bytes, Any] = {
 
 def _disk_full(where: str, error: OSError) -> DiskFull:
     return DiskFull(
-        f"source: {where}: is unpacked in {tempfile.gettempdir()} and that failed ({error.strerror}); "
+        f"source: {where}: cannot be unpacked in {tempfile.gettempdir()} ({error.strerror}); "
         "set TMPDIR to a place with more room"
     )
 

@@ -61,7 +61,7 @@ def interpret_folders(paths: Sequence[str], labels: str, split: str | None, wher
     """The images of the requested split, and the rest of their paths.
 
     Folders that wrap everything mean nothing, `train` and `test` are splits; with labels=folder whatever folder
-    stands first is the class. Raises UserError when splits are there and none was chosen.
+    comes first is the class. Raises UserError when there are splits and none was chosen.
     """
     kept = list(range(len(paths)))
     least = 2 if labels == "folder" else 1

@@ -33,7 +33,7 @@ class SidecarLabels:
     how: str
     """Description of these files."""
     values: list[Any]
-    """The raw label of each image; None where there is none."""
+    """The raw label of each image; None if it has none."""
     field_chosen: bool
     """Whether the user chose the field."""
     files_read: set[int]
@@ -78,7 +78,7 @@ def sidecar_labels(
 
 
 def class_list(names: Sequence[FileName], read: Read, where: str) -> tuple[str, ...] | None:
-    """Class names by number from a classes.txt (one per line) at the top level, if there is one."""
+    """Class names by number from a classes.txt (one per line) at the top level, if present."""
     for number, name in enumerate(names):
         if name.path in NAME_LISTS:
             lines = _text(read(number), f"{where}: {name.full_name}").splitlines()
@@ -131,7 +131,7 @@ def _tables(search: _Search) -> SidecarLabels | None:
     if field is None:
         return None
     absent = sum(name not in search.number_of for name in rows)
-    notes = (f"{title} names {absent} images that are not there",) if absent else ()
+    notes = (f"{title} names {absent} images that do not exist",) if absent else ()
     values = [rows.get(search.names[i], {}).get(field) for i in search.images]
     return SidecarLabels(
         f"{title}, {field}", values, search.column is not None, {search.number_of[f] for f in files}, notes

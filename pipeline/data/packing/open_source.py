@@ -22,11 +22,11 @@ from pipeline.store import file_path
 
 KINDS = "give a folder, zip, tar or parquet, a pattern of them, or `digits`"
 _REMOTE = {
-    "s3": "bring it here first: aws s3 cp --recursive {} FOLDER",
+    "s3": "download it first: aws s3 cp --recursive {} FOLDER",
     "http": "download it first: curl -LO {}",
     "https": "download it first: curl -LO {}",
     "hf": "download it first: hf download --repo-type dataset NAME --local-dir FOLDER",
-    "gs": "bring it here first: gcloud storage cp -r {} FOLDER",
+    "gs": "download it first: gcloud storage cp -r {} FOLDER",
     "pipe": "write what the command prints to a file and name that",
 }
 _UNSUPPORTED = {".rar": "unpack it", ".7z": "unpack it", ".npz": "write its arrays as .npy or .png files",
@@ -150,7 +150,9 @@ def _open_archive(path: Path) -> Files:
     if path.name.lower().endswith(TARS):
         return TarFiles(path)
     remedy = _UNSUPPORTED.get(path.suffix.lower())
-    raise UserError(f"source: {path} is of no known kind; " + (f"{remedy}, or {KINDS}" if remedy else KINDS))
+    raise UserError(
+        f"source: {path} is of an unknown kind; " + (f"{remedy}, or {KINDS}" if remedy else KINDS)
+    )
 
 
 def _require_distinct_names(paths: Sequence[Path]) -> Sequence[Path]:
@@ -158,7 +160,9 @@ def _require_distinct_names(paths: Sequence[Path]) -> Sequence[Path]:
     seen: dict[str, Path] = {}
     for path in paths:
         if (other := seen.setdefault(path.name, path)) != path:
-            raise UserError(f"source: {other} and {path} have one name; rename one, or pack their folder")
+            raise UserError(
+                f"source: {other} and {path} have the same name; rename one, or pack their folder"
+            )
     return paths
 
 

@@ -66,8 +66,8 @@ class ParquetSource(Source):
         needed_bytes = 0
         for file in files:
             table = open_parquet(file)
-            found[file], told = find_columns(table.schema_arrow, config, file)
-            notes += [note for note in told if note not in notes]
+            found[file], new_notes = find_columns(table.schema_arrow, config, file)
+            notes += [note for note in new_notes if note not in notes]
             needed_bytes += _image_bytes(table.metadata, found[file])
         require_temp_space(where, needed_bytes)
         for file in files:
@@ -118,8 +118,8 @@ class ParquetSource(Source):
         names = next(iter(listed), None)
         fields = sorted({columns.label for columns in found.values() if columns.label is not None})
         how = f"column {', '.join(fields)}"
-        asked = self.config.label_column is not None
-        labels, self.class_names = to_class_numbers(rows.labels, rows.names, f"{where}: {how}", names, asked)
+        chosen = self.config.label_column is not None
+        labels, self.class_names = to_class_numbers(rows.labels, rows.names, f"{where}: {how}", names, chosen)
         if fields:
             notes.append(
                 describe_classes(how, self.class_names, labels) if labels[0] >= 0 else f"{how}: no labels"
@@ -152,7 +152,7 @@ def find_columns(schema: Any, config: PackConfig, file: Path) -> tuple[Columns, 
     bytes_columns = _byte_columns(schema)
     embedded = [c for c in bytes_columns if _is_image(features, c)] or bytes_columns
     image = _image_column(config.image_column, embedded, schema, file)
-    notes = [f"column {c} holds bytes too and is left out" for c in bytes_columns if c != image]
+    notes = [f"column {c} also holds bytes and is skipped" for c in bytes_columns if c != image]
     label = names = None
     if config.labels != "none":
         fields = {name for c in schema for name in _leaves(c) if c.name != image}
@@ -160,10 +160,10 @@ def find_columns(schema: Any, config: PackConfig, file: Path) -> tuple[Columns, 
         label = choose_field(config.label_column, candidates, fields, str(file))
         others = sorted(set(candidates) - {label})
         names = None if label is None else _class_names(features, label)
-        notes += [f"column {label} is the class; also there: {', '.join(others)}"] if others else []
+        notes += [f"column {label} is the class; other candidates: {', '.join(others)}"] if others else []
         if label is None and fields:
             notes.append(
-                f"no labels: none of the columns {', '.join(sorted(fields)[:20])} is named as a class is"
+                f"no labels: none of the columns {', '.join(sorted(fields)[:20])} has the usual name of a class column"
             )
     return Columns(image, image in bytes_columns, label, names), notes
 
@@ -263,7 +263,7 @@ def _image_path(path: Any, file: Path, name: str, root: str | None) -> Path:
     found = top / path
     if not found.resolve().is_relative_to(top):
         raise UserError(
-            f"source: {name}: names the image {path!r} outside of {top}; set image_root to the folder of the images"
+            f"source: {name}: names the image {path!r} outside {top}; set image_root to the folder of the images"
         )
     return found
 
