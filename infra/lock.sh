@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Write the lock files anew from pyproject.toml:  infra/lock.sh [UV-OPTION...]   (make lock)
+# Rewrite the lock files from pyproject.toml:  infra/lock.sh [UV-OPTION...]   (make lock)
 # What is pinned stays pinned where pyproject.toml lets it; --upgrade takes the newest of all. uv asks the package
 # index for every file of each release, so that the hashes are those of all platforms and Pythons.
 set -euo pipefail

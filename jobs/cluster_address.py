@@ -108,7 +108,7 @@ def use_cluster(name: str | None, environ: MutableMapping[str, str] = os.environ
     """Point this process at a cluster, given by its name or its dashboard's address; None: the one that the
     environment names.
 
-    The local stack's variables go: its keys are not for others. UserError for a name that is not known.
+    The local stack's variables are removed: its keys are not for others. UserError for an unknown name.
     """
     if name is None:
         return settle_address(environ)

@@ -31,7 +31,7 @@ def index(
 ) -> int:
     """Index the tars at a prefix or pattern, in one pass over each tar that the existing index does not cover.
 
-    The index goes to `dest`, where that is given.
+    The index is written to `dest`, if given.
     `fresh` reads all of them. Runs on the cluster that RAY_ADDRESS names, if it is set and there are enough shards.
     """
     with progress_of("index", "shards") as progress:

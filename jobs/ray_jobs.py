@@ -132,7 +132,7 @@ def _newest_first(client: JobSubmissionClient) -> list[JobDetails]:
 
 
 async def _follow(client: JobSubmissionClient, name: str) -> None:
-    """Print the job's lines; draw a bar from those that tell its progress, one for each thing it counts."""
+    """Print the job's lines; draw a bar from its progress lines, one for each thing it counts."""
     with ExitStack() as bars:
         reports: dict[str, Progress] = {}
         async for line in _lines(client, name):

@@ -4,8 +4,8 @@ Ray reads how to authenticate when it is imported. Jobs therefore import it insi
 stack's variables have been set.
 
 When a head dies for good, Ray ends its drivers after a minute. When a new, empty cluster takes the old one's address
-before that, Ray's driver joins it silently and waits forever for actors that the new cluster has never heard of. The
-driver's own node tells the two apart: the new cluster does not know it.
+before that, Ray's driver joins it silently and waits forever for actors that the new cluster does not know. The
+driver's own node tells the two apart: the new cluster does not list it.
 """
 
 import ipaddress
@@ -122,7 +122,7 @@ def require_node(address: str) -> None:
     A driver shares memory with its node; without one, Ray ends it after 40 s in C++ traces.
     """
     if address in ("auto", "local"):
-        return  # looked for on this machine, or started here
+        return  # Ray finds it on this machine, or starts it
     if not listens(f"tcp://{address}"):
         raise Outage(f"RAY_ADDRESS {address}: does not answer; is the cluster up?")
     from ray.exceptions import RayError

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.telemetry.terminal import echo
 
 ASK_SECONDS = 60.0
-"""For the script to start; a node that is full of work takes its time."""
+"""For the script to start; slow on a busy node."""
 _MARK = "::signaled "
 _SCRIPT = f"""
 import json, signal, sys, psutil

@@ -1,8 +1,8 @@
 """Submitting a job to a Ray cluster, and following it from here.
 
 What travels is the program itself (the modules of three packages) and the settings, resolved here, so that the
-cluster needs neither this folder nor these files. A job is named by what determines its result and by where that
-goes: submitting the same twice joins the first.
+cluster needs neither this folder nor these files. A job is named by what determines its result and by its
+destination: submitting the same twice joins the first.
 
 Whether the cluster has the software that the job needs is checked before it is submitted. Ray and Python are
 reported by the head, the packages by a small job, `versions-SESSION`, which runs once in a cluster's life and whose
@@ -82,8 +82,8 @@ def submit(job: str, settings: Settings, detach: bool = False, flags: Sequence[s
     require_compatible_cluster(client)
     base = _base_name(job, settings, flags)
     digest = _digest("\0".join([content, *flags]))
-    name, going = _job_name(client, base, digest)
-    if going:
+    name, running = _job_name(client, base, digest)
+    if running:
         echo(f"joined   job {name}, which is already running")
     else:
         _start(client, name, job, content, flags, digest)
@@ -116,7 +116,7 @@ def _portable(settings: Settings) -> Settings:
     if isinstance(settings, NightlyConfig) and settings.webhook is not None:
         echo(
             "note     nightly.webhook is not sent: its path may be a secret, and Ray keeps a job's settings; the exit "
-            "code tells of a failed night",
+            "code reports a failed night",
             error=True,
         )
         settings = settings.model_copy(update={"webhook": None})
@@ -147,7 +147,7 @@ def _base_name(job: str, settings: Settings, flags: Sequence[str] = ()) -> str:
 
 
 def _identity_and_place(settings: Settings, flags: Sequence[str]) -> tuple[str | None, str]:
-    """What determines the bits, where one digest tells, and where they go: the same work at two places is two jobs."""
+    """Digest of what determines the bits, if any, and their destination: equal work at two places is two jobs."""
     match settings:
         case TrainConfig():
             plan = plan_training(settings)
@@ -260,9 +260,9 @@ def _packages(client: JobSubmissionClient, session: str) -> dict[str, str | None
     for name in names_of(known, base):
         if known[name] == JobStatus.SUCCEEDED and (found := printed_by(client, name, _MARK)) is not None:
             return cast("dict[str, str | None]", found)
-    going = [name for name in names_of(known, base) if not known[name].is_terminal()]
-    name = going[0] if going else next_name(known, base)
-    if not going:
+    active = [name for name in names_of(known, base) if not known[name].is_terminal()]
+    name = active[0] if active else next_name(known, base)
+    if not active:
         start_script(client, name, _PROBE, [json.dumps([need.name for need in requirements()])])
     status = wait_for(client, name, _PROBE_SECONDS)
     found = printed_by(client, name, _MARK)

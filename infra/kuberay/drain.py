@@ -1,6 +1,6 @@
 """Before a pod ends, let the jobs of its cluster save: `python -m infra.kuberay.drain head|worker SECONDS`.
 
-The preStop hook of every Ray pod. Kubernetes' own SIGTERM would reach Ray, which takes its jobs down with it. So the
+The preStop hook of every Ray pod. Kubernetes' own SIGTERM would reach Ray, which kills its jobs. So the
 head stops them through the job server, whose SIGTERM drivers answer with a checkpoint; and since a save needs the
 workers, these stay until no job runs or the head is gone, when a whole cluster ends at once.
 """

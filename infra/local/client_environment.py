@@ -65,8 +65,8 @@ def export_environment(root: Path, environ: MutableMapping[str, str] = os.enviro
 
 
 def require_own_ports(state: State, external: Collection[str] = ()) -> None:
-    """UserError where a remembered port is held by a program that the stack did not start: it went down, say, and the
-    port was taken since. Services in `external` are not looked at.
+    """UserError if a remembered port is held by a program that the stack did not start: the service ended and the port
+    was taken since. Services in `external` are not checked.
     """
     for name, port_names in _SENT_SECRETS.items():
         record = state.services.get(name)
@@ -137,7 +137,7 @@ def s3_variables(root: Path, state: State) -> dict[str, str]:
 
 
 def data_root(root: Path, state: State) -> str:
-    """Where data, checkpoints and outputs go unless the user names another place."""
+    """Where data, checkpoints and outputs are stored unless the user names another place."""
     return f"file://{root / 'files'}" if state.store == "file" else "s3://ddpm"
 
 

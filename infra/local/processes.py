@@ -74,7 +74,7 @@ def end(identity: ProcessIdentity, grace_seconds: float = 10.0) -> int:
     """End the process and all its descendants; return how many processes that were.
 
     The leader gets SIGTERM first and may end its own children in order. What is left after
-    `grace_seconds` is killed, and looked for again, because a dying process may still start others.
+    `grace_seconds` is killed, repeatedly, because a dying process may still start others.
     """
     members = {member.pid: member for member in family(identity)}
     count = len(members)

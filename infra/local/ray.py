@@ -58,7 +58,7 @@ def ray_service(
         start_seconds=180,
         starts=_STARTS,
         prepare=lambda: _prepare(root),
-        # The head must not take itself for a client of the cluster it is about to be.
+        # The head must not act as a client of the cluster that it is about to start.
         unset=("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE"),
     )
 
@@ -91,7 +91,7 @@ def cluster_settings(token: Path) -> dict[str, str]:
         # A job that is stopped saves first; Ray's default would kill it after 3 s.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
         **LOOPBACK_SETTINGS,
-        # So that the metrics of a job of some seconds are seen; by default a process tells them every 10 s.
+        # So that metrics of a job of a few seconds are seen; by default a process reports them every 10 s.
         "RAY_metrics_report_interval_ms": "2000",
         # A killed node refuses connections and is noticed after 5 periods (15 s by default). The time-out
         # stays long: on a busy machine a node that answers late is not a dead one.

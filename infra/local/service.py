@@ -59,7 +59,7 @@ def start(service: Service, environ: Mapping[str, str]) -> ServiceRecord:
     """Start the service; `wait_until_ready` waits until it serves."""
     service.prepare()
     if service.log.exists():
-        service.log.replace(f"{service.log}.1")  # the log before this one; older ones go
+        service.log.replace(f"{service.log}.1")  # the previous log; older ones are deleted
     kept = {name: value for name, value in environ.items() if name not in service.unset}
     complete = {**kept, **_paths(environ), **service.settings}
     identity = processes.spawn(service.argv, complete, service.log, mark=secrets.token_hex(8))
@@ -91,7 +91,7 @@ def get(url: str, headers: Mapping[str, str] | None = None, timeout_seconds: flo
         request = urllib.request.Request(url, headers=dict(headers or {}))
         with _direct.open(request, timeout=timeout_seconds) as answer:
             return answer.read() if answer.status == 200 else None
-    except (OSError, ValueError, http.client.HTTPException):  # the last two also of an address that is none
+    except (OSError, ValueError, http.client.HTTPException):  # the last two also for an invalid address
         return None
 
 

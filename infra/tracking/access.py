@@ -41,7 +41,7 @@ _ENDPOINT = re.compile(r"/(?:ajax-)?api/[23]\.0/(.+)")
 _USER_LINE = re.compile(
     rf"(?P<name>[\w.@-]{{1,64}}) (?P<role>{'|'.join(get_args(Role))}) (?P<sha256>[0-9a-f]{{64}})"
 )
-# Families of routes that hold no more than records, of which this program or the web page reads some.
+# Families of routes that hold only records, of which this program or the web page reads some.
 _READABLE = re.compile(
     r"mlflow/(experiments|runs|metrics|artifacts|logged-models|registered-models|model-versions|server-info|traces"
     r"|get-trace-artifact|ui-telemetry|datasets|issues|label-schemas|review-queues|scorers|workspaces)(/.*)?"

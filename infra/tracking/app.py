@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 
 USERS_VARIABLE = "DDPM_MLFLOW_USERS"
 """Names the file of `read_users`."""
-_MAX_BODY_BYTES = 1 << 20  # of the one request whose body is looked at
+_MAX_BODY_BYTES = 1 << 20  # of the one request whose body is parsed
 _CREATES_EXPERIMENT = re.compile(r"/(?:ajax-)?api/[23]\.0/mlflow/experiments/create")
 _REALM = [(b"www-authenticate", b'Basic realm="MLflow"')]
 
@@ -28,7 +28,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class PasswordGate:
-    """An ASGI application that hands on to `app` only what a user's role permits; /health is open."""
+    """An ASGI application that passes to `app` only what a user's role permits; /health is open."""
 
     def __init__(self, app: App, users: Users) -> None:
         self._app = app
@@ -55,7 +55,7 @@ class PasswordGate:
         method, path = scope["method"], scope["path"]
         needed = right_for(method, path)
         if needed is not None and _CREATES_EXPERIMENT.fullmatch(path):
-            receive, needed = await _look_at_experiment(receive, needed)
+            receive, needed = await _inspect_experiment(receive, needed)
         if permits(role, needed):
             await self._app(scope, receive, send)
         else:
@@ -77,7 +77,7 @@ def users_of_server(environ: Mapping[str, str] = os.environ) -> Users:
     return read_users(Path(path))
 
 
-async def _look_at_experiment(receive: Receive, needed: Right) -> tuple[Receive, Right]:
+async def _inspect_experiment(receive: Receive, needed: Right) -> tuple[Receive, Right]:
     """The same request, and the right it needs: an experiment that names a place for its artifacts could have
     the server read any file of its machine.
     """

@@ -96,8 +96,8 @@ def submit_evaluate(
     def flags(call: JobArguments) -> list[str]:
         from jobs.evaluate import output_of
 
-        beside = ["--against", against] if against else []
-        return ["--prefix", prefix or output_of(call), *beside]
+        compared = ["--against", against] if against else []
+        return ["--prefix", prefix or output_of(call), *compared]
 
     _submit("evaluate", words, config, dry_run, detach, cluster, flags)
 

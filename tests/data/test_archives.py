@@ -218,7 +218,7 @@ def test_two_images_of_a_sample_are_asked_about(tmp_path: Path) -> None:
         opened(tmp_path / "x.tar")
     found = opened(tmp_path / "x.tar", image_column="input.jpg")
     assert labels(found) == {"0.input.jpg": 5, "1.input.jpg": 6}
-    assert "image_column input.jpg: 2 other images are left out" in found.notes
+    assert "image_column input.jpg: 2 other images are skipped" in found.notes
     assert len(opened(tmp_path / "x.tar", image_column="all").items) == 4
     with pytest.raises(UserError, match=r"image_column: .* holds no image named …\.webp"):
         opened(tmp_path / "x.tar", image_column="webp")

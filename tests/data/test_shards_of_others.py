@@ -218,5 +218,5 @@ def test_archives_of_other_kinds_are_named(uri: str, capsys: pytest.CaptureFixtu
     store.write("val/0.tar", write_shard([sample(1)]))
     assert dataset.index(uri, None, pixels=False) == 0
     said = capsys.readouterr().out
-    assert "left out 1 archives" in said
+    assert "skipped 1 archives" in said
     assert "train, val are indexed together" in said

@@ -284,7 +284,7 @@ def _notes(location: Location, keys: Sequence[str]) -> list[str]:
     )
     if left:
         notes.append(
-            f"left out {len(left):,} archives of unsupported types ({left[0]}); supported: {', '.join(SUFFIXES)}"
+            f"skipped {len(left):,} archives of unsupported types ({left[0]}); supported: {', '.join(SUFFIXES)}"
         )
     return notes
 

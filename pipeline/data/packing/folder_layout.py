@@ -28,7 +28,7 @@ def split_word(name: str) -> str | None:
 
 
 def choose_split(words: Sequence[str | None], wanted: str | None, where: str) -> list[int]:
-    """Numbers of what belongs to the wanted split, by the split of each, None where a name tells none.
+    """Numbers of the entries of the wanted split. `words` holds the split of each entry, None if its name has none.
 
     Raises UserError when there are several and none is requested, and when the requested one is missing.
     """
@@ -84,7 +84,7 @@ def interpret_folders(paths: Sequence[str], labels: str, split: str | None, wher
 def class_folders(layout: FolderLayout, labels: str, where: str) -> tuple[list[str] | None, tuple[str, ...]]:
     """The class folder of each image, None when folders name no classes; and what might have been meant otherwise.
 
-    Buckets of numbered files are no classes, unless labels=folder. Raises UserError when some images lie outside.
+    Buckets of numbered files are not classes, unless labels=folder. Raises UserError when some images lie outside.
     """
     parts = layout.parts
     loose = [len(p) == 1 for p in parts]

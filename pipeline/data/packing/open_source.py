@@ -90,7 +90,7 @@ def _open_paths(config: PackConfig, paths: list[Path]) -> Source:
     folder = next((path for path in paths if path.is_dir()), None)
     if folder is not None:
         raise UserError(
-            f"source: {config.source} names several things, among them the folder {folder}; {KINDS}"
+            f"source: {config.source} names several paths, one of them the folder {folder}; {KINDS}"
         )
     names = [path.name for path in _require_distinct_names(paths)]
     files = CombinedFiles(config.source, list(zip(names, _open_archives(config.source, paths), strict=True)))

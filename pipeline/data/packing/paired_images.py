@@ -39,8 +39,8 @@ def select_one_image(
 def _kinds_of_samples(images: Sequence[FileName], names: Sequence[FileName]) -> Counter[str]:
     """How often each extension occurs, if the images belong together as samples do.
 
-    Names that only count on (`v1.0.png`, `v1.1.png`) do not. `a.jpg` and `a.png` do when both lie beside a label or
-    caption, or many images come in the same two kinds.
+    Names that only differ by a number (`v1.0.png`, `v1.1.png`) do not. `a.jpg` and `a.png` do when both
+    have a label or caption beside them, or many images come in the same two kinds.
     """
     groups: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for name in images:

@@ -128,7 +128,7 @@ class FilesSource(Source):
         layout = type(layout)(layout.kept, [layout.parts[i] for i in chosen], layout.wraps)
         self._numbers = [images[i] for i in chosen]
         if num_others:
-            notes.append(f"image_column {config.image_column}: {num_others} other images are left out")
+            notes.append(f"image_column {config.image_column}: {num_others} other images are skipped")
         shown = _display_names([names[i] for i in self._numbers], files.wrapped)
         labels, self.class_names, label_files, label_notes = self._labels(layout, shown, class_names)
         self.items = [Item(name, label) for name, label in zip(shown, labels, strict=True)]
