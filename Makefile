@@ -49,8 +49,8 @@ test: install-dev ## all checks: lint beside the fast tests, then the tests on t
 test-fast: install-dev ## the tests that need no servers
 	$(BIN)/pytest -m 'not stack' --numprocesses logical --maxprocesses 4 --dist worksteal
 
-test-stack: install-dev ## the tests on the real stack; only files that have such tests are imported
-	$(BIN)/pytest -m stack --durations=15 $(if $(LONG),--long) $$(grep -rl --include='test_*.py' 'mark\.stack' tests)
+test-stack: install-dev ## the tests on the real stack (LONG=1: also those of minutes each)
+	$(BIN)/pytest -m stack --durations=15 $(if $(LONG),--long)
 
 bench: install-dev ## every benchmark beside its peers, judged against benchmarks/bars.json (AGAIN=1: those measured before, too)
 	@$(BIN)/python -m benchmarks $(if $(AGAIN),--again)

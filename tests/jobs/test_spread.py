@@ -54,7 +54,7 @@ def test_a_cluster_packs_the_same_bytes_as_one_machine(
 ) -> None:
     source = folder(tmp_path / "pictures", {"cat": 70, "dog": 90})
     config = PackConfig(source=str(source), dest=f"{prefix}/far", shard_size=10, held_out=0.2)
-    monkeypatch.setattr(pack_job, "ENOUGH_PICTURES", 100)
+    monkeypatch.setattr(pack_job, "ENOUGH_IMAGES", 100)
     assert pack_job.pack_images(config, quiet) == 0
     assert "worker processes" in capsys.readouterr().out
     monkeypatch.delenv("RAY_ADDRESS")
