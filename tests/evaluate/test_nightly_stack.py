@@ -52,6 +52,7 @@ def preset(stack: LocalStack, prefix: str, tmp_path: Path, monkeypatch: pytest.M
     return file
 
 
+@pytest.mark.long
 def test_a_killed_night_is_completed_by_the_next_start(preset: Path, prefix: str) -> None:
     nights = f"{prefix}/nights"
     date = dt.datetime.now(dt.UTC).date()

@@ -19,9 +19,10 @@ from tests.driving import Driver, ray_workers
 from tests.generate.tiny import contents, fill, settings, tiny_model
 from tests.ray_nodes import add_node, remove_node
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
+NUM_SHARDS = 64
 
 
 def shards_done(store: Store) -> int:
@@ -43,12 +44,9 @@ def restart_the_gateway(stack: LocalStack) -> None:
     stack.up()
 
 
-def test_killed_at_several_places_it_ends_byte_identical(
-    stack: LocalStack, prefix: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    num_shards = 64 if request.config.getoption("--long") else 24
+def test_killed_at_ten_places_it_ends_byte_identical(stack: LocalStack, prefix: str, tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
-    slow = {"sampler": {"kind": "ddim", "num_steps": 40}, "count": num_shards * 8 - 3, "shard_size": 8}
+    slow = {"sampler": {"kind": "ddim", "num_steps": 40}, "count": NUM_SHARDS * 8 - 3, "shard_size": 8}
     calm, config = settings(model, f"{prefix}/calm", **slow), settings(model, f"{prefix}/wild", **slow)
     fill(calm)
     chance = random.Random(6)
@@ -64,20 +62,17 @@ def test_killed_at_several_places_it_ends_byte_identical(
         lambda: kill_an_actor(stack, chance),
         lambda: driver.end(signal.SIGKILL),
         lambda: restart_the_gateway(stack),
+        lambda: kill_an_actor(stack, chance),
+        lose_a_node,
+        lambda: driver.end(signal.SIGTERM),
+        lambda: kill_an_actor(stack, chance),
+        lambda: restart_the_gateway(stack),
+        lambda: driver.end(signal.SIGKILL),
+        lambda: kill_an_actor(stack, chance),
     ]
-    if request.config.getoption("--long"):
-        disturbances += [
-            lambda: kill_an_actor(stack, chance),
-            lose_a_node,
-            lambda: driver.end(signal.SIGTERM),
-            lambda: kill_an_actor(stack, chance),
-            lambda: restart_the_gateway(stack),
-            lambda: driver.end(signal.SIGKILL),
-            lambda: kill_an_actor(stack, chance),
-        ]
     for number, disturb in enumerate(disturbances):
         # Each strikes while about as many shards have been made as it has predecessors, give or take.
-        goal = (number + chance.random()) * num_shards / (len(disturbances) + 1)
+        goal = (number + chance.random()) * NUM_SHARDS / (len(disturbances) + 1)
         _await(lambda goal=goal: shards_done(store) >= goal or driver.process.poll() is not None)
         assert driver.process.poll() is None, driver.said[-3000:]
         disturb()

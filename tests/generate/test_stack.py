@@ -142,6 +142,7 @@ def test_of_two_generations_that_find_a_prefix_empty_one_has_it(
     assert verify(f"{prefix}/out").ok
 
 
+@pytest.mark.long
 def test_a_pool_grows_while_shards_wait(model: Path, prefix: str) -> None:
     slow = {"sampler": {"kind": "ddim", "num_steps": 50}, "count": 1800, "num_workers": 1, "max_workers": 3}
     config = settings(model, prefix, **slow)
