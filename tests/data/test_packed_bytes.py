@@ -89,6 +89,19 @@ def test_shards_of_npy_have_the_bytes_they_always_had(uri: str, tmp_path: Path) 
     assert hashes(uri) == PINNED["as npy"]
 
 
+def test_the_images_held_out_and_their_place_are_those_they_always_were(uri: str, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(20):
+        np.save(source / f"{number:02}.npy", np.full((4, 4, 1), 10 * number, np.uint8))
+    config = PackConfig(
+        source=str(source), dest=f"{uri}/all", channels=1, held_out=0.3, seed=5, payload="npy"
+    )
+    pack(config)
+    held_out = read_sequential(load_index(f"{uri}/all-held-out"))
+    assert sorted(int(sample.pixels[0, 0, 0]) // 10 for sample in held_out) == [3, 6, 7, 9, 10, 11, 15, 17]
+
+
 @same_zlib
 def test_the_digits_have_the_digest_they_always_had(uri: str) -> None:
     digits(uri)

@@ -114,7 +114,7 @@ def pack(
 
 
 def _destinations(config: PackConfig) -> list[PackConfig]:
-    """The data sets to write: one, or one for training and one held_items out."""
+    """The data sets to write: one, or one for training and one held out."""
     held_out = config.model_copy(update={"dest": held_out_uri(config.dest)})
     return [config] if config.held_out == 0 else [config, held_out]
 
@@ -214,7 +214,7 @@ def _with_progress(encoded: Iterable[EncodedImages], pack_progress: _PackProgres
 
 
 def _split_held_out(config: PackConfig, infos: Sequence[ImageInfo]) -> list[tuple[PackConfig, list[int]]]:
-    """The data sets to write, each with its items: all, or those for training and those held_items out."""
+    """The data sets to write, each with its items: all, or those for training and those held out."""
     all_items = list(range(len(infos)))
     if config.held_out == 0:
         return [(config, all_items)]
@@ -226,8 +226,8 @@ def _split_held_out(config: PackConfig, infos: Sequence[ImageInfo]) -> list[tupl
 
 
 def held_out_uri(dest: str) -> str:
-    """The URI of the data set held_items out of the one at `dest`."""
-    return f"{dest.rstrip('/')}-held_items-out"
+    """The URI of the data set held out of the one at `dest`."""
+    return f"{dest.rstrip('/')}-held-out"
 
 
 def _is_held_out(config: PackConfig, info: ImageInfo) -> bool:
@@ -235,7 +235,7 @@ def _is_held_out(config: PackConfig, info: ImageInfo) -> bool:
         bytes.fromhex(info.sha256),
         digest_size=8,
         key=config.seed.to_bytes(8, "big"),
-        person=b"held_items out",
+        person=b"held out",
     )
     return int.from_bytes(hashed.digest(), "big") < config.held_out * 2**64
 
