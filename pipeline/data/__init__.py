@@ -1,1 +1,52 @@
-"""Shards of samples: file formats, packing, the index, and reading in an order that knows nothing of workers."""
+"""Shards of samples: file formats, packing, the index, and reading in an order that knows nothing of workers.
+
+The names of `__all__` are imported when they are first used, so that an index is read without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config.data import DataConfig, PackConfig
+    from pipeline.data.index import Index, ShardEntry, load_index
+    from pipeline.data.packing.build_index import build_index
+    from pipeline.data.packing.inspect_dataset import Inspection, inspect
+    from pipeline.data.packing.pack_dataset import pack
+    from pipeline.data.packing.pack_plan import PackReport
+    from pipeline.data.reading.loader import Batch, Loader
+    from pipeline.data.reading.sequential import SequentialSample, read_sequential
+
+__all__ = [
+    "Batch",
+    "DataConfig",
+    "Index",
+    "Inspection",
+    "Loader",
+    "PackConfig",
+    "PackReport",
+    "SequentialSample",
+    "ShardEntry",
+    "build_index",
+    "inspect",
+    "load_index",
+    "pack",
+    "read_sequential",
+]
+
+_MODULES = {
+    "pipeline.config.data": ("DataConfig", "PackConfig"),
+    "pipeline.data.index": ("Index", "ShardEntry", "load_index"),
+    "pipeline.data.packing.build_index": ("build_index",),
+    "pipeline.data.packing.inspect_dataset": ("Inspection", "inspect"),
+    "pipeline.data.packing.pack_dataset": ("pack",),
+    "pipeline.data.packing.pack_plan": ("PackReport",),
+    "pipeline.data.reading.loader": ("Batch", "Loader"),
+    "pipeline.data.reading.sequential": ("SequentialSample", "read_sequential"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

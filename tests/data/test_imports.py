@@ -24,3 +24,8 @@ def test_documents_formats_and_packing_import_nothing_that_computes() -> None:
     loaded = set(done.stdout.split())
     assert "pydantic" in loaded
     assert loaded & SLOW == set()
+
+
+def test_every_public_name_of_the_package_is_found() -> None:
+    for name in pipeline.data.__all__:
+        assert getattr(pipeline.data, name).__name__ == name
