@@ -72,8 +72,11 @@ def promote_after_training(gate: GateConfig, challenger: ModelVersion) -> str:
 
 def read_champion(name: str, alias: str) -> tuple[ModelVersion | None, AliasHistory]:
     """The champion, or None, and the alias's history. An alias that is behind its log is moved forward first."""
+    known = versions(name)
+    if not known:  # nor is there a model that could have aliases
+        return None, AliasHistory(None, {}, {}, {})
     history = LoggedAlias(name, alias).reconcile()
-    return next((version for version in versions(name) if version.version == history.version), None), history
+    return next((version for version in known if version.version == history.version), None), history
 
 
 def decide(

@@ -1,7 +1,7 @@
 """Promotion and rollback on a registry in memory: concurrent, killed at any request, repeated."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -209,3 +209,15 @@ def test_a_registry_from_before_the_log_is_rolled_back_by_its_tag(
     models.aliases["champion"] = 3  # by hand
     assert handle_errors(lambda: rollback("digits")) == 2
     assert "replaced no version" in capsys.readouterr().err
+
+
+def test_a_rollback_of_an_unknown_model_is_refused_in_one_line(
+    models: Models, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def get_registered_model(name: str) -> NoReturn:
+        raise LookupError(f"{name}: MLflow has no such model")
+
+    monkeypatch.setattr(models, "versions", lambda name: [])
+    monkeypatch.setattr(models, "get_registered_model", get_registered_model)
+    assert handle_errors(lambda: rollback("nosuch")) == 2
+    assert "model 'nosuch': has no champion" in capsys.readouterr().err
