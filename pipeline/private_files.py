@@ -5,10 +5,13 @@ line before it is read, written or trusted.
 """
 
 import errno
+import fcntl
 import os
 import pwd
 import stat
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -85,6 +88,20 @@ def open_private(path: Path, flags: int = os.O_RDONLY) -> int:
     os.close(fd)
     what = f"belongs to {_user(found.st_uid)}" if plain else "is no plain file of one name"
     raise UserError(f"{path}: {what}; remove it")
+
+
+@contextmanager
+def private_lock(path: Path) -> Generator[None]:
+    """Hold an exclusive lock on a file, as `open_private` opens it; waits for other holders.
+
+    The system releases the lock when the process dies.
+    """
+    fd = open_private(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def read_private(path: Path, most_bytes: int) -> bytes:

@@ -1,6 +1,5 @@
 """What the stack remembers between two commands: `stack.json`, written atomically, and a lock beside it."""
 
-import fcntl
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pydantic import Field, ValidationError
 from infra.local.processes import ProcessIdentity
 from pipeline.config.base import Settings
 from pipeline.errors import UserError
-from pipeline.private_files import open_private, private_folder, read_private, require_own
+from pipeline.private_files import private_folder, private_lock, read_private, require_own
 
 _MOST_BYTES = 1 << 20
 STATE_FILES = ("stack.json", "stack.json.new", "stack.lock")
@@ -76,12 +75,8 @@ def write_state(root: Path, state: State) -> None:
 def locked(root: Path) -> Generator[None]:
     """Hold the stack's lock, so that two commands at once do not start everything twice."""
     private_folder(root)
-    fd = open_private(root / "stack.lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    with private_lock(root / "stack.lock"):
         yield
-    finally:
-        os.close(fd)
 
 
 def own_root(root: Path) -> Path:

@@ -20,8 +20,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.config.data import DataConfig
@@ -37,7 +36,7 @@ from pipeline.data.reading.shard_access import (
 )
 from pipeline.disk_errors import disk_errors_at
 from pipeline.errors import DamageError, UserError
-from pipeline.private_files import open_private
+from pipeline.private_files import open_private, private_lock
 from pipeline.store import FileStore
 from pipeline.telemetry.counters import increment
 
@@ -75,7 +74,7 @@ class ShardCache:
         increment("cache_misses" if fd is None else "cache_hits")
         if fd is not None:
             return fd
-        with disk_errors_at(self.directory), _locked(path.with_suffix(".lock")):
+        with disk_errors_at(self.directory), private_lock(path.with_suffix(".lock")):
             fd = self._open_cached(path)  # another process may have downloaded it meanwhile
             return self._download(shard, path) if fd is None else fd
 
@@ -85,7 +84,7 @@ class ShardCache:
         If another process has replaced that copy already, its copy is used. Raises as `open` does.
         """
         path = self.path(shard)
-        with disk_errors_at(self.directory), _locked(path.with_suffix(".lock")):
+        with disk_errors_at(self.directory), private_lock(path.with_suffix(".lock")):
             fd = self._open_cached(path)
             if fd is not None and not os.path.sameopenfile(fd, damaged):
                 return fd
@@ -119,7 +118,9 @@ class ShardCache:
                 file.flush()
                 os.fsync(file.fileno())
             fd = open_private(part)
-            with _locked(self.directory / ADMISSION_LOCK):  # a concurrent count must see it under one name
+            with private_lock(
+                self.directory / ADMISSION_LOCK
+            ):  # a concurrent count must see it under one name
                 os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -129,7 +130,7 @@ class ShardCache:
     def _reserve(self, part: Path, size_bytes: int) -> None:
         """Free and reserve disk space. Waits while shards in transfer occupy the rest."""
         while True:
-            with _locked(self.directory / ADMISSION_LOCK):
+            with private_lock(self.directory / ADMISSION_LOCK):
                 if self._evict(size_bytes, part):
                     with open(open_private(part, os.O_WRONLY | os.O_CREAT), "wb") as file:
                         file.truncate(0)
@@ -273,16 +274,6 @@ def open_cache(config: DataConfig, index: Index) -> ShardCache | None:
     require_cache_space(index, config.window_shards, config.cache_bytes)
     directory = Path(config.cache_dir).expanduser()
     return ShardCache(index, directory, config.cache_bytes, config.on_damage == "skip")
-
-
-@contextmanager
-def _locked(path: Path) -> Generator[None]:
-    fd = open_private(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _is_unlocked(path: Path) -> bool:
