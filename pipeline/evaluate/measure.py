@@ -51,9 +51,8 @@ def evaluate_generation(
     UserError when the generation is not complete, and where the reference or the feature network is not the one that
     the registered model `trusted_by`, if one is named, is judged by.
     """
-    torch.set_num_threads(
-        1
-    )  # everywhere that features are extracted, so that results do not depend on the machine
+    # Everywhere that features are extracted, so that results do not depend on the machine.
+    torch.set_num_threads(1)
     store = open_store(output)
     store.require_container()
     manifest = read_manifest(store)
@@ -77,7 +76,7 @@ def evaluate_generation(
         metrics["bits_per_dim"] = _bits_per_dim(config, config.likelihood, manifest, progress)
     evaluation = Evaluation(
         subject=output,
-        model=_registered_model(manifest),
+        model=manifest.spec.model.reference,
         model_sha256=manifest.spec.model.sha256,
         spec_digest=manifest.spec_digest,
         sampler=_describe_sampler(manifest.spec),
@@ -189,7 +188,7 @@ def _bits_per_dim(
     config: EvaluateConfig, likelihood: LikelihoodConfig, manifest: Manifest, progress: Progress
 ) -> Metric:
     """bits_per_dim of the model that made a generation."""
-    reference = _registered_model(manifest)
+    reference = manifest.spec.model.reference
     if reference is None:
         raise UserError(
             "likelihood: needs a registered model, and the model of this generation is not registered; leave it out"
@@ -197,8 +196,3 @@ def _bits_per_dim(
     model = find_model(reference)
     net = build_model(model.card, model.weights, where=reference)
     return held_out_bits(net, model.card, load_index(likelihood.data), likelihood, config.seed, progress)
-
-
-def _registered_model(manifest: Manifest) -> str | None:
-    model = manifest.spec.model
-    return None if model.version is None else f"{model.name}/{model.version}"

@@ -84,11 +84,8 @@ def _stored(store: Store, key: str, index: Index, network: FeatureNetwork) -> Fe
     except DamageError as error:
         _log.warning("%s: extracting the features of the reference again", error)
         return None
-    contents = (
-        found.network,
-        found.data or index.digest,
-        len(found),
-    )  # older ones hold no digest of their data
+    # Older references hold no digest of their data.
+    contents = (found.network, found.data or index.digest, len(found))
     if contents != (network.identity, index.digest, index.num_samples):
         _log.warning(
             "%s/%s: belongs to another data set or network: extracting the features of the reference again",

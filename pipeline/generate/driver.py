@@ -98,7 +98,7 @@ def generate(
             require_extension(generation.uri, claim_prefix(generation).spec, spec)
         # Another job may have raised the count since the first check.
         require_extension(generation.uri, raise_count(generation).spec, spec)
-        reporter = JobReporter(config, generation, model, progress, began)
+        reporter = JobReporter(config, generation, progress, began)
         return GenerationJob(config, generation, model, reporter, stop or threading.Event(), began).run()
 
 

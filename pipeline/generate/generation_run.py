@@ -8,7 +8,6 @@ from pipeline.config.generation import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.generate.layout import CONTACT_KEY, REPORT_KEY
 from pipeline.generate.manifest import Manifest
-from pipeline.generate.model_source import ResolvedModel
 from pipeline.generate.spec import Spec, pretty
 from pipeline.tracking import (
     Run,
@@ -30,7 +29,7 @@ _POINT_SECONDS = 5.0
 class GenerationRun:
     """Logs a generation to MLflow; does nothing if tracking is off. Never blocks the work."""
 
-    def __init__(self, config: GenerateConfig, spec: Spec, model: ResolvedModel) -> None:
+    def __init__(self, config: GenerateConfig, spec: Spec) -> None:
         self._config = config
         self._spec = spec
         self._run: Run | None = None
@@ -50,8 +49,8 @@ class GenerationRun:
             color=track.color,
             reopen_finished=True,  # a larger count or a repair continues the same run
         )
-        if model.version is not None:
-            link_model(self._run.run_id, resolve(f"{model.name}/{model.version}"))
+        if spec.model.reference is not None:
+            link_model(self._run.run_id, resolve(spec.model.reference))
         self._spool = Spool(
             spool_of(self._run.run_id),
             None,
@@ -129,7 +128,7 @@ def _name(config: GenerateConfig, spec: Spec) -> str:
 
 def _params(spec: Spec) -> dict[str, object]:
     return {
-        "model": f"{spec.model.name}/{spec.model.version}" if spec.model.version else spec.model.name,
+        "model": spec.model.reference or spec.model.name,
         "sampler": spec.sampler.kind,
         "steps": spec.sampler.num_steps,
         "guidance": spec.sampler.guidance_scale,

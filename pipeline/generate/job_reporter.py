@@ -12,7 +12,6 @@ from pipeline.generate.coordinator import ShardProgress
 from pipeline.generate.generation_run import GenerationRun
 from pipeline.generate.heartbeat import Heartbeat
 from pipeline.generate.manifest import Manifest
-from pipeline.generate.model_source import ResolvedModel
 from pipeline.generate.sample_worker import Outcome
 from pipeline.generate.stored_generation import Generation
 from pipeline.progress import Progress
@@ -51,7 +50,6 @@ class JobReporter:
         self,
         config: GenerateConfig,
         generation: Generation,
-        model: ResolvedModel,
         progress: Progress,
         began: float,
     ) -> None:
@@ -59,7 +57,7 @@ class JobReporter:
         spec = generation.spec
         name_process(run=f"{spec.model.name}-{spec.digest[:10]}")
         self._generation = generation
-        self._run = GenerationRun(config, spec, model)
+        self._run = GenerationRun(config, spec)
         self._metrics = JobMetrics("generate", spec.model.name)
         self._progress = progress
         self._began = began
@@ -151,9 +149,8 @@ class JobReporter:
         try:
             heartbeat.write_heartbeat(self._generation.store, beat)
         except StoreUnreachable as error:
-            _log.warning(
-                "no heartbeat: %s", error
-            )  # workers wait for the store, so the driver keeps waiting too
+            # Workers wait for the store, so the driver keeps waiting too.
+            _log.warning("no heartbeat: %s", error)
 
 
 def _describe(beat: Heartbeat) -> str:

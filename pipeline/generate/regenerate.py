@@ -57,9 +57,10 @@ def regenerate(
 
 
 def _find_model(spec: Spec, reference: str | None) -> ResolvedModel:
-    if reference is None and spec.model.version is None:
+    chosen = reference or spec.model.reference
+    if chosen is None:
         raise UserError("model: the generation's network came from a folder; name it with --model")
-    found = find_model(reference or f"{spec.model.name}/{spec.model.version}")
+    found = find_model(chosen)
     known = found.card_sha256 if spec.model.card is not None else None
     identity = make_model_identity(found.card, spec.model.name, spec.model.version, known)
     if identity != spec.model:

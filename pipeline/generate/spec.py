@@ -43,6 +43,11 @@ class ModelIdentity(Settings):
     """Hex digest of the card's file, class names and training data's statistics included; None in specs of versions
     that did not record it. Not part of the digest, but compared if both specs have it."""
 
+    @property
+    def reference(self) -> str | None:
+        """`name/version`, as the registry resolves it; None for a folder."""
+        return None if self.version is None else f"{self.name}/{self.version}"
+
 
 class ClassPlan(Settings):
     """The class of each sample; see `pipeline.generate.class_labels`."""

@@ -31,8 +31,8 @@ def night_settings(config: NightlyConfig, date: dt.date, night: Night | None = N
     prefix = night_prefix(config.generate.output, date)
     spec = read_spec(open_store(prefix))
     changes: dict[str, object] = {"output": prefix, "seed": night_seed(config.generate.seed, date)}
-    if spec is not None and spec.model.version is not None:
-        changes["model"] = f"{spec.model.name}/{spec.model.version}"
+    if spec is not None and spec.model.reference is not None:
+        changes["model"] = spec.model.reference
     elif spec is None and night is not None and "/" in night.model:
         changes["model"] = night.model
     if config.generate.features is None:
@@ -91,7 +91,7 @@ def record_night(
         date=date,
         prefix=prefix,
         spec_digest=manifest.spec_digest,
-        model=model.name if model.version is None else f"{model.name}/{model.version}",
+        model=model.reference or model.name,
         count=manifest.count,
         images_per_second=manifest.count / max(1e-9, manifest.times.device_seconds),
         evaluation=evaluation,

@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> GenerateConfig:
 def end(config: GenerateConfig) -> GenerationResult:
     spec, model = plan_of(config)
     generation, began = Generation(open_store(config.output), spec), time.monotonic()
-    reporter = JobReporter(config, generation, model, no_progress, began)
+    reporter = JobReporter(config, generation, no_progress, began)
     return GenerationJob(config, generation, model, reporter, threading.Event(), began).run()
 
 
