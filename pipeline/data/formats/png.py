@@ -21,10 +21,8 @@ from pipeline.data.formats.npy import Pixels
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _NONE, _SUB, _UP = range(3)
 _COLOR_TYPES = {1: 0, 3: 2}  # channels to PNG's color type
-_MODES = {
-    1: ("L", "L"),
-    3: ("RGB", "RGB;L"),
-}  # Pillow's mode, and the raw mode with separate colors in each line
+_MODES = {1: ("L", "L"), 3: ("RGB", "RGB;L")}
+"""By channels: Pillow's mode, and the raw mode with separate colors in each line."""
 # Chunks that do not affect pixel values, or that Pillow ignores. A color profile (iCCP) does affect them.
 _HARMLESS = frozenset(b"gAMA cHRM sRGB sBIT bKGD pHYs tIME tEXt zTXt iTXt".split())
 _ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")

@@ -171,10 +171,8 @@ def unpacked_bytes(path: Path) -> int:
         size = file.seek(0, os.SEEK_END)
         if _decompressor(head) is not _gzip or size < 18:
             return size
-        file.seek(-4, os.SEEK_END)
-        return max(
-            size, int.from_bytes(file.read(4), "little")
-        )  # a gzip ends with its plain size, modulo 2^32
+        file.seek(-4, os.SEEK_END)  # a gzip ends with its plain size, modulo 2^32
+        return max(size, int.from_bytes(file.read(4), "little"))
 
 
 @contextmanager
