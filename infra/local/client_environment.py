@@ -69,13 +69,16 @@ def require_own_ports(state: State, external: Collection[str] = ()) -> None:
     was taken since. Services in `external` are not checked.
     """
     for name, port_names in _SENT_SECRETS.items():
+        if name in external or not state.ports:
+            continue
+        held = {port for port in map(state.ports.__getitem__, port_names) if not ports.is_free(port)}
         record = state.services.get(name)
-        for port in () if name in external or not state.ports else (state.ports[one] for one in port_names):
-            if not ports.is_free(port) and not (record and processes.listens(record.identity, port)):
-                raise UserError(
-                    f"port {port} of the local stack's {name} is held by another program, which would be sent its "
-                    "password: run `ddpm down` and `ddpm up`, which chooses another port"
-                )
+        foreign = held if record is None else processes.without_listener(record.identity, held)
+        if foreign:
+            raise UserError(
+                f"port {min(foreign)} of the local stack's {name} is held by another program, which would be sent its "
+                "password: run `ddpm down` and `ddpm up`, which chooses another port"
+            )
 
 
 def client_variables(root: Path, state: State) -> dict[str, str]:

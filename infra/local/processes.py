@@ -3,7 +3,7 @@
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -121,9 +121,14 @@ def family(identity: ProcessIdentity) -> list[psutil.Process]:
     return list(found.values())
 
 
-def listens(identity: ProcessIdentity, port: int) -> bool:
-    """Whether the process, or one that came from it, takes connections on this TCP port."""
-    return any(port in _listening(member) for member in family(identity))
+def without_listener(identity: ProcessIdentity, ports: Collection[int]) -> set[int]:
+    """Those of some TCP ports on which neither the process nor one that came from it takes connections."""
+    missing = set(ports)
+    for member in family(identity) if missing else ():
+        missing -= _listening(member)
+        if not missing:  # each look at a process takes milliseconds
+            break
+    return missing
 
 
 def wait_for_end(pid: int, poll_seconds: float = 0.5) -> None:
