@@ -56,9 +56,15 @@ def is_at_work(process: psutil.Process) -> bool:
 
 
 def on_the_cluster(environ: dict[str, str], code: str) -> str:
-    """What `code` prints as a driver of the cluster, in a process of its own."""
-    command = [sys.executable, "-c", f"import ray; ray.init(log_to_driver=False)\n{code}"]
-    return subprocess.run(command, env=environ, check=True, capture_output=True, text=True, timeout=60).stdout
+    """The `answer` that `code` sets as a driver of the cluster, in a process of its own."""
+    # Ray prints to a driver's output too, a lost node's death at any moment: the answer has a line of its own.
+    mark = "the answer is: "
+    program = f"import ray; ray.init(log_to_driver=False)\n{code}\nprint('\\n{mark}' + answer, flush=True)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, check=True, capture_output=True, text=True, timeout=60
+    )
+    (answer,) = [line.removeprefix(mark) for line in done.stdout.splitlines() if line.startswith(mark)]
+    return answer
 
 
 @pytest.mark.stack
@@ -122,7 +128,7 @@ def test_a_job_finds_every_service_and_our_code(own: LocalStack, pointed: dict[s
         "def found():\n"
         "    import os, jobs, pipeline\n"
         "    return [os.environ[n] for n in ('AWS_ENDPOINT_URL', 'MLFLOW_TRACKING_URI', 'DDPM_ROOT')]\n"
-        "print(*ray.get(found.remote()))"
+        "answer = ' '.join(ray.get(found.remote()))"
     )
     wanted = [pointed[name] for name in ("AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "DDPM_ROOT")]
     assert on_the_cluster(pointed, code).split() == wanted
@@ -135,9 +141,9 @@ def test_an_added_node_works_and_can_be_lost(own: LocalStack, pointed: dict[str,
         "@ray.remote(num_cpus=2)\n"
         "def where():\n"
         "    return ray.util.get_node_ip_address()\n"
-        "print(ray.get(where.remote()))"
+        "answer = ray.get(where.remote())"
     )
-    assert on_the_cluster(pointed, code).strip() == node.address
+    assert on_the_cluster(pointed, code) == node.address
     head = remembered(own).services["ray"]
     own.up()
     assert processes.is_alive(node.identity)
@@ -146,7 +152,7 @@ def test_an_added_node_works_and_can_be_lost(own: LocalStack, pointed: dict[str,
     assert remembered(own).services["ray"] == head
     # The head still lists the lost one; the next, at the same address, is there once it has itself come up.
     following = add_node(own, num_cpus=2)
-    assert on_the_cluster(pointed, code).split()[-1] == following.address == node.address
+    assert on_the_cluster(pointed, code) == following.address == node.address
     remove_node(own, following)
 
 
