@@ -19,7 +19,8 @@ keep() {
     awk -v pattern="$1" '/^[a-z]/ { skip = $0 ~ pattern || /sys_platform == .(win32|emscripten)/ } !skip' "$2"
 }
 
-torch='^(torch==|triton==|nvidia-|cuda-)'
+cuda='^(nvidia-[^m]|cuda-)' # what a CUDA build of torch brings, but not nvidia-ml-py
+torch="^(torch==|triton==)|$cuda"
 head='# Written by `make lock`; do not edit.'
 compile runtime --extra stack "$@"
 compile dev --extra stack --extra dev --constraint "$draft/runtime" "$@"
@@ -28,7 +29,7 @@ names=$(sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' "$draft/requirements.lock" | paste -
 {
     echo "$head"
     echo "-r requirements.lock"
-    keep "$torch|^($names)==" "$draft/dev"
+    keep "^torch==|$cuda|^($names)==" "$draft/dev" # with triton, in the version that torch asks for
 } >"$draft/requirements-dev.lock"
 {
     echo "$head"
