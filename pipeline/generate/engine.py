@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.config.model_card import ModelCard
 from pipeline.data.formats.npy import Pixels
+from pipeline.devices import is_out_of_memory, set_up_arithmetic
 from pipeline.diffusion.image_scaling import to_uint8
 from pipeline.diffusion.samplers import OnStep, sample
 from pipeline.diffusion.schedule import NoiseSchedule
@@ -50,7 +51,7 @@ class Engine:
             try:
                 parts.append(self._sample(part, on_step))
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error) or len(part) == 1:
+                if not is_out_of_memory(error) or len(part) == 1:
                     raise
                 self.micro_batch = max(1, len(part) // 2)
             else:
@@ -96,9 +97,7 @@ def set_up_torch(spec: Spec) -> None:
     if spec.cpu_threads is not None:
         torch.set_num_threads(spec.cpu_threads)
     else:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
+        set_up_arithmetic("ieee", deterministic=True)
 
 
 def compiled_code_folder() -> Path:
@@ -126,8 +125,3 @@ class _LowPrecision(nn.Module):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         with torch.autocast(self._device_type, self._dtype):
             return self.net(*args, **kwargs).float()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # The CPU's allocator raises a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,0 +1,27 @@
+"""The kind of a device: what the bits of a result depend on beside the settings."""
+
+from pydantic import Field
+
+from pipeline.config.base import Settings
+from pipeline.config.bounds import Name
+
+
+class DeviceKind(Settings):
+    """A model of GPU and the software that chooses its kernels. Two devices of equal kind round alike."""
+
+    name: Name
+    """As the driver names it, such as `NVIDIA H100 80GB HBM3`."""
+    capability: str = Field(pattern=r"^\d{1,3}\.\d{1,2}$")
+    """Compute capability, such as `9.0`."""
+    torch: Name
+    """Version of torch, with its build, such as `2.13.0+cu130`."""
+    cuda: Name
+    """Version of CUDA that torch was built with."""
+    cudnn: Name
+    """Version of cuDNN, which computes convolutions."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} (compute capability {self.capability}; torch {self.torch}, CUDA {self.cuda}, "
+            f"cuDNN {self.cudnn})"
+        )
