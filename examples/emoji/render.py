@@ -94,7 +94,9 @@ def main() -> None:
         counts[emoji.group] = counts.get(emoji.group, 0) + 1
     for group, count in sorted(counts.items()):
         print(f"{count:6,} {group}")
-    print(f"{sum(counts.values()):6,} images in {wanted.folder}; the font has no picture for {missing} of the list")
+    print(
+        f"{sum(counts.values()):6,} images in {wanted.folder}; the font has no picture for {missing} of the list"
+    )
 
 
 if __name__ == "__main__":

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import ImageFont
 
 from jobs.runner import SECTIONS, JobArguments, settings_of
+from pipeline.config.data import PackConfig
+from pipeline.config.training import TrainConfig
+from pipeline.data import load_index, pack
 from tests.docs.lines import REPOSITORY
 from tests.docs.test_commands import parsed
 from tests.generate.tiny import fill, settings, tiny_model
@@ -35,6 +39,46 @@ def test_the_training_loop_repeats_itself_to_the_last_bit(tmp_path: Path) -> Non
     assert 0 < loss == again
     assert images.shape == (8, 1, 8, 8)
     assert images.equal(same)
+
+
+@pytest.fixture
+def emoji() -> dict[str, Any]:
+    """The functions of examples/emoji/render.py, where the font and the list are installed."""
+    render = runpy.run_path(str(EXAMPLES / "emoji" / "render.py"))
+    if not (render["FONT"].is_file() and render["LIST"].is_file()):
+        pytest.skip("needs the Debian packages fonts-noto-color-emoji and unicode-data")
+    return render
+
+
+def test_emoji_are_packed_as_a_color_data_set_whose_classes_are_their_groups(
+    tmp_path: Path, emoji: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "emoji"
+    monkeypatch.setattr("sys.argv", ["render.py", str(folder), "--limit", "3", "--size", "36"])
+    emoji["main"]()
+    monkeypatch.setenv("DDPM_ROOT", f"file://{tmp_path}")
+    settings = settings_of(
+        PackConfig, "pack", JobArguments(preset="emoji-32", overrides=(f"source={folder}",))
+    )
+    assert pack(settings).num_samples == 27
+    index = load_index(settings.dest)
+    assert index.class_names == tuple(sorted(path.name for path in folder.iterdir()))
+    # The preset's network knows as many classes as there are groups.
+    network = settings_of(TrainConfig, "train", JobArguments(preset="emoji-32")).net
+    assert (network.num_classes, network.image_size) == (len(index.class_names), 32)
+
+
+def test_an_emoji_is_drawn_on_a_transparent_background_and_only_if_the_font_has_one_picture_for_it(
+    emoji: dict[str, Any],
+) -> None:
+    font = ImageFont.truetype(emoji["FONT"], emoji["STRIKE"])
+    face = emoji["draw"]("\N{GRINNING FACE}", font, 40)
+    assert (face.size, face.mode) == ((40, 40), "RGBA")
+    assert face.getpixel((0, 0))[3] == 0
+    assert face.getpixel((20, 10))[3] == 255
+    family = "\N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN}\N{ZERO WIDTH JOINER}\N{GIRL}"
+    assert emoji["draw"](family, font, 40) is not None
+    assert emoji["draw"]("\N{MAN}\N{WOMAN}", font, 40) is None
 
 
 def commands() -> Iterator[tuple[str, ...]]:

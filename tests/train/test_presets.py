@@ -91,6 +91,19 @@ RECIPES: dict[str, dict[str, Any]] = {
         "label_drop": 0.1,
         "data": {"flip": False},
     },
+    "emoji-32": {
+        "net": {
+            "image_size": 32,
+            "in_channels": 3,
+            "base_channels": 32,
+            "multipliers": (1, 2, 4),
+            "num_classes": 9,
+        },
+        "schedule": {"kind": "cosine", "num_steps": 1000},
+        "objective": {"target": "v"},
+        "label_drop": 0.1,
+        "data": {"flip": False},
+    },
 }
 
 
