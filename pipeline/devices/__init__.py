@@ -1,7 +1,14 @@
 """What this process's devices are, and how they compute."""
 
-from pipeline.devices.arithmetic import Matmul, set_up_arithmetic
-from pipeline.devices.device_kind import read_device_kind
+from pipeline.devices.arithmetic import set_up_arithmetic
+from pipeline.devices.device_kind import driver_version, read_device_kind
+from pipeline.devices.division import divided
 from pipeline.devices.out_of_memory import is_out_of_memory
 
-__all__ = ["Matmul", "is_out_of_memory", "read_device_kind", "set_up_arithmetic"]
+__all__ = [
+    "divided",
+    "driver_version",
+    "is_out_of_memory",
+    "read_device_kind",
+    "set_up_arithmetic",
+]

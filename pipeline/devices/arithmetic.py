@@ -1,12 +1,10 @@
 """How a GPU computes: the precision of matrix products, and whether the same inputs always give the same bits."""
 
 import os
-from typing import Literal
 
 import torch
 
-Matmul = Literal["ieee", "tf32"]
-"""Arithmetic of float32 products and convolutions on a GPU: full float32, or inputs rounded to TF32's 10 bits."""
+from pipeline.config.device_kind import Matmul
 
 
 def set_up_arithmetic(matmul: Matmul, *, deterministic: bool) -> None:
@@ -15,6 +13,9 @@ def set_up_arithmetic(matmul: Matmul, *, deterministic: bool) -> None:
     Unset, torch rounds the inputs of convolutions to TF32 and those of matrix products not, and picks algorithms whose
     sums run in no fixed order. Algorithms are never chosen by speed: two workers would choose differently.
     """
+    os.environ.pop(
+        "NVIDIA_TF32_OVERRIDE", None
+    )  # to the libraries it means more than what torch asks them for
     torch.backends.cuda.matmul.fp32_precision = matmul
     torch.backends.cudnn.conv.fp32_precision = matmul  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False

@@ -1,5 +1,8 @@
 """The kind of the device that this process computes on."""
 
+from contextlib import suppress
+
+import pynvml
 import torch
 
 from pipeline.config.device_kind import DeviceKind
@@ -17,3 +20,14 @@ def read_device_kind(device: torch.device) -> DeviceKind | None:
         cuda=str(torch.version.cuda),
         cudnn=str(torch.backends.cudnn.version()),
     )
+
+
+def driver_version() -> str:
+    """Version of this machine's NVIDIA driver, such as `580.65.06`; `unknown` where NVML does not say."""
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    return "unknown"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.diffusion import Variance
+from pipeline.devices import divided
 from pipeline.diffusion.schedule import Gaussian, NoiseSchedule
 
 # Half the distance between neighbouring levels of u / 127.5 - 1.
@@ -62,7 +63,7 @@ def vlb_term(
     safe_log = torch.where(first, model.log_variance, truth.log_variance)
     divergence = gaussian_kl(truth.mean, safe_log, model.mean, model.log_variance)
     nats = torch.where(first, -level_log_probability(x0, model.mean, model.log_variance), divergence)
-    return nats.flatten(1).mean(1) / math.log(2)
+    return divided(nats.flatten(1).mean(1), math.log(2))
 
 
 def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
     mean = schedule.gather(schedule.alpha_bars.sqrt(), last, x0) * x0
     log_variance = schedule.gather((1 - schedule.alpha_bars).log(), last, x0)
     zero = torch.zeros_like(x0)
-    return gaussian_kl(mean, log_variance, zero, zero).flatten(1).mean(1) / math.log(2)
+    return divided(gaussian_kl(mean, log_variance, zero, zero).flatten(1).mean(1), math.log(2))
 
 
 def gaussian_kl(mean_p: Tensor, log_var_p: Tensor, mean_q: Tensor, log_var_q: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pipeline.devices import divided
+
 
 def from_uint8(images: Tensor) -> Tensor:
     """uint8 levels 0..255 to float32 in [-1, 1]: u / 127.5 - 1. Any shape.
@@ -11,7 +13,7 @@ def from_uint8(images: Tensor) -> Tensor:
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, not {images.dtype}")
-    return images.to(torch.float32) / 127.5 - 1.0
+    return divided(images.to(torch.float32), 127.5) - 1.0
 
 
 def to_uint8(images: Tensor) -> Tensor:

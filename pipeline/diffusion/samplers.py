@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, Variance
+from pipeline.devices import divided
 from pipeline.diffusion.noise import Stream, normal
 from pipeline.diffusion.objective import Net, call_net, split_output
 from pipeline.diffusion.schedule import NoiseSchedule
@@ -138,16 +139,16 @@ def heun(denoise: Denoise, x: Tensor, grid: SamplingGrid, on_step: OnStep | None
     """
     if not math.isfinite(grid.sigma(0)):
         raise ValueError("grid begins without signal, at infinite sigma, where Heun's method cannot start")
-    scaled = x / grid.coefficients(0)[0]
+    scaled = divided(x, grid.coefficients(0)[0])
     for k in range(len(grid)):
         sigma, sigma_after = grid.sigma(k), grid.sigma(k + 1)
         x0 = _estimate(denoise, scaled * grid.coefficients(k)[0], k, grid, on_step).x0
-        slope = (scaled - x0) / sigma
+        slope = divided(scaled - x0, sigma)
         euler = scaled + (sigma_after - sigma) * slope
         if k + 1 == len(grid):
             return euler
         x0_after = denoise(euler * grid.coefficients(k + 1)[0], k + 1).x0
-        slope_after = (euler - x0_after) / sigma_after
+        slope_after = divided(euler - x0_after, sigma_after)
         scaled = scaled + (sigma_after - sigma) * 0.5 * (slope + slope_after)
     return scaled
 

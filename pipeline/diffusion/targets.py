@@ -7,6 +7,7 @@ that broadcast over the batch.
 from torch import Tensor
 
 from pipeline.config.diffusion import Target
+from pipeline.devices import divided
 
 Coefficient = Tensor | float
 
@@ -23,7 +24,7 @@ def target_of(target: Target, x0: Tensor, eps: Tensor, a: Coefficient, s: Coeffi
 def x0_of(target: Target, prediction: Tensor, x_t: Tensor, a: Coefficient, s: Coefficient) -> Tensor:
     """The image that a prediction at x_t stands for (Salimans & Ho 2022, section 4). All (B, ...)."""
     if target == "eps":
-        return (x_t - s * prediction) / a
+        return divided(x_t - s * prediction, a)
     if target == "x0":
         return prediction
     return a * x_t - s * prediction
@@ -34,5 +35,5 @@ def eps_of(target: Target, prediction: Tensor, x_t: Tensor, a: Coefficient, s: C
     if target == "eps":
         return prediction
     if target == "x0":
-        return (x_t - a * prediction) / s
+        return divided(x_t - a * prediction, s)
     return s * x_t + a * prediction

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.config.base import Settings
 from pipeline.config.evaluation import FeatureNetworkConfig
 from pipeline.config.json_document import parse_document
+from pipeline.devices import divided
 from pipeline.diffusion.image_scaling import from_uint8
 from pipeline.errors import DamageError, UserError
 from pipeline.features.classifier import Classifier
@@ -173,11 +174,11 @@ class ScriptedNetwork:
         if config.input == "uint8":
             return values.round().clamp(0, 255).to(torch.uint8)
         if config.input == "signed":
-            return values / 127.5 - 1
+            return divided(values, 127.5) - 1
         if config.input == "unit":
-            return values / 255
+            return divided(values, 255)
         mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
-        return (values / 255 - mean) / std
+        return (divided(values, 255) - mean) / std
 
 
 def features_folder(data: str) -> str:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.devices import divided
 from pipeline.nets.dropout import DropoutKeys, keyed_dropout
 
 
@@ -31,7 +32,8 @@ def timestep_embedding(t: Tensor, size: int, cos_first: bool = True, freq_shift:
     between them.
     """
     half = size // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / max(1, half - freq_shift)
+    places = torch.arange(half, dtype=torch.float32, device=t.device)
+    exponents = divided(places, max(1, half - freq_shift))
     angles = t.to(torch.float32)[:, None] * torch.exp(-math.log(10000.0) * exponents)[None]
     parts = (angles.cos(), angles.sin()) if cos_first else (angles.sin(), angles.cos())
     return torch.cat(parts, dim=1)
