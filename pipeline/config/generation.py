@@ -4,8 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Settings
+from pipeline.config.base import Settings, refuse_idle
 from pipeline.config.bounds import MAX_IMAGES, MAX_IMAGES_A_SHARD, MAX_SHARDS
+from pipeline.config.device_kind import Matmul
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.evaluation import FeatureNetworkConfig
 from pipeline.config.tracking import TrackConfig, filed_under
@@ -23,6 +24,11 @@ def check_plan(first_index: int, count: int, shard_size: int, batch_size: int) -
         raise ValueError(
             f"count needs more than {MAX_SHARDS:,} shards of shard_size {shard_size}; raise shard_size"
         )
+
+
+def _refuse_idle_matmul(settings: "SpecSettings | SampleConfig") -> None:
+    if settings.dtype != "float32":
+        refuse_idle(settings, ("matmul",), f"with dtype {settings.dtype}, which multiplies in that precision")
 
 
 class GuardConfig(Settings):
@@ -68,6 +74,9 @@ class SpecSettings(Settings):
     """Images per network call. Changes bytes: rounding depends on the batch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network's arithmetic; the schedule always uses full precision."""
+    matmul: Matmul = "ieee"
+    """Products and convolutions of float32 numbers on a GPU. ieee: full float32. tf32: inputs rounded to 10 bits,
+    several times faster on Ampere and later. Changes bytes; without a GPU it is refused, as it has no effect."""
     cpu_threads: int = Field(default=1, ge=1, le=4096)
     """Threads of a worker without GPU. Changes bytes: sums split differently round differently."""
     compile: bool = False
@@ -76,6 +85,7 @@ class SpecSettings(Settings):
     @model_validator(mode="after")
     def _can_be_planned(self) -> Self:
         check_plan(self.first_index, self.count, self.shard_size, self.batch_size)
+        _refuse_idle_matmul(self)
         return self
 
 
@@ -115,6 +125,8 @@ class GenerateConfig(SpecSettings):
             raise ValueError("max_workers is less than num_workers; raise it, or leave it out")
         if self.gpus_per_worker > 1 and self.gpus_per_worker != int(self.gpus_per_worker):
             raise ValueError("gpus_per_worker must be a fraction up to 1 or a whole number")
+        if not self.gpus_per_worker:
+            refuse_idle(self, ("matmul",), "on a CPU")
         return self
 
 
@@ -137,5 +149,12 @@ class SampleConfig(Settings):
     """The reverse process: kind, steps, guidance."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network's arithmetic."""
+    matmul: Matmul = "ieee"
+    """Products of float32 numbers on a GPU, as for a generation."""
     batch_size: int = Field(default=64, ge=1)
     """Images per network call."""
+
+    @model_validator(mode="after")
+    def _has_no_idle_setting(self) -> Self:
+        _refuse_idle_matmul(self)
+        return self

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from pipeline.config.model_card import ModelCard
 from pipeline.data.formats.npy import Pixels
-from pipeline.devices import is_out_of_memory, set_up_arithmetic
+from pipeline.devices import driver_version, is_out_of_memory, set_up_arithmetic
 from pipeline.diffusion.image_scaling import to_uint8
 from pipeline.diffusion.samplers import OnStep, sample
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.generate.class_labels import classes_of
+from pipeline.generate.device_check import require_kind
 from pipeline.generate.guards import GuardTripped
 from pipeline.generate.spec import Spec
 
@@ -41,26 +42,22 @@ class Engine:
     def images(self, index: Tensor, on_step: OnStep | None = None) -> Pixels:
         """Images uint8 (B, H, W, C) of the samples `index` int64 (B,). GuardTripped at NaN or infinity.
 
-        When the device runs out of memory the batch is halved, for this call and all later ones. A sample's noise is a
-        function of its index, so it does not change; only the network's rounding may.
+        When the device runs out of memory the micro-batch is halved, for this call and all later ones, and the call
+        starts over: its images follow from `index` and `micro_batch`. A sample's noise is a function of its index and
+        does not change; only the network's rounding may.
         """
-        parts: list[Tensor] = []
-        start = 0
-        while start < len(index):
-            part = index[start : start + self.micro_batch]
+        while True:
             try:
-                parts.append(self._sample(part, on_step))
+                parts = [self._sample(part, on_step) for part in index.split(self.micro_batch)]
+                return np.ascontiguousarray(torch.cat(parts).permute(0, 2, 3, 1).numpy())
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(part) == 1:
+                largest = min(self.micro_batch, len(index))
+                if not is_out_of_memory(error) or largest == 1:
                     raise
-                self.micro_batch = max(1, len(part) // 2)
-            else:
-                start += len(part)
-                continue
+                self.micro_batch = largest // 2
             # Outside the handler: the exception's traceback holds the tensors that filled the memory.
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-        return np.ascontiguousarray(torch.cat(parts).permute(0, 2, 3, 1).numpy())
 
     def _sample(self, index: Tensor, on_step: OnStep | None) -> Tensor:
         spec = self.spec
@@ -90,14 +87,21 @@ class Engine:
 def set_up_torch(spec: Spec) -> None:
     """Configure torch in this process for reproducible sampling: fixed threads, no choice of algorithm by speed.
 
-    Compiled code is cached in `compiled_code_folder`, so that only the first worker of a machine compiles.
+    Compiled code is cached in `compiled_code_folder`, so that only the first worker of a machine compiles. UnfitDevice
+    if this process's GPU is not of the spec's kind.
     """
     if spec.compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_code_folder()))
     if spec.cpu_threads is not None:
         torch.set_num_threads(spec.cpu_threads)
-    else:
-        set_up_arithmetic("ieee", deterministic=True)
+    if spec.device == "cuda":
+        set_up_arithmetic(spec.matmul, deterministic=True)
+        require_kind(spec)
+    if spec.device == "cuda" and spec.compile:
+        from torch._inductor import config as inductor  # takes seconds to import
+
+        # Otherwise each worker times variants of a kernel on its GPU, and those add up in different orders.
+        inductor.deterministic = True
 
 
 def compiled_code_folder() -> Path:
@@ -107,9 +111,13 @@ def compiled_code_folder() -> Path:
 
 def software(spec: Spec) -> str:
     """Versions and hardware that a sample's bytes may depend on beside the spec, for the records."""
-    chip = torch.cuda.get_device_name() if spec.device == "cuda" else torch.backends.cpu.get_cpu_capability()
     versions = f"torch {torch.__version__}, numpy {np.__version__}, Pillow {PIL.__version__}"
-    return f"{versions}, {platform.machine()} {chip}"
+    if spec.device == "cpu":
+        return f"{versions}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    libraries = (
+        f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, driver {driver_version()}"
+    )
+    return f"{versions}, {libraries}, {platform.machine()} {torch.cuda.get_device_name()}"
 
 
 class _LowPrecision(nn.Module):

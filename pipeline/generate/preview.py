@@ -12,7 +12,8 @@ from pipeline.data.formats.npy import Pixels
 from pipeline.diffusion.samplers import SamplerStep
 from pipeline.disk_errors import disk_errors_at
 from pipeline.generate.class_labels import class_name, classes_of
-from pipeline.generate.engine import Engine
+from pipeline.generate.device_check import usable_kind
+from pipeline.generate.engine import Engine, set_up_torch
 from pipeline.generate.model_source import find_model
 from pipeline.generate.spec import make_spec
 from pipeline.nets.model_files import build_model
@@ -39,7 +40,15 @@ def draw(config: SampleConfig, progress: Progress = no_progress) -> SampleResult
         chosen
         | {"batch_size": batch_size, "shard_size": config.count, "cpu_threads": torch.get_num_threads()}
     )
-    spec = make_spec(settings, model.card, name=model.name, version=model.version, device=device)
+    spec = make_spec(
+        settings,
+        model.card,
+        name=model.name,
+        version=model.version,
+        device=device,
+        device_kind=usable_kind(torch.device(device)),
+    )
+    set_up_torch(spec)
     net = build_model(model.card, model.weights, device, where=config.model)
     engine = Engine(spec, net, model.card)
     images: list[Pixels] = []

@@ -4,9 +4,9 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from pipeline.config.base import Settings
+from pipeline.config.base import Settings, refuse_idle
 from pipeline.config.bounds import (
     MAX_CLASSES,
     MAX_IMAGES,
@@ -17,6 +17,7 @@ from pipeline.config.bounds import (
     Number,
     Sha256,
 )
+from pipeline.config.device_kind import DeviceKind, Matmul
 from pipeline.config.diffusion import SamplerConfig, check_together
 from pipeline.config.generation import ClassChoice, SpecSettings, check_plan
 from pipeline.config.json_document import parse_document
@@ -99,11 +100,27 @@ class Spec(Settings):
     """Threads of a worker on the CPU; None on a GPU, where they have no effect."""
     compile: bool
     """Whether the network is compiled."""
+    matmul: Matmul = "ieee"
+    """Arithmetic of float32 products on a GPU. In documents and in the digest for GPUs only."""
+    device_kind: DeviceKind | None = None
+    """The kind of GPU: two kinds round differently. None until a job has fixed it, and on the CPU. In documents and in
+    the digest for GPUs only."""
 
     @model_validator(mode="after")
     def _can_be_planned(self) -> Self:
         check_plan(self.first_index, self.count, self.shard_size, self.batch_size)
+        if self.device == "cpu":
+            refuse_idle(self, ("matmul", "device_kind"), "on a CPU")
         return self
+
+    @model_serializer(mode="wrap")
+    def _documented(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Specs of the CPU keep the documents and the digests that they had before GPUs were told apart."""
+        document: dict[str, Any] = handler(self)
+        if self.device == "cpu":
+            for name in ("matmul", "device_kind"):
+                document.pop(name, None)
+        return document
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -137,9 +154,12 @@ def make_spec(
     name: str = "local",
     version: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
+    device_kind: DeviceKind | None = None,
     card_sha256: str | None = None,
 ) -> Spec:
     """The spec of `settings` for the model with this card. UserError if they do not match."""
+    if device == "cpu" and settings.matmul != "ieee":
+        raise UserError("matmul: has no effect on a CPU; leave it out, or use a GPU")
     if settings.weights is not None and settings.weights != card.weights.kind:
         raise UserError(
             f"weights: {settings.model} holds {card.weights.kind!r} weights, not {settings.weights!r}; "
@@ -163,6 +183,8 @@ def make_spec(
         device=device,
         cpu_threads=settings.cpu_threads if device == "cpu" else None,
         compile=settings.compile,
+        matmul=settings.matmul,
+        device_kind=device_kind,
     )
 
 
