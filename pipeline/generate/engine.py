@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.config.model_card import ModelCard
 from pipeline.data.formats.npy import Pixels
 from pipeline.devices import driver_version, is_out_of_memory, set_up_arithmetic
-from pipeline.diffusion.image_scaling import to_uint8
+from pipeline.diffusion.image_scaling import nearest_levels
 from pipeline.diffusion.samplers import OnStep, sample
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.generate.class_labels import classes_of
@@ -77,11 +77,12 @@ class Engine:
                 on_step=on_step,
                 device=self._device,
             )
-            finite = torch.isfinite(x0).flatten(1).all(1).cpu()
+            finite, levels = torch.isfinite(x0).flatten(1).all(1), nearest_levels(x0)
+            finite = finite.cpu()
             if not finite.all():
                 bad = index[~finite]
                 raise GuardTripped(f"sample {int(bad[0])} holds NaN or infinity ({len(bad)} of its batch do)")
-            return to_uint8(x0).cpu()
+            return levels.cpu()
 
 
 def set_up_torch(spec: Spec) -> None:
