@@ -16,8 +16,8 @@ class PackConfig(Settings):
 
     source: str
     """Where the images are: `digits` (scikit-learn's 8x8 digits), or the path of a folder, a zip, a tar
-    (also compressed), a parquet file, or a folder or pattern (`train-{00..09}.tar`, `*.parquet`) of such. docs/data.md
-    has a table of layouts."""
+    (also compressed), a parquet file, an npz, or a folder or pattern (`train-{00..09}.tar`, `*.parquet`) of such.
+    docs/data.md has a table of layouts."""
 
     labels: Literal["auto", "folder", "none"] = "auto"
     """auto: the class of an image stands in a file or column (dataset.json, metadata.csv, .cls, .json, parquet), or

@@ -14,13 +14,14 @@ from pipeline.config.data import PackConfig
 from pipeline.data.formats.images import IMAGE_SUFFIXES
 from pipeline.data.location import expand, is_glob, require_matches
 from pipeline.data.packing.archives import TARS, TarFiles, require_temp_space, unpacked_bytes
+from pipeline.data.packing.array_source import open_arrays, open_npz
 from pipeline.data.packing.parquet import ParquetSource, has_image_column
 from pipeline.data.packing.source_files import CombinedFiles, Files, FolderFiles, ZipFiles, is_hidden
 from pipeline.data.packing.sources import DigitsSource, FilesSource, Source
 from pipeline.errors import UserError
 from pipeline.store import file_path
 
-KINDS = "give a folder, zip, tar or parquet, a pattern of them, or `digits`"
+KINDS = "give a folder, zip, tar, parquet or npz, a pattern of them, or `digits`"
 _REMOTE = {
     "s3": "download it first: aws s3 cp --recursive {} FOLDER",
     "http": "download it first: curl -LO {}",
@@ -29,7 +30,7 @@ _REMOTE = {
     "gs": "download it first: gcloud storage cp -r {} FOLDER",
     "pipe": "write what the command prints to a file and name that",
 }
-_UNSUPPORTED = {".rar": "unpack it", ".7z": "unpack it", ".npz": "write its arrays as .npy or .png files",
+_UNSUPPORTED = {".rar": "unpack it", ".7z": "unpack it",
                 ".arrow": "write it as parquet: load_from_disk(…).to_parquet(…)",
                 ".mdb": "export its images into a folder", ".gz": "unpack it", ".zst": "unpack it"}  # fmt: skip
 
@@ -85,8 +86,10 @@ def _open_paths(config: PackConfig, paths: list[Path]) -> Source:
     if all(path.suffix.lower() == ".parquet" for path in paths):
         return ParquetSource(paths, config, config.source, Counter())
     if len(paths) == 1:
+        if paths[0].suffix.lower() == ".npz":
+            return open_npz(config, paths[0])
         (archive,) = _open_archives(config.source, paths)
-        return FilesSource(archive, config, _packed_class_names(paths[0]))
+        return open_arrays(config, archive) or FilesSource(archive, config, _packed_class_names(paths[0]))
     folder = next((path for path in paths if path.is_dir()), None)
     if folder is not None:
         raise UserError(
@@ -116,7 +119,7 @@ def _open_folder(config: PackConfig, folder: Path) -> Source:
             f"such as {folder}/**/*.{'parquet' if embedded else 'tar'}, or move the others away"
         )
     if images or not (archives or parquet):
-        return FilesSource(files, config)
+        return (None if images else open_arrays(config, files)) or FilesSource(files, config)
     rest = Counter(p.suffix.lower() or p.name for p in paths.values() if p not in {*archives, *parquet})
     if archives:
         return _open_folder_of_archives(config, folder, archives, rest + Counter({".parquet": len(parquet)}))
@@ -131,6 +134,8 @@ def _open_folder_of_archives(
     paths = sorted(archives)
     names = [str(path.relative_to(folder)) for path in paths]
     whole = CombinedFiles(str(folder), list(zip(names, _open_archives(str(folder), paths), strict=True)))
+    if (arrays := open_arrays(config, whole)) is not None:
+        return arrays
     source = FilesSource(whole, config, _packed_class_names(folder))
     packed = (folder / "index.json").exists() and (folder / "pack-report.json").exists()
     source.left_out += Counter() if packed else +rest
