@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Settings, refuse_idle
 from pipeline.config.data import DataConfig
+from pipeline.config.device_kind import Matmul
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from pipeline.config.evaluation import GateConfig
 from pipeline.config.net import UNetConfig
@@ -107,7 +108,7 @@ class WorkerConfig(Settings):
     cpus_per_worker: int = Field(default=1, ge=1)
     """Cores, and torch threads, of each."""
     gpus_per_worker: float = Field(default=0, ge=0)
-    """GPUs of each. 0 = train on the CPU with gloo; otherwise NCCL."""
+    """GPUs of each: 1, or 0 = train on the CPU. A single worker may take a part of a GPU and of its memory: 0.5."""
     max_failures: int = Field(default=3, ge=0)
     """Lost worker groups that are replaced before the job gives up."""
     micro_batch: int | None = Field(default=None, ge=1)
@@ -125,6 +126,21 @@ class WorkerConfig(Settings):
         if cast(int, counts[0]) > cast(int, counts[1]):
             raise ValueError(f"{value!r}: the fewest come first; write {counts[::-1]!r}")
         return value
+
+    @model_validator(mode="after")
+    def _gpus_that_can_be_used(self) -> Self:
+        gpus = self.gpus_per_worker
+        if gpus > 1:
+            raise ValueError(
+                f"gpus_per_worker is {gpus:g}, but a worker computes on one GPU and the rest would idle; set it to 1, "
+                "and num_workers to the number of GPUs"
+            )
+        if 0 < gpus < 1 and self.most > 1:
+            raise ValueError(
+                f"gpus_per_worker is {gpus:g} with {self.most} workers, but NCCL needs a whole GPU for each; set it to "
+                "1, or num_workers to 1"
+            )
+        return self
 
     @property
     def fewest(self) -> int:
@@ -165,6 +181,12 @@ class TrainConfig(Settings):
     """Share of samples trained without their label, as classifier-free guidance needs (Ho & Salimans 2022)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network (autocast). Noising, loss and weights are float32 always."""
+    matmul: Matmul = "ieee"
+    """Arithmetic of float32 matrix products and convolutions on a GPU. ieee: full float32. tf32: their inputs are
+    rounded to 10 bits, which is faster and names another training."""
+    deterministic: bool = True
+    """On a GPU, use only algorithms whose result does not change from run to run, so that a training that was
+    interrupted ends in the same bits on the same kind of GPU and software. `--dry-run` on a GPU measures the cost."""
     compile: bool = False
     """Compile the network with torch.compile: a slower start, faster steps."""
     max_skipped_steps: int = Field(default=10, ge=0)
@@ -178,6 +200,22 @@ class TrainConfig(Settings):
     challenger until `ddpm promote`. The first model of a name is champion without a contest."""
     workers: WorkerConfig = WorkerConfig()
     track: Annotated[TrackConfig, filed_under(_EXPERIMENT)] = TrackConfig(experiment=_EXPERIMENT)
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_loss_scaling(cls, value: object) -> object:
+        """Its small gradients would become 0 without loss scaling."""
+        if value == "float16":
+            raise ValueError('"float16" loses small gradients; use "bfloat16", which is as fast')
+        return value
+
+    @model_validator(mode="after")
+    def _gpu_settings_that_act(self) -> Self:
+        if self.workers.gpus_per_worker == 0:
+            refuse_idle(self, ("matmul", "deterministic"), "while workers.gpus_per_worker is 0")
+        if self.precision != "float32":
+            refuse_idle(self, ("matmul",), f"with precision {self.precision}, which has no float32 products")
+        return self
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -216,6 +254,8 @@ class TrainConfig(Settings):
             fields["init"] = init_sha256
         if self.optimizer.decay == "none":
             del fields["steps"]
+        if self.matmul == "ieee":
+            del fields["matmul"]  # trainings had names before there was the setting
         return fields
 
     def digest(self, data_digest: str, init_sha256: str | None = None) -> str:
@@ -235,6 +275,7 @@ _OPERATION = {
     "gate",
     "log_every_steps",
     "compile",
+    "deterministic",
     "init_from",
 }
 """Settings of how the work is carried out; they do not change which training it is."""

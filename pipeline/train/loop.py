@@ -22,7 +22,6 @@ from pipeline.diffusion import LossTerms, NoiseSchedule, from_uint8, training_lo
 from pipeline.diffusion.noise import Stream, normal, randint, uniform
 from pipeline.errors import JobError
 from pipeline.nets import DropoutKeys
-from pipeline.train.memory import out_of_memory
 from pipeline.train.state import TrainState, learning_rate
 from pipeline.train.step_metrics import StepMetrics
 
@@ -53,10 +52,7 @@ class Trainer:
             window.replaced_samples += len(batch.damage)
             for line in batch.damage:
                 log.warning("step %d: %s", state.step, line)
-            try:
-                norm = train_step(self, state, batch, window)
-            except torch.OutOfMemoryError as error:
-                raise out_of_memory(self.config, self.world, error) from error
+            norm = train_step(self, state, batch, window)
             finite = math.isfinite(norm)
             window.close_step(norm if finite else None)
             if not finite:

@@ -7,6 +7,8 @@ the same way.
 """
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config.net import UNetConfig
 from pipeline.config.training import TrainConfig, WorkerConfig
+from pipeline.devices import is_out_of_memory
 from pipeline.errors import UserError
 from pipeline.nets import DropoutKeys, UNet, parameter_count
 
@@ -139,7 +142,27 @@ def largest_micro_batch(config: TrainConfig, world: int) -> int:
     return share if size is None else min(size, share)
 
 
-def out_of_memory(config: TrainConfig, world: int, error: Exception) -> UserError:
+@contextmanager
+def out_of_memory_in_one_line(config: TrainConfig, world: int) -> Generator[None]:
+    """Turn a lack of memory in any part of a training into a UserError that names the setting to change.
+
+    Grids and eval/loss are computed in parts of the micro-batch as well, so it is the same setting for all parts.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(config, world, error) from error
+
+
+def limit_device_memory(workers: WorkerConfig, device: torch.device) -> None:
+    """Keep a worker that has a part of a GPU within that part of its memory: the rest belongs to other processes."""
+    if device.type == "cuda" and 0 < workers.gpus_per_worker < 1:
+        torch.cuda.set_per_process_memory_fraction(workers.gpus_per_worker, device)
+
+
+def out_of_memory(config: TrainConfig, world: int, error: BaseException) -> UserError:
     """The error for an estimate that was too low, or a micro-batch that was set too high."""
     samples = largest_micro_batch(config, world)
     remedy = "use a smaller network or a larger device"
@@ -147,9 +170,10 @@ def out_of_memory(config: TrainConfig, world: int, error: Exception) -> UserErro
         remedy = (
             f"set train.workers.micro_batch={samples // 2}, which changes the weights in their last bits only"
         )
-    reason = str(error).splitlines()[0][:200]
+    reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
     return UserError(
-        f"train.workers.micro_batch: {samples} samples at a time do not fit the device's memory ({reason}); {remedy}"
+        f"train.workers.micro_batch: {samples} samples at a time do not fit the device's memory beside the training's "
+        f"state of {state_memory(config).total / 1e9:.3g} GB ({reason}); {remedy}"
     )
 
 

@@ -182,7 +182,7 @@ def _trainer(task: TrainTask, coordinator: Any, scratch: str) -> TorchTrainer:
     return TorchTrainer(
         _on_worker,
         train_loop_config={"task": task, "coordinator": coordinator},
-        torch_config=Rendezvous(),
+        torch_config=Rendezvous(matmul=task.config.matmul, deterministic=task.config.deterministic),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             elastic_resize_monitor_interval_s=workers.resize_seconds,

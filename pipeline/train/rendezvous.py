@@ -18,10 +18,12 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.backend import BackendConfig
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, get_device
 from ray.train.torch.config import _TorchBackend  # pyright: ignore[reportPrivateUsage]  (for its shutdown)
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from pipeline.config.device_kind import DeviceKind, Matmul
+from pipeline.devices import read_device_kind, set_up_arithmetic
 from pipeline.errors import UserError
 from pipeline.train.worker import UnreachableError
 
@@ -36,6 +38,10 @@ _stores: list[TCPStore] = []
 class Rendezvous(TorchConfig):
     """Ray Train's settings for joining the workers of a group."""
 
+    matmul: Matmul = "ieee"
+    deterministic: bool = True
+    """As the training's settings say: NCCL reads its part of it when the workers join."""
+
     @property
     def backend_cls(self) -> type["_Backend"]:
         """The class that joins them."""
@@ -45,8 +51,12 @@ class Rendezvous(TorchConfig):
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Called in the controller once all workers run. A single worker needs no store, so nothing listens."""
+        assert isinstance(backend_config, Rendezvous)
         gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
-        worker_group.execute(_prepare, gpus=gpus)
+        kinds: list[DeviceKind | None] = worker_group.execute(
+            _prepare, gpus=gpus, matmul=backend_config.matmul, deterministic=backend_config.deterministic
+        )
+        refuse_mixed_kinds(kinds)
         world = len(worker_group)
         if world == 1:
             return
@@ -91,8 +101,22 @@ def use_interface(address: str, environ: MutableMapping[str, str] = os.environ) 
         environ.setdefault(variable, name)
 
 
-def _prepare(gpus: bool) -> None:
-    """On every worker, before they join."""
+def refuse_mixed_kinds(kinds: Sequence[DeviceKind | None]) -> None:
+    """UserError unless the workers, by rank, have one kind of GPU.
+
+    Kinds round differently, and each worker computes its own weights from the shared gradient: they would drift apart.
+    """
+    for rank, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise UserError(
+                f"train.workers: rank 0 has {kinds[0]}, rank {rank} has {kind}; their weights would drift apart, so "
+                "all workers of a training need one kind of GPU: lend it nodes of one kind"
+            )
+
+
+def _prepare(gpus: bool, matmul: Matmul, deterministic: bool) -> DeviceKind | None:
+    """On every worker, before they join and before its first CUDA call. Returns the kind of its GPU."""
+    set_up_arithmetic(matmul, deterministic=deterministic)
     address = ray.util.get_node_ip_address()
     if gpus and not torch.cuda.is_available():
         raise UserError(
@@ -109,6 +133,7 @@ def _prepare(gpus: bool) -> None:
     os.environ.setdefault(
         "TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"
     )  # end with a lost partner, do not wait for it
+    return read_device_kind(torch.device(get_device())) if gpus else None
 
 
 def _listen(world: int) -> tuple[str, int]:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config.training import TrainConfig, WorkerConfig
 from pipeline.data.index import load_index
 from pipeline.data.reading.loader import Batch, Loader
+from pipeline.devices import set_up_arithmetic
 from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import DamageError, JobError, UserError
 from pipeline.progress import Progress
@@ -26,7 +27,7 @@ from pipeline.train.checkpoint import (
 )
 from pipeline.train.finetune import staged_weights
 from pipeline.train.loop import Trainer, chunk_loss, micro_batches
-from pipeline.train.memory import with_micro_batch
+from pipeline.train.memory import limit_device_memory, out_of_memory_in_one_line, with_micro_batch
 from pipeline.train.run_logger import RunLogger, log_node_metrics
 from pipeline.train.session import Driver, Session
 from pipeline.train.state import TrainState, initial_state
@@ -85,7 +86,14 @@ def train_worker(task: TrainTask, context: WorkerContext, driver: Driver | None)
     Raises DamageError for data that differs from what the driver read, NonFiniteError for a diverged training.
     """
     name_process(run=task.config.name, rank=context.rank)
+    limit_device_memory(task.config.workers, context.device)
     config = with_micro_batch(task.config, context.world, context.device)
+    with out_of_memory_in_one_line(config, context.world):
+        _train(task, config, context, driver)
+
+
+def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver: Driver | None) -> None:
+    """The same with a micro-batch."""
     store = open_store(task.run_uri)
     checkpoint = _starting_point(store, context)
     _check_identity(task, checkpoint)
@@ -229,8 +237,8 @@ def require_device(workers: WorkerConfig) -> None:
 def train_local(task: TrainTask, progress: Progress, stop: threading.Event) -> None:
     """Train here as the only worker, on a GPU if the settings ask for one; ends early once `stop` is set."""
     workers = task.config.workers
+    set_up_arithmetic(task.config.matmul, deterministic=task.config.deterministic)
     device = torch.device("cuda" if workers.gpus_per_worker else "cpu")
-
     torch.set_num_threads(workers.cpus_per_worker * workers.most)
     context = WorkerContext(rank=0, world=1, device=device, node="node0")
     train_worker(task, context, _LocalDriver(task.config.steps, progress, stop))

@@ -81,7 +81,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_in_one_line(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(rendezvous.ray.util, "get_node_ip_address", lambda: "10.77.0.3")
     with pytest.raises(UserError, match=r"^train\.workers\.gpus_per_worker: .*node 10\.77\.0\.3[^\n]*$"):
-        rendezvous._prepare(gpus=True)  # pyright: ignore[reportPrivateUsage]
+        rendezvous._prepare(gpus=True, matmul="ieee", deterministic=True)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_training_here_with_a_gpu_that_is_not_there_is_refused_in_one_line(
