@@ -20,8 +20,8 @@ def set_up_arithmetic(matmul: Matmul, *, deterministic: bool) -> None:
     torch.set_float32_matmul_precision("high" if matmul == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = matmul == "tf32"
     torch.backends.cuda.matmul.fp32_precision = matmul
-    for kind in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):  # pyright: ignore[reportAttributeAccessIssue]
-        kind.fp32_precision = matmul
+    torch.backends.cudnn.conv.fp32_precision = matmul  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cudnn.rnn.fp32_precision = matmul  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False
     if deterministic:
         # cuBLAS is deterministic only with a workspace of fixed size, and NCCL only with a fixed algorithm.
@@ -33,4 +33,4 @@ def set_up_arithmetic(matmul: Matmul, *, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(deterministic)
         # Filling every new tensor with NaN would show reads of memory that nothing wrote, which is a fault to find in
         # tests; in a training it costs a kernel for each tensor and changes no result.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
