@@ -77,6 +77,8 @@ def summary(result: GenerationResult) -> list[str]:
             f"made     {result.images_made:,} images in {result.shards_made:,} shards now, "
             f"{result.images_per_second:,.1f} images/s"
         )
+    if result.efficiency is not None:
+        lines.append(f"gpu      {result.efficiency}")
     if result.status in ("drained", "failed"):
         lines.append("next     the same command continues; finished shards are kept")
     if result.run_url:

@@ -25,7 +25,7 @@ class TrackConfig(Settings):
     """Interval of a running job's heartbeats; `ddpm cleanup --idle-minutes` must be several times this."""
 
     system_metrics_seconds: float | None = Field(default=30.0, ge=1.0, le=3600.0)
-    """Interval of processor and memory readings, one sampler a node; None disables them."""
+    """Interval of processor, memory and GPU readings, one sampler a node; None disables them."""
 
     close_timeout_seconds: float = Field(default=60.0, ge=0.0, le=3600.0)
     """How long a finishing job waits for the tracking server; what is left then stays in the spool for a

@@ -4,7 +4,9 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from pipeline.config.base import Settings
 from pipeline.config.bounds import Bytes, Count, Date, Key, Label, Name, Number, Seconds, Sha256, Text
@@ -15,6 +17,17 @@ from pipeline.generate.spec import Spec
 
 _ABSENT = -1
 _HASH_BYTES = 32  # of a sha256
+
+
+class GpuUse(Settings):
+    """The GPU that made a shard."""
+
+    name: Name
+    """As the driver names it."""
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Part of the GPU that the worker had."""
+    joules: Annotated[float, Field(ge=0, le=1e15)] | None
+    """That part of the GPU's energy in the device time; None if it is not reported."""
 
 
 class Times(Settings):
@@ -34,6 +47,8 @@ class Times(Settings):
     """Samples per network call; below the spec's batch size after the device ran out of memory."""
     software: Text
     """Versions of torch, Pillow and numpy, and the kind of CPU or GPU: what rounding and encoding depend on."""
+    gpu: GpuUse | None = Field(default=None, exclude_if=lambda use: use is None)
+    """The GPU and its energy; left out on a CPU."""
 
 
 class DoneRecord(Settings):
@@ -82,6 +97,27 @@ def check_record(record: DoneRecord, spec: Spec, unit: Shard, where: str) -> Non
 
 
 @dataclass
+class GpuTotals:
+    """Sums over the shards that GPUs made."""
+
+    images: int = 0
+    """Samples in them."""
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    """Seconds of whole GPUs, by name: device time times the worker's share of the GPU."""
+    joules: float | None = 0.0
+    """Energy; None if it is not known of every shard."""
+
+    def add(self, record: DoneRecord) -> None:
+        """Add a shard; nothing if a CPU made it."""
+        use = record.times.gpu
+        if use is None:
+            return
+        self.images += record.count
+        self.seconds[use.name] = self.seconds.get(use.name, 0.0) + record.times.seconds * use.share
+        self.joules = None if self.joules is None or use.joules is None else self.joules + use.joules
+
+
+@dataclass
 class RecordAggregate:
     """Sums over done-records, with the size and hash of each shard: about 40 bytes of memory per shard."""
 
@@ -93,6 +129,8 @@ class RecordAggregate:
     """Device time of all shards."""
     num_shards: int = 0
     """Shards added."""
+    gpus: GpuTotals = field(default_factory=GpuTotals)
+    """Of the shards that GPUs made."""
     _sizes: "array[int]" = field(default_factory=lambda: array("q"))
     _hashes: bytearray = field(default_factory=bytearray)
 
@@ -121,6 +159,7 @@ class RecordAggregate:
         self.stats = self.stats + record.tally
         self.classes.update(record.classes or {})
         self.seconds += record.times.seconds
+        self.gpus.add(record)
 
     @property
     def images(self) -> int:

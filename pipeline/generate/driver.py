@@ -12,6 +12,7 @@ from pipeline.features.networks import network_exists, open_network
 from pipeline.features.trust import require_trusted_network
 from pipeline.generate.completeness import Completeness, check_complete
 from pipeline.generate.done_records import RecordAggregate
+from pipeline.generate.efficiency import Efficiency, EfficiencyCalculator
 from pipeline.generate.finalize import Superseded, clean_up, publish_manifest, require_newest
 from pipeline.generate.generation_run import require_tracking
 from pipeline.generate.guards import check_guards
@@ -55,6 +56,8 @@ class GenerationResult:
     run_url: str | None = None
     concurrent_jobs: tuple[str, ...] = ()
     """Other jobs of the same generation that were running when this one started, and shared the work."""
+    efficiency: Efficiency | None = None
+    """How well GPUs were used; None on CPUs."""
 
     @property
     def images_per_second(self) -> float:
@@ -139,6 +142,7 @@ class GenerationJob:
         self._began = began
         self._counts = JobCounts()
         self._records = RecordAggregate()
+        self._efficiency_calculator = EfficiencyCalculator(generation.spec, model.card)
         self._guard: str | None = None
         self._superseded: str | None = None
 
@@ -209,7 +213,7 @@ class GenerationJob:
                 for outcome in arrived:
                     self._take(outcome)
                 in_progress = pool.in_progress()
-                self._reporter.report(self._counts, in_progress)
+                self._reporter.report(self._counts, in_progress, self._efficiency())
                 if self._guard is not None:
                     pool.drain(0)
                     return False
@@ -240,7 +244,7 @@ class GenerationJob:
 
     def _publish(self) -> Status:
         published = publish_manifest(self._generation, self._records, self._model.card.class_names)
-        self._reporter.complete(*published)
+        self._reporter.complete(*published, self._efficiency())
         return "complete"
 
     def _reason(self, status: Status) -> str | None:
@@ -263,4 +267,8 @@ class GenerationJob:
             reason=self._guard or self._superseded,
             run_url=self._reporter.run_url,
             concurrent_jobs=self._reporter.concurrent_jobs,
+            efficiency=self._efficiency(),
         )
+
+    def _efficiency(self) -> Efficiency | None:
+        return self._efficiency_calculator.of(self._records.gpus)

@@ -6,6 +6,7 @@ import yaml
 
 from pipeline.config.generation import GenerateConfig
 from pipeline.errors import UserError
+from pipeline.generate.efficiency import Efficiency
 from pipeline.generate.layout import CONTACT_KEY, REPORT_KEY
 from pipeline.generate.manifest import Manifest
 from pipeline.generate.spec import Spec, pretty
@@ -64,7 +65,14 @@ class GenerationRun:
         """The run's web page; None without tracking."""
         return None if self._run is None else self._run.url
 
-    def progress(self, images_done: int, images_per_second: float, failed: int, in_progress: int) -> None:
+    def progress(
+        self,
+        images_done: int,
+        images_per_second: float,
+        failed: int,
+        in_progress: int,
+        efficiency: Efficiency | None = None,
+    ) -> None:
         """Log progress, every few seconds at most; the step is the number of images done."""
         if self._spool is None or time.monotonic() < self._next_point:
             return
@@ -76,9 +84,13 @@ class GenerationRun:
             "perf/images_per_s": images_per_second,
             "perf/shards_under_way": float(in_progress),
         }
+        if efficiency is not None:
+            points |= efficiency.metrics()
         self._spool.metrics(images_done, points)
 
-    def complete(self, manifest: Manifest, sheet: bytes, report: bytes) -> None:
+    def complete(
+        self, manifest: Manifest, sheet: bytes, report: bytes, efficiency: Efficiency | None = None
+    ) -> None:
         """Log the contact sheet, the report and the statistics of a complete generation."""
         if self._spool is None or self._run is None:
             return
@@ -91,13 +103,16 @@ class GenerationRun:
             "images/saturated": float(statistics.saturated),
         }
         points |= {"perf/device_seconds": manifest.times.device_seconds}
+        if efficiency is not None:
+            points |= efficiency.metrics()
         self._spool.metrics(manifest.count, points)
         self._spool.image("contact-sheet", manifest.count, sheet)
         self._spool.artifact(CONTACT_KEY, sheet)
         self._spool.artifact(REPORT_KEY, report)
         self._spool.artifact("summary.json", pretty(manifest.model_dump(mode="json")))
         image = image_markdown(self._run.run_id, CONTACT_KEY, "contact sheet")
-        describe(self._run.run_id, f"{_description(self._config, self._spec)}\n\n{image}")
+        made = "" if efficiency is None else f" Made by {efficiency}."
+        describe(self._run.run_id, f"{_description(self._config, self._spec)}{made}\n\n{image}")
 
     def leave(self) -> None:
         """Deliver pending metrics and leave the run open for another job of the same generation."""

@@ -9,6 +9,7 @@ from typing import Literal
 from pipeline.config.generation import GenerateConfig
 from pipeline.generate import heartbeat
 from pipeline.generate.coordinator import ShardProgress
+from pipeline.generate.efficiency import Efficiency
 from pipeline.generate.generation_run import GenerationRun
 from pipeline.generate.heartbeat import Heartbeat
 from pipeline.generate.manifest import Manifest
@@ -88,8 +89,13 @@ class JobReporter:
         elif outcome.status == "failed":
             self._metrics.add("ddpm_shards_failed")
 
-    def report(self, counts: JobCounts, in_progress: Sequence[ShardProgress]) -> None:
-        """Report progress; call it about twice a second."""
+    def report(
+        self,
+        counts: JobCounts,
+        in_progress: Sequence[ShardProgress],
+        efficiency: Efficiency | None = None,
+    ) -> None:
+        """Report progress; call it about twice a second. `efficiency`: of the shards that GPUs have finished."""
         total = self._generation.spec.count
         images = counts.images_made + counts.images_in_progress(in_progress)
         done = min(total, counts.images_before + images)
@@ -100,16 +106,25 @@ class JobReporter:
         self._progress(done, total, ", ".join(notes))
         self._metrics.gauge("ddpm_images_done", done)
         self._metrics.gauge("ddpm_images_per_second", rate)
+        if efficiency is not None:
+            for gauge, value in (
+                ("ddpm_images_per_joule", efficiency.images_per_joule),
+                ("ddpm_mfu", efficiency.mfu),
+            ):
+                if value is not None:
+                    self._metrics.gauge(gauge, value)
         self._metrics.add_counted()
-        self._run.progress(done, rate, failed, len(in_progress))
+        self._run.progress(done, rate, failed, len(in_progress), efficiency)
         self._warn_if_stalled((images, failed), in_progress)
         if time.monotonic() >= self._next_heartbeat:
             self._next_heartbeat = time.monotonic() + heartbeat.EVERY_SECONDS
             self._write_heartbeat("running", counts, in_progress)
 
-    def complete(self, manifest: Manifest, sheet: bytes, report: bytes) -> None:
+    def complete(
+        self, manifest: Manifest, sheet: bytes, report: bytes, efficiency: Efficiency | None = None
+    ) -> None:
         """Report a complete generation: its manifest, contact sheet (PNG) and report (HTML)."""
-        self._run.complete(manifest, sheet, report)
+        self._run.complete(manifest, sheet, report, efficiency)
         self._progress(manifest.count, manifest.count, "complete")
 
     def end(self, status: Status, counts: JobCounts, reason: str | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from pipeline.config.base import Settings
@@ -23,6 +24,7 @@ from pipeline.features.shard_sums import FeatureSums
 from pipeline.generate.coordinator import ShardAssignment
 from pipeline.generate.done_records import DoneRecord
 from pipeline.generate.engine import Engine, set_up_torch
+from pipeline.generate.gpu_meter import GpuMeter
 from pipeline.generate.guards import GuardTripped
 from pipeline.generate.plan import shard
 from pipeline.generate.shard_writer import ShardCancelled, ShardWriter
@@ -97,7 +99,7 @@ class SampleWorker:
         net = build_model(config.card, weights, config.spec.device, where=f"model {config.spec.model.name}")
         network = None if config.features is None else FeatureSums(open_network(config.features, ""))
         engine = Engine(config.spec, net, config.card)
-        return ShardWriter(engine, open_store(config.output), config.guards, network)
+        return ShardWriter(engine, open_store(config.output), config.guards, network, _gpu_meter(config.spec))
 
     def __call__(self, rows: Rows) -> Rows:
         """Numbers of shards in column `shard`; outcomes as JSON in column `outcome`."""
@@ -181,6 +183,14 @@ class _ProgressReport:
             return
         if assignment.stop_in_seconds is not None:
             self._stop_at = time.monotonic() + assignment.stop_in_seconds
+
+
+def _gpu_meter(spec: Spec) -> GpuMeter | None:
+    """A meter of the GPU that Ray gave this worker; None on a CPU."""
+    if spec.device != "cuda":
+        return None
+    share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)
+    return GpuMeter(torch.cuda.get_device_name(), share)
 
 
 def error_line(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from pipeline.features.shard_sums import FeatureRecord, FeatureSums, add_records
 from pipeline.generate.class_labels import index_tensor, labels_of
 from pipeline.generate.done_records import DoneRecord, Times
 from pipeline.generate.engine import Engine, software
+from pipeline.generate.gpu_meter import GpuMeter
 from pipeline.generate.guards import GuardTripped, check_guards
 from pipeline.generate.plan import SampleBatch, Shard, batches
 from pipeline.generate.spec import Spec, canonical
@@ -50,9 +51,15 @@ class ShardWriter:
     """Writes shards of one generation. Several threads may call `write`: one uses the device, the others encode."""
 
     def __init__(
-        self, engine: Engine, store: Store, guards: GuardConfig, features: FeatureSums | None = None
+        self,
+        engine: Engine,
+        store: Store,
+        guards: GuardConfig,
+        features: FeatureSums | None = None,
+        gpu: GpuMeter | None = None,
     ) -> None:
-        """`features` adds the sums of a feature network to the done-records."""
+        """`features` adds the sums of a feature network to the done-records, `gpu` the energy of the GPU."""
+        self._gpu = gpu
         self.features = features
         self.engine = engine
         self.generation = Generation(store, engine.spec)
@@ -81,8 +88,9 @@ class ShardWriter:
             return existing
         with self._device:
             began = time.monotonic()
+            gpu_use = (lambda: None) if self._gpu is None else self._gpu.start()
             parts: list[Future[EncodedBatch]] = []
-            done = 0
+            done, used = 0, None
             for batch in batches(spec, unit):
                 if should_stop():
                     raise ShardCancelled(unit.key)
@@ -90,6 +98,7 @@ class ShardWriter:
                 parts.append(self._encoder.submit(self._encode, batch, images))
                 done += batch.keep
                 on_images(done)
+                used = gpu_use()
             sampled = time.monotonic()
         encoded = [part.result() for part in parts]
         members = [member for part in encoded for member in part.members]
@@ -108,6 +117,7 @@ class ShardWriter:
             worker=self._worker,
             micro_batch=self.engine.micro_batch,
             software=self._software,
+            gpu=used,
         )
         return self._record(unit, data, total, add_records(features) if features else None, times)
 

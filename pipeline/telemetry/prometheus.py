@@ -25,6 +25,12 @@ METRICS: dict[str, MetricSpec] = {
     "ddpm_step_seconds": MetricSpec("gauge", "Mean seconds of a training step since the last report."),
     "ddpm_data_wait_share": MetricSpec("gauge", "Share of that time spent waiting for samples."),
     "ddpm_loss": MetricSpec("gauge", "Mean loss since the last report."),
+    "ddpm_mfu": MetricSpec(
+        "gauge", "Network operations a second over the peak of the GPUs, where it is known."
+    ),
+    "ddpm_images_per_joule": MetricSpec(
+        "gauge", "Images sampled per joule of the GPUs, over finished shards."
+    ),
     "ddpm_images_done": MetricSpec("gauge", "Finished images of a generation, over all attempts."),
     "ddpm_shards_done": MetricSpec("counter", "Shards a generation finished."),
     "ddpm_shards_failed": MetricSpec("counter", "Attempts at a shard that failed."),

@@ -1,12 +1,19 @@
-"""CPU and memory readings of a node, logged through the spool."""
+"""CPU, memory and GPU readings of a node, logged through the spool."""
+
+from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import psutil
 
 from pipeline.tracking.spool import Spool
+
+if TYPE_CHECKING:
+    from pipeline.devices.nvml import Gpu
 
 log = logging.getLogger(__name__)
 
@@ -14,17 +21,25 @@ log = logging.getLogger(__name__)
 class SystemSampler:
     """Reads this node's load at a fixed interval until closed; start one per node.
 
-    Metrics are named `system/<node>/...`, which the run page shows under "System metrics"; their step is the number of
-    seconds since the run's first start, so that a resumed run continues the charts.
+    Metrics are named `system/<node>/...`, which the run page shows under "System metrics", and as MLflow names its own;
+    their step is the number of seconds since the run's first start, so that a resumed run continues the charts.
     """
 
     def __init__(
-        self, spool: Spool, *, started_seconds: float, node: str = "node0", interval_seconds: float = 30.0
+        self,
+        spool: Spool,
+        *,
+        started_seconds: float,
+        node: str = "node0",
+        interval_seconds: float = 30.0,
+        gpus: Sequence[Gpu] = (),
     ) -> None:
+        """`gpus`: those of the node that the job uses, in the order of their numbers in the charts."""
         self._spool = spool
         self._started = started_seconds
         self._node = node
         self._interval = interval_seconds
+        self._gpus = gpus
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read_until_closed, name="system-metrics", daemon=True)
         self._thread.start()
@@ -52,4 +67,27 @@ class SystemSampler:
             f"{prefix}/process_cpu_percentage": process.cpu_percent(),
             f"{prefix}/system_memory_usage_percentage": memory.percent,
             f"{prefix}/process_memory_megabytes": process.memory_info().rss / 1e6,
+        } | {
+            f"{prefix}/gpu_{number}_{name}": value
+            for number, gpu in enumerate(self._gpus)
+            for name, value in gpu_metrics(gpu).items()
         }
+
+
+def gpu_metrics(gpu: Gpu) -> dict[str, float]:
+    """What a GPU reports now, under the names that MLflow gives these metrics."""
+    now = gpu.read()
+    memory_share = _percent(now.memory_used_bytes, now.memory_total_bytes)
+    readings = {
+        "utilization_percentage": now.load_percent,
+        "memory_usage_percentage": memory_share,
+        "memory_usage_megabytes": None if now.memory_used_bytes is None else now.memory_used_bytes / 1e6,
+        "power_usage_watts": now.power_watts,
+        "power_usage_percentage": _percent(now.power_watts, now.power_limit_watts),
+        "temperature_celsius": now.temperature_celsius,
+    }
+    return {name: value for name, value in readings.items() if value is not None}
+
+
+def _percent(part: float | None, whole: float | None) -> float | None:
+    return 100 * part / whole if part is not None and whole else None

@@ -12,14 +12,15 @@ import torch
 
 from pipeline.config.training import TrainConfig, WorkerConfig
 from pipeline.data.reading.loader import Batch
+from pipeline.devices.peak_flops import device_peak_flops
 from pipeline.diffusion import NoiseSchedule
 from pipeline.nets import UNet, parameter_count
+from pipeline.nets.flops import sample_flops
 from pipeline.train.loop import Trainer, chunk_loss, train_step
 from pipeline.train.memory import (
     activation_bytes,
     fitting_samples,
     largest_micro_batch,
-    sample_flops,
     state_memory,
     worker_memory_bytes,
 )
@@ -51,6 +52,8 @@ class TrainingEstimate:
     """None if no step could be run here."""
     duration_note: str
     """What the duration was measured on, and what it leaves out."""
+    mfu: float | None = None
+    """Operations a second over the peak of the GPU (`pipeline.devices.peak_flops`); None on a CPU or an unknown GPU."""
 
     def lines(self) -> list[str]:
         """Aligned text; as comments, the settings around it stay valid YAML."""
@@ -66,6 +69,8 @@ class TrainingEstimate:
             if known
             else f"not measured: {self.duration_note}",
         }
+        if self.mfu is not None:
+            rows["mfu"] = f"{self.mfu:.1%} of the GPU's peak, in the measured steps"
         return [f"{name:<12}{text}" for name, text in rows.items()]
 
 
@@ -110,6 +115,7 @@ def estimate(config: TrainConfig) -> TrainingEstimate:
     probed = config if gpu or not config.workers.gpus_per_worker else _plain(config)
     flops = sample_flops(config.net)
     pace = measure_pace(probed, device, flops)
+    peak = device_peak_flops(device, config.precision)
     return TrainingEstimate(
         parameters=parameters,
         flops_per_step=config.global_batch * flops,
@@ -119,6 +125,7 @@ def estimate(config: TrainConfig) -> TrainingEstimate:
         steps=config.steps,
         duration_seconds=None if pace is None else config.steps * pace.step_seconds(share),
         duration_note=_note(config, pace, device, share),
+        mfu=None if pace is None or peak is None else share * flops / pace.step_seconds(share) / peak,
     )
 
 

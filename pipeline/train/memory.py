@@ -1,4 +1,4 @@
-"""What a training needs, computed before it begins: memory, operations, and the micro-batch that fits.
+"""What a training needs, computed before it begins: memory, and the micro-batch that fits.
 
 The network runs once on torch's meta device, where operations have shapes and no numbers: that takes a second, no
 data and no memory, and depends on nothing but the settings. The micro-batch changes how sums are rounded, so it follows
@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config.net import UNetConfig
 from pipeline.config.training import TrainConfig, WorkerConfig
 from pipeline.devices import is_out_of_memory
 from pipeline.errors import UserError
-from pipeline.nets import DropoutKeys, UNet, parameter_count
+from pipeline.nets import UNet, parameter_count
+from pipeline.nets.flops import on_meta
 
 FLOAT32_BYTES = 4
 Precision = Literal["float32", "bfloat16"]
@@ -67,7 +67,8 @@ def activation_bytes(net: UNetConfig, precision: Precision) -> int:
 
     Attention counts as if it saved its matrix, which fused kernels do not: 8% too much for DDPM's CIFAR-10 network.
     """
-    network, x, t, labels, dropout = _on_meta(net, precision)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    network, x, t, labels, dropout = on_meta(net, dtype)
     own = {id(parameter.untyped_storage()) for parameter in network.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -80,27 +81,6 @@ def activation_bytes(net: UNetConfig, precision: Precision) -> int:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         network(x, t, class_labels=labels, dropout=dropout).float().square().mean()
     return sum(storage.nbytes() for storage in kept.values())
-
-
-def sample_flops(net: UNetConfig) -> int:
-    """Floating-point operations of one sample's forward and backward pass: convolutions and matrix products."""
-    network, x, t, labels, dropout = _on_meta(net, "float32")
-    with FlopCounterMode(display=False) as counter:
-        network(x, t, class_labels=labels, dropout=dropout).square().mean().backward()
-    return int(counter.get_total_flops())
-
-
-def _on_meta(
-    net: UNetConfig, precision: Precision
-) -> tuple[UNet, Tensor, Tensor, Tensor | None, DropoutKeys | None]:
-    """The network and one sample of each input. Autocast does not support the meta device: all is in `precision`."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    with torch.device("meta"):
-        network = UNet(net).train().to(dtype)
-        x = torch.empty(1, net.in_channels, net.image_size, net.image_size, dtype=dtype)
-        number = torch.zeros(1, dtype=torch.int64)
-        dropout = DropoutKeys(0, number) if net.dropout else None
-    return network, x, number, number if net.num_classes is not None else None, dropout
 
 
 def fitting_samples(config: TrainConfig, memory_bytes: int) -> int:

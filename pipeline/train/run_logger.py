@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config.tracking import TrackConfig
+from pipeline.devices.nvml import visible_gpus
 from pipeline.errors import UserError
 from pipeline.tracking import Spool, SystemSampler, spool_of
 
@@ -86,11 +87,13 @@ def log_node_metrics(
     node: str | None,
     started_seconds: float,
     config: TrackConfig,
+    on_gpus: bool = False,
 ) -> Generator[None]:
     """Log this node's load while inside, through a spool of its own, as metrics named `system/<node>/…`.
 
     node: its name, on the one worker that reads it; None on the others. started_seconds: Unix time of the run's first
-    start, the origin of the charts. A failure here is logged and never fails the training.
+    start, the origin of the charts. on_gpus: whether the training uses the visible GPUs. A failure here is logged and
+    never fails the training.
     """
     interval = config.system_metrics_seconds
     with ExitStack() as stack:
@@ -108,7 +111,11 @@ def log_node_metrics(
             else:
                 stack.callback(spool.close, min(LONGEST_CLOSE_SECONDS, config.close_timeout_seconds))
                 sampler = SystemSampler(
-                    spool, started_seconds=started_seconds, node=node, interval_seconds=interval
+                    spool,
+                    started_seconds=started_seconds,
+                    node=node,
+                    interval_seconds=interval,
+                    gpus=visible_gpus() if on_gpus else (),
                 )
                 stack.enter_context(closing(sampler))
         yield

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.data.reading.loader import Loader, resilient_batches
+from pipeline.devices.peak_flops import device_peak_flops
+from pipeline.nets.flops import sample_flops
 from pipeline.telemetry.logs import name_process
 from pipeline.telemetry.prometheus import JobMetrics
 from pipeline.train.checkpoint import CheckpointWriter
@@ -27,8 +29,9 @@ PROMETHEUS_GAUGES = {
     "ddpm_step_seconds": "perf/step_seconds",
     "ddpm_data_wait_share": "perf/data_wait_share",
     "ddpm_loss": "train/loss",
+    "ddpm_mfu": "perf/mfu",
 }
-"""Prometheus gauges, and the metrics that they show."""
+"""Prometheus gauges, and the metrics that they show; `perf/mfu` is there on known GPUs only."""
 EVAL_LOSS = "eval/loss"
 
 
@@ -62,6 +65,8 @@ class Session:
         self._vote = StopVote()
         self._prometheus = JobMetrics("train", trainer.config.name)
         self._evaluation: FixedEvaluation | None = None
+        self._peak_flops = device_peak_flops(trainer.device, trainer.config.precision)
+        self._flops = 0 if self._peak_flops is None else sample_flops(trainer.config.net)
 
     def run(self, loader: Loader, tensors: Mapping[str, Tensor]) -> None:
         """Take the remaining steps; ends early, with a checkpoint, when the driver requests it.
@@ -101,6 +106,9 @@ class Session:
         metrics = self._window.metrics(config.global_batch)
         metrics["train/lr"] = learning_rate(config.optimizer, step - 1, config.steps)
         metrics["perf/micro_batch"] = largest_micro_batch(config, self._trainer.world)
+        if self._peak_flops is not None:
+            peak = self._peak_flops * self._trainer.world
+            metrics["perf/mfu"] = metrics["perf/images_per_s"] * self._flops / peak
         self._window.reset()
         self._prometheus.add_counted()
         if self._driver is None:
@@ -110,7 +118,8 @@ class Session:
             self._run_logger.metrics(step, metrics)
         speed = f"{metrics['perf/images_per_s']:,.0f} images/s"
         for gauge, chart in PROMETHEUS_GAUGES.items():
-            self._prometheus.gauge(gauge, metrics[chart])
+            if chart in metrics:
+                self._prometheus.gauge(gauge, metrics[chart])
         self._prometheus.gauge("ddpm_step", step)
         log.info("loss %.4f, %s", metrics["train/loss"], speed)
         self._driver.report(step, f"loss {metrics['train/loss']:.4f}  {speed}")

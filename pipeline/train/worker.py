@@ -111,7 +111,12 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
     )
     run_id = task.run_id if context.rank == 0 else None
     node_metrics = log_node_metrics(
-        task.tracking_uri, task.run_id, context.node, task.started_seconds, config.track
+        task.tracking_uri,
+        task.run_id,
+        context.node,
+        task.started_seconds,
+        config.track,
+        on_gpus=context.device.type == "cuda",
     )
     with (
         RunLogger(task.tracking_uri, run_id, config.track) as run_logger,

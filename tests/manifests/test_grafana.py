@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.dashboard.modules.reporter.reporter_agent import GPU_TAG_KEYS, METRICS_GAUGES
 
 from infra.local import LocalStack
 from infra.local.stack_state import read_state
@@ -25,6 +26,7 @@ ALERTS: list[dict[str, Any]] = [
 ]
 QUERIES = [t["expr"] for panel in DASHBOARD["panels"] for t in panel["targets"]] + [a["expr"] for a in ALERTS]
 OURS = "ray_ddpm_"
+GPU_METRICS = {name for query in QUERIES for name in re.findall(r"\bray_node_(?:gpu|gram)\w*", query)}
 PROMTOOL = shutil.which("promtool")
 
 
@@ -107,13 +109,19 @@ def test_every_panel_asks_something_and_says_what_it_shows() -> None:
         assert all(target["expr"].count("(") == target["expr"].count(")") for target in panel["targets"])
 
 
+def test_ray_has_the_metrics_of_gpus_that_are_asked_for() -> None:
+    """Ray exports them only on a node with a GPU, so they are looked up in its table."""
+    assert {f"ray_{name}" for name in METRICS_GAUGES} >= GPU_METRICS
+    assert {"GpuIndex", "GpuDeviceName"} <= set(GPU_TAG_KEYS)
+
+
 @pytest.mark.stack
 def test_every_metric_that_is_asked_for_is_exported_by_ray(stack: LocalStack) -> None:
     state = read_state(stack.root)
     assert state is not None
     url = f"http://127.0.0.1:{state.ports['ray-metrics']}/metrics"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    of_ray = {name for name in asked_for() if not name.startswith(OURS)}
+    of_ray = {name for name in asked_for() - GPU_METRICS if not name.startswith(OURS)}
     assert len(of_ray) >= 12
     exported, deadline = set[str](), time.monotonic() + 90
     # Ray forgets a reading after some seconds, so that while its agent is kept waiting an answer may lack some.

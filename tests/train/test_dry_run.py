@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from jobs.runner import JobArguments, settings_of
 from pipeline.config.training import TrainConfig
+from pipeline.nets.flops import sample_flops
 from pipeline.train import dry_run
 from pipeline.train.dry_run import estimate, measure_pace, probed_size
-from pipeline.train.memory import sample_flops
 
 CPU = torch.device("cpu")
 
@@ -40,6 +40,20 @@ def test_a_dry_run_tells_what_the_training_needs_without_data_or_services() -> N
     assert told["steps"] == "1,500"
     assert "s per step, measured on 1 thread of this CPU, assuming 2 workers" in told["duration"]
     assert yaml.safe_load(result.stdout)["train"]["name"] == "digits"
+
+
+def test_mfu_of_the_measured_steps_is_told_where_the_peak_of_the_device_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pace = dry_run.Pace(0.001, 0.0, 16, 8, 1, None)
+    monkeypatch.setattr(dry_run, "measure_pace", lambda config, device, flops: pace)
+    config = preset("digits", "workers.num_workers=1")
+    assert estimate(config).mfu is None
+    peak = 4000 * sample_flops(config.net)  # of which a sample a millisecond is a quarter
+    monkeypatch.setattr(dry_run, "device_peak_flops", lambda device, precision: float(peak))
+    told = estimate(config)
+    assert told.mfu == pytest.approx(0.25)
+    assert "mfu         25.0% of the GPU's peak, in the measured steps" in told.lines()
 
 
 def test_as_json_the_estimate_stands_beside_the_settings() -> None:

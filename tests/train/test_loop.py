@@ -14,9 +14,12 @@ from pipeline.data.index import load_index
 from pipeline.data.reading.loader import Loader
 from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import UserError
+from pipeline.nets.flops import sample_flops
+from pipeline.train import session
 from pipeline.train.checkpoint import latest_checkpoint
 from pipeline.train.finetune import stage_initial
 from pipeline.train.loop import NonFiniteError, Trainer, chunk_loss, micro_batches, train_step
+from pipeline.train.run_logger import RunLogger
 from pipeline.train.state import TrainState, initial_state, learning_rate
 from pipeline.train.step_metrics import StepMetrics
 from pipeline.train.training_plan import plan_training
@@ -175,6 +178,23 @@ def run_alone(config: TrainConfig, stop_at: int | None = None) -> dict[str, torc
     assert checkpoint is not None
     assert stop_at is not None or checkpoint.record.step == config.steps
     return checkpoint.tensors
+
+
+@pytest.mark.parametrize("peak", [1e12, None])
+def test_mfu_is_charted_where_the_peak_of_the_device_is_known(
+    peak: float | None, digits: str, runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charted: list[dict[str, float]] = []
+    monkeypatch.setattr(session, "device_peak_flops", lambda device, precision: peak)
+    monkeypatch.setattr(RunLogger, "metrics", lambda self, step, values: charted.append(dict(values)))
+    config = tiny(digits, runs, steps=6)
+    run_alone(config)
+    point = next(values for values in charted if "perf/images_per_s" in values)
+    if peak is None:
+        assert "perf/mfu" not in point
+    else:
+        expected = point["perf/images_per_s"] * sample_flops(config.net) / peak
+        assert point["perf/mfu"] == pytest.approx(expected)
 
 
 def test_the_loss_falls(digits: str, runs: str) -> None:

@@ -8,12 +8,12 @@ from pipeline.config.net import UNetConfig
 from pipeline.config.training import TrainConfig, WorkerConfig
 from pipeline.errors import UserError
 from pipeline.nets import DropoutKeys, UNet, parameter_count
+from pipeline.nets.flops import sample_flops
 from pipeline.train import loop, memory
 from pipeline.train.memory import (
     activation_bytes,
     fitting_samples,
     largest_micro_batch,
-    sample_flops,
     state_memory,
     with_micro_batch,
     worker_memory_bytes,

@@ -1,0 +1,18 @@
+"""How often a sampler evaluates the network for an image."""
+
+from pipeline.config.diffusion import SamplerConfig
+from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.diffusion.timesteps import make_grid
+
+
+def network_evaluations(schedule: NoiseSchedule, sampler: SamplerConfig) -> int:
+    """Evaluations of the network for an image; guidance doubles those at the levels where it acts."""
+    steps = range(sampler.num_steps)
+    levels = [*steps, *steps[1:]] if sampler.kind == "heun" else [*steps]  # heun looks at the next level too
+    if sampler.guidance_scale == 1.0:
+        return len(levels)
+    interval = sampler.guidance_interval
+    if interval is None:
+        return 2 * len(levels)
+    grid = make_grid(schedule, sampler)
+    return len(levels) + sum(interval[0] <= grid.sigma(k) <= interval[1] for k in levels)

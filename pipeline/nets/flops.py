@@ -1,0 +1,37 @@
+"""Floating-point operations of a network, counted by running it on the meta device: no data, no memory, a second."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config.net import UNetConfig
+from pipeline.nets.dropout import DropoutKeys
+from pipeline.nets.unet import UNet
+
+
+def sample_flops(net: UNetConfig) -> int:
+    """Operations of one sample's forward and backward pass: convolutions and matrix products."""
+    network, x, t, labels, dropout = on_meta(net, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        network(x, t, class_labels=labels, dropout=dropout).square().mean().backward()
+    return int(counter.get_total_flops())
+
+
+def forward_flops(net: UNetConfig) -> int:
+    """Operations of one sample's forward pass."""
+    network, x, t, labels, _ = on_meta(net, torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(x, t, class_labels=labels)
+    return int(counter.get_total_flops())
+
+
+def on_meta(
+    net: UNetConfig, dtype: torch.dtype
+) -> tuple[UNet, Tensor, Tensor, Tensor | None, DropoutKeys | None]:
+    """The network and one sample of each input. Autocast does not support the meta device: all is of `dtype`."""
+    with torch.device("meta"):
+        network = UNet(net).train().to(dtype)
+        x = torch.empty(1, net.in_channels, net.image_size, net.image_size, dtype=dtype)
+        number = torch.zeros(1, dtype=torch.int64)
+        dropout = DropoutKeys(0, number) if net.dropout else None
+    return network, x, number, number if net.num_classes is not None else None, dropout
