@@ -22,7 +22,7 @@ from pipeline.telemetry.redaction import redact
 from pipeline.tracking.connect import is_denied, is_outage
 from pipeline.tracking.journal import Journal, JournalEntry
 from pipeline.tracking.run import HEARTBEAT_TAG, reopen_if_closed_as_stale
-from pipeline.tracking.spool_records import ArtifactRecord, ImageRecord, PointRecord, Record
+from pipeline.tracking.spool_records import ArtifactRecord, ImageRecord, PointRecord, Record, TagsRecord
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -124,11 +124,12 @@ class Sender:
             raise
 
     def _send(self, records: list[Record | None]) -> None:
-        """Send one batch from `_next_batch`: a file, or points."""
+        """Send one batch from `_next_batch`: a file, or points and tags."""
         if isinstance(records[0], (ImageRecord, ArtifactRecord)):
             self._send_file(records[0])
         else:
             self._send_points(record for record in records if isinstance(record, PointRecord))
+            self._send_tags(record for record in records if isinstance(record, TagsRecord))
 
     def _send_points(self, records: Iterable[PointRecord]) -> None:
         from mlflow.entities import Metric
@@ -146,6 +147,13 @@ class Sender:
         for name, step in taken:
             self._steps[name].add(step)
         self.delivered += len(new)
+
+    def _send_tags(self, records: Iterable[TagsRecord]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = {name: value for record in records for name, value in record.g.items()}
+        if tags:
+            self._client.log_batch(self._run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def _known_steps(self, name: str) -> set[int]:
         """Steps of this metric that the run has; fetched once, then cached (some 60 bytes per point)."""

@@ -25,7 +25,7 @@ from pipeline.telemetry.redaction import redact
 from pipeline.tracking.connect import brief, is_denied, is_outage, tracking_client, tracking_uri
 from pipeline.tracking.journal import Journal, SpoolIdentity, read_identity, write_identity
 from pipeline.tracking.sender import Sender
-from pipeline.tracking.spool_records import MAX_NAME, RUN_ID, parse_point
+from pipeline.tracking.spool_records import MAX_NAME, MAX_TAG, RUN_ID, parse_point
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,6 +102,15 @@ class Spool:
         except Exception:
             self._journal.lost += 1
             log.exception("artifact %s could not be stored", path_in_run)
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run; a later value replaces an earlier one."""
+        try:
+            clean = {self._name(name): redact(value)[:MAX_TAG] for name, value in tags.items()}
+            self._journal.append({"t": time.time_ns() // 1_000_000, "g": clean})
+        except Exception:
+            self._journal.lost += 1
+            log.exception("tags %s could not be stored", ", ".join(tags))
 
     def undelivered(self) -> bytes:
         """Undelivered point records, for a checkpoint, so that they survive the loss of this machine."""

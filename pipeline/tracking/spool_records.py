@@ -13,6 +13,8 @@ from pipeline.config.base import Settings
 from pipeline.config.json_document import first_fault
 
 MAX_NAME = 250
+MAX_TAG = 5000
+"""MLflow's limit for the value of a tag."""
 MAX_LINE_BYTES = 1 << 24
 RUN_ID = r"^[0-9A-Za-z_\-]{1,64}$"
 
@@ -62,8 +64,16 @@ class ArtifactRecord(Settings):
     """Its file in the spool."""
 
 
+class TagsRecord(Settings):
+    """Tags of the run."""
+
+    t: Int64
+    g: dict[Name, Annotated[str, Field(max_length=MAX_TAG)]]
+    """Value by name."""
+
+
 T = TypeVar("T")
-Record = PointRecord | ImageRecord | ArtifactRecord
+Record = PointRecord | ImageRecord | ArtifactRecord | TagsRecord
 _ANY: TypeAdapter[Record] = TypeAdapter(Record)
 _POINT = TypeAdapter(PointRecord)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pipeline.config.base import Settings
 from pipeline.config.bounds import Bytes, Name, Sha256
+from pipeline.config.device_kind import DeviceKind, Matmul
 from pipeline.config.json_document import parse_document
 from pipeline.disk_errors import disk_errors_at
 from pipeline.errors import DamageError
@@ -43,6 +44,19 @@ MAX_LISTINGS, LISTING_PAUSE_SECONDS = 5, 2.0
 _RECORD_KEY = re.compile(rf"{FOLDER}([0-9]{{12}})/{re.escape(RECORD)}")
 
 
+class TrainingDevice(Settings):
+    """What the weights were computed on. Another device, or one used otherwise, rounds otherwise."""
+
+    kind: DeviceKind
+    """Of every worker's GPU in the steps since the checkpoint before."""
+    matmul: Matmul
+    deterministic: bool
+    """Whether all steps so far used deterministic algorithms: once some did not, no later step makes up for it."""
+
+    def __str__(self) -> str:
+        return str(self.kind)
+
+
 class Record(Settings):
     """The proof beside a finished checkpoint."""
 
@@ -56,6 +70,8 @@ class Record(Settings):
     """Digest of the training that it belongs to."""
     eval_loss: float | None = None
     """eval/loss of its averaged weights; None if not measured, or not finite."""
+    device: TrainingDevice | None = None
+    """The GPU of the workers; None = they used the CPU."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    store: Store, step: int, tensors: Mapping[str, Tensor], identity: str, eval_loss: float | None = None
+    store: Store,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    identity: str,
+    eval_loss: float | None = None,
+    device: TrainingDevice | None = None,
 ) -> Record:
     """Write a checkpoint: the state first, its record last."""
     with (
@@ -78,9 +99,13 @@ def save_checkpoint(
         save_file(dict(tensors), file)
         digest, size = _sha256(file)
         ranked = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
-        record = Record(step=step, sha256=digest, size_bytes=size, identity=identity, eval_loss=ranked)
+        record = Record(
+            step=step, sha256=digest, size_bytes=size, identity=identity, eval_loss=ranked, device=device
+        )
         store.upload(_key(step, STATE), file)
-    store.write(_key(step, RECORD), json.dumps(record.model_dump()).encode())
+    # without the device of a CPU, so that versions which do not know the field read these records
+    fields = record.model_dump(exclude={"device"} if device is None else None)
+    store.write(_key(step, RECORD), json.dumps(fields).encode())
     return record
 
 
@@ -207,9 +232,10 @@ class CheckpointWriter:
         keep_last: int,
         protected: Collection[str] = (),
         keep_best: int = 0,
+        device: TrainingDevice | None = None,
     ) -> None:
-        """`protected`: URIs of checkpoints that are never deleted."""
-        self._store = store
+        """`protected`: URIs of checkpoints that are never deleted. `device`: for their records."""
+        self._store, self._device = store, device
         self._protected = protected
         self._identity = identity
         self._keep_last, self._keep_best = max(keep_last, MIN_KEPT), keep_best
@@ -241,7 +267,7 @@ class CheckpointWriter:
     def _write(self, step: int, tensors: dict[str, Tensor], eval_loss: float | None) -> None:
         try:
             retry_during_outage(
-                lambda: save_checkpoint(self._store, step, tensors, self._identity, eval_loss)
+                lambda: save_checkpoint(self._store, step, tensors, self._identity, eval_loss, self._device)
             )
             retry_during_outage(
                 lambda: prune_checkpoints(self._store, self._keep_last, self._protected, self._keep_best)

@@ -22,6 +22,7 @@ from pipeline.diffusion import from_uint8, sample, to_uint8, training_loss
 from pipeline.diffusion.noise import Stream, normal
 from pipeline.store import retry_during_outage
 from pipeline.train.loop import Trainer
+from pipeline.train.memory import largest_micro_batch
 from pipeline.train.state import TrainState
 
 LARGEST_BATCH = 64
@@ -79,23 +80,37 @@ class FixedEvaluation:
 
 
 def draw_grid(trainer: Trainer, state: TrainState) -> Pixels:
-    """A grid of images from the averaged weights, uint8 (H, W, 3)."""
-    config = trainer.config
-    index = torch.arange(config.grid.count, device=trainer.device)
-    labels = index % config.net.num_classes if config.net.num_classes is not None else None
+    """A grid of images from the averaged weights, uint8 (H, W, 3).
+
+    Drawn in parts that need less memory than a training step: of a micro-batch, in the training's precision. An image's
+    noise is named by its index, so the parts change how sums are rounded and nothing else.
+    """
+    config, device = trainer.config, trainer.device
     net = state.averaged()
-    x0 = sample(
-        net,
-        trainer.schedule,
-        config.grid.sampler,
-        index,
-        (net.config.in_channels, net.config.image_size, net.config.image_size),
-        config.seed,
-        class_labels=labels,
-        objective=config.objective,
-    )
-    images = to_uint8(x0).permute(0, 2, 3, 1).cpu().numpy()
+    parts: list[Tensor] = []
+    for index in torch.arange(config.grid.count, device=device).split(_grid_part(trainer)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            x0 = sample(
+                net,
+                trainer.schedule,
+                config.grid.sampler,
+                index,
+                (net.config.in_channels, net.config.image_size, net.config.image_size),
+                config.seed,
+                class_labels=index % config.net.num_classes if config.net.num_classes is not None else None,
+                objective=config.objective,
+            )
+        parts.append(to_uint8(x0).cpu())
+    images = torch.cat(parts).permute(0, 2, 3, 1).numpy()
     rows = in_rows(list(images), config.net.num_classes)
     size = net.config.image_size
     pixels = -(-SHORTEST_EDGE // min(len(rows), len(rows[0])))
     return image_grid(rows, cell=-(-pixels // size) * size, margin=0)
+
+
+def _grid_part(trainer: Trainer) -> int:
+    """Images to sample at a time. On a CPU without a micro-batch, where memory is no limit, the whole grid."""
+    config = trainer.config
+    if config.workers.micro_batch is None and trainer.device.type == "cpu":
+        return config.grid.count
+    return largest_micro_batch(config, trainer.world)

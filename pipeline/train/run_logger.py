@@ -60,6 +60,11 @@ class RunLogger:
             Image.fromarray(image).save(out, format="PNG")
             self._spool.artifact(FINAL_GRID, out.getvalue())
 
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Tags of the run; a later value replaces an earlier one."""
+        if self._spool is not None:
+            self._spool.tags(tags)
+
     def tensors(self) -> dict[str, Tensor]:
         """For the checkpoint: the undelivered points, as bytes."""
         records = self._spool.undelivered() if self._spool is not None else b""

@@ -1,5 +1,6 @@
 """One training worker, from an empty process to the last checkpoint: the same under Ray and in this process."""
 
+import logging
 import threading
 from contextlib import closing
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.config.device_kind import DeviceKind
 from pipeline.config.training import TrainConfig, WorkerConfig
 from pipeline.data.index import load_index
 from pipeline.data.reading.loader import Batch, Loader
-from pipeline.devices import set_up_arithmetic
+from pipeline.devices import read_device_kind, set_up_arithmetic
 from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import DamageError, JobError, UserError
 from pipeline.progress import Progress
@@ -22,6 +24,7 @@ from pipeline.train.checkpoint import (
     MAX_LISTINGS,
     Checkpoint,
     CheckpointWriter,
+    TrainingDevice,
     latest_checkpoint,
     load_checkpoint,
 )
@@ -31,6 +34,8 @@ from pipeline.train.memory import limit_device_memory, out_of_memory_in_one_line
 from pipeline.train.run_logger import RunLogger, log_node_metrics
 from pipeline.train.session import Driver, Session
 from pipeline.train.state import TrainState, initial_state
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,10 +130,47 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
     ):
         _warm_up(trainer, state, context)
         kept = config.checkpoint
-        writer = CheckpointWriter(store, task.identity, kept.keep_last, task.protected, kept.keep_best)
+        device = training_device(config, context.device, checkpoint)
+        if context.rank == 0:
+            run_logger.tags(device_tags(device, checkpoint))
+        writer = CheckpointWriter(
+            store, task.identity, kept.keep_last, task.protected, kept.keep_best, device
+        )
         tensors = checkpoint.tensors if checkpoint is not None else {}
         run_logger.restore(tensors)
         Session(trainer, state, run_logger, writer, driver).run(loader, tensors)
+
+
+def training_device(
+    config: TrainConfig, device: torch.device, resumed: Checkpoint | None
+) -> TrainingDevice | None:
+    """What this training computes on from here, for its records; None on a CPU."""
+    kind = read_device_kind(device)
+    if kind is None:
+        return None
+    before = resumed.record.device if resumed is not None else None
+    deterministic = config.deterministic and (before is None or before.deterministic)
+    return TrainingDevice(kind=kind, matmul=config.matmul, deterministic=deterministic)
+
+
+def device_tags(device: TrainingDevice | None, resumed: Checkpoint | None) -> dict[str, str]:
+    """Tags of the run that say what computes the weights. Warns where it is not what computed the steps so far."""
+    tags = {"ddpm.device": str(device or "CPU"), "ddpm.deterministic": "true"}
+    if device is not None:
+        tags |= {"ddpm.matmul": device.matmul, "ddpm.deterministic": str(device.deterministic).lower()}
+    if resumed is not None and _kind_of(resumed.record.device) != _kind_of(device):
+        change = f"step {resumed.record.step}: from {resumed.record.device or 'CPU'} to {device or 'CPU'}"
+        tags["ddpm.device_change"] = change
+        log.warning(
+            "resuming on another kind of device (%s): it rounds differently, so the weights will differ in their "
+            "last bits from those of a training that stays on one kind",
+            change,
+        )
+    return tags
+
+
+def _kind_of(device: TrainingDevice | None) -> DeviceKind | None:
+    return None if device is None else device.kind
 
 
 def _check_identity(task: TrainTask, checkpoint: Checkpoint | None) -> None:

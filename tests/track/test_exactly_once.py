@@ -1,7 +1,7 @@
 """Whatever fails and whenever the process dies, the server ends up with the first value of every step, once."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ class _Server:
 
     def __init__(self) -> None:
         self.points: list[tuple[str, int, int, float]] = []
+        self.tags: dict[str, str] = {}
         self.faults: list[str] = []
 
     def _faulty(self, action: Callable[[], Any]) -> Any:
@@ -35,7 +36,8 @@ class _Server:
         found = [SimpleNamespace(step=p[2]) for p in self.points if p[0] == name]
         return self._faulty(lambda: found)
 
-    def log_batch(self, run_id: str, metrics: list[Any]) -> None:
+    def log_batch(self, run_id: str, metrics: Sequence[Any] = (), tags: Sequence[Any] = ()) -> None:
+        self.tags |= {tag.key: tag.value for tag in tags}
         new = [(m.key, m.timestamp, m.step, m.value) for m in metrics]
         self._faulty(lambda: self.points.extend(p for p in dict.fromkeys(new) if p not in self.points))
 
@@ -129,3 +131,22 @@ def test_a_file_that_is_refused_is_kept_beside_its_record(tmp_path: Path) -> Non
     assert server.points == [("loss", 2, 1, 1.0)]
     assert json.loads((tmp_path / "refused.jsonl").read_text())["record"]["f"] == name
     assert (tmp_path / "files" / name).read_bytes() == b"bytes"
+
+
+def test_tags_arrive_among_points_and_the_last_value_stays(tmp_path: Path) -> None:
+    server = _Server()
+    process = _Process(tmp_path, server)
+    process.journal.append({"t": 1, "g": {"ddpm.device": "CPU", "ddpm.deterministic": "true"}})
+    process.journal.append({"t": 2, "s": 1, "m": {"loss": 0.5}})
+    process.journal.append({"t": 3, "g": {"ddpm.device": "NVIDIA H100 (compute capability 9.0)"}})
+    server.faults = ["before"]
+    with pytest.raises(ConnectionError):
+        process.deliver()
+    process.deliver()
+    assert server.tags == {
+        "ddpm.device": "NVIDIA H100 (compute capability 9.0)",
+        "ddpm.deterministic": "true",
+    }
+    assert [point[3] for point in server.points] == [0.5]
+    assert process.journal.undelivered() == 0
+    assert (process.sender.damaged, process.sender.refused) == (0, 0)

@@ -1,18 +1,31 @@
 """Settings of a training on GPUs: what is refused, what names the training, and what every worker does first."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from pipeline.config.device_kind import DeviceKind
 from pipeline.config.training import TrainConfig
+from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import UserError
+from pipeline.nets import UNet
+from pipeline.store import open_store
 from pipeline.train import checkpoint_eval, rendezvous, session, worker
+from pipeline.train.checkpoint import Checkpoint, Record, TrainingDevice, load_record, save_checkpoint
+from pipeline.train.checkpoint_eval import draw_grid
+from pipeline.train.loop import Trainer
 from pipeline.train.memory import limit_device_memory
 from pipeline.train.rendezvous import refuse_mixed_kinds
-from tests.train.test_loop import run_alone
+from pipeline.train.training_plan import plan_training
+from pipeline.train.worker import device_tags
+from tests.train.test_loop import run_alone, trainer_of
 from tests.train.tiny import tiny
 
 DATA_DIGEST = "0" * 64
@@ -164,3 +177,100 @@ def test_other_errors_of_a_worker_are_not_taken_for_a_lack_of_memory(
     monkeypatch.setattr(session, "draw_grid", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run_alone(tiny(digits, runs))
+
+
+def test_a_grid_is_drawn_in_parts_of_a_micro_batch(
+    digits: str, runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    sample = checkpoint_eval.sample
+
+    def watched(*given: Any, **named: Any) -> torch.Tensor:
+        sizes.append(len(given[3]))
+        return sample(*given, **named)
+
+    monkeypatch.setattr(checkpoint_eval, "sample", watched)
+    whole, state = trainer_of(tiny(digits, runs))
+    expected = draw_grid(whole, state)
+    assert sizes == [10]
+    parts, state = trainer_of(tiny(digits, runs, workers={"micro_batch": 4}))
+    found = draw_grid(parts, state)
+    assert sizes == [10, 4, 4, 2]
+    assert np.abs(expected.astype(int) - found).max() <= 1
+    large, state = trainer_of(tiny(digits, runs, workers={"micro_batch": 64}))
+    assert np.array_equal(draw_grid(large, state), expected)
+    assert sizes[4:] == [10]
+
+
+def test_on_a_gpu_a_grid_is_no_larger_than_a_workers_share() -> None:
+    config = of(workers={"gpus_per_worker": 1, "num_workers": 2})
+    trainer = Trainer(
+        config, NoiseSchedule.from_config(config.schedule), nn.Identity(), torch.device("cuda"), 2
+    )
+    assert checkpoint_eval._grid_part(trainer) == 7
+
+
+def test_a_grid_is_computed_in_the_training_s_precision(digits: str, runs: str) -> None:
+    trainer, state = trainer_of(tiny(digits, runs, precision="bfloat16"))
+    dtypes: set[torch.dtype] = set()
+    averaged = state.averaged
+
+    def watched() -> UNet:
+        net = averaged()
+        net.head.register_forward_hook(lambda module, given, output: dtypes.add(output.dtype))
+        return net
+
+    state.averaged = watched  # type: ignore[method-assign]
+    draw_grid(trainer, state)
+    assert dtypes == {torch.bfloat16}
+
+
+ON_H100 = TrainingDevice(kind=H100, matmul="ieee", deterministic=True)
+
+
+def test_a_checkpoint_says_what_computed_it_and_a_cpus_record_is_as_before(tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}")
+    tensors = {"net/x": torch.ones(2)}
+    save_checkpoint(store, 1, tensors, "a")
+    save_checkpoint(store, 2, tensors, "a", None, ON_H100)
+    keys = set(json.loads(store.read("checkpoints/000000000001/record.json")))
+    assert keys == {"step", "sha256", "size_bytes", "identity", "eval_loss"}
+    assert load_record(store, 1).device is None
+    assert load_record(store, 2).device == ON_H100
+
+
+def test_a_training_on_a_gpu_records_it(digits: str, runs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "read_device_kind", lambda device: H100)
+    config = tiny(digits, runs)
+    run_alone(config)
+    assert load_record(plan_training(config).store, config.steps).device == ON_H100
+
+
+def resumed_from(device: TrainingDevice | None) -> Checkpoint:
+    return Checkpoint(Record(step=8, sha256="0" * 64, size_bytes=1, identity="a", device=device), {})
+
+
+def test_the_run_says_what_computes_it(caplog: pytest.LogCaptureFixture) -> None:
+    assert device_tags(None, None) == {"ddpm.device": "CPU", "ddpm.deterministic": "true"}
+    expected = {"ddpm.device": str(H100), "ddpm.deterministic": "true", "ddpm.matmul": "ieee"}
+    assert device_tags(ON_H100, None) == device_tags(ON_H100, resumed_from(ON_H100)) == expected
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("before", [None, ON_H100.model_copy(update={"kind": A100})])
+def test_resuming_on_another_kind_of_device_warns_and_is_noted(
+    before: TrainingDevice | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    change = device_tags(ON_H100, resumed_from(before))["ddpm.device_change"]
+    assert change == f"step 8: from {before or 'CPU'} to {H100}"
+    assert [record.getMessage() for record in caplog.records if change in record.getMessage()]
+    assert "\n" not in caplog.records[0].getMessage()
+
+
+def test_a_training_that_was_not_deterministic_once_is_so_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "read_device_kind", lambda device: H100)
+    free = ON_H100.model_copy(update={"deterministic": False})
+    for before, expected in ((None, True), (ON_H100, True), (free, False)):
+        found = worker.training_device(of(), torch.device("cuda"), resumed_from(before))
+        assert found is not None
+        assert found.deterministic is expected
