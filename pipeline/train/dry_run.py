@@ -1,7 +1,9 @@
 """What `ddpm train … --dry-run` adds to the settings: parameters, operations, memory, steps, and an estimated duration.
 
-The duration comes from a few real steps on this machine, on made-up images. A network whose samples would take long is
-measured on smaller images and scaled by its operations, so that the estimate takes about twenty seconds at most.
+The duration comes from a few real steps on this machine, on made-up images, and takes about twenty seconds at most. On
+a CPU the time grows with the samples, so a few are measured, on smaller images where these would take long. On a GPU
+launching kernels may take longer than computing, so whole micro-batches are measured, with deterministic algorithms
+and without.
 """
 
 import time
@@ -12,8 +14,10 @@ import torch
 
 from pipeline.config.training import TrainConfig, WorkerConfig
 from pipeline.data.reading.loader import Batch
+from pipeline.devices import set_up_arithmetic
 from pipeline.devices.peak_flops import device_peak_flops
 from pipeline.diffusion import NoiseSchedule
+from pipeline.errors import UserError
 from pipeline.nets import UNet, parameter_count
 from pipeline.nets.flops import sample_flops
 from pipeline.train.loop import Trainer, chunk_loss, train_step
@@ -21,6 +25,8 @@ from pipeline.train.memory import (
     activation_bytes,
     fitting_samples,
     largest_micro_batch,
+    limit_device_memory,
+    out_of_memory_in_one_line,
     state_memory,
     worker_memory_bytes,
 )
@@ -28,11 +34,16 @@ from pipeline.train.state import TrainState, initial_state
 from pipeline.train.step_metrics import StepMetrics
 
 LARGEST_SAMPLE_FLOPS = 1e11
-"""Of a measured image: a second or two of one core, milliseconds of a GPU."""
+"""Of an image measured on a CPU: a second or two of one core."""
 LARGEST_HALF_ON_CPU = 2e9
-"""The same for bfloat16 on a CPU, which may have to emulate it."""
+"""The same for bfloat16, which a CPU may have to emulate."""
 BUDGET_SECONDS = 6.0
 MAX_SAMPLES = 16
+"""In a batch measured on a CPU."""
+
+
+class NotMeasuredError(Exception):
+    """No step could be run here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,10 @@ class TrainingEstimate:
     """What the duration was measured on, and what it leaves out."""
     mfu: float | None = None
     """Operations a second over the peak of the GPU (`pipeline.devices.peak_flops`); None on a CPU or an unknown GPU."""
+    deterministic_step_seconds: float | None = None
+    """Duration of a step with deterministic algorithms; None where not measured on a GPU."""
+    free_step_seconds: float | None = None
+    """The same with any algorithms."""
 
     def lines(self) -> list[str]:
         """Aligned text; as comments, the settings around it stay valid YAML."""
@@ -71,6 +86,11 @@ class TrainingEstimate:
         }
         if self.mfu is not None:
             rows["mfu"] = f"{self.mfu:.1%} of the GPU's peak, in the measured steps"
+        fixed, free = self.deterministic_step_seconds, self.free_step_seconds
+        if fixed is not None and free is not None:
+            rows["arithmetic"] = (
+                f"{fixed:.3g} s per step with deterministic=true, {free:.3g} s with false ({fixed / free - 1:+.0%})"
+            )
         return [f"{name:<12}{text}" for name, text in rows.items()]
 
 
@@ -78,8 +98,8 @@ class TrainingEstimate:
 class Pace:
     """Measured speed of one worker."""
 
-    sample_seconds: float
-    """Forward and backward pass of one sample of the full size."""
+    pass_seconds: float
+    """Forward and backward pass of `samples` samples of the full size."""
     update_seconds: float
     """The rest of a step: clipping, optimizer, averages."""
     samples: int
@@ -90,9 +110,17 @@ class Pace:
     peak_bytes: int | None
     """Largest allocation of the measured step on a GPU; None on a CPU."""
 
+    @property
+    def sample_seconds(self) -> float:
+        """A pass for each of its samples."""
+        return self.pass_seconds / self.samples
+
     def step_seconds(self, samples: int) -> float:
         """Duration of a step of a worker whose share is `samples`."""
-        return samples * self.sample_seconds + self.update_seconds
+        on_gpu = self.peak_bytes is not None
+        # a GPU may take as long for a part of a micro-batch as for a whole one
+        passes = -(-samples // self.samples) if on_gpu else samples / self.samples
+        return passes * self.pass_seconds + self.update_seconds
 
 
 def estimate(config: TrainConfig) -> TrainingEstimate:
@@ -114,7 +142,13 @@ def estimate(config: TrainConfig) -> TrainingEstimate:
     # without the GPU, bfloat16 would be emulated and the timing meaningless
     probed = config if gpu or not config.workers.gpus_per_worker else _plain(config)
     flops = sample_flops(config.net)
-    pace = measure_pace(probed, device, flops)
+    paces: dict[bool, Pace] = {}
+    failure = ""
+    try:
+        paces = measure_modes(probed, device, flops)
+    except NotMeasuredError as error:
+        failure = str(error)
+    pace = paces.get(config.deterministic)
     peak = device_peak_flops(device, config.precision)
     return TrainingEstimate(
         parameters=parameters,
@@ -124,14 +158,14 @@ def estimate(config: TrainConfig) -> TrainingEstimate:
         micro_batch=size,
         steps=config.steps,
         duration_seconds=None if pace is None else config.steps * pace.step_seconds(share),
-        duration_note=_note(config, pace, device, share),
+        duration_note=failure if pace is None else _note(config, pace, device, share),
         mfu=None if pace is None or peak is None else share * flops / pace.step_seconds(share) / peak,
+        deterministic_step_seconds=paces[True].step_seconds(share) if len(paces) == 2 else None,
+        free_step_seconds=paces[False].step_seconds(share) if len(paces) == 2 else None,
     )
 
 
-def _note(config: TrainConfig, pace: Pace | None, device: torch.device, share: int) -> str:
-    if pace is None:
-        return f"the state of a worker, {_bytes(state_memory(config).total)}, does not fit this machine"
+def _note(config: TrainConfig, pace: Pace, device: torch.device, share: int) -> str:
     threads = f"{pace.threads} thread{'s' * (pace.threads > 1)}"
     where = "this machine's GPU" if device.type == "cuda" else f"{threads} of this CPU"
     if device.type == "cpu" and config.workers.gpus_per_worker:
@@ -142,7 +176,7 @@ def _note(config: TrainConfig, pace: Pace | None, device: torch.device, share: i
         where += f", peak memory {_bytes(pace.peak_bytes)} with {pace.samples} samples"
     workers = config.workers.most
     beside = "" if workers == 1 else f", assuming {workers} workers as fast as one here"
-    beside += "" if not config.compile else ", before torch.compile"
+    beside += "" if not config.compile else ", without torch.compile"
     return (
         f"{pace.step_seconds(share):.3g} s per step, measured on {where}{beside}; "
         "excludes data loading and communication"
@@ -185,24 +219,56 @@ def _duration(seconds: float) -> str:
     return f"about {seconds / 86400:.0f} days"
 
 
-def measure_pace(config: TrainConfig, device: torch.device, flops: int) -> Pace | None:
-    """Run some steps of one worker here; None when its state alone would fill most of this machine's memory.
+def measure_modes(config: TrainConfig, device: torch.device, flops: int) -> dict[bool, Pace]:
+    """Pace by `deterministic`: both values on a GPU, on a CPU the training's, which has no effect there.
 
-    flops: of one sample of the full size (`sample_flops`).
+    Raises NotMeasuredError.
     """
-    if state_memory(config).total > 0.6 * psutil.virtual_memory().available:
-        return None
+    if device.type == "cpu":
+        return {config.deterministic: measure_pace(config, device, flops)}
+    paces: dict[bool, Pace] = {}
+    for deterministic in (True, False):  # cuBLAS reads what the first needs when the process first uses it
+        set_up_arithmetic(config.matmul, deterministic=deterministic)
+        paces[deterministic] = measure_pace(config, device, flops)
+    return paces
+
+
+def measure_pace(config: TrainConfig, device: torch.device, flops: int) -> Pace:
+    """Run some steps of one worker here.
+
+    flops: of one sample of the full size (`sample_flops`). Raises NotMeasuredError where memory is lacking.
+    """
+    _require_memory_for_state(config, device)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(config.workers.cpus_per_worker, psutil.cpu_count() or 1))
     try:
-        return _measure(config, device, flops)
+        with out_of_memory_in_one_line(config, config.workers.most):
+            return _measure(config, device, flops)
+    except UserError as error:
+        raise NotMeasuredError(str(error)) from error
     finally:
         torch.set_num_threads(threads)
 
 
+def _require_memory_for_state(config: TrainConfig, device: torch.device) -> None:
+    state = state_memory(config).total
+    if device.type == "cuda":
+        room, place = worker_memory_bytes(config.workers, device), "this machine's GPU"
+    else:
+        room, place = int(0.6 * psutil.virtual_memory().available), "this machine"
+    if state > room:
+        raise NotMeasuredError(
+            f"the state of a worker, {_bytes(state)}, does not fit {place}, where {_bytes(room)} may be used"
+        )
+
+
 def probed_size(config: TrainConfig, device: torch.device, flops: int) -> int:
-    """Edge of the images to measure: the training's, halved until a sample is quick, as far as the levels allow."""
+    """Edge of the images to measure: the training's; on a CPU halved until a sample is quick, as far as the levels
+    allow.
+    """
     size = config.net.image_size
+    if device.type == "cuda":
+        return size
     coarsest = 2 ** (len(config.net.multipliers) - 1)
     emulated = device.type == "cpu" and config.precision == "bfloat16"
     most = LARGEST_HALF_ON_CPU if emulated else LARGEST_SAMPLE_FLOPS
@@ -213,31 +279,41 @@ def probed_size(config: TrainConfig, device: torch.device, flops: int) -> int:
 
 def _measure(config: TrainConfig, device: torch.device, flops: int) -> Pace:
     deadline = time.monotonic() + BUDGET_SECONDS
+    if device.type == "cuda":
+        limit_device_memory(config.workers, device)
+        torch.cuda.reset_peak_memory_stats(device)
     size = probed_size(config, device, flops)
     scale = 1.0 if size == config.net.image_size else flops / _flops_at(config, size)
     state = initial_state(config, device)
     schedule = NoiseSchedule.from_config(config.schedule)
     trainer = Trainer(config, schedule, state.net, device, config.workers.most)
     _step(trainer, state, _batch(config, 1, size))  # the first one allocates and selects kernels
-    single = _pass(trainer, _batch(config, 1, size))
-    count = max(
-        1, min(MAX_SAMPLES, largest_micro_batch(config, trainer.world), int(BUDGET_SECONDS / 4 / single))
-    )
+    count = _measured_samples(trainer, _batch(config, 1, size))
     batch = _batch(config, count, size)
-    passes = [single if count == 1 else _pass(trainer, batch)]
-    steps = [_step(trainer, state, batch)]
+    _pass(trainer, batch)
+    passes, steps = [_pass(trainer, batch)], [_step(trainer, state, batch)]
     while time.monotonic() < deadline and len(steps) < 10:
         passes.append(_pass(trainer, batch))
         steps.append(_step(trainer, state, batch))
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Pace(
-        sample_seconds=min(passes) / count * scale,
+        pass_seconds=min(passes) * scale,
         update_seconds=max(0.0, min(steps) - min(passes)),
         samples=count,
         image_size=size,
         threads=torch.get_num_threads(),
-        peak_bytes=peak,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
+
+
+def _measured_samples(trainer: Trainer, one: Batch) -> int:
+    """Samples in a measured pass: on a GPU as many as in a training's largest micro-batch, on a CPU what is quick.
+
+    one: a batch of one sample.
+    """
+    size, share = largest_micro_batch(trainer.config, trainer.world), _share(trainer.config)
+    if trainer.device.type == "cuda":
+        return -(-share // -(-share // size))  # micro-batches are as equal as possible
+    return max(1, min(MAX_SAMPLES, size, int(BUDGET_SECONDS / 4 / _pass(trainer, one))))
 
 
 def _pass(trainer: Trainer, batch: Batch) -> float:

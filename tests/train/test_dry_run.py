@@ -1,6 +1,7 @@
 """What a dry run of a training estimates: exact where it can be computed, and printed quickly."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from jobs.runner import JobArguments, settings_of
 from pipeline.config.training import TrainConfig
+from pipeline.diffusion import NoiseSchedule
 from pipeline.nets.flops import sample_flops
 from pipeline.train import dry_run
-from pipeline.train.dry_run import estimate, measure_pace, probed_size
+from pipeline.train.dry_run import NotMeasuredError, Pace, estimate, measure_pace, probed_size
+from pipeline.train.loop import Trainer
+from pipeline.train.state import initial_state
 
 CPU = torch.device("cpu")
 
@@ -45,7 +49,7 @@ def test_a_dry_run_tells_what_the_training_needs_without_data_or_services() -> N
 def test_mfu_of_the_measured_steps_is_told_where_the_peak_of_the_device_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pace = dry_run.Pace(0.001, 0.0, 16, 8, 1, None)
+    pace = dry_run.Pace(0.016, 0.0, 16, 8, 1, None)
     monkeypatch.setattr(dry_run, "measure_pace", lambda config, device, flops: pace)
     config = preset("digits", "workers.num_workers=1")
     assert estimate(config).mfu is None
@@ -81,8 +85,6 @@ def test_a_measure_on_smaller_images_is_scaled_up_by_operations(monkeypatch: pyt
     whole = measure_pace(config, CPU, flops)
     monkeypatch.setattr(dry_run, "LARGEST_SAMPLE_FLOPS", flops / 3)
     small = measure_pace(config, CPU, flops)
-    assert whole is not None
-    assert small is not None
     assert (whole.image_size, small.image_size) == (32, 16)
     # the machine is shared: an answer of the right size, not more
     assert 0.1 < small.sample_seconds / whole.sample_seconds < 10
@@ -97,4 +99,74 @@ def test_a_state_that_does_not_fit_this_machine_is_said_and_not_tried(
     monkeypatch.setattr("psutil.virtual_memory", lambda: Little)
     config = preset("digits", "workers.micro_batch=8")
     lines = estimate(config).lines()
-    assert lines[-1] == "duration    not measured: the state of a worker, 24.1 MB, does not fit this machine"
+    assert lines[-1] == (
+        "duration    not measured: the state of a worker, 24.1 MB, does not fit this machine, where 6.0 MB may be used"
+    )
+
+
+def on_gpu(*words: str) -> TrainConfig:
+    return preset("digits", "workers.num_workers=1", "workers.gpus_per_worker=1", *words)
+
+
+def test_on_a_gpu_the_state_is_compared_with_the_devices_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "worker_memory_bytes", lambda *_: 20_000_000)
+    with pytest.raises(
+        NotMeasuredError, match=r"20\.1 MB, does not fit this machine's GPU, where 20\.0 MB may"
+    ):
+        measure_pace(on_gpu(), torch.device("cuda"), 1)
+
+
+def test_a_lack_of_memory_is_one_line_that_names_a_smaller_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(dry_run, "chunk_loss", full)
+    lines = estimate(preset("digits", "workers.num_workers=1", "workers.micro_batch=8")).lines()
+    assert lines[-1].startswith(
+        "duration    not measured: train.workers.micro_batch: 8 samples at a time do not fit"
+    )
+    assert lines[-1].endswith(
+        "set train.workers.micro_batch=4, which changes the weights in their last bits only"
+    )
+    assert "\n" not in lines[-1]
+
+
+def test_on_a_gpu_a_step_is_made_of_whole_micro_batches_of_full_size_images() -> None:
+    config = on_gpu("workers.micro_batch=48")  # of 128: three parts, of 43 samples at most
+    state = initial_state(config, CPU)
+    trainer = Trainer(config, NoiseSchedule.from_config(config.schedule), state.net, torch.device("cuda"), 1)
+    assert dry_run._measured_samples(trainer, dry_run._batch(config, 1, 8)) == 43
+    assert probed_size(config, torch.device("cuda"), 10**15) == config.net.image_size
+    pace = Pace(0.5, 0.25, samples=43, image_size=8, threads=1, peak_bytes=1)
+    assert pace.step_seconds(128) == 3 * 0.5 + 0.25
+    on_cpu = replace(pace, samples=16, peak_bytes=None)
+    assert on_cpu.step_seconds(128) == 8 * 0.5 + 0.25
+    assert on_cpu.step_seconds(24) == 1.5 * 0.5 + 0.25
+
+
+def test_on_a_gpu_the_cost_of_deterministic_algorithms_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU that is played: only the order of calls and the printed line are looked at."""
+    modes: list[tuple[str, bool]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        dry_run, "set_up_arithmetic", lambda matmul, deterministic: modes.append((matmul, deterministic))
+    )
+    monkeypatch.setattr(
+        dry_run,
+        "measure_pace",
+        lambda *_: Pace(
+            1.2 if modes[-1][1] else 1.0, 0.0, samples=128, image_size=8, threads=1, peak_bytes=10**9
+        ),
+    )
+    monkeypatch.setattr(dry_run, "device_peak_flops", lambda *_: None)
+    found = estimate(on_gpu("matmul=tf32", "workers.micro_batch=128"))
+    assert modes == [("tf32", True), ("tf32", False)]
+    assert found.duration_seconds == pytest.approx(1.2 * found.steps)
+    assert found.lines()[-1] == "arithmetic  1.2 s per step with deterministic=true, 1 s with false (+20%)"
+    free = estimate(on_gpu("deterministic=false", "workers.micro_batch=128"))
+    assert free.duration_seconds == pytest.approx(1.0 * free.steps)
+
+
+def test_the_duration_says_that_it_is_without_compilation() -> None:
+    note = estimate(preset("digits", "workers.num_workers=1", "compile=true")).duration_note
+    assert ", without torch.compile; excludes" in note
