@@ -162,7 +162,7 @@ def _shards(config: GenerateConfig) -> Callable[[], int]:
 
     def run() -> int:
         writer.generation.store.delete(unit.done_key)
-        return writer.write(unit).count
+        return writer.write(unit).record.count
 
     return run
 

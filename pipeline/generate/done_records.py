@@ -1,5 +1,6 @@
 """Done-records: the JSON document that proves a shard, and sums over many of them."""
 
+import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pipeline.errors import DamageError
 from pipeline.generate.plan import Shard
 from pipeline.generate.spec import Spec
 
+UNKNOWN_TAG = 0
 _ABSENT = -1
 _HASH_BYTES = 32  # of a sha256
 
@@ -28,6 +30,13 @@ class GpuUse(Settings):
     """Part of the GPU that the worker had."""
     joules: Annotated[float, Field(ge=0, le=1e15)] | None
     """That part of the GPU's energy in the device time; None if it is not reported."""
+
+
+def short_tag(etag: str | None) -> int:
+    """The tag of an object as a number of 64 bits, for comparing those of millions; UNKNOWN_TAG for None and ''."""
+    if not etag:
+        return UNKNOWN_TAG
+    return int.from_bytes(hashlib.blake2b(etag.encode(), digest_size=8).digest()) or 1
 
 
 class Times(Settings):
@@ -44,11 +53,15 @@ class Times(Settings):
     worker: Name
     """Host and process that made the shard."""
     micro_batch: Number
-    """Samples per network call; below the spec's batch size after the device ran out of memory."""
+    """Samples per network call in the whole shard; below the spec's batch size after the device ran out of memory."""
     software: Text
-    """Versions of torch, Pillow and numpy, and the kind of CPU or GPU: what rounding and encoding depend on."""
+    """Versions of torch, Pillow and numpy, of CUDA, cuDNN and driver on a GPU, and the kind of CPU or GPU: what
+    rounding and encoding depend on."""
     gpu: GpuUse | None = Field(default=None, exclude_if=lambda use: use is None)
     """The GPU and its energy; left out on a CPU."""
+    object_tag: Text | None = None
+    """The tag that the store gave the object this record describes. If it has another one, another attempt has written
+    it since; None in records of versions that did not state it."""
 
 
 class DoneRecord(Settings):
@@ -119,7 +132,7 @@ class GpuTotals:
 
 @dataclass
 class RecordAggregate:
-    """Sums over done-records, with the size and hash of each shard: about 40 bytes of memory per shard."""
+    """Sums over done-records, with size, hash and tags of each shard: about 60 bytes of memory per shard."""
 
     stats: ImageStats = field(default_factory=ImageStats)
     """Statistics of all images."""
@@ -133,6 +146,8 @@ class RecordAggregate:
     """Of the shards that GPUs made."""
     _sizes: "array[int]" = field(default_factory=lambda: array("q"))
     _hashes: bytearray = field(default_factory=bytearray)
+    _object_tags: "array[int]" = field(default_factory=lambda: array("Q"))
+    _record_tags: "array[int]" = field(default_factory=lambda: array("Q"))
 
     def __contains__(self, number: int) -> bool:
         return number < len(self._sizes) and self._sizes[number] != _ABSENT
@@ -145,16 +160,24 @@ class RecordAggregate:
         """Size and sha256 of an added shard."""
         return self._sizes[number], self._hashes[_HASH_BYTES * number : _HASH_BYTES * (number + 1)].hex()
 
-    def add(self, number: int, record: DoneRecord) -> None:
-        """Add a shard's record; a shard that was added before is ignored."""
+    def tags(self, number: int) -> tuple[int, int]:
+        """The tag of an added shard's object as its record states it, and that of the record; see `short_tag`."""
+        return self._object_tags[number], self._record_tags[number]
+
+    def add(self, number: int, record: DoneRecord, record_tag: int = UNKNOWN_TAG) -> None:
+        """Add a shard's record, which the store gave the tag `record_tag`; a shard that was added before is ignored."""
         if number in self:
             return
         missing = number + 1 - len(self._sizes)
         if missing > 0:
             self._sizes.extend([_ABSENT] * missing)
             self._hashes.extend(bytes(_HASH_BYTES * missing))
+            self._object_tags.extend([UNKNOWN_TAG] * missing)
+            self._record_tags.extend([UNKNOWN_TAG] * missing)
         self._sizes[number] = record.bytes
         self._hashes[_HASH_BYTES * number : _HASH_BYTES * (number + 1)] = bytes.fromhex(record.sha256)
+        self._object_tags[number] = short_tag(record.times.object_tag)
+        self._record_tags[number] = record_tag
         self.num_shards += 1
         self.stats = self.stats + record.tally
         self.classes.update(record.classes or {})

@@ -11,7 +11,7 @@ from pipeline.config.generation import GenerateConfig
 from pipeline.features.networks import network_exists, open_network
 from pipeline.features.trust import require_trusted_network
 from pipeline.generate.completeness import Completeness, check_complete
-from pipeline.generate.done_records import RecordAggregate
+from pipeline.generate.done_records import RecordAggregate, short_tag
 from pipeline.generate.efficiency import Efficiency, EfficiencyCalculator
 from pipeline.generate.finalize import Superseded, clean_up, publish_manifest, require_newest
 from pipeline.generate.generation_run import require_tracking
@@ -234,7 +234,7 @@ class GenerationJob:
             if number not in counts.made:
                 counts.made.add(number)
                 counts.images_made += outcome.record.count
-            self._records.add(number, outcome.record)
+            self._records.add(number, outcome.record, short_tag(outcome.record_tag))
             data = comparable_training_data(self._generation.spec, self._model.card.data)
             self._guard = check_guards(self._records.stats, self._config.guards, data)
         elif outcome.status == "failed":

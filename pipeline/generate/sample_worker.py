@@ -52,6 +52,8 @@ class Outcome(Settings):
     """`guard`: worthless images; `abandoned`: the job is draining."""
     record: DoneRecord | None = None
     """The done-record, if `done`."""
+    record_tag: str | None = None
+    """The tag that the store gave the record; None if another job has written it."""
     error: str | None = None
     """The error in one line, if any."""
     worker: str
@@ -131,8 +133,8 @@ class SampleWorker:
                 died = f"begun {assignment.attempt - 1} times; its workers died"
                 return Outcome(shard=number, status="failed", error=died, worker=self.name)
             unit = shard(self.config.spec, number)
-            record = self._writer.write(unit, assignment.attempt, report.should_stop, report.images)
-            return Outcome(shard=number, status="done", record=record, worker=self.name)
+            record, tag = self._writer.write(unit, assignment.attempt, report.should_stop, report.images)
+            return Outcome(shard=number, status="done", record=record, record_tag=tag, worker=self.name)
         except ShardCancelled:
             return Outcome(shard=number, status="abandoned", worker=self.name)
         except GuardTripped as error:

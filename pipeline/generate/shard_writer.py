@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,20 +20,20 @@ from pipeline.data.formats.image_stats import ImageStats, image_stats
 from pipeline.data.formats.images import encode_image
 from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import write_shard
-from pipeline.errors import DamageError
 from pipeline.features.shard_sums import FeatureRecord, FeatureSums, add_records
 from pipeline.generate.class_labels import index_tensor, labels_of
-from pipeline.generate.done_records import DoneRecord, Times
+from pipeline.generate.done_records import DoneRecord, GpuUse, Times
 from pipeline.generate.engine import Engine, software
 from pipeline.generate.gpu_meter import GpuMeter
 from pipeline.generate.guards import GuardTripped, check_guards
 from pipeline.generate.plan import SampleBatch, Shard, batches
 from pipeline.generate.spec import Spec, canonical
 from pipeline.generate.stored_generation import Generation
-from pipeline.store import ObjectMissing, Store, retry_during_outage
+from pipeline.store import ABSENT, ObjectChanged, Store, StoreUnreachable, retry_during_outage
 
 Member = tuple[str, dict[str, bytes]]
 OnImages = Callable[[int], None]
+_STORE_ATTEMPTS = 10
 
 
 class EncodedBatch(NamedTuple):
@@ -41,6 +42,13 @@ class EncodedBatch(NamedTuple):
     members: list[Member]
     stats: ImageStats
     features: FeatureRecord | None
+
+
+class StoredRecord(NamedTuple):
+    """A done-record and the tag that the store gave it; None if the record was found, not written."""
+
+    record: DoneRecord
+    etag: str | None
 
 
 class ShardCancelled(Exception):  # noqa: N818 - requested, not an error
@@ -76,29 +84,27 @@ class ShardWriter:
         attempt: int = 1,
         should_stop: Callable[[], bool] = lambda: False,
         on_images: OnImages = lambda done: None,
-    ) -> DoneRecord:
+    ) -> StoredRecord:
         """Sample and store a shard, unless another job at the same prefix has done so; return its record.
 
         `on_images` is called with the number of images sampled so far. Raises GuardTripped for worthless images, and
         ShardCancelled when `should_stop` returns True between two batches; both leave nothing in the store.
         """
-        spec, store = self.generation.spec, self.generation.store
-        existing = self._existing_record(unit)
+        spec = self.generation.spec
+        existing = self.generation.intact_record(unit)
         if existing is not None:
-            return existing
+            return StoredRecord(existing, None)
         with self._device:
             began = time.monotonic()
             gpu_use = (lambda: None) if self._gpu is None else self._gpu.start()
-            parts: list[Future[EncodedBatch]] = []
-            done, used = 0, None
-            for batch in batches(spec, unit):
-                if should_stop():
-                    raise ShardCancelled(unit.key)
-                images = self.engine.images(index_tensor(batch.samples))[: batch.keep]
-                parts.append(self._encoder.submit(self._encode, batch, images))
-                done += batch.keep
+            used: GpuUse | None = None
+
+            def on_batch(done: int) -> None:
+                nonlocal used
                 on_images(done)
                 used = gpu_use()
+
+            parts, micro_batch = self._sample(unit, should_stop, on_batch)
             sampled = time.monotonic()
         encoded = [part.result() for part in parts]
         members = [member for part in encoded for member in part.members]
@@ -107,36 +113,74 @@ class ShardWriter:
         fault = check_guards(total, self.guards, comparable_training_data(spec, self.engine.card.data))
         if fault is not None:
             raise GuardTripped(f"{unit.key}: {fault}")
-        data = write_shard(members)
-        retry_during_outage(lambda: store.write(unit.key, data))
-        times = Times(
-            finished_at=time.time(),
-            seconds=sampled - began,
-            upload_seconds=time.monotonic() - sampled,
-            attempt=attempt,
-            worker=self._worker,
-            micro_batch=self.engine.micro_batch,
-            software=self._software,
-            gpu=used,
-        )
-        return self._record(unit, data, total, add_records(features) if features else None, times)
+        sums = add_records(features) if features else None
 
-    def _existing_record(self, unit: Shard) -> DoneRecord | None:
-        """The record of a stored shard, or None if record or object is missing, damaged, or of another size."""
-        store = self.generation.store
-        stored = store.stat(unit.key) if store.stat(unit.done_key) is not None else None
-        if stored is None:
-            return None
-        try:
-            record = self.generation.read_record(unit)
-        except (DamageError, ObjectMissing):
-            return None
-        return record if record.bytes == stored.size_bytes else None
+        def record_of(object_tag: str) -> DoneRecord:
+            times = Times(
+                finished_at=time.time(),
+                seconds=sampled - began,
+                upload_seconds=time.monotonic() - sampled,
+                attempt=attempt,
+                worker=self._worker,
+                micro_batch=micro_batch,
+                software=self._software,
+                gpu=used,
+                object_tag=object_tag,
+            )
+            return self._record(unit, data, total, sums, times)
+
+        data = write_shard(members)
+        return self._store(unit, data, record_of)
+
+    def _sample(
+        self, unit: Shard, should_stop: Callable[[], bool], on_images: OnImages
+    ) -> tuple[list[Future[EncodedBatch]], int]:
+        """The batches of a shard and the micro-batch that all of them were sampled with.
+
+        A shard during which the micro-batch is halved starts over: its record states one, with which it can be made
+        again.
+        """
+        while True:
+            parts: list[Future[EncodedBatch]] = []
+            micro_batch, done = self.engine.micro_batch, 0
+            for batch in batches(self.generation.spec, unit):
+                if should_stop():
+                    raise ShardCancelled(unit.key)
+                images = self.engine.images(index_tensor(batch.samples))[: batch.keep]
+                if self.engine.micro_batch != micro_batch and parts:
+                    break
+                micro_batch = self.engine.micro_batch
+                parts.append(self._encoder.submit(self._encode, batch, images))
+                done += batch.keep
+                on_images(done)
+            else:
+                return parts, micro_batch
+
+    def _store(self, unit: Shard, data: bytes, record_of: Callable[[str], DoneRecord]) -> StoredRecord:
+        """Write object and record, each only over what this attempt knows of: what another one has finished stays."""
+        store, object_tag = self.generation.store, ABSENT
+        for _ in range(_STORE_ATTEMPTS):
+            found = retry_during_outage(lambda: store.stat(unit.done_key))
+            if found is not None:
+                existing = retry_during_outage(lambda: self.generation.intact_record(unit))
+                if existing is not None:
+                    return StoredRecord(existing, None)
+            record_tag = ABSENT if found is None else found.etag
+            try:
+                written = retry_during_outage(partial(store.write, unit.key, data, replaces=object_tag))
+                record = record_of(written.etag)
+                document = canonical(record.model_dump(mode="json"))
+                done = retry_during_outage(partial(store.write, unit.done_key, document, replaces=record_tag))
+                return StoredRecord(record, done.etag)
+            except ObjectChanged:
+                stored = retry_during_outage(lambda: store.stat(unit.key))
+                object_tag = ABSENT if stored is None else stored.etag
+        raise StoreUnreachable(f"{store.uri}/{unit.key}: other attempts keep replacing it; try again later")
 
     def _record(
         self, unit: Shard, data: bytes, total: ImageStats, features: FeatureRecord | None, times: Times
     ) -> DoneRecord:
-        record = DoneRecord(
+        return DoneRecord(
             spec_digest=self._digest,
             key=unit.key,
             first_index=unit.first,
@@ -148,9 +192,6 @@ class ShardWriter:
             features=None if features is None else features.model_dump(mode="json"),
             times=times,
         )
-        document = canonical(record.model_dump(mode="json"))
-        retry_during_outage(lambda: self.generation.store.write(unit.done_key, document))
-        return record
 
     def _encode(self, batch: SampleBatch, images: Pixels) -> EncodedBatch:
         spec, features = self.generation.spec, None

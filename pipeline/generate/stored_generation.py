@@ -2,8 +2,13 @@
 
 A shard counts as done when its record is listed, because the object is written first. Before a generation is called
 complete, objects are listed too. A listing takes a few bytes of memory per shard.
+
+Two attempts at a shard, by two jobs or after a network split, write the same bytes, unless one computed in smaller
+micro-batches or on a device that rounds differently. Then the last object and the last record may be of different
+attempts. So a record states the tag that the store gave its object, and where the tags differ the object is hashed.
 """
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +18,13 @@ from itertools import islice
 from pipeline.config.json_document import parse_document
 from pipeline.errors import DamageError
 from pipeline.generate import plan
-from pipeline.generate.done_records import DoneRecord, RecordAggregate, check_record
+from pipeline.generate.done_records import (
+    UNKNOWN_TAG,
+    DoneRecord,
+    RecordAggregate,
+    check_record,
+    short_tag,
+)
 from pipeline.generate.layout import DONE_PREFIX, SHARD_PREFIX
 from pipeline.generate.plan import Shard
 from pipeline.generate.spec import Spec
@@ -22,6 +33,7 @@ from pipeline.store import ObjectMissing, Store
 _ABSENT = -1
 _NOT_LISTED = -2
 _READERS = 16
+_HASHERS = 4  # each holds a shard in memory
 _RECORDS_AT_ONCE = 1000
 
 
@@ -33,6 +45,10 @@ class PrefixListing:
     """Size of each shard's object, by number; -1 if it is missing, -2 if objects were not listed."""
     recorded: bytearray
     """1 for each shard that has a done-record, by number."""
+    object_tags: "array[int]"
+    """Tag of each shard's object, by number; see `short_tag`."""
+    record_tags: "array[int]"
+    """Tag of each shard's record, by number."""
     superseded: list[str] = field(default_factory=list[str])
     """Keys of the tails of smaller counts, records before objects. No job of this count or a larger one needs them;
     tails of a larger count are never among them."""
@@ -84,7 +100,12 @@ class Generation:
     def listing(self, objects: bool = True) -> PrefixListing:
         """List the done-records and, if `objects`, the shards themselves. Reads no object."""
         total = self.num_shards
-        found = PrefixListing(array("q", [_ABSENT if objects else _NOT_LISTED]) * total, bytearray(total))
+        found = PrefixListing(
+            array("q", [_ABSENT if objects else _NOT_LISTED]) * total,
+            bytearray(total),
+            array("Q", [UNKNOWN_TAG]) * total,
+            array("Q", [UNKNOWN_TAG]) * total,
+        )
         tail = self.shard(total - 1).name
         folders = [(DONE_PREFIX, ".json"), (SHARD_PREFIX, ".tar")]
         for prefix, suffix in folders if objects else folders[:1]:
@@ -99,8 +120,10 @@ class Generation:
                     (found.superseded if smaller else found.unexpected).append(info.key)
                 elif prefix == DONE_PREFIX:
                     found.recorded[number] = 1
+                    found.record_tags[number] = short_tag(info.etag)
                 else:
                     found.sizes[number] = info.size_bytes
+                    found.object_tags[number] = short_tag(info.etag)
         return found
 
     def read_record(self, unit: Shard) -> DoneRecord:
@@ -124,21 +147,70 @@ class Generation:
             while chunk := list(islice(remaining, _RECORDS_AT_ONCE)):
                 yield from pool.map(read, chunk)
 
-    def add_records(self, listing: PrefixListing, aggregate: RecordAggregate) -> list[tuple[int, str]]:
-        """Read the done-records that `aggregate` lacks, and compare the size of every object with its record.
+    def intact_record(self, unit: Shard) -> DoneRecord | None:
+        """The record of a stored shard; None if record or object is missing or damaged, or if they contradict."""
+        stored = self.store.stat(unit.key) if self.store.stat(unit.done_key) is not None else None
+        if stored is None:
+            return None
+        try:
+            record = self.read_record(unit)
+            if record.bytes != stored.size_bytes:
+                return None
+            is_stated = record.times.object_tag == stored.etag or self._sha256(unit) == record.sha256
+            return record if is_stated else None
+        except (DamageError, ObjectMissing):
+            return None
 
-        Returns the numbers of shards whose record or object is unusable, each with the reason.
+    def _sha256(self, unit: Shard) -> str:
+        return hashlib.sha256(self.store.read(unit.key)).hexdigest()
+
+    def add_records(self, listing: PrefixListing, aggregate: RecordAggregate) -> list[tuple[int, str]]:
+        """Read the done-records that `aggregate` lacks, and compare every object with its record.
+
+        Sizes and tags are compared; an object is read where they leave a doubt. Returns the numbers of shards whose
+        record or object is unusable, each with the reason.
         """
         unread = [number for number in listing.done() if number not in aggregate]
         unusable: list[tuple[int, str]] = []
         for number, record in self.read_records(unread):
             if isinstance(record, DoneRecord):
-                aggregate.add(number, record)
+                aggregate.add(number, record, listing.record_tags[number])
             else:
                 unusable.append((number, record))
+        doubtful: list[int] = []
+        replaced: list[int] = []
         for number in aggregate:
+            if not listing.is_done(number):
+                continue
             size, _ = aggregate.row(number)
-            if listing.is_done(number) and listing.sizes[number] != size:
+            stated, record_tag = aggregate.tags(number)
+            if listing.sizes[number] != size:
                 key = self.shard(number).key
                 unusable.append((number, f"{key} has {listing.sizes[number]} bytes, its record says {size}"))
+            elif stated not in (UNKNOWN_TAG, listing.object_tags[number]):
+                doubtful.append(number)
+            elif record_tag == UNKNOWN_TAG or record_tag != listing.record_tags[number]:
+                replaced.append(number)
+        unusable += self._contradictions(doubtful, aggregate)
+        known = {number for number, _ in unusable}
+        again = [number for number in (*doubtful, *replaced) if number not in known]
+        for number, record in self.read_records(again):
+            if isinstance(record, str):
+                unusable.append((number, record))
+            elif (record.bytes, record.sha256) != aggregate.row(number):
+                unusable.append((number, f"{self.shard(number).done_key} has been replaced"))
         return unusable
+
+    def _contradictions(self, numbers: list[int], aggregate: RecordAggregate) -> list[tuple[int, str]]:
+        """Those of the shards whose object has not the hash that their record states, each with the reason."""
+
+        def check(number: int) -> tuple[int, str] | None:
+            unit, (_, stated) = self.shard(number), aggregate.row(number)
+            try:
+                sha256 = self._sha256(unit)
+            except (DamageError, ObjectMissing) as error:
+                return number, str(error)
+            return None if sha256 == stated else (number, f"{unit.key} has not the sha256 of its record")
+
+        with ThreadPoolExecutor(_HASHERS) as pool:
+            return [found for found in pool.map(check, numbers) if found is not None]

@@ -8,9 +8,10 @@ from urllib.parse import unquote, urlsplit
 from pipeline.errors import UserError
 from pipeline.retry import RetryPolicy, retry_during_outage
 from pipeline.store.file_store import FileStore, atomic_file
-from pipeline.store.interface import ObjectChanged, ObjectInfo, ObjectMissing, Store, StoreUnreachable
+from pipeline.store.interface import ABSENT, ObjectChanged, ObjectInfo, ObjectMissing, Store, StoreUnreachable
 
 __all__ = [
+    "ABSENT",
     "FileStore",
     "ObjectChanged",
     "ObjectInfo",

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from pipeline.disk_errors import disk_errors_at
 from pipeline.errors import DamageError, UserError
 from pipeline.store.interface import (
+    ABSENT,
     TEMP_PREFIX,
     ObjectChanged,
     ObjectInfo,
@@ -84,8 +85,8 @@ class FileStore(Store):
             return None
         return ObjectInfo(key, found.st_size, _tag(found))
 
-    def write(self, key: str, data: bytes) -> ObjectInfo:
-        return self._publish(key, lambda file: _write_all(file, data))
+    def write(self, key: str, data: bytes, *, replaces: str | None = None) -> ObjectInfo:
+        return self._publish(key, lambda file: _write_all(file, data), replaces)
 
     def upload(self, key: str, path: Path) -> ObjectInfo:
         with disk_errors_at(path), path.open("rb") as source:
@@ -162,7 +163,12 @@ class FileStore(Store):
         if etag is not None and _tag(os.fstat(file.fileno())) != etag:
             raise ObjectChanged(f"{self.uri}/{key}: replaced since it was listed; index it again")
 
-    def _publish(self, key: str, fill: Callable[[BinaryIO], None]) -> ObjectInfo:
+    def _require_unchanged(self, key: str, etag: str) -> None:
+        existing = self.stat(key)
+        if (ABSENT if existing is None else existing.etag) != etag:
+            raise ObjectChanged(f"{self.uri}/{key}: another process has written it meanwhile; try again")
+
+    def _publish(self, key: str, fill: Callable[[BinaryIO], None], replaces: str | None = None) -> ObjectInfo:
         path, attempts_left = self.path(key), MAX_DIRECTORY_ATTEMPTS
         with self._disk_errors(key):
             while True:
@@ -172,6 +178,11 @@ class FileStore(Store):
                         fill(file)
                         file.flush()
                         found = os.fstat(file.fileno())
+                        if replaces is not None:
+                            os.fsync(
+                                file.fileno()
+                            )  # before the comparison, which the rename then follows at once
+                            self._require_unchanged(key, replaces)
                     return ObjectInfo(key, found.st_size, _tag(found))
                 except (FileNotFoundError, FileExistsError):
                     # Another process deleted the directory's last object, and with it the directory: create it again.

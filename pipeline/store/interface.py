@@ -15,6 +15,10 @@ from pipeline.retry import retry_during_outage, start_seconds
 MAX_KEY_BYTES = 1024  # S3's limit; file:// has the same, so that data can move between the two
 
 
+ABSENT = ""
+"""In place of the tag of an object that does not exist."""
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """One object: `key` relative to its store, its size, and a tag that changes whenever its bytes do."""
@@ -76,8 +80,13 @@ class Store(ABC):
         """Size and tag of an object, or None when there is none."""
 
     @abstractmethod
-    def write(self, key: str, data: bytes) -> ObjectInfo:
-        """Write `data` under `key` atomically: readers see either all of it or what was there before."""
+    def write(self, key: str, data: bytes, *, replaces: str | None = None) -> ObjectInfo:
+        """Write `data` under `key` atomically: readers see either all of it or what was there before.
+
+        With `replaces`, the tag of an object or `ABSENT`, only over that object, or where there is none; otherwise
+        ObjectChanged, also if the first of two requests arrived and its answer was lost. It makes a conflict unlikely,
+        not impossible: some S3 services ignore the condition, and a directory has no such request.
+        """
 
     @abstractmethod
     def upload(self, key: str, path: Path) -> ObjectInfo:

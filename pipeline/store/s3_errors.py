@@ -27,7 +27,8 @@ BUSY_CODES = {
     "OperationAborted", "ConditionalRequestConflict", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch",
     "XAmzContentChecksumMismatch", "408", "429",
 }  # fmt: skip
-PERMANENT_STATUSES = {501, 505}  # the 5xx that no retry changes
+NOT_IMPLEMENTED = 501
+PERMANENT_STATUSES = {NOT_IMPLEMENTED, 505}  # the 5xx that no retry changes
 
 _KEYS = "get new keys (aws sso login, or a new AWS_SESSION_TOKEN) and start the same command again"
 _REGION = "set AWS_REGION to the bucket's"
@@ -148,7 +149,12 @@ def refusal(error: boto_errors.ClientError, uri: str, bucket: str, key: str, end
     if code in ("416", "InvalidRange"):
         return NoSuchRange(f"{where}: ends before the requested byte")
     if code in ("412", "PreconditionFailed"):
-        return ObjectChanged(f"{where}: replaced while it was being read, or since it was indexed")
+        what = (
+            "replaced while it was being read, or since it was indexed"
+            if operation in READS
+            else "another process has written it meanwhile; try again"
+        )
+        return ObjectChanged(f"{where}: {what}")
     if _busy(code, status):
         return StoreUnreachable(f"{where}: {endpoint} is failing or too busy ({code}); try again later")
     if _is_page(error):

@@ -1,6 +1,6 @@
 """`s3://`: any S3-compatible service through boto3.
 
-It uses neither conditional PUT nor bulk delete: some gateways ignore the first and reject the second.
+It uses no bulk delete, which some gateways reject, and relies on no conditional PUT, which some ignore.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pipeline.errors import DamageError, UserError
 from pipeline.retry import RetryPolicy, call_with_retries
 from pipeline.store.file_store import atomic_file
 from pipeline.store.interface import (
+    ABSENT,
     ObjectChanged,
     ObjectInfo,
     ObjectMissing,
@@ -36,6 +37,8 @@ from pipeline.store.interface import (
 from pipeline.store.s3_client import connected, endpoint, renewed, sends_own_checksums
 from pipeline.store.s3_errors import (
     CONNECTION_ERRORS,
+    MISSING_CODES,
+    NOT_IMPLEMENTED,
     SECRET_CODES,
     STALE_CODES,
     NoSuchRange,
@@ -133,9 +136,21 @@ class S3Store(Store):
         tag = self._tag_of(key, found)
         return ObjectInfo(key, found["ContentLength"], tag)
 
-    def write(self, key: str, data: bytes) -> ObjectInfo:
+    def write(self, key: str, data: bytes, *, replaces: str | None = None) -> ObjectInfo:
         where: Any = {"Bucket": self.bucket, "Key": self._name(key), "Body": data, **_checksum(data)}
-        done = self._call(key, lambda client: client.put_object(**where))
+        condition = _condition(replaces)
+
+        def put(client: S3Client) -> Any:
+            try:
+                return client.put_object(**where, **condition)
+            except boto_errors.ClientError as error:
+                if condition and code_of(error) in MISSING_CODES:
+                    raise ObjectChanged(f"{self.uri}/{key}: deleted meanwhile; try again") from error
+                if not condition or status_of(error) != NOT_IMPLEMENTED:
+                    raise
+                return client.put_object(**where)
+
+        done = self._call(key, put)
         return ObjectInfo(key, len(data), self._tag_of(key, done))
 
     def upload(self, key: str, path: Path) -> ObjectInfo:
@@ -371,6 +386,12 @@ def _matches_tag(data: bytes, etag: str | None) -> bool:
 
 def _bare(etag: str) -> str:
     return etag.removeprefix("W/").strip('"')
+
+
+def _condition(replaces: str | None) -> dict[str, str]:
+    if replaces is None:
+        return {}
+    return {"IfNoneMatch": "*"} if replaces == ABSENT else {"IfMatch": f'"{replaces}"'}
 
 
 def _checksum(data: bytes) -> dict[str, str]:

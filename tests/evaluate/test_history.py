@@ -165,12 +165,12 @@ def test_latest_follows_the_records(tmp_path: Path, caplog: pytest.LogCaptureFix
 class DelayedStore(FileStore):
     """A store on which another job records a later night just before latest.json is written."""
 
-    def write(self, key: str, data: bytes) -> ObjectInfo:
+    def write(self, key: str, data: bytes, *, replaces: str | None = None) -> ObjectInfo:
         if key == "latest.json" and read_night(self, DAY + dt.timedelta(7)) is None:
             other = FileStore(self.root)
             write_night(other, night(7))
             advance_latest(other, DAY + dt.timedelta(9))
-        return super().write(key, data)
+        return super().write(key, data, replaces=replaces)
 
 
 def test_a_job_delayed_before_it_writes_latest_ends_with_the_newest_night(tmp_path: Path) -> None:

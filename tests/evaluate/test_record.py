@@ -41,7 +41,7 @@ def test_the_records_alone_give_the_metrics_of_the_samples(digits: str, tmp_path
     store, spec, records = writer.generation.store, writer.generation.spec, RecordAggregate()
     write_spec(store, spec)
     for unit in shards(spec):
-        records.add(unit.number, writer.write(unit))
+        records.add(unit.number, writer.write(unit).record)
     publish_manifest(Generation(store, spec), records, None)
     whole = evaluate_generation(EvaluateConfig(reference=digits), config.output, no_progress)
     quick = evaluate_generation(

@@ -3,6 +3,7 @@ delete can be a place where the driver stands still, or dies.
 """
 
 import functools
+import hashlib
 import io
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -23,7 +24,15 @@ from pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
 from pipeline.generate.shard_writer import ShardWriter
 from pipeline.generate.stored_generation import Generation
 from pipeline.nets.model_files import build_model
-from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, open_store
+from pipeline.store import (
+    ABSENT,
+    FileStore,
+    ObjectChanged,
+    ObjectInfo,
+    ObjectMissing,
+    Store,
+    open_store,
+)
 
 _PATIENCE_SECONDS = 60
 
@@ -52,19 +61,22 @@ class MemoryStore(FileStore):
 
     def stat(self, key: str) -> ObjectInfo | None:
         data = self.objects.get(key)
-        return None if data is None else ObjectInfo(key, len(data), "")
+        return None if data is None else _info(key, data)
 
-    def write(self, key: str, data: bytes) -> ObjectInfo:
+    def write(self, key: str, data: bytes, *, replaces: str | None = None) -> ObjectInfo:
+        existing = self.stat(key)
+        if replaces is not None and (ABSENT if existing is None else existing.etag) != replaces:
+            raise ObjectChanged(f"{key}: another process has written it meanwhile")
         self._before("write", key)
         self.objects[key] = data
-        return ObjectInfo(key, len(data), "")
+        return _info(key, data)
 
     def upload(self, key: str, path: Path) -> ObjectInfo:
         return self.write(key, path.read_bytes())
 
     def list(self, prefix: str = "", start_after: str = "") -> Iterator[ObjectInfo]:
-        found = sorted((key, len(data)) for key, data in self.objects.items())
-        return (ObjectInfo(k, n, "") for k, n in found if k.startswith(prefix) and k > start_after)
+        found = sorted(self.objects.items())
+        return (_info(key, data) for key, data in found if key.startswith(prefix) and key > start_after)
 
     def delete(self, key: str) -> None:
         self._before("delete", key)
@@ -72,6 +84,10 @@ class MemoryStore(FileStore):
 
     def require_container(self) -> None:
         """It is there."""
+
+
+def _info(key: str, data: bytes) -> ObjectInfo:
+    return ObjectInfo(key, len(data), hashlib.md5(data, usedforsecurity=False).hexdigest())
 
 
 class Driver:
@@ -169,8 +185,8 @@ class _Stream:
         if not self._numbers:
             return None
         number = self._numbers.pop(0)
-        record = self._pool.writer.write(self._pool.writer.generation.shard(number))
-        return [Outcome(shard=number, status="done", record=record, worker="here")]
+        record, tag = self._pool.writer.write(self._pool.writer.generation.shard(number))
+        return [Outcome(shard=number, status="done", record=record, record_tag=tag, worker="here")]
 
     def close(self) -> None:
         """Nothing is open."""

@@ -43,7 +43,7 @@ class Stepped(FileStore):
             raise ObjectMissing(key)
         return self._objects[key]
 
-    def write(self, key: str, data: bytes) -> ObjectInfo:
+    def write(self, key: str, data: bytes, *, replaces: str | None = None) -> ObjectInfo:
         self._step()
         assert key not in self._objects or key == SPEC_KEY, "a ballot is never overwritten"
         self._objects[key] = data

@@ -20,7 +20,7 @@ from tests.generate.tiny import writer_of, plan_of
 config = GenerateConfig.model_validate_json(Path(sys.argv[1]).read_text())
 set_up_torch(plan_of(config)[0])
 writer = writer_of(config)
-print(writer.write(shard(writer.generation.spec, 0)).sha256)
+print(writer.write(shard(writer.generation.spec, 0)).record.sha256)
 """
 
 

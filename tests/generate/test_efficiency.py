@@ -50,7 +50,7 @@ def test_a_shard_made_by_a_gpu_names_it_and_its_share_of_the_energy(
     install(monkeypatch, Working(), FakeCard())
     writer = with_gpu(writer_of(settings(model, f"file://{tmp_path}/out")), 0.5)
     unit = shard(writer.generation.spec, 0)
-    record = writer.write(unit)
+    record = writer.write(unit).record
     # 10 images in batches of 4: one look before, and one after each of 3 batches
     assert record.times.gpu == GpuUse(name="NVIDIA L4", share=0.5, joules=3.0)
     assert writer.generation.read_record(unit) == record
@@ -61,7 +61,7 @@ def test_a_gpu_without_readings_is_named_and_its_energy_is_unknown(
 ) -> None:
     install(monkeypatch)
     writer = with_gpu(writer_of(settings(model, f"file://{tmp_path}/out")), 1.0)
-    record = writer.write(shard(writer.generation.spec, 0))
+    record = writer.write(shard(writer.generation.spec, 0)).record
     assert record.times.gpu == GpuUse(name="NVIDIA L4", share=1.0, joules=None)
 
 
@@ -104,11 +104,11 @@ def test_totals_add_shares_and_forget_energy_that_one_shard_lacks(
     install(monkeypatch, Working())
     records = RecordAggregate()
     writer = with_gpu(writer_of(settings(model, f"file://{tmp_path}/out")), 0.5)
-    first = writer.write(shard(writer.generation.spec, 0))
+    first = writer.write(shard(writer.generation.spec, 0)).record
     records.add(0, first)
     assert records.gpus == GpuTotals(10, {"NVIDIA L4": first.times.seconds / 2}, 3.0)
     monkeypatch.setattr(gpu_meter, "visible_gpus", lambda: ())
-    records.add(1, with_gpu(writer, 1.0).write(shard(writer.generation.spec, 1)))
+    records.add(1, with_gpu(writer, 1.0).write(shard(writer.generation.spec, 1)).record)
     assert (records.gpus.images, records.gpus.joules) == (20, None)
 
 

@@ -66,7 +66,7 @@ def test_records_count_a_shard_once_and_make_no_manifest_while_one_is_missing(
 ) -> None:
     writer = writer_of(settings(model, f"file://{tmp_path}/out", count=20))
     records = RecordAggregate()
-    record = writer.write(shard(writer.generation.spec, 0))
+    record = writer.write(shard(writer.generation.spec, 0)).record
     records.add(0, record)
     records.add(0, record)
     assert records.images == 10

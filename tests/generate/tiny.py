@@ -102,7 +102,7 @@ def fill(config: GenerateConfig) -> Spec:
     write_spec(store, spec)
     records = RecordAggregate()
     for unit in shards(spec):
-        records.add(unit.number, writer.write(unit))
+        records.add(unit.number, writer.write(unit).record)
     publish_manifest(Generation(store, spec), records, writer.engine.card.class_names)
     return spec
 

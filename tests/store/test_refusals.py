@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.store import ObjectChanged, RetryPolicy, Store, StoreUnreachable
+from pipeline.store import ABSENT, ObjectChanged, RetryPolicy, Store, StoreUnreachable
 from pipeline.store.s3_store import S3Store
-from tests.store.hostile_s3 import Answer, answering, of_code
+from tests.store.hostile_s3 import Answer, Request, answering, of_code
 
 QUICK = RetryPolicy(attempts=2, first_pause_seconds=0.001)
 PAGE = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body><br>Welcome</body></html>"
@@ -209,3 +209,20 @@ def test_the_services_clock_is_the_date_of_its_answers(
 ) -> None:
     server.answer = Answer(200, b"<ListBucketResult/>", {"Date": date})
     assert S3Store("bucket").server_time() == told
+
+
+def test_a_service_that_knows_no_conditional_put_is_written_to_without_condition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    conditions: list[str | None] = []
+
+    def answer(request: Request) -> Answer:
+        conditions.append(request.headers.get("if-none-match") or request.headers.get("if-match"))
+        return of_code(501, "NotImplemented") if conditions[-1] else Answer(200, headers={"ETag": '"tag"'})
+
+    with answering(answer) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        store = S3Store("bucket", policy=QUICK)
+        assert store.write("x", b"one", replaces=ABSENT).etag == "tag"
+        assert store.write("x", b"two", replaces="tag").etag == "tag"
+    assert conditions == ["*", None, '"tag"', None]
