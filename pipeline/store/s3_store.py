@@ -138,7 +138,7 @@ class S3Store(Store):
 
     def write(self, key: str, data: bytes, *, replaces: str | None = None) -> ObjectInfo:
         where: Any = {"Bucket": self.bucket, "Key": self._name(key), "Body": data, **_checksum(data)}
-        condition = _condition(replaces)
+        condition: Any = _condition(replaces)
 
         def put(client: S3Client) -> Any:
             try:
