@@ -196,12 +196,12 @@ def require_resources(num_workers: int, cpus_each: float, gpus_each: float, sect
     """Refuse a request that exceeds the cluster's present size; an autoscaling one is trusted to grow."""
     import ray
 
-    from pipeline.generate.ray_pool import GROWS_VARIABLE
+    from pipeline.cluster import GROWS_VARIABLE, grows
 
     have = ray.cluster_resources()
     for kind, each in (("CPU", cpus_each), ("GPU", gpus_each)):
         need = num_workers * each
-        if need > have.get(kind, 0.0) and not os.environ.get(GROWS_VARIABLE):
+        if need > have.get(kind, 0.0) and not grows():
             raise UserError(
                 f"{section}.num_workers: {num_workers} workers need {need:g} {kind}s, the cluster has "
                 f"{have.get(kind, 0.0):g}; request fewer, or set {GROWS_VARIABLE}=1 if it scales by itself"

@@ -135,9 +135,21 @@ def handle_errors(work: Callable[[], int]) -> int:
         found = disk_error(error)
         if found is None:
             raise
+    except (RuntimeError, AssertionError) as error:
+        found = _unfit_machine(error)
+        if found is None:
+            raise
     refused = isinstance(found, UserError) and not isinstance(found, (Outage, DiskFull))
     _print_error("error" if refused else "failed", found)
     return REFUSED if refused else FAILED
+
+
+def _unfit_machine(error: Exception) -> UserError | None:
+    """The error for a GPU that this machine's driver or torch cannot use, in one line; None if it is none."""
+    from pipeline.devices.remedies import unfit_remedy  # imports torch, as what raised the error did
+
+    remedy = unfit_remedy(error)
+    return None if remedy is None else UserError(f"this machine: {str(error).splitlines()[0]}; {remedy}")
 
 
 def _print_error(kind: str, error: Exception) -> None:

@@ -24,8 +24,11 @@ class Node:
     identity: processes.ProcessIdentity
 
 
-def add_node(stack: LocalStack, num_cpus: int = 1) -> Node:
-    """Add one more Ray node to the running cluster, as another machine would be; `stack.down` ends it too."""
+def add_node(stack: LocalStack, num_cpus: int = 1, num_gpus: int = 0) -> Node:
+    """Add one more Ray node to the running cluster, as another machine would be; `stack.down` ends it too.
+
+    `num_gpus`: what it declares, whether the machine has them or not.
+    """
     with locked(stack.root):
         state = read_state(stack.root)
         heads = [one for one in stack._services(state) if one.name == "ray"] if state else []
@@ -34,7 +37,9 @@ def add_node(stack: LocalStack, num_cpus: int = 1) -> Node:
         number = next(n for n in range(1, 250) if f"{_PREFIX}{n}" not in state.services)
         name, address = f"{_PREFIX}{number}", f"127.0.0.{number + 1}"
         chosen = ports.choose(ray.node_port_names(name), taken=state.ports.values())
-        node = _node_service(stack.root, name, address, {**state.ports, **chosen}, num_cpus, heads[0])
+        node = _node_service(
+            stack.root, name, address, {**state.ports, **chosen}, num_cpus, num_gpus, heads[0]
+        )
         stack._ensure(node, None, None)
         identity = (read_state(stack.root) or state).services[name].identity
         return Node(name, address, identity)
@@ -48,7 +53,13 @@ def remove_node(stack: LocalStack, node: Node, *, suddenly: bool = False) -> Non
 
 
 def _node_service(
-    root: Path, name: str, address: str, numbers: Mapping[str, int], num_cpus: int, head: Service
+    root: Path,
+    name: str,
+    address: str,
+    numbers: Mapping[str, int],
+    num_cpus: int,
+    num_gpus: int,
+    head: Service,
 ) -> Service:
     """One more node of the cluster that `head` leads, on its own loopback `address` (127.0.0.2 and up; Linux)."""
     # The head takes a moment to notice that a node has gone: one that was lost at this address is not the new one.
@@ -60,6 +71,7 @@ def _node_service(
             f"--address=[::ffff:127.0.0.1]:{numbers['ray']}",
             f"--node-ip-address={address}",
             f"--num-cpus={num_cpus}",
+            f"--num-gpus={num_gpus}",
             *ray.node_ports(numbers, prefix=name),
             f"--object-store-memory={ray.OBJECT_STORE_BYTES // 4}",
         ),

@@ -19,7 +19,13 @@ from pipeline.generate.guards import check_guards
 from pipeline.generate.job_reporter import JobCounts, JobReporter, Status
 from pipeline.generate.model_source import ResolvedModel, resolve_model
 from pipeline.generate.prefix_spec import check_prefix, claim_prefix, raise_count
-from pipeline.generate.ray_pool import OutcomeStream, WorkerPool, require_pool_resources, start_pool
+from pipeline.generate.ray_pool import (
+    OutcomeStream,
+    WorkerPool,
+    require_fit_pool,
+    require_pool_resources,
+    start_pool,
+)
 from pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
 from pipeline.generate.shard_writer import comparable_training_data
 from pipeline.generate.spec import require_extension
@@ -79,6 +85,7 @@ def generate(
     the user can correct; RuntimeError if Ray fails.
     """
     began = time.monotonic()
+    stop = stop or threading.Event()
     model, spec = resolve_model(config)
     generation = Generation(open_store(config.output), spec)
     generation.store.require_container()
@@ -97,12 +104,13 @@ def generate(
     config = with_feature_network(config, None if model.version is None else model.name)
     with cluster():
         require_pool_resources(config)
+        require_fit_pool(config, stop)
         if is_new:
             require_extension(generation.uri, claim_prefix(generation).spec, spec)
         # Another job may have raised the count since the first check.
         require_extension(generation.uri, raise_count(generation).spec, spec)
         reporter = JobReporter(config, generation, progress, began)
-        return GenerationJob(config, generation, model, reporter, stop or threading.Event(), began).run()
+        return GenerationJob(config, generation, model, reporter, stop, began).run()
 
 
 def with_feature_network(config: GenerateConfig, registered: str | None) -> GenerateConfig:

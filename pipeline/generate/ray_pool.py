@@ -1,7 +1,6 @@
 """An elastic pool of Ray workers that pull shards, and the stream of their outcomes."""
 
 import logging
-import os
 import queue
 import threading
 from collections.abc import Generator
@@ -15,6 +14,8 @@ import ray.data
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.cluster import GROWS_VARIABLE, Workers, grows, reason_line, require_fit_workers
+from pipeline.config.device_kind import DeviceKind
 from pipeline.config.generation import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.generate.coordinator import Coordinator, ShardProgress
@@ -25,13 +26,12 @@ WAVE_SHARDS = 5_000
 # One shard on the device, one being encoded and uploaded.
 SHARDS_PER_WORKER = 2
 CLOSE_SECONDS = 30.0
-GROWS_VARIABLE = "DDPM_CLUSTER_GROWS"
-"""Set on clusters that add nodes when work waits for them."""
+_MAP_OPERATOR = "ray.data._internal.execution.operators.map_operator"
 
 
 def require_pool_resources(config: GenerateConfig) -> None:
     """UserError unless some node of the cluster is large enough for one worker, or the cluster may add one."""
-    if os.environ.get(GROWS_VARIABLE):
+    if grows():
         return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for resource, field, wanted in (
@@ -44,6 +44,21 @@ def require_pool_resources(config: GenerateConfig) -> None:
                 f"{field}: a worker needs {wanted:g}, but the largest node of the cluster has {largest:g}; "
                 f"lower it, add a node, or set {GROWS_VARIABLE}=1 if the cluster scales by itself"
             )
+
+
+def require_fit_pool(config: GenerateConfig, stop: threading.Event) -> list[DeviceKind]:
+    """The kinds of GPU that the cluster's nodes have for the workers, none for work on the CPU.
+
+    Waits for the first node that can be asked; the list is empty if `stop` is set meanwhile. UserError if a GPU of some
+    kind of node cannot do the work.
+    """
+    workers = Workers(
+        config.cpus_per_worker,
+        config.gpus_per_worker,
+        gpus_setting="gpus_per_worker",
+        compile=config.compile,
+    )
+    return require_fit_workers(workers, stop)
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,7 @@ class OutcomeStream:
                 self._queue.put(None)
                 return outcomes or None
             if isinstance(item, BaseException):
-                raise RuntimeError(f"Ray failed: {' '.join(str(item).split())[:1000]}") from item
+                raise RuntimeError(f"Ray failed: {reason_line(item)}") from item
             outcomes.append(item)
             try:
                 item = self._queue.get_nowait()
@@ -132,12 +147,18 @@ class OutcomeStream:
             self._queue.put(None)
 
 
+def _without_remark(record: logging.LogRecord) -> bool:
+    """Drop a warning about what every GPU worker here does: take CPUs and a GPU. Their placement is tested by Ray."""
+    return "Specifying both num_cpus and num_gpus" not in record.getMessage()
+
+
 def _wave(config: GenerateConfig, pool: WorkerPool, numbers: list[int]) -> Generator[Outcome]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # A pool is busy when every worker has its shards; Ray's default of 1.75 is more than we ever queue.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 0.95
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger(_MAP_OPERATOR).addFilter(_without_remark)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns about disabled bars
     max_workers = config.max_workers or config.num_workers
     actors = ray.data.ActorPoolStrategy(

@@ -28,6 +28,8 @@ from ray.train import (
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.cluster import cause_of, reason_line
+from pipeline.devices.remedies import unfit_remedy
 from pipeline.errors import DamageError, JobError, UserError
 from pipeline.progress import Progress
 from pipeline.store import StoreUnreachable
@@ -132,13 +134,15 @@ def _fit(task: TrainTask, coordinator: Any, scratch: str, stop: threading.Event)
         try:
             return _run(_trainer(task, coordinator, scratch))
         except ControllerError as error:
-            reason = _cause(error.controller_failure)
+            reason = cause_of(error.controller_failure)
             if isinstance(reason, UserError | UnreachableError):
                 raise reason from None
             if type(reason).__name__ != START_TIMEOUT_ERROR and not stop.is_set():
-                reason_line = " ".join(str(reason).split())[:200] or type(reason).__name__
+                remedy = unfit_remedy(reason)
+                if remedy is not None:  # a new group would meet it again
+                    raise UserError(f"workers cannot train there: {reason_line(reason)}; {remedy}") from None
                 raise WorkerGroupStartError(
-                    f"workers were lost before they trained ({reason_line})"
+                    f"workers were lost before they trained ({reason_line(reason)})"
                 ) from None
             if start == MAX_STARTS:
                 raise
@@ -146,11 +150,6 @@ def _fit(task: TrainTask, coordinator: Any, scratch: str, stop: threading.Event)
             return None
         log.warning("no free resources for all workers; retrying, %d of %d", start + 1, MAX_STARTS)
     return None
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The worker's own error, out of Ray's wrapping."""
-    return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
 
 
 def _run(trainer: TorchTrainer) -> None:
@@ -214,27 +213,24 @@ def _raise_failure(coordinator: Any) -> None:
 
 def _cluster_failure(error: ray.exceptions.RayError) -> str:
     """One line: the cluster was lost, or it could not start the training, which another attempt would meet again."""
-    text = str(error).strip() or type(error).__name__
-    started = isinstance(error, ray.exceptions.RayActorError) and "creation task" not in text
+    started = isinstance(error, ray.exceptions.RayActorError) and "creation task" not in str(error)
     if started or isinstance(error, ray.exceptions.GetTimeoutError):
         return (
             f"the Ray cluster was lost while training ({type(error).__name__}); once it is up again, run the same "
             "command to resume from the last checkpoint"
         )
-    return f"the cluster could not start the training ({text.splitlines()[-1].strip()[:300]}); correct that first"
+    return f"the cluster could not start the training ({reason_line(error)}); correct that first"
 
 
 def _workers_failure(error: TrainingFailedError, max_failures: int) -> str:
     """One line: the error of the last group that failed."""
-    what, reason = "Ray gave up", str(error)
+    what, reason = "Ray gave up", reason_line(error)
     if isinstance(error, WorkerGroupError):
         rank, first = min(error.worker_failures.items())
         log.error("rank %d failed", rank, exc_info=first)
         what = f"workers were lost more often than workers.max_failures={max_failures} allows"
-        reason = f"rank {rank}: {str(first).strip().splitlines()[-1]}"
-    return (
-        f"{what} ({' '.join(reason.split())[:300]}); run the same command to resume from the last checkpoint"
-    )
+        reason = f"rank {rank}: {reason_line(first)}"
+    return f"{what} ({reason}); run the same command to resume from the last checkpoint"
 
 
 def _on_worker(payload: dict[str, Any]) -> None:
@@ -263,12 +259,16 @@ def _on_worker(payload: dict[str, Any]) -> None:
             ray.get(coordinator.fail.remote(error))
         raise  # returning would leave the other ranks waiting for this one
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        remedy = unfit_remedy(error)
+        if remedy is not None:
+            place = f"node {ray.util.get_node_ip_address()}"
+            ray.get(coordinator.fail.remote(UserError(f"{place}: {reason_line(error)}; {remedy}")))
+            raise
         log.error(
             "rank %d failed (%s: %s); another group continues if max_failures allows",
             rank,
             type(error).__name__,
-            reason,
+            reason_line(error),
         )
         raise
 

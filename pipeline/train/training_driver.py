@@ -41,13 +41,13 @@ from pipeline.tracking import (
 from pipeline.train.checkpoint import Checkpoint, checkpoint_uri, latest_checkpoint
 from pipeline.train.export import ModelLog, export_model, logged_name
 from pipeline.train.finetune import stage_initial
+from pipeline.train.fit_machine import require_fit_machine
 from pipeline.train.run_logger import FINAL_GRID
 from pipeline.train.training_plan import TrainPlan, plan_training
 from pipeline.train.worker import (
     TrainTask,
     UnreachableError,
     WorkerGroupStartError,
-    require_device,
     train_local,
 )
 
@@ -116,8 +116,12 @@ class TrainingDriver:
             version = _version_of(config.name, known.run_id)
             return TrainingResult("already complete", plan.finished_steps, known, version)
         if self.local:
-            require_device(config.workers)
+            require_fit_machine(config)
         with self.cluster():
+            if not self.local and not plan.is_trained:
+                from pipeline.train.fit_cluster import require_fit_cluster  # imports Ray
+
+                require_fit_cluster(config, self.stop)
             run = self._open_run(plan, key)
             if plan.finished_steps:
                 echo(f"resuming at step {plan.finished_steps} of {config.steps}")

@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.device_kind import DeviceKind
-from pipeline.config.training import TrainConfig, WorkerConfig
+from pipeline.config.training import TrainConfig
 from pipeline.data.index import load_index
 from pipeline.data.reading.loader import Batch, Loader
 from pipeline.devices import read_device_kind, set_up_arithmetic
 from pipeline.diffusion import NoiseSchedule
-from pipeline.errors import DamageError, JobError, UserError
+from pipeline.errors import DamageError, JobError
 from pipeline.progress import Progress
 from pipeline.store import ObjectMissing, Store, open_store, retry_during_outage
 from pipeline.telemetry.logs import name_process
@@ -270,15 +270,6 @@ def _warm_up(trainer: Trainer, state: TrainState, context: WorkerContext) -> Non
     terms, _ = chunk_loss(trainer, micro_batches(blank, config.workers.micro_batch)[-1])
     terms.per_sample.sum().backward()
     state.optimizer.zero_grad(set_to_none=True)
-
-
-def require_device(workers: WorkerConfig) -> None:
-    """UserError when the settings ask for a GPU that torch cannot use here."""
-    if workers.gpus_per_worker and not torch.cuda.is_available():
-        raise UserError(
-            f"train.workers.gpus_per_worker: {workers.gpus_per_worker:g} requested, but torch {torch.__version__} "
-            "cannot use a GPU of this machine (see ddpm doctor); set it to 0 to train on the CPU"
-        )
 
 
 def train_local(task: TrainTask, progress: Progress, stop: threading.Event) -> None:

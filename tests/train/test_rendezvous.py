@@ -10,11 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.config.training import WorkerConfig
 from pipeline.errors import UserError
 from pipeline.train import rendezvous
 from pipeline.train.rendezvous import interface_of, open_store_at, use_interface
-from pipeline.train.worker import require_device
 
 V4, V6, LINK = socket.AF_INET, socket.AF_INET6, getattr(socket, "AF_PACKET", -1)
 
@@ -82,14 +80,3 @@ def test_a_gpu_that_torch_cannot_use_is_refused_in_one_line(monkeypatch: pytest.
     monkeypatch.setattr(rendezvous.ray.util, "get_node_ip_address", lambda: "10.77.0.3")
     with pytest.raises(UserError, match=r"^train\.workers\.gpus_per_worker: .*node 10\.77\.0\.3[^\n]*$"):
         rendezvous._prepare(gpus=True, matmul="ieee", deterministic=True)  # pyright: ignore[reportPrivateUsage]
-
-
-def test_training_here_with_a_gpu_that_is_not_there_is_refused_in_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    require_device(WorkerConfig())
-    with pytest.raises(
-        UserError, match=r"^train\.workers\.gpus_per_worker: 1 requested[^\n]*set it to 0[^\n]*$"
-    ):
-        require_device(WorkerConfig(gpus_per_worker=1))

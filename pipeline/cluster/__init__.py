@@ -1,0 +1,24 @@
+"""What jobs ask of a Ray cluster before they place work on it, and how they report Ray's errors."""
+
+from pipeline.cluster.gpus import (
+    GROWS_VARIABLE,
+    NodeReport,
+    Workers,
+    check_every_gpu,
+    grows,
+    require_fit_workers,
+    unfit_message,
+)
+from pipeline.cluster.ray_errors import cause_of, reason_line
+
+__all__ = [
+    "GROWS_VARIABLE",
+    "NodeReport",
+    "Workers",
+    "cause_of",
+    "check_every_gpu",
+    "grows",
+    "reason_line",
+    "require_fit_workers",
+    "unfit_message",
+]

@@ -1,0 +1,224 @@
+"""The check of a cluster's GPUs as tasks on its nodes, before work is placed there.
+
+A node whose torch cannot use its GPU is otherwise found by the work itself: after a minute, and again at each restart
+of a group of workers and for each shard of a generation.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.config.device_kind import DeviceKind
+from pipeline.devices.preflight import (
+    ANSWER_SECONDS,
+    GpuNeeds,
+    GpuReport,
+    check_gpus,
+    compiler_fault,
+)
+from pipeline.errors import UserError
+
+GROWS_VARIABLE = "DDPM_CLUSTER_GROWS"
+"""Set on clusters that add nodes when work waits for them."""
+_GROUP_LABEL = "ray.io/node-group"
+_POLL_SECONDS = 0.5
+_REPORT_SECONDS = 60.0
+_START_SECONDS = 20.0
+"""For Ray to start the process of a task whose resources are free."""
+log = logging.getLogger(__name__)
+
+
+def grows() -> bool:
+    """Whether the cluster adds nodes when work waits for them."""
+    return bool(os.environ.get(GROWS_VARIABLE))
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What each worker of a job takes from a node, and what its work requires there."""
+
+    cpus: float
+    gpus: float
+    """0 = work on the CPU."""
+    gpus_setting: str
+    """Full name of the setting, for messages."""
+    nccl: bool = False
+    """Several of them train together."""
+    compile: bool = False
+    """They compile the network."""
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What a node answered."""
+
+    node: str
+    """Its address."""
+    report: GpuReport
+
+
+def require_fit_workers(
+    workers: Workers, stop: threading.Event, patience_seconds: float | None = None
+) -> list[DeviceKind]:
+    """The kinds of GPU on which the workers may be placed, in order of their names; none for work on the CPU.
+
+    Asks one GPU of each kind of node. Where all are busy, or the cluster has yet to add a node, this waits as the work
+    itself would: until `stop` is set, or for `patience_seconds` if they are given; then the list may be empty.
+    UserError for the first GPU that cannot do the work.
+    """
+    if not workers.gpus and not workers.compile:
+        return []
+    reports = _Inquiry(workers, stop, patience_seconds).run()
+    for found in reports:
+        if found.report.fault is not None:
+            raise UserError(unfit_message(found, workers.gpus_setting if workers.gpus else "compile"))
+    kinds = {str(found.report.kind): found.report.kind for found in reports if found.report.kind is not None}
+    return [kinds[name] for name in sorted(kinds)]
+
+
+def check_every_gpu(wait_seconds: float) -> tuple[list[NodeReport], list[str]]:
+    """Reports of every GPU, and the addresses of nodes whose GPUs were not all free within `wait_seconds`."""
+    nodes = [node for node in _living_nodes() if node["Resources"].get("GPU", 0) >= 1]
+    tasks = {
+        _task(GpuNeeds(every=True), int(node["Resources"]["GPU"]), str(node["NodeID"])): node
+        for node in nodes
+    }
+    if not tasks:
+        return [], []
+    done, busy = ray.wait(list(tasks), num_returns=len(tasks), timeout=wait_seconds + ANSWER_SECONDS)
+    for reference in busy:
+        ray.cancel(reference)
+    found = [
+        report for reference in tasks if reference in done for report in _answer(reference, tasks[reference])
+    ]
+    return found, [_address(tasks[reference]) for reference in busy]
+
+
+def unfit_message(found: NodeReport, setting: str) -> str:
+    """One line on a GPU that cannot do the work."""
+    report = found.report
+    return f"{setting}: node {found.node}, {report.gpu}: {report.fault}; {report.remedy}"
+
+
+class _Inquiry:
+    """One task for each kind of node, and the wait for their answers."""
+
+    def __init__(self, workers: Workers, stop: threading.Event, patience_seconds: float | None) -> None:
+        self._workers = workers
+        self._stop = stop
+        self._patience_seconds = patience_seconds
+        self._began = time.monotonic()
+        self._reported = self._began
+        self._answered: float | None = None
+
+    def run(self) -> list[NodeReport]:
+        """What the nodes answered."""
+        pending = self._start()
+        reports: list[NodeReport] = []
+        while pending and not self._stop.is_set():
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS)
+            for reference in done:
+                reports += _answer(reference, pending.pop(reference))
+                self._answered = self._answered or time.monotonic()
+            if any(found.report.fault is not None for found in reports):
+                break
+            if self._is_over():
+                log.warning("no free GPU to check on %s; going on without", _addresses(pending.values()))
+                break
+            if self._answered is None:
+                self._say_that_it_waits()
+        for reference in pending:
+            ray.cancel(reference)
+        return reports
+
+    def _start(self) -> dict[Any, Mapping[str, Any]]:
+        workers = self._workers
+        needs = GpuNeeds(nccl=workers.nccl, compiler=workers.compile)
+        kinds: dict[object, Mapping[str, Any]] = {}
+        for node in _living_nodes():
+            if _has_room(node, workers):
+                kinds.setdefault(_kind_of_node(node), node)
+        if not kinds:  # placed wherever the cluster adds a node
+            return {_task(needs, workers.gpus, None): {}}
+        return {_task(needs, workers.gpus, str(node["NodeID"])): node for node in kinds.values()}
+
+    def _is_over(self) -> bool:
+        if (
+            self._answered is not None
+        ):  # other kinds of node may be busy for long: the work can begin without them
+            return time.monotonic() - self._answered > ANSWER_SECONDS + _START_SECONDS
+        patience = self._patience_seconds
+        return patience is not None and time.monotonic() - self._began > patience
+
+    def _say_that_it_waits(self) -> None:
+        if time.monotonic() - self._reported > _REPORT_SECONDS:
+            self._reported = time.monotonic()
+            what = "a node" if grows() else "a free GPU" if self._workers.gpus else "free resources"
+            log.warning("waiting for %s, to check it before work is placed there", what)
+
+
+def _living_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _address(node: Mapping[str, Any]) -> str:
+    return str(node["NodeManagerAddress"])
+
+
+def _addresses(nodes: Iterable[Mapping[str, Any]]) -> str:
+    return ", ".join(sorted(_address(node) for node in nodes if node)) or "the cluster"
+
+
+def _has_room(node: Mapping[str, Any], workers: Workers) -> bool:
+    """Whether the node, were it idle, had room for one worker."""
+    resources = node["Resources"]
+    return resources.get("GPU", 0) >= workers.gpus and resources.get("CPU", 0) >= workers.cpus
+
+
+def _kind_of_node(node: Mapping[str, Any]) -> object:
+    """Equal for nodes with the same type of GPU, as Ray names it, in the same group of the cluster's manifest."""
+    types = frozenset(name for name in node["Resources"] if name.startswith("accelerator_type:"))
+    return types, (node.get("Labels") or {}).get(_GROUP_LABEL)
+
+
+def _task(needs: GpuNeeds, gpus: float, node_id: str | None) -> Any:
+    """Start the check on a node, or on any; the result is for `_answer`."""
+    task: Any = ray.remote(_check if gpus else _check_compiler)
+    place = NodeAffinitySchedulingStrategy(node_id, soft=False) if node_id else "DEFAULT"
+    return task.options(
+        name="preflight", num_cpus=0, num_gpus=gpus, max_retries=0, scheduling_strategy=place
+    ).remote(needs)
+
+
+def _answer(reference: Any, node: Mapping[str, Any]) -> list[NodeReport]:
+    """What a task returned; nothing if its node was lost meanwhile."""
+    try:
+        address, reports = ray.get(reference)
+    except RayTaskError:
+        raise  # a bug: its traceback is wanted
+    except RayError as error:
+        log.warning(
+            "%s was lost while it was checked (%s)",
+            _address(node) if node else "a node",
+            type(error).__name__,
+        )
+        return []
+    return [NodeReport(address, report) for report in reports]
+
+
+def _check(needs: GpuNeeds) -> tuple[str, list[GpuReport]]:
+    return ray.util.get_node_ip_address(), check_gpus(needs)
+
+
+def _check_compiler(needs: GpuNeeds) -> tuple[str, list[GpuReport]]:
+    """The same for work on the CPU, for which Inductor writes C++."""
+    fault, remedy = compiler_fault("c++") or (None, "")
+    return ray.util.get_node_ip_address(), [GpuReport(gpu="CPU", fault=fault, remedy=remedy)]

@@ -1,0 +1,24 @@
+"""Whether the nodes of a cluster can do the work of a training."""
+
+import threading
+
+from pipeline.cluster import Workers, grows, require_fit_workers
+from pipeline.config.training import TrainConfig
+from pipeline.train.fit_machine import GPUS_SETTING
+
+_BUSY_SECONDS = 60.0
+"""For a GPU to become free: the training itself then waits for all that it needs, and says so."""
+_NEW_NODE_SECONDS = 900.0
+
+
+def require_fit_cluster(config: TrainConfig, stop: threading.Event) -> None:
+    """UserError if a GPU of some kind of node that workers may be placed on cannot do the work."""
+    asked = config.workers
+    workers = Workers(
+        asked.cpus_per_worker,
+        asked.gpus_per_worker,
+        gpus_setting=GPUS_SETTING,
+        nccl=asked.most > 1,
+        compile=config.compile,
+    )
+    require_fit_workers(workers, stop, _NEW_NODE_SECONDS if grows() else _BUSY_SECONDS)

@@ -1,0 +1,179 @@
+"""Which nodes are asked for their GPUs, how long that waits, and what becomes of their answers. Ray is played here."""
+
+import logging
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import NodeDiedError
+
+from pipeline.cluster import Workers, check_every_gpu, gpus, require_fit_workers
+from pipeline.config.device_kind import DeviceKind
+from pipeline.devices.preflight import GpuNeeds, GpuReport
+from pipeline.errors import UserError
+
+
+def kind(name: str) -> DeviceKind:
+    return DeviceKind(name=name, capability="9.0", torch="2.13.0+cu130", cuda="13.0", cudnn="91900")
+
+
+FIT = GpuReport(gpu="GPU 0", kind=kind("H100"))
+UNFIT = GpuReport(gpu="GPU 0 (V100)", fault="compute capability 7.0", remedy="use other GPUs")
+ONE_EACH = Workers(cpus=2, gpus=1, gpus_setting="gpus_per_worker")
+
+
+def node(
+    name: str, gpus: float = 1, cpus: float = 8, model: str = "H100", group: str = "a"
+) -> dict[str, Any]:
+    resources = {"CPU": cpus, "GPU": gpus, f"accelerator_type:{model}": 1.0}
+    labels = {"ray.io/node-group": group}
+    return {
+        "NodeID": name,
+        "NodeManagerAddress": name,
+        "Alive": True,
+        "Resources": resources,
+        "Labels": labels,
+    }
+
+
+class FakeRay:
+    """A cluster whose nodes answer, stay busy or are lost, and time that passes while one waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, Any]) -> None:
+        self._nodes = list(nodes)
+        self.answers: dict[str, list[GpuReport] | Exception | None] = {}
+        """None: busy for ever."""
+        self.asked: list[tuple[str, float, GpuNeeds]] = []
+        self.cancelled: list[str] = []
+        self.seconds = 0.0
+        monkeypatch.setattr(gpus, "ray", self)
+        monkeypatch.setattr(gpus, "time", SimpleNamespace(monotonic=lambda: self.seconds))
+        monkeypatch.setattr(
+            gpus, "NodeAffinitySchedulingStrategy", lambda name, soft: SimpleNamespace(name=name)
+        )
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return self._nodes
+
+    def remote(self, work: Any) -> Any:
+        def options(num_gpus: float, scheduling_strategy: Any, **_: Any) -> Any:
+            name = getattr(scheduling_strategy, "name", "anywhere")
+
+            def start(needs: GpuNeeds) -> str:
+                self.asked.append((name, num_gpus, needs))
+                return name
+
+            return SimpleNamespace(remote=start)
+
+        return SimpleNamespace(options=options)
+
+    def wait(self, references: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        done = [name for name in references if self.answers.get(name, [FIT]) is not None][:num_returns]
+        if len(done) < num_returns:
+            self.seconds += timeout
+        return done, [name for name in references if name not in done]
+
+    def get(self, reference: str) -> tuple[str, list[GpuReport]]:
+        found = self.answers.get(reference, [FIT])
+        if isinstance(found, Exception):
+            raise found
+        return reference, found or []
+
+    def cancel(self, reference: str) -> None:
+        self.cancelled.append(reference)
+
+
+def names(ray: FakeRay) -> list[str]:
+    return [name for name, _, _ in ray.asked]
+
+
+def test_one_node_of_each_kind_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(
+        monkeypatch,
+        node("a"),
+        node("b"),
+        node("other-model", model="L4"),
+        node("other-group", group="b"),
+        node("no-gpu", gpus=0),
+        node("few-cpus", cpus=1, group="c"),
+        {**node("gone", group="d"), "Alive": False},
+    )
+    ray.answers["other-model"] = [GpuReport(gpu="GPU 0", kind=kind("A L4"))]
+    workers = Workers(cpus=2, gpus=0.5, gpus_setting="gpus_per_worker", nccl=True, compile=True)
+    found = require_fit_workers(workers, threading.Event())
+    assert names(ray) == ["a", "other-model", "other-group"]
+    assert ray.asked[0] == ("a", 0.5, GpuNeeds(nccl=True, compiler=True))
+    assert [one.name for one in found] == ["A L4", "H100"]
+
+
+def test_work_on_the_cpu_asks_for_a_compiler_only_if_it_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(monkeypatch, node("a", gpus=0))
+    assert require_fit_workers(Workers(2, 0, "gpus_per_worker"), threading.Event()) == []
+    assert ray.asked == []
+    ray.answers["a"] = [GpuReport(gpu="CPU", fault="there is no C++ compiler", remedy="install g++")]
+    with pytest.raises(UserError, match="compile: node a, CPU: there is no C"):
+        require_fit_workers(Workers(2, 0, "gpus_per_worker", compile=True), threading.Event())
+
+
+def test_one_unfit_kind_ends_the_job_without_waiting_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(monkeypatch, node("busy", group="b"), node("old", model="V100"))
+    ray.answers = {"busy": None, "old": [UNFIT]}
+    with pytest.raises(UserError) as refusal:
+        require_fit_workers(ONE_EACH, threading.Event())
+    assert str(refusal.value) == (
+        "gpus_per_worker: node old, GPU 0 (V100): compute capability 7.0; use other GPUs"
+    )
+    assert ray.cancelled == ["busy"]
+
+
+def test_a_cluster_without_such_a_node_is_waited_for_as_the_work_would(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDPM_CLUSTER_GROWS", "1")
+    ray = FakeRay(monkeypatch, node("head", gpus=0))
+    ray.answers["anywhere"] = None
+    with caplog.at_level(logging.WARNING):
+        assert require_fit_workers(ONE_EACH, threading.Event(), patience_seconds=900) == []
+    assert ray.seconds > 900
+    assert "waiting for a node, to check it before work is placed there" in caplog.text
+    assert "no free GPU to check" in caplog.text
+    ray.answers["anywhere"] = [FIT]
+    assert require_fit_workers(ONE_EACH, threading.Event()) == [FIT.kind]
+
+
+def test_a_request_to_stop_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(monkeypatch, node("a"))
+    ray.answers["a"] = None
+    stop = threading.Event()
+    stop.set()
+    assert require_fit_workers(ONE_EACH, stop) == []
+    assert ray.cancelled == ["a"]
+
+
+def test_a_kind_of_node_that_stays_busy_does_not_keep_the_others_from_working(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ray = FakeRay(monkeypatch, node("a"), node("busy", group="b"))
+    ray.answers["busy"] = None
+    with caplog.at_level(logging.WARNING):
+        assert require_fit_workers(ONE_EACH, threading.Event()) == [FIT.kind]
+    assert "no free GPU to check on busy" in caplog.text
+
+
+def test_a_node_that_is_lost_meanwhile_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ray = FakeRay(monkeypatch, node("a"), node("lost", group="b"))
+    ray.answers["lost"] = NodeDiedError("lost")
+    assert require_fit_workers(ONE_EACH, threading.Event()) == [FIT.kind]
+    assert "lost was lost while it was checked (NodeDiedError)" in caplog.text
+
+
+def test_the_doctor_asks_every_gpu_of_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(monkeypatch, node("a", gpus=2), node("b", gpus=4), node("head", gpus=0))
+    ray.answers = {"a": [FIT, UNFIT], "b": None}
+    reports, busy = check_every_gpu(wait_seconds=5)
+    assert [(found.node, found.report) for found in reports] == [("a", FIT), ("a", UNFIT)]
+    assert busy == ray.cancelled == ["b"]
+    assert ray.asked == [("a", 2, GpuNeeds(every=True)), ("b", 4, GpuNeeds(every=True))]
