@@ -3,7 +3,8 @@
 import dataclasses
 
 from jobs.cluster_address import settle_address
-from jobs.doctor_checks import Finding, all_checks
+from jobs.doctor_checks import all_checks
+from jobs.doctor_findings import Finding
 from jobs.runner import DONE, FAILED, use_running_stack
 from pipeline.telemetry.terminal import echo, echo_json
 
@@ -17,10 +18,11 @@ def doctor(as_json: bool = False, write: bool = False) -> int:
     settle_address()
     findings: list[Finding] = []
     for check in all_checks(write):
-        finding = check()
-        findings.append(finding)
+        found = check()
+        new = found if isinstance(found, list) else [found]
+        findings += new
         if not as_json:
-            echo(*_lines(finding))
+            echo(*(line for finding in new for line in _lines(finding)))
     problems = sum(not finding.ok for finding in findings)
     if as_json:
         echo_json([dataclasses.asdict(finding) for finding in findings])

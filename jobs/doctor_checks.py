@@ -12,7 +12,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,6 +21,8 @@ from packaging.requirements import Requirement
 from infra.local import check_ray
 from infra.local.service import get
 from jobs.cluster_address import ask, dashboard_address
+from jobs.doctor_findings import Finding, refused
+from jobs.doctor_gpus import check_cluster_gpus, check_gpus
 from pipeline.errors import UserError
 from pipeline.store import open_store
 from pipeline.tracking import require_server, server_version
@@ -38,18 +39,6 @@ STOP_ADVICE = (
     "the cluster's owner changed it"
 )
 Environ = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    name: str
-    ok: bool
-    found: str
-    """What was found, or what is wrong."""
-    remedy: str = ""
-    """What to do about it; empty when all is well."""
 
 
 def read_pins(lock: Path) -> list[Requirement]:
@@ -106,7 +95,7 @@ def check_bucket(environ: Environ = os.environ, write: bool = False) -> Finding:
         same = store.read(key) == text
         store.delete(key)
     except UserError as error:
-        return _refused("bucket", error)
+        return refused("bucket", error)
     if not same:
         return Finding("bucket", False, f"{root}: reads back other bytes than written", "repair the store")
     return Finding("bucket", True, f"{root} can be listed, written, read and deleted from")
@@ -117,7 +106,7 @@ def check_mlflow(environ: Environ = os.environ) -> Finding:
     try:
         url = require_server(environ.get("MLFLOW_TRACKING_URI"), TIMEOUT_SECONDS, wait_seconds=0)
     except UserError as error:
-        return _refused("mlflow", error)
+        return refused("mlflow", error)
     server, ours = server_version(url, TIMEOUT_SECONDS), metadata.version("mlflow")
     if server and server.split(".")[:2] != ours.split(".")[:2]:
         return Finding(
@@ -144,7 +133,7 @@ def check_ray_cluster(environ: Environ = os.environ) -> Finding:
     try:
         check_ray(environ)
     except UserError as error:
-        return _refused("ray", error)
+        return refused("ray", error)
     theirs = str(ask("/api/version", environ).get("ray_version", ""))
     ours = metadata.version("ray")
     if theirs and theirs != ours:
@@ -171,24 +160,6 @@ def check_ray_token(environ: Environ = os.environ) -> Finding:
     if path.is_file() and stat.S_IMODE(path.stat().st_mode) & 0o077:
         return Finding("ray token", False, f"{path} can be read by others", f"chmod 600 {path}")
     return Finding("ray token", True, "required, and private" if url else "no cluster to check")
-
-
-def check_gpus(devices: Path = Path("/dev")) -> Finding:
-    """Whether torch can compute on the GPUs that the machine shows."""
-    import torch
-
-    shown = len(list(devices.glob("nvidia[0-9]*")))
-    if torch.cuda.is_available():
-        ones = torch.ones(64, 64, device="cuda")
-        right = float((ones @ ones).sum()) == 64.0**3
-        names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}))
-        if right:
-            return Finding("gpus", True, f"{torch.cuda.device_count()} x {names}, CUDA {torch.version.cuda}")
-        return Finding("gpus", False, f"{names} multiplies wrongly", "take this machine out of the cluster")
-    if shown:
-        why = f"{shown} in the machine, but torch {torch.__version__} cannot use them"
-        return Finding("gpus", False, why, "install the CUDA build of torch, or a newer NVIDIA driver")
-    return Finding("gpus", True, "none; the CPU does the work")
 
 
 def check_clock(environ: Environ = os.environ) -> Finding:
@@ -230,8 +201,8 @@ def check_shm(folder: Path = Path("/dev/shm")) -> Finding:
     return Finding("shared memory", True, found)
 
 
-def all_checks(write: bool = False) -> Iterator[Callable[[], Finding]]:
-    """Every check, the cheap and local ones first."""
+def all_checks(write: bool = False) -> Iterator[Callable[[], Finding | list[Finding]]]:
+    """Every check, the cheap and local ones first; some find several things."""
     yield check_packages
     yield check_disk
     yield check_shm
@@ -242,6 +213,7 @@ def all_checks(write: bool = False) -> Iterator[Callable[[], Finding]]:
     yield check_mlflow_password
     yield check_ray_cluster
     yield check_ray_token
+    yield check_cluster_gpus
     yield check_clock
 
 
@@ -255,13 +227,6 @@ def _difference(pin: Requirement) -> str | None:
     except metadata.PackageNotFoundError:
         return f"{pin.name} {wanted} is missing"
     return None if found == wanted else f"{pin.name} is {found}, pinned is {wanted}"
-
-
-def _refused(name: str, error: UserError) -> Finding:
-    """A UserError names the fault and, after its last colon or semicolon, the remedy."""
-    text = str(error)
-    cut = max(text.rfind("; "), text.rfind(": "))
-    return Finding(name, False, text[:cut], text[cut + 2 :]) if cut > 0 else Finding(name, False, text)
 
 
 def _date_of(url: str) -> float | None:

@@ -101,7 +101,7 @@ class GenerateConfig(SpecSettings):
     cpus_per_worker: float = Field(default=1, ge=0)
     """Logical CPUs a worker reserves."""
     gpus_per_worker: float = Field(default=0, ge=0)
-    """GPUs a worker reserves; 0.5 puts two workers on one GPU. 0 = sample on the CPU."""
+    """GPU a worker reserves; 0.5 puts two workers on one GPU, which share its memory. 0 = sample on the CPU."""
     max_attempts: int = Field(default=3, ge=1)
     """Attempts at a shard, each on another worker, before it is reported as failed."""
     drain_seconds: float = Field(default=20.0, ge=0)
@@ -123,8 +123,11 @@ class GenerateConfig(SpecSettings):
     def _workers_make_sense(self) -> Self:
         if self.max_workers is not None and self.max_workers < self.num_workers:
             raise ValueError("max_workers is less than num_workers; raise it, or leave it out")
-        if self.gpus_per_worker > 1 and self.gpus_per_worker != int(self.gpus_per_worker):
-            raise ValueError("gpus_per_worker must be a fraction up to 1 or a whole number")
+        if self.gpus_per_worker > 1:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g}: a worker samples on one GPU, so others would idle; write "
+                "1 and raise num_workers"
+            )
         if not self.gpus_per_worker:
             refuse_idle(self, ("matmul",), "on a CPU")
         return self

@@ -6,8 +6,8 @@ from pipeline.cluster import Workers, grows, require_fit_workers
 from pipeline.config.training import TrainConfig
 from pipeline.train.fit_machine import GPUS_SETTING
 
-_BUSY_SECONDS = 60.0
-"""For a GPU to become free: the training itself then waits for all that it needs, and says so."""
+_BUSY_SECONDS = 180.0
+"""For a GPU to become free and answer: the training itself then waits for all that it needs, and says so."""
 _NEW_NODE_SECONDS = 900.0
 
 

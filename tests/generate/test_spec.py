@@ -178,7 +178,8 @@ def test_the_kind_of_weights_can_be_demanded(model: Path) -> None:
     [
         ({"batch_size": 11}, "batch_size is larger than shard_size"),
         ({"max_workers": 1, "num_workers": 2}, "max_workers is less than num_workers"),
-        ({"gpus_per_worker": 1.5}, "gpus_per_worker must be a fraction"),
+        ({"gpus_per_worker": 1.5}, "others would idle; write 1 and raise num_workers"),
+        ({"gpus_per_worker": 2}, "others would idle; write 1 and raise num_workers"),
         ({"first_index": 10**12}, "twelve digits"),
         ({"count": 0}, "greater than or equal to 1"),
         ({"seed": -1}, "greater than or equal to 0"),

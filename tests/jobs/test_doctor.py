@@ -18,8 +18,12 @@ import torch
 
 from infra.local import LocalStack
 from infra.local.ports import choose
-from jobs import doctor_checks
+from jobs import doctor_checks, doctor_gpus
 from jobs.doctor import doctor
+from jobs.doctor_findings import Finding
+from pipeline.config.device_kind import DeviceKind
+from pipeline.devices import preflight
+from pipeline.devices.preflight import GpuReport
 
 TOKEN = "the-right-token"
 
@@ -233,21 +237,41 @@ def test_a_full_disk_and_little_shared_memory_are_problems(
 
 def test_a_gpu_that_torch_cannot_use_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert doctor_checks.check_gpus(tmp_path).ok
+    fault = GpuReport(gpu="GPU 0", fault="too old", remedy="renew it")
+    monkeypatch.setattr(preflight, "check_gpus", lambda needs: [fault, fault])
+    assert doctor_gpus.check_gpus(tmp_path).ok
     (tmp_path / "nvidia0").touch()
     (tmp_path / "nvidiactl").touch()
-    finding = doctor_checks.check_gpus(tmp_path)
-    assert not finding.ok
-    assert finding.found.startswith("1 in the machine")
+    finding = doctor_gpus.check_gpus(tmp_path)
+    assert (finding.ok, finding.found, finding.remedy) == (
+        False,
+        "1 in /dev, GPU 0: too old (and 1 more)",
+        "renew it",
+    )
+
+
+def test_gpus_that_compute_are_counted_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = DeviceKind(name="H100", capability="9.0", torch="2.13.0+cu130", cuda="13.0", cudnn="91900")
+    monkeypatch.setattr(preflight, "check_gpus", lambda needs: 2 * [GpuReport(gpu="GPU 0", kind=kind)])
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "nvidia1").touch()
+    assert doctor_gpus.check_gpus(tmp_path).found == f"2 in /dev: 2 x {kind}"
+
+
+def test_the_clusters_gpus_are_not_checked_from_outside_it() -> None:
+    assert doctor_gpus.check_cluster_gpus({}) == []
+    (finding,) = doctor_gpus.check_cluster_gpus({"RAY_JOB_ADDRESS": "http://ray.example:8265"})
+    assert finding.ok
+    assert "RAY_ADDRESS=HOST:PORT" in finding.remedy
 
 
 def test_the_report_ends_with_the_number_of_problems_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)  # no local stack here
-    fine = doctor_checks.Finding("disk", True, "room")
-    broken = doctor_checks.Finding("clock", False, "9 s off", "set it")
-    monkeypatch.setattr("jobs.doctor.all_checks", lambda _: iter([lambda: fine, lambda: broken]))
+    fine = Finding("disk", True, "room")
+    broken = Finding("clock", False, "9 s off", "set it")
+    monkeypatch.setattr("jobs.doctor.all_checks", lambda _: iter([lambda: fine, lambda: [broken]]))
     assert doctor() == 1
     out = capsys.readouterr().out.splitlines()
     assert [line.split() for line in out] == [

@@ -9,7 +9,7 @@ import pytest
 import pipeline.generate.driver
 import pipeline.train.ray_trainer
 from infra.local import LocalStack
-from jobs.doctor import doctor
+from jobs.doctor_gpus import check_cluster_gpus
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
 from pipeline.data.packing.pack_dataset import pack
@@ -99,3 +99,10 @@ def test_training_in_this_process_ends_the_same_way(
     (line,) = [line for line in (said.out + said.err).splitlines() if line.strip()]
     assert line.startswith("error: train.workers.gpus_per_worker: GPU 0 of this machine: torch ")
     assert line.endswith("or set it to 0 to train on the CPU")
+
+
+def test_the_doctor_computes_on_the_clusters_gpus(node: Node, stack: LocalStack) -> None:
+    (finding,) = check_cluster_gpus()
+    assert not finding.ok
+    assert finding.found.startswith(f"node {node.address}, GPU 0: torch ")
+    assert "CUDA build" in finding.remedy

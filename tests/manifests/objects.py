@@ -14,7 +14,13 @@ from tests.manifests.kustomize import Object, render
 
 KUBERAY = Path(__file__).resolve().parents[2] / "infra" / "kuberay"
 SCHEMAS = Path(__file__).parent / "schemas"
-VARIANTS = {"base": "base", "dev": "overlays/dev", "gpu": "overlays/gpu", "spot": "overlays/spot"}
+VARIANTS = {
+    "base": "base",
+    "dev": "overlays/dev",
+    "gpu": "overlays/gpu",
+    "gpu-node": "overlays/gpu-node",
+    "spot": "overlays/spot",
+}
 KUBERNETES = "1.33"
 
 

@@ -28,6 +28,7 @@ REPOSITORY = DOCKER.parents[1]
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
+GPU_COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.gpu.yaml").read_text())
 HADOLINT = Path(sysconfig.get_path("scripts")) / "hadolint"
 
 
@@ -104,6 +105,28 @@ def test_every_service_is_hardened_bounded_and_watched() -> None:
         assert re.fullmatch(
             r"[a-z-]+:\d+\.\d+(\.\d+)?(-[a-z]+)?(\$\{[A-Z]+_DIGEST:-\})?", service["image"]
         ), name
+
+
+def test_with_gpus_only_the_head_gets_them_and_an_image_that_can_use_them() -> None:
+    assert set(GPU_COMPOSE) == {"services"}
+    assert set(GPU_COMPOSE["services"]) == {"ray"}
+    ray = GPU_COMPOSE["services"]["ray"]
+    (device,) = ray["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert ray["image"] == SERVICES["ray"]["image"].replace("-cpu", "-cuda")
+    assert not {"privileged", "devices", "cap_add", "security_opt"} & set(ray)
+    gigabytes = [int(service["shm_size"].removesuffix("g")) for service in (SERVICES["ray"], ray)]
+    assert gigabytes[1] > gigabytes[0]
+
+
+def test_the_image_has_the_compilers_that_compile_needs() -> None:
+    (packages,) = [line for line in instructions("RUN") if "apt-get install" in line]
+    assert {"gcc", "g++", "libc6-dev"} <= set(packages.split())
+
+
+def test_a_command_in_the_heads_container_joins_as_a_driver_and_the_head_does_not() -> None:
+    assert SERVICES["ray"]["environment"]["RAY_ADDRESS"] == "127.0.0.1:6379"
+    assert "exec env -u RAY_ADDRESS ray start --head" in SERVICES["ray"]["command"][-1]
 
 
 def test_nothing_listens_beyond_the_server_itself() -> None:

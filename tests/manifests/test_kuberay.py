@@ -23,6 +23,7 @@ from tests.manifests.objects import KUBERAY, VARIANTS, label, named, pods, rende
 
 REPOSITORY = KUBERAY.parents[1]
 everywhere = pytest.mark.parametrize("variant", VARIANTS)
+GPUS_A_POD = {"gpu": 1, "gpu-node": 8}
 
 
 def clusters(variant: str) -> list[tuple[str, Object]]:
@@ -132,7 +133,7 @@ def test_with_a_read_only_root_every_place_that_is_written_is_a_volume(variant: 
 @everywhere
 def test_images_are_of_this_version_and_never_of_none(variant: str) -> None:
     version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
-    kind = "cuda" if variant == "gpu" else "cpu"
+    kind = "cuda" if variant in GPUS_A_POD else "cpu"
     for where, template in pods(variant):
         for container in containers(template):
             if container["name"].startswith("redis-"):
@@ -214,13 +215,46 @@ def test_the_settings_are_such_as_the_jobs_accept_and_their_workers_fit_their_po
         assert most * wanted.cpus_per_worker <= room, name
 
 
-def test_gpus_are_asked_for_by_workers_only_and_tolerated_there() -> None:
-    for where, template in pods("gpu"):
-        limits = template["spec"]["containers"][0].get("resources", {}).get("limits", {})
+@pytest.mark.parametrize(("variant", "gpus"), GPUS_A_POD.items())
+def test_gpus_are_asked_for_by_workers_only_and_tolerated_there(variant: str, gpus: int) -> None:
+    for where, template in pods(variant):
+        spec = template["spec"]
+        limits = spec["containers"][0].get("resources", {}).get("limits", {})
         is_worker = where.endswith("workers")
-        assert ("nvidia.com/gpu" in limits) is is_worker, where
-        tolerated = [t["key"] for t in template["spec"].get("tolerations", [])]
+        assert limits.get("nvidia.com/gpu") == (gpus if is_worker else None), where
+        assert spec.get("runtimeClassName") == ("nvidia" if is_worker else None), where
+        tolerated = [t["key"] for t in spec.get("tolerations", [])]
         assert tolerated == (["nvidia.com/gpu"] if is_worker else []), where
+
+
+@pytest.mark.parametrize("variant", GPUS_A_POD)
+def test_pods_with_gpus_have_shared_memory_for_nccl_and_the_loaders(variant: str) -> None:
+    base = {where: shared_memory(template) for where, template in pods("base") if where.endswith("workers")}
+    for where, template in pods(variant):
+        if where.endswith("workers"):
+            assert shared_memory(template) >= 4 * base[where], where
+
+
+@pytest.mark.parametrize(("variant", "gpus"), GPUS_A_POD.items())
+def test_a_pods_workers_use_all_of_its_gpus_and_decode_beside_the_training(
+    variant: str, gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DDPM_ROOT", "s3://b")
+    file = tmp_path / "train.yaml"
+    file.write_text(named(variant, "ConfigMap", "ddpm-settings")["data"]["train.yaml"])
+    config = settings_of(TrainConfig, "train", JobArguments(files=(file,)))
+    group = named(variant, "RayJob", "ddpm-train")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert config.workers.most == group["maxReplicas"] * gpus
+    cpus = float(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    assert 0 < gpus * (config.data.num_workers or 0) < cpus
+    assert gpus * config.workers.cpus_per_worker <= cpus
+
+
+def shared_memory(template: Object) -> int:
+    """GiB of /dev/shm."""
+    volume = next(v for v in template["spec"]["volumes"] if v["name"] == "shm")
+    assert volume["emptyDir"]["medium"] == "Memory"
+    return int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi"))
 
 
 def test_on_spot_machines_workers_may_be_lost_and_heads_may_not() -> None:
