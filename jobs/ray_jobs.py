@@ -23,9 +23,8 @@ from pipeline.telemetry.redaction import redact
 from pipeline.telemetry.terminal import echo, echo_json
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-# A warning about actors that Ray Data and Ray Train start themselves: each of their pools, and Train's
-# PreemptionWatcher. Their arguments are held until they end, so they cannot be lost, and the user could not act on the
-# warning. Ray's own log files keep it.
+# A warning about actors that Ray Data starts itself, for each of its pools. Their arguments are held until they end, so
+# they cannot be lost, and the user could not act on the warning. Ray's own log files keep it.
 REMARK = re.compile(
     r"\bcore_worker\.cc:\d+: Actor with class name: .* has constructor arguments in the object store"
 )

@@ -74,11 +74,30 @@ CLUSTER_REPLACED = (
     "run the same command again to resume from what is in the store"
 )
 SUBMITTED = "DDPM_SUBMITTED_AS"  # the name of a job that `ddpm submit` started
+UNUSED_SERVICES = {"RAY_DATA_USAGE_DISABLED": "1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Actors that Ray's libraries start for what this program does not use: each is a process, two CPU seconds to start."""
+_joined = threading.Event()
 
 
 @contextmanager
 def ray_cluster() -> Generator[None]:
-    """Connected to the cluster that RAY_ADDRESS names. Raises UserError when it cannot be reached."""
+    """Connected to the cluster that RAY_ADDRESS names. Raises UserError when it cannot be reached.
+
+    Within such a block, another one shares the connection.
+    """
+    if _joined.is_set():
+        yield
+        return
+    with _connection():
+        _joined.set()
+        try:
+            yield
+        finally:
+            _joined.clear()
+
+
+@contextmanager
+def _connection() -> Generator[None]:
     address = os.environ.get(DRIVER_VARIABLE)
     if not address:
         raise UserError(
@@ -92,6 +111,8 @@ def ray_cluster() -> Generator[None]:
     settle_token()
     retry_during_outage(check_ray, start_seconds())
     retry_during_outage(lambda: require_node(address), start_seconds())
+    for name, value in UNUSED_SERVICES.items():
+        os.environ.setdefault(name, value)
     import ray
     from ray.exceptions import RayError
 
