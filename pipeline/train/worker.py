@@ -109,7 +109,7 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
         state.load(checkpoint.record.step, checkpoint.tensors)
     trainer = Trainer(
         config=config,
-        schedule=NoiseSchedule.from_config(config.schedule),
+        schedule=NoiseSchedule.from_config(config.schedule).to(context.device),
         network=_wrapped(state.net, config, context),
         device=context.device,
         world=context.world,
