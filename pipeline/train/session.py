@@ -148,7 +148,7 @@ class Session:
         if loss is not None:
             self._run_logger.metrics(self._state.step, {EVAL_LOSS: loss})
         tensors = self._state.tensors() | self._run_logger.tensors() | dict(window)
-        self._writer.submit(self._state.step, tensors, loss)
+        self._state.read_until = self._writer.submit(self._state.step, tensors, loss)
 
 
 class StopVote:
