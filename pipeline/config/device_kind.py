@@ -24,9 +24,12 @@ class DeviceKind(Settings):
     """Version of CUDA that torch was built with."""
     cudnn: Name
     """Version of cuDNN, which computes convolutions."""
+    triton: Name | None = None
+    """Version of Triton, whose kernels normalize groups. None: Triton does not run there, so torch's kernels do, which
+    round differently."""
 
     def __str__(self) -> str:
         return (
             f"{self.name} (compute capability {self.capability}; torch {self.torch}, CUDA {self.cuda}, "
-            f"cuDNN {self.cudnn})"
+            f"cuDNN {self.cudnn}, {f'Triton {self.triton}' if self.triton else 'no Triton'})"
         )

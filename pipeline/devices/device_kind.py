@@ -6,6 +6,7 @@ import pynvml
 import torch
 
 from pipeline.config.device_kind import DeviceKind
+from pipeline.devices.triton_version import triton_version
 
 
 def read_device_kind(device: torch.device) -> DeviceKind | None:
@@ -19,6 +20,7 @@ def read_device_kind(device: torch.device) -> DeviceKind | None:
         torch=torch.__version__,
         cuda=str(torch.version.cuda),
         cudnn=str(torch.backends.cudnn.version()),
+        triton=triton_version(),
     )
 
 

@@ -5,15 +5,22 @@ comes from (seed, stream), the counter is (block, step, index), so a number does
 drawn in, on the device, or on what was drawn before. Everything below uses integer operations and float64
 additions, multiplications, divisions and square roots only, which IEEE 754 rounds in one way everywhere:
 normals, too, are the same bits for any split and on any device.
+
+On a GPU each function is one kernel (`pipeline.kernels.philox`) with the bits of the functions below, which other
+devices compute and which define them. `torch.compile` sees an operator in either case: Inductor would compute the
+integers wrongly (tests/diffusion/test_compiled_noise.py).
 """
 
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pipeline.kernels import define_operator, on_gpu
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -44,36 +51,34 @@ class Stream(IntEnum):
     EVALUATE_NOISE = 12
 
 
-def normal(seed: int, stream: Stream, index: Tensor, shape: tuple[int, ...], step: int = 0) -> Tensor:
+def normal(
+    seed: int, stream: Stream, index: Tensor, shape: tuple[int, ...], step: int | Tensor = 0
+) -> Tensor:
     """Standard normals, float32 (B, *shape) on index's device, row b a function of (seed, stream, index[b],
     step).
 
-    seed: 0..2^63-1. index: int64 (B,), not negative. step: 0..2^32-1. |z| is at most 6.77 (32-bit uniforms).
-    Row b's first n values do not depend on `shape`. Raises: ValueError naming the argument.
+    seed: 0..2^63-1. index: int64 (B,), not negative. step: 0..2^32-1, or int64 of one element on index's device.
+    |z| is at most 6.77 (32-bit uniforms). Row b's first n values do not depend on `shape`. Raises: ValueError naming
+    the argument.
     """
     count = math.prod(shape)
     if any(size < 1 for size in shape):
         raise ValueError(f"shape must hold positive sizes, not {shape}")
-    rows = []
-    for words in _words(seed, stream, index, step, num_blocks=-(-count // 4)):
-        pairs = [*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])]
-        rows.append(torch.stack([z.to(torch.float32) for z in pairs], dim=-1).flatten(1)[:, :count])
-    values = torch.cat(rows) if rows else torch.empty(0, count, device=index.device)
-    return values.reshape(len(index), *shape)
+    draw = _normal_operator if _as_operator(index) else _normal
+    return draw(index, *_names(seed, stream, index, step), count).reshape(len(index), *shape)
 
 
-def randint(seed: int, stream: Stream, index: Tensor, high: int, step: int = 0) -> Tensor:
+def randint(seed: int, stream: Stream, index: Tensor, high: int, step: int | Tensor = 0) -> Tensor:
     """Integers in 0..high-1, int64 (B,), high at most 2^31: the top of a 64-bit product, biased by less than
     2^-32."""
     if not 1 <= high <= 2**31:
         raise ValueError(f"high must lie in 1..2^31, not {high}")
-    w0, w1 = _one_block(seed, stream, index, step)[:2]
-    return (w0 * high + ((w1 * high) >> 32)) >> 32
+    return _draw_one_block(seed, stream, index, step, high, "integer")
 
 
-def uniform(seed: int, stream: Stream, index: Tensor, step: int = 0) -> Tensor:
+def uniform(seed: int, stream: Stream, index: Tensor, step: int | Tensor = 0) -> Tensor:
     """Multiples of 2^-24 in [0, 1), float32 (B,)."""
-    return (_one_block(seed, stream, index, step)[0] >> 8).to(torch.float32) * 2.0**-24
+    return _draw_one_block(seed, stream, index, step, 1, "uniform")
 
 
 def permutation(seed: int, stream: Stream, n: int, step: int = 0) -> Tensor:
@@ -83,14 +88,14 @@ def permutation(seed: int, stream: Stream, n: int, step: int = 0) -> Tensor:
     if n == 0:
         return torch.empty(0, dtype=torch.int64)
     index = torch.zeros(1, dtype=torch.int64)
-    (words,) = _words(seed, stream, index, step, num_blocks=-(-n // 2))
+    (words,) = _words(index, *_names(seed, stream, index, step), num_blocks=-(-n // 2))
     pairs = [(words[0] >> 1 << 32) | words[1], (words[2] >> 1 << 32) | words[3]]
     return torch.argsort(torch.cat(pairs, dim=1)[0, :n], stable=True)
 
 
-def words32(seed: int, stream: Stream, index: Tensor, step: int = 0) -> Tensor:
+def words32(seed: int, stream: Stream, index: Tensor, step: int | Tensor = 0) -> Tensor:
     """Four raw 32-bit words for each index, int64 (B, 4): key material for cheaper generators."""
-    return torch.stack(_one_block(seed, stream, index, step), dim=-1)
+    return _draw_one_block(seed, stream, index, step, 1, "words")
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -129,14 +134,59 @@ def _key(seed: int, stream: Stream) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def _words(
-    seed: int, stream: Stream, index: Tensor, step: int, num_blocks: int
-) -> Iterator[tuple[Tensor, ...]]:
-    """Philox words of each index, four int64 tensors (rows, num_blocks) at a time, rows in order."""
-    key = _key(seed, stream)
+def _as_operator(index: Tensor) -> bool:
+    return on_gpu(index) or torch.compiler.is_compiling()
+
+
+def _names(
+    seed: int, stream: Stream, index: Tensor, step: int | Tensor
+) -> tuple[Tensor | None, int, int, int]:
+    """Checked arguments as the operators take them: step in device memory, two key words, step as a number."""
+    key0, key1 = _key(seed, stream)
     _check_index(index)
+    if isinstance(step, Tensor):
+        if step.dtype != torch.int64 or step.numel() != 1 or step.device != index.device:
+            raise ValueError(
+                f"step must be int64 of one element on {index.device}, not {step.dtype} {tuple(step.shape)} on "
+                f"{step.device}"
+            )
+        return step, key0, key1, 0
     if not 0 <= step <= _MASK:
         raise ValueError(f"step must lie in 0..2^32-1, not {step}")
+    return None, key0, key1, step
+
+
+def _draw_one_block(
+    seed: int, stream: Stream, index: Tensor, step: int | Tensor, high: int, kind: str
+) -> Tensor:
+    draw = _one_block_operator if _as_operator(index) else _one_block
+    return draw(index, *_names(seed, stream, index, step), high, kind)
+
+
+def _normal(index: Tensor, device_step: Tensor | None, key0: int, key1: int, step: int, count: int) -> Tensor:
+    rows: list[Tensor] = []
+    for words in _words(index, device_step, key0, key1, step, num_blocks=-(-count // 4)):
+        pairs = [*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])]
+        rows.append(torch.stack([z.to(torch.float32) for z in pairs], dim=-1).flatten(1)[:, :count])
+    return torch.cat(rows) if rows else torch.empty(0, count, device=index.device)
+
+
+def _one_block(
+    index: Tensor, device_step: Tensor | None, key0: int, key1: int, step: int, high: int, kind: str
+) -> Tensor:
+    chunks = list(_words(index, device_step, key0, key1, step, num_blocks=1))
+    w0, w1, w2, w3 = (torch.cat([chunk[i] for chunk in chunks]).flatten() for i in range(4))
+    if kind == "integer":
+        return (w0 * high + ((w1 * high) >> 32)) >> 32
+    if kind == "uniform":
+        return (w0 >> 8).to(torch.float32) * 2.0**-24
+    return torch.stack((w0, w1, w2, w3), dim=-1)
+
+
+def _words(
+    index: Tensor, device_step: Tensor | None, key0: int, key1: int, step: int, num_blocks: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """Philox words of each index, four int64 tensors (rows, num_blocks) at a time, rows in order."""
     if num_blocks > _MASK:
         raise ValueError(f"shape needs {num_blocks} counter blocks, more than the 2^32 there are")
     limit = _CPU_BLOCKS if index.device.type == "cpu" else _DEVICE_BLOCKS
@@ -144,19 +194,16 @@ def _words(
     for rows in index.split(max(1, limit // num_blocks)):
         shape = (len(rows), num_blocks)
         low, high = (rows & _MASK)[:, None].expand(shape), (rows >> 32)[:, None].expand(shape)
-        yield philox_4x32((block.expand(shape), torch.full_like(low, step), low, high), key)
-
-
-def _one_block(seed: int, stream: Stream, index: Tensor, step: int) -> tuple[Tensor, ...]:
-    words = list(_words(seed, stream, index, step, num_blocks=1))
-    return tuple(torch.cat([chunk[i] for chunk in words]).flatten() for i in range(4))
+        steps = torch.full_like(low, step) if device_step is None else device_step.reshape(1, 1).expand(shape)
+        yield philox_4x32((block.expand(shape), steps, low, high), (key0, key1))
 
 
 def _check_index(index: Tensor) -> None:
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"index must be int64 of shape (B,), not {index.dtype} {tuple(index.shape)}")
-    # On an accelerator the comparison would stall the queue.
-    if index.device.type == "cpu" and len(index) and int(index.min()) < 0:
+    # On an accelerator the comparison would stall the queue, in compiled code break the graph.
+    reads_at_once = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if reads_at_once and len(index) and int(index.min()) < 0:
         raise ValueError("index must not be negative")
 
 
@@ -205,3 +252,38 @@ def _polynomial(x: Tensor, coefficients: Iterable[float]) -> Tensor:
     for coefficient in rest[:-1]:
         value.add_(coefficient).mul_(x)
     return value.add_(rest[-1])
+
+
+def _launch_normal(*arguments: Any) -> Tensor:
+    from pipeline.kernels.philox import launch_normal
+
+    return launch_normal(*arguments)
+
+
+def _launch_one_block(*arguments: Any) -> Tensor:
+    from pipeline.kernels.philox import launch_one_block
+
+    return launch_one_block(*arguments)
+
+
+def _shape_of_normal(index: Tensor, *arguments: Any) -> Tensor:
+    return index.new_empty((len(index), arguments[-1]), dtype=torch.float32)
+
+
+def _shape_of_one_block(index: Tensor, *arguments: Any) -> Tensor:
+    shape = (len(index), 4) if arguments[-1] == "words" else (len(index),)
+    return index.new_empty(shape, dtype=torch.float32 if arguments[-1] == "uniform" else torch.int64)
+
+
+_normal_operator = define_operator(
+    "normal(Tensor index, Tensor? device_step, int key0, int key1, int step, int count) -> Tensor",
+    reference=_normal,
+    launch=_launch_normal,
+    shapes=_shape_of_normal,
+)
+_one_block_operator = define_operator(
+    "one_block(Tensor index, Tensor? device_step, int key0, int key1, int step, int high, str kind) -> Tensor",
+    reference=_one_block,
+    launch=_launch_one_block,
+    shapes=_shape_of_one_block,
+)

@@ -19,6 +19,7 @@ from pipeline.generate.class_labels import classes_of
 from pipeline.generate.device_check import require_kind
 from pipeline.generate.guards import GuardTripped
 from pipeline.generate.spec import Spec
+from pipeline.nets.low_precision import cast_products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -126,6 +127,7 @@ class _LowPrecision(nn.Module):
 
     def __init__(self, net: nn.Module, spec: Spec) -> None:
         super().__init__()
+        cast_products(net, DTYPES[spec.dtype])
         self.net = net
         self.null_label = getattr(net, "null_label", None)
         self._device_type = spec.device

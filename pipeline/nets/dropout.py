@@ -1,10 +1,13 @@
 """Dropout whose masks are named: a pure function of (seed, training position, layer, place in the
 activation)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pipeline.diffusion.noise import Stream, words32
+from pipeline.kernels import define_operator, on_gpu
 
 
 class DropoutKeys:
@@ -26,14 +29,21 @@ def keyed_dropout(x: Tensor, probability: float, keys: DropoutKeys, layer: int) 
     """x (B, C, H, W) with elements zeroed with `probability` and the others scaled to keep the mean.
 
     layer: a number of its own for each place in the network. Probability is met to 2^-17; the scale is that
-    of the probability really used. The mask does not depend on x's memory format.
+    of the probability really used. The mask does not depend on x's memory format. A GPU computes it by one kernel,
+    which also multiplies, once more in the backward pass: the mask is not stored.
     """
-    threshold = round(probability * 65536)
+    threshold, layer_word = round(probability * 65536), _signed(0x9E3779B9 * (layer + 1))
+    if on_gpu(x):
+        return _KeyedDropout.apply(x, keys.words, threshold, layer_word)
+    return _keyed_dropout(x, keys.words, threshold, layer_word)
+
+
+def _keyed_dropout(x: Tensor, words: Tensor, threshold: int, layer_word: int) -> Tensor:
     batch, channels, height, width = x.shape
     count = channels * height * width
-    words = _mix(keys.words ^ _signed(0x9E3779B9 * (layer + 1)))
+    mixed = _mix(words ^ layer_word)
     place = torch.arange((count + 1) // 2, dtype=torch.int32, device=x.device)
-    bits = _mix(_mix(place[None] + words[..., 0]) ^ words[..., 1])
+    bits = _mix(_mix(place[None] + mixed[..., 0]) ^ mixed[..., 1])
     lanes = torch.cat([bits & 0xFFFF, (bits >> 16) & 0xFFFF], dim=1)[:, :count]
     # Drawn channels-last, the layout the network runs in: the product below then reads both in memory order.
     keep = (lanes >= threshold).view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -53,3 +63,36 @@ def _mix(word: Tensor) -> Tensor:
 def _signed(word: int) -> int:
     """The int32 with the same bits as the low 32 of `word`."""
     return ((word + 2**31) & 0xFFFFFFFF) - 2**31
+
+
+def _reference(x: Tensor, words: Tensor, threshold: int, layer_word: int) -> Tensor:
+    return _keyed_dropout(x, words, threshold, layer_word).contiguous(memory_format=torch.channels_last)
+
+
+def _launch(*arguments: Any) -> Tensor:
+    from pipeline.kernels.dropout import launch_keyed_dropout
+
+    return launch_keyed_dropout(*arguments)
+
+
+def _shape(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+class _KeyedDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, words: Tensor, threshold: int, layer_word: int) -> Tensor:
+        ctx.words, ctx.threshold, ctx.layer_word = words, threshold, layer_word
+        return _operator(x, words, threshold, layer_word)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return _operator(gradients[0], ctx.words, ctx.threshold, ctx.layer_word), None, None, None
+
+
+_operator = define_operator(
+    "keyed_dropout(Tensor x, Tensor words, int threshold, int layer_word) -> Tensor",
+    reference=_reference,
+    launch=_launch,
+    shapes=_shape,
+)

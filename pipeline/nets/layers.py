@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.devices import divided
 from pipeline.nets.dropout import DropoutKeys, keyed_dropout
+from pipeline.nets.group_norm import GroupNorm32
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,6 @@ def timestep_embedding(t: Tensor, size: int, cos_first: bool = True, freq_shift:
     return torch.cat(parts, dim=1)
 
 
-class GroupNorm32(nn.GroupNorm):
-    """Group normalisation computed in float32 whatever the precision around it, returned in that
-    precision."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight.float(), self.bias.float()
-        if input.device.type == "cpu" and not torch.is_grad_enabled():
-            # The CPU's kernel computes in float32 itself: the same bits, without two copies. Its backward is slow.
-            return F.group_norm(input, self.num_groups, weight, bias, self.eps)
-        return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
-
-
 class ResBlock(nn.Module):
     """norm, SiLU, (resample), conv, + timestep, norm, SiLU, dropout, conv, added to the (resampled) input.
 
@@ -77,13 +66,13 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, dropout: DropoutKeys | None) -> Tensor:
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        h = self.conv1(self.resample(self.norm1(x, silu=True)))
         condition = self.project(F.silu(embedding))[:, :, None, None]
         if self.options.scale_shift:
             scale, shift = condition.chunk(2, dim=1)
             h = F.silu(self.norm2(h) * (1 + scale) + shift)
         else:
-            h = F.silu(self.norm2(h + condition))
+            h = self.norm2(h + condition, silu=True)
         if self.training and self.options.dropout > 0 and dropout is not None:
             h = keyed_dropout(h, self.options.dropout, dropout, self.layer)
         return self.shortcut(self.resample(x)) + self.conv2(h)

@@ -4,17 +4,16 @@ from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from pipeline.config.net import UNetConfig
 from pipeline.nets.dropout import DropoutKeys
+from pipeline.nets.group_norm import GroupNorm32
 from pipeline.nets.layers import (
     Attention,
     BlockOptions,
     Downsample,
-    GroupNorm32,
     ResBlock,
     Upsample,
     timestep_embedding,
@@ -126,7 +125,7 @@ class UNet(nn.Module):
                 x = self._run(stage, torch.cat([x, skips.pop()], dim=1), embedding, dropout)
             if level.resample is not None:
                 x = self._run(level.resample, x, embedding, dropout)
-        return self.head(F.silu(self.norm(x)))
+        return self.head(self.norm(x, silu=True))
 
     def _embed(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:
         config = self.config

@@ -2,8 +2,9 @@
 
 It counts what a device would be asked for: kernels, copies in each direction, and waits of the host, each with the
 line of the program that asked. It also plays that CUDA's group norm works on NCHW and its convolutions on NHWC, and
-copies a tensor in the other layout; that attention and the gradient of SiLU have kernels of their own; and that a copy
-is asynchronous only from or to pinned memory. Everything happens at once, so a missing wait is not noticed.
+copies a tensor in the other layout; that attention and the gradient of SiLU have kernels of their own, and so have the
+operators of `pipeline.kernels`, whose references compute here; and that a copy is asynchronous only from or to pinned
+memory. Everything happens at once, so a missing wait is not noticed.
 
 Import it before torch.
 """
@@ -29,6 +30,8 @@ from torch import Tensor  # noqa: E402
 from torch._ops import OpOverload  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
+
+from pipeline.kernels.tiling import Tiling  # noqa: E402
 
 aten = torch.ops.aten
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -85,11 +88,7 @@ class Counts:
         self.background_waits: Counter[str] = Counter()
         """Waits of threads that the program started beside the one that launches kernels."""
 
-    launched = 0
-    """Kernels in this process's life."""
-
     def kernel(self, name: str, number: int = 1) -> None:
-        self.launched += number
         self.kernels[name] += number
         self.kernel_files[_asked_at(lines=False)] += number
 
@@ -219,9 +218,28 @@ def _count(
         counts.wait(name)
     elif name == "_scaled_dot_product_efficient_attention_backward":
         counts.kernel(name, 2)
+    elif func.namespace == "ddpm":
+        _count_own(name, args)
     elif not _is_view(func) and name not in NO_KERNEL and f"{name}.{func._overloadname}" not in NO_KERNEL:
         counts.kernel(name)
     return device is not None and device.type == "cpu" and not _is_view(func)
+
+
+def _count_own(name: str, args: Any) -> None:
+    """An operator of pipeline.kernels: its launches, and the copies of maps that are not channels-last."""
+    launches = 1
+    if name == "ddpm::group_norm":
+        launches = 1 + (Tiling.of(args[0], groups=args[3]).parts > 1)
+    elif name == "ddpm::group_norm_backward":
+        launches = 2 + (Tiling.of(args[1], groups=args[4].shape[1]).parts > 1)
+    counts.kernel(name, launches)
+    for map in args:
+        if (
+            isinstance(map, Tensor)
+            and map.ndim == 4
+            and not map.is_contiguous(memory_format=torch.channels_last)
+        ):
+            counts.kernel("layout copy")
 
 
 def _count_to(source: Tensor, device: torch.device | None, non_blocking: bool) -> bool:
@@ -390,22 +408,18 @@ class _Stream:
     def wait_event(self, event: "_Event") -> None: ...
 
     def record_event(self, event: "_Event | None" = None) -> "_Event":
-        event = event or _Event()
-        event.record(self)
-        return event
+        return event or _Event()
 
     def synchronize(self) -> None:
         counts.wait("stream synchronize")
 
 
 class _Event:
-    """torch.cuda.Event. Waiting for it leaves the device busy if other kernels were launched after it."""
+    """torch.cuda.Event."""
 
-    def __init__(self, **_: Any) -> None:
-        self._launched = -1
+    def __init__(self, **_: Any) -> None: ...
 
-    def record(self, stream: _Stream | None = None) -> None:
-        self._launched = counts.launched
+    def record(self, stream: _Stream | None = None) -> None: ...
 
     def wait(self, stream: _Stream | None = None) -> None: ...
 
@@ -413,8 +427,7 @@ class _Event:
         return True
 
     def synchronize(self) -> None:
-        if self._launched in (-1, counts.launched):
-            counts.wait("event synchronize")
+        counts.wait("event synchronize")
 
 
 _CURRENT_STREAM = _Stream()
@@ -423,7 +436,6 @@ _CUDA_INTERFACE: dict[str, Any] = {
     "Event": _Event,
     "Stream": _Stream,
     "_lazy_init": lambda: None,
-    "device": lambda device: contextlib.nullcontext(),
     "current_stream": lambda device=None: _CURRENT_STREAM,
     "device_count": lambda: 1,
     "empty_cache": lambda: None,
@@ -448,7 +460,6 @@ def simulated_device() -> Iterator[Counts]:
         mock.patch.multiple(
             Tensor,
             tolist=_to_list_after_waiting,
-            record_stream=lambda tensor, stream: None,
             pin_memory=lambda tensor, device=None: _pin(tensor.clone()),
             is_pinned=lambda tensor, device=None: _is_pinned(tensor),
         ),

@@ -69,9 +69,7 @@ class Loader:
         steps = range(start_step, stop_step)
         self._dataset.stop_step = stop_step
         results = (
-            self._workers(steps)
-            if self.config.num_loader_processes
-            else map(self._dataset.__getitem__, steps)
+            map(self._dataset.__getitem__, steps) if self.config.num_workers == 0 else self._workers(steps)
         )
         prefetcher = self._prefetcher()
         try:
@@ -106,7 +104,7 @@ class Loader:
                 self._dataset,
                 batch_size=None,
                 sampler=steps,
-                num_workers=self.config.num_loader_processes,
+                num_workers=self.config.num_workers,
                 prefetch_factor=self.config.prefetch,
                 collate_fn=_identity,
                 worker_init_fn=_SetEnvironment(dict(os.environ)),
