@@ -1,5 +1,6 @@
 """What a generation asks of Ray: whole and fractional GPUs, a pool between two sizes, room before work."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,15 @@ def test_a_cluster_that_grows_is_trusted_to_get_a_large_node(monkeypatch: pytest
     monkeypatch.setenv("DDPM_CLUSTER_GROWS", "")
     with pytest.raises(UserError, match="or set DDPM_CLUSTER_GROWS=1"):
         require_pool_resources(config())
+
+
+def test_rays_remark_on_cpus_beside_a_gpu_is_dropped_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ray.data._internal.execution.operators import map_operator
+
+    arguments_for_ray(config(gpus_per_worker=1), 1, monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        map_operator._canonicalize_ray_remote_args({"num_cpus": 1, "num_gpus": 1})
+        map_operator.logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

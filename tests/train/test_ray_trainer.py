@@ -2,11 +2,14 @@
 
 import logging
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from pipeline.errors import UserError
 from pipeline.train import ray_trainer
 from pipeline.train.ray_trainer import stall_reason
 from pipeline.train.worker import WorkerGroupStartError
@@ -98,3 +101,50 @@ def test_a_stalled_training_logs_what_it_may_be_waiting_for(silence: float | Non
     assert "no progress for 61 s (last step 240)" in line
     assert what in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (AssertionError("Torch not compiled with CUDA enabled"), "install the CUDA build of torch"),
+        (RuntimeError("backend='inductor' raised:\nRuntimeError: Failed to find C compiler."), "install gcc"),
+    ],
+)
+def test_a_machine_that_is_not_set_up_for_the_work_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, remedy: str
+) -> None:
+    fits = Fits(monkeypatch, ControllerError(error))
+    with pytest.raises(UserError, match=f"^workers cannot train there: [^\n]*; {remedy}"):
+        fit()
+    assert fits.begun == 1
+
+
+def test_an_unfit_worker_tells_the_driver_instead_of_asking_for_another_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[Exception] = []
+    coordinator: Any = SimpleNamespace(
+        failure=SimpleNamespace(remote=lambda: None), fail=SimpleNamespace(remote=told.append)
+    )
+    context = SimpleNamespace(
+        get_world_rank=lambda: 1, get_world_size=lambda: 2, get_node_rank=lambda: 0, get_local_rank=lambda: 1
+    )
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(
+            "CUDA error: no kernel image is available for execution on the device\nCompile with"
+        )
+
+    monkeypatch.setattr(ray_trainer.ray, "get", lambda found: found)
+    monkeypatch.setattr(ray_trainer.ray.util, "get_node_ip_address", lambda: "10.0.0.3")
+    monkeypatch.setattr(ray_trainer.ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray_trainer, "get_device", lambda: "cpu")
+    monkeypatch.setattr(ray_trainer, "set_up_logging", lambda: None)
+    monkeypatch.setattr(ray_trainer, "train_worker", fail)
+    task = SimpleNamespace(config=tiny("file:///nowhere", "file:///nowhere"))
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        ray_trainer._on_worker({"task": task, "coordinator": coordinator})
+    (error,) = told
+    assert isinstance(error, UserError)
+    assert str(error).startswith("node 10.0.0.3: CUDA error: no kernel image is available")
+    assert "install torch for this GPU's compute capability" in str(error)
