@@ -28,7 +28,7 @@ from pipeline.errors import UserError
 
 GROWS_VARIABLE = "DDPM_CLUSTER_GROWS"
 """Set on clusters that add nodes when work waits for them."""
-_GROUP_LABEL = "ray.io/node-group"
+_GROUP_LABEL, _TYPE_LABEL = "ray.io/node-group", "ray.io/accelerator-type"
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 60.0
 _START_SECONDS = 20.0
@@ -62,7 +62,13 @@ class NodeReport:
 
     node: str
     """Its address."""
+    node_id: str
+    """Ray's name for it."""
     report: GpuReport
+    gpus: float = 0.0
+    """GPUs of the node."""
+    type_label: str | None = None
+    """Ray's name for their type, such as `A100`, which tells fewer kinds apart than `report.kind`; None if unknown."""
 
 
 def require_fit_workers(
@@ -76,12 +82,26 @@ def require_fit_workers(
     """
     if not workers.gpus and not workers.compile:
         return []
-    reports = _Inquiry(workers, stop, patience_seconds).run()
+    reports = ask_nodes(workers, stop, patience_seconds)
     for found in reports:
         if found.report.fault is not None:
             raise UserError(unfit_message(found, workers.gpus_setting if workers.gpus else "compile"))
     kinds = {str(found.report.kind): found.report.kind for found in reports if found.report.kind is not None}
     return [kinds[name] for name in sorted(kinds)]
+
+
+def ask_nodes(
+    workers: Workers,
+    stop: threading.Event,
+    patience_seconds: float | None = None,
+    *,
+    every_node: bool = False,
+) -> list[NodeReport]:
+    """What one GPU of each kind of node answered, or of `every_node`, where the workers may be placed.
+
+    Waits as `require_fit_workers` does. Answers stop at the first fault unless every node was asked.
+    """
+    return _Inquiry(workers, stop, patience_seconds, every_node).run()
 
 
 def check_every_gpu(wait_seconds: float) -> tuple[list[NodeReport], list[str]]:
@@ -96,9 +116,7 @@ def check_every_gpu(wait_seconds: float) -> tuple[list[NodeReport], list[str]]:
     done, busy = ray.wait(list(tasks), num_returns=len(tasks), timeout=wait_seconds + ANSWER_SECONDS)
     for reference in busy:
         ray.cancel(reference)
-    found = [
-        report for reference in tasks if reference in done for report in _answer(reference, tasks[reference])
-    ]
+    found = [one for reference in tasks if reference in done for one in _answer(reference, tasks[reference])]
     return found, [_address(tasks[reference]) for reference in busy]
 
 
@@ -111,10 +129,13 @@ def unfit_message(found: NodeReport, setting: str) -> str:
 class _Inquiry:
     """One task for each kind of node, and the wait for their answers."""
 
-    def __init__(self, workers: Workers, stop: threading.Event, patience_seconds: float | None) -> None:
+    def __init__(
+        self, workers: Workers, stop: threading.Event, patience_seconds: float | None, every_node: bool
+    ) -> None:
         self._workers = workers
         self._stop = stop
         self._patience_seconds = patience_seconds
+        self._every_node = every_node
         self._began = time.monotonic()
         self._reported = self._began
         self._answered: float | None = None
@@ -128,7 +149,7 @@ class _Inquiry:
             for reference in done:
                 reports += _answer(reference, pending.pop(reference))
                 self._answered = self._answered or time.monotonic()
-            if any(found.report.fault is not None for found in reports):
+            if not self._every_node and any(found.report.fault is not None for found in reports):
                 break
             if self._is_over():
                 log.warning("no free GPU to check on %s; going on without", _addresses(pending.values()))
@@ -145,7 +166,7 @@ class _Inquiry:
         kinds: dict[object, Mapping[str, Any]] = {}
         for node in _living_nodes():
             if _has_room(node, workers):
-                kinds.setdefault(_kind_of_node(node), node)
+                kinds.setdefault(node["NodeID"] if self._every_node else _kind_of_node(node), node)
         if not kinds:  # placed wherever the cluster adds a node
             return {_task(needs, workers.gpus, None): {}}
         return {_task(needs, workers.gpus, str(node["NodeID"])): node for node in kinds.values()}
@@ -201,7 +222,7 @@ def _task(needs: GpuNeeds, gpus: float, node_id: str | None) -> Any:
 def _answer(reference: Any, node: Mapping[str, Any]) -> list[NodeReport]:
     """What a task returned; nothing if its node was lost meanwhile."""
     try:
-        address, reports = ray.get(reference)
+        node_id, address, reports = ray.get(reference)
     except RayTaskError:
         raise  # a bug: its traceback is wanted
     except RayError as error:
@@ -211,14 +232,21 @@ def _answer(reference: Any, node: Mapping[str, Any]) -> list[NodeReport]:
             type(error).__name__,
         )
         return []
-    return [NodeReport(address, report) for report in reports]
+    node = node or next((one for one in _living_nodes() if one["NodeID"] == node_id), {})  # added since
+    gpus, label = node.get("Resources", {}).get("GPU", 0.0), (node.get("Labels") or {}).get(_TYPE_LABEL)
+    return [NodeReport(address, node_id, report, gpus, label) for report in reports]
 
 
-def _check(needs: GpuNeeds) -> tuple[str, list[GpuReport]]:
-    return ray.util.get_node_ip_address(), check_gpus(needs)
+def _check(needs: GpuNeeds) -> tuple[str, str, list[GpuReport]]:
+    return *_here(), check_gpus(needs)
 
 
-def _check_compiler(needs: GpuNeeds) -> tuple[str, list[GpuReport]]:
+def _check_compiler(needs: GpuNeeds) -> tuple[str, str, list[GpuReport]]:
     """The same for work on the CPU, for which Inductor writes C++."""
     fault, remedy = compiler_fault("c++") or (None, "")
-    return ray.util.get_node_ip_address(), [GpuReport(gpu="CPU", fault=fault, remedy=remedy)]
+    return *_here(), [GpuReport(gpu="CPU", fault=fault, remedy=remedy)]
+
+
+def _here() -> tuple[str, str]:
+    """Name and address of the node."""
+    return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.exceptions import NodeDiedError
 
-from pipeline.cluster import Workers, check_every_gpu, gpus, require_fit_workers
+from pipeline.cluster import Workers, ask_nodes, check_every_gpu, gpus, require_fit_workers
 from pipeline.config.device_kind import DeviceKind
 from pipeline.devices.preflight import GpuNeeds, GpuReport
 from pipeline.errors import UserError
@@ -27,7 +27,7 @@ def node(
     name: str, gpus: float = 1, cpus: float = 8, model: str = "H100", group: str = "a"
 ) -> dict[str, Any]:
     resources = {"CPU": cpus, "GPU": gpus, f"accelerator_type:{model}": 1.0}
-    labels = {"ray.io/node-group": group}
+    labels = {"ray.io/node-group": group, "ray.io/accelerator-type": model}
     return {
         "NodeID": name,
         "NodeManagerAddress": name,
@@ -74,11 +74,11 @@ class FakeRay:
             self.seconds += timeout
         return done, [name for name in references if name not in done]
 
-    def get(self, reference: str) -> tuple[str, list[GpuReport]]:
+    def get(self, reference: str) -> tuple[str, str, list[GpuReport]]:
         found = self.answers.get(reference, [FIT])
         if isinstance(found, Exception):
             raise found
-        return reference, found or []
+        return reference, f"address-of-{reference}", found or []
 
     def cancel(self, reference: str) -> None:
         self.cancelled.append(reference)
@@ -112,7 +112,7 @@ def test_work_on_the_cpu_asks_for_a_compiler_only_if_it_needs_one(monkeypatch: p
     assert require_fit_workers(Workers(2, 0, "gpus_per_worker"), threading.Event()) == []
     assert ray.asked == []
     ray.answers["a"] = [GpuReport(gpu="CPU", fault="there is no C++ compiler", remedy="install g++")]
-    with pytest.raises(UserError, match="compile: node a, CPU: there is no C"):
+    with pytest.raises(UserError, match="compile: node address-of-a, CPU: there is no C"):
         require_fit_workers(Workers(2, 0, "gpus_per_worker", compile=True), threading.Event())
 
 
@@ -122,7 +122,7 @@ def test_one_unfit_kind_ends_the_job_without_waiting_for_the_others(monkeypatch:
     with pytest.raises(UserError) as refusal:
         require_fit_workers(ONE_EACH, threading.Event())
     assert str(refusal.value) == (
-        "gpus_per_worker: node old, GPU 0 (V100): compute capability 7.0; use other GPUs"
+        "gpus_per_worker: node address-of-old, GPU 0 (V100): compute capability 7.0; use other GPUs"
     )
     assert ray.cancelled == ["busy"]
 
@@ -174,6 +174,35 @@ def test_the_doctor_asks_every_gpu_of_every_node(monkeypatch: pytest.MonkeyPatch
     ray = FakeRay(monkeypatch, node("a", gpus=2), node("b", gpus=4), node("head", gpus=0))
     ray.answers = {"a": [FIT, UNFIT], "b": None}
     reports, busy = check_every_gpu(wait_seconds=5)
-    assert [(found.node, found.report) for found in reports] == [("a", FIT), ("a", UNFIT)]
+    assert [(found.node_id, found.report) for found in reports] == [("a", FIT), ("a", UNFIT)]
     assert busy == ray.cancelled == ["b"]
     assert ray.asked == [("a", 2, GpuNeeds(every=True)), ("b", 4, GpuNeeds(every=True))]
+
+
+def test_every_node_can_be_asked_and_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(monkeypatch, node("a", gpus=4), node("b"), node("old", model="V100"))
+    ray.answers = {"old": [UNFIT]}
+    found = ask_nodes(ONE_EACH, threading.Event(), every_node=True)
+    assert [(one.node_id, one.gpus, one.type_label, one.report.fault is None) for one in found] == [
+        ("a", 4, "H100", True),
+        ("b", 1, "H100", True),
+        ("old", 1, "V100", False),
+    ]
+
+
+def test_a_node_that_was_added_meanwhile_is_described_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(monkeypatch, {**node("anywhere", gpus=8), "Alive": False})
+    monkeypatch.setattr(ray, "remote", joins(ray))
+    (found,) = ask_nodes(ONE_EACH, threading.Event())
+    assert (found.gpus, found.type_label) == (8, "H100")
+
+
+def joins(ray: FakeRay) -> Any:
+    """Work whose wait makes the cluster add its node."""
+    remote = ray.remote
+
+    def start(work: Any) -> Any:
+        ray.nodes()[0]["Alive"] = True
+        return remote(work)
+
+    return start
