@@ -87,6 +87,7 @@ def test_the_run_page_shows_what_a_person_looks_for(data: str, prefix: str) -> N
     assert plan_training(config).index.digest.startswith(dataset.dataset.digest)
     assert [file.path for file in client.list_artifacts(run_id, "config")] == ["config/config.yaml"]
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+    assert (run.data.tags["ddpm.device"], run.data.tags["ddpm.deterministic"]) == ("CPU", "true")
     note = run.data.tags["mlflow.note.content"]
     assert "figures/final.png" in note
     assert f"Next: `ddpm generate {config.name} model={config.name}/1`" in note
