@@ -35,20 +35,20 @@ def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_n
     assert "handed/1" in said.out
     assert "24/24 steps (100%)" in said.err
 
-    assert submit("train", config) == 0
-    again = capfd.readouterr().out
-    assert f"job      {name}-r2" in again
-    assert "already trained" in again
-
-    assert submit("train", tiny(f"{prefix}/absent", f"{prefix}/runs", name="handed")) == 2
-    assert "no index (" in capfd.readouterr().out
+    absent = PackConfig(source=f"{prefix}/absent", dest=f"{prefix}/none", channels=1)
+    assert submit("pack", absent) == 2
+    said = capfd.readouterr().out
+    assert "/absent" in said
+    failed = said.split()[1]
+    assert submit("pack", absent) == 2
+    assert f"job      {failed}-r2" in capfd.readouterr().out
 
     client = job_client()
     assert print_jobs(client, as_json=True) == 0
     listed = json.loads(capfd.readouterr().out)
     assert [job["status"] for job in listed if job["submission_id"] == name] == ["SUCCEEDED"]
     assert sum(job["submission_id"].startswith("versions-") for job in listed) == 1
-    assert sum(name in line for line in job_table(client)) == 2
+    assert sum(failed in line for line in job_table(client)) == 2
     with pytest.raises(UserError, match="did you mean"):
         require_job(client, name + "x")
 
