@@ -6,7 +6,7 @@ BIN := .venv/bin
 STORE_OPTION := $(if $(STORE),--store $(STORE))
 
 .DEFAULT_GOAL := help
-.PHONY: help run install install-dev test test-fast test-stack lint up status down clean distclean lock docs bench chaos fuzz
+.PHONY: help run install install-dev test test-fast test-stack lint up status down clean distclean lock docs bench chaos fuzz gpu-test
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ test-fast: install-dev ## the tests that need no servers
 
 test-stack: install-dev ## the tests on the real stack (LONG=1: also those of minutes each)
 	$(BIN)/pytest -m stack --durations=15 $(if $(LONG),--long)
+
+gpu-test: install-dev ## the promises on this machine's GPUs, with a report in build/gpu-report.md
+	$(BIN)/pytest tests/gpu -k cuda --durations=0
 
 bench: install-dev ## every benchmark beside its peers, judged against benchmarks/bars.json (AGAIN=1: those measured before, too)
 	@$(BIN)/python -m benchmarks $(if $(AGAIN),--again)

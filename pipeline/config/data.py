@@ -103,9 +103,10 @@ class DataConfig(Settings):
     image.
     """
 
-    num_workers: Annotated[int, Field(ge=0, le=128)] = 0
-    """Processes that decode, for each training worker. 0 decodes in the training process, which is
-    fastest for a data set that fits `memory_bytes`."""
+    num_workers: Annotated[int, Field(ge=0, le=128)] | None = None
+    """Processes that decode, for each training worker. 0 decodes in the training process, which on a CPU is
+    fastest for a data set that fits `memory_bytes`. None: 0 on a CPU; on a GPU one less than
+    `workers.cpus_per_worker`, at most 4."""
 
     prefetch: Annotated[int, Field(ge=1, le=64)] = 4
     """Batches made ahead of use, for each loader process."""
@@ -123,3 +124,8 @@ class DataConfig(Settings):
     on_damage: Literal["fail", "skip"] = "fail"
     """fail: a damaged sample ends the run and is named. skip: another takes its place, always the same one,
     and is counted."""
+
+    @property
+    def num_loader_processes(self) -> int:
+        """`num_workers`, and 0 where it is None and nobody has chosen."""
+        return self.num_workers or 0

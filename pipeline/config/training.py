@@ -15,6 +15,8 @@ from pipeline.config.net import UNetConfig
 from pipeline.config.tracking import TrackConfig, filed_under
 
 _EXPERIMENT = "training"
+MOST_LOADER_PROCESSES = 4
+"""Of each worker, unless the settings ask for more."""
 
 
 class OptimizerConfig(Settings):
@@ -238,6 +240,14 @@ class TrainConfig(Settings):
                 "label_drop above 0 and net.null_class=true belong together; set both or neither"
             )
         return self
+
+    def reading(self) -> DataConfig:
+        """How a worker reads: `data`, with a number of loader processes."""
+        if self.data.num_workers is not None:
+            return self.data
+        workers = self.workers
+        spare = workers.cpus_per_worker - 1 if workers.gpus_per_worker else 0
+        return self.data.model_copy(update={"num_workers": min(spare, MOST_LOADER_PROCESSES)})
 
     def identity(self, data_digest: str, init_sha256: str | None = None) -> dict[str, Any]:
         """Everything that determines the weights, as plain data.

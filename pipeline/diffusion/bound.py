@@ -30,15 +30,14 @@ def model_distribution(
     x_t, x0_hat: (B, ...); t: (B,). fraction: (B, ...), needed for "learned": the log variance is
     fraction log beta_t + (1 - fraction) log posterior variance (improved DDPM eq. 15).
     """
-    mean = schedule.posterior(x0_hat, x_t, t).mean
+    mean = schedule.posterior_mean(x0_hat, x_t, t)
     if variance == "learned":
         if fraction is None:
             raise ValueError('fraction is needed for variance "learned"')
-        small = schedule.gather(schedule.variances("fixed-small").log(), t, x_t)
-        large = schedule.gather(schedule.betas.log(), t, x_t)
+        small, large = schedule.log_variance("fixed-small", t, x_t), schedule.log_beta(t, x_t)
         log_variance = fraction * large + (1 - fraction) * small
     else:
-        log_variance = schedule.gather(schedule.variances(variance).log(), t, x_t)
+        log_variance = schedule.log_variance(variance, t, x_t)
     return Gaussian(mean, log_variance.exp(), log_variance)
 
 

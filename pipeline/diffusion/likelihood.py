@@ -42,6 +42,7 @@ def bits_per_dim(
     noise; clip_x0: cut the network's image to [-1, 1], as all true ones are. Each term is a Monte Carlo estimate
     from one noise; the mean over images is unbiased.
     """
+    schedule = schedule.to(x0.device)
     terms: list[Tensor] = []
     for step in range(schedule.T):
         t = torch.full((len(x0),), step, dtype=torch.int64, device=x0.device)

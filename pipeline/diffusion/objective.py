@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.config.diffusion import ObjectiveConfig
 from pipeline.diffusion.bound import vlb_term
-from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.diffusion.schedule import NoiseSchedule, check_same_shape
 from pipeline.diffusion.targets import target_of, x0_of
 
 
@@ -50,13 +50,15 @@ def training_loss(
     """
     if t.shape != x0.shape[:1]:
         raise ValueError(f"t must have shape ({len(x0)},), not {tuple(t.shape)}")
-    x_t = schedule.add_noise(x0, noise, t)
+    check_same_shape("noise", noise, x0)
+    a, s = schedule.coefficients(t, x0)
+    x_t = a * x0 + s * noise  # `add_noise`
     output = call_net(net, x_t, t, class_labels=class_labels, dropout=dropout)
     prediction, fraction = split_output(output, x0.shape[1], objective)
-    a = schedule.gather(schedule.alpha_bars.sqrt(), t, x0)
-    s = schedule.gather((1 - schedule.alpha_bars).sqrt(), t, x0)
     error = (prediction - target_of(objective.target, x0, noise, a, s)).square().flatten(1).mean(1)
-    per_sample = loss_weight(schedule, objective, t).to(error.device) * error
+    per_sample = error
+    if objective.weighting != "uniform":
+        per_sample = loss_weight(schedule, objective, t).to(error.device) * error
     if fraction is None:
         return LossTerms(per_sample, error, None)
     # The bound teaches the variance only; through the mean it would drown L_simple (improved DDPM, section

@@ -6,7 +6,8 @@ Papers count t = 1..T; code counts t = 0..T-1, so that entry t of a table belong
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from pipeline.config.diffusion import ScheduleConfig
 from pipeline.errors import UserError
 
+CPU = torch.device("cpu")
 Timestep = Tensor | int
 FixedVariance = Literal["fixed-small", "fixed-large"]
 
@@ -32,11 +34,14 @@ class NoiseSchedule:
     """An immutable table of betas; every other quantity follows from it.
 
     All tables are float64 of shape (T,). A coefficient is computed in float64 and rounded once, to float32
-    (to float64 for a float64 image): in half precision 1 - abar is zero for the first steps.
+    (to float64 for a float64 image): in half precision 1 - abar is zero for the first steps. All are computed on the
+    CPU, so they have the same bits for any device.
     """
 
     betas: Tensor
     alpha_bars: Tensor
+    device: torch.device = CPU
+    """Where the tables that are gathered from lie; `betas` and `alpha_bars` are on the CPU, where samplers plan."""
 
     @classmethod
     def given(cls, betas: Tensor | Sequence[float]) -> Self:
@@ -44,7 +49,7 @@ class NoiseSchedule:
 
         Raises: ValueError naming betas.
         """
-        table = torch.as_tensor(betas, dtype=torch.float64).detach().clone()
+        table = torch.as_tensor(betas, dtype=torch.float64, device=CPU).detach().clone()
         if table.ndim != 1 or len(table) == 0:
             raise ValueError(f"betas must have shape (T,) with T >= 1, not {tuple(table.shape)}")
         if not bool(((table > 0) & (table <= 1)).all()):
@@ -133,8 +138,8 @@ class NoiseSchedule:
         return type(self).from_alpha_bars(root.square())
 
     def to(self, device: torch.device | str) -> Self:
-        """The same schedule with its tables on `device`, so that gathering there needs no transfer."""
-        return type(self)(betas=self.betas.to(device), alpha_bars=self.alpha_bars.to(device))
+        """The same schedule for images on `device`, to which each table is copied once, when it is first needed."""
+        return replace(self, device=torch.device(device))
 
     @property
     def T(self) -> int:  # noqa: N802 - the papers' and the contract's name
@@ -167,8 +172,8 @@ class NoiseSchedule:
 
     def snr(self, t: Timestep | None = None) -> Tensor:
         """Signal-to-noise ratio abar / (1 - abar): float64 (T,), or (B,) at timesteps `t`."""
-        ratio = self.alpha_bars / (1 - self.alpha_bars)
-        return ratio if t is None else ratio[self._check(t).to(ratio.device)]
+        ratio = self._snr_table
+        return ratio.to(CPU) if t is None else ratio[self._check(t).to(ratio.device)]
 
     def gather(self, table: Tensor, t: Timestep, like: Tensor) -> Tensor:
         """Entries `t` of a float64 (T,) table, shaped to broadcast over `like` (B, ...), on its device.
@@ -180,21 +185,28 @@ class NoiseSchedule:
         if t.ndim == 1 and len(t) not in (1, len(like)):
             raise ValueError(f"t has {len(t)} entries for a batch of {len(like)}")
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        picked = table.to(t.device)[t].to(device=like.device, dtype=dtype)
-        return picked.reshape(-1, *[1] * (like.ndim - 1))
+        table = table.to(like.device)
+        # An index on the CPU would be copied to the device; a number is not.
+        picked = table[int(t)] if t.ndim == 0 and t.device == CPU else table[t.to(like.device)]
+        return picked.to(dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+    def coefficients(self, t: Timestep, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t), shaped to broadcast over `like` (see `gather`)."""
+        return self.gather(self._signal_table, t, like), self.gather(self._noise_table, t, like)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise, any step at once (DDPM eq. 4).
 
         x0, noise: (B, ...); t: (B,) integers in 0..T-1, or one int. Returns (B, ...).
         """
-        _check_same_shape("noise", noise, x0)
-        return self._signal(t, x0) * x0 + self._noise(t, x0) * noise
+        check_same_shape("noise", noise, x0)
+        signal, noise_scale = self.coefficients(t, x0)
+        return signal * x0 + noise_scale * noise
 
     def q_step(self, x: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """One forward step, from before entry `t` to it: sqrt(1 - beta_t) x + sqrt(beta_t) noise (DDPM eq.
         2)."""
-        _check_same_shape("noise", noise, x)
+        check_same_shape("noise", noise, x)
         keep = self.gather((1 - self.betas).sqrt(), t, x)
         return keep * x + self.gather(self.betas.sqrt(), t, x) * noise
 
@@ -205,29 +217,38 @@ class NoiseSchedule:
         clip: cut to [-1, 1]. Where abar_t is 0 (zero terminal SNR) the noise says nothing: ValueError naming
         t.
         """
-        _check_same_shape("noise", noise, x_t)
-        signal = self._signal(t, x_t)
+        check_same_shape("noise", noise, x_t)
+        signal, noise_scale = self.coefficients(t, x_t)
         if bool((signal == 0).any()):
             raise ValueError("t holds a step without signal (abar = 0): noise does not determine the image")
-        x0 = (x_t - self._noise(t, x_t) * noise) / signal
+        x0 = (x_t - noise_scale * noise) / signal
         return x0.clamp(-1, 1) if clip else x0
 
     def predict_noise(self, x_t: Tensor, x0: Tensor, t: Timestep) -> Tensor:
         """The noise that `x_t` and an image imply: (x_t - sqrt(abar_t) x0) / sqrt(1 - abar_t)."""
-        _check_same_shape("x0", x0, x_t)
-        return (x_t - self._signal(t, x_t) * x0) / self._noise(t, x_t)
+        check_same_shape("x0", x0, x_t)
+        signal, noise_scale = self.coefficients(t, x_t)
+        return (x_t - signal * x0) / noise_scale
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Timestep) -> Gaussian:
         """q(x_{t-1} | x_t, x_0) (DDPM eq. 6 and 7); at entry 0 the mean is exactly x0 and the variance 0."""
-        _check_same_shape("x0", x0, x_t)
-        before, now = self.alpha_bars_before, self.alpha_bars
-        of_x0 = before.sqrt() * self.betas / (1 - now)
-        # Exactly 1 by algebra; cancellation in 1 - abar must not leave an ulp.
-        of_x0 = torch.cat([torch.ones_like(of_x0[:1]), of_x0[1:]])
-        of_x_t = (1 - self.betas).sqrt() * (1 - before) / (1 - now)
-        mean = self.gather(of_x0, t, x_t) * x0 + self.gather(of_x_t, t, x_t) * x_t
-        variance = self.posterior_variances
-        return Gaussian(mean, self.gather(variance, t, x_t), self.gather(variance.log(), t, x_t))
+        variance, log_variance = self._posterior_variance_tables
+        mean = self.posterior_mean(x0, x_t, t)
+        return Gaussian(mean, self.gather(variance, t, x_t), self.gather(log_variance, t, x_t))
+
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
+        check_same_shape("x0", x0, x_t)
+        of_x0, of_x_t = self._posterior_mean_tables
+        return self.gather(of_x0, t, x_t) * x0 + self.gather(of_x_t, t, x_t) * x_t
+
+    def log_variance(self, kind: FixedVariance, t: Timestep, like: Tensor) -> Tensor:
+        """Logarithm of `variances(kind)` at `t`, shaped to broadcast over `like`."""
+        return self.gather(self._log_variance_tables[kind], t, like)
+
+    def log_beta(self, t: Timestep, like: Tensor) -> Tensor:
+        """Logarithm of beta_t, shaped to broadcast over `like`."""
+        return self.gather(self._log_beta_table, t, like)
 
     def step(
         self,
@@ -246,18 +267,49 @@ class NoiseSchedule:
         estimate to [-1, 1]. No noise is added at t = 0.
         """
         x0 = self.predict_x0(x_t, predicted_noise, t, clip=clip)
-        mean = self.posterior(x0, x_t, t).mean
+        mean = self.posterior_mean(x0, x_t, t)
         if int(t) == 0:
             return mean
         noise = torch.randn_like(x_t) if noise is None else noise
-        _check_same_shape("noise", noise, x_t)
+        check_same_shape("noise", noise, x_t)
         return mean + self.gather(self.variances(variance).sqrt(), t, x_t) * noise
 
-    def _signal(self, t: Timestep, like: Tensor) -> Tensor:
-        return self.gather(self.alpha_bars.sqrt(), t, like)
+    @cached_property
+    def _signal_table(self) -> Tensor:
+        return self.alpha_bars.sqrt().to(self.device)
 
-    def _noise(self, t: Timestep, like: Tensor) -> Tensor:
-        return self.gather((1 - self.alpha_bars).sqrt(), t, like)
+    @cached_property
+    def _noise_table(self) -> Tensor:
+        return (1 - self.alpha_bars).sqrt().to(self.device)
+
+    @cached_property
+    def _snr_table(self) -> Tensor:
+        return (self.alpha_bars / (1 - self.alpha_bars)).to(self.device)
+
+    @cached_property
+    def _posterior_mean_tables(self) -> tuple[Tensor, Tensor]:
+        """What x0 and x_t are multiplied by in the posterior's mean."""
+        before, now = self.alpha_bars_before, self.alpha_bars
+        of_x0 = before.sqrt() * self.betas / (1 - now)
+        # Exactly 1 by algebra; cancellation in 1 - abar must not leave an ulp.
+        of_x0 = torch.cat([torch.ones_like(of_x0[:1]), of_x0[1:]])
+        of_x_t = (1 - self.betas).sqrt() * (1 - before) / (1 - now)
+        return of_x0.to(self.device), of_x_t.to(self.device)
+
+    @cached_property
+    def _posterior_variance_tables(self) -> tuple[Tensor, Tensor]:
+        """The posterior's variance, and its logarithm."""
+        variance = self.posterior_variances
+        return variance.to(self.device), variance.log().to(self.device)
+
+    @cached_property
+    def _log_variance_tables(self) -> dict[FixedVariance, Tensor]:
+        kinds: tuple[FixedVariance, ...] = ("fixed-small", "fixed-large")
+        return {kind: self.variances(kind).log().to(self.device) for kind in kinds}
+
+    @cached_property
+    def _log_beta_table(self) -> Tensor:
+        return self.betas.log().to(self.device)
 
     def _check(self, t: Timestep) -> Tensor:
         t = torch.as_tensor(t)
@@ -284,6 +336,7 @@ def _check_range(T: int, beta_start: float, beta_end: float) -> None:
         raise ValueError(f"beta_end must lie in [beta_start, 1), not {beta_end}")
 
 
-def _check_same_shape(name: str, value: Tensor, like: Tensor) -> None:
+def check_same_shape(name: str, value: Tensor, like: Tensor) -> None:
+    """Raise ValueError naming `name` for a shape that differs."""
     if value.shape != like.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(like.shape)}")

@@ -33,6 +33,7 @@ from pipeline.config.json_document import parse_document
 from pipeline.disk_errors import disk_errors_at
 from pipeline.errors import DamageError
 from pipeline.store import ObjectMissing, Store, retry_during_outage
+from pipeline.train.staging import Staged, Staging
 
 log = logging.getLogger(__name__)
 
@@ -239,21 +240,24 @@ class CheckpointWriter:
         self._protected = protected
         self._identity = identity
         self._keep_last, self._keep_best = max(keep_last, MIN_KEPT), keep_best
+        self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def submit(self, step: int, tensors: Mapping[str, Tensor], eval_loss: float | None = None) -> None:
-        """Copy the tensors and return; waits only while another checkpoint is being written. Raises its error."""
+    def submit(
+        self, step: int, tensors: Mapping[str, Tensor], eval_loss: float | None = None
+    ) -> torch.cuda.Event | None:
+        """Copy the tensors and return; waits only while another checkpoint is being written. Raises its error.
+
+        Returns what a GPU has to wait for before it changes the tensors: its own are copied while it computes.
+        """
         self.wait()
-        staged = {
-            # safetensors requires row-major order; channels_last is a layout, not a value
-            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        }
+        staged = self._staging.copy(tensors)
         self._thread = threading.Thread(
             target=self._write, args=(step, staged, eval_loss), name="checkpoint", daemon=True
         )
         self._thread.start()
+        return staged.copied
 
     def wait(self) -> None:
         """Wait for the write in progress. Raises the error of the last write."""
@@ -264,10 +268,13 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, step: int, tensors: dict[str, Tensor], eval_loss: float | None) -> None:
+    def _write(self, step: int, staged: Staged, eval_loss: float | None) -> None:
         try:
+            staged.wait()
             retry_during_outage(
-                lambda: save_checkpoint(self._store, step, tensors, self._identity, eval_loss, self._device)
+                lambda: save_checkpoint(
+                    self._store, step, staged.tensors, self._identity, eval_loss, self._device
+                )
             )
             retry_during_outage(
                 lambda: prune_checkpoints(self._store, self._keep_last, self._protected, self._keep_best)

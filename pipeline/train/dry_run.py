@@ -285,7 +285,7 @@ def _measure(config: TrainConfig, device: torch.device, flops: int) -> Pace:
     size = probed_size(config, device, flops)
     scale = 1.0 if size == config.net.image_size else flops / _flops_at(config, size)
     state = initial_state(config, device)
-    schedule = NoiseSchedule.from_config(config.schedule)
+    schedule = NoiseSchedule.from_config(config.schedule).to(device)
     trainer = Trainer(config, schedule, state.net, device, config.workers.most)
     _step(trainer, state, _batch(config, 1, size))  # the first one allocates and selects kernels
     count = _measured_samples(trainer, _batch(config, 1, size))

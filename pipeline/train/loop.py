@@ -7,8 +7,8 @@ over all workers is the mean over the global batch, for any number of workers.
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,8 @@ from pipeline.diffusion import LossTerms, NoiseSchedule, from_uint8, training_lo
 from pipeline.diffusion.noise import Stream, normal, randint, uniform
 from pipeline.errors import JobError
 from pipeline.nets import DropoutKeys
-from pipeline.train.state import TrainState, learning_rate
+from pipeline.train.device_batches import device_batches
+from pipeline.train.state import TrainState, UnreadStep, learning_rate
 from pipeline.train.step_metrics import StepMetrics
 
 log = logging.getLogger(__name__)
@@ -45,35 +46,55 @@ class Trainer:
     device: torch.device
     world: int
 
-    def steps(self, state: TrainState, batches: Iterable[Batch], window: StepMetrics) -> Iterator[int]:
-        """Take a step for every batch; yields the number of finished steps, and adds to `window`."""
-        for batch in batches:
-            window.wait_seconds += batch.wait_seconds
-            window.replaced_samples += len(batch.damage)
-            for line in batch.damage:
-                log.warning("step %d: %s", state.step, line)
-            norm = train_step(self, state, batch, window)
-            finite = math.isfinite(norm)
-            window.close_step(norm if finite else None)
-            if not finite:
-                self._count_skip(state, batch, norm)
-            state.step += 1
-            yield state.step
+    def steps(self, state: TrainState, batches: Iterable[Batch], window: StepMetrics) -> Generator[int]:
+        """Take a step for every batch; yields the number of finished steps, and adds to `window`.
 
-    def _count_skip(self, state: TrainState, batch: Batch, norm: float) -> None:
+        On a GPU call `finish_step` before `state`'s averages or `window` are used between two steps.
+        """
+        with closing(device_batches(batches, self.device)) as arriving:
+            for batch in arriving:
+                window.wait_seconds += batch.wait_seconds
+                window.replaced_samples += len(batch.damage)
+                for line in batch.damage:
+                    log.warning("step %d: %s", state.step, line)
+                train_step(self, state, batch, window)
+                state.step += 1
+                yield state.step
+        self.finish_step(state, window)
+
+    def finish_step(self, state: TrainState, window: StepMetrics) -> None:
+        """Read the norm of the newest step, and move the averages or count it as skipped. A collective call.
+
+        Must be called before the weights change again. Raises NonFiniteError.
+        """
+        unread, state.unread = state.unread, None
+        if unread is None:
+            return
+        if unread.copied is not None:
+            unread.copied.synchronize()
+        norm = float(unread.norm)
+        if math.isfinite(norm):
+            window.close_step(norm)
+            state.ema.update(state.net, unread.step + 1)
+        else:
+            window.close_step(None)
+            self._count_skip(state, unread, norm)
+
+    def _count_skip(self, state: TrainState, skipped: UnreadStep, norm: float) -> None:
         state.skipped_steps += 1
         if state.skipped_steps > self.config.max_skipped_steps:
             raise NonFiniteError(
-                f"step {state.step}: gradient norm {norm}; {state.skipped_steps} steps were skipped, more than "
-                f"max_skipped_steps={self.config.max_skipped_steps}; {_suspects(self, state, batch)}; lower "
+                f"step {skipped.step}: gradient norm {norm}; {state.skipped_steps} steps were skipped, more than "
+                f"max_skipped_steps={self.config.max_skipped_steps}; {_suspects(self, state, skipped)}; lower "
                 "optimizer.lr or look at these samples"
             )
 
 
-def train_step(trainer: Trainer, state: TrainState, batch: Batch, window: StepMetrics) -> float:
-    """One optimizer step on this worker's share of the global batch. Returns the global gradient norm.
+def train_step(trainer: Trainer, state: TrainState, batch: Batch, window: StepMetrics) -> Tensor:
+    """One optimizer step on this worker's share of the global batch. Returns the norm () of the global gradient.
 
-    A non-finite gradient is the same on every worker once summed, so all of them skip the step.
+    A non-finite gradient is the same on every worker once summed, so all of them skip the step. The optimizer finds
+    that out on the device, and the host a step later: it never waits for a device that has nothing else to do.
     """
     config = trainer.config
     window.open_step()
@@ -84,28 +105,54 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch, window: StepMe
             # DDP takes the mean over workers; this makes it the mean over the global batch (7a)
             (terms.per_sample.sum() * (trainer.world / config.global_batch)).backward()
             window.add(terms.per_sample, t)
+    trainer.finish_step(state, window)  # of the step before, whose weights are still there
     clip = config.optimizer.clip_norm or math.inf
-    norm = float(nn.utils.clip_grad_norm_(state.net.parameters(), clip, foreach=True))
-    if math.isfinite(norm):
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, state.step, config.steps)
-        state.optimizer.step()  # 7b. update the weights
-        state.ema.update(state.net, state.step + 1)
-    state.optimizer.zero_grad(set_to_none=True)
+    norm = nn.utils.clip_grad_norm_(state.net.parameters(), clip, foreach=True)
+    _update(state, norm, learning_rate(config.optimizer, state.step, config.steps))  # 7b. update the weights
+    state.unread = _unread(state.step, batch, norm)
+    if state.unread.copied is None:
+        trainer.finish_step(state, window)
     return norm
 
 
-def _suspects(trainer: Trainer, state: TrainState, batch: Batch) -> str:
+def _update(state: TrainState, norm: Tensor, rate: float) -> None:
+    """Adam's step, unless the gradient's norm is not finite. On a GPU only the device knows that by now."""
+    if state.read_until is not None:
+        torch.cuda.current_stream(norm.device).wait_event(state.read_until)
+        state.read_until = None
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    if norm.device.type == "cuda":
+        # The switch that gradient scalers use: the fused kernel leaves everything as it is where this is 1. Only of a
+        # finite norm is the product 0.
+        state.optimizer.found_inf = (norm * 0 != 0).float()  # pyright: ignore[reportAttributeAccessIssue]
+        state.optimizer.step()
+    elif math.isfinite(norm):
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def _unread(step: int, batch: Batch, norm: Tensor) -> UnreadStep:
+    """The step, with its norm on the way to the host."""
+    if norm.device.type != "cuda":
+        return UnreadStep(step, batch, norm, None)
+    on_host = norm.to("cpu", non_blocking=True)  # in pinned memory
+    copied = torch.cuda.Event(blocking=True)
+    copied.record(torch.cuda.current_stream(norm.device))
+    return UnreadStep(step, batch, on_host, copied)
+
+
+def _suspects(trainer: Trainer, state: TrainState, skipped: UnreadStep) -> str:
     """Which positions of the global batch have a non-finite loss, as text. A collective call.
 
     The step was skipped and every random number has a name, so recomputing the losses gives the same values.
     """
     size = trainer.config.global_batch
-    first = state.step * size
+    first = skipped.step * size
     bad = torch.zeros(size, dtype=torch.int32, device=trainer.device)
     alone = replace(trainer, network=state.net)
     with torch.no_grad():
-        for chunk in micro_batches(batch, trainer.config.workers.micro_batch):
+        for chunk in micro_batches(skipped.batch, trainer.config.workers.micro_batch):
             terms, _ = chunk_loss(alone, chunk)
             bad[chunk.positions.to(trainer.device) - first] = (~terms.per_sample.isfinite()).int()
     if trainer.world > 1:

@@ -1,7 +1,8 @@
 """One worker's steps, and what happens at intervals: metrics, sample grids, checkpoints, and the vote to stop."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from typing import Protocol
 
 import torch
@@ -81,24 +82,33 @@ class Session:
         if state.step == 0:
             self._draw()
         batches = resilient_batches(loader, state.step, config.steps)
-        for step in self._trainer.steps(state, batches, self._window):
+        with closing(self._trainer.steps(state, batches, self._window)) as steps:
+            self._take(steps)
+        self._writer.wait()
+
+    def _take(self, steps: Iterable[int]) -> None:
+        """Take the steps, and do what is due after each."""
+        config, state = self._trainer.config, self._state
+        for step in steps:
             name_process(step=step)
             last = step == config.steps
             stopping = self._vote.decide(self._driver is not None and self._driver.should_stop()) and not last
             window_ends = last or step % config.log_every_steps == 0
+            draws = last or step % config.grid.every_steps == 0
+            at_interval = last or step % config.checkpoint.every_steps == 0
+            if window_ends or draws or at_interval or stopping:
+                self._trainer.finish_step(state, self._window)
             if window_ends:
                 self._close_window(step)
             elif stopping:
                 self._window.reduce()
-            if last or step % config.grid.every_steps == 0:
+            if draws:
                 self._draw()
-            at_interval = last or step % config.checkpoint.every_steps == 0
             if at_interval or stopping:
                 # not evaluated at a stop in between: an undisturbed training would have no such point
                 self._save({} if window_ends else self._window.tensors(), evaluate=at_interval)
             if stopping:
                 break
-        self._writer.wait()
 
     def _close_window(self, step: int) -> None:
         config = self._trainer.config
@@ -138,7 +148,7 @@ class Session:
         if loss is not None:
             self._run_logger.metrics(self._state.step, {EVAL_LOSS: loss})
         tensors = self._state.tensors() | self._run_logger.tensors() | dict(window)
-        self._writer.submit(self._state.step, tensors, loss)
+        self._state.read_until = self._writer.submit(self._state.step, tensors, loss)
 
 
 class StopVote:

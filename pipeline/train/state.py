@@ -13,8 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.training import EMAConfig, OptimizerConfig, TrainConfig
+from pipeline.data.reading.loader import Batch
 from pipeline.errors import DamageError
 from pipeline.nets import ConstantEMA, PowerEMA, UNet, WeightAverage, seeded_init
+
+
+@dataclass(frozen=True)
+class UnreadStep:
+    """A step whose gradient norm the host has not read yet: the averages and the counts do not hold it."""
+
+    step: int
+    """Steps finished before it."""
+    batch: Batch
+    norm: Tensor
+    """Of the global gradient: on the CPU, once `copied`."""
+    copied: torch.cuda.Event | None
+    """None for a training on the CPU, where nothing has to be copied."""
 
 
 @dataclass
@@ -28,9 +42,14 @@ class TrainState:
     step: int = 0
     skipped_steps: int = 0
     """Steps whose gradient was not finite, in this process's life."""
+    unread: UnreadStep | None = None
+    """On a GPU the newest step, whose norm is read while the next one runs, so that neither waits for the other."""
+    read_until: torch.cuda.Event | None = None
+    """Until then the tensors are being copied to the host, and must not change."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name: `net/…`, `ema/<average>/…`, `optimizer/<parameter>/<quantity>`. Not copies."""
+        self._require_read()
         out = {f"net/{name}": value for name, value in self.net.state_dict().items()}
         out |= {f"ema/{name}": value for name, value in self.ema.state_dict().items()}
         for name, parameter in self.net.named_parameters():
@@ -64,9 +83,14 @@ class TrainState:
 
     def averaged(self) -> UNet:
         """A network of its own with the first average's weights, for sampling; this one is left as it is."""
+        self._require_read()
         net = copy.deepcopy(self.net)
         self.ema.copy_to(net)
         return net.eval()
+
+    def _require_read(self) -> None:
+        if self.unread is not None:
+            raise RuntimeError("the newest step is not in the averages: call Trainer.finish_step first")
 
 
 def initial_state(

@@ -109,7 +109,7 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
         state.load(checkpoint.record.step, checkpoint.tensors)
     trainer = Trainer(
         config=config,
-        schedule=NoiseSchedule.from_config(config.schedule),
+        schedule=NoiseSchedule.from_config(config.schedule).to(context.device),
         network=_wrapped(state.net, config, context),
         device=context.device,
         world=context.world,
@@ -234,7 +234,7 @@ def _loader(task: TrainTask, context: WorkerContext) -> Loader:
     index = retry_during_outage(lambda: load_index(config.data.uri))
     if index.digest != task.data_digest:
         raise DamageError(f"{config.data.uri}: its index changed since the job started; start the job again")
-    return Loader(config.data, index, config.seed, config.global_batch, context.rank, context.world)
+    return Loader(config.reading(), index, config.seed, config.global_batch, context.rank, context.world)
 
 
 def _wrapped(net: nn.Module, config: TrainConfig, context: WorkerContext) -> nn.Module:

@@ -236,11 +236,30 @@ def test_identity_names_what_determines_the_weights_and_nothing_else() -> None:
         "name=x",
         "track.experiment=e",
         "runs=r",
+        "data.num_workers=2",
     ):
         assert digits(word).digest("d") == same, word
     for word in ("seed=1", "optimizer.lr=0.1", "data.window_shards=2", "net.base_channels=64", "steps=4000"):
         assert digits(word).digest("d") != same, word
     assert digits().digest("other data") != same
+
+
+@pytest.mark.parametrize(
+    ("words", "processes"),
+    [
+        ((), 0),
+        (("workers.cpus_per_worker=8",), 0),
+        (("workers.gpus_per_worker=1",), 0),
+        (("workers.gpus_per_worker=1", "workers.cpus_per_worker=3"), 2),
+        (("workers.gpus_per_worker=1", "workers.cpus_per_worker=32"), 4),
+        (("workers.gpus_per_worker=1", "workers.cpus_per_worker=32", "data.num_workers=9"), 9),
+        (("data.num_workers=3",), 3),
+    ],
+)
+def test_where_a_gpu_trains_other_cores_decode(words: tuple[str, ...], processes: int) -> None:
+    config = digits("workers.num_workers=1", *words)
+    assert config.reading().num_loader_processes == processes
+    assert config.reading().uri == config.data.uri
 
 
 def test_more_steps_continue_a_training_whose_learning_rate_does_not_depend_on_them() -> None:

@@ -62,7 +62,8 @@ def training_step(preset: str, *overrides: str) -> dict[str, Any]:
     device = torch.device("cuda")
     with simulated_device():
         state = initial_state(config, device)
-        trainer = Trainer(config, NoiseSchedule.from_config(config.schedule), state.net, device, world=1)
+        schedule = NoiseSchedule.from_config(config.schedule).to(device)
+        trainer = Trainer(config, schedule, state.net, device, world=1)
         window = StepMetrics(trainer.schedule.T, device)
         steps = trainer.steps(state, batches(config), window)
         for _ in range(WARM):

@@ -88,7 +88,11 @@ class Counts:
         self.background_waits: Counter[str] = Counter()
         """Waits of threads that the program started beside the one that launches kernels."""
 
+    launched = 0
+    """Kernels in this process's life."""
+
     def kernel(self, name: str, number: int = 1) -> None:
+        self.launched += number
         self.kernels[name] += number
         self.kernel_files[_asked_at(lines=False)] += number
 
@@ -408,18 +412,22 @@ class _Stream:
     def wait_event(self, event: "_Event") -> None: ...
 
     def record_event(self, event: "_Event | None" = None) -> "_Event":
-        return event or _Event()
+        event = event or _Event()
+        event.record(self)
+        return event
 
     def synchronize(self) -> None:
         counts.wait("stream synchronize")
 
 
 class _Event:
-    """torch.cuda.Event."""
+    """torch.cuda.Event. Waiting for it leaves the device busy if other kernels were launched after it."""
 
-    def __init__(self, **_: Any) -> None: ...
+    def __init__(self, **_: Any) -> None:
+        self._launched = -1
 
-    def record(self, stream: _Stream | None = None) -> None: ...
+    def record(self, stream: _Stream | None = None) -> None:
+        self._launched = counts.launched
 
     def wait(self, stream: _Stream | None = None) -> None: ...
 
@@ -427,7 +435,8 @@ class _Event:
         return True
 
     def synchronize(self) -> None:
-        counts.wait("event synchronize")
+        if self._launched in (-1, counts.launched):
+            counts.wait("event synchronize")
 
 
 _CURRENT_STREAM = _Stream()
@@ -436,6 +445,7 @@ _CUDA_INTERFACE: dict[str, Any] = {
     "Event": _Event,
     "Stream": _Stream,
     "_lazy_init": lambda: None,
+    "device": lambda device: contextlib.nullcontext(),
     "current_stream": lambda device=None: _CURRENT_STREAM,
     "device_count": lambda: 1,
     "empty_cache": lambda: None,
@@ -460,6 +470,7 @@ def simulated_device() -> Iterator[Counts]:
         mock.patch.multiple(
             Tensor,
             tolist=_to_list_after_waiting,
+            record_stream=lambda tensor, stream: None,
             pin_memory=lambda tensor, device=None: _pin(tensor.clone()),
             is_pinned=lambda tensor, device=None: _is_pinned(tensor),
         ),

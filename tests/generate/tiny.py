@@ -90,7 +90,7 @@ def plan_of(config: GenerateConfig) -> tuple[Spec, ResolvedModel]:
 def writer_of(config: GenerateConfig) -> ShardWriter:
     """A maker of the shards of `config`, in this process."""
     spec, model = plan_of(config)
-    net = build_model(model.card, model.weights, where="tiny")
+    net = build_model(model.card, model.weights, spec.device, where="tiny")
     sums = None if config.features is None else FeatureSums(open_network(config.features, ""))
     return ShardWriter(Engine(spec, net, model.card), open_store(config.output), config.guards, sums)
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from pipeline.config.training import TrainConfig
 from pipeline.data.reading.loader import Batch, Loader, resilient_batches
+from pipeline.devices import set_up_arithmetic
 from pipeline.errors import DamageError
 from pipeline.train import session
 from pipeline.train.checkpoint import Checkpoint, latest_checkpoint
@@ -40,10 +41,15 @@ class Outcome:
 
 
 def run_group(
-    config: TrainConfig, world: int, folder: Path, stop_at: int | None = None, torn_at: int | None = None
+    config: TrainConfig,
+    world: int,
+    folder: Path,
+    stop_at: int | None = None,
+    torn_at: int | None = None,
+    device_type: str = "cpu",
 ) -> Outcome:
     """Train with `world` processes. `stop_at`: it ends with a checkpoint after this step; `torn_at`: the last rank
-    alone finds its samples of this step damaged.
+    alone finds its samples of this step damaged. `device_type`: "cuda" for a GPU each, joined by NCCL.
     """
     plan = plan_training(config)
     task = TrainTask(config, plan.identity, plan.store.uri, plan.index.digest)
@@ -54,9 +60,9 @@ def run_group(
     members = [
         context.Process(
             target=_member,
-            args=(dict(os.environ), task, WorkerContext(rank, world, CPU), notes, stop_at, torn_at),
+            args=(dict(os.environ), task, WorkerContext(rank, world, device), notes, stop_at, torn_at),
         )
-        for rank in range(world)
+        for rank, device in enumerate(_devices(device_type, world))
     ]
     for member in members:
         member.start()
@@ -80,9 +86,12 @@ def _member(
 ) -> None:
     os.environ.update(variables)  # the server it was forked from may be older than the stack
     torch.set_num_threads(task.config.workers.cpus_per_worker)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    set_up_arithmetic(task.config.matmul, deterministic=task.config.deterministic)
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
     dist.init_process_group(
-        "gloo",
+        "nccl" if place.device.type == "cuda" else "gloo",
         f"file://{notes}/join",
         rank=place.rank,
         world_size=place.world,
@@ -93,6 +102,10 @@ def _member(
     session.resilient_batches = _Witness(notes / f"positions-{place.rank}", place.rank, tears)
     train_worker(task, place, _Asks(stop_at) if place.rank == 0 else None)
     dist.destroy_process_group()
+
+
+def _devices(device_type: str, world: int) -> list[torch.device]:
+    return [torch.device("cuda", rank) if device_type == "cuda" else CPU for rank in range(world)]
 
 
 class _Asks:

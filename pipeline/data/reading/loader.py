@@ -69,7 +69,9 @@ class Loader:
         steps = range(start_step, stop_step)
         self._dataset.stop_step = stop_step
         results = (
-            map(self._dataset.__getitem__, steps) if self.config.num_workers == 0 else self._workers(steps)
+            self._workers(steps)
+            if self.config.num_loader_processes
+            else map(self._dataset.__getitem__, steps)
         )
         prefetcher = self._prefetcher()
         try:
@@ -104,7 +106,7 @@ class Loader:
                 self._dataset,
                 batch_size=None,
                 sampler=steps,
-                num_workers=self.config.num_workers,
+                num_workers=self.config.num_loader_processes,
                 prefetch_factor=self.config.prefetch,
                 collate_fn=_identity,
                 worker_init_fn=_SetEnvironment(dict(os.environ)),

@@ -48,7 +48,7 @@ class SampleSource:
             raise UserError(
                 f"data.crop: {config.crop} is larger than the images ({self.shape}); make it smaller"
             )
-        self.limit_bytes = config.memory_bytes // max(1, config.num_workers)
+        self.limit_bytes = config.memory_bytes // max(1, config.num_loader_processes)
         decoded_bytes = index.num_samples * self.shape.channels * self.shape.height * self.shape.width
         self.fits_in_memory = decoded_bytes <= self.limit_bytes // 2
         self._reader: _SampleReader | None = None

@@ -1,0 +1,221 @@
+"""Statements about the program on a simulated CUDA device: `python -m tests.cuda.checks [NAME...]`
+
+Every function without an argument is one. Prints JSON: for each, its traceback, or null if it holds.
+"""
+
+import inspect
+import json
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.diffusion import SamplerConfig
+from tests.cuda.simulated_device import SimulatedTensor, counts, simulated_device
+
+import torch  # isort: skip
+
+from pipeline.config.training import TrainConfig
+from pipeline.data.reading.loader import Batch
+from pipeline.diffusion import NoiseSchedule
+from pipeline.diffusion.likelihood import bits_per_dim
+from pipeline.diffusion.timesteps import make_grid
+from pipeline.store import open_store
+from pipeline.train.checkpoint import CheckpointWriter, load_checkpoint
+from pipeline.train.device_batches import device_batches
+from pipeline.train.loop import NonFiniteError, Trainer
+from pipeline.train.state import TrainState, initial_state
+from pipeline.train.step_metrics import StepMetrics
+from tests.train.tiny import tiny
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+BATCH = 4
+
+
+def a_training_on_a_gpu_takes_the_steps_of_the_cpu_and_skips_the_same_one() -> None:
+    expected, window = _trained(CPU, infinite_at=3)
+    with simulated_device():
+        state, on_gpu = _trained(GPU, infinite_at=3)
+        assert (
+            (state.skipped_steps, on_gpu.skipped_steps)
+            == (1, 1)
+            == (expected.skipped_steps, window.skipped_steps)
+        )
+        found = {name: _on_host(tensor) for name, tensor in state.tensors().items()}
+    for name, tensor in expected.tensors().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert float(found["optimizer/stem.weight/step"]) == 5
+
+
+def too_many_skipped_steps_are_named_as_on_the_cpu() -> None:
+    told: list[str] = []
+    for device in (CPU, GPU):
+        with simulated_device():
+            with pytest.raises(NonFiniteError) as caught:
+                _trained(device, infinite_at=3, max_skipped_steps=0)
+            told.append(str(caught.value))
+    assert told[0] == told[1]
+    assert told[0].startswith("step 3: ")
+
+
+def averages_without_the_newest_step_are_not_used() -> None:
+    with simulated_device():
+        trainer, state, window = _begun(GPU)
+        for _ in trainer.steps(state, _batches(1), window):
+            for use in (state.tensors, state.averaged):
+                with pytest.raises(RuntimeError, match="finish_step"):
+                    use()
+            trainer.finish_step(state, window)
+            state.tensors()
+
+
+def batches_come_to_the_device_in_order_and_without_waits() -> None:
+    with simulated_device():
+        counts.reset()
+        arrived = list(device_batches(_batches(5), GPU))
+        for batch, sent in zip(arrived, _batches(5), strict=True):
+            assert all(
+                isinstance(tensor, SimulatedTensor)
+                for tensor in (batch.positions, batch.images, batch.labels)
+            )
+            assert torch.equal(_on_host(batch.images), sent.images)
+            assert torch.equal(_on_host(batch.positions), sent.positions)
+        assert not counts.background_waits
+        assert counts.copies["H2D async"] == 15
+
+
+def a_failure_to_read_reaches_the_training_after_the_batches_before_it() -> None:
+    def failing() -> Iterator[Batch]:
+        yield from _batches(3)
+        raise OSError("torn")
+
+    seen: list[Batch] = []
+    with simulated_device(), pytest.raises(OSError, match="torn"):
+        seen.extend(device_batches(failing(), GPU))
+    assert len(seen) == 3
+
+
+def a_training_that_stops_leaves_no_thread() -> None:
+    before = threading.active_count()
+    with simulated_device():
+        arriving = device_batches(_batches(100), GPU)
+        next(arriving)
+        assert threading.active_count() == before + 1
+        arriving.close()
+    assert threading.active_count() == before
+
+
+def a_checkpoint_has_the_bytes_of_the_cpu_and_the_training_does_not_wait_for_it() -> None:
+    with tempfile.TemporaryDirectory() as folder, simulated_device():
+        files: list[bytes] = []
+        for device in (CPU, GPU):
+            state = _state_of(device)
+            store = open_store((Path(folder) / device.type).as_uri())
+            writer = CheckpointWriter(store, "id", keep_last=2)
+            for step in (1, 2):  # the second goes through the buffer of the first
+                counts.reset()
+                copied = writer.submit(step, state.tensors())
+                waits, copies = dict(counts.waits), dict(counts.copies)
+                writer.wait()
+            assert (copied is None) == (device == CPU)
+            if device == GPU:
+                assert waits == {}, waits
+                assert copies == {"D2H async": len(state.tensors())}, copies
+            files.append(
+                (Path(folder) / device.type / "checkpoints/000000000002/state.safetensors").read_bytes()
+            )
+            assert load_checkpoint(store, 2).record.step == 2
+    assert files[0] == files[1]
+
+
+def samplers_plan_alike_with_a_schedule_on_the_device() -> None:
+    with simulated_device():
+        for spacing in ("trailing", "leading", "karras"):
+            sampler = SamplerConfig(kind="dpm++2m", num_steps=7, spacing=spacing)
+            counts.reset()
+            here, there = (make_grid(NoiseSchedule.linear(50).to(device), sampler) for device in (CPU, GPU))
+            assert here == there
+            assert not counts.waits
+
+
+def the_bound_needs_no_wait_for_its_timesteps() -> None:
+    with simulated_device():
+        waits: list[int] = []
+        for T in (3, 6):
+            config = _config()
+            net = initial_state(config, GPU).net.eval()
+            x0, index = torch.zeros(2, 1, 8, 8, device=GPU), torch.arange(2, device=GPU)
+            labels = torch.zeros(2, dtype=torch.int64, device=GPU)
+            counts.reset()
+            bits_per_dim(NoiseSchedule.linear(T), config.objective, net, x0, index, 0, labels)
+            waits.append(counts.waits.total())
+        assert waits[0] == waits[1], dict(counts.waits)
+
+
+def _config(**changes: object) -> TrainConfig:
+    return tiny("file:///absent", "file:///absent", **({"global_batch": BATCH} | changes))
+
+
+def _begun(device: torch.device, **changes: object) -> tuple[Trainer, TrainState, StepMetrics]:
+    config = _config(**changes)
+    state = initial_state(config, device)
+    schedule = NoiseSchedule.from_config(config.schedule).to(device)
+    return Trainer(config, schedule, state.net, device, 1), state, StepMetrics(schedule.T, device)
+
+
+def _trained(device: torch.device, infinite_at: int, **changes: object) -> tuple[TrainState, StepMetrics]:
+    """Six steps, one of them with an infinite gradient."""
+    trainer, state, window = _begun(device, **changes)
+
+    def spoilt(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (float("inf") if state.step == infinite_at else 1.0)
+
+    state.net.head.bias.register_hook(spoilt)
+    list(trainer.steps(state, _batches(6), window))
+    return state, window
+
+
+def _state_of(device: torch.device) -> TrainState:
+    """A state with moments, whose numbers do not depend on the device."""
+    state = initial_state(_config(), device)
+    for i, parameter in enumerate(state.net.parameters()):
+        parameter.grad = torch.full_like(parameter, 0.1 * i)
+    state.optimizer.step()
+    state.ema.update(state.net, 1)
+    return state
+
+
+def _batches(number: int) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    for step in range(number):
+        images = torch.randint(0, 256, (BATCH, 1, 8, 8), generator=generator).to(torch.uint8)
+        positions = torch.arange(step * BATCH, (step + 1) * BATCH)
+        yield Batch(step, positions, images, torch.arange(BATCH), wait_seconds=0.0)
+
+
+def _on_host(tensor: Any) -> torch.Tensor:
+    return tensor.inner if isinstance(tensor, SimulatedTensor) else tensor
+
+
+def _outcome(name: str) -> str | None:
+    try:
+        globals()[name]()
+    except Exception:  # noqa: BLE001  (told to the test that started this process)
+        return traceback.format_exc()
+    return None
+
+
+def _names() -> list[str]:
+    here = sys.modules[__name__]
+    found = inspect.getmembers(here, inspect.isfunction)
+    return [name for name, f in found if f.__module__ == __name__ and not name.startswith("_")]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps({name: _outcome(name) for name in sys.argv[1:] or _names()}, indent=2))
