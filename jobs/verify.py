@@ -3,9 +3,10 @@
 import dataclasses
 
 from jobs.progress_bar import progress_of
-from jobs.runner import DONE, FAILED, use_running_stack
+from jobs.runner import DONE, FAILED, REFUSED, use_running_stack
 from pipeline.generate.regenerate import regenerate
 from pipeline.generate.verification import VerifyReport, discard_damaged, verify
+from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo, echo_json
 
 _SHOWN = 50
@@ -18,13 +19,19 @@ def run(
     as_json: bool = False,
     discard: bool = False,
 ) -> int:
-    """Verify and print the report; with `discard`, delete the records of damaged shards."""
+    """Verify and print the report; with `discard`, delete the records of damaged shards.
+
+    Exit code 2 if nothing is wrong, but samples could not be judged here, which another kind of worker can do.
+    """
     use_running_stack()
     with progress_of("verify", "shards") as progress:
         report = verify(prefix, progress)
     if num_regenerate:
         with progress_of("regenerate", "samples") as progress:
-            regenerate(report, num_regenerate, model, progress=progress)
+            if report.spec.device == "cuda":
+                _regenerate_on_gpu(report, num_regenerate, model, progress)
+            else:
+                regenerate(report, num_regenerate, model, progress=progress)
     if discard and discard_damaged(report):
         report.notes.append(f"the records of {len(report.damaged):,} damaged shards are deleted")
     if as_json:
@@ -32,7 +39,17 @@ def run(
         echo_json(content)
     else:
         echo(*lines(report, discarded=discard))
-    return DONE if report.ok else FAILED
+    return FAILED if not report.ok else REFUSED if report.not_judged else DONE
+
+
+def _regenerate_on_gpu(report: VerifyReport, count: int, model: str | None, progress: Progress) -> None:
+    """On a worker of the recorded kind, in the cluster that RAY_ADDRESS names: this machine may have no GPU."""
+    from jobs.ray_session import ray_cluster
+
+    with ray_cluster():
+        from pipeline.generate.regenerate_on_gpu import compare_on_gpu  # imports Ray; see jobs.ray_session
+
+        regenerate(report, count, model, progress=progress, compare=compare_on_gpu)
 
 
 def lines(report: VerifyReport, discarded: bool = False) -> list[str]:
@@ -45,6 +62,8 @@ def lines(report: VerifyReport, discarded: bool = False) -> list[str]:
     ]
     if report.regenerated:
         out.append(f"remade   {report.regenerated:,} samples and compared their bytes")
+    if report.not_judged:
+        out.append(f"unjudged {report.not_judged:,} samples: {report.not_judged_because}")
     out += [f"note     {note}" for note in report.notes]
     out += [f"problem  {p.object}: {p.what}" for p in report.problems[:_SHOWN]]
     if report.num_problems > _SHOWN:

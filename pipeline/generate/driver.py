@@ -3,10 +3,12 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from pipeline.cluster import grows
+from pipeline.config.device_kind import DeviceKind
 from pipeline.config.generation import GenerateConfig
 from pipeline.features.networks import network_exists, open_network
 from pipeline.features.trust import require_trusted_network
@@ -18,6 +20,14 @@ from pipeline.generate.generation_run import require_tracking
 from pipeline.generate.guards import check_guards
 from pipeline.generate.job_reporter import JobCounts, JobReporter, Status
 from pipeline.generate.model_source import ResolvedModel, resolve_model
+from pipeline.generate.pool_kinds import (
+    PoolGpu,
+    ask_pool,
+    most_common_kind,
+    require_some,
+    selector_of,
+    with_kind,
+)
 from pipeline.generate.prefix_spec import check_prefix, claim_prefix, raise_count
 from pipeline.generate.ray_pool import (
     OutcomeStream,
@@ -28,7 +38,7 @@ from pipeline.generate.ray_pool import (
 )
 from pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
 from pipeline.generate.shard_writer import comparable_training_data
-from pipeline.generate.spec import require_extension
+from pipeline.generate.spec import read_spec, require_extension
 from pipeline.generate.stored_generation import Generation
 from pipeline.progress import Progress, no_progress
 from pipeline.store import open_store, retry_during_outage
@@ -89,6 +99,8 @@ def generate(
     model, spec = resolve_model(config)
     generation = Generation(open_store(config.output), spec)
     generation.store.require_container()
+    if spec.device == "cuda":
+        generation = with_kind(generation, _stored_kind(generation))
     is_new = check_prefix(generation) is None
     proof = Completeness() if is_new else check_complete(generation)
     if proof.complete:
@@ -96,21 +108,51 @@ def generate(
         clean_up(generation, proof)
         progress(spec.count, spec.count, "already complete")
         return GenerationResult(
-            "already complete", config.output, spec.digest, spec.count, generation.num_shards, 0, 0, 0.0
+            "already complete",
+            config.output,
+            generation.spec.digest,
+            spec.count,
+            generation.num_shards,
+            0,
+            0,
+            0.0,
         )
     for fault in proof.faults:
         _log.warning("%s contradicts the manifest, which is written again", fault)
     require_tracking(config)
     config = with_feature_network(config, None if model.version is None else model.name)
+    stop = stop or threading.Event()
     with cluster():
         require_pool_resources(config)
         require_fit_pool(config, stop)
+        gpus = ask_pool(config.gpus_per_worker, stop) if spec.device == "cuda" else []
+        if spec.device == "cuda" and not gpus and stop.is_set():
+            return GenerationResult(
+                "drained", config.output, spec.digest, spec.count, generation.num_shards, 0, 0, 0.0
+            )
         if is_new:
-            require_extension(generation.uri, claim_prefix(generation).spec, spec)
+            generation = _claim(generation, gpus)
         # Another job may have raised the count since the first check.
-        require_extension(generation.uri, raise_count(generation).spec, spec)
+        require_extension(generation.uri, raise_count(generation).spec, generation.spec)
+        if generation.spec.device_kind is not None and not grows():
+            require_some(generation.spec.device_kind, gpus)
         reporter = JobReporter(config, generation, progress, began)
-        return GenerationJob(config, generation, model, reporter, stop, began).run()
+        return GenerationJob(config, generation, model, reporter, stop, began, gpus).run()
+
+
+def _stored_kind(generation: Generation) -> DeviceKind | None:
+    """The kind of GPU that the generation at the prefix was begun on; None where there is none."""
+    existing = read_spec(generation.store)
+    return None if existing is None else existing.device_kind
+
+
+def _claim(generation: Generation, gpus: list[PoolGpu]) -> Generation:
+    """Claim the empty prefix, on most GPUs' kind; the same generation on the kind of the job that was first."""
+    kind = most_common_kind(gpus) if generation.spec.device == "cuda" else None
+    claimed = claim_prefix(with_kind(generation, kind)).spec
+    generation = with_kind(generation, claimed.device_kind)
+    require_extension(generation.uri, claimed, generation.spec)
+    return generation
 
 
 def with_feature_network(config: GenerateConfig, registered: str | None) -> GenerateConfig:
@@ -140,8 +182,9 @@ class GenerationJob:
         reporter: JobReporter,
         stop: threading.Event,
         began: float,
+        gpus: Sequence[PoolGpu] = (),
     ) -> None:
-        """`began`: time.monotonic() at the job's start."""
+        """`began`: time.monotonic() at the job's start; `gpus`: those of the pool, as far as they have answered."""
         self._config = config
         self._generation = generation
         self._model = model
@@ -153,6 +196,8 @@ class GenerationJob:
         self._efficiency_calculator = EfficiencyCalculator(generation.spec, model.card)
         self._guard: str | None = None
         self._superseded: str | None = None
+        self._gpus = gpus
+        self._unfit: dict[str, str] = {}
 
     def run(self) -> GenerationResult:
         """Work until the generation is complete, or the job is drained, superseded, stopped, or out of attempts."""
@@ -169,14 +214,22 @@ class GenerationJob:
 
     def _work(self) -> Status:
         pool: WorkerPool | None = None
-        for _ in range(self._config.max_attempts):
+        attempts = 0
+        while attempts < self._config.max_attempts:
             retry_during_outage(lambda: require_newest(self._generation, self._model.card.class_names))
             missing = retry_during_outage(self._missing)
             if not missing:
                 return retry_during_outage(self._publish)
             pool = pool or self._start_pool()
+            num_unfit = len(self._unfit)
             if not self._try_each(pool, missing):
                 return "drained" if self._guard is None else "stopped by a guard"
+            if len(self._unfit) == num_unfit:
+                attempts += 1
+            elif not self._has_fit_nodes():
+                return "failed"
+            else:  # what the unfit workers gave back was not attempted; the next ones are placed elsewhere
+                pool = replace(pool, selector=self._selector())
         return "failed" if retry_during_outage(self._missing) else retry_during_outage(self._publish)
 
     def _start_pool(self) -> WorkerPool:
@@ -188,7 +241,20 @@ class GenerationJob:
             self._config.max_attempts,
             self._config.features,
         )
-        return start_pool(config, self._model.weights)
+        return start_pool(config, self._model.weights, self._selector())
+
+    def _selector(self) -> dict[str, str]:
+        """Where workers are placed: on no node whose GPUs are known to be of another kind."""
+        unfit = [PoolGpu(node, None, fault) for node, fault in self._unfit.items()]
+        others = [gpu for gpu in self._gpus if gpu.node not in self._unfit]
+        return selector_of(self._generation.spec.device_kind, [*others, *unfit])
+
+    def _has_fit_nodes(self) -> bool:
+        """Whether a worker may still be placed somewhere, or on a node that the cluster adds."""
+        if grows():
+            return True
+        kind = self._generation.spec.device_kind
+        return any(gpu.kind == kind and gpu.node not in self._unfit for gpu in self._gpus)
 
     def _missing(self) -> list[int]:
         """Shards that are not done: by the list of records, and once none is missing there, by objects and records."""
@@ -247,6 +313,8 @@ class GenerationJob:
             self._guard = check_guards(self._records.stats, self._config.guards, data)
         elif outcome.status == "failed":
             counts.errors[number] = f"{outcome.error} (on {outcome.worker})"
+        elif outcome.status == "unfit" and outcome.node is not None:
+            self._unfit.setdefault(outcome.node, f"{outcome.error} (on {outcome.worker})")
         elif outcome.status == "guard":
             self._guard = outcome.error
 
@@ -256,6 +324,8 @@ class GenerationJob:
         return "complete"
 
     def _reason(self, status: Status) -> str | None:
+        if status == "failed" and self._unfit and not self._counts.errors:
+            return next(iter(self._unfit.values()))
         if status == "failed":
             return f"{len(self._counts.errors)} shards failed" if self._counts.errors else "the driver failed"
         return self._guard if status == "stopped by a guard" else None if status == "complete" else status
@@ -272,7 +342,7 @@ class GenerationJob:
             images_made=counts.images_made,
             seconds=time.monotonic() - self._began,
             failed={generation.shard(number).key: text for number, text in sorted(counts.errors.items())},
-            reason=self._guard or self._superseded,
+            reason=self._guard or self._superseded or (self._reason(status) if self._unfit else None),
             run_url=self._reporter.run_url,
             concurrent_jobs=self._reporter.concurrent_jobs,
             efficiency=self._efficiency(),

@@ -5,7 +5,7 @@ import queue
 import threading
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,14 +34,14 @@ def require_pool_resources(config: GenerateConfig) -> None:
     if grows():
         return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for resource, field, wanted in (
+    for resource, setting, wanted in (
         ("CPU", "cpus_per_worker", config.cpus_per_worker),
         ("GPU", "gpus_per_worker", config.gpus_per_worker),
     ):
         largest = max((node.get(resource, 0) for node in nodes), default=0)
         if wanted > largest:
             raise UserError(
-                f"{field}: a worker needs {wanted:g}, but the largest node of the cluster has {largest:g}; "
+                f"{setting}: a worker needs {wanted:g}, but the largest node of the cluster has {largest:g}; "
                 f"lower it, add a node, or set {GROWS_VARIABLE}=1 if the cluster scales by itself"
             )
 
@@ -68,6 +68,8 @@ class WorkerPool:
     config: SampleWorkerConfig
     weights: Any
     coordinator: Any
+    selector: dict[str, str] = field(default_factory=dict[str, str])
+    """Ray's label selector for the nodes of the workers."""
 
     def in_progress(self) -> list[ShardProgress]:
         """Shards that workers are sampling now; empty if the coordinator does not answer."""
@@ -81,12 +83,12 @@ class WorkerPool:
         self.coordinator.drain.remote(seconds)
 
 
-def start_pool(config: SampleWorkerConfig, weights: bytes) -> WorkerPool:
+def start_pool(config: SampleWorkerConfig, weights: bytes, selector: dict[str, str]) -> WorkerPool:
     """Put the weights into Ray's object store and start the coordinator on the driver's node."""
     driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor: Any = ray.remote(Coordinator)  # Any: Ray's types lag behind its scheduling strategies
     coordinator = actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=driver_node).remote()
-    return WorkerPool(config, ray.put(weights), coordinator)
+    return WorkerPool(config, ray.put(weights), coordinator, selector)
 
 
 class OutcomeStream:
@@ -176,6 +178,7 @@ def _wave(config: GenerateConfig, pool: WorkerPool, numbers: list[int]) -> Gener
         batch_format="numpy",
         num_cpus=config.cpus_per_worker,
         num_gpus=config.gpus_per_worker,
+        label_selector=pool.selector or None,
         compute=actors,
     )
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):

@@ -18,10 +18,12 @@ from pipeline.config.base import Settings
 from pipeline.config.evaluation import FeatureNetworkConfig
 from pipeline.config.generation import GuardConfig
 from pipeline.config.model_card import ModelCard
+from pipeline.devices import is_context_lost, limit_memory
 from pipeline.errors import DamageError, UserError
 from pipeline.features.networks import open_network
 from pipeline.features.shard_sums import FeatureSums
 from pipeline.generate.coordinator import ShardAssignment
+from pipeline.generate.device_check import UnfitDevice
 from pipeline.generate.done_records import DoneRecord
 from pipeline.generate.engine import Engine, set_up_torch
 from pipeline.generate.gpu_meter import GpuMeter
@@ -48,8 +50,9 @@ class Outcome(Settings):
 
     shard: int
     """Number of the shard."""
-    status: Literal["done", "failed", "guard", "abandoned"]
-    """`guard`: worthless images; `abandoned`: the job is draining."""
+    status: Literal["done", "failed", "guard", "abandoned", "unfit"]
+    """`guard`: worthless images; `abandoned`: the job is draining; `unfit`: the worker's GPU is of another kind than
+    the generation's, so the shard has not been attempted."""
     record: DoneRecord | None = None
     """The done-record, if `done`."""
     record_tag: str | None = None
@@ -58,6 +61,8 @@ class Outcome(Settings):
     """The error in one line, if any."""
     worker: str
     """Host and process."""
+    node: str | None = None
+    """Ray's id of the worker's node, if `unfit`."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +95,20 @@ class SampleWorker:
         self._failures = 0
         self._writer: ShardWriter | None = None
         self._load_error: str | None = None
+        self._unfit: str | None = None
         try:
             self._writer = self._load(cast(bytes, ray.get(weights[0])))
+        except UnfitDevice as error:
+            self._unfit = str(error)
+            log.warning("%s: %s", self.name, self._unfit)
         except Exception as error:  # noqa: BLE001 - reported with each shard that fails for it
             self._load_error = error_line(error)
 
     def _load(self, weights: bytes) -> ShardWriter:
         config = self.config
         set_up_torch(config.spec)
+        if config.spec.device == "cuda":
+            limit_memory(_gpu_share())
         net = build_model(config.card, weights, config.spec.device, where=f"model {config.spec.model.name}")
         network = None if config.features is None else FeatureSums(open_network(config.features, ""))
         engine = Engine(config.spec, net, config.card)
@@ -109,6 +120,9 @@ class SampleWorker:
         return {"outcome": np.array(outcomes, dtype=object)}
 
     def _attempt(self, number: int) -> Outcome:
+        if self._unfit is not None:  # at once: the driver places no worker here again
+            node = ray.get_runtime_context().get_node_id()
+            return Outcome(shard=number, status="unfit", error=self._unfit, worker=self.name, node=node)
         with located(shard=number):
             outcome = self._try_shard(number)
             level = logging.INFO if outcome.status in ("done", "abandoned") else logging.WARNING
@@ -140,6 +154,8 @@ class SampleWorker:
         except GuardTripped as error:
             return Outcome(shard=number, status="guard", error=str(error), worker=self.name)
         except Exception as error:  # noqa: BLE001 - reported by the driver, which tries the shard elsewhere
+            if is_context_lost(error):
+                _end_process(f"shard {number}: {error_line(error)}")
             return Outcome(shard=number, status="failed", error=error_line(error), worker=self.name)
         finally:
             report.end()
@@ -191,8 +207,19 @@ def _gpu_meter(spec: Spec) -> GpuMeter | None:
     """A meter of the GPU that Ray gave this worker; None on a CPU."""
     if spec.device != "cuda":
         return None
-    share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)
-    return GpuMeter(torch.cuda.get_device_name(), share)
+    return GpuMeter(torch.cuda.get_device_name(), _gpu_share())
+
+
+def _gpu_share() -> float:
+    """The part of a GPU that Ray gave this worker."""
+    return ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)
+
+
+def _end_process(reason: str) -> None:
+    """End this process, so that Ray starts another one: no later call on the GPU would succeed in this one."""
+    log.error("%s; the worker ends, because CUDA does not recover from it within a process", reason)
+    logging.shutdown()
+    os._exit(1)
 
 
 def error_line(error: BaseException) -> str:

@@ -64,6 +64,11 @@ class VerifyReport:
     samples_checked: int = 0
     regenerated: int = 0
     """Samples that were sampled again and compared byte by byte."""
+    not_judged: int = 0
+    """Samples that could not be compared, or that differ where another kind of device or software made them again:
+    neither sound nor damaged."""
+    not_judged_because: str | None = None
+    """The first reason, with the remedy."""
     duplicates: int = 0
     """Images with the same pixels as an earlier one."""
     num_problems: int = 0
@@ -87,6 +92,11 @@ class VerifyReport:
         self.num_problems += 1
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(Problem(where, what))
+
+    def add_not_judged(self, count: int, because: str) -> None:
+        """Add samples of which nothing can be said here."""
+        self.not_judged += count
+        self.not_judged_because = self.not_judged_because or because
 
     def add_foreign(self, key: str, what: str) -> None:
         """Add an object that does not belong to the generation."""

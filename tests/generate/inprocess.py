@@ -160,7 +160,7 @@ _engines: dict[str, Engine] = {}
 
 
 class _Pool:
-    def __init__(self, config: SampleWorkerConfig, weights: bytes) -> None:
+    def __init__(self, config: SampleWorkerConfig, weights: bytes, selector: dict[str, str]) -> None:
         if config.spec.digest not in _engines:
             net = build_model(config.card, weights, where="test")
             engine = Engine(config.spec, net, config.card)

@@ -1,23 +1,34 @@
 """Bits are promised for a kind of device: the spec names it, and another kind refuses."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from ray._private.label_utils import validate_label_selector
 
 import pipeline.generate.device_check as device_check
 import pipeline.generate.engine as engine_module
+import pipeline.generate.sample_worker as sample_worker
 from pipeline.config.device_kind import DeviceKind
 from pipeline.config.generation import GenerateConfig, SampleConfig
 from pipeline.errors import UserError
+from pipeline.generate.coordinator import ShardAssignment
 from pipeline.generate.device_check import UnfitDevice, require_kind
+from pipeline.generate.driver import generate
 from pipeline.generate.engine import set_up_torch
 from pipeline.generate.model_source import find_model
+from pipeline.generate.pool_kinds import PoolGpu, most_common_kind, require_some, selector_of
+from pipeline.generate.sample_worker import Outcome, SampleWorker, SampleWorkerConfig
 from pipeline.generate.spec import Spec, differences, make_spec, pretty, read_spec, write_spec
+from pipeline.generate.stored_generation import Generation
 from pipeline.store import open_store
-from tests.generate.tiny import plan_of, settings, tiny_model
+from tests.generate.tiny import plan_of, settings, tiny_model, writer_of
 
 H100 = DeviceKind(
     name="NVIDIA H100 80GB HBM3", capability="9.0", torch="2.13.0+cu130", cuda="13.0", cudnn="91900"
@@ -132,3 +143,197 @@ def test_a_process_computes_as_the_spec_says_before_its_kind_is_looked_at(
     assert not inductor.deterministic
     set_up_torch(gpu_spec(model, compile=True))
     assert inductor.deterministic
+
+
+def gpu(node: str, kind: DeviceKind | None, count: float = 1, label: str | None = None) -> PoolGpu:
+    return PoolGpu(node, kind, None if kind else "the GPU cannot be used (old driver)", count, label)
+
+
+def test_a_generation_begins_on_the_kind_of_most_gpus() -> None:
+    assert most_common_kind([gpu("a", A100), gpu("b", H100), gpu("c", A100)]) == A100
+    assert most_common_kind([gpu("a", A100, 2), gpu("b", H100, 8), gpu("c", None, 16)]) == H100
+    assert most_common_kind([gpu("b", H100), gpu("a", A100)]) == A100  # equally many: the first by name
+    with pytest.raises(UserError, match=r"gpus_per_worker: the GPU cannot be used \(old driver\)"):
+        most_common_kind([gpu("a", None)])
+
+
+def test_a_pool_without_the_generations_kind_is_refused_before_work() -> None:
+    require_some(H100, [gpu("a", A100), gpu("b", H100)])
+    with pytest.raises(UserError) as refusal:
+        require_some(H100, [gpu("a", A100), gpu("b", None)])
+    assert str(H100) in str(refusal.value)
+    assert str(A100) in str(refusal.value)
+
+
+def test_workers_are_placed_on_nodes_of_the_kind_and_on_nodes_not_asked_yet() -> None:
+    pool = [gpu("a", H100, label="H100"), gpu("b", A100, label="A100"), gpu("c", None)]
+    assert selector_of(H100, pool) == {"ray.io/node-id": "!in(b, c)", "ray.io/accelerator-type": "in(H100)"}
+    assert selector_of(H100, [gpu("a", H100)]) == {}
+    assert selector_of(None, pool) == {}
+    assert validate_label_selector(selector_of(H100, pool)) is None
+
+
+class UnfitWorkers:
+    """Replaces the workers of a job: the first round's are partly on a node of another kind."""
+
+    def __init__(self) -> None:
+        self.selectors: list[dict[str, str]] = []
+        self.rounds: list[list[int]] = []
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> UnfitWorkers:
+    """A pool of an H100 and of a node that says so too, but whose workers find an A100."""
+    import pipeline.generate.driver as driver
+
+    found = UnfitWorkers()
+
+    def start(config: SampleWorkerConfig, weights: bytes, selector: dict[str, str]) -> Any:
+        return FakePool(config, selector)
+
+    @dataclasses.dataclass(frozen=True)
+    class FakePool:
+        config: SampleWorkerConfig
+        selector: dict[str, str]
+
+        def in_progress(self) -> list[Any]:
+            return []
+
+        def drain(self, seconds: float) -> None:
+            """Nothing is in progress."""
+
+    class Stream:
+        def __init__(self, config: GenerateConfig, pool: FakePool, numbers: list[int]) -> None:
+            found.selectors.append(pool.selector)
+            found.rounds.append(numbers)
+            self._outcomes: list[Outcome] | None = []
+            cpu = settings(Path(config.model), config.output, count=config.count)
+            writer = writer_of(cpu)
+            writer.engine.spec = pool.config.spec.model_copy(update={"device": "cpu"})
+            writer.generation = Generation(writer.generation.store, pool.config.spec)
+            writer._digest = pool.config.spec.digest
+            for number in numbers:
+                if number % 2 and "other" not in pool.selector.get("ray.io/node-id", ""):
+                    self._outcomes.append(
+                        Outcome(
+                            shard=number, status="unfit", error="another kind", worker="w:1", node="other"
+                        )
+                    )
+                    continue
+                record, tag = writer.write(writer.generation.shard(number))
+                self._outcomes.append(
+                    Outcome(shard=number, status="done", record=record, record_tag=tag, worker="w:0")
+                )
+
+        def poll(self, seconds: float) -> list[Outcome] | None:
+            outcomes, self._outcomes = self._outcomes, None
+            return outcomes
+
+        def close(self) -> None:
+            """Nothing is open."""
+
+    monkeypatch.setattr(driver, "require_pool_resources", lambda config: None)
+    monkeypatch.setattr(driver, "require_fit_pool", lambda config, stop: [])
+    monkeypatch.setattr(driver, "ask_pool", lambda share, stop: [gpu("one", H100), gpu("other", H100)])
+    monkeypatch.setattr(driver, "start_pool", start)
+    monkeypatch.setattr(driver, "OutcomeStream", Stream)
+    return found
+
+
+def test_shards_that_an_unfit_worker_gives_back_are_made_elsewhere_and_count_as_no_attempt(
+    two_nodes: UnfitWorkers, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    config = settings(model, f"file://{tmp_path}/out", gpus_per_worker=1, max_attempts=1)
+    result = generate(config)
+    assert (result.status, result.failed) == ("complete", {})
+    assert two_nodes.selectors == [{}, {"ray.io/node-id": "!in(other)"}]
+    assert two_nodes.rounds == [[0, 1, 2, 3, 4], [1, 3]]
+    spec = read_spec(open_store(config.output))
+    assert spec is not None
+    assert spec.device_kind == H100
+    assert generate(config).status == "already complete"
+
+
+def test_a_job_that_finds_a_generation_of_another_kind_uses_that_kind_or_refuses(
+    two_nodes: UnfitWorkers, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipeline.generate.driver as driver
+
+    (tmp_path / "out").mkdir()
+    config = settings(model, f"file://{tmp_path}/out", gpus_per_worker=1, count=20)
+    assert generate(config).status == "complete"
+    larger = config.model_copy(update={"count": 30})
+    monkeypatch.setattr(driver, "ask_pool", lambda share, stop: [gpu("x", A100, 8)])
+    with pytest.raises(UserError, match=f"the generation is of {re.escape(str(H100))}, and this is .*A100"):
+        generate(larger)
+    pool = [gpu("x", A100, 8), gpu("one", H100)]
+    monkeypatch.setattr(driver, "ask_pool", lambda share, stop: pool)
+    two_nodes.selectors.clear()
+    assert generate(larger).status == "complete"
+    assert "x" in two_nodes.selectors[0]["ray.io/node-id"]
+
+
+def test_a_job_without_any_fit_node_ends_with_the_line_that_names_both_kinds(
+    two_nodes: UnfitWorkers, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipeline.generate.driver as driver
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(driver, "ask_pool", lambda share, stop: [gpu("other", H100)])
+    result = generate(settings(model, f"file://{tmp_path}/out", gpus_per_worker=1))
+    assert (result.status, result.reason) == ("failed", "another kind (on w:1)")
+    assert len(two_nodes.rounds) == 1
+
+
+def worker_with(writer: Any, unfit: str | None = None) -> SampleWorker:
+    worker: Any = object.__new__(SampleWorker)
+    worker.name, worker._failures, worker._unfit, worker._load_error = "host:1", 0, unfit, None
+    worker._writer, worker.coordinator, worker._metrics = writer, None, None
+    return worker
+
+
+def test_an_unfit_worker_gives_every_shard_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_worker.time, "sleep", lambda seconds: pytest.fail("slept"))
+    monkeypatch.setattr(
+        sample_worker.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "other")
+    )
+    outcome = worker_with(None, unfit="another kind")._attempt(3)
+    assert (outcome.status, outcome.shard, outcome.error, outcome.node) == (
+        "unfit",
+        3,
+        "another kind",
+        "other",
+    )
+
+
+def test_a_lost_cuda_context_ends_the_process_and_fails_no_shard(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended
+
+    def write(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    class Report:
+        def __init__(self, *_: object) -> None:
+            self.images = self.should_stop = None
+
+        def begin(self, worker: str) -> ShardAssignment:
+            return ShardAssignment(1)
+
+        def end(self) -> None:
+            """Nobody listens."""
+
+    spec, _ = plan_of(settings(model, "file:///unused"))
+    monkeypatch.setattr(sample_worker.os, "_exit", end)
+    monkeypatch.setattr(sample_worker.logging, "shutdown", lambda: None)
+    monkeypatch.setattr(sample_worker, "_ProgressReport", Report)
+    worker: Any = worker_with(SimpleNamespace(write=write))
+    worker.config = SimpleNamespace(spec=spec, max_attempts=3)
+    with pytest.raises(Ended):
+        worker._try_shard(0)
