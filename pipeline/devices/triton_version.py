@@ -20,11 +20,18 @@ def triton_version() -> str | None:
         from triton.runtime import driver
 
         driver.active.get_current_target()
-    except (ImportError, RuntimeError, OSError, CalledProcessError, AttributeError) as error:
+    except (
+        ImportError,
+        RuntimeError,
+        OSError,
+        CalledProcessError,
+        AttributeError,
+        AssertionError,  # of Triton, where the dynamic linker does not know libcuda
+    ) as error:
         log.warning(
             "Triton cannot launch kernels here (%s): random numbers and group norms take slower paths. "
             "It needs a C compiler (gcc) and Python's headers.",
-            error,
+            " ".join(str(error).split()),
         )
         return None
     return triton.__version__

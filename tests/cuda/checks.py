@@ -20,17 +20,21 @@ from tests.cuda.simulated_device import SimulatedTensor, counts, simulated_devic
 
 import torch  # isort: skip
 
+from pipeline.config.data import PackConfig
 from pipeline.config.training import TrainConfig
+from pipeline.data import pack
 from pipeline.data.reading.loader import Batch
 from pipeline.diffusion import NoiseSchedule
 from pipeline.diffusion.likelihood import bits_per_dim
 from pipeline.diffusion.timesteps import make_grid
 from pipeline.store import open_store
-from pipeline.train.checkpoint import CheckpointWriter, load_checkpoint
+from pipeline.train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
 from pipeline.train.device_batches import device_batches
 from pipeline.train.loop import NonFiniteError, Trainer
 from pipeline.train.state import TrainState, initial_state
 from pipeline.train.step_metrics import StepMetrics
+from pipeline.train.training_plan import plan_training
+from pipeline.train.worker import TrainTask, train_local
 from tests.train.tiny import tiny
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -61,6 +65,20 @@ def too_many_skipped_steps_are_named_as_on_the_cpu() -> None:
             told.append(str(caught.value))
     assert told[0] == told[1]
     assert told[0].startswith("step 3: ")
+
+
+def a_training_waits_at_points_only_and_goes_on_in_the_same_bits_after_a_stop() -> None:
+    with tempfile.TemporaryDirectory() as folder, simulated_device():
+        data = (Path(folder) / "data").as_uri()
+        pack(PackConfig(source="digits", dest=data, channels=1, shard_size=300), None)
+        counts.reset()
+        whole = _run_alone(data, Path(folder) / "a")
+        in_steps = [site for site in counts.waits if "loop.py" in site and "session.py" not in site]
+        assert in_steps == []
+        _run_alone(data, Path(folder) / "b", stop_at=2)
+        resumed = _run_alone(data, Path(folder) / "b")
+    assert whole.keys() == resumed.keys()
+    assert [name for name, tensor in whole.items() if not torch.equal(tensor, resumed[name])] == []
 
 
 def averages_without_the_newest_step_are_not_used() -> None:
@@ -155,6 +173,32 @@ def the_bound_needs_no_wait_for_its_timesteps() -> None:
             bits_per_dim(NoiseSchedule.linear(T), config.objective, net, x0, index, 0, labels)
             waits.append(counts.waits.total())
         assert waits[0] == waits[1], dict(counts.waits)
+
+
+def _run_alone(data: str, runs: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+    """Train on the device, six steps or until one after `stop_at`; the tensors of the last checkpoint."""
+    runs.mkdir(exist_ok=True)
+    config = tiny(
+        data,
+        runs.as_uri(),
+        steps=6,
+        log_every_steps=2,
+        global_batch=BATCH,
+        checkpoint={"every_steps": 2, "eval_samples": 0},
+        grid={"every_steps": 100, "count": 2, "sampler": {"kind": "ddim", "num_steps": 2}},
+        workers={"gpus_per_worker": 1, "micro_batch": BATCH},
+    )
+    plan, stop = plan_training(config), threading.Event()
+
+    def on_progress(step: int, total: int, note: str) -> None:
+        if stop_at is not None and step >= stop_at:
+            stop.set()
+
+    train_local(TrainTask(config, plan.identity, plan.store.uri, plan.index.digest), on_progress, stop)
+    found = latest_checkpoint(plan.store)
+    assert found is not None
+    assert (found.record.step == 6) == (stop_at is None)
+    return found.tensors
 
 
 def _config(**changes: object) -> TrainConfig:
