@@ -6,7 +6,7 @@ contains nothing but itself.
 
 from functools import partial
 
-from jobs.ray_map import ray_workers
+from jobs.ray_map import measuring_workers
 from jobs.runner import DONE, JobArguments, run_job, settings_of
 from pipeline.config.evaluation import EvaluateConfig
 from pipeline.config.generation import GenerateConfig
@@ -39,7 +39,7 @@ def run(
     other = None if against is None else load_evaluation(against)
     if against is not None and other is None:
         raise UserError(f"--against: {against} has no evaluation; run: ddpm evaluate --prefix {against}")
-    workers = partial(ray_workers, config.num_workers, "evaluate")
+    workers = partial(measuring_workers, config, "evaluate")
     evaluation = evaluate_generation(config, output, progress, workers)
     if other is not None:
         require_comparable(evaluation, other)

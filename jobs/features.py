@@ -1,6 +1,7 @@
 """The feature network of a data set: `ddpm features train digits`."""
 
-from jobs.runner import DONE, JobArguments, run_job
+from jobs.ray_map import measuring_workers
+from jobs.runner import DONE, JobArguments, preset_uses_gpus, run_job
 from pipeline.config.evaluation import FeaturesConfig, PromoteConfig
 from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo
@@ -30,14 +31,21 @@ def run(config: FeaturesConfig, progress: Progress) -> int:
 
 def trust_call(call: JobArguments) -> int:
     """Trust the feature network and the reference of a preset's gate as they are now."""
-    return run_job("promote", PromoteConfig, lambda c, p: run_trust(c), call, unit="images")
+
+    def work(config: PromoteConfig, progress: Progress) -> int:
+        return run_trust(config, preset_uses_gpus(call))
+
+    return run_job("promote", PromoteConfig, work, call, unit="images")
 
 
-def run_trust(config: PromoteConfig) -> int:
+def run_trust(config: PromoteConfig, used_gpus: bool = False) -> int:
     """Record the digests and print what changed."""
     from pipeline.features.trust import trust_current
 
-    for found in trust_current(config.model, config.gate.evaluate):
+    evaluate = config.gate.evaluate
+    with measuring_workers(evaluate, "promote.gate.evaluate", used_gpus) as workers:
+        recorded = trust_current(config.model, evaluate, workers)
+    for found in recorded:
         change = "as before" if found.previous == found.digest else f"before {found.previous or 'nothing'}"
         echo(f"trusted  the {found.what} of {config.model}: {found.uri}: {found.digest}, {change}")
     return DONE

@@ -4,7 +4,7 @@ import datetime as dt
 from functools import partial
 
 from jobs.generate import generate
-from jobs.ray_map import ray_workers
+from jobs.ray_map import measuring_workers
 from jobs.runner import DONE, FAILED, STOPPED, JobArguments, run_job
 from pipeline.config.nights import NightlyConfig
 from pipeline.errors import UserError
@@ -27,7 +27,7 @@ def run(
     """Run the nights; returns the exit code of the worst one."""
     from pipeline.nightly.run_nights import run_nights
 
-    workers = partial(ray_workers, config.evaluate.num_workers, "nightly.evaluate")
+    workers = partial(measuring_workers, config.evaluate, "nightly.evaluate")
     return _EXIT_CODES[run_nights(config, generate, progress, first, last, workers)]
 
 

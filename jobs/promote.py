@@ -1,6 +1,9 @@
 """The registry's gate: `ddpm promote digits` and `ddpm rollback digits`."""
 
-from jobs.runner import DONE, FAILED, JobArguments, run_job, use_running_stack
+from functools import partial
+
+from jobs.ray_map import measuring_workers
+from jobs.runner import DONE, FAILED, JobArguments, preset_uses_gpus, run_job, use_running_stack
 from pipeline.config.evaluation import PromoteConfig
 from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo, echo_json
@@ -8,15 +11,20 @@ from pipeline.telemetry.terminal import echo, echo_json
 
 def run_call(call: JobArguments) -> int:
     """Run the job that a call describes."""
-    return run_job("promote", PromoteConfig, lambda c, p: run(c, p, call.as_json), call, unit="models")
+
+    def work(config: PromoteConfig, progress: Progress) -> int:
+        return run(config, progress, call.as_json, preset_uses_gpus(call))
+
+    return run_job("promote", PromoteConfig, work, call, unit="models")
 
 
-def run(config: PromoteConfig, progress: Progress, as_json: bool = False) -> int:
+def run(config: PromoteConfig, progress: Progress, as_json: bool = False, used_gpus: bool = False) -> int:
     """Compare, decide, print the decision."""
     from pipeline.evaluate.gate import table
     from pipeline.evaluate.promotion import promote
 
-    decision = promote(config, progress)
+    workers = partial(measuring_workers, config.gate.evaluate, "promote.gate.evaluate")
+    decision = promote(config, progress, workers, used_gpus)
     if decision is None:
         echo(f"nothing to do: {config.model}@{config.challenger} is {config.model}@{config.champion} already")
         return DONE

@@ -113,6 +113,17 @@ def settings_of(model: type[S], section: str, call: JobArguments) -> S:
     return load_settings(model, section, layers, call.overrides, sections=tuple(SECTIONS), presets=presets())
 
 
+def preset_uses_gpus(call: JobArguments) -> bool:
+    """Whether the generation of the call's preset, with its --config files, samples on GPUs."""
+    if call.preset is None:
+        return False
+    asked = JobArguments(preset=call.preset, files=call.files)
+    try:
+        return settings_of(GenerateConfig, "generate", asked).gpus_per_worker > 0
+    except UserError:  # this preset generates nothing
+        return False
+
+
 def command_of(section: str) -> tuple[str, ...]:
     """The words after `ddpm`, or after `python -m jobs.cli`, that run the job of a settings section."""
     return _COMMANDS.get(section, (section,))

@@ -9,7 +9,9 @@ import os
 import threading
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 
+from jobs.ray_map import measuring_workers
 from jobs.ray_session import SUBMITTED, on_stop_signal, ray_cluster, require_resources
 from jobs.runner import DONE, STOPPED, JobArguments, run_job
 from pipeline.config.evaluation import GateConfig
@@ -35,7 +37,7 @@ def run(config: TrainConfig, progress: Progress, local: bool = False) -> int:
         local=local,
         stop=stop,
         progress=progress,
-        run_gate=_run_gate,
+        run_gate=partial(_run_gate, config.workers.gpus_per_worker > 0),
         tags={"ray.submission_id": name} if name and not local else {},
     )
     result = driver.train(config)
@@ -84,7 +86,8 @@ def _cluster(
     return cluster
 
 
-def _run_gate(gate: GateConfig, version: ModelVersion) -> str:
+def _run_gate(used_gpus: bool, gate: GateConfig, version: ModelVersion) -> str:
     from pipeline.evaluate.promotion import promote_after_training  # not needed for a first model
 
-    return promote_after_training(gate, version)
+    workers = partial(measuring_workers, gate.evaluate, "train.gate.evaluate")
+    return promote_after_training(gate, version, workers, used_gpus)

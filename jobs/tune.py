@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from jobs.ray_map import ray_workers
-from jobs.runner import DONE, JobArguments, run_job
+from jobs.ray_map import measuring_workers
+from jobs.runner import DONE, JobArguments, preset_uses_gpus, run_job
 from pipeline.config.evaluation import TuneConfig
 from pipeline.progress import Progress
 from pipeline.telemetry.terminal import echo
@@ -11,14 +11,20 @@ from pipeline.telemetry.terminal import echo
 
 def run_call(call: JobArguments) -> int:
     """Run the job that a call describes."""
-    return run_job("tune", TuneConfig, run, call, unit="samplers")
+
+    def work(config: TuneConfig, progress: Progress) -> int:
+        return run(config, progress, preset_uses_gpus(call))
+
+    return run_job("tune", TuneConfig, work, call, unit="samplers")
 
 
-def run(config: TuneConfig, progress: Progress) -> int:
+def run(config: TuneConfig, progress: Progress, used_gpus: bool = False) -> int:
     """Try every candidate, print the table, store table, plot and preset."""
     from pipeline.evaluate.sampler_search import preset, save_search, search_samplers, table
 
-    search = search_samplers(config, progress, partial(ray_workers, config.num_workers, "tune"))
+    evaluate = config.evaluate.model_copy(update={"num_workers": config.num_workers})
+    workers = partial(measuring_workers, evaluate, "tune")
+    search = search_samplers(config, progress, workers, used_gpus)
     echo(*table(search))
     folder = save_search(search, config.output)
     echo(f"stored   {folder}/samplers.json, samplers.png, preset.yaml")

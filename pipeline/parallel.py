@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,18 +27,30 @@ class ParallelMap(Protocol):
     def __call__(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]: ...
 
 
-OpenParallelMap = Callable[[], AbstractContextManager[ParallelMap]]
-"""Starts the workers of a map, or connects to them, for as long as the context lasts."""
-
-
 def serial_map(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """In the caller's thread, one item at a time."""
     return map(work, items)
 
 
-def in_process() -> AbstractContextManager[ParallelMap]:
-    """An `OpenParallelMap` without workers."""
-    return nullcontext(serial_map)
+class MapWorkers(NamedTuple):
+    """Where models are measured."""
+
+    map: ParallelMap
+    gpu: str | None = None
+    """Name of the GPU that each item has; None = items run on CPUs."""
+
+
+HERE = MapWorkers(serial_map)
+"""In this process, on the CPU."""
+OpenWorkers = Callable[[bool], AbstractContextManager[MapWorkers]]
+"""Starts workers, or connects to them, for as long as the context lasts. The argument says whether the job that is to
+be judged used GPUs, which decides where the settings do not.
+"""
+
+
+def in_process(used_gpus: bool = False) -> AbstractContextManager[MapWorkers]:
+    """An `OpenWorkers` without workers: here, on the CPU."""
+    return nullcontext(HERE)
 
 
 def thread_map(num_threads: int, ended: Event | None = None) -> ParallelMap:

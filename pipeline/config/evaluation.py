@@ -93,7 +93,13 @@ class EvaluateConfig(Settings):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the splits."""
     num_workers: int = Field(default=0, ge=0)
-    """Shards processed at a time on the Ray cluster, one core each. 0 = in this process. Changes no metric."""
+    """Tasks at a time on the Ray cluster, one core each. 0 = in this process or, where only the cluster has the GPUs
+    that `gpus_per_task` asks for, as many as it has. Changes no metric."""
+    gpus_per_task: float | None = Field(default=None, ge=0, le=1)
+    """GPU of each task that extracts features, computes likelihoods, or samples for the gate and the sampler search:
+    on the Ray cluster or, where `num_workers` is 0 and this machine has a GPU, in this process. 0 = the CPU. None = 1
+    if the job that is judged used GPUs and there are some, else 0. Evaluations on different models of GPU, or on a GPU
+    and a CPU, are not compared: they round differently."""
     likelihood: LikelihoodConfig | None = None
     """Held-out data for `bits_per_dim`, which needs a registered model. None = not computed."""
     records_only: bool = False

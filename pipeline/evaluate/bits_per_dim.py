@@ -4,16 +4,19 @@ import itertools
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.config.evaluation import LikelihoodConfig
 from pipeline.config.model_card import ModelCard
 from pipeline.data.index import Index
 from pipeline.data.reading.sequential import read_sequential
+from pipeline.devices.measuring import measuring_device
 from pipeline.diffusion import NoiseSchedule, from_uint8
 from pipeline.diffusion.likelihood import bits_per_dim
 from pipeline.errors import UserError
 from pipeline.evaluate.document import Metric
 from pipeline.nets import UNet
+from pipeline.parallel import HERE, MapWorkers
 from pipeline.progress import Progress, no_progress
 
 
@@ -24,6 +27,7 @@ def held_out_bits(
     config: LikelihoodConfig,
     seed: int,
     progress: Progress = no_progress,
+    workers: MapWorkers = HERE,
 ) -> Metric:
     """Mean bound over the first images of a data set. UserError for the training data, or images of another shape."""
     if index.digest == card.data.digest:
@@ -39,13 +43,34 @@ def held_out_bits(
     labels = torch.tensor([sample.label for sample in samples]) if card.net.num_classes is not None else None
     if labels is not None and not index.labelled:
         raise UserError(f"likelihood.data: {index.uri} has no labels, which the model needs")
-    schedule = NoiseSchedule.from_config(card.schedule)
+    bound_of = _BatchBound(net, card, pixels, labels, seed, workers.gpu)
+    parts = torch.arange(len(samples)).split(config.batch_size)
     totals: list[torch.Tensor] = []
-    for rows in torch.arange(len(samples)).split(config.batch_size):
-        classes = None if labels is None else labels[rows]
-        bound = bits_per_dim(
-            schedule, card.objective, net, from_uint8(pixels[rows]), rows, seed, class_labels=classes
-        )
-        totals.append(bound.total.double())
+    for rows, total in zip(parts, workers.map(bound_of, parts), strict=True):
+        totals.append(total)
         progress(int(rows[-1]) + 1, len(samples))
     return Metric(value=float(torch.cat(totals).mean()), n=0, n_reference=len(samples))
+
+
+class _BatchBound:
+    """The bound of one batch. Travels to workers with the network and the images."""
+
+    def __init__(
+        self, net: UNet, card: ModelCard, pixels: Tensor, labels: Tensor | None, seed: int, gpu: str | None
+    ) -> None:
+        self._net, self._card, self._pixels, self._labels = net, card, pixels, labels
+        self._seed, self._gpu = seed, gpu
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Bits per dimension float64 (B,) of the images `rows` int64 (B,)."""
+        device = measuring_device(self._gpu)
+        bound = bits_per_dim(
+            NoiseSchedule.from_config(self._card.schedule),
+            self._card.objective,
+            self._net.to(device),
+            from_uint8(self._pixels[rows].to(device)),
+            rows,
+            self._seed,
+            class_labels=None if self._labels is None else self._labels[rows].to(device),
+        )
+        return bound.total.double().cpu()

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.config.base import Settings
+from pipeline.config.bounds import Name
 from pipeline.config.json_document import parse_document
 from pipeline.errors import UserError
 from pipeline.store import ObjectMissing, open_store
@@ -25,6 +26,8 @@ class Metric(Settings):
 class EvaluationConditions(Settings):
     """What metrics depend on besides the quality of the samples."""
 
+    gpu: Name | None = Field(default=None, exclude_if=lambda gpu: gpu is None)
+    """Model of the GPU that computed features and likelihoods; left out if CPUs did."""
     count: int = Field(ge=0, lt=2**53)
     """Samples."""
     reference_digest: str = Field(max_length=128)
@@ -73,9 +76,11 @@ def require_comparable(a: Evaluation, b: Evaluation) -> None:
     for name in EvaluationConditions.model_fields:
         one, other = getattr(a.terms, name), getattr(b.terms, name)
         if one != other:
+            remedy = (
+                "on the same kind of device (gpus_per_task)" if name == "gpu" else "with the same settings"
+            )
             raise UserError(
-                f"{a.subject} and {b.subject} cannot be compared: {name} is {one} and {other}; "
-                "evaluate both with the same settings"
+                f"{a.subject} and {b.subject} cannot be compared: {name} is {one} and {other}; evaluate both {remedy}"
             )
 
 

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from pydantic import Field
+
 from pipeline.config.base import Settings
+from pipeline.config.bounds import Name
 from pipeline.config.evaluation import GateConfig, Rule
 from pipeline.errors import UserError
 from pipeline.evaluate.bootstrap import Array, BootstrapEstimate, Statistic, draws, statistics
@@ -55,6 +58,8 @@ class Decision(Settings):
     """Its images."""
     network: str
     """Identity of the feature network."""
+    gpu: Name | None = Field(default=None, exclude_if=lambda gpu: gpu is None)
+    """Model of the GPU that sampled and measured both; left out if CPUs did."""
     settings: GateConfig
     """How they were compared."""
     judgements: dict[str, Judgement]

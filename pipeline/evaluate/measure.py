@@ -13,6 +13,7 @@ from pipeline.config.generation import SpecSettings
 from pipeline.data.formats.images import decode_image
 from pipeline.data.formats.shards import read_shard
 from pipeline.data.index import load_index
+from pipeline.devices.measuring import measuring_device
 from pipeline.errors import DamageError, UserError
 from pipeline.evaluate.bits_per_dim import held_out_bits
 from pipeline.evaluate.document import Evaluation, EvaluationConditions, Metric, save_evaluation
@@ -31,11 +32,19 @@ from pipeline.generate.model_source import ResolvedModel, find_model
 from pipeline.generate.spec import Spec, make_spec
 from pipeline.generate.stored_generation import Generation
 from pipeline.nets.model_files import build_model
-from pipeline.parallel import OpenParallelMap, ParallelMap, in_process
+from pipeline.parallel import MapWorkers, OpenWorkers, in_process
 from pipeline.progress import Progress
 from pipeline.store import open_store
 
-_CHANGES_NO_METRIC = {"reference", "network", "batch_size", "num_workers", "records_only", "track"}
+_CHANGES_NO_METRIC = {
+    "reference",
+    "network",
+    "batch_size",
+    "num_workers",
+    "gpus_per_task",
+    "records_only",
+    "track",
+}
 """Settings left out of the conditions' digest: they change no metric, or are conditions by themselves."""
 
 
@@ -43,7 +52,7 @@ def evaluate_generation(
     config: EvaluateConfig,
     output: str,
     progress: Progress,
-    open_map: OpenParallelMap = in_process,
+    open_workers: OpenWorkers = in_process,
     trusted_by: str | None = None,
 ) -> Evaluation:
     """Measure the generation at `output` and save the evaluation beside it.
@@ -51,7 +60,7 @@ def evaluate_generation(
     UserError when the generation is not complete, and where the reference or the feature network is not the one that
     the registered model `trusted_by`, if one is named, is judged by.
     """
-    # Everywhere that features are extracted, so that results do not depend on the machine.
+    # Also for the metrics that are computed here, so that results do not depend on the machine.
     torch.set_num_threads(1)
     store = open_store(output)
     store.require_container()
@@ -64,16 +73,19 @@ def evaluate_generation(
     data = data_root(config.reference)
     network = open_network(config.network, data)
     require_trusted_network(trusted_by, config.network, data, network)
-    with open_map() as parallel_map:
-        reference = load_reference(index, config.network, config.batch_size, parallel_map)
-        require_trusted_reference(trusted_by, index, config.network, data, reference)
+    with open_workers(manifest.spec.device == "cuda") as workers:
+        # The sums in the records are of CPUs, whatever made the samples.
+        extractors = MapWorkers(workers.map) if config.records_only else workers
+        reference = load_reference(index, config.network, config.batch_size, extractors)
+        require_trusted_reference(trusted_by, index, config.network, data, reference, extractors.gpu)
         if config.records_only:
             count, metrics = metrics_from_records(manifest, output, reference)
         else:
-            samples = generation_features(manifest, output, config, parallel_map, progress)
+            samples = generation_features(manifest, output, config, workers, progress)
             count, metrics = len(samples), compute_metrics(samples, reference, config)
-    if config.likelihood is not None:
-        metrics["bits_per_dim"] = _bits_per_dim(config, config.likelihood, manifest, progress)
+        if config.likelihood is not None:
+            metrics["bits_per_dim"] = _bits_per_dim(config, config.likelihood, manifest, progress, workers)
+    gpu = workers.gpu if config.likelihood is not None else extractors.gpu
     evaluation = Evaluation(
         subject=output,
         model=manifest.spec.model.reference,
@@ -82,7 +94,7 @@ def evaluate_generation(
         sampler=_describe_sampler(manifest.spec),
         reference=config.reference,
         network_label=network.label,
-        terms=conditions_of(config, count, reference, index.digest),
+        terms=conditions_of(config, count, reference, index.digest, gpu),
         metrics=metrics,
         made_at=time.time(),
     )
@@ -91,16 +103,17 @@ def evaluate_generation(
 
 
 def generation_features(
-    manifest: Manifest, output: str, config: EvaluateConfig, parallel_map: ParallelMap, progress: Progress
+    manifest: Manifest, output: str, config: EvaluateConfig, workers: MapWorkers, progress: Progress
 ) -> FeatureSet:
     """Features of all samples of a complete generation, in the order of their indexes."""
     entries = list(read_entries(open_store(output)))
     images = partial(_shard_images, manifest.spec, entries, output)
-    extract = ShardExtractor(config.network, data_root(config.reference), config.batch_size, images)
+    data = data_root(config.reference)
+    extract = ShardExtractor(config.network, data, config.batch_size, images, workers.gpu)
     parts: list[FeatureSet] = []
     done = 0
-    for data in parallel_map(extract, range(len(entries))):
-        parts.append(FeatureSet.from_bytes(data, output))
+    for features in workers.map(extract, range(len(entries))):
+        parts.append(FeatureSet.from_bytes(features, output))
         done += len(parts[-1])
         progress(done, manifest.count)
     return join(parts)
@@ -146,11 +159,16 @@ def _feature_records(spec: Spec, output: str, network: str) -> Iterator[FeatureR
         yield record
 
 
-def model_features(model: ResolvedModel, settings: SpecSettings, config: EvaluateConfig) -> FeatureSet:
-    """Features of samples drawn from a model in this process; the samples are not stored."""
-    torch.set_num_threads(1)
-    spec = make_spec(settings, model.card, name=model.name, version=model.version)
-    engine = Engine(spec, build_model(model.card, model.weights, where=settings.model), model.card)
+def model_features(
+    model: ResolvedModel, settings: SpecSettings, config: EvaluateConfig, gpu: str | None = None
+) -> FeatureSet:
+    """Features of samples drawn from a model in this process, on the GPU named `gpu`, if any. They are not stored."""
+    device = measuring_device(gpu)
+    spec = make_spec(
+        settings, model.card, name=model.name, version=model.version, device="cpu" if gpu is None else "cuda"
+    )
+    net = build_model(model.card, model.weights, device, where=settings.model)
+    engine = Engine(spec, net, model.card)
 
     def images() -> Iterator[LabeledImage]:
         indexes = torch.arange(settings.first_index, settings.first_index + settings.count)
@@ -159,16 +177,17 @@ def model_features(model: ResolvedModel, settings: SpecSettings, config: Evaluat
             for row, image in enumerate(engine.images(index)):
                 yield image, None if labels is None else int(labels[row])
 
-    network = open_network(config.network, data_root(config.reference))
+    network = open_network(config.network, data_root(config.reference), gpu)
     return extract_features(network, images(), config.batch_size)
 
 
 def conditions_of(
-    config: EvaluateConfig, count: int, reference: FeatureSet, reference_digest: str
+    config: EvaluateConfig, count: int, reference: FeatureSet, reference_digest: str, gpu: str | None = None
 ) -> EvaluationConditions:
-    """What another evaluation must share to be compared with this one."""
+    """What another evaluation must share to be compared with this one. `gpu`: name of the GPU that measured."""
     settings = json.dumps(config.model_dump(mode="json", exclude=_CHANGES_NO_METRIC), sort_keys=True)
     return EvaluationConditions(
+        gpu=gpu,
         count=count,
         reference_digest=reference_digest,
         reference_count=len(reference),
@@ -185,7 +204,11 @@ def _describe_sampler(spec: Spec) -> str:
 
 
 def _bits_per_dim(
-    config: EvaluateConfig, likelihood: LikelihoodConfig, manifest: Manifest, progress: Progress
+    config: EvaluateConfig,
+    likelihood: LikelihoodConfig,
+    manifest: Manifest,
+    progress: Progress,
+    workers: MapWorkers,
 ) -> Metric:
     """bits_per_dim of the model that made a generation."""
     reference = manifest.spec.model.reference
@@ -195,4 +218,5 @@ def _bits_per_dim(
         )
     model = find_model(reference)
     net = build_model(model.card, model.weights, where=reference)
-    return held_out_bits(net, model.card, load_index(likelihood.data), likelihood, config.seed, progress)
+    index = load_index(likelihood.data)
+    return held_out_bits(net, model.card, index, likelihood, config.seed, progress, workers)

@@ -9,6 +9,7 @@ replaced, so that rollback is one command.
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 
 from pipeline.config.evaluation import GateConfig, PromoteConfig
 from pipeline.config.generation import SpecSettings
@@ -21,6 +22,7 @@ from pipeline.features.networks import open_network
 from pipeline.features.reference_set import data_root, load_reference
 from pipeline.features.trust import require_trusted_network, require_trusted_reference
 from pipeline.generate.model_source import find_model
+from pipeline.parallel import HERE, MapWorkers, OpenWorkers, in_process
 from pipeline.progress import Progress, no_progress
 from pipeline.tracking import (
     AliasHistory,
@@ -39,22 +41,34 @@ BEFORE_TAG = "ddpm.gate.before"
 _TAG_LIMIT = 7500  # MLflow cuts tags at 8000 characters
 
 
-def promote(config: PromoteConfig, progress: Progress) -> Decision | None:
+def promote(
+    config: PromoteConfig,
+    progress: Progress,
+    open_workers: OpenWorkers = in_process,
+    used_gpus: bool = False,
+) -> Decision | None:
     """Compare challenger and champion, record the decision, move the alias if the challenger passed.
 
-    None where the challenger is the champion already. MoveConflictError when another decision moved the alias first.
+    `used_gpus`: whether the model's jobs use GPUs. None where the challenger is the champion already.
+    MoveConflictError when another decision moved the alias first.
     """
     challenger = resolve(f"{config.model}@{config.challenger}")
     champion, log = read_champion(config.model, config.champion)
     if champion is not None and champion.version == challenger.version:
         tag_promotion(challenger, config.champion)
         return None
-    decision = decide(config.gate, challenger, champion, progress)
+    with open_workers(used_gpus) as workers:
+        decision = decide(config.gate, challenger, champion, progress, workers)
     record(decision, challenger, champion, config.champion, log.number())
     return decision
 
 
-def promote_after_training(gate: GateConfig, challenger: ModelVersion) -> str:
+def promote_after_training(
+    gate: GateConfig,
+    challenger: ModelVersion,
+    open_workers: OpenWorkers = in_process,
+    used_gpus: bool = False,
+) -> str:
     """Run the gate on a model that was just registered; returns a line with the outcome.
 
     An error of the gate, such as a missing feature network, becomes that line: it fails no finished training.
@@ -63,7 +77,8 @@ def promote_after_training(gate: GateConfig, challenger: ModelVersion) -> str:
     if champion is not None and champion.version == challenger.version:
         return f"gate     {challenger.reference} is the champion already"
     try:
-        decision = decide(gate, challenger, champion, no_progress)
+        with open_workers(used_gpus) as workers:
+            decision = decide(gate, challenger, champion, no_progress, workers)
         record(decision, challenger, champion, "champion", log.number())
     except (UserError, JobError) as error:
         return f"gate     not run: {error}; then: ddpm promote"
@@ -80,9 +95,13 @@ def read_champion(name: str, alias: str) -> tuple[ModelVersion | None, AliasHist
 
 
 def decide(
-    gate: GateConfig, challenger: ModelVersion, champion: ModelVersion | None, progress: Progress
+    gate: GateConfig,
+    challenger: ModelVersion,
+    champion: ModelVersion | None,
+    progress: Progress,
+    workers: MapWorkers = HERE,
 ) -> Decision:
-    """Sample both models from the same noise, extract features, apply the rules.
+    """Sample both models from the same noise on the same kind of device, extract features, apply the rules.
 
     Without a champion the challenger passes. UserError where the feature network or the reference is not the one
     that is trusted for this model.
@@ -90,15 +109,17 @@ def decide(
     network, data = gate.evaluate.network, data_root(gate.evaluate.reference)
     require_trusted_network(challenger.name, network, data, open_network(network, data))
     index = load_index(gate.evaluate.reference)
-    reference = load_reference(index, network, gate.evaluate.batch_size)
-    require_trusted_reference(challenger.name, index, network, data, reference)
+    reference = load_reference(index, network, gate.evaluate.batch_size, workers)
+    require_trusted_reference(challenger.name, index, network, data, reference, workers.gpu)
     if champion is None:
         judgements, passes, reason = {}, True, "there was no champion"
     else:
+        sides = (challenger, champion)
         features: list[FeatureSet] = []
-        for version in (challenger, champion):
-            features.append(_features_of(version, gate))
-            progress(len(features), 2, version.reference)
+        drawn = workers.map(partial(_features_of, gate, workers.gpu), [side.reference for side in sides])
+        for side, data in zip(sides, drawn, strict=True):
+            features.append(FeatureSet.from_bytes(data, side.reference))
+            progress(len(features), 2, side.reference)
         judgements = apply_rules(features[0], features[1], reference, gate)
         passes, reason = verdict(judgements)
     return Decision(
@@ -110,6 +131,7 @@ def decide(
         reference_digest=index.digest,
         reference_count=len(reference),
         network=reference.network,
+        gpu=workers.gpu,
         settings=gate,
         judgements=judgements,
         decided_at=time.time(),
@@ -214,14 +236,14 @@ def _utc(seconds: float) -> str:
     return f"{time.strftime('%F %T', time.gmtime(seconds))}Z"
 
 
-def _features_of(version: ModelVersion, gate: GateConfig) -> FeatureSet:
-    """Features of the samples that the gate draws from a version."""
+def _features_of(gate: GateConfig, gpu: str | None, reference: str) -> bytes:
+    """`FeatureSet.to_bytes` of the samples that the gate draws from the version `reference`."""
     settings = SpecSettings(
-        model=version.reference,
+        model=reference,
         count=gate.count,
         seed=gate.seed,
         sampler=gate.sampler,
         shard_size=gate.count,
         batch_size=min(gate.batch_size, gate.count),
     )
-    return model_features(find_model(version.reference), settings, gate.evaluate)
+    return model_features(find_model(reference), settings, gate.evaluate, gpu).to_bytes()

@@ -21,7 +21,7 @@ from pipeline.evaluate.metrics import compute_metrics
 from pipeline.features.feature_set import FeatureSet
 from pipeline.features.reference_set import load_reference
 from pipeline.generate.model_source import ResolvedModel, find_model
-from pipeline.parallel import OpenParallelMap, in_process
+from pipeline.parallel import OpenWorkers, in_process
 from pipeline.progress import Progress
 from pipeline.store import open_store
 
@@ -34,7 +34,7 @@ class Candidate(Settings):
     evaluations: int
     """Evaluations of the network for an image."""
     seconds: float
-    """Time of all images on one core, evaluation included."""
+    """Time of all images on one core or one GPU, evaluation included."""
     metrics: dict[str, Metric]
     """By name."""
 
@@ -50,16 +50,22 @@ class SamplerSearch:
 
 
 def search_samplers(
-    config: TuneConfig, progress: Progress, open_map: OpenParallelMap = in_process
+    config: TuneConfig,
+    progress: Progress,
+    open_workers: OpenWorkers = in_process,
+    used_gpus: bool = False,
 ) -> SamplerSearch:
-    """Try every candidate. UserError for a sampler that the model cannot do, and for a metric that is not available."""
+    """Try every candidate, all on one kind of device. `used_gpus`: whether the model's jobs use GPUs.
+
+    UserError for a sampler that the model cannot do, and for a metric that is not available."""
     model = find_model(config.model)
     samplers = candidate_samplers(config, model)
     index = load_index(config.evaluate.reference)
-    reference = load_reference(index, config.evaluate.network, config.evaluate.batch_size)
     candidates: list[Candidate] = []
-    with open_map() as parallel_map:
-        for candidate in parallel_map(partial(try_sampler, config, model, reference), samplers):
+    with open_workers(used_gpus) as workers:
+        reference = load_reference(index, config.evaluate.network, config.evaluate.batch_size, workers)
+        attempt = partial(try_sampler, config, model, reference, workers.gpu)
+        for candidate in workers.map(attempt, samplers):
             if config.metric not in candidate.metrics:
                 raise UserError(
                     f"tune.metric: these samples and this reference have no {config.metric}; "
@@ -165,9 +171,13 @@ def preset(best: Candidate) -> str:
 
 
 def try_sampler(
-    config: TuneConfig, model: ResolvedModel, reference: FeatureSet, sampler: SamplerConfig
+    config: TuneConfig,
+    model: ResolvedModel,
+    reference: FeatureSet,
+    gpu: str | None,
+    sampler: SamplerConfig,
 ) -> Candidate:
-    """Draw samples and compute their metrics. Deterministic, except for the seconds."""
+    """Draw samples and compute their metrics. Deterministic, except for the seconds. `gpu`: name of this task's GPU."""
     began = time.perf_counter()
     settings = SpecSettings(
         model=config.model,
@@ -177,7 +187,7 @@ def try_sampler(
         shard_size=config.count,
         batch_size=min(config.batch_size, config.count),
     )
-    samples = model_features(model, settings, config.evaluate)
+    samples = model_features(model, settings, config.evaluate, gpu)
     return Candidate(
         sampler=sampler,
         evaluations=evaluations(sampler),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.evaluation import FeatureNetworkConfig
+from pipeline.devices.measuring import measuring_device
 from pipeline.errors import DamageError
 from pipeline.features.networks import FeatureNetwork, open_network
 
@@ -181,16 +182,20 @@ class ShardExtractor:
         data: str,
         batch_size: int,
         images_of: Callable[[int], Iterable[LabeledImage]],
+        gpu: str | None = None,
     ) -> None:
-        """`images_of` gives the images of a shard by its number; `data` is where the network lies by default."""
+        """`images_of` gives the images of a shard by its number; `data` is where the network lies by default; `gpu`
+        names the workers' GPU.
+        """
+        self._gpu = gpu
         self._config, self._data, self._batch_size, self._images_of = network, data, batch_size, images_of
         self._network: FeatureNetwork | None = None
 
     def __call__(self, number: int) -> bytes:
         """`FeatureSet.to_bytes` of the images of shard `number`, in stored order."""
-        torch.set_num_threads(1)
+        measuring_device(self._gpu)
         if self._network is None:
-            self._network = open_network(self._config, self._data)
+            self._network = open_network(self._config, self._data, self._gpu)
         return extract_features(self._network, self._images_of(number), self._batch_size).to_bytes()
 
     def __getstate__(self) -> dict[str, object]:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config.base import Settings
 from pipeline.config.evaluation import FeatureNetworkConfig
@@ -23,6 +23,7 @@ from pipeline.errors import DamageError, UserError
 from pipeline.features.classifier import Classifier
 from pipeline.store import ObjectMissing, Store, open_store
 
+N = TypeVar("N", bound=nn.Module)
 CARD_KEY = "classifier.json"
 WEIGHTS_KEY = "classifier.safetensors"
 _MAX_CARD_BYTES = 2**16
@@ -103,11 +104,13 @@ class TrainedClassifier:
 
     net: Classifier
     card: ClassifierCard
+    gpu: str | None = None
+    """Name of the GPU that it runs on; None on a CPU."""
 
     @property
     def identity(self) -> str:
-        """sha256 of the weights."""
-        return self.card.sha256
+        """sha256 of the weights and, on a GPU, of its name."""
+        return _on(self.gpu, self.card.sha256)
 
     @property
     def digest(self) -> str:
@@ -128,8 +131,8 @@ class TrainedClassifier:
                 f"network: this classifier takes images {expected}, not {tuple(images.shape[1:])}; "
                 "train one on images of that shape: ddpm features train data=…"
             )
-        vectors, logits = self.net(from_uint8(images))
-        return Features(vectors, logits)
+        vectors, logits = self.net(from_uint8(images.to(_device(self.gpu))))
+        return Features(vectors.cpu(), logits.cpu())
 
 
 @dataclass(frozen=True)
@@ -139,17 +142,19 @@ class ScriptedNetwork:
     module: torch.jit.ScriptModule
     config: FeatureNetworkConfig
     sha256: str
+    gpu: str | None = None
+    """Name of the GPU that it runs on; None on a CPU."""
 
     @property
     def identity(self) -> str:
-        """Digest of the file's sha256 and of the preprocessing."""
-        preprocessing = f"{self.sha256}/{self.config.input}/{self.config.size}/{self.config.rgb}"
-        return hashlib.sha256(preprocessing.encode()).hexdigest()
+        """Digest of the file's sha256, of the preprocessing and, on a GPU, of its name."""
+        return _on(self.gpu, self.digest)
 
     @property
     def digest(self) -> str:
-        """The same as its identity."""
-        return self.identity
+        """Digest of the file's sha256 and of the preprocessing."""
+        preprocessing = f"{self.sha256}/{self.config.input}/{self.config.size}/{self.config.rgb}"
+        return hashlib.sha256(preprocessing.encode()).hexdigest()
 
     @property
     def label(self) -> str:
@@ -159,7 +164,7 @@ class ScriptedNetwork:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
         """Features of images uint8 (B, C, H, W)."""
-        vectors = self.module(self._preprocess(images))
+        vectors = self.module(self._preprocess(images.to(_device(self.gpu))))
         if isinstance(vectors, (tuple, list)):
             vectors = vectors[0]
         return Features(vectors.float().flatten(1).cpu(), None)
@@ -177,7 +182,9 @@ class ScriptedNetwork:
             return divided(values, 127.5) - 1
         if config.input == "unit":
             return divided(values, 255)
-        mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
+        mean, std = (
+            torch.tensor(v, device=values.device).reshape(1, 3, 1, 1) for v in (_IMAGENET_MEAN, _IMAGENET_STD)
+        )
         return (divided(values, 255) - mean) / std
 
 
@@ -200,13 +207,17 @@ def network_uri(config: FeatureNetworkConfig, reference: str) -> str:
     return config.uri or f"{features_folder(reference)}/{CARD_KEY}"
 
 
-def open_network(config: FeatureNetworkConfig, reference: str) -> FeatureNetwork:
-    """Load the network in the settings. UserError when it is missing, DamageError when its hash is wrong."""
+def open_network(config: FeatureNetworkConfig, reference: str, gpu: str | None = None) -> FeatureNetwork:
+    """Load the network in the settings. UserError when it is missing, DamageError when its hash is wrong.
+
+    `gpu` names the GPU of this process, if the network is to run there: its features are of another identity. A process
+    without that GPU may open the network to know its identity, but not run it.
+    """
     uri = network_uri(config, reference)
     folder, _, name = uri.rpartition("/")
     store = open_store(folder)
     if name == CARD_KEY:
-        return load_classifier(store, uri, config.sha256)
+        return load_classifier(store, uri, config.sha256, gpu)
     if not name.endswith((".pt", ".ts")):
         raise UserError(
             f"network.uri: {uri} is neither {CARD_KEY} nor a TorchScript file (.pt, .ts); see docs/quality.md"
@@ -223,7 +234,7 @@ def open_network(config: FeatureNetworkConfig, reference: str) -> FeatureNetwork
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{uri}: not a TorchScript file ({reason}); see docs/quality.md") from None
-    return ScriptedNetwork(module, config, config.sha256)
+    return ScriptedNetwork(_moved(module, gpu), config, config.sha256, gpu)
 
 
 def network_exists(config: FeatureNetworkConfig) -> bool:
@@ -232,7 +243,9 @@ def network_exists(config: FeatureNetworkConfig) -> bool:
     return bool(name) and open_store(folder).stat(name) is not None
 
 
-def load_classifier(store: Store, uri: str, sha256: str | None = None) -> TrainedClassifier:
+def load_classifier(
+    store: Store, uri: str, sha256: str | None = None, gpu: str | None = None
+) -> TrainedClassifier:
     """The classifier whose card is in `store`. DamageError unless its weights have `sha256`, if given."""
     data = _read(store, CARD_KEY, uri, _MAX_CARD_BYTES)
     card = parse_document(ClassifierCard, data, uri, "a classifier's card")
@@ -250,7 +263,21 @@ def load_classifier(store: Store, uri: str, sha256: str | None = None) -> Traine
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DamageError(f"{uri}: the weights do not fit the card: {reason}") from None
-    return TrainedClassifier(net.float().eval().requires_grad_(False), card)
+    return TrainedClassifier(_moved(net.float().eval().requires_grad_(False), gpu), card, gpu)
+
+
+def _on(gpu: str | None, identity: str) -> str:
+    """The identity of a network on a device: features that were rounded differently are not compared."""
+    return identity if gpu is None else hashlib.sha256(f"{identity} on {gpu}".encode()).hexdigest()
+
+
+def _device(gpu: str | None) -> torch.device:
+    return torch.device("cpu" if gpu is None else "cuda")
+
+
+def _moved(net: N, gpu: str | None) -> N:
+    """On its device, where this process has it."""
+    return net if gpu is None or not torch.cuda.is_available() else net.to("cuda")
 
 
 def _read(store: Store, key: str, uri: str, max_bytes: int) -> bytes:

@@ -16,7 +16,7 @@ from pipeline.data.reading.sequential import read_sequential
 from pipeline.errors import DamageError
 from pipeline.features.feature_set import FeatureSet, LabeledImage, ShardExtractor, join
 from pipeline.features.networks import FeatureNetwork, features_folder, open_network
-from pipeline.parallel import ParallelMap, serial_map
+from pipeline.parallel import HERE, MapWorkers
 from pipeline.progress import Progress, no_progress
 from pipeline.store import ObjectMissing, Store, open_store
 
@@ -37,20 +37,21 @@ def load_reference(
     index: Index,
     config: FeatureNetworkConfig,
     batch_size: int,
-    parallel_map: ParallelMap = serial_map,
+    workers: MapWorkers = HERE,
     progress: Progress = no_progress,
 ) -> FeatureSet:
-    """The features of a data set: read where they are stored, else extracted now and stored."""
-    network = open_network(config, data_root(index.uri))
+    """The features of a data set: read where they are stored, else extracted now and stored, for each model of GPU."""
+    network = open_network(config, data_root(index.uri), workers.gpu)
     store = open_store(features_folder(data_root(index.uri)))
     key = reference_key(index, network)
     stored = _stored(store, key, index, network)
     if stored is not None:
         return stored
-    extract = ShardExtractor(config, data_root(index.uri), batch_size, partial(_shard_images, index))
+    images = partial(_shard_images, index)
+    extract = ShardExtractor(config, data_root(index.uri), batch_size, images, workers.gpu)
     total = len(index.shards)
     parts: list[FeatureSet] = []
-    for number, data in enumerate(parallel_map(extract, range(total))):
+    for number, data in enumerate(workers.map(extract, range(total))):
         parts.append(FeatureSet.from_bytes(data, index.shards[number].name))
         progress(number + 1, total)
     whole = replace(join(parts), data=index.digest)

@@ -7,6 +7,7 @@ from pipeline.data.index import Index, load_index
 from pipeline.features.feature_set import FeatureSet
 from pipeline.features.networks import FeatureNetwork, network_uri, open_network
 from pipeline.features.reference_set import data_root, load_reference
+from pipeline.parallel import HERE, MapWorkers
 from pipeline.store import open_store
 from pipeline.tracking import require_trusted, trust, trusted
 
@@ -26,15 +27,18 @@ class TrustedDigest:
     """The digest recorded before; None for the first."""
 
 
-def trust_current(model: str, config: EvaluateConfig) -> list[TrustedDigest]:
-    """Record the digests of the feature network and of the reference as they are now for a registered model."""
+def trust_current(model: str, config: EvaluateConfig, workers: MapWorkers = HERE) -> list[TrustedDigest]:
+    """Record the digests of the feature network and of the reference as they are now for a registered model.
+
+    The reference is that of the workers' GPU: another model of GPU rounds differently.
+    """
     data, index = data_root(config.reference), load_index(config.reference)
     network = open_network(config.network, data)
-    reference = load_reference(index, config.network, config.batch_size)
+    reference = load_reference(index, config.network, config.batch_size, workers)
     recorded: list[TrustedDigest] = []
     for what, uri, digest in (
         (NETWORK, trusted_network_uri(config.network, data), network.digest),
-        (REFERENCE, trusted_reference_uri(index, config.network, data), reference.digest),
+        (REFERENCE, trusted_reference_uri(index, config.network, data, workers.gpu), reference.digest),
     ):
         previous = trusted(model, what, uri)
         trust(model, what, uri, digest)
@@ -48,9 +52,11 @@ def trusted_network_uri(config: FeatureNetworkConfig, reference: str) -> str:
     return f"{open_store(folder).uri}/{name}"
 
 
-def trusted_reference_uri(index: Index, config: FeatureNetworkConfig, reference: str) -> str:
-    """The name under which a reference is trusted: its data set and its feature network."""
-    return f"{index.uri} by {trusted_network_uri(config, reference)}"
+def trusted_reference_uri(
+    index: Index, config: FeatureNetworkConfig, reference: str, gpu: str | None = None
+) -> str:
+    """The name under which a reference is trusted: its data set, its feature network and, if any, the model of GPU."""
+    return f"{index.uri} by {trusted_network_uri(config, reference)}" + (f" on {gpu}" if gpu else "")
 
 
 def require_trusted_network(
@@ -64,8 +70,13 @@ def require_trusted_network(
 
 
 def require_trusted_reference(
-    model: str | None, index: Index, config: FeatureNetworkConfig, data: str, reference: FeatureSet
+    model: str | None,
+    index: Index,
+    config: FeatureNetworkConfig,
+    data: str,
+    reference: FeatureSet,
+    gpu: str | None = None,
 ) -> None:
     """UserError unless the reference is the one trusted for `model`, if that is a registered model."""
     if model is not None:
-        require_trusted(model, REFERENCE, trusted_reference_uri(index, config, data), reference.digest)
+        require_trusted(model, REFERENCE, trusted_reference_uri(index, config, data, gpu), reference.digest)

@@ -110,7 +110,11 @@ class SampleWorker:
         if config.spec.device == "cuda":
             limit_memory(_gpu_share())
         net = build_model(config.card, weights, config.spec.device, where=f"model {config.spec.model.name}")
-        network = None if config.features is None else FeatureSums(open_network(config.features, ""))
+        network = None
+        if config.features is not None:
+            # It runs on the CPU also beside a GPU, where sums must not depend on the number of cores.
+            torch.set_num_threads(config.spec.cpu_threads or 1)
+            network = FeatureSums(open_network(config.features, ""))
         engine = Engine(config.spec, net, config.card)
         return ShardWriter(engine, open_store(config.output), config.guards, network, _gpu_meter(config.spec))
 

@@ -16,7 +16,7 @@ from pipeline.generate.manifest import Manifest, read_manifest
 from pipeline.generate.spec import read_spec
 from pipeline.generate.stored_generation import Generation
 from pipeline.nightly.history import Night, drift, night_prefix, night_seed, read_nights, write_night
-from pipeline.parallel import OpenParallelMap
+from pipeline.parallel import OpenWorkers
 from pipeline.progress import Progress
 from pipeline.store import Store, open_store
 from pipeline.telemetry.terminal import echo
@@ -69,7 +69,7 @@ def record_night(
     date: dt.date,
     prefix: str,
     existing: Night | None,
-    open_map: OpenParallelMap,
+    open_workers: OpenWorkers,
     progress: Progress,
 ) -> Night:
     """The record of a night whose generation has ended: `existing` if it names that generation, else a new one."""
@@ -81,7 +81,7 @@ def record_night(
         manifest.count,
     ):
         return existing
-    evaluation = _evaluate(config, prefix, manifest, open_map, progress)
+    evaluation = _evaluate(config, prefix, manifest, open_workers, progress)
     logged = try_to_log(evaluation, config.evaluate.track)
     if logged is not None:
         echo(f"{date}: metrics {logged}")
@@ -102,7 +102,7 @@ def record_night(
 
 
 def _evaluate(
-    config: NightlyConfig, prefix: str, manifest: Manifest, open_map: OpenParallelMap, progress: Progress
+    config: NightlyConfig, prefix: str, manifest: Manifest, open_workers: OpenWorkers, progress: Progress
 ) -> Evaluation:
     """The stored evaluation of this generation, or a new one."""
     stored = _stored_evaluation(prefix, manifest)
@@ -111,7 +111,7 @@ def _evaluate(
     model = manifest.spec.model
     trusted_by = None if model.version is None else model.name
     report = _in_samples(manifest.count, progress)
-    return evaluate_generation(config.evaluate, prefix, report, open_map, trusted_by)
+    return evaluate_generation(config.evaluate, prefix, report, open_workers, trusted_by)
 
 
 def _stored_evaluation(prefix: str, manifest: Manifest) -> Evaluation | None:

@@ -37,7 +37,7 @@ from pipeline.nightly.history_page import render_history
 from pipeline.nightly.make_night import find_fault, night_settings, record_night
 from pipeline.nightly.retention import apply_retention
 from pipeline.nightly.webhook import send
-from pipeline.parallel import OpenParallelMap, in_process
+from pipeline.parallel import OpenWorkers, in_process
 from pipeline.private_files import open_private, state_folder
 from pipeline.progress import Progress
 from pipeline.store import ObjectMissing, Store, open_store
@@ -56,7 +56,7 @@ def run_nights(
     progress: Progress,
     first: dt.date | None = None,
     last: dt.date | None = None,
-    open_map: OpenParallelMap = in_process,
+    open_workers: OpenWorkers = in_process,
 ) -> NightOutcome:
     """Make the nights from `first` to `last`, or those that are pending; returns the worst outcome.
 
@@ -75,7 +75,9 @@ def run_nights(
             registered_name(config.generate.model), network, data, open_network(network, data)
         )
         by_clock = first is None and last is None
-        nights = _Nights(config, store, today, previous if by_clock else None, generate, open_map, progress)
+        nights = _Nights(
+            config, store, today, previous if by_clock else None, generate, open_workers, progress
+        )
         outcomes: list[NightOutcome] = []
         for date in dates:
             outcomes.append(nights.make(date))
@@ -109,7 +111,7 @@ class _Nights:
     previous: dt.date | None
     """The newest night when the job began; None where the dates were given by hand."""
     generate: Generate
-    open_map: OpenParallelMap
+    open_workers: OpenWorkers
     progress: Progress
 
     def make(self, date: dt.date) -> NightOutcome:
@@ -133,7 +135,9 @@ class _Nights:
                 reason = result.reason or dict(list(result.failed.items())[:3])
                 alert(config, date, f"generation {result.status}: {reason}")
                 return "drained" if result.status == "drained" else "failed"
-            night = record_night(config, store, date, settings.output, night, self.open_map, self.progress)
+            night = record_night(
+                config, store, date, settings.output, night, self.open_workers, self.progress
+            )
         publish(config, store, self.previous, self.today)
         metrics = night.evaluation.metrics
         watched = [f"{name} {metrics[name].value:.4g}" for name in config.drift.metrics if name in metrics]

@@ -17,6 +17,7 @@ from pipeline.features.feature_set import FeatureSet, extract_features
 from pipeline.features.networks import open_network
 from pipeline.features.reference_set import load_reference
 from pipeline.features.train_classifier import train_features
+from pipeline.parallel import MapWorkers
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_features_of_a_data_set_are_extracted_once(trained: str, digits: str) ->
     def refuse(work: object, shards: object) -> None:
         raise AssertionError("extracted a second time")
 
-    again = load_reference(index, FeatureNetworkConfig(), 100, refuse)  # type: ignore[arg-type]
+    again = load_reference(index, FeatureNetworkConfig(), 100, MapWorkers(refuse))  # type: ignore[arg-type]
     assert again.vectors.tobytes() == measured.vectors.tobytes()
 
 

@@ -3,6 +3,7 @@
 import json
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import pipeline.features.shard_sums
 from pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
 from pipeline.errors import DamageError, UserError
+from pipeline.evaluate.document import require_comparable
 from pipeline.evaluate.measure import evaluate_generation
 from pipeline.features.exact_sums import Sums, sums_of
 from pipeline.features.networks import Features
@@ -22,15 +24,18 @@ from pipeline.features.shard_sums import (
     network_for_sums,
     parse_record,
 )
+from pipeline.generate import sample_worker
 from pipeline.generate.done_records import RecordAggregate
 from pipeline.generate.driver import with_feature_network
 from pipeline.generate.finalize import publish_manifest
 from pipeline.generate.plan import shard, shards
+from pipeline.generate.sample_worker import SampleWorker, SampleWorkerConfig
 from pipeline.generate.spec import write_spec
 from pipeline.generate.stored_generation import Generation
+from pipeline.parallel import MapWorkers, in_process
 from pipeline.progress import no_progress
 from pipeline.store import open_store
-from tests.generate.tiny import fill, settings, tiny_card, tiny_model, writer_of
+from tests.generate.tiny import fill, plan_of, settings, tiny_card, tiny_model, writer_of
 
 
 def test_the_records_alone_give_the_metrics_of_the_samples(digits: str, tmp_path: Path) -> None:
@@ -60,6 +65,61 @@ def test_the_records_alone_give_the_metrics_of_the_samples(digits: str, tmp_path
     store.write(key, json.dumps(document).encode())
     with pytest.raises(UserError, match="of another network"):
         evaluate_generation(EvaluateConfig(reference=digits, records_only=True), config.output, no_progress)
+
+
+def test_evaluations_of_a_gpu_and_a_cpu_are_not_compared(digits: str, tmp_path: Path) -> None:
+    config = settings(tiny_model(tmp_path / "model", tiny_card(size=8)), str(tmp_path / "out"))
+    fill(config)
+    on_cpu = evaluate_generation(EvaluateConfig(reference=digits), config.output, no_progress)
+    assert "gpu" not in on_cpu.terms.model_dump()
+    on_gpu = on_cpu.model_copy(update={"terms": on_cpu.terms.model_copy(update={"gpu": "NVIDIA L4"})})
+    with pytest.raises(
+        UserError, match=r"gpu is None and NVIDIA L4; evaluate both on the same kind of device"
+    ):
+        require_comparable(on_cpu, on_gpu)
+    other = on_cpu.model_copy(update={"terms": on_cpu.terms.model_copy(update={"gpu": "NVIDIA A10"})})
+    with pytest.raises(UserError, match="gpu is NVIDIA L4 and NVIDIA A10"):
+        require_comparable(on_gpu, other)
+    require_comparable(on_gpu, on_gpu)
+
+
+def test_where_gpus_measure_depends_on_what_made_the_generation(digits: str, tmp_path: Path) -> None:
+    config = settings(tiny_model(tmp_path / "model", tiny_card(size=8)), str(tmp_path / "out"))
+    fill(config)
+    asked: list[bool] = []
+
+    def open_workers(used_gpus: bool) -> AbstractContextManager[MapWorkers]:
+        asked.append(used_gpus)
+        return in_process(used_gpus)
+
+    evaluate_generation(EvaluateConfig(reference=digits), config.output, no_progress, open_workers)
+    assert asked == [False]
+
+
+def test_sums_of_a_gpus_worker_do_not_depend_on_its_number_of_cores(
+    digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tiny_model(tmp_path / "model", tiny_card(size=8)), str(tmp_path / "out"))
+    spec, model = plan_of(config)
+    on_gpu = spec.model_copy(update={"device": "cuda", "cpu_threads": None})
+    for name in (
+        "set_up_torch",
+        "limit_memory",
+        "build_model",
+        "Engine",
+        "ShardWriter",
+        "_gpu_meter",
+        "_gpu_share",
+    ):
+        monkeypatch.setattr(sample_worker, name, lambda *_, **__: None)
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    network = network_for_sums(FeatureNetworkConfig(), digits)
+    worker = object.__new__(SampleWorker)
+    for one in (on_gpu, spec.model_copy(update={"cpu_threads": 3})):
+        worker.config = SampleWorkerConfig(one, model.card, config.output, config.guards, 1, network)
+        worker._load(model.weights)
+    assert threads == [1, 3]
 
 
 def test_a_generation_without_sums_names_the_setting_that_adds_them(digits: str, tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""Judges a small model on the simulated device and on the CPU: `python -m tests.cuda.measuring FOLDER`. Prints JSON."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.cuda.simulated_device import counts, simulated_device
+
+import torch  # isort: skip
+
+from pipeline.config.data import PackConfig
+from pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, LikelihoodConfig
+from pipeline.config.generation import SpecSettings
+from pipeline.data.index import load_index
+from pipeline.data.packing.pack_dataset import pack
+from pipeline.devices.measuring import measuring_gpu
+from pipeline.evaluate.bits_per_dim import held_out_bits
+from pipeline.evaluate.measure import model_features
+from pipeline.features.reference_set import load_reference
+from pipeline.features.train_classifier import train_features
+from pipeline.generate.model_source import find_model
+from pipeline.nets.model_files import build_model
+from pipeline.parallel import HERE, MapWorkers, serial_map
+from tests.generate.tiny import tiny_card, tiny_model
+
+
+def main(folder: Path) -> None:
+    """Measure samples, the likelihood and the reference on both devices."""
+    uri = str(folder / "digits")
+    pack(PackConfig(source="digits", dest=uri, channels=1, shard_size=900), lambda done, total: None)
+    train_features(FeaturesConfig(data=uri, steps=2, channels=8, min_accuracy=0), lambda *_: None)
+    model = find_model(str(tiny_model(folder / "model", tiny_card(classes=False, size=8))))
+    index, config = load_index(uri), EvaluateConfig(reference=uri)
+    settings = SpecSettings.model_validate(
+        {"model": "tiny", "count": 6, "batch_size": 3, "sampler": {"kind": "ddim", "num_steps": 3}}
+    )
+    likelihood = LikelihoodConfig(data=uri, count=4, batch_size=2)
+
+    def bits(workers: MapWorkers) -> float:
+        net = build_model(model.card, model.weights, where="tiny")
+        return held_out_bits(net, model.card, index, likelihood, 0, workers=workers).value
+
+    found: dict[str, Any] = {}
+
+    def both(name: str, measure: Callable[[MapWorkers], Any]) -> tuple[Any, Any]:
+        on_cpu = measure(HERE)
+        with simulated_device():
+            gpu = measuring_gpu()
+            counts.reset()
+            on_gpu = measure(MapWorkers(serial_map, gpu))
+            found[name] = {"kernels": sum(counts.kernels.values()), "gpu": gpu}
+        return on_cpu, on_gpu
+
+    cpu_bits, gpu_bits = both("likelihood", bits)
+    found["likelihood"]["difference"] = abs(gpu_bits - cpu_bits) / cpu_bits
+    for name, measure in {
+        "samples": lambda workers: model_features(model, settings, config, workers.gpu),
+        "reference": lambda workers: load_reference(index, config.network, 250, workers),
+    }.items():
+        on_cpu, on_gpu = both(name, measure)
+        vectors = torch.from_numpy(on_cpu.vectors - on_gpu.vectors)
+        found[name] |= {
+            "difference": float(vectors.abs().max()),
+            "same_identity": on_cpu.network == on_gpu.network,
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,44 @@
+"""Models are judged on a GPU where they are told to be: its kernels run, and its results are a GPU's by name."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cuda.guard import COMPILER, is_cpu_build
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(not is_cpu_build(), reason="needs a CPU build of torch"),
+]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """In a process of its own, which has no torch yet."""
+    command = [sys.executable, "-m", "tests.cuda.measuring", str(tmp_path_factory.mktemp("measured"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.timeout(900)  # under load
+@pytest.mark.parametrize(("what", "fewest"), [("samples", 300), ("likelihood", 3000), ("reference", 10)])
+def test_the_gpu_does_the_work_and_agrees_with_the_cpu(
+    what: str, fewest: int, measured: dict[str, dict[str, Any]]
+) -> None:
+    assert measured[what]["gpu"] == "Simulated GPU"
+    assert measured[what]["kernels"] >= fewest
+    assert measured[what]["difference"] < 1e-4
+
+
+@pytest.mark.parametrize("what", ["samples", "reference"])
+def test_features_of_a_gpu_are_never_taken_for_those_of_a_cpu(
+    what: str, measured: dict[str, dict[str, Any]]
+) -> None:
+    assert not measured[what]["same_identity"]
