@@ -111,6 +111,13 @@ class WorkerConfig(Settings):
     """Cores, and torch threads, of each."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs of each: 1, or 0 = train on the CPU. A single worker may take a part of a GPU and of its memory: 0.5."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """What each worker holds. ddp: the whole state. fsdp: a part of weights, gradients, moments and averages, for
+    networks whose state exceeds one device; slower. Checkpoints are the same, and a training may go on with the other.
+    A group that has shrunk to one worker holds it all."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which gradients are sent and summed between workers. bfloat16 halves the traffic, rounds each
+    gradient to 8 bits, and names another training."""
     max_failures: int = Field(default=3, ge=0)
     """Lost worker groups that are replaced before the job gives up."""
     micro_batch: int | None = Field(default=None, ge=1)
@@ -142,6 +149,12 @@ class WorkerConfig(Settings):
                 f"gpus_per_worker is {gpus:g} with {self.most} workers, but NCCL needs a whole GPU for each; set it to "
                 "1, or num_workers to 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_settings_that_act(self) -> Self:
+        if self.most == 1:
+            refuse_idle(self, ("sharding", "reduce_dtype"), "with one worker")
         return self
 
     @property
@@ -235,6 +248,11 @@ class TrainConfig(Settings):
                 f"checkpoint.every_steps {self.checkpoint.every_steps} must be a multiple of log_every_steps "
                 f"{self.log_every_steps}, or a restart would log half a point twice"
             )
+        if self.compile and self.workers.sharding == "fsdp":
+            raise ValueError(
+                "compile and workers.sharding fsdp exclude each other: weights that are collected block by block break "
+                "the compiled graph; set one of them"
+            )
         if bool(self.label_drop) != self.net.null_class:
             raise ValueError(
                 "label_drop above 0 and net.null_class=true belong together; set both or neither"
@@ -266,6 +284,8 @@ class TrainConfig(Settings):
             del fields["steps"]
         if self.matmul == "ieee":
             del fields["matmul"]  # trainings had names before there was the setting
+        if self.workers.reduce_dtype != "float32":
+            fields["reduce_dtype"] = self.workers.reduce_dtype
         return fields
 
     def digest(self, data_digest: str, init_sha256: str | None = None) -> str:

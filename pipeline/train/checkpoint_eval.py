@@ -44,23 +44,24 @@ class FixedEvaluation:
         if count == 0:
             return None
         images, labels = self._read(count)
-        net, device = state.averaged(), self._trainer.device
+        device = self._trainer.device
         size = min(LARGEST_BATCH, config.workers.micro_batch or LARGEST_BATCH)
         total = 0.0
-        for positions in torch.arange(count).split(size):
-            x0 = from_uint8(images[positions].to(device)).contiguous(memory_format=torch.channels_last)
-            # the middle of one of `count` equal parts of the schedule for each sample
-            t = ((2 * positions + 1) * self._trainer.schedule.T // (2 * count)).to(device)
-            noise = normal(config.seed, Stream.EVALUATE_NOISE, positions.to(device), tuple(x0.shape[1:]))
-            batch_labels = None if labels is None else labels[positions].to(device)
-            with (
-                torch.no_grad(),
-                torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"),
-            ):
-                terms = training_loss(
-                    self._trainer.schedule, config.objective, net, x0, t, noise, batch_labels
-                )
-            total += float(terms.per_sample.double().sum())
+        with state.average() as net:
+            for positions in torch.arange(count).split(size):
+                x0 = from_uint8(images[positions].to(device)).contiguous(memory_format=torch.channels_last)
+                # the middle of one of `count` equal parts of the schedule for each sample
+                t = ((2 * positions + 1) * self._trainer.schedule.T // (2 * count)).to(device)
+                noise = normal(config.seed, Stream.EVALUATE_NOISE, positions.to(device), tuple(x0.shape[1:]))
+                batch_labels = None if labels is None else labels[positions].to(device)
+                with (
+                    torch.no_grad(),
+                    torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"),
+                ):
+                    terms = training_loss(
+                        self._trainer.schedule, config.objective, net, x0, t, noise, batch_labels
+                    )
+                total += float(terms.per_sample.double().sum())
         return total / count if math.isfinite(total) else math.nan
 
     def _read(self, count: int) -> tuple[Tensor, Tensor | None]:
@@ -86,24 +87,26 @@ def draw_grid(trainer: Trainer, state: TrainState) -> Pixels:
     noise is named by its index, so the parts change how sums are rounded and nothing else.
     """
     config, device = trainer.config, trainer.device
-    net = state.averaged()
     parts: list[Tensor] = []
-    for index in torch.arange(config.grid.count, device=device).split(_grid_part(trainer)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            x0 = sample(
-                net,
-                trainer.schedule,
-                config.grid.sampler,
-                index,
-                (net.config.in_channels, net.config.image_size, net.config.image_size),
-                config.seed,
-                class_labels=index % config.net.num_classes if config.net.num_classes is not None else None,
-                objective=config.objective,
-            )
-        parts.append(to_uint8(x0).cpu())
+    with state.average() as net:
+        for index in torch.arange(config.grid.count, device=device).split(_grid_part(trainer)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                x0 = sample(
+                    net,
+                    trainer.schedule,
+                    config.grid.sampler,
+                    index,
+                    (net.config.in_channels, net.config.image_size, net.config.image_size),
+                    config.seed,
+                    class_labels=index % config.net.num_classes
+                    if config.net.num_classes is not None
+                    else None,
+                    objective=config.objective,
+                )
+            parts.append(to_uint8(x0).cpu())
     images = torch.cat(parts).permute(0, 2, 3, 1).numpy()
     rows = in_rows(list(images), config.net.num_classes)
-    size = net.config.image_size
+    size = config.net.image_size
     pixels = -(-SHORTEST_EDGE // min(len(rows), len(rows[0])))
     return image_grid(rows, cell=-(-pixels // size) * size, margin=0)
 

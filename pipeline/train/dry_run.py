@@ -135,6 +135,7 @@ def estimate(config: TrainConfig) -> TrainingEstimate:
         "gradients": state.gradients,
         "optimizer": state.optimizer,
         "averages": state.averages,
+        **({"collected weights": state.collected} if state.collected else {}),
         f"activations of {size}": size * activation_bytes(config.net, config.precision),
     }
     with torch.device("meta"):
@@ -251,14 +252,17 @@ def measure_pace(config: TrainConfig, device: torch.device, flops: int) -> Pace:
 
 
 def _require_memory_for_state(config: TrainConfig, device: torch.device) -> None:
-    state = state_memory(config).total
+    # the measured steps are those of one process, which divides nothing
+    alone = config.workers.sharding == "fsdp"
+    state = state_memory(config, world=1 if alone else None).total
+    whose = "all workers" if alone else "a worker"
     if device.type == "cuda":
         room, place = worker_memory_bytes(config.workers, device), "this machine's GPU"
     else:
         room, place = int(0.6 * psutil.virtual_memory().available), "this machine"
     if state > room:
         raise NotMeasuredError(
-            f"the state of a worker, {_bytes(state)}, does not fit {place}, where {_bytes(room)} may be used"
+            f"the state of {whose}, {_bytes(state)}, does not fit {place}, where {_bytes(room)} may be used"
         )
 
 

@@ -8,13 +8,12 @@ over all workers is the mean over the global batch, for any number of workers.
 import logging
 import math
 from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.training import TrainConfig
 from pipeline.data.reading.loader import Batch
@@ -22,6 +21,7 @@ from pipeline.diffusion import LossTerms, NoiseSchedule, from_uint8, training_lo
 from pipeline.diffusion.noise import Stream, normal, randint, uniform
 from pipeline.errors import JobError
 from pipeline.nets import DropoutKeys
+from pipeline.train.data_parallel import put_together, without_exchange
 from pipeline.train.device_batches import device_batches
 from pipeline.train.state import TrainState, UnreadStep, learning_rate
 from pipeline.train.step_metrics import StepMetrics
@@ -45,6 +45,14 @@ class Trainer:
     """The state's network, wrapped for DDP or compiled."""
     device: torch.device
     world: int
+    equal_sizes: bool = False
+    """Whether all workers make equally many forward passes, of one batch size: there is one compiled graph then, and
+    workers that divide a network among them need each other in every pass."""
+
+    def split(self, batch: Batch) -> list[Batch]:
+        """This worker's share in micro-batches."""
+        share = -(-self.config.global_batch // self.world) if self.equal_sizes else None
+        return micro_batches(batch, self.config.workers.micro_batch, share)
 
     def steps(self, state: TrainState, batches: Iterable[Batch], window: StepMetrics) -> Generator[int]:
         """Take a step for every batch; yields the number of finished steps, and adds to `window`.
@@ -98,16 +106,16 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch, window: StepMe
     """
     config = trainer.config
     window.open_step()
-    chunks = micro_batches(batch, config.workers.micro_batch)
+    chunks = trainer.split(batch)
     for i, chunk in enumerate(chunks):
-        with _without_sync(trainer.network, unless=i == len(chunks) - 1):
+        with without_exchange(trainer.network, unless=i == len(chunks) - 1):
             terms, t = chunk_loss(trainer, chunk)
             # DDP takes the mean over workers; this makes it the mean over the global batch (7a)
             (terms.per_sample.sum() * (trainer.world / config.global_batch)).backward()
             window.add(terms.per_sample, t)
     trainer.finish_step(state, window)  # of the step before, whose weights are still there
     clip = config.optimizer.clip_norm or math.inf
-    norm = nn.utils.clip_grad_norm_(state.net.parameters(), clip, foreach=True)
+    norm = put_together(nn.utils.clip_grad_norm_(state.net.parameters(), clip, foreach=True))
     _update(state, norm, learning_rate(config.optimizer, state.step, config.steps))  # 7b. update the weights
     state.unread = _unread(state.step, batch, norm)
     if state.unread.copied is None:
@@ -152,9 +160,10 @@ def _suspects(trainer: Trainer, state: TrainState, skipped: UnreadStep) -> str:
     bad = torch.zeros(size, dtype=torch.int32, device=trainer.device)
     alone = replace(trainer, network=state.net)
     with torch.no_grad():
-        for chunk in micro_batches(skipped.batch, trainer.config.workers.micro_batch):
+        for chunk in trainer.split(skipped.batch):
             terms, _ = chunk_loss(alone, chunk)
-            bad[chunk.positions.to(trainer.device) - first] = (~terms.per_sample.isfinite()).int()
+            own = chunk.positions[: len(terms.per_sample)].to(trainer.device)
+            bad[own - first] = (~terms.per_sample.isfinite()).int()
     if trainer.world > 1:
         dist.all_reduce(bad)
     found = [first + place for place in bad.nonzero().flatten().tolist()]
@@ -165,7 +174,7 @@ def _suspects(trainer: Trainer, state: TrainState, skipped: UnreadStep) -> str:
 
 
 def chunk_loss(trainer: Trainer, batch: Batch) -> tuple[LossTerms, Tensor]:
-    """Losses of a micro-batch, per sample, and the timesteps (n,) drawn for it.
+    """Losses of a micro-batch, per sample without its padding, and the timesteps (n,) drawn for it.
 
     Every random number is named by (seed, position), so a sample is trained the same in any batch.
     """
@@ -182,18 +191,46 @@ def chunk_loss(trainer: Trainer, batch: Batch) -> tuple[LossTerms, Tensor]:
         terms = training_loss(
             trainer.schedule, config.objective, trainer.network, x0, t, noise, labels, dropout=dropout
         )
+    if batch.padding:
+        count = len(t) - batch.padding
+        bits = None if terms.vlb_bits is None else terms.vlb_bits[:count]
+        terms, t = LossTerms(terms.per_sample[:count], terms.squared_error[:count], bits), t[:count]
     return terms, t
 
 
-def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
-    """Split a worker's share into pieces of at most `size` samples, as equal as possible."""
+def micro_batches(batch: Batch, size: int | None, share: int | None = None) -> list[Batch]:
+    """Split a worker's share into pieces of at most `size` samples, as equal as possible.
+
+    `share`: samples of the largest share of any worker, given where all pieces of all workers must have one size. Those
+    that lack a sample are then padded. Without it, sizes differ by one, as they did before there was padding: they
+    decide the last bits of the weights.
+    """
     count = len(batch.positions)
-    if size is None or count <= size:
-        return [batch]
-    pieces = -(-count // size)
+    pieces = -(-(share or count) // (size or share or count))
+    if share is not None:
+        equal = -(-share // pieces)
+        padded = _padded(batch, pieces * equal)
+        starts = range(0, pieces * equal, equal)
+        return [
+            replace(part, padding=equal - min(max(0, count - start), equal))
+            for start, part in zip(starts, _parts(padded, pieces), strict=True)
+        ]
+    return [batch] if pieces == 1 else _parts(batch, pieces)
+
+
+def _parts(batch: Batch, pieces: int) -> list[Batch]:
     labels = [None] * pieces if batch.labels is None else batch.labels.tensor_split(pieces)
     parts = zip(batch.positions.tensor_split(pieces), batch.images.tensor_split(pieces), labels, strict=True)
     return [replace(batch, positions=p, images=i, labels=c) for p, i, c in parts]
+
+
+def _padded(batch: Batch, count: int) -> Batch:
+    """`count` samples: the batch and repetitions of its last sample, so that padding is finite where samples are."""
+    if len(batch.positions) == count:
+        return batch
+    rows = torch.arange(count, device=batch.positions.device).clamp(max=len(batch.positions) - 1)
+    labels = None if batch.labels is None else batch.labels[rows]
+    return replace(batch, positions=batch.positions[rows], images=batch.images[rows], labels=labels)
 
 
 def _labels(config: TrainConfig, batch: Batch, positions: Tensor) -> Tensor | None:
@@ -205,10 +242,3 @@ def _labels(config: TrainConfig, batch: Batch, positions: Tensor) -> Tensor | No
         dropped = uniform(config.seed, Stream.TRAIN_LABEL_DROP, positions) < config.label_drop
         labels = torch.where(dropped, config.net.null_label, labels)
     return labels
-
-
-def _without_sync(network: nn.Module, unless: bool) -> AbstractContextManager[None]:
-    """Skip the gradient exchange while gradients accumulate: only the last micro-batch of a step needs it."""
-    if unless or not isinstance(network, DistributedDataParallel):
-        return nullcontext()
-    return network.no_sync()

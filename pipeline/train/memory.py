@@ -25,6 +25,7 @@ from pipeline.devices import is_out_of_memory
 from pipeline.errors import UserError
 from pipeline.nets import UNet, parameter_count
 from pipeline.nets.flops import on_meta
+from pipeline.train.data_parallel import blocks, divides_state
 
 FLOAT32_BYTES = 4
 Precision = Literal["float32", "bfloat16"]
@@ -39,27 +40,45 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one worker holds between two steps, all of them in float32."""
+    """Bytes that one worker holds beside activations, of the first four its part where the workers divide the state."""
 
     weights: int
     gradients: int
-    """Twice where several workers average them: DDP sends them from buckets of its own."""
+    """Twice with DDP: while micro-batches accumulate, its buckets lie beside the gradients of all before the last."""
     optimizer: int
     """Adam's two moments."""
     averages: int
+    collected: int = 0
+    """Where the workers divide the state, whole weights and gradients of the blocks that are being computed."""
 
     @property
     def total(self) -> int:
         """All of these."""
-        return self.weights + self.gradients + self.optimizer + self.averages
+        return self.weights + self.gradients + self.optimizer + self.averages + self.collected
 
 
-def state_memory(config: TrainConfig) -> Memory:
-    """Memory of the training's state, independent of the batch."""
+def state_memory(config: TrainConfig, world: int | None = None) -> Memory:
+    """Memory of the training's state, independent of the batch, in a group of `world` workers; None = of all."""
+    world = config.workers.most if world is None else world
     with torch.device("meta"):
-        one = parameter_count(UNet(config.net)) * FLOAT32_BYTES
+        net = UNet(config.net)
+    one = parameter_count(net) * FLOAT32_BYTES
     averages = len(config.ema.widths) if config.ema.kind == "power" else 1
-    return Memory(one, one * (2 if config.workers.most > 1 else 1), 2 * one, averages * one)
+    if not divides_state(config.workers, world):
+        return Memory(one, one * (2 if world > 1 else 1), 2 * one, averages * one)
+    part = -(-one // world)
+    return Memory(part, part, 2 * part, averages * part, _collected(net, config.precision))
+
+
+def _collected(net: UNet, precision: Precision) -> int:
+    """Whole weights of stem, head and two blocks, one of which is collected in advance, and the gradient of one.
+
+    Autocast keeps a copy of each weight in its own precision from the forward to the backward pass.
+    """
+    sizes = [parameter_count(block) * FLOAT32_BYTES for block in blocks(net)]
+    total = parameter_count(net) * FLOAT32_BYTES
+    copies = total // 2 if precision == "bfloat16" else 0
+    return total - sum(sizes) + 3 * max(sizes) + copies
 
 
 def activation_bytes(net: UNetConfig, precision: Precision) -> int:
@@ -83,9 +102,9 @@ def activation_bytes(net: UNetConfig, precision: Precision) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def fitting_samples(config: TrainConfig, memory_bytes: int) -> int:
-    """Largest micro-batch that fits a worker's memory by this estimate; at least 1."""
-    room = memory_bytes - state_memory(config).total
+def fitting_samples(config: TrainConfig, memory_bytes: int, world: int | None = None) -> int:
+    """Largest micro-batch that fits the memory of each of `world` workers (None = all) by this estimate; at least 1."""
+    room = memory_bytes - state_memory(config, world).total
     return max(1, int(room / (OVERHEAD * activation_bytes(config.net, config.precision))))
 
 
@@ -105,7 +124,9 @@ def with_micro_batch(config: TrainConfig, world: int, device: torch.device) -> T
     """
     if config.workers.micro_batch is not None:
         return config
-    fits = fitting_samples(config, worker_memory_bytes(config.workers, device))
+    # with DDP a group that shrank computes as the whole one did
+    divided = world if config.workers.sharding == "fsdp" else None
+    fits = fitting_samples(config, worker_memory_bytes(config.workers, device), divided)
     if world > 1:
         least = torch.tensor([fits], dtype=torch.int64, device=device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
@@ -153,7 +174,7 @@ def out_of_memory(config: TrainConfig, world: int, error: BaseException) -> User
     reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
     return UserError(
         f"train.workers.micro_batch: {samples} samples at a time do not fit the device's memory beside the training's "
-        f"state of {state_memory(config).total / 1e9:.3g} GB ({reason}); {remedy}"
+        f"state of {state_memory(config, world).total / 1e9:.3g} GB ({reason}); {remedy}"
     )
 
 

@@ -16,6 +16,7 @@ from pipeline.telemetry.logs import name_process
 from pipeline.telemetry.prometheus import JobMetrics
 from pipeline.train.checkpoint import CheckpointWriter
 from pipeline.train.checkpoint_eval import FixedEvaluation, draw_grid
+from pipeline.train.data_parallel import gathered, is_divided
 from pipeline.train.loop import Trainer
 from pipeline.train.memory import largest_micro_batch
 from pipeline.train.run_logger import RunLogger
@@ -49,7 +50,11 @@ class Driver(Protocol):
 
 
 class Session:
-    """Runs one worker's steps. What only rank 0 does, it does without collective calls."""
+    """Runs one worker's steps. What only rank 0 does, it does without collective calls.
+
+    Where the workers have parts of the network, all draw and evaluate: no device could hold the whole for long, and the
+    others would wait anyway. Rank 0 publishes.
+    """
 
     def __init__(
         self,
@@ -62,6 +67,7 @@ class Session:
         """`driver`: given on rank 0, which draws, saves and reports; None on the others."""
         self._trainer, self._state, self._run_logger, self._writer = trainer, state, run_logger, writer
         self._driver = driver
+        self._evaluates = driver is not None or is_divided(state.net)
         self._window = StepMetrics(trainer.schedule.T, trainer.device)
         self._vote = StopVote()
         self._prometheus = JobMetrics("train", trainer.config.name)
@@ -78,6 +84,7 @@ class Session:
         self._window.load(tensors, leads=self._driver is not None)
         if self._driver is not None:
             self._driver.report(state.step, "")
+        if self._evaluates:
             self._evaluation = FixedEvaluation(self._trainer, loader.config, loader.index)
         if state.step == 0:
             self._draw()
@@ -135,20 +142,26 @@ class Session:
         self._driver.report(step, f"loss {metrics['train/loss']:.4f}  {speed}")
 
     def _draw(self) -> None:
+        if not self._evaluates:
+            return
+        grid = draw_grid(self._trainer, self._state)
         if self._driver is not None:
-            grid = draw_grid(self._trainer, self._state)
             self._run_logger.image(GRID, self._state.step, grid)
             if self._state.step == self._trainer.config.steps:
                 self._run_logger.final_image(grid)
 
     def _save(self, window: Mapping[str, Tensor], evaluate: bool) -> None:
-        if self._driver is None:
+        if not self._evaluates:
             return
         loss = self._evaluation.loss(self._state) if evaluate and self._evaluation is not None else None
-        if loss is not None:
+        if loss is not None and self._driver is not None:
             self._run_logger.metrics(self._state.step, {EVAL_LOSS: loss})
-        tensors = self._state.tensors() | self._run_logger.tensors() | dict(window)
-        self._state.read_until = self._writer.submit(self._state.step, tensors, loss)
+        if is_divided(self._state.net):
+            self._writer.wait()  # or there might be two whole states in memory
+        tensors = gathered(self._state.tensors(), keep=self._driver is not None)
+        if self._driver is not None:
+            tensors = tensors | self._run_logger.tensors() | dict(window)
+            self._state.read_until = self._writer.submit(self._state.step, tensors, loss)
 
 
 class StopVote:

@@ -6,7 +6,8 @@ future depends on.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,10 @@ from pipeline.config.training import EMAConfig, OptimizerConfig, TrainConfig
 from pipeline.data.reading.loader import Batch
 from pipeline.errors import DamageError
 from pipeline.nets import ConstantEMA, PowerEMA, UNet, WeightAverage, seeded_init
+from pipeline.train.data_parallel import divides_state, exchanged_weights, is_divided, part_of, shard
+
+FOLDERS = ("net/", "ema/", "optimizer/")
+"""Beginnings of the names of a state's tensors; a checkpoint holds others beside them."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,18 @@ class TrainState:
             raise DamageError(f"checkpoint {step} does not fit this network: {reason}") from error
 
     def _load(self, step: int, tensors: dict[str, Tensor]) -> None:
-        self.net.load_state_dict(_below("net/", tensors))
-        self.ema.load_state_dict(_below("ema/", tensors))
+        parameters = dict(self.net.named_parameters())
+
+        def own(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            """This worker's parts, of values named `[<average>/]<parameter>`."""
+            names = {name: name.rpartition("/")[2] for name in values}
+            return {
+                name: part_of(value, parameters[names[name]]) if names[name] in parameters else value
+                for name, value in values.items()
+            }
+
+        self.net.load_state_dict(own(_below("net/", tensors)))
+        self.ema.load_state_dict(own(_below("ema/", tensors)))
         moments = _below("optimizer/", tensors)
         known = self.optimizer.state_dict()
         state: dict[int, dict[str, Tensor]] = {}
@@ -92,16 +107,33 @@ class TrainState:
         if self.unread is not None:
             raise RuntimeError("the newest step is not in the averages: call Trainer.finish_step first")
 
+    @contextmanager
+    def average(self) -> Generator[UNet]:
+        """A network with the first average's weights, for sampling: a copy, or, where several workers have parts of it,
+        the network itself with other weights meanwhile. Then all workers must call this and compute the same.
+        """
+        if is_divided(self.net):
+            with exchanged_weights(self.net, self.ema.weights()):
+                yield self.net
+        else:
+            yield self.averaged()
+
 
 def initial_state(
-    config: TrainConfig, device: torch.device, weights: Mapping[str, Tensor] | None = None
+    config: TrainConfig, device: torch.device, weights: Mapping[str, Tensor] | None = None, world: int = 1
 ) -> TrainState:
-    """The state before the first step, a pure function of the settings and, in fine-tuning, of `weights`."""
+    """The state before the first step, a pure function of the settings and, in fine-tuning, of `weights`.
+
+    `world`: workers in the group. Where they divide the state, this is this worker's part, and a collective call.
+    """
     net = seeded_init(config.net, config.seed)
     if weights is not None:
         net.load_state_dict(weights)
-    net.to(device)
-    net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks this form
+    if divides_state(config.workers, world):
+        shard(net, config.workers, device)  # FSDP takes weights in row-major order only
+    else:
+        net.to(device)
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks this form
     return TrainState(net, make_average(net, config.ema), make_optimizer(net, config.optimizer))
 
 
@@ -142,7 +174,9 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 
 def _arranged_like(parameter: Tensor, value: Tensor) -> Tensor:
     """`value` in the memory layout of its parameter: the fused kernel walks both as flat arrays."""
-    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
+    if value.shape != parameter.shape:
+        return value.clone()  # a count of steps
+    return torch.empty_like(parameter).copy_(part_of(value, parameter))
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -219,9 +219,11 @@ def publish(
 
 
 def _worker_range(workers: WorkerConfig) -> str:
-    """The number of workers, as text for the run page."""
+    """The number of workers and how they share the work, as text for the run page."""
     few, most = workers.fewest, workers.most
-    return str(most) if few == most else f"{few} to {most}"
+    text = str(most) if few == most else f"{few} to {most}"
+    text += ", state divided by FSDP: last bits differ from DDP's" if workers.sharding == "fsdp" else ""
+    return text + (", gradients sent in bfloat16" if workers.reduce_dtype == "bfloat16" else "")
 
 
 def _link_initial(plan: TrainPlan, run: Run) -> None:

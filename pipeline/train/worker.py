@@ -3,12 +3,10 @@
 import logging
 import threading
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.device_kind import DeviceKind
 from pipeline.config.training import TrainConfig
@@ -28,12 +26,13 @@ from pipeline.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
 )
+from pipeline.train.data_parallel import is_divided, wrap
 from pipeline.train.finetune import staged_weights
-from pipeline.train.loop import Trainer, chunk_loss, micro_batches
+from pipeline.train.loop import Trainer, chunk_loss
 from pipeline.train.memory import limit_device_memory, out_of_memory_in_one_line, with_micro_batch
 from pipeline.train.run_logger import RunLogger, log_node_metrics
 from pipeline.train.session import Driver, Session
-from pipeline.train.state import TrainState, initial_state
+from pipeline.train.state import FOLDERS, TrainState, initial_state
 
 log = logging.getLogger(__name__)
 
@@ -104,15 +103,21 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
     _check_identity(task, checkpoint)
     initial_sha256 = task.initial_sha256 if checkpoint is None else None
     weights = staged_weights(store, initial_sha256) if initial_sha256 is not None else None
-    state = initial_state(config, context.device, weights)
+    state = initial_state(config, context.device, weights, context.world)
     if checkpoint is not None:
         state.load(checkpoint.record.step, checkpoint.tensors)
+        # the state has them now; a second copy in memory would stay to the end
+        rest = {name: value for name, value in checkpoint.tensors.items() if not name.startswith(FOLDERS)}
+        checkpoint = replace(checkpoint, tensors=rest)
+    if config.compile:
+        state.net.compile()
     trainer = Trainer(
         config=config,
         schedule=NoiseSchedule.from_config(config.schedule).to(context.device),
-        network=_wrapped(state.net, config, context),
+        network=wrap(state.net, config.workers, context.device, context.world),
         device=context.device,
         world=context.world,
+        equal_sizes=config.compile or is_divided(state.net),
     )
     run_id = task.run_id if context.rank == 0 else None
     node_metrics = log_node_metrics(
@@ -237,17 +242,6 @@ def _loader(task: TrainTask, context: WorkerContext) -> Loader:
     return Loader(config.reading(), index, config.seed, config.global_batch, context.rank, context.world)
 
 
-def _wrapped(net: nn.Module, config: TrainConfig, context: WorkerContext) -> nn.Module:
-    """The network wrapped for DDP, which averages gradients over the workers."""
-    if config.compile:
-        net.compile()
-    if context.world == 1:
-        return net
-    # every rank computes the same initial weights, so there is nothing to broadcast
-    devices = [context.device.index] if context.device.type == "cuda" else None
-    return DistributedDataParallel(net, device_ids=devices, init_sync=False)
-
-
 def _warm_up(trainer: Trainer, state: TrainState, context: WorkerContext) -> None:
     """One forward and backward pass whose gradient is discarded.
 
@@ -267,7 +261,7 @@ def _warm_up(trainer: Trainer, state: TrainState, context: WorkerContext) -> Non
         labels=torch.zeros(share, dtype=torch.int64),
         wait_seconds=0.0,
     )
-    terms, _ = chunk_loss(trainer, micro_batches(blank, config.workers.micro_batch)[-1])
+    terms, _ = chunk_loss(trainer, trainer.split(blank)[-1])
     terms.per_sample.sum().backward()
     state.optimizer.zero_grad(set_to_none=True)
 

@@ -1,7 +1,7 @@
 """The modes that make a step fast are really on, and change what they should: speed, and last bits at most."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -122,6 +122,24 @@ def test_a_training_in_bfloat16_learns_and_goes_on_in_the_same_bits(digits: str,
     resumed = run_alone(tiny(digits, f"{runs}/b", precision="bfloat16"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     assert whole["net/stem.weight"].dtype == torch.float32
+
+
+def test_a_training_whose_micro_batches_come_out_uneven_compiles_one_graph(
+    digits: str, runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[list[torch.Size]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
+        graphs.append(
+            [given.shape for given in inputs if isinstance(given, torch.Tensor) and given.ndim == 4]
+        )
+        return graph.forward
+
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: plain(net, backend=backend))
+    run_alone(tiny(digits, runs, steps=6, compile=True, workers={"micro_batch": 4}))
+    assert len(graphs) == 1, "4, 4, 3 and 3 samples would be compiled twice, the second time for any number"
+    assert (4, 1, 8, 8) in graphs[0]
 
 
 def test_a_compiled_network_is_called_compiled_and_stays_the_same_module(

@@ -35,10 +35,11 @@ def trainer_of(config: TrainConfig, world: int = 1) -> tuple[Trainer, TrainState
 
 
 def gradients(
-    config: TrainConfig, rank: int, world: int, step: int = 3
+    config: TrainConfig, rank: int, world: int, step: int = 3, equal_sizes: bool = False
 ) -> tuple[list[torch.Tensor], StepMetrics]:
     """What one rank would hand to the exchange of gradients."""
     trainer, state = trainer_of(config, world)
+    trainer = replace(trainer, equal_sizes=equal_sizes)
     for parameter in state.net.parameters():  # zero-initialised outputs would hide most gradients
         with torch.no_grad():
             parameter.add_(0.05)
@@ -93,6 +94,34 @@ def test_micro_batches_hold_every_sample_once_and_none_is_too_large(digits: str,
         assert max(len(piece.positions) for piece in pieces) <= size
         assert torch.equal(torch.cat([piece.positions for piece in pieces]), batch.positions)
         assert torch.equal(torch.cat([piece.images for piece in pieces]), batch.images)
+
+
+@pytest.mark.parametrize("count", [4, 5])
+@pytest.mark.parametrize("size", [None, 1, 2, 3, 4])
+def test_equal_micro_batches_hold_every_sample_once_and_repeat_the_last_where_one_is_missing(
+    digits: str, runs: str, count: int, size: int | None
+) -> None:
+    config = tiny(digits, runs)
+    batch = next(iter(Loader(config.data, load_index(digits), 0, count).batches(0, 1)))
+    pieces = micro_batches(batch, size, share=5)  # of 14 samples over three workers
+    assert len(pieces) == -(-5 // (size or 5))
+    assert len({len(piece.positions) for piece in pieces}) == 1
+    assert len(pieces[0].positions) <= (size or 5)
+    real = [piece.positions[: len(piece.positions) - piece.padding] for piece in pieces]
+    assert torch.equal(torch.cat(real), batch.positions)
+    assert set(torch.cat([piece.positions for piece in pieces]).tolist()) == set(batch.positions.tolist())
+
+
+def test_padding_changes_neither_gradient_nor_losses(digits: str, runs: str) -> None:
+    config = tiny(digits, runs, optimizer={"clip_norm": None}, workers={"micro_batch": 4})
+    plain, padded = (gradients(config, 0, 1, equal_sizes=equal) for equal in (False, True))
+    for left, right in zip(plain[0], padded[0], strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+    plain[1].reduce()
+    padded[1].reduce()
+    (one, other) = (found[1].metrics(config.global_batch) for found in (plain, padded))
+    for name in (name for name in one if name.startswith("train/")):
+        assert other[name] == pytest.approx(one[name], rel=1e-5), name
 
 
 def test_clipping_bounds_the_gradient_that_the_optimiser_sees(digits: str, runs: str) -> None:

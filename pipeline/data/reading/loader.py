@@ -42,6 +42,8 @@ class Batch:
     """How long the caller waited for this batch."""
     damage: tuple[str, ...] = ()
     """With `on_damage: skip`, one line for each damaged sample that was replaced by another."""
+    padding: int = 0
+    """Samples at the end that only fill a micro-batch to the size of the others; they count for nothing."""
 
 
 class Loader:
