@@ -157,10 +157,10 @@ def handle_errors(work: Callable[[], int]) -> int:
 
 def _unfit_machine(error: Exception) -> UserError | None:
     """The error for a GPU that this machine's driver or torch cannot use, in one line; None if it is none."""
-    from pipeline.devices.remedies import unfit_remedy  # imports torch, as what raised the error did
+    from pipeline.devices.remedies import fact_of, unfit_remedy  # imports torch, as what raised the error did
 
     remedy = unfit_remedy(error)
-    return None if remedy is None else UserError(f"this machine: {str(error).splitlines()[0]}; {remedy}")
+    return None if remedy is None else UserError(f"this machine: {fact_of(error)}; {remedy}")
 
 
 def _print_error(kind: str, error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 from pipeline.cluster.gpus import (
     GROWS_VARIABLE,
+    TYPE_LABEL,
     NodeReport,
     Workers,
     ask_nodes,
@@ -14,6 +15,7 @@ from pipeline.cluster.ray_errors import cause_of, reason_line
 
 __all__ = [
     "GROWS_VARIABLE",
+    "TYPE_LABEL",
     "NodeReport",
     "Workers",
     "ask_nodes",

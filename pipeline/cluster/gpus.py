@@ -28,7 +28,9 @@ from pipeline.errors import UserError
 
 GROWS_VARIABLE = "DDPM_CLUSTER_GROWS"
 """Set on clusters that add nodes when work waits for them."""
-_GROUP_LABEL, _TYPE_LABEL = "ray.io/node-group", "ray.io/accelerator-type"
+TYPE_LABEL = "ray.io/accelerator-type"
+"""Ray's label of a node for the type of its GPUs."""
+_GROUP_LABEL = "ray.io/node-group"
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 60.0
 _START_SECONDS = 20.0
@@ -70,6 +72,10 @@ class NodeReport:
     type_label: str | None = None
     """Ray's name for their type, such as `A100`, which tells fewer kinds apart than `report.kind`; None if unknown."""
 
+    def is_fit(self, kind: DeviceKind | None) -> bool:
+        """Whether the GPU can do the work and is of this kind; None accepts any."""
+        return self.report.fault is None and kind in (None, self.report.kind)
+
 
 def require_fit_workers(
     workers: Workers, stop: threading.Event, patience_seconds: float | None = None
@@ -96,12 +102,15 @@ def ask_nodes(
     patience_seconds: float | None = None,
     *,
     every_node: bool = False,
+    kind: DeviceKind | None = None,
 ) -> list[NodeReport]:
     """What one GPU of each kind of node answered, or of `every_node`, where the workers may be placed.
 
-    Waits as `require_fit_workers` does. Answers stop at the first fault unless every node was asked.
+    Waits as `require_fit_workers` does. Asking one of each kind of node, it ends at the first fault. Asking every node,
+    it waits until a GPU is fit, and of this `kind` if one is given, or all have answered; where the cluster grows, any
+    answer will do, because it may add a fit node.
     """
-    return _Inquiry(workers, stop, patience_seconds, every_node).run()
+    return _Inquiry(workers, stop, patience_seconds, every_node, kind).run()
 
 
 def check_every_gpu(wait_seconds: float) -> tuple[list[NodeReport], list[str]]:
@@ -130,15 +139,22 @@ class _Inquiry:
     """One task for each kind of node, and the wait for their answers."""
 
     def __init__(
-        self, workers: Workers, stop: threading.Event, patience_seconds: float | None, every_node: bool
+        self,
+        workers: Workers,
+        stop: threading.Event,
+        patience_seconds: float | None,
+        every_node: bool,
+        kind: DeviceKind | None,
     ) -> None:
         self._workers = workers
         self._stop = stop
         self._patience_seconds = patience_seconds
         self._every_node = every_node
+        self._kind = kind
         self._began = time.monotonic()
         self._reported = self._began
         self._answered: float | None = None
+        """When the first answer came with which the work can begin."""
 
     def run(self) -> list[NodeReport]:
         """What the nodes answered."""
@@ -147,8 +163,10 @@ class _Inquiry:
         while pending and not self._stop.is_set():
             done, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS)
             for reference in done:
-                reports += _answer(reference, pending.pop(reference))
-                self._answered = self._answered or time.monotonic()
+                found = _answer(reference, pending.pop(reference))
+                reports += found
+                if self._answered is None and any(self._is_enough(one) for one in found):
+                    self._answered = time.monotonic()
             if not self._every_node and any(found.report.fault is not None for found in reports):
                 break
             if self._is_over():
@@ -171,10 +189,12 @@ class _Inquiry:
             return {_task(needs, workers.gpus, None): {}}
         return {_task(needs, workers.gpus, str(node["NodeID"])): node for node in kinds.values()}
 
+    def _is_enough(self, found: NodeReport) -> bool:
+        return not self._every_node or grows() or found.is_fit(self._kind)
+
     def _is_over(self) -> bool:
-        if (
-            self._answered is not None
-        ):  # other kinds of node may be busy for long: the work can begin without them
+        if self._answered is not None:
+            # Other nodes may be busy for long: the work can begin without them.
             return time.monotonic() - self._answered > ANSWER_SECONDS + _START_SECONDS
         patience = self._patience_seconds
         return patience is not None and time.monotonic() - self._began > patience
@@ -233,7 +253,7 @@ def _answer(reference: Any, node: Mapping[str, Any]) -> list[NodeReport]:
         )
         return []
     node = node or next((one for one in _living_nodes() if one["NodeID"] == node_id), {})  # added since
-    gpus, label = node.get("Resources", {}).get("GPU", 0.0), (node.get("Labels") or {}).get(_TYPE_LABEL)
+    gpus, label = node.get("Resources", {}).get("GPU", 0.0), (node.get("Labels") or {}).get(TYPE_LABEL)
     return [NodeReport(address, node_id, report, gpus, label) for report in reports]
 
 

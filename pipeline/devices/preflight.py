@@ -20,8 +20,7 @@ from pipeline.config.base import Settings
 from pipeline.config.device_kind import DeviceKind
 from pipeline.devices.arithmetic import set_up_arithmetic
 from pipeline.devices.device_kind import read_device_kind
-from pipeline.devices.out_of_memory import is_out_of_memory
-from pipeline.devices.remedies import OTHER_REMEDY, remedy_for
+from pipeline.devices.remedies import OTHER_REMEDY, fault_and_remedy
 from pipeline.telemetry.terminal import echo_json
 
 ANSWER_SECONDS = 60.0
@@ -163,7 +162,7 @@ def _require_cuda() -> None:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        raise _cuda_fault(error) from None
+        raise _FaultError(*fault_and_remedy(error)) from None
 
 
 def _inspect(number: int, needs: GpuNeeds) -> GpuReport:
@@ -180,8 +179,8 @@ def _inspect(number: int, needs: GpuNeeds) -> GpuReport:
     except _FaultError as found:
         return GpuReport(gpu=gpu, fault=found.fault, remedy=found.remedy)
     except (RuntimeError, AssertionError) as error:
-        found = _cuda_fault(error)
-        return GpuReport(gpu=gpu, fault=found.fault, remedy=found.remedy)
+        fault, remedy = fault_and_remedy(error)
+        return GpuReport(gpu=gpu, fault=fault, remedy=remedy)
 
 
 def _require_code_for(device: torch.device) -> None:
@@ -242,23 +241,6 @@ def _require_compiler(device: torch.device) -> None:
     fault = compiler_fault()
     if fault is not None:
         raise _FaultError(*fault)
-
-
-def _cuda_fault(error: BaseException) -> _FaultError:
-    """CUDA's own words in one line, and a remedy for the frequent ones."""
-    if is_out_of_memory(error):
-        return _FaultError("no free memory for a small product", "end the process that fills it (nvidia-smi)")
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return _FaultError(_without_advice(text), remedy_for(error))
-
-
-def _without_advice(text: str) -> str:
-    """The fact in torch's message, without the advice that follows it."""
-    numbered = re.search(r"\bError \d+: .*", text)
-    return (
-        numbered[0] if numbered else re.split(r"(?<=[.)]) (?:Please|Alternatively)\b", text)[0].rstrip(". ")
-    )
 
 
 def _death(code: int, errors: str) -> str:

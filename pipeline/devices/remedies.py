@@ -1,4 +1,8 @@
-"""What helps against the errors with which CUDA, torch and its compiler refuse to work."""
+"""The errors with which CUDA, torch and its compiler refuse to work, in one line, and what helps against them."""
+
+import re
+
+from pipeline.devices.out_of_memory import is_out_of_memory
 
 OTHER_REMEDY = (
     "look for NVRM and Xid in the machine's dmesg, and take it out of the cluster until it is repaired"
@@ -28,6 +32,7 @@ _PASSING = {
     "uncorrectable ECC error": "reset the GPU, and replace it if that does not help",
 }
 """The same for errors that another attempt may not meet."""
+_NO_MEMORY = "no free memory for a small product", "end the process that fills it (nvidia-smi)"
 
 
 def unfit_remedy(error: BaseException) -> str | None:
@@ -36,7 +41,22 @@ def unfit_remedy(error: BaseException) -> str | None:
     return next((remedy for sign, remedy in _SETUP.items() if sign in text), None)
 
 
-def remedy_for(error: BaseException) -> str:
-    """What helps against an error of CUDA's."""
+def fault_and_remedy(error: BaseException) -> tuple[str, str]:
+    """One line on an error of CUDA's while a GPU is set up or tried out, and what helps against it."""
+    if is_out_of_memory(error):
+        return _NO_MEMORY
     text = str(error)
-    return next((remedy for sign, remedy in (_SETUP | _PASSING).items() if sign in text), OTHER_REMEDY)
+    remedy = next((remedy for sign, remedy in (_SETUP | _PASSING).items() if sign in text), OTHER_REMEDY)
+    return fact_of(error), remedy
+
+
+def fact_of(error: BaseException) -> str:
+    """The line of an error's text that says what happened, without the advice that follows it there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text = next((line for line in lines if any(sign in line for sign in _SETUP | _PASSING)), lines[0])
+    numbered = re.search(r"\bError \d+: .*", text)
+    return (
+        numbered[0] if numbered else re.split(r"(?<=[.)]) (?:Please|Alternatively)\b", text)[0].rstrip(". ")
+    )

@@ -1,15 +1,16 @@
-"""Is this process's GPU of the kind that a generation's bytes were promised for?"""
+"""Whether this process's device is of the kind that a generation's bytes are promised for."""
 
 import torch
 
 from pipeline.config.device_kind import DeviceKind
 from pipeline.devices import read_device_kind
+from pipeline.devices.remedies import fault_and_remedy
 from pipeline.errors import UserError
 from pipeline.generate.spec import Spec
 
 
 class UnfitDevice(UserError):  # noqa: N818 - the fact is the name
-    """The GPU of this process cannot make this generation's bytes: it is of another kind, or torch cannot use it."""
+    """No GPU at hand can make this generation's bytes: each is of another kind, or torch cannot use it."""
 
 
 def usable_kind(device: torch.device) -> DeviceKind | None:
@@ -17,11 +18,8 @@ def usable_kind(device: torch.device) -> DeviceKind | None:
     try:
         return read_device_kind(device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise UnfitDevice(
-            f"the GPU cannot be used ({reason}); install the driver and the build of torch that belong together, "
-            "or sample on CPUs (gpus_per_worker=0)"
-        ) from error
+        fault, remedy = fault_and_remedy(error)
+        raise UnfitDevice(f"the GPU cannot be used ({fault}); {remedy}") from error
 
 
 def require_kind(spec: Spec) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from pipeline.cluster import grows
+from pipeline.cluster import NodeReport, grows
 from pipeline.config.device_kind import DeviceKind
 from pipeline.config.generation import GenerateConfig
 from pipeline.features.networks import network_exists, open_network
@@ -21,18 +21,18 @@ from pipeline.generate.guards import check_guards
 from pipeline.generate.job_reporter import JobCounts, JobReporter, Status
 from pipeline.generate.model_source import ResolvedModel, resolve_model
 from pipeline.generate.pool_kinds import (
-    PoolGpu,
     ask_pool,
+    log_left_out,
     most_common_kind,
     require_some,
     selector_of,
     with_kind,
+    workers_of,
 )
 from pipeline.generate.prefix_spec import check_prefix, claim_prefix, raise_count
 from pipeline.generate.ray_pool import (
     OutcomeStream,
     WorkerPool,
-    require_fit_pool,
     require_pool_resources,
     start_pool,
 )
@@ -124,20 +124,22 @@ def generate(
     stop = stop or threading.Event()
     with cluster():
         require_pool_resources(config)
-        require_fit_pool(config, stop)
-        gpus = ask_pool(config.gpus_per_worker, stop) if spec.device == "cuda" else []
-        if spec.device == "cuda" and not gpus and stop.is_set():
+        workers = workers_of(config)
+        nodes = ask_pool(workers, generation.spec.device_kind, stop)
+        if spec.device == "cuda" and not nodes and stop.is_set():
             return GenerationResult(
                 "drained", config.output, spec.digest, spec.count, generation.num_shards, 0, 0, 0.0
             )
         if is_new:
-            generation = _claim(generation, gpus)
+            generation = _claim(generation, nodes, workers.gpus_setting)
+        if spec.device == "cuda":
+            if not grows():
+                require_some(generation.spec.device_kind, nodes, workers.gpus_setting)
+            log_left_out(generation.spec.device_kind, nodes, workers.gpus_setting)
         # Another job may have raised the count since the first check.
         require_extension(generation.uri, raise_count(generation).spec, generation.spec)
-        if generation.spec.device_kind is not None and not grows():
-            require_some(generation.spec.device_kind, gpus)
         reporter = JobReporter(config, generation, progress, began)
-        return GenerationJob(config, generation, model, reporter, stop, began, gpus).run()
+        return GenerationJob(config, generation, model, reporter, stop, began, nodes).run()
 
 
 def _stored_kind(generation: Generation) -> DeviceKind | None:
@@ -146,9 +148,9 @@ def _stored_kind(generation: Generation) -> DeviceKind | None:
     return None if existing is None else existing.device_kind
 
 
-def _claim(generation: Generation, gpus: list[PoolGpu]) -> Generation:
+def _claim(generation: Generation, nodes: Sequence[NodeReport], setting: str) -> Generation:
     """Claim the empty prefix, on most GPUs' kind; the same generation on the kind of the job that was first."""
-    kind = most_common_kind(gpus) if generation.spec.device == "cuda" else None
+    kind = most_common_kind(nodes, setting) if generation.spec.device == "cuda" else None
     claimed = claim_prefix(with_kind(generation, kind)).spec
     generation = with_kind(generation, claimed.device_kind)
     require_extension(generation.uri, claimed, generation.spec)
@@ -182,9 +184,9 @@ class GenerationJob:
         reporter: JobReporter,
         stop: threading.Event,
         began: float,
-        gpus: Sequence[PoolGpu] = (),
+        nodes: Sequence[NodeReport] = (),
     ) -> None:
-        """`began`: time.monotonic() at the job's start; `gpus`: those of the pool, as far as they have answered."""
+        """`began`: time.monotonic() at the job's start; `nodes`: what those with GPUs have answered."""
         self._config = config
         self._generation = generation
         self._model = model
@@ -196,7 +198,7 @@ class GenerationJob:
         self._efficiency_calculator = EfficiencyCalculator(generation.spec, model.card)
         self._guard: str | None = None
         self._superseded: str | None = None
-        self._gpus = gpus
+        self._nodes = nodes
         self._unfit: dict[str, str] = {}
 
     def run(self) -> GenerationResult:
@@ -244,17 +246,15 @@ class GenerationJob:
         return start_pool(config, self._model.weights, self._selector())
 
     def _selector(self) -> dict[str, str]:
-        """Where workers are placed: on no node whose GPUs are known to be of another kind."""
-        unfit = [PoolGpu(node, None, fault) for node, fault in self._unfit.items()]
-        others = [gpu for gpu in self._gpus if gpu.node not in self._unfit]
-        return selector_of(self._generation.spec.device_kind, [*others, *unfit])
+        """Where workers are placed: on no node whose GPUs are known to be unfit or of another kind."""
+        return selector_of(self._generation.spec.device_kind, self._nodes, self._unfit)
 
     def _has_fit_nodes(self) -> bool:
         """Whether a worker may still be placed somewhere, or on a node that the cluster adds."""
         if grows():
             return True
         kind = self._generation.spec.device_kind
-        return any(gpu.kind == kind and gpu.node not in self._unfit for gpu in self._gpus)
+        return any(found.is_fit(kind) and found.node_id not in self._unfit for found in self._nodes)
 
     def _missing(self) -> list[int]:
         """Shards that are not done: by the list of records, and once none is missing there, by objects and records."""

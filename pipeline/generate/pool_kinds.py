@@ -1,127 +1,91 @@
-"""The kinds of a pool's GPUs: which one a generation is made on, and which nodes have it."""
+"""The GPUs of a pool: the kind on which a generation is made, and the nodes on which its workers are placed."""
 
+import logging
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Collection, Sequence
 
-import ray
-import torch
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+from pipeline.cluster import TYPE_LABEL, NodeReport, Workers, ask_nodes, require_fit_workers, unfit_message
 from pipeline.config.device_kind import DeviceKind
-from pipeline.errors import UserError
-from pipeline.generate.device_check import UnfitDevice, other_kind, usable_kind
+from pipeline.config.generation import GenerateConfig
+from pipeline.generate.device_check import UnfitDevice, other_kind
 from pipeline.generate.stored_generation import Generation
 
 NODE_LABEL = "ray.io/node-id"
-TYPE_LABEL = "ray.io/accelerator-type"
-ANSWER_SECONDS = 30.0
-"""How long nodes are waited for once one has answered; later ones are busy, and their workers check themselves."""
-_POLL_SECONDS = 0.5
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PoolGpu:
-    """The GPUs of one node, as one of them described itself to a task."""
-
-    node: str
-    """Ray's id of the node."""
-    kind: DeviceKind | None
-    """None if torch cannot use it."""
-    fault: str | None = None
-    """Why torch cannot use it."""
-    count: float = 1.0
-    """GPUs of the node."""
-    type_label: str | None = None
-    """Ray's name for the type of GPU, such as `A100`: it tells fewer kinds apart than `kind`."""
+def workers_of(config: GenerateConfig) -> Workers:
+    """What each worker takes from its node."""
+    return Workers(
+        config.cpus_per_worker, config.gpus_per_worker, gpus_setting="gpus_per_worker", compile=config.compile
+    )
 
 
-def ask_pool(gpus_per_worker: float, stop: threading.Event) -> list[PoolGpu]:
-    """The GPUs of the nodes that have room for a worker: a task on each looks.
+def ask_pool(workers: Workers, kind: DeviceKind | None, stop: threading.Event) -> list[NodeReport]:
+    """What a GPU of each node answered where the workers may be placed; nothing for work on the CPU.
 
-    Waits until one has answered, also for a node that the cluster has yet to add; empty once `stop` is set.
+    Waits until one is fit for a generation of this kind (None: not begun yet) or all have answered, also for a node
+    that the cluster has yet to add. The list is empty if `stop` is set meanwhile. UserError for work on the CPU if a
+    kind of node cannot do it.
     """
-    nodes = {
-        str(node["NodeID"]): node
-        for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("GPU", 0) >= gpus_per_worker
-    }
-    share = min(1.0, gpus_per_worker)
-    pending: list[Any] = [_look_at(share, node) for node in nodes] or [_look_at(share, None)]
-    found: list[PoolGpu] = []
-    seconds_left = ANSWER_SECONDS
-    while pending and not stop.is_set() and seconds_left > 0:
-        done, pending = ray.wait(pending, timeout=_POLL_SECONDS)
-        found += [gpu for reference in done if (gpu := _answer(reference)) is not None]
-        seconds_left -= _POLL_SECONDS if found and not done else 0
-    for reference in pending:
-        ray.cancel(reference)
-    return [_with_node(gpu, nodes.get(gpu.node)) for gpu in found]
+    if workers.gpus:
+        return ask_nodes(workers, stop, every_node=True, kind=kind)
+    require_fit_workers(workers, stop)
+    return []
 
 
-def _look_at(share: float, node: str | None) -> Any:
-    place = "DEFAULT" if node is None else NodeAffinitySchedulingStrategy(node, soft=False)
-    task: Any = ray.remote(_look)
-    return task.options(num_cpus=0, num_gpus=share, max_retries=0, scheduling_strategy=place).remote()
-
-
-def _look() -> PoolGpu:
-    node = ray.get_runtime_context().get_node_id()
-    try:
-        return PoolGpu(node, usable_kind(torch.device("cuda")))
-    except UnfitDevice as error:
-        return PoolGpu(node, None, str(error))
-
-
-def _answer(reference: Any) -> PoolGpu | None:
-    """None if the node was lost meanwhile."""
-    try:
-        return ray.get(reference)
-    except RayError:
-        return None
-
-
-def _with_node(gpu: PoolGpu, node: dict[str, Any] | None) -> PoolGpu:
-    if node is None:  # added since
-        return gpu
-    label = (node.get("Labels") or {}).get(TYPE_LABEL)
-    return replace(gpu, count=node["Resources"]["GPU"], type_label=label)
-
-
-def most_common_kind(gpus: Sequence[PoolGpu]) -> DeviceKind:
-    """The kind of most GPUs; of equally many, the first by name. UserError if torch can use none."""
+def most_common_kind(pool: Sequence[NodeReport], setting: str) -> DeviceKind:
+    """The kind of most fit GPUs; of equally many, the first by name. UnfitDevice, about `setting`, if none is fit."""
     counts: defaultdict[DeviceKind, float] = defaultdict(float)
-    for gpu in gpus:
-        if gpu.kind is not None:
-            counts[gpu.kind] += gpu.count
-    if not counts:
-        fault = next((gpu.fault for gpu in gpus if gpu.fault), "the node that was asked has gone; try again")
-        raise UserError(f"gpus_per_worker: {fault}")
-    return min(counts, key=lambda kind: (-counts[kind], str(kind)))
+    for found in pool:
+        if found.report.kind is not None and found.is_fit(None):
+            counts[found.report.kind] += found.gpus
+    if counts:
+        return min(counts, key=lambda kind: (-counts[kind], str(kind)))
+    if not pool:
+        raise UnfitDevice(f"{setting}: the nodes that were asked for a GPU are gone; try again")
+    raise UnfitDevice(unfit_message(pool[0], setting))
 
 
-def require_some(kind: DeviceKind, gpus: Sequence[PoolGpu]) -> None:
-    """UserError, naming both kinds, if no GPU of the pool is of this one."""
-    if not any(gpu.kind == kind for gpu in gpus):
-        raise UserError(other_kind(kind, most_common_kind(gpus)))
+def require_some(kind: DeviceKind | None, pool: Sequence[NodeReport], setting: str) -> None:
+    """UnfitDevice if no GPU of the pool is fit and of this kind (None: of any).
 
-
-def selector_of(kind: DeviceKind | None, gpus: Sequence[PoolGpu]) -> dict[str, str]:
-    """Ray's label selector for the nodes whose GPUs are of this kind, and for nodes that have yet to be asked.
-
-    Nodes that are known to be of another kind are left out by their id, and other types of GPU by their label.
+    It names both kinds, or the first fault and its remedy where no GPU is fit.
     """
-    if kind is None:
-        return {}
+    common = most_common_kind(pool, setting)
+    if kind is not None and not any(found.is_fit(kind) for found in pool):
+        raise UnfitDevice(other_kind(kind, common))
+
+
+def log_left_out(kind: DeviceKind | None, pool: Sequence[NodeReport], setting: str) -> None:
+    """Warn of each node on which no work is placed, and say why."""
+    for found in pool:
+        if found.report.fault is not None:
+            log.warning("%s; no work is placed there", unfit_message(found, setting))
+        elif not found.is_fit(kind):
+            log.warning(
+                "node %s: its GPU is %s, but the generation is of %s; no work is placed there",
+                found.node,
+                found.report.kind,
+                kind,
+            )
+
+
+def selector_of(
+    kind: DeviceKind | None, pool: Sequence[NodeReport], unfit_nodes: Collection[str] = ()
+) -> dict[str, str]:
+    """Ray's label selector for nodes whose GPUs are fit and of this kind, and for nodes that have yet to be asked.
+
+    Other nodes are left out by their id, as are `unfit_nodes`, and other types of GPU by their label.
+    """
+    fit = [found for found in pool if found.is_fit(kind) and found.node_id not in unfit_nodes]
+    left_out = ({found.node_id for found in pool} | set(unfit_nodes)) - {found.node_id for found in fit}
     selector: dict[str, str] = {}
-    unfit = sorted(gpu.node for gpu in gpus if gpu.kind != kind)
-    if unfit:
-        selector[NODE_LABEL] = f"!in({', '.join(unfit)})"
-    labels = {gpu.type_label for gpu in gpus if gpu.kind == kind}
-    if labels and None not in labels:
+    if left_out:
+        selector[NODE_LABEL] = f"!in({', '.join(sorted(left_out))})"
+    labels = {found.type_label for found in fit}
+    if kind is not None and labels and None not in labels:
         selector[TYPE_LABEL] = f"in({', '.join(sorted(label for label in labels if label))})"
     return selector
 

@@ -14,8 +14,7 @@ import ray.data
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.cluster import GROWS_VARIABLE, Workers, grows, reason_line, require_fit_workers
-from pipeline.config.device_kind import DeviceKind
+from pipeline.cluster import GROWS_VARIABLE, grows, reason_line
 from pipeline.config.generation import GenerateConfig
 from pipeline.errors import UserError
 from pipeline.generate.coordinator import Coordinator, ShardProgress
@@ -44,21 +43,6 @@ def require_pool_resources(config: GenerateConfig) -> None:
                 f"{setting}: a worker needs {wanted:g}, but the largest node of the cluster has {largest:g}; "
                 f"lower it, add a node, or set {GROWS_VARIABLE}=1 if the cluster scales by itself"
             )
-
-
-def require_fit_pool(config: GenerateConfig, stop: threading.Event) -> list[DeviceKind]:
-    """The kinds of GPU that the cluster's nodes have for the workers, none for work on the CPU.
-
-    Waits for the first node that can be asked; the list is empty if `stop` is set meanwhile. UserError if a GPU of some
-    kind of node cannot do the work.
-    """
-    workers = Workers(
-        config.cpus_per_worker,
-        config.gpus_per_worker,
-        gpus_setting="gpus_per_worker",
-        compile=config.compile,
-    )
-    return require_fit_workers(workers, stop)
 
 
 @dataclass(frozen=True)

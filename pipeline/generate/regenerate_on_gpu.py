@@ -7,30 +7,30 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
+from pipeline.cluster import Workers
 from pipeline.config.model_card import ModelCard
-from pipeline.errors import UserError
 from pipeline.generate.device_check import UnfitDevice
-from pipeline.generate.pool_kinds import ask_pool, require_some, selector_of
+from pipeline.generate.pool_kinds import ask_pool, log_left_out, require_some, selector_of
 from pipeline.generate.regenerate import Comparison, Samples, compare_here
 from pipeline.generate.stored_generation import Generation
+
+_SETTING = "--regenerate"
 
 
 def compare_on_gpu(
     generation: Generation, card: ModelCard, weights: bytes, chosen: Sequence[Samples]
 ) -> Iterator[Comparison]:
-    """Sample on one GPU of the cluster. UnfitDevice if none is of the spec's kind."""
+    """Sample on one GPU of the cluster. UnfitDevice if none is fit and of the spec's kind."""
     kind = generation.spec.device_kind
-    gpus = ask_pool(1, threading.Event())
-    if kind is not None:
-        try:
-            require_some(kind, gpus)
-        except UserError as error:
-            raise UnfitDevice(str(error)) from error
+    worker = Workers(cpus=1, gpus=1, gpus_setting=_SETTING, compile=generation.spec.compile)
+    nodes = ask_pool(worker, kind, threading.Event())
+    require_some(kind, nodes, _SETTING)
+    log_left_out(kind, nodes, _SETTING)
     task: Any = ray.remote(_compare_all)
-    selector = selector_of(kind, gpus) or None
-    results = task.options(num_cpus=1, num_gpus=1, label_selector=selector, num_returns="streaming").remote(
-        generation, card, weights, list(chosen)
-    )
+    selector = selector_of(kind, nodes) or None
+    results = task.options(
+        num_cpus=worker.cpus, num_gpus=worker.gpus, label_selector=selector, num_returns="streaming"
+    ).remote(generation, card, weights, list(chosen))
     try:
         for reference in results:
             yield ray.get(reference)

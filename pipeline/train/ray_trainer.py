@@ -29,7 +29,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster import cause_of, reason_line
-from pipeline.devices.remedies import unfit_remedy
+from pipeline.devices.remedies import fact_of, unfit_remedy
 from pipeline.errors import DamageError, JobError, UserError
 from pipeline.progress import Progress
 from pipeline.store import StoreUnreachable
@@ -140,7 +140,7 @@ def _fit(task: TrainTask, coordinator: Any, scratch: str, stop: threading.Event)
             if type(reason).__name__ != START_TIMEOUT_ERROR and not stop.is_set():
                 remedy = unfit_remedy(reason)
                 if remedy is not None:  # a new group would meet it again
-                    raise UserError(f"workers cannot train there: {reason_line(reason)}; {remedy}") from None
+                    raise UserError(f"workers cannot train there: {fact_of(reason)}; {remedy}") from None
                 raise WorkerGroupStartError(
                     f"workers were lost before they trained ({reason_line(reason)})"
                 ) from None
@@ -262,7 +262,7 @@ def _on_worker(payload: dict[str, Any]) -> None:
         remedy = unfit_remedy(error)
         if remedy is not None:
             place = f"node {ray.util.get_node_ip_address()}"
-            ray.get(coordinator.fail.remote(UserError(f"{place}: {reason_line(error)}; {remedy}")))
+            ray.get(coordinator.fail.remote(UserError(f"{place}: {fact_of(error)}; {remedy}")))
             raise
         log.error(
             "rank %d failed (%s: %s); another group continues if max_failures allows",

@@ -190,6 +190,35 @@ def test_every_node_can_be_asked_and_is_described(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+@pytest.mark.parametrize(("grows", "waited"), [("", 3600), ("1", 60)])
+def test_only_a_fit_answer_ends_the_wait_for_busy_nodes(
+    monkeypatch: pytest.MonkeyPatch, grows: str, waited: float
+) -> None:
+    monkeypatch.setenv("DDPM_CLUSTER_GROWS", grows)
+    ray = FakeRay(monkeypatch, node("old", model="V100"), node("other", model="L4"), node("busy"))
+    ray.answers = {"old": [UNFIT], "other": [GpuReport(gpu="GPU 0", kind=kind("L4"))], "busy": None}
+    found = ask_nodes(ONE_EACH, threading.Event(), 3600, every_node=True, kind=FIT.kind)
+    assert [one.node_id for one in found] == ["old", "other"]
+    assert waited < ray.seconds < waited + 60
+    assert ray.cancelled == ["busy"]
+    found = ask_nodes(ONE_EACH, threading.Event(), 3600, every_node=True)
+    assert [one.is_fit(None) for one in found] == [False, True]
+    assert ray.seconds < waited + 200  # a fit GPU of any kind will do for a new generation
+
+
+def test_a_node_that_is_lost_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay(monkeypatch, node("lost"), node("busy", group="b"))
+    ray.answers = {"lost": NodeDiedError("lost"), "busy": None}
+    assert ask_nodes(ONE_EACH, threading.Event(), patience_seconds=900) == []
+    assert ray.seconds > 900
+
+
+def test_a_gpu_is_fit_for_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeRay(monkeypatch, node("a"))
+    (found,) = ask_nodes(ONE_EACH, threading.Event(), every_node=True)
+    assert [found.is_fit(wanted) for wanted in (None, FIT.kind, kind("L4"))] == [True, True, False]
+
+
 def test_a_node_that_was_added_meanwhile_is_described_too(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = FakeRay(monkeypatch, {**node("anywhere", gpus=8), "Alive": False})
     monkeypatch.setattr(ray, "remote", joins(ray))

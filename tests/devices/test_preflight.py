@@ -18,7 +18,7 @@ from pipeline.devices.preflight import (
     compiler_fault,
     inspect_gpus,
 )
-from pipeline.devices.remedies import unfit_remedy
+from pipeline.devices.remedies import fact_of, unfit_remedy
 
 OLD_DRIVER = (
     "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU driver by downloading "
@@ -253,3 +253,24 @@ def test_only_errors_of_the_installation_are_not_worth_another_attempt() -> None
     assert unfit_remedy(RuntimeError("backend='inductor' raised:\nFailed to find C compiler.")) is not None
     assert unfit_remedy(RuntimeError("CUDA error: uncorrectable ECC error encountered")) is None
     assert unfit_remedy(ConnectionError("peer went away")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        (OLD_DRIVER, "The NVIDIA driver on your system is too old (found version 12080)"),
+        (FABRIC, "Error 802: system not yet initialized"),
+        (
+            "backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found in None\n\nSet TORCHDYNAMO",
+            "InvalidCxxCompiler: No working C++ compiler found in None",
+        ),
+        (
+            "CUDA error: no kernel image is available for execution on the device\nFor debugging consider passing",
+            "CUDA error: no kernel image is available for execution on the device",
+        ),
+        ("first\nsecond", "first"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_fact_of_an_error_is_one_line_without_advice(text: str, fact: str) -> None:
+    assert fact_of(RuntimeError(text)) == fact

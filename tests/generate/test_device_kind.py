@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +16,20 @@ from ray._private.label_utils import validate_label_selector
 
 import pipeline.generate.device_check as device_check
 import pipeline.generate.engine as engine_module
+import pipeline.generate.pool_kinds as pool_kinds
 import pipeline.generate.sample_worker as sample_worker
+from pipeline.cluster import NodeReport
 from pipeline.config.device_kind import DeviceKind
 from pipeline.config.generation import GenerateConfig, SampleConfig
+from pipeline.devices.preflight import GpuReport
 from pipeline.errors import UserError
 from pipeline.generate.coordinator import ShardAssignment
 from pipeline.generate.device_check import UnfitDevice, require_kind
 from pipeline.generate.driver import generate
 from pipeline.generate.engine import set_up_torch
 from pipeline.generate.model_source import find_model
-from pipeline.generate.pool_kinds import PoolGpu, most_common_kind, require_some, selector_of
+from pipeline.generate.pool_kinds import most_common_kind, require_some, selector_of
+from pipeline.generate.regenerate_on_gpu import compare_on_gpu
 from pipeline.generate.sample_worker import Outcome, SampleWorker, SampleWorkerConfig
 from pipeline.generate.spec import Spec, differences, make_spec, pretty, read_spec, write_spec
 from pipeline.generate.stored_generation import Generation
@@ -112,17 +118,29 @@ def test_a_worker_of_another_kind_refuses_in_one_line_that_names_both(
 
 
 @pytest.mark.parametrize(
-    "error", [AssertionError("Torch not compiled with CUDA enabled"), RuntimeError("old\ndriver")]
+    ("error", "line"),
+    [
+        (
+            AssertionError("Torch not compiled with CUDA enabled"),
+            "the GPU cannot be used (Torch not compiled with CUDA enabled); install the CUDA build of torch",
+        ),
+        (
+            RuntimeError("No CUDA GPUs are available\nFor debugging, read on"),
+            "the GPU cannot be used (No CUDA GPUs are available); compare nvidia-smi's list with CUDA_VISIBLE_DEVICES",
+        ),
+    ],
 )
 def test_a_gpu_that_torch_cannot_use_is_one_line(
-    error: Exception, model: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, line: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unusable(device: torch.device) -> None:
         raise error
 
     monkeypatch.setattr(device_check, "read_device_kind", unusable)
-    with pytest.raises(UnfitDevice, match=r"the GPU cannot be used \((Torch|old driver).*gpus_per_worker=0"):
+    with pytest.raises(UnfitDevice) as refusal:
         require_kind(gpu_spec(model))
+    assert str(refusal.value).startswith(line)
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_process_computes_as_the_spec_says_before_its_kind_is_looked_at(
@@ -145,31 +163,56 @@ def test_a_process_computes_as_the_spec_says_before_its_kind_is_looked_at(
     assert inductor.deterministic
 
 
-def gpu(node: str, kind: DeviceKind | None, count: float = 1, label: str | None = None) -> PoolGpu:
-    return PoolGpu(node, kind, None if kind else "the GPU cannot be used (old driver)", count, label)
+UNFIT = "gpus_per_worker: node address-of-c, GPU 0: old driver; install a newer one"
+
+
+def node(name: str, kind: DeviceKind | None, count: float = 1, label: str | None = None) -> NodeReport:
+    """What a node answered; without a kind, that torch cannot use its GPU."""
+    report = GpuReport(gpu="GPU 0", kind=kind)
+    if kind is None:
+        report = GpuReport(gpu="GPU 0", fault="old driver", remedy="install a newer one")
+    return NodeReport(f"address-of-{name}", name, report, count, label)
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, *nodes: NodeReport) -> None:
+    """The nodes of the cluster, from now on."""
+    monkeypatch.setattr(pool_kinds, "ask_nodes", lambda workers, stop, **_: list(nodes))
 
 
 def test_a_generation_begins_on_the_kind_of_most_gpus() -> None:
-    assert most_common_kind([gpu("a", A100), gpu("b", H100), gpu("c", A100)]) == A100
-    assert most_common_kind([gpu("a", A100, 2), gpu("b", H100, 8), gpu("c", None, 16)]) == H100
-    assert most_common_kind([gpu("b", H100), gpu("a", A100)]) == A100  # equally many: the first by name
-    with pytest.raises(UserError, match=r"gpus_per_worker: the GPU cannot be used \(old driver\)"):
-        most_common_kind([gpu("a", None)])
+    def most(*pool: NodeReport) -> DeviceKind:
+        return most_common_kind(pool, "gpus_per_worker")
+
+    assert most(node("a", A100), node("b", H100), node("c", A100)) == A100
+    assert most(node("a", A100, 2), node("b", H100, 8), node("c", None, 16)) == H100
+    assert most(node("b", H100), node("a", A100)) == A100  # equally many: the first by name
+    with pytest.raises(UserError, match=f"^{re.escape(UNFIT)}$"):
+        most(node("c", None))
+    with pytest.raises(UserError, match="gpus_per_worker: the nodes that were asked for a GPU are gone"):
+        most()
 
 
 def test_a_pool_without_the_generations_kind_is_refused_before_work() -> None:
-    require_some(H100, [gpu("a", A100), gpu("b", H100)])
+    require_some(H100, [node("a", A100), node("b", H100), node("c", None)], "gpus_per_worker")
+    require_some(None, [node("a", A100), node("c", None)], "gpus_per_worker")
     with pytest.raises(UserError) as refusal:
-        require_some(H100, [gpu("a", A100), gpu("b", None)])
+        require_some(H100, [node("a", A100), node("c", None)], "gpus_per_worker")
     assert str(H100) in str(refusal.value)
     assert str(A100) in str(refusal.value)
+    for kind in (H100, None):
+        with pytest.raises(UserError, match=f"^{re.escape(UNFIT)}$"):
+            require_some(kind, [node("c", None)], "gpus_per_worker")
 
 
 def test_workers_are_placed_on_nodes_of_the_kind_and_on_nodes_not_asked_yet() -> None:
-    pool = [gpu("a", H100, label="H100"), gpu("b", A100, label="A100"), gpu("c", None)]
+    pool = [node("a", H100, label="H100"), node("b", A100, label="A100"), node("c", None)]
     assert selector_of(H100, pool) == {"ray.io/node-id": "!in(b, c)", "ray.io/accelerator-type": "in(H100)"}
-    assert selector_of(H100, [gpu("a", H100)]) == {}
-    assert selector_of(None, pool) == {}
+    assert selector_of(H100, [node("a", H100)]) == {}
+    assert selector_of(H100, [node("a", H100), node("d", H100)], {"d": "another kind"}) == {
+        "ray.io/node-id": "!in(d)"
+    }
+    assert selector_of(None, pool) == {"ray.io/node-id": "!in(c)"}
+    assert selector_of(None, []) == {}
     assert validate_label_selector(selector_of(H100, pool)) is None
 
 
@@ -233,8 +276,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> UnfitWorkers:
             """Nothing is open."""
 
     monkeypatch.setattr(driver, "require_pool_resources", lambda config: None)
-    monkeypatch.setattr(driver, "require_fit_pool", lambda config, stop: [])
-    monkeypatch.setattr(driver, "ask_pool", lambda share, stop: [gpu("one", H100), gpu("other", H100)])
+    answer(monkeypatch, node("one", H100), node("other", H100))
     monkeypatch.setattr(driver, "start_pool", start)
     monkeypatch.setattr(driver, "OutcomeStream", Stream)
     return found
@@ -258,17 +300,19 @@ def test_shards_that_an_unfit_worker_gives_back_are_made_elsewhere_and_count_as_
 def test_a_job_that_finds_a_generation_of_another_kind_uses_that_kind_or_refuses(
     two_nodes: UnfitWorkers, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pipeline.generate.driver as driver
-
     (tmp_path / "out").mkdir()
     config = settings(model, f"file://{tmp_path}/out", gpus_per_worker=1, count=20)
     assert generate(config).status == "complete"
     larger = config.model_copy(update={"count": 30})
-    monkeypatch.setattr(driver, "ask_pool", lambda share, stop: [gpu("x", A100, 8)])
+    stored = read_spec(open_store(config.output))
+    answer(monkeypatch, node("x", A100, 8), node("c", None))
     with pytest.raises(UserError, match=f"the generation is of {re.escape(str(H100))}, and this is .*A100"):
         generate(larger)
-    pool = [gpu("x", A100, 8), gpu("one", H100)]
-    monkeypatch.setattr(driver, "ask_pool", lambda share, stop: pool)
+    answer(monkeypatch, node("c", None))
+    with pytest.raises(UserError, match=f"^{re.escape(UNFIT)}$"):
+        generate(larger)
+    assert read_spec(open_store(config.output)) == stored  # a refused job raises no count
+    answer(monkeypatch, node("x", A100, 8), node("one", H100))
     two_nodes.selectors.clear()
     assert generate(larger).status == "complete"
     assert "x" in two_nodes.selectors[0]["ray.io/node-id"]
@@ -277,13 +321,92 @@ def test_a_job_that_finds_a_generation_of_another_kind_uses_that_kind_or_refuses
 def test_a_job_without_any_fit_node_ends_with_the_line_that_names_both_kinds(
     two_nodes: UnfitWorkers, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pipeline.generate.driver as driver
-
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(driver, "ask_pool", lambda share, stop: [gpu("other", H100)])
+    answer(monkeypatch, node("other", H100))
     result = generate(settings(model, f"file://{tmp_path}/out", gpus_per_worker=1))
     assert (result.status, result.reason) == ("failed", "another kind (on w:1)")
     assert len(two_nodes.rounds) == 1
+
+
+def test_an_unfit_node_is_left_out_of_a_pool_that_has_fit_ones(
+    two_nodes: UnfitWorkers,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "out").mkdir()
+    answer(monkeypatch, node("c", None, 8), node("one", H100, 2), node("other", A100, label="A100"))
+    config = settings(model, f"file://{tmp_path}/out", gpus_per_worker=1)
+    with caplog.at_level(logging.WARNING):
+        assert generate(config).status == "complete"
+    assert two_nodes.selectors == [{"ray.io/node-id": "!in(c, other)"}]
+    assert f"{UNFIT}; no work is placed there" in caplog.text
+    assert "node address-of-other: its GPU is NVIDIA A100" in caplog.text
+
+
+def test_a_pool_without_a_fit_node_begins_no_generation(
+    two_nodes: UnfitWorkers, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    answer(monkeypatch, node("c", None, 8))
+    config = settings(model, f"file://{tmp_path}/out", gpus_per_worker=1)
+    with pytest.raises(UserError, match=f"^{re.escape(UNFIT)}$"):
+        generate(config)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert two_nodes.rounds == []
+
+
+def test_where_the_cluster_grows_a_generation_waits_for_a_node_of_its_kind(
+    two_nodes: UnfitWorkers, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    config = settings(model, f"file://{tmp_path}/out", gpus_per_worker=1, count=20)
+    assert generate(config).status == "complete"
+    monkeypatch.setenv("DDPM_CLUSTER_GROWS", "1")
+    answer(
+        monkeypatch, node("c", None), node("x", A100), node("other", H100.model_copy(update={"cuda": "12"}))
+    )
+    two_nodes.selectors.clear()
+    assert generate(config.model_copy(update={"count": 30})).status == "complete"
+    assert two_nodes.selectors == [{"ray.io/node-id": "!in(c, other, x)"}]
+
+
+def test_every_node_is_asked_once_about_the_stored_kind(
+    two_nodes: UnfitWorkers, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    asked: list[Any] = []
+
+    def ask(workers: Any, stop: threading.Event, **how: Any) -> list[NodeReport]:
+        asked.append((workers, how))
+        return [node("one", H100), node("other", A100)]
+
+    monkeypatch.setattr(pool_kinds, "ask_nodes", ask)
+    monkeypatch.setattr(pool_kinds, "require_fit_workers", lambda *_: pytest.fail("asked twice"))
+    config = settings(model, f"file://{tmp_path}/out", gpus_per_worker=0.5, compile=True, count=20)
+    generate(config)
+    generate(config.model_copy(update={"count": 30}))
+    kind = read_spec(open_store(config.output))
+    assert kind is not None
+    assert [how for _, how in asked] == [
+        {"every_node": True, "kind": None},
+        {"every_node": True, "kind": kind.device_kind},
+    ]
+    assert {(workers.gpus, workers.compile) for workers, _ in asked} == {(0.5, True)}
+
+
+def test_samples_are_made_again_only_where_a_gpu_is_fit_and_of_their_kind(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation: Any = SimpleNamespace(spec=gpu_spec(model))
+    card = find_model(str(model)).card
+    answer(monkeypatch, node("a", A100), node("c", None))
+    with pytest.raises(UnfitDevice, match=f"the generation is of {re.escape(str(H100))}"):
+        next(compare_on_gpu(generation, card, b"", []))
+    answer(monkeypatch, node("c", None))
+    with pytest.raises(UnfitDevice, match="--regenerate: node address-of-c, GPU 0: old driver"):
+        next(compare_on_gpu(generation, card, b"", []))
 
 
 def worker_with(writer: Any, unfit: str | None = None) -> SampleWorker:
