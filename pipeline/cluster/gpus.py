@@ -33,8 +33,8 @@ TYPE_LABEL = "ray.io/accelerator-type"
 _GROUP_LABEL = "ray.io/node-group"
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 60.0
-_START_SECONDS = 20.0
-"""For Ray to start the process of a task whose resources are free."""
+_FREE_SECONDS = ANSWER_SECONDS + 20.0
+"""Within which a node with a free GPU answers; the rest is for Ray to start the task's process."""
 log = logging.getLogger(__name__)
 
 
@@ -151,6 +151,7 @@ class _Inquiry:
         self._patience_seconds = patience_seconds
         self._every_node = every_node
         self._kind = kind
+        self._needs = GpuNeeds(nccl=workers.nccl, compiler=workers.compile)
         self._began = time.monotonic()
         self._reported = self._began
         self._answered: float | None = None
@@ -159,35 +160,36 @@ class _Inquiry:
     def run(self) -> list[NodeReport]:
         """What the nodes answered."""
         pending = self._start()
-        reports: list[NodeReport] = []
+        reports: dict[str, NodeReport] = {}
         while pending and not self._stop.is_set():
             done, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS)
             for reference in done:
                 found = _answer(reference, pending.pop(reference))
-                reports += found
+                reports.update({one.node_id: one for one in found})
                 if self._answered is None and any(self._is_enough(one) for one in found):
                     self._answered = time.monotonic()
-            if not self._every_node and any(found.report.fault is not None for found in reports):
+            if not self._every_node and any(found.report.fault is not None for found in reports.values()):
                 break
             if self._is_over():
                 log.warning("no free GPU to check on %s; going on without", _addresses(pending.values()))
                 break
             if self._answered is None:
                 self._say_that_it_waits()
+                if self._needs_another_node(pending):
+                    pending[_task(self._needs, self._workers.gpus, None)] = {}
         for reference in pending:
             ray.cancel(reference)
-        return reports
+        return list(reports.values())
 
     def _start(self) -> dict[Any, Mapping[str, Any]]:
         workers = self._workers
-        needs = GpuNeeds(nccl=workers.nccl, compiler=workers.compile)
         kinds: dict[object, Mapping[str, Any]] = {}
         for node in _living_nodes():
             if _has_room(node, workers):
                 kinds.setdefault(node["NodeID"] if self._every_node else _kind_of_node(node), node)
         if not kinds:  # placed wherever the cluster adds a node
-            return {_task(needs, workers.gpus, None): {}}
-        return {_task(needs, workers.gpus, str(node["NodeID"])): node for node in kinds.values()}
+            return {_task(self._needs, workers.gpus, None): {}}
+        return {_task(self._needs, workers.gpus, str(node["NodeID"])): node for node in kinds.values()}
 
     def _is_enough(self, found: NodeReport) -> bool:
         return not self._every_node or grows() or found.is_fit(self._kind)
@@ -195,9 +197,14 @@ class _Inquiry:
     def _is_over(self) -> bool:
         if self._answered is not None:
             # Other nodes may be busy for long: the work can begin without them.
-            return time.monotonic() - self._answered > ANSWER_SECONDS + _START_SECONDS
+            return time.monotonic() - self._answered > _FREE_SECONDS
         patience = self._patience_seconds
         return patience is not None and time.monotonic() - self._began > patience
+
+    def _needs_another_node(self, pending: Mapping[Any, Mapping[str, Any]]) -> bool:
+        """Whether to ask wherever a GPU is free or the cluster adds one: the nodes asked by name are all busy."""
+        are_busy = time.monotonic() - self._began > _FREE_SECONDS
+        return bool(pending) and grows() and are_busy and all(pending.values())
 
     def _say_that_it_waits(self) -> None:
         if time.monotonic() - self._reported > _REPORT_SECONDS:

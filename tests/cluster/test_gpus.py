@@ -206,6 +206,21 @@ def test_only_a_fit_answer_ends_the_wait_for_busy_nodes(
     assert ray.seconds < waited + 200  # a fit GPU of any kind will do for a new generation
 
 
+@pytest.mark.parametrize("every_node", [False, True])
+def test_where_all_nodes_are_busy_a_cluster_that_grows_is_asked_for_another(
+    monkeypatch: pytest.MonkeyPatch, every_node: bool
+) -> None:
+    ray = FakeRay(monkeypatch, node("a"), node("b", group="b"))
+    ray.answers = {"a": None, "b": None}
+    assert ask_nodes(ONE_EACH, threading.Event(), 900, every_node=every_node) == []
+    assert names(ray) == ["a", "b"]
+    monkeypatch.setenv("DDPM_CLUSTER_GROWS", "1")
+    ray.asked.clear()
+    (found,) = ask_nodes(ONE_EACH, threading.Event(), every_node=every_node)
+    assert found.node_id == "anywhere"
+    assert names(ray) == ["a", "b", "anywhere"]
+
+
 def test_a_node_that_is_lost_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = FakeRay(monkeypatch, node("lost"), node("busy", group="b"))
     ray.answers = {"lost": NodeDiedError("lost"), "busy": None}
