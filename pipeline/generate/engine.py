@@ -17,7 +17,7 @@ from pipeline.diffusion.samplers import OnStep, sample
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.generate.class_labels import classes_of
 from pipeline.generate.device_check import require_kind
-from pipeline.generate.guards import GuardTripped
+from pipeline.generate.launched_images import HostCopier, LaunchedImages, MicroBatch, to_device
 from pipeline.generate.spec import Spec
 from pipeline.nets.low_precision import cast_products
 
@@ -34,23 +34,33 @@ class Engine:
         self.micro_batch = spec.batch_size
         self._schedule = NoiseSchedule.from_config(card.schedule)
         self._device = torch.device(spec.device)
+        self._copier = HostCopier()
         # Convolutions run in this layout without rearranging memory.
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks this form
         self._net = _LowPrecision(net, spec) if spec.dtype != "float32" else net
         if spec.compile:
             self._net.compile(dynamic=False)
 
+    @property
+    def ahead(self) -> int:
+        """Batches to launch before the first is waited for: on a GPU one, so that it always has work."""
+        return 1 if self._device.type == "cuda" else 0
+
     def images(self, index: Tensor, on_step: OnStep | None = None) -> Pixels:
-        """Images uint8 (B, H, W, C) of the samples `index` int64 (B,). GuardTripped at NaN or infinity.
+        """Images uint8 (B, H, W, C) of the samples `index` int64 (B,). GuardTripped at NaN or infinity."""
+        return self.launch(index, on_step).wait()
+
+    def launch(self, index: Tensor, on_step: OnStep | None = None) -> LaunchedImages:
+        """Begin to sample `index` int64 (B,). On a GPU this returns before the images exist; a CPU makes them here.
 
         When the device runs out of memory the micro-batch is halved, for this call and all later ones, and the call
         starts over: its images follow from `index` and `micro_batch`. A sample's noise is a function of its index and
-        does not change; only the network's rounding may.
+        does not change; only the network's rounding may. Memory runs out here, not in the result's `wait`: also on a
+        GPU it is taken when work is launched.
         """
         while True:
             try:
-                parts = [self._sample(part, on_step) for part in index.split(self.micro_batch)]
-                return np.ascontiguousarray(torch.cat(parts).permute(0, 2, 3, 1).numpy())
+                return LaunchedImages([self._sample(part, on_step) for part in index.split(self.micro_batch)])
             except (RuntimeError, MemoryError) as error:
                 largest = min(self.micro_batch, len(index))
                 if not is_out_of_memory(error) or largest == 1:
@@ -60,7 +70,7 @@ class Engine:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _sample(self, index: Tensor, on_step: OnStep | None) -> Tensor:
+    def _sample(self, index: Tensor, on_step: OnStep | None) -> MicroBatch:
         spec = self.spec
         labels = classes_of(spec, index)
         if labels is None and self.card.net.null_label is not None:
@@ -70,20 +80,16 @@ class Engine:
                 self._net,
                 self._schedule,
                 spec.sampler,
-                index.to(self._device),
+                to_device(index, self._device),
                 (spec.channels, spec.size, spec.size),
                 spec.seed,
-                class_labels=None if labels is None else labels.to(self._device),
+                class_labels=None if labels is None else to_device(labels, self._device),
                 objective=self.card.objective,
                 on_step=on_step,
                 device=self._device,
             )
-            finite, levels = torch.isfinite(x0).flatten(1).all(1), nearest_levels(x0)
-            finite = finite.cpu()
-            if not finite.all():
-                bad = index[~finite]
-                raise GuardTripped(f"sample {int(bad[0])} holds NaN or infinity ({len(bad)} of its batch do)")
-            return levels.cpu()
+            finite = torch.isfinite(x0).flatten(1).all(1)
+            return self._copier.begin(index, nearest_levels(x0), finite)
 
 
 def set_up_torch(spec: Spec) -> None:

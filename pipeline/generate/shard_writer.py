@@ -6,8 +6,8 @@ import os
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from pipeline.generate.done_records import DoneRecord, GpuUse, Times
 from pipeline.generate.engine import Engine, software
 from pipeline.generate.gpu_meter import GpuMeter
 from pipeline.generate.guards import GuardTripped, check_guards
+from pipeline.generate.launched_images import LaunchedImages
 from pipeline.generate.plan import SampleBatch, Shard, batches
 from pipeline.generate.spec import Spec, canonical
 from pipeline.generate.stored_generation import Generation
@@ -142,19 +143,33 @@ class ShardWriter:
         """
         while True:
             parts: list[Future[EncodedBatch]] = []
-            micro_batch, done = self.engine.micro_batch, 0
-            for batch in batches(self.generation.spec, unit):
-                if should_stop():
-                    raise ShardCancelled(unit.key)
-                images = self.engine.images(index_tensor(batch.samples))[: batch.keep]
-                if self.engine.micro_batch != micro_batch and parts:
-                    break
-                micro_batch = self.engine.micro_batch
+            done = 0
+            for batch, images in self._images(unit, should_stop):
                 parts.append(self._encoder.submit(self._encode, batch, images))
                 done += batch.keep
                 on_images(done)
-            else:
-                return parts, micro_batch
+            if done == unit.count:
+                return parts, self.engine.micro_batch
+
+    def _images(self, unit: Shard, should_stop: Callable[[], bool]) -> Generator[tuple[SampleBatch, Pixels]]:
+        """The batches of a shard with the images to keep. Ends early if the micro-batch is halved after the first one.
+
+        A GPU is given the next batch before the images of one are waited for.
+        """
+        launched: deque[tuple[SampleBatch, LaunchedImages]] = deque()
+        micro_batch: int | None = None
+        for batch in batches(self.generation.spec, unit):
+            if should_stop():
+                raise ShardCancelled(unit.key)
+            launched.append((batch, self.engine.launch(index_tensor(batch.samples))))
+            if micro_batch not in (None, self.engine.micro_batch):
+                return
+            micro_batch = self.engine.micro_batch
+            if len(launched) > self.engine.ahead:
+                first, images = launched.popleft()
+                yield first, images.wait()[: first.keep]
+        for last, images in launched:
+            yield last, images.wait()[: last.keep]
 
     def _store(self, unit: Shard, data: bytes, record_of: Callable[[str], DoneRecord]) -> StoredRecord:
         """Write object and record, each only over what this attempt knows of: what another one has finished stays."""

@@ -23,10 +23,17 @@ import torch  # isort: skip
 from pipeline.config.data import PackConfig
 from pipeline.config.training import TrainConfig
 from pipeline.data import pack
+from pipeline.data.formats.shards import read_shard
 from pipeline.data.reading.loader import Batch
 from pipeline.diffusion import NoiseSchedule
 from pipeline.diffusion.likelihood import bits_per_dim
 from pipeline.diffusion.timesteps import make_grid
+from pipeline.generate.engine import Engine
+from pipeline.generate.guards import GuardTripped
+from pipeline.generate.launched_images import LaunchedImages
+from pipeline.generate.plan import shards
+from pipeline.generate.shard_writer import ShardWriter
+from pipeline.nets.model_files import build_model
 from pipeline.store import open_store
 from pipeline.train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
 from pipeline.train.device_batches import device_batches
@@ -35,6 +42,7 @@ from pipeline.train.state import TrainState, initial_state
 from pipeline.train.step_metrics import StepMetrics
 from pipeline.train.training_plan import plan_training
 from pipeline.train.worker import TrainTask, train_local
+from tests.generate.tiny import plan_of, settings, tiny_model
 from tests.train.tiny import tiny
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -161,6 +169,61 @@ def samplers_plan_alike_with_a_schedule_on_the_device() -> None:
             assert not counts.waits
 
 
+def a_shard_is_sampled_with_one_wait_at_its_end_and_in_the_pixels_of_the_cpu() -> None:
+    with tempfile.TemporaryDirectory() as folder, simulated_device():
+        expected = _shard_of(_shard_writer(Path(folder), "cpu"))
+        writer, launches = _shard_writer(Path(folder), "cuda"), list[dict[str, int]]()
+        launch = writer.engine.launch
+
+        def noted(index: torch.Tensor) -> LaunchedImages:
+            launches.append(dict(counts.waits))
+            return launch(index)
+
+        writer.engine.launch = noted  # type: ignore[method-assign]
+        counts.reset()
+        found = _shard_of(writer)
+        assert launches == [{}] * 3, launches
+        assert list(counts.waits.values()) == [1], counts.waits
+        assert "launched_images.py" in next(iter(counts.waits))
+        assert counts.copies == {"H2D async": 6, "D2H async": 6}, counts.copies
+    assert len(found) == 10
+    assert [files["png"] for files in found.values()] == [files["png"] for files in expected.values()]
+
+
+def a_sample_that_is_not_finite_is_named_as_on_the_cpu_and_leaves_nothing() -> None:
+    told: list[str] = []
+    with tempfile.TemporaryDirectory() as folder, simulated_device():
+        for device in ("cpu", "cuda"):
+            writer = _shard_writer(Path(folder), device)
+            writer.engine._net.register_forward_hook(_spoil_second_row)
+            writer.engine.micro_batch = 2
+            with pytest.raises(GuardTripped) as caught:
+                _shard_of(writer)
+            told.append(str(caught.value))
+            assert list(writer.generation.store.list()) == []
+    assert told == ["sample 1 holds NaN or infinity (1 of its batch do)"] * 2
+
+
+def a_shard_starts_over_when_memory_runs_out_while_a_batch_is_on_its_way() -> None:
+    with tempfile.TemporaryDirectory() as folder, simulated_device():
+        writer = _shard_writer(Path(folder), "cuda")
+        sizes: list[int] = []
+
+        def crowded(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            sizes.append(len(inputs[0]))
+            if len(sizes) == 5:  # in the second batch
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        writer.engine._net.register_forward_pre_hook(crowded)
+        seen: list[int] = []
+        unit = next(iter(shards(writer.generation.spec)))
+        record, _ = writer.write(unit, on_images=seen.append)
+        assert record.times.micro_batch == 2
+        assert seen == [4, 8, 10], seen
+        assert sizes[:5] == [4] * 5
+        assert set(sizes[5:]) == {2}
+
+
 def the_bound_needs_no_wait_for_its_timesteps() -> None:
     with simulated_device():
         waits: list[int] = []
@@ -173,6 +236,28 @@ def the_bound_needs_no_wait_for_its_timesteps() -> None:
             bits_per_dim(NoiseSchedule.linear(T), config.objective, net, x0, index, 0, labels)
             waits.append(counts.waits.total())
         assert waits[0] == waits[1], dict(counts.waits)
+
+
+def _shard_writer(folder: Path, device: str) -> ShardWriter:
+    """Of one shard of ten samples in batches of four, of three network calls each."""
+    model = tiny_model(folder / "model")
+    config = settings(model, (folder / device).as_uri(), count=10)
+    spec, found = plan_of(config)
+    spec = spec.model_copy(update={"device": device})
+    net = build_model(found.card, found.weights, device, where="tiny")
+    return ShardWriter(Engine(spec, net, found.card), open_store(config.output), config.guards)
+
+
+def _shard_of(writer: ShardWriter) -> dict[str, dict[str, bytes]]:
+    (unit,) = shards(writer.generation.spec)
+    writer.write(unit)
+    return dict(read_shard(writer.generation.store.read(unit.key)))
+
+
+def _spoil_second_row(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+    nan = torch.zeros_like(output)
+    nan[1] = torch.nan
+    return output + nan
 
 
 def _run_alone(data: str, runs: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:

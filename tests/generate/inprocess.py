@@ -164,8 +164,8 @@ class _Pool:
         if config.spec.digest not in _engines:
             net = build_model(config.card, weights, where="test")
             engine = Engine(config.spec, net, config.card)
-            images = functools.cache(lambda index: Engine.images(engine, torch.tensor(index)))
-            engine.images = lambda index: images(tuple(index.tolist()))
+            launch = functools.cache(lambda index: Engine.launch(engine, torch.tensor(index)))
+            engine.launch = lambda index: launch(tuple(index.tolist()))
             _engines[config.spec.digest] = engine
         self.writer = ShardWriter(_engines[config.spec.digest], _store(config.output), config.guards)
         self.writer.generation = Generation(self.writer.generation.store, config.spec)

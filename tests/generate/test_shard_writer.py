@@ -15,6 +15,7 @@ from pipeline.data.formats.shards import read_shard
 from pipeline.generate import engine as engine_module
 from pipeline.generate.engine import Engine
 from pipeline.generate.guards import GuardTripped
+from pipeline.generate.launched_images import LaunchedImages, MicroBatch
 from pipeline.generate.plan import shard, shards
 from pipeline.generate.shard_writer import ShardCancelled, ShardWriter
 from pipeline.store import FileStore
@@ -172,7 +173,8 @@ def test_worthless_images_are_not_stored(model: Path, tmp_path: Path) -> None:
     guards = GuardConfig(min_images=5, max_saturated_fraction=0, max_constant_fraction=0)
     config = settings(model, f"file://{tmp_path}/out", count=10, guards=guards)
     writer = writer_of(config)
-    writer.engine.images = lambda index, on_step=None: np.zeros((len(index), 4, 4, 1), np.uint8)  # type: ignore[method-assign]
+    black = torch.zeros(4, 1, 4, 4, dtype=torch.uint8), torch.ones(4, dtype=torch.bool)
+    writer.engine.launch = lambda index, on_step=None: LaunchedImages([MicroBatch(index, *black)])  # type: ignore[method-assign]
     with pytest.raises(GuardTripped, match=r"shards/000000\.tar: 10 of 10 images are constant"):
         writer.write(shard(writer.generation.spec, 0))
     assert list(writer.generation.store.list()) == []
