@@ -99,7 +99,7 @@ class GenerateConfig(SpecSettings):
     max_workers: int | None = Field(default=None, ge=1)
     """Maximum number of workers, reached while the cluster has room and shards wait. None = num_workers."""
     cpus_per_worker: float = Field(default=1, ge=0)
-    """Logical CPUs a worker reserves."""
+    """Logical CPUs a worker reserves. Beside a GPU one launches kernels, and the others encode images."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPU a worker reserves; 0.5 puts two workers on one GPU, which share its memory. 0 = sample on the CPU."""
     max_attempts: int = Field(default=3, ge=1)

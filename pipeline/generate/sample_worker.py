@@ -25,6 +25,7 @@ from pipeline.features.shard_sums import FeatureSums
 from pipeline.generate.coordinator import ShardAssignment
 from pipeline.generate.device_check import UnfitDevice
 from pipeline.generate.done_records import DoneRecord
+from pipeline.generate.encoders import EncoderProcesses, Encoders, EncoderThread
 from pipeline.generate.engine import Engine, set_up_torch
 from pipeline.generate.gpu_meter import GpuMeter
 from pipeline.generate.guards import GuardTripped
@@ -116,7 +117,8 @@ class SampleWorker:
             torch.set_num_threads(config.spec.cpu_threads or 1)
             network = FeatureSums(open_network(config.features, ""))
         engine = Engine(config.spec, net, config.card)
-        return ShardWriter(engine, open_store(config.output), config.guards, network, _gpu_meter(config.spec))
+        store, meter = open_store(config.output), _gpu_meter(config.spec)
+        return ShardWriter(engine, store, config.guards, network, meter, _encoders(config.spec))
 
     def __call__(self, rows: Rows) -> Rows:
         """Numbers of shards in column `shard`; outcomes as JSON in column `outcome`."""
@@ -212,6 +214,14 @@ def _gpu_meter(spec: Spec) -> GpuMeter | None:
     if spec.device != "cuda":
         return None
     return GpuMeter(torch.cuda.get_device_name(), _gpu_share())
+
+
+def _encoders(spec: Spec) -> Encoders:
+    """Processes beside a GPU, whose kernels this process's interpreter launches; a thread on the CPU."""
+    if spec.device != "cuda":
+        return EncoderThread()
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
+    return EncoderProcesses(max(1, int(cpus) - 1))
 
 
 def _gpu_share() -> float:

@@ -1,7 +1,6 @@
 """Writes one shard: samples, encodes and uploads it, then its done-record. Independent of Ray."""
 
 import hashlib
-import json
 import os
 import socket
 import threading
@@ -16,13 +15,14 @@ import numpy as np
 
 from pipeline.config.generation import GuardConfig
 from pipeline.config.model_card import TrainingData
-from pipeline.data.formats.image_stats import ImageStats, image_stats
-from pipeline.data.formats.images import encode_image
+from pipeline.data.formats.image_stats import ImageStats
 from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import write_shard
 from pipeline.features.shard_sums import FeatureRecord, FeatureSums, add_records
 from pipeline.generate.class_labels import index_tensor, labels_of
 from pipeline.generate.done_records import DoneRecord, GpuUse, Times
+from pipeline.generate.encoders import Encoders, EncoderThread, Encoding
+from pipeline.generate.encoding import SampledImages
 from pipeline.generate.engine import Engine, software
 from pipeline.generate.gpu_meter import GpuMeter
 from pipeline.generate.guards import GuardTripped, check_guards
@@ -32,17 +32,15 @@ from pipeline.generate.spec import Spec, canonical
 from pipeline.generate.stored_generation import Generation
 from pipeline.store import ABSENT, ObjectChanged, Store, StoreUnreachable, retry_during_outage
 
-Member = tuple[str, dict[str, bytes]]
 OnImages = Callable[[int], None]
 _STORE_ATTEMPTS = 10
 
 
-class EncodedBatch(NamedTuple):
-    """An encoded batch of a shard."""
+class PendingBatch(NamedTuple):
+    """A batch of a shard that is being encoded."""
 
-    members: list[Member]
-    stats: ImageStats
-    features: FeatureRecord | None
+    encoding: Encoding
+    features: Future[FeatureRecord] | None
 
 
 class StoredRecord(NamedTuple):
@@ -66,15 +64,20 @@ class ShardWriter:
         guards: GuardConfig,
         features: FeatureSums | None = None,
         gpu: GpuMeter | None = None,
+        encoders: Encoders | None = None,
     ) -> None:
-        """`features` adds the sums of a feature network to the done-records, `gpu` the energy of the GPU."""
+        """`features` adds the sums of a feature network to the done-records, `gpu` the energy of the GPU.
+
+        `encoders` is by default a thread.
+        """
         self._gpu = gpu
         self.features = features
         self.engine = engine
         self.generation = Generation(store, engine.spec)
         self.guards = guards
         self._device = threading.Lock()
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._encoders = encoders or EncoderThread()
+        self._feature_thread = ThreadPoolExecutor(1, thread_name_prefix="features")
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
         self._software = software(engine.spec)
         self._digest = engine.spec.digest
@@ -107,10 +110,10 @@ class ShardWriter:
 
             parts, micro_batch = self._sample(unit, should_stop, on_batch)
             sampled = time.monotonic()
-        encoded = [part.result() for part in parts]
-        members = [member for part in encoded for member in part.members]
-        total = sum((part.stats for part in encoded), ImageStats())
-        features = [part.features for part in encoded if part.features is not None]
+        encoded = [images for part in parts for images in part.encoding.result()]
+        members = [member for images in encoded for member in images.members]
+        total = sum((images.stats for images in encoded), ImageStats())
+        features = [part.features.result() for part in parts if part.features is not None]
         fault = check_guards(total, self.guards, comparable_training_data(spec, self.engine.card.data))
         if fault is not None:
             raise GuardTripped(f"{unit.key}: {fault}")
@@ -135,17 +138,17 @@ class ShardWriter:
 
     def _sample(
         self, unit: Shard, should_stop: Callable[[], bool], on_images: OnImages
-    ) -> tuple[list[Future[EncodedBatch]], int]:
+    ) -> tuple[list[PendingBatch], int]:
         """The batches of a shard and the micro-batch that all of them were sampled with.
 
         A shard during which the micro-batch is halved starts over: its record states one, with which it can be made
         again.
         """
         while True:
-            parts: list[Future[EncodedBatch]] = []
+            parts: list[PendingBatch] = []
             done = 0
             for batch, images in self._images(unit, should_stop):
-                parts.append(self._encoder.submit(self._encode, batch, images))
+                parts.append(self._encode(batch, images))
                 done += batch.keep
                 on_images(done)
             if done == unit.count:
@@ -208,29 +211,17 @@ class ShardWriter:
             times=times,
         )
 
-    def _encode(self, batch: SampleBatch, images: Pixels) -> EncodedBatch:
+    def _encode(self, batch: SampleBatch, images: Pixels) -> PendingBatch:
+        """Begin to encode the wanted images uint8 (keep, H, W, C) of a batch."""
         spec, features = self.generation.spec, None
+        labels = labels_of(spec, batch.samples)
+        labels = None if labels is None else labels[: batch.keep]
+        sampled = SampledImages(batch.first, images, labels, spec.seed, self._digest, spec.image_format)
+        encoding = self._encoders.submit(sampled)
         if self.features is not None:
-            labels = labels_of(spec, batch.samples)
-            features = self.features.batch(images, None if labels is None else np.array(labels[: batch.keep]))
-        return EncodedBatch(members_of(spec, self._digest, batch, images), image_stats(images), features)
-
-
-def members_of(spec: Spec, digest: str, batch: SampleBatch, images: Pixels) -> list[Member]:
-    """The tar members of a batch's wanted images uint8 (keep, H, W, C)."""
-    labels = labels_of(spec, batch.samples)
-    out: list[Member] = []
-    for place, image in enumerate(images):
-        index = batch.first + place
-        label = None if labels is None else labels[place]
-        facts = {"index": index, "seed": spec.seed, "class": label, "spec": digest}
-        out.append(
-            (
-                f"{index:012d}",
-                {spec.image_format: encode_image(image, spec.image_format), "json": _json(facts)},
-            )
-        )
-    return out
+            classes = None if labels is None else np.array(labels)
+            features = self._feature_thread.submit(self.features.batch, images, classes)
+        return PendingBatch(encoding, features)
 
 
 def class_counts(spec: Spec, unit: Shard) -> dict[int, int] | None:
@@ -245,7 +236,3 @@ def comparable_training_data(spec: Spec, data: TrainingData) -> TrainingData | N
         spec.classes.weights is not None or spec.classes.labels != tuple(range(len(spec.classes.labels)))
     )
     return None if uneven else data
-
-
-def _json(facts: dict[str, int | str | None]) -> bytes:
-    return json.dumps(facts, separators=(",", ":")).encode()

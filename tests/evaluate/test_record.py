@@ -108,6 +108,7 @@ def test_sums_of_a_gpus_worker_do_not_depend_on_its_number_of_cores(
         "build_model",
         "Engine",
         "ShardWriter",
+        "_encoders",
         "_gpu_meter",
         "_gpu_share",
     ):
