@@ -211,6 +211,7 @@ class Runs:
     [
         ({"data_batch_1": pickle.dumps({b"data": Runs()}, protocol=2)}, "system is not expected in it"),
         ({"data_batch_1": b"no pickle"}, "is no batch of CIFAR"),
+        ({"data_batch_1": b"}r\xff\xff\xff\x7f."}, "object number 2147483647 in 7 bytes"),
         ({"data_batch_1": python_2_pickle({"labels": [1]})}, "holds no array `data`"),
         ({"data_batch_1": python_2_pickle({"data": rows(IMAGES), "labels": [1]})}, "7 images and 1 labels"),
         ({"data_batch_1": python_2_pickle({"data": np.zeros((2, 3072))})}, "bytes in C order expected"),

@@ -3,6 +3,9 @@
 NAMES = (
     "tar",
     "npy",
+    "idx",
+    "CIFAR batch",
+    "npz",
     "index",
     "spec",
     "manifest",

@@ -7,6 +7,7 @@ of it is a finding.
 import hashlib
 import io
 import json
+import pickle
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from pipeline.config.load import load_settings
 from pipeline.config.training import TrainConfig
 from pipeline.data.formats.npy import decode_npy, encode_npy
 from pipeline.data.index import load_index
+from pipeline.data.packing.open_source import open_source
 from pipeline.data.packing.pack_dataset import pack
 from pipeline.data.packing.scan_shard import index_shard
 from pipeline.errors import DamageError, UserError
@@ -73,6 +75,7 @@ def all_targets() -> Iterator[dict[str, Target]]:
     with tempfile.TemporaryDirectory(prefix="ddpm-fuzz-") as folder:
         made = [
             *_data_targets(Path(folder) / "data"),
+            *_array_targets(Path(folder) / "arrays"),
             *_generation_targets(Path(folder) / "generation"),
             *_training_targets(Path(folder) / "training"),
             _settings_target(Path(folder)),
@@ -97,6 +100,30 @@ def _data_targets(folder: Path) -> Iterator[Target]:
         return load_index(store.uri)
 
     yield Target("index", read_index, store.read("index.json"), is_json=True)
+
+
+def _array_targets(folder: Path) -> Iterator[Target]:
+    images, labels = np.arange(96, dtype=np.uint8).reshape(2, 48), [1, 0]
+
+    def reader(name: str) -> Callable[[bytes], object]:
+        file = folder / name.replace(".", "-") / name
+        file.parent.mkdir(parents=True)
+        source = str(file if file.suffix == ".npz" else file.parent)
+
+        def read(data: bytes) -> object:
+            file.write_bytes(data)
+            opened = open_source(PackConfig(source=source, dest="unused"))
+            return [opened.read(number) for number in range(len(opened.items))]
+
+        return read
+
+    idx = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 6, 0, 0, 0, 8]) + images.tobytes()
+    yield Target("idx", reader("train-images-idx3-ubyte"), idx, is_json=False)
+    batch = {b"data": np.zeros((2, 3072), np.uint8), b"labels": labels}
+    yield Target("CIFAR batch", reader("data_batch_1"), pickle.dumps(batch, protocol=2), is_json=False)
+    npz = io.BytesIO()
+    np.savez(npz, images=images.reshape(2, 6, 8), labels=labels)
+    yield Target("npz", reader("set.npz"), npz.getvalue(), is_json=False)
 
 
 def _generation_targets(folder: Path) -> Iterator[Target]:

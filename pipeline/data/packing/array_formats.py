@@ -6,6 +6,7 @@ import gzip
 import io
 import math
 import pickle
+import pickletools
 import re
 import zipfile
 import zlib
@@ -102,6 +103,10 @@ def read_pickle(data: bytes) -> dict[str, Any]:
     without NumPy's own unpickling.
     """
     try:
+        for operation, argument, _ in pickletools.genops(data):
+            # The unpickler reserves memory for as many objects as the highest number says.
+            if "PUT" in operation.name and isinstance(argument, int) and argument > len(data):
+                raise ValueError(f"object number {argument} in {len(data)} bytes")
         found = _CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
         return {_text(key): _plain(value) for key, value in found.items()}
     except Exception as error:  # noqa: BLE001 - a damaged pickle can raise anything
@@ -201,8 +206,9 @@ def read_npz(path: Path) -> Iterator[ImageArray]:
         KeyError,
         zipfile.BadZipFile,
         zlib.error,
-        NotImplementedError,
+        RuntimeError,
     ) as error:
+        # zipfile raises RuntimeError for encryption, and a kind of it for unknown compression.
         raise DamageError(f"is no npz that can be read ({error})") from None
 
 
