@@ -5,10 +5,14 @@ from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.diffusion.timesteps import make_grid
 
 
+def network_calls(sampler: SamplerConfig) -> int:
+    """Calls of the network for a batch. One call evaluates it with and without the class where guidance acts."""
+    return len(_levels(sampler))
+
+
 def network_evaluations(schedule: NoiseSchedule, sampler: SamplerConfig) -> int:
     """Evaluations of the network for an image; guidance doubles those at the levels where it acts."""
-    steps = range(sampler.num_steps)
-    levels = [*steps, *steps[1:]] if sampler.kind == "heun" else [*steps]  # heun looks at the next level too
+    levels = _levels(sampler)
     if sampler.guidance_scale == 1.0:
         return len(levels)
     interval = sampler.guidance_interval
@@ -16,3 +20,9 @@ def network_evaluations(schedule: NoiseSchedule, sampler: SamplerConfig) -> int:
         return 2 * len(levels)
     grid = make_grid(schedule, sampler)
     return len(levels) + sum(interval[0] <= grid.sigma(k) <= interval[1] for k in levels)
+
+
+def _levels(sampler: SamplerConfig) -> list[int]:
+    """The level of each call, those of heun's second calls at the end."""
+    steps = range(sampler.num_steps)
+    return [*steps, *steps[1:]] if sampler.kind == "heun" else [*steps]  # heun looks at the next level too

@@ -15,6 +15,7 @@ from pipeline.devices import driver_version, is_out_of_memory, set_up_arithmetic
 from pipeline.diffusion.image_scaling import nearest_levels
 from pipeline.diffusion.samplers import OnStep, sample
 from pipeline.diffusion.schedule import NoiseSchedule
+from pipeline.generate.captured_sampling import CapturedSampling, can_capture
 from pipeline.generate.class_labels import classes_of
 from pipeline.generate.device_check import require_kind
 from pipeline.generate.launched_images import HostCopier, LaunchedImages, MicroBatch, to_device
@@ -40,6 +41,14 @@ class Engine:
         self._net = _LowPrecision(net, spec) if spec.dtype != "float32" else net
         if spec.compile:
             self._net.compile(dynamic=False)
+        self._captured: CapturedSampling | None = None
+        if can_capture(spec.sampler, self._device, spec.compile):
+            self._captured = CapturedSampling(self._sampled, self._device)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether full micro-batches are sampled by replaying a CUDA graph."""
+        return self._captured is not None and self._captured.is_captured
 
     @property
     def ahead(self) -> int:
@@ -62,10 +71,14 @@ class Engine:
             try:
                 return LaunchedImages([self._sample(part, on_step) for part in index.split(self.micro_batch)])
             except (RuntimeError, MemoryError) as error:
-                largest = min(self.micro_batch, len(index))
-                if not is_out_of_memory(error) or largest == 1:
+                if not is_out_of_memory(error):
                     raise
-                self.micro_batch = largest // 2
+                # A CUDA graph keeps the memory of a micro-batch: without it there may be enough.
+                if self._captured is None or not self._captured.release():
+                    largest = min(self.micro_batch, len(index))
+                    if largest == 1:
+                        raise
+                    self.micro_batch = largest // 2
             # Outside the handler: the exception's traceback holds the tensors that filled the memory.
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -76,20 +89,30 @@ class Engine:
         if labels is None and self.card.net.null_label is not None:
             labels = torch.full_like(index, self.card.net.null_label)
         with torch.inference_mode():
-            x0 = sample(
-                self._net,
-                self._schedule,
-                spec.sampler,
-                to_device(index, self._device),
-                (spec.channels, spec.size, spec.size),
-                spec.seed,
-                class_labels=None if labels is None else to_device(labels, self._device),
-                objective=self.card.objective,
-                on_step=on_step,
-                device=self._device,
-            )
+            if self._captured is not None and on_step is None and len(index) == self.micro_batch:
+                x0 = self._captured(index, labels)
+            else:
+                device = self._device
+                device_labels = None if labels is None else to_device(labels, device)
+                x0 = self._sampled(to_device(index, device), device_labels, on_step)
             finite = torch.isfinite(x0).flatten(1).all(1)
             return self._copier.begin(index, nearest_levels(x0), finite)
+
+    def _sampled(self, index: Tensor, labels: Tensor | None, on_step: OnStep | None = None) -> Tensor:
+        """Images float32 (B, C, H, W) of the samples `index`; both tensors are on the device."""
+        spec = self.spec
+        return sample(
+            self._net,
+            self._schedule,
+            spec.sampler,
+            index,
+            (spec.channels, spec.size, spec.size),
+            spec.seed,
+            class_labels=labels,
+            objective=self.card.objective,
+            on_step=on_step,
+            device=self._device,
+        )
 
 
 def set_up_torch(spec: Spec) -> None:

@@ -3,20 +3,26 @@
 Every function without an argument is one. Prints JSON: for each, its traceback, or null if it holds.
 """
 
+import contextlib
 import inspect
+import itertools
 import json
+import logging
 import sys
 import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.config.diffusion import SamplerConfig
 from tests.cuda.simulated_device import SimulatedTensor, counts, simulated_device
+from tests.cuda.simulated_graph import recording
 
 import torch  # isort: skip
 
@@ -27,7 +33,9 @@ from pipeline.data.formats.shards import read_shard
 from pipeline.data.reading.loader import Batch
 from pipeline.diffusion import NoiseSchedule
 from pipeline.diffusion.likelihood import bits_per_dim
+from pipeline.diffusion.samplers import SamplerStep
 from pipeline.diffusion.timesteps import make_grid
+from pipeline.generate.captured_sampling import CapturedSampling, can_capture
 from pipeline.generate.engine import Engine
 from pipeline.generate.guards import GuardTripped
 from pipeline.generate.launched_images import LaunchedImages
@@ -42,7 +50,7 @@ from pipeline.train.state import TrainState, initial_state
 from pipeline.train.step_metrics import StepMetrics
 from pipeline.train.training_plan import plan_training
 from pipeline.train.worker import TrainTask, train_local
-from tests.generate.tiny import plan_of, settings, tiny_model
+from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model
 from tests.train.tiny import tiny
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -182,9 +190,11 @@ def a_shard_is_sampled_with_one_wait_at_its_end_and_in_the_pixels_of_the_cpu() -
         writer.engine.launch = noted  # type: ignore[method-assign]
         counts.reset()
         found = _shard_of(writer)
-        assert launches == [{}] * 3, launches
-        assert list(counts.waits.values()) == [1], counts.waits
-        assert "launched_images.py" in next(iter(counts.waits))
+        captured, end = counts.waits  # the second batch is captured, once in an engine's life
+        assert "captured_sampling.py" in captured
+        assert "launched_images.py" in end
+        assert launches == [{}, {}, {captured: 1}], launches
+        assert counts.waits.total() == 2, counts.waits
         assert counts.copies == {"H2D async": 6, "D2H async": 6}, counts.copies
     assert len(found) == 10
     assert [files["png"] for files in found.values()] == [files["png"] for files in expected.values()]
@@ -211,7 +221,7 @@ def a_shard_starts_over_when_memory_runs_out_while_a_batch_is_on_its_way() -> No
 
         def crowded(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             sizes.append(len(inputs[0]))
-            if len(sizes) == 5:  # in the second batch
+            if len(sizes) >= 5 and len(inputs[0]) > 2:  # from the second batch on, first in its capture
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
         writer.engine._net.register_forward_pre_hook(crowded)
@@ -220,8 +230,125 @@ def a_shard_starts_over_when_memory_runs_out_while_a_batch_is_on_its_way() -> No
         record, _ = writer.write(unit, on_images=seen.append)
         assert record.times.micro_batch == 2
         assert seen == [4, 8, 10], seen
-        assert sizes[:5] == [4] * 5
-        assert set(sizes[5:]) == {2}
+        assert sizes[:6] == [4] * 6
+        assert set(sizes[6:]) == {2}
+
+
+def batches_of_a_cuda_graph_have_the_bits_of_those_without() -> None:
+    kinds = ("ancestral", "ddim", "dpm++2m", "heun")
+    batches = [torch.arange(first, first + count) for first, count in _BATCHES]
+    with tempfile.TemporaryDirectory() as folder, simulated_device():
+        model = _model(folder)
+        for kind, (dtype, scale) in itertools.product(kinds, (("float32", 2.5), ("bfloat16", 1.0))):
+            sampler = SamplerConfig(kind=kind, num_steps=3, guidance_scale=scale, eta=0.5 * (kind == "ddim"))
+            captured, plain = (_engine(model, sampler=sampler, dtype=dtype) for _ in range(2))
+            for batch in batches:
+                expected = plain.images(batch, on_step=_ignore)
+                assert np.array_equal(captured.images(batch), expected), (kind, dtype, scale, batch)
+            assert (captured.is_captured, plain.is_captured) == (True, False)
+
+
+def a_captured_batch_is_launched_by_a_handful_of_operations() -> None:
+    with tempfile.TemporaryDirectory() as folder, simulated_device():
+        engine = _engine(_model(folder), sampler=SamplerConfig(kind="ddim", num_steps=20))
+        launches: list[int] = []
+        for batch in torch.arange(12).split(4):
+            counts.reset()
+            engine.launch(batch)
+            launches.append(counts.kernels.total())
+        assert launches[0] > 2000, launches
+        assert max(launches[1:]) <= 12, launches  # the graph, its inputs, and the levels of its images
+        assert counts.kernels["graph"] == 1
+        assert not counts.waits
+        assert counts.copies == {"H2D async": 2, "D2H async": 2}, counts.copies
+
+
+def a_long_sampling_and_a_compiled_network_are_not_captured() -> None:
+    for steps, compiled, expected in ((64, False, True), (65, False, False), (64, True, False)):
+        sampler = SamplerConfig(kind="ancestral", num_steps=steps)
+        assert can_capture(sampler, GPU, compiled) == expected
+    assert not can_capture(SamplerConfig(kind="heun", num_steps=33), GPU, compiled=False)
+    assert not can_capture(SamplerConfig(kind="ddim", num_steps=3), CPU, compiled=False)
+
+
+def a_replay_reads_the_tensors_of_its_capture() -> None:
+    """Else the comparisons above would show nothing."""
+    with simulated_device(), torch.inference_mode():
+        factor = torch.ones(4, dtype=torch.int64, device=GPU)
+        captured = CapturedSampling(lambda index, labels: index * factor, GPU)
+        index = torch.arange(4)
+        for _ in range(2):
+            assert torch.equal(_on_host(captured(index, None)), index)
+        factor = torch.full_like(factor, 2)
+        assert torch.equal(_on_host(captured(index + 1, None)), index + 1)
+
+
+def a_thread_captures_only_after_a_batch_of_its_own() -> None:
+    with simulated_device(), torch.inference_mode():
+        captured = CapturedSampling(lambda index, labels: index + 1, GPU)
+        captured(torch.arange(4), None)
+        with ThreadPoolExecutor(1) as other, torch.inference_mode():
+            other.submit(torch.inference_mode()(captured), torch.arange(4), None).result()
+            assert not captured.is_captured
+        captured(torch.arange(4), None)
+        assert captured.is_captured
+
+
+def what_cannot_be_captured_is_sampled_without_a_graph_and_says_why() -> None:
+    def waiting(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        float(output.sum())
+
+    def crowded(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        if recording() is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    for hook, reason in (
+        (waiting, "RuntimeError: CUDA error: operation not permitted when stream is capturing: number read"),
+        (crowded, "OutOfMemoryError: CUDA out of memory. Tried"),
+    ):
+        with tempfile.TemporaryDirectory() as folder, simulated_device(), _warnings() as told:
+            model = _model(folder)
+            hindered, plain = (_engine(model) for _ in range(2))
+            hindered._net.register_forward_hook(hook)
+            for batch in torch.arange(16).split(4):
+                assert np.array_equal(hindered.images(batch), plain.images(batch, on_step=_ignore))
+            assert not hindered.is_captured
+            assert hindered.micro_batch == 4
+        assert told == [f"images are sampled without a CUDA graph, which may take longer: {reason}"]
+
+
+def a_graph_is_given_up_before_the_micro_batch_is_halved() -> None:
+    with tempfile.TemporaryDirectory() as folder, simulated_device():
+        model = _model(folder)
+        crowded, plain = (_engine(model) for _ in range(2))
+
+        def full(module: torch.nn.Module, inputs: object) -> None:
+            if crowded.is_captured:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        crowded._net.register_forward_pre_hook(full)
+        for first, count in _BATCHES:  # the partial one takes memory beside the graph's
+            batch = torch.arange(first, first + count)
+            assert np.array_equal(crowded.images(batch), plain.images(batch, on_step=_ignore))
+        assert not crowded.is_captured
+        assert crowded.micro_batch == 4
+
+
+def a_micro_batch_halved_at_the_first_batch_is_captured_in_its_new_size() -> None:
+    with tempfile.TemporaryDirectory() as folder, simulated_device():
+        model = _model(folder)
+        crowded, plain = (_engine(model) for _ in range(2))
+
+        def small(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if len(inputs[0]) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        crowded._net.register_forward_pre_hook(small)
+        plain.micro_batch = 2
+        for batch in torch.arange(8).split(4):
+            assert np.array_equal(crowded.images(batch), plain.images(batch, on_step=_ignore))
+        assert crowded.micro_batch == 2
+        assert crowded.is_captured
 
 
 def the_bound_needs_no_wait_for_its_timesteps() -> None:
@@ -246,6 +373,42 @@ def _shard_writer(folder: Path, device: str) -> ShardWriter:
     spec = spec.model_copy(update={"device": device})
     net = build_model(found.card, found.weights, device, where="tiny")
     return ShardWriter(Engine(spec, net, found.card), open_store(config.output), config.guards)
+
+
+_BATCHES = ((0, 4), (4, 4), (41, 4), (100, 3), (8, 4))
+"""First index and number of samples; the second full micro-batch is captured, the last but one is partial."""
+
+
+def _model(folder: str) -> Path:
+    """A model with every kind of layer."""
+    card = tiny_card(size=8)
+    layers = {"multipliers": (1, 2), "attention_resolutions": (4,), "mid_attention": True}
+    return tiny_model(
+        Path(folder) / "model", card.model_copy(update={"net": card.net.model_copy(update=layers)})
+    )
+
+
+def _engine(model: Path, **changes: object) -> Engine:
+    spec, found = plan_of(settings(model, "file:///absent", **changes))
+    net = build_model(found.card, found.weights, "cuda", where="tiny")
+    return Engine(spec.model_copy(update={"device": "cuda"}), net, found.card)
+
+
+def _ignore(step: SamplerStep) -> None:
+    """For samplings that are not captured, as they have a callback."""
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("pipeline.generate.captured_sampling")
+    logger.addHandler(handler)
+    try:
+        yield told
+    finally:
+        logger.removeHandler(handler)
 
 
 def _shard_of(writer: ShardWriter) -> dict[str, dict[str, bytes]]:

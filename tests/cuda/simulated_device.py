@@ -4,7 +4,8 @@ It counts what a device would be asked for: kernels, copies in each direction, a
 line of the program that asked. It also plays that CUDA's group norm works on NCHW and its convolutions on NHWC, and
 copies a tensor in the other layout; that attention and the gradient of SiLU have kernels of their own, and so have the
 operators of `pipeline.kernels`, whose references compute here; and that a copy is asynchronous only from or to pinned
-memory. Everything happens at once, so a missing wait is not noticed.
+memory. Everything happens at once, so a missing wait is not noticed. While a CUDA graph is captured, waits and copies
+are errors; what was computed is spoilt afterwards, and only a replay computes it, at the addresses of the capture.
 
 Import it before torch.
 """
@@ -32,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 from pipeline.kernels.tiling import Tiling  # noqa: E402
+from tests.cuda.simulated_graph import Recording, forbid_while_capturing, recording  # noqa: E402
 
 aten = torch.ops.aten
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -88,20 +90,28 @@ class Counts:
         self.background_waits: Counter[str] = Counter()
         """Waits of threads that the program started beside the one that launches kernels."""
 
+        self.captured = 0
+        """Kernels that were captured instead of launched."""
+
     launched = 0
     """Kernels in this process's life."""
 
     def kernel(self, name: str, number: int = 1) -> None:
+        if recording() is not None:
+            self.captured += number
+            return
         self.launched += number
         self.kernels[name] += number
         self.kernel_files[_asked_at(lines=False)] += number
 
     def copy(self, direction: str, asynchronous: bool) -> None:
+        forbid_while_capturing(f"{direction} copy")
         self.copies[f"{direction} {'async' if asynchronous else 'sync'}"] += 1
         if not asynchronous:
             self.wait(f"{direction} copy")
 
     def wait(self, what: str) -> None:
+        forbid_while_capturing(what)
         waits = self.background_waits if threading.get_ident() in _background else self.waits
         waits[f"{what}: {_asked_at()}"] += 1
 
@@ -313,7 +323,9 @@ def _compute(func: OpOverload, args: Any, kwargs: dict[str, Any], to_host: bool)
         return value
 
     inner_args, inner_kwargs = tree_map(unwrapped, args), tree_map(unwrapped, kwargs)
-    inner_args = _in_layout_of_cuda(func, args, inner_args)
+    in_layout = _in_layout_of_cuda(func, inner_args)
+    if in_layout is not inner_args:
+        counts.kernel("layout copy")
 
     def wrapped(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -325,20 +337,24 @@ def _compute(func: OpOverload, args: Any, kwargs: dict[str, Any], to_host: bool)
         return SimulatedTensor(value)
 
     implementation = _IMPLEMENTATIONS.get(func, func)
-    return tree_map(wrapped, implementation(*inner_args, **inner_kwargs))
+    result = implementation(*in_layout, **inner_kwargs)
+    graph = recording()
+    if graph is not None:
+        graph.add(
+            lambda: implementation(*_in_layout_of_cuda(func, inner_args), **inner_kwargs),
+            (inner_args, inner_kwargs),
+            result,
+        )
+    return tree_map(wrapped, result)
 
 
-def _in_layout_of_cuda(func: OpOverload, args: Any, inner: Any) -> Any:
+def _in_layout_of_cuda(func: OpOverload, inner: Any) -> Any:
     """The arguments with the input copied to the layout that CUDA's kernel works on, where it is in another."""
-    if not isinstance(args[0] if args else None, SimulatedTensor):
-        return inner
     if func is aten.native_group_norm.default and not inner[0].is_contiguous():
         # at::native_group_norm takes a contiguous copy on all devices but the CPU
-        counts.kernel("layout copy")
         return (inner[0].contiguous(), *inner[1:])
     is_convolution = func is aten.convolution.default and any(map(_only_channels_last, inner[:2]))
     if is_convolution and not inner[0].is_contiguous(memory_format=torch.channels_last):
-        counts.kernel("layout copy")
         return (inner[0].contiguous(memory_format=torch.channels_last), *inner[1:])
     return inner
 
@@ -439,9 +455,26 @@ class _Event:
             counts.wait("event synchronize")
 
 
+class _Graph(Recording):
+    """torch.cuda.CUDAGraph: one launch of the host."""
+
+    def replay(self) -> None:
+        counts.kernel("graph")
+        super().replay()
+
+
+@contextlib.contextmanager
+def _capture(graph: _Graph, stream: _Stream, capture_error_mode: str) -> Iterator[None]:
+    """torch.cuda.graph, which first waits for the device."""
+    counts.wait("device synchronize")
+    with graph.capturing():
+        yield
+
+
 _CURRENT_STREAM = _Stream()
 _PROPERTIES = SimpleNamespace(name="Simulated GPU", total_memory=16 << 30, major=9, minor=0)
 _CUDA_INTERFACE: dict[str, Any] = {
+    "CUDAGraph": _Graph,
     "Event": _Event,
     "Stream": _Stream,
     "_lazy_init": lambda: None,
@@ -452,6 +485,7 @@ _CUDA_INTERFACE: dict[str, Any] = {
     "get_device_capability": lambda device=None: (9, 0),
     "get_device_name": lambda device=None: _PROPERTIES.name,
     "get_device_properties": lambda device=None: _PROPERTIES,
+    "graph": _capture,
     "is_available": lambda: True,
     "is_bf16_supported": lambda including_emulation=True: True,
     "max_memory_allocated": lambda device=None: 0,

@@ -5,7 +5,7 @@ import torch
 
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.diffusion import NoiseSchedule, sample
-from pipeline.diffusion.evaluations import network_evaluations
+from pipeline.diffusion.evaluations import network_calls, network_evaluations
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,15 @@ def test_evaluations_are_counted_as_they_happen(settings: dict[str, object]) -> 
 
     class Counting(torch.nn.Module):
         null_label = 1
-        images = 0
+        images = calls = 0
 
         def forward(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
             self.images += len(x)
+            self.calls += 1
             return torch.zeros_like(x)
 
     net = Counting()
     labels = torch.zeros(1, dtype=torch.int64)
     sample(net, schedule, sampler, torch.arange(1), (1, 2, 2), 0, class_labels=labels)
     assert network_evaluations(schedule, sampler) == net.images
+    assert network_calls(sampler) == net.calls

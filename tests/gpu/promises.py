@@ -108,6 +108,25 @@ def images_are_the_same_in_the_micro_batch_of_their_record(device: torch.device,
     assert np.abs(whole.astype(int) - halved[0]).max() <= 1
 
 
+def captured_sampling_gives_the_same_bits_as_eager(device: torch.device, folder: Path) -> None:
+    """A GPU launches the first batch kernel by kernel, captures the second as a CUDA graph, and replays the others."""
+    with _sampling(folder, "out", device) as config:
+        for sampler in ({"kind": "dpm++2m", "num_steps": 5}, {"kind": "ancestral", "num_steps": 20}):
+            for dtype in ("float32", "bfloat16"):
+                chosen = GenerateConfig.model_validate(
+                    config.model_dump() | {"sampler": sampler, "dtype": dtype}
+                )
+                captured, eager = (writer_of(chosen).engine for _ in range(2))
+                for index in (
+                    *torch.arange(16).split(4),
+                    torch.arange(40, 43),
+                    torch.arange(2**40, 2**40 + 4),
+                ):
+                    expected = eager.images(index, on_step=lambda step: None)
+                    assert np.array_equal(captured.images(index), expected)
+                assert (captured.is_captured, eager.is_captured) == (device.type == "cuda", False)
+
+
 def named_random_numbers_have_the_bits_of_the_cpu(device: torch.device, folder: Path) -> None:
     """Whichever implementation the device uses, kernels or torch's operations."""
     index = torch.tensor([0, 1, 77, 2**40 + 3, 2**62])
@@ -170,6 +189,7 @@ PROMISES: tuple[Promise, ...] = (
     a_network_computes_what_it_computes_in_float64,
     a_lack_of_memory_is_recognized,
     images_are_the_same_in_the_micro_batch_of_their_record,
+    captured_sampling_gives_the_same_bits_as_eager,
     shards_made_twice_are_the_same_bytes,
     stored_samples_can_be_sampled_again,
     training_twice_ends_in_the_same_bits,

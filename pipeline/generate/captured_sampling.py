@@ -1,0 +1,115 @@
+"""A whole sampling of a batch as one CUDA graph: the host launches it at once instead of each of its kernels."""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.config.diffusion import SamplerConfig
+from pipeline.diffusion.evaluations import network_calls
+from pipeline.generate.launched_images import to_device
+
+MOST_CALLS = 64
+"""Calls of the network in one graph, which keeps some kilobytes for each kernel: a call starts some hundred."""
+
+Sampling = Callable[[Tensor, Tensor | None], Tensor]
+"""From indexes int64 (B,) and labels int64 (B,), or None, both on the device, to images float32 (B, C, H, W)."""
+
+log = logging.getLogger(__name__)
+
+
+class CapturedSampling:
+    """Runs a sampling as it is for the first batch of a size, then captures it, and replays it for all later ones.
+
+    The kernels and their order are the same either way, and so are the bits. Not thread-safe.
+    """
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        """`sampling`: waits for nothing, copies nothing from the host, and reads nothing from it that changes."""
+        self._sampling = sampling
+        self._device = device
+        self._size = 0
+        self._warm_threads: set[int] = set()
+        self._graph: _Graph | None = None
+        self._may_capture = True
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether the next batch of the same size is a replay."""
+        return self._graph is not None
+
+    def __call__(self, index: Tensor, labels: Tensor | None) -> Tensor:
+        """Images float32 (B, C, H, W) of `index` and `labels`, which are on the host. In inference mode.
+
+        The next call on this stream may write over the result.
+        """
+        if len(index) != self._size:
+            self._size, self._graph, self._warm_threads = len(index), None, set()
+        if self._graph is None and self._may_capture and threading.get_ident() in self._warm_threads:
+            self._graph = self._capture(index, labels)
+        if self._graph is not None:
+            return self._graph.replay(index, labels)
+        images = self._sampling(
+            to_device(index, self._device), None if labels is None else to_device(labels, self._device)
+        )
+        # Triton's kernels are compiled now, and this thread has handles of cuBLAS and cuDNN: no capture may make them.
+        self._warm_threads.add(threading.get_ident())
+        return images
+
+    def release(self) -> bool:
+        """Give up the graph, if there is one, with its memory, and capture no other; returns whether there was one."""
+        if self._graph is None:
+            return False
+        self._graph, self._may_capture = None, False
+        return True
+
+    def _capture(self, index: Tensor, labels: Tensor | None) -> "_Graph | None":
+        """None, after a warning, where it fails. For lack of memory, too: there may be enough without a graph."""
+        try:
+            return self._captured(index, labels)
+        except RuntimeError as error:
+            # An error within the capture is followed by one of its end, which does not say why.
+            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            reason = f"{type(first).__name__}: {' '.join(str(first).split())[:300]}"
+        log.warning("images are sampled without a CUDA graph, which may take longer: %s", reason)
+        self._may_capture = False
+        torch.cuda.empty_cache()  # outside the handler: the exception's traceback held the memory
+        return None
+
+    def _captured(self, index: Tensor, labels: Tensor | None) -> "_Graph":
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+        fixed_index = torch.zeros_like(index, device=self._device)
+        fixed_labels = None if labels is None else torch.zeros_like(labels, device=self._device)
+        # torch.cuda.graph leaves its stream the current one if the capture fails; the outer block does not. Other
+        # threads may use CUDA meanwhile.
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
+            images = self._sampling(fixed_index, fixed_labels)
+        return _Graph(graph, fixed_index, fixed_labels, images)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured sampling. Its tensors stay where they are: the kernels of the graph know their addresses."""
+
+    graph: torch.cuda.CUDAGraph
+    index: Tensor
+    labels: Tensor | None
+    images: Tensor
+
+    def replay(self, index: Tensor, labels: Tensor | None) -> Tensor:
+        for target, values in ((self.index, index), (self.labels, labels)):
+            if target is not None and values is not None:
+                target.copy_(values.pin_memory(), non_blocking=True)
+        self.graph.replay()
+        return self.images
+
+
+def can_capture(sampler: SamplerConfig, device: torch.device, compiled: bool) -> bool:
+    """Whether a sampling is worth a graph. `compiled`: torch.compile compiles the network."""
+    return device.type == "cuda" and not compiled and network_calls(sampler) <= MOST_CALLS
