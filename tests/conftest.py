@@ -32,8 +32,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also the tests that take minutes each")
 
 
+def may_need_stack(file: Path) -> bool:
+    """Whether a test file can hold tests on the stack: it says so itself, or a fixture of its folder does."""
+    texts = [one.read_text() for one in (file, file.parent / "conftest.py") if one.exists()]
+    return any("mark.stack" in text for text in texts)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m stack`, the other files are not imported, which would take longer than many a test."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    if is_test and config.getoption("markexpr") == "stack" and not may_need_stack(collection_path):
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast tests first: what can fail in seconds should not wait for servers. Last: what looks at others' traces."""
+    passed_over = {
+        str(item.path) for item in items if item.get_closest_marker("stack") and not may_need_stack(item.path)
+    }
+    if passed_over:
+        raise pytest.UsageError(f"`-m stack` would pass over {', '.join(passed_over)}: say mark.stack there")
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
@@ -83,6 +102,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]
         os.environ.clear()
         os.environ.update(bare_environ)
         export_environment(local.root)
+        os.environ.update(RAY_metrics_report_interval_ms="2000")  # read when a process first joins Ray
         yield local
 
 

@@ -5,6 +5,7 @@ under names that say they are secret. None may be found in what any test of this
 wherever that is.
 """
 
+import io
 import json
 import os
 import re
@@ -13,8 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -23,7 +26,11 @@ from infra.local.credentials import mlflow_password_path, ray_token_path, s3_key
 from infra.local.ray import temp_dir
 from infra.local.service import get
 from infra.local.stack_state import read_state
+from jobs.ray_session import ray_cluster
+from jobs.runner import use_running_stack
 from pipeline.telemetry.prometheus import METRICS
+from pipeline.tracking.spool import SPOOL_VARIABLE
+from tests.commands import ddpm
 from tests.docs.lines import REPOSITORY, Shown, shown
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
@@ -58,42 +65,52 @@ def told(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Told:
     folder, spool = tmp_path_factory.mktemp("tutorial"), tmp_path_factory.mktemp("spool")
     (folder / ".local").symlink_to(stack.root)
     told = Told(folder=folder, spool=spool)
-    environ = {**os.environ, **CANARIES, "DDPM_SPOOL": str(spool), "RAY_metrics_report_interval_ms": "2000"}
     over = threading.Event()
     scraper = threading.Thread(target=scrape, args=(stack, told.metered, over))
     scraper.start()
     try:
-        carry_out_all(told, environ)
+        with mock.patch.dict(os.environ, {**CANARIES, SPOOL_VARIABLE: str(spool)}), chdir(folder):
+            carry_out_all(told)
     finally:
         over.set()
         scraper.join()
     return told
 
 
-def carry_out_all(told: Told, environ: dict[str, str]) -> None:
-    for command in shown(REPOSITORY / "docs" / "tutorial.md", "ddpm"):
-        if command.words[0] in ("down", "clean"):
-            continue
-        # one command logs as JSON; the documents' form is the default one
-        form = "json" if "count=150" in command.words else "text"
-        told.outputs[" ".join(command.words)] = carried_out(
-            command, told.folder, {**environ, "DDPM_LOG": form}
-        )
+def carry_out_all(told: Told) -> None:
+    """In this process, with one connection to Ray; one command runs as the program, and logs as JSON."""
+    with ray_cluster():
+        for command in shown(REPOSITORY / "docs" / "tutorial.md", "ddpm"):
+            if command.words[0] in ("down", "clean"):
+                continue
+            as_program = "count=150" in command.words
+            run = run_program if as_program else run_here
+            code, output = run(command)
+            assert code == 0, f"{command}\n{output}"
+            told.outputs[" ".join(command.words)] = output
 
 
-def carried_out(command: Shown, folder: Path, environ: dict[str, str]) -> str:
-    """Both outputs of a command that succeeds."""
+def run_here(command: Shown) -> tuple[int, str]:
+    """Exit code and both outputs of a command in this process."""
+    with io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as output:
+        with redirect_stdout(output), redirect_stderr(output):
+            use_running_stack()
+            code = ddpm(*command.words)
+        output.seek(0)
+        return code, output.read()
+
+
+def run_program(command: Shown) -> tuple[int, str]:
+    """Exit code and both outputs of `ddpm`, as installed, with logs as JSON."""
     result = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *command.words],
-        cwd=folder,
-        env={**environ, "PYTHONPATH": str(REPOSITORY)},
+        [Path(sys.executable).with_name("ddpm"), *command.words],
+        env={**os.environ, "DDPM_LOG": "json", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=400,
         check=False,
     )
-    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-    return result.stdout + result.stderr
+    return result.returncode, result.stdout + result.stderr
 
 
 def test_the_tutorial_does_what_it_says(told: Told) -> None:

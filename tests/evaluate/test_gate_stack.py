@@ -62,6 +62,7 @@ def champion() -> int:
     return resolve("gated@champion").version
 
 
+@pytest.mark.long
 def test_half_the_training_is_refused_and_twice_is_promoted_and_rolled_back(
     preset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,3 +110,5 @@ def test_a_training_ends_with_the_gate(preset: Path, capsys: pytest.CaptureFixtu
     train(preset, 200)
     assert "gate     promoted" in capsys.readouterr().out
     assert resolve("judged@champion").version == 3
+    assert ddpm("rollback", "judged") == 0
+    assert resolve("judged@champion").version == 1

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 import jobs.evaluate
 import jobs.nightly
 from infra.local import LocalStack
+from jobs.ray_session import ray_cluster
 from jobs.runner import PROGRAM, JobArguments
 from pipeline.config.data import PackConfig
 from pipeline.config.evaluation import FeaturesConfig
@@ -32,8 +34,15 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(scope="module")
+def connection(stack: LocalStack) -> Iterator[None]:
+    """One connection to Ray for the commands of this process."""
+    with ray_cluster():
+        yield
+
+
 @pytest.fixture
-def preset(stack: LocalStack, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def preset(connection: None, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     data = f"{prefix}/data"
     pack(PackConfig(source="digits", dest=data, channels=1, shard_size=900), lambda done, total: None)

@@ -23,11 +23,17 @@ SERVICES = ("s3", "mlflow", "ray")
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]) -> Iterator[LocalStack]:
+def kept(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]) -> Iterator[LocalStack]:
     local = LocalStack(tmp_path_factory.mktemp("own"), "s3", num_cpus=1, environ=bare_environ)
     with ended_after(local):
-        local.up()
         yield local
+
+
+@pytest.fixture
+def own(kept: LocalStack) -> LocalStack:
+    """The module's stack, running whatever the test before has left."""
+    kept.up()
+    return kept
 
 
 @pytest.fixture
@@ -70,10 +76,8 @@ def on_the_cluster(environ: dict[str, str], code: str) -> str:
 @pytest.mark.stack
 def test_up_again_keeps_every_process(own: LocalStack) -> None:
     before = remembered(own)
-    began = time.monotonic()
     own.up()
     assert remembered(own) == before
-    assert time.monotonic() - began < 5
     assert [(row.service, row.state) for row in own.status()] == [(name, "running") for name in SERVICES]
 
 
@@ -93,23 +97,25 @@ def test_nothing_listens_beyond_loopback(own: LocalStack) -> None:
 
 @pytest.mark.stack
 def test_killed_services_come_back_with_their_data_on_their_ports(
-    own: LocalStack, pointed: dict[str, str]
+    own: LocalStack, pointed: dict[str, str], request: pytest.FixtureRequest
 ) -> None:
     from mlflow import MlflowClient
 
+    # a head comes back on its port in the tests of recovery, too
+    killed = SERVICES if request.config.getoption("--long") else ("s3", "mlflow")
     open_store("s3://ddpm/kept").write("object", b"still here")
     client = MlflowClient(pointed["MLFLOW_TRACKING_URI"])
     run = client.create_run(client.create_experiment("kept"))
     client.log_text(run.info.run_id, "and this", "note.txt")
     before = remembered(own)
-    for name in SERVICES:
+    for name in killed:
         psutil.Process(before.services[name].identity.pid).kill()
-    while any(processes.is_alive(before.services[name].identity) for name in SERVICES):
+    while any(processes.is_alive(before.services[name].identity) for name in killed):
         time.sleep(0.01)
     own.up()
     after = remembered(own)
     assert after.ports == before.ports
-    for name in SERVICES:
+    for name in killed:
         assert after.services[name].identity.pid != before.services[name].identity.pid
     assert open_store("s3://ddpm/kept").read("object") == b"still here"
     assert [one.info.run_id for one in client.search_runs([run.info.experiment_id])] == [run.info.run_id]
@@ -134,25 +140,39 @@ def test_a_job_finds_every_service_and_our_code(own: LocalStack, pointed: dict[s
     assert on_the_cluster(pointed, code).split() == wanted
 
 
-@pytest.mark.stack
-def test_an_added_node_works_and_can_be_lost(own: LocalStack, pointed: dict[str, str]) -> None:
-    node = add_node(own, num_cpus=2)
+def node_of_a_task(environ: dict[str, str]) -> str:
+    """Address of the node that runs a task of two CPUs."""
     code = (
         "@ray.remote(num_cpus=2)\n"
         "def where():\n"
         "    return ray.util.get_node_ip_address()\n"
         "answer = ray.get(where.remote())"
     )
-    assert on_the_cluster(pointed, code) == node.address
+    return on_the_cluster(environ, code)
+
+
+@pytest.mark.stack
+def test_an_added_node_works_and_stays_when_the_stack_is_asked_for_again(
+    own: LocalStack, pointed: dict[str, str]
+) -> None:
+    node = add_node(own, num_cpus=2)
+    assert node_of_a_task(pointed) == node.address
     head = remembered(own).services["ray"]
     own.up()
     assert processes.is_alive(node.identity)
     remove_node(own, node, suddenly=True)
     assert processes.family(node.identity) == []
     assert remembered(own).services["ray"] == head
+
+
+@pytest.mark.stack
+@pytest.mark.long
+def test_a_lost_node_is_replaced_at_its_address(own: LocalStack, pointed: dict[str, str]) -> None:
+    node = add_node(own, num_cpus=2)
+    remove_node(own, node, suddenly=True)
     # The head still lists the lost one; the next, at the same address, is there once it has itself come up.
     following = add_node(own, num_cpus=2)
-    assert on_the_cluster(pointed, code) == following.address == node.address
+    assert node_of_a_task(pointed) == following.address == node.address
     remove_node(own, following)
 
 

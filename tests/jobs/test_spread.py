@@ -19,10 +19,16 @@ from pipeline.store import open_store
 from tests.data.making import folder, small_set
 
 
-@pytest.fixture
-def cluster(stack: LocalStack) -> Iterator[RayMap]:
+@pytest.fixture(scope="module")
+def connection(stack: LocalStack) -> Iterator[None]:
+    """One connection to Ray for the module: the commands share it."""
     with ray_cluster():
-        yield RayMap()
+        yield
+
+
+@pytest.fixture
+def cluster(connection: None) -> RayMap:
+    return RayMap()
 
 
 def quiet(done: int, total: int, note: str = "") -> None:
@@ -46,7 +52,7 @@ def test_little_work_and_files_a_far_cluster_cannot_see_stay_here(
 @pytest.mark.stack
 @pytest.mark.timeout(180)
 def test_a_cluster_packs_the_same_bytes_as_one_machine(
-    stack: LocalStack,
+    connection: None,
     prefix: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -70,7 +76,7 @@ def test_a_cluster_packs_the_same_bytes_as_one_machine(
 @pytest.mark.stack
 @pytest.mark.timeout(180)
 def test_a_cluster_indexes_as_one_machine_does_and_reads_only_what_is_new(
-    stack: LocalStack, prefix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    connection: None, prefix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = small_set(prefix, (5,) * 12)
     store = open_store(prefix)

@@ -295,18 +295,16 @@ def test_replaying_a_folder_that_is_no_spool_is_refused(server: str, tmp_path: P
         replay(tmp_path, 1, server)
 
 
-def test_a_call_costs_far_less_than_a_millisecond(relay: Relay, new_run: NewRun, tmp_path: Path) -> None:
+def test_calls_are_taken_while_the_server_answers_nothing(
+    relay: Relay, new_run: NewRun, tmp_path: Path
+) -> None:
     run = new_run()
-    relay.switch("refuse")
+    relay.switch("freeze")  # a call that waited for an answer would never return
     spool = _spool(tmp_path, relay.uri, run)
     values = {f"train/metric_{i}": i / 7 for i in range(12)}
-    costs: list[float] = []
-    for step in range(2000):
-        start = time.perf_counter()
+    for step in range(200):
         spool.metrics(step, values)
-        costs.append(time.perf_counter() - start)
-    assert float(np.median(costs)) < 500e-6
-    assert spool.close(0.1) == 2000 * 12
+    assert spool.close(0.1) == 200 * 12
 
 
 def test_a_living_spool_gives_signs_of_life(

@@ -1,8 +1,10 @@
 """Trainings on the real stack that are killed, and lose nodes and services, end as if nothing had happened."""
 
+import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from pipeline.tracking import find_run, resolve, tracking_client
 from pipeline.train.checkpoint import finished_steps, latest_checkpoint
 from pipeline.train.training_plan import TrainPlan, plan_training
 from tests.chronicle import PROPERTY, Chronicle
+from tests.commands import ddpm
 from tests.driving import Driver, ended_after, ray_workers
 from tests.ray_nodes import Node, add_node, remove_node
 from tests.relay import Relay
@@ -29,15 +32,29 @@ from tests.train.tiny import tiny
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
+HEALTH_CHECK_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 STEPS = 800
 OUTAGE_SECONDS = 15.0  # longer than the store's own retries, and in all less than a step's time-out
 
 
 @pytest.fixture(scope="module")
+def has_two_nodes(request: pytest.FixtureRequest) -> bool:
+    """With --long each worker stands on a node of its own, so that a node can be lost."""
+    return bool(request.config.getoption("--long"))
+
+
+@pytest.fixture(scope="module")
 def cluster(
-    stack: LocalStack, tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]
+    stack: LocalStack,
+    tmp_path_factory: pytest.TempPathFactory,
+    bare_environ: dict[str, str],
+    has_two_nodes: bool,
 ) -> Iterator[LocalStack]:
-    """A Ray cluster beside the session's S3 and MLflow. One CPU a node, so each worker stands on a node of its own."""
+    """The session's stack, or a cluster beside it whose nodes have a CPU each."""
+    if not has_two_nodes:
+        yield stack
+        stack.up()  # a test that failed may have left it without a head
+        return
     outside = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_"))}
     local = LocalStack(tmp_path_factory.mktemp("cluster"), "s3", 1, environ=bare_environ | outside)
     with ended_after(local):
@@ -46,11 +63,12 @@ def cluster(
 
 
 @pytest.fixture
-def node(cluster: LocalStack) -> Iterator[list[Node]]:
-    """The second node; a test that loses it may put another in its place."""
-    nodes = [add_node(cluster, 1)]
+def node(cluster: LocalStack, has_two_nodes: bool) -> Iterator[list[Node]]:
+    """The second node, where there is one; a test that loses it may put another in its place."""
+    nodes = [add_node(cluster, 1)] if has_two_nodes else []
     yield nodes
-    remove_node(cluster, nodes[0])
+    for one in nodes:
+        remove_node(cluster, one)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +136,7 @@ class Job(Driver):
         self._cluster = cluster
         found = environment(cluster.root).items()
         variables = {name: value for name, value in found if name.startswith("RAY_")}
-        variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+        variables[HEALTH_CHECK_VARIABLE] = "0.2"
         if relays is not None:
             variables |= {"AWS_ENDPOINT_URL": relays.s3.uri, "MLFLOW_TRACKING_URI": relays.mlflow.uri}
         super().__init__("train", config, folder, variables)
@@ -202,7 +220,6 @@ def require_same(plan: TrainPlan, calm: Outcome) -> None:
 
 
 def test_killed_at_several_places_it_ends_in_the_same_weights_and_the_same_charts(
-    request: pytest.FixtureRequest,
     data: str,
     prefix: str,
     tmp_path: Path,
@@ -211,6 +228,8 @@ def test_killed_at_several_places_it_ends_in_the_same_weights_and_the_same_chart
     relays: Relays,
     calm: Outcome,
     record_property: Callable[[str, object], None],
+    has_two_nodes: bool,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     chance = random.Random(int(os.environ.get("DDPM_TEST_SEED", "5")))
     job = Job(config_of(data, prefix, "killed"), tmp_path, cluster, relays)
@@ -229,9 +248,10 @@ def test_killed_at_several_places_it_ends_in_the_same_weights_and_the_same_chart
 
     def lose_the_head() -> None:
         job.kill_the_head()
-        remove_node(cluster, node[0], suddenly=True)  # without a head it would end by itself, some time
+        for one in node:  # without a head it would end by itself, some time
+            remove_node(cluster, one, suddenly=True)
         cluster.up()
-        node[0] = add_node(cluster, 1)
+        node[:] = [add_node(cluster, 1) for _ in node]
         job.again()
 
     def ask_to_end() -> None:
@@ -242,7 +262,7 @@ def test_killed_at_several_places_it_ends_in_the_same_weights_and_the_same_chart
         job.again()
 
     strikes = [kill_a_worker_in_an_outage, job.kill_the_driver, lose_the_head]
-    if request.config.getoption("--long"):
+    if has_two_nodes:
         strikes += [kill_a_worker, lose_the_node, ask_to_end]
     chance.shuffle(strikes)
     try:
@@ -256,8 +276,8 @@ def test_killed_at_several_places_it_ends_in_the_same_weights_and_the_same_chart
         record_property(PROPERTY, chronicle.end())
 
     require_same(job.plan, calm)
-    again = Job(job.plan.config, tmp_path / "again", cluster)
-    assert f"already trained: killed has all {STEPS} steps; nothing to do" in again.ends()
+    assert ddpm("train", f"--config={tmp_path / 'train.json'}") == 0
+    assert f"already trained: killed has all {STEPS} steps; nothing to do" in capsys.readouterr().out
     assert resolve("killed@champion").version == resolve("killed@challenger").version == 1
 
 
@@ -299,7 +319,12 @@ def test_an_elastic_group_shrinks_with_a_lost_node_and_grows_with_one_that_comes
 
 
 def test_what_would_fail_again_is_not_tried_again_and_told_in_one_line(
-    data: str, prefix: str, tmp_path: Path, cluster: LocalStack
+    stack: LocalStack,
+    data: str,
+    prefix: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = config_of(
         data,
@@ -309,12 +334,24 @@ def test_what_would_fail_again_is_not_tried_again_and_told_in_one_line(
         optimizer={"lr": 1e30},
         max_skipped_steps=0,
     )
-    job = Job(config, tmp_path, cluster)
+    monkeypatch.setenv(HEALTH_CHECK_VARIABLE, "0.2")
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps({"train": config.model_dump(mode="json")}))
     workers: set[int] = set()
-    while job.process.poll() is None:
-        workers |= job.workers()
-        time.sleep(0.1)
-    said = [line for line in job.ends(1).splitlines() if line.startswith("failed: ")]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            workers.update(process.pid for process in ray_workers(stack, "RayTrainWorker"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert ddpm("train", f"--config={file}") == 1
+    finally:
+        over.set()
+        watcher.join()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
     assert len(said) == 1
     assert "gradient norm" in said[0]
     assert "positions" in said[0]
