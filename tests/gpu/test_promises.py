@@ -9,6 +9,17 @@ from tests.gpu.promises import PROMISES, Promise, two_workers_interrupted_end_in
 from tests.gpu.report import Result, rendered
 
 DEVICES = ("cpu", "cuda")
+# On a CPU tests/train shows the same of trainings, with more steps.
+CASES = [
+    pytest.param(
+        promise,
+        device,
+        marks=[pytest.mark.long] if device == "cpu" and "training" in promise.__name__ else [],
+        id=f"{promise.__name__}-{device}",
+    )
+    for promise in PROMISES
+    for device in DEVICES
+]
 
 
 def _require_gpus(device: str, count: int, promise: str, request: pytest.FixtureRequest) -> None:
@@ -22,8 +33,7 @@ def _require_gpus(device: str, count: int, promise: str, request: pytest.Fixture
         pytest.skip("needs a CUDA device" if count == 1 else f"needs {count} CUDA devices")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize(("promise", "device"), CASES)
 def test_a_promise_holds(
     promise: Promise, device: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

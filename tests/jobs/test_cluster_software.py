@@ -88,7 +88,7 @@ def test_another_ray_or_python_is_refused_before_anything_is_submitted(answers: 
 @pytest.mark.parametrize(
     ("package", "version", "said"),
     [
-        ("torch", "2.7.0+cu126", "has torch 2.7.0+cu126, here is"),
+        ("torch", "2.9.0+cu126", "has torch 2.9.0+cu126, here is"),
         ("mlflow", "2.0.0", "has mlflow 2.0.0, this program needs"),
         ("webdataset", None, "webdataset is not installed on the cluster"),
     ],

@@ -72,6 +72,7 @@ def test_a_divided_training_is_the_same_training_and_its_checkpoint_the_same_fil
         torch.testing.assert_close(divided.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.long
 def test_stopped_and_resumed_by_as_many_workers_it_ends_in_the_same_bits(
     digits: str, folder: Path, fsdp: Outcome
 ) -> None:
@@ -83,6 +84,7 @@ def test_stopped_and_resumed_by_as_many_workers_it_ends_in_the_same_bits(
         assert torch.equal(resumed[name], tensor), name
 
 
+@pytest.mark.long
 def test_one_worker_two_that_divide_the_state_and_one_again_take_turns(
     digits: str, folder: Path, ddp: Outcome
 ) -> None:
@@ -123,7 +125,7 @@ def test_workers_that_divide_a_diverging_training_end_together(digits: str, fold
     assert {step for step, _, _ in outcome.positions} < set(range(STEPS))
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_gradients_sent_in_bfloat16_change_little_and_name_another_training(
     digits: str, folder: Path, ddp: Outcome, sharding: str
 ) -> None:
