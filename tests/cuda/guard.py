@@ -28,7 +28,9 @@ def is_cpu_build() -> bool:
 
 
 def _compiled() -> Path:
-    version = importlib.metadata.version("torch")
+    # The library finds torch's own by path: that of another environment may be gone.
+    torch = _torch_folder()
+    version = f"{importlib.metadata.version('torch')} {torch}"
     key = hashlib.sha256(SOURCE.read_bytes() + version.encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-pipeline" / "tests"
     library = cache / f"guard-{key}.so"
@@ -36,7 +38,6 @@ def _compiled() -> Path:
         return library
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(f".{os.getpid()}")
-    torch = _torch_folder()
     words = ["-O1", "-std=c++20", "-fPIC", "-shared", f"-I{torch}/include", SOURCE, "-o", unfinished]
     libraries = [f"-L{torch}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"]
     subprocess.run([COMPILER or "g++", *words, *libraries], check=True)
