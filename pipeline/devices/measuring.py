@@ -3,7 +3,7 @@
 import torch
 
 from pipeline.devices.arithmetic import set_up_arithmetic
-from pipeline.devices.device_kind import read_device_kind
+from pipeline.devices.cuda_device import read_device_kind
 from pipeline.errors import UserError
 
 

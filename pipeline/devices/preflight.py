@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.config.base import Settings
 from pipeline.config.device_kind import DeviceKind
 from pipeline.devices.arithmetic import set_up_arithmetic
-from pipeline.devices.device_kind import read_device_kind
+from pipeline.devices.cuda_device import read_device_kind
 from pipeline.devices.remedies import OTHER_REMEDY, fault_and_remedy
 from pipeline.telemetry.terminal import echo_json
 

@@ -70,7 +70,7 @@ def _reference(x: Tensor, words: Tensor, threshold: int, layer_word: int) -> Ten
 
 
 def _launch(*arguments: Any) -> Tensor:
-    from pipeline.kernels.dropout import launch_keyed_dropout
+    from pipeline.kernels.dropout_kernel import launch_keyed_dropout
 
     return launch_keyed_dropout(*arguments)
 

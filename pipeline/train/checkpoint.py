@@ -33,7 +33,7 @@ from pipeline.config.json_document import parse_document
 from pipeline.disk_errors import disk_errors_at
 from pipeline.errors import DamageError
 from pipeline.store import ObjectMissing, Store, retry_during_outage
-from pipeline.train.staging import Staged, Staging
+from pipeline.train.host_copies import Staged, Staging
 
 log = logging.getLogger(__name__)
 

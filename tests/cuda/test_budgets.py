@@ -4,33 +4,23 @@ budgets.json is the table. A change that needs less lowers its lines in the same
 """
 
 import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cuda.guard import COMPILER, is_cpu_build
+from tests.cuda.running import NEEDS_THE_DEVICE, run
 
 BUDGETS: dict[str, dict[str, float]] = json.loads(Path(__file__).with_name("budgets.json").read_text())
-ROOT = Path(__file__).parents[2]
 
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
-    pytest.mark.skipif(not is_cpu_build(), reason="needs a CPU build of torch"),
-]
+pytestmark = NEEDS_THE_DEVICE
 
 
 @cache
 def counted(kind: str) -> dict[str, dict[str, Any]]:
     """What `tests.cuda.counts` says of all steps of a kind. In a process of its own, which has no torch yet."""
-    names = [name for name in BUDGETS if name.startswith(kind)]
-    command = [sys.executable, "-m", "tests.cuda.counts", *names]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(run("counts", *(name for name in BUDGETS if name.startswith(kind))))
 
 
 @pytest.mark.timeout(900)  # under load
@@ -42,7 +32,4 @@ def test_a_step_stays_within_its_budget(name: str) -> None:
 
 
 def test_every_step_that_can_be_counted_has_a_budget() -> None:
-    listed = subprocess.run(
-        [sys.executable, "-m", "tests.cuda.counts"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert json.loads(listed.stdout) == list(BUDGETS)
+    assert json.loads(run("counts")) == list(BUDGETS)

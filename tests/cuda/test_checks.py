@@ -2,34 +2,25 @@
 
 import ast
 import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.cuda.guard import COMPILER, is_cpu_build
+from tests.cuda.running import NEEDS_THE_DEVICE, run
 
-ROOT = Path(__file__).parents[2]
 STATEMENTS = [
     node.name
     for node in ast.parse(Path(__file__).with_name("checks.py").read_text()).body
     if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
 ]
 
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
-    pytest.mark.skipif(not is_cpu_build(), reason="needs a CPU build of torch"),
-]
+pytestmark = NEEDS_THE_DEVICE
 
 
 @cache
 def outcomes() -> dict[str, str | None]:
-    command = [sys.executable, "-m", "tests.cuda.checks"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(run("checks"))
 
 
 @pytest.mark.timeout(900)  # under load

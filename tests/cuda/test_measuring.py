@@ -1,30 +1,20 @@
 """Models are judged on a GPU where they are told to be: its kernels run, and its results are a GPU's by name."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cuda.guard import COMPILER, is_cpu_build
+from tests.cuda.running import NEEDS_THE_DEVICE, run
 
-ROOT = Path(__file__).parents[2]
-
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
-    pytest.mark.skipif(not is_cpu_build(), reason="needs a CPU build of torch"),
-]
+pytestmark = NEEDS_THE_DEVICE
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """In a process of its own, which has no torch yet."""
-    command = [sys.executable, "-m", "tests.cuda.measuring", str(tmp_path_factory.mktemp("measured"))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    output = run("measuring", str(tmp_path_factory.mktemp("measured")))
+    return json.loads(output.splitlines()[-1])
 
 
 @pytest.mark.timeout(900)  # under load

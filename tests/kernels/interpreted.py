@@ -18,8 +18,8 @@ from triton.runtime import interpreter
 
 from pipeline.diffusion import noise
 from pipeline.diffusion.noise import Stream
-from pipeline.kernels.dropout import launch_keyed_dropout
-from pipeline.kernels.group_norm import launch_group_norm, launch_group_norm_backward
+from pipeline.kernels.dropout_kernel import launch_keyed_dropout
+from pipeline.kernels.group_norm_kernels import launch_group_norm, launch_group_norm_backward
 from pipeline.kernels.philox import launch_normal, launch_one_block
 from pipeline.kernels.tiling import Tiling
 from pipeline.nets import dropout

@@ -85,12 +85,14 @@ def check_first_blocks(capability: int) -> None:
 
 
 def check_dropout(capability: int, dtypes: tuple[str, ...]) -> None:
-    from pipeline.kernels import dropout
+    from pipeline.kernels import dropout_kernel
 
     for dtype in dtypes:
         types = {"out": f"*{dtype}", "x": f"*{dtype}", "words": "*i32", "layer_word": INT, "threshold": INT}
         types |= {"scale": "fp32", "count": INT, "half": INT, "tiles": INT}
-        ptx = compiled(dropout.keyed_dropout_kernel, capability, types, False, BLOCK=dropout.BLOCK)
+        ptx = compiled(
+            dropout_kernel.keyed_dropout_kernel, capability, types, False, BLOCK=dropout_kernel.BLOCK
+        )
         assert not re.search(r"\bfma\b|\.ftz|approx", ptx)
         assert "ld.global.v4.b32" in ptx
         if dtype == "bf16":
@@ -98,7 +100,7 @@ def check_dropout(capability: int, dtypes: tuple[str, ...]) -> None:
 
 
 def check_group_norm(capability: int, channels: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-    from pipeline.kernels import group_norm
+    from pipeline.kernels import group_norm_kernels
     from pipeline.kernels.tiling import Tiling
 
     for count in channels:
@@ -107,7 +109,7 @@ def check_group_norm(capability: int, channels: tuple[int, ...], dtypes: tuple[s
             maps = {"x": f"*{dtype}", "grad": f"*{dtype}", "out": f"*{dtype}"}
             types = SIZES | PARAMETERS | maps
             for name in ("part_moments", "normalize", "part_gradients", "gradient"):
-                kernel = getattr(group_norm, f"{name}_kernel")
+                kernel = getattr(group_norm_kernels, f"{name}_kernel")
                 for whole in (True, False) if "WHOLE" in kernel.arg_names else (False,):
                     ptx = compiled(kernel, capability, types, True, SILU=True, WHOLE=whole, PARTS=4, **tile)
                     assert "atom" not in ptx, "an atomic sum has no fixed order"
