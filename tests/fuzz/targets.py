@@ -10,12 +10,14 @@ import json
 import pickle
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors.torch import save
@@ -70,12 +72,13 @@ class Target:
 
 
 @contextmanager
-def all_targets() -> Iterator[dict[str, Target]]:
+def all_targets() -> Generator[dict[str, Target]]:
     """Every reader, over files in a folder that lasts as long as the context."""
     with tempfile.TemporaryDirectory(prefix="ddpm-fuzz-") as folder:
         made = [
             *_data_targets(Path(folder) / "data"),
             *_array_targets(Path(folder) / "arrays"),
+            *_label_targets(Path(folder) / "labels"),
             *_generation_targets(Path(folder) / "generation"),
             *_training_targets(Path(folder) / "training"),
             _settings_target(Path(folder)),
@@ -124,6 +127,31 @@ def _array_targets(folder: Path) -> Iterator[Target]:
     npz = io.BytesIO()
     np.savez(npz, images=images.reshape(2, 6, 8), labels=labels)
     yield Target("npz", reader("set.npz"), npz.getvalue(), is_json=False)
+
+
+def _label_targets(folder: Path) -> Iterator[Target]:
+    """Files that give the classes of the images beside them."""
+
+    def reader(name: str, **settings: str) -> Callable[[bytes], object]:
+        place = folder / name.replace(".", "-")
+        place.mkdir(parents=True)
+        Image.new("RGB", (4, 4), (10, 200, 30)).save(place / "1.png")
+
+        def read(data: bytes) -> object:
+            (place / name).write_bytes(data)
+            config = PackConfig.model_validate({"source": str(place), "dest": "unused", **settings})
+            return open_source(config).items
+
+        return read
+
+    rows = io.BytesIO()
+    pq.write_table(pa.table({"file_name": ["1.png"], "label": ["cat"]}), rows)
+    yield Target("metadata.parquet", reader("metadata.parquet"), rows.getvalue(), is_json=False)
+    yield Target("metadata.csv", reader("metadata.csv"), b"file_name,label\n1.png,cat\n", is_json=False)
+    faces = b"1\nSmiling Young\n1.png -1  1\n"
+    celeba = reader("list_attr_celeba.txt", label_column="Young")
+    yield Target("CelebA table", celeba, faces, is_json=False)
+    yield Target("dataset.json", reader("dataset.json"), b'{"labels": [["1.png", 3]]}', is_json=True)
 
 
 def _generation_targets(folder: Path) -> Iterator[Target]:

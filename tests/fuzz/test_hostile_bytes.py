@@ -16,14 +16,19 @@ from tests.fuzz.readers import NAMES
 from tests.fuzz.targets import Target, all_targets
 
 MOST_BYTES = 64 * 2**20
-BINARY = ("tar", "npy", "idx", "CIFAR batch", "npz", "checkpoint state", "settings")
+TEXT = ("metadata.csv", "CelebA table", "settings")
+BINARY = ("tar", "npy", "idx", "CIFAR batch", "npz", "metadata.parquet", "checkpoint state", *TEXT)
 CORPUS = Path(__file__).parent / "corpus"
 
 patient = settings(
     max_examples=60,
     deadline=timedelta(seconds=20),
     derandomize=True,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.function_scoped_fixture,
+    ],
 )
 
 

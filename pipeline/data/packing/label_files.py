@@ -1,4 +1,4 @@
-"""Labels in files beside the images: dataset.json, metadata.csv and .jsonl, or one .cls or .json per image."""
+"""Labels in files beside the images: dataset.json, CelebA's table, metadata tables, or a .cls or .json per image."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from typing import Any
 from pydantic_core import from_json
 
 from pipeline.data.formats.shards import split_name
+from pipeline.data.packing.celeba import attributes
 from pipeline.data.packing.labels import choose_field, flatten, is_label_field
 from pipeline.data.packing.source_files import FileName
 from pipeline.errors import DamageError, UserError
 
 SIDECARS = ("cls", "label", "json")
-TABLES = ("metadata.csv", "metadata.jsonl")
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 NAME_LISTS = ("classes.txt", "classnames.txt", "labels.txt", "class_names.txt")
 _FILE_FIELDS = ("file_name", "filename", "image", "file", "path")
 _MAX_CLASS_BYTES = 4096
 """Size limit of a .cls file."""
+_MAX_ROWS_PER_FILE = 100
+"""Limit of a metadata.parquet's rows, for each file beside it: repeated values take next to no bytes there."""
 
 Read = Callable[[int], bytes]
 
@@ -39,6 +42,8 @@ class SidecarLabels:
     files_read: set[int]
     """Numbers of the files that were read."""
     notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] | None = None
+    """Class names by number, if the files say them."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,13 @@ def sidecar_labels(
 ) -> SidecarLabels | None:
     """The labels in files beside the images; None without such files or labels.
 
-    dataset.json (StyleGAN, EDM) takes precedence over metadata tables (Hugging Face), these over a file per image.
+    dataset.json (StyleGAN, EDM) takes precedence over CelebA's attributes, these over metadata tables (Hugging Face),
+    and these over a file per image.
     `images` are the numbers of the images among `names`. Raises UserError for damaged label files.
     """
     number_of = {name: number for number, name in enumerate(names)}
     search = _Search(names, images, read, column, where, number_of)
-    for find in (_dataset_json, _tables, _sidecars):
+    for find in (_dataset_json, _celeba, _tables, _sidecars):
         found = find(search)
         if found is not None:
             return found
@@ -110,12 +116,21 @@ def _dataset_json(search: _Search) -> SidecarLabels | None:
     return SidecarLabels("dataset.json", [labels.get(search.names[i]) for i in search.images], False, used)
 
 
+def _celeba(search: _Search) -> SidecarLabels | None:
+    found = attributes(search.names, search.images, search.read, search.column, search.where)
+    if found is None:
+        return None
+    notes = () if found.note is None else (found.note,)
+    chosen = search.column is not None
+    return SidecarLabels(found.how, list(found.values), chosen, {found.file}, notes, found.class_names)
+
+
 def _tables(search: _Search) -> SidecarLabels | None:
     files = [name for name in search.names if PurePosixPath(name.path).name in TABLES]
     rows: dict[FileName, dict[str, Any]] = {}
     for file in files:
-        for row in _rows(file, search.read(search.number_of[file]), search.where):
-            key = next((f for f in _FILE_FIELDS if f in row), None)
+        for row in _rows(file, search.read(search.number_of[file]), search):
+            key = next((f for f in (*_FILE_FIELDS, *row) if f in row and _names_a_file(f)), None)
             if key is None:
                 raise UserError(
                     f"source: {search.where}: {file.full_name} has no column file_name; it has: {', '.join(row)[:300]}"
@@ -203,7 +218,16 @@ def _sibling(file: FileName, name: str) -> FileName:
     return FileName(file.archive, "/".join(parts))
 
 
-def _rows(file: FileName, data: bytes, where: str) -> Iterator[dict[str, Any]]:
+def _names_a_file(field: str) -> bool:
+    """Whether a column of a metadata table names images; Hugging Face also knows `image_file_name` and the like."""
+    return field in _FILE_FIELDS or field.endswith("_file_name")
+
+
+def _rows(file: FileName, data: bytes, search: _Search) -> Iterator[dict[str, Any]]:
+    where = search.where
+    if file.path.endswith(".parquet"):
+        yield from _parquet_rows(data, f"{where}: {file.full_name}", _MAX_ROWS_PER_FILE * len(search.names))
+        return
     text = _text(data, f"{where}: {file.full_name}").removeprefix("\ufeff")
     if file.path.endswith(".csv"):
         try:
@@ -216,6 +240,22 @@ def _rows(file: FileName, data: bytes, where: str) -> Iterator[dict[str, Any]]:
         if line.strip():
             content = _json(line.encode(), f"{where}: {file.full_name}: line {number}")
             yield flatten(content)
+
+
+def _parquet_rows(data: bytes, where: str, max_rows: int) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa  # imported only when needed: 60 ms and 40 MB
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data))
+        if table.metadata.num_rows > max_rows:
+            raise UserError(
+                f"source: {where} has {table.metadata.num_rows:,} rows; the limit is {max_rows:,}"
+            )
+        for batch in table.iter_batches(batch_size=1024):
+            yield from (flatten(row) for row in batch.to_pylist())
+    except (OSError, ValueError) as error:  # Arrow's own errors are both
+        raise UserError(f"source: {where}: damaged ({str(error).splitlines()[0]}); write it again") from None
 
 
 def _short_text(data: bytes, where: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pydantic_core import from_json
 
@@ -15,8 +15,16 @@ from pipeline.data.formats.images import IMAGE_SUFFIXES
 from pipeline.data.location import expand, is_glob, require_matches
 from pipeline.data.packing.archives import TARS, TarFiles, require_temp_space, unpacked_bytes
 from pipeline.data.packing.array_source import open_arrays, open_npz
+from pipeline.data.packing.celeba import is_celeba_table
 from pipeline.data.packing.parquet import ParquetSource, has_image_column
-from pipeline.data.packing.source_files import CombinedFiles, Files, FolderFiles, ZipFiles, is_hidden
+from pipeline.data.packing.source_files import (
+    CombinedFiles,
+    Files,
+    FolderFiles,
+    SelectedFiles,
+    ZipFiles,
+    is_hidden,
+)
 from pipeline.data.packing.sources import DigitsSource, FilesSource, Source
 from pipeline.errors import UserError
 from pipeline.store import file_path
@@ -122,18 +130,23 @@ def _open_folder(config: PackConfig, folder: Path) -> Source:
         return (None if images else open_arrays(config, files)) or FilesSource(files, config)
     rest = Counter(p.suffix.lower() or p.name for p in paths.values() if p not in {*archives, *parquet})
     if archives:
-        return _open_folder_of_archives(config, folder, archives, rest + Counter({".parquet": len(parquet)}))
+        return _open_folder_of_archives(config, files, archives, rest + Counter({".parquet": len(parquet)}))
     ours = embedded or parquet
     rest[".parquet"] += len(parquet) - len(ours)
     return ParquetSource(sorted(ours), config, str(folder), +rest + files.left_out)
 
 
 def _open_folder_of_archives(
-    config: PackConfig, folder: Path, archives: Sequence[Path], rest: Counter[str]
+    config: PackConfig, files: FolderFiles, archives: Sequence[Path], rest: Counter[str]
 ) -> Source:
+    """Archives in a folder, as one source. CelebA's tables may lie beside its zip."""
+    folder = files.folder
     paths = sorted(archives)
     names = [str(path.relative_to(folder)) for path in paths]
-    whole = CombinedFiles(str(folder), list(zip(names, _open_archives(str(folder), paths), strict=True)))
+    members = list(zip(names, _open_archives(str(folder), paths), strict=True))
+    tables = SelectedFiles(files, [i for i, name in enumerate(files.names) if is_celeba_table(name)])
+    rest -= Counter(PurePosixPath(name.path).suffix for name in tables.names)
+    whole = CombinedFiles(str(folder), [*members, ("", tables)])
     if (arrays := open_arrays(config, whole)) is not None:
         return arrays
     source = FilesSource(whole, config, _packed_class_names(folder))

@@ -147,6 +147,18 @@ class CombinedFiles(Files):
         return files.read(inner)
 
 
+class SelectedFiles(Files):
+    """Some of the files of another source, in their order."""
+
+    def __init__(self, files: Files, numbers: Sequence[int]) -> None:
+        self.where, self.left_out = files.where, Counter()
+        self.names = [files.names[number] for number in numbers]
+        self._files, self._numbers = files, numbers
+
+    def read(self, number: int) -> bytes:
+        return self._files.read(self._numbers[number])
+
+
 def is_hidden(part: str) -> bool:
     """Whether a name is that of system or tool files, which are no data."""
     return part.startswith((".", "__MACOSX"))

@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.config.data import PackConfig
 from pipeline.data.formats.images import IMAGE_SUFFIXES
 from pipeline.data.formats.npy import encode_npy
+from pipeline.data.packing.celeba import partition
 from pipeline.data.packing.folder_layout import choose_split, class_folders, interpret_folders, split_word
 from pipeline.data.packing.label_files import class_list, sidecar_labels, with_user_errors
 from pipeline.data.packing.labels import describe_classes, sort_class_names, to_class_numbers
@@ -119,10 +120,12 @@ class FilesSource(Source):
                 f"these are packed: {' '.join(IMAGE_SUFFIXES)}"
             )
         num_all = len(images)
-        split, images = _select_split(names, images, config.split, where)
+        split, images, tables = self._select_split(images)
         layout = interpret_folders([names[i].path for i in images], config.labels, split, where)
         images = [images[i] for i in layout.kept]
         notes = [f"split {config.split}: {len(images)} of {num_all} images"] if config.split else []
+        if tables and not config.split:
+            notes.append("images of all splits are packed; split=train, validation or test chooses one")
         chosen = select_one_image([names[i] for i in images], names, config.image_column, where)
         num_others = len(images) - len(chosen)
         layout = type(layout)(layout.kept, [layout.parts[i] for i in chosen], layout.wraps)
@@ -133,12 +136,24 @@ class FilesSource(Source):
         labels, self.class_names, label_files, label_notes = self._labels(layout, shown, class_names)
         self.items = [Item(name, label) for name, label in zip(shown, labels, strict=True)]
         image_numbers = {i for i, name in enumerate(names) if name.path.lower().endswith(IMAGE_SUFFIXES)}
-        rest = [name for i, name in enumerate(names) if i not in image_numbers and i not in label_files]
+        read = image_numbers | label_files | tables
+        rest = [name for i, name in enumerate(names) if i not in read]
         self.left_out = _count_extensions(rest) + files.left_out
         self.notes = (*notes, *label_notes)
 
     def read(self, number: int) -> bytes:
         return self._files.read(self._numbers[number])
+
+    def _select_split(self, images: list[int]) -> tuple[str | None, list[int], set[int]]:
+        """The split still to be found in folders, the images of the requested one, and the tables that were read."""
+        names, wanted, where = self._files.names, self.config.split, self._files.where
+        found = partition(names, images, with_user_errors(self._files.read, names, where), where)
+        if found is None:
+            return *_split_of_archives(names, images, wanted, where), set()
+        table, words = found
+        if wanted in (None, "all"):  # the whole set is what most people train on
+            return None, images, {table}
+        return None, [images[i] for i in choose_split(words, wanted, where)], {table}
 
     def _labels(
         self, layout: Any, shown: list[str], class_names: tuple[str, ...] | None
@@ -152,7 +167,7 @@ class FilesSource(Source):
         if config.labels == "auto":
             found = sidecar_labels(names, self._numbers, read, config.label_column, where)
             if found is not None:
-                listed = class_names or class_list(names, read, where)
+                listed = found.class_names or class_names or class_list(names, read, where)
                 labels, classes = to_class_numbers(
                     found.values, shown, f"{where}: {found.how}", listed, found.field_chosen
                 )
@@ -171,7 +186,7 @@ class FilesSource(Source):
         return labels, classes, set(), (*notes, describe_classes("class folders", classes, labels))
 
 
-def _select_split(
+def _split_of_archives(
     names: Sequence[FileName], images: list[int], split: str | None, where: str
 ) -> tuple[str | None, list[int]]:
     """The split that is still to be found in folders, and the images in archives of the requested split."""
