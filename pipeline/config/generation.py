@@ -140,24 +140,50 @@ class SampleConfig(Settings):
     """`name@alias`, `name/version`, or a folder that holds model.safetensors and model.json."""
     output: str = "samples"
     """Folder for the images and grid.png; made if need be."""
-    count: int = Field(default=16, ge=1, le=10_000)
+    count: int = Field(default=16, ge=1, le=MAX_IMAGES_A_SHARD)
     """Number of images."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the noise."""
     first_index: int = Field(default=0, ge=0)
     """Index of the first image."""
+    only: list[int] | None = Field(default=None, min_length=1)
+    """Indexes of the images to write. All `count` images are sampled, because rounding depends on the batch that an
+    image is sampled in. None = write all."""
     classes: ClassChoice = "auto"
     """Classes of the images, as for a generation."""
     sampler: SamplerConfig = SamplerConfig()
-    """The reverse process: kind, steps, guidance."""
+    """The reverse process."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network's arithmetic."""
     matmul: Matmul = "ieee"
     """Products of float32 numbers on a GPU, as for a generation."""
     batch_size: int = Field(default=64, ge=1)
     """Images per network call."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Where to sample; CPUs and GPUs round differently. None = on a GPU, if there is one."""
+    cpu_threads: int | None = Field(default=None, ge=1, le=4096)
+    """Threads on a CPU, as for a generation. None = as many as torch chooses."""
+    compile: bool = False
+    """Compile the network with torch.compile, as for a generation."""
+    image_format: Literal["png", "webp", "npy"] = "png"
+    """Encoding of the images, as for a generation."""
 
     @model_validator(mode="after")
     def _has_no_idle_setting(self) -> Self:
         _refuse_idle_matmul(self)
+        if self.device == "cuda":
+            refuse_idle(self, ("cpu_threads",), "on a GPU")
+        elif self.device == "cpu":
+            refuse_idle(self, ("matmul",), "on a CPU")
+        return self
+
+    @model_validator(mode="after")
+    def _draws_what_it_writes(self) -> Self:
+        end = self.first_index + self.count
+        for index in self.only or ():
+            if not self.first_index <= index < end:
+                raise ValueError(
+                    f"only holds {index}, but the images are {self.first_index} to {end - 1}; change first_index "
+                    "or count"
+                )
         return self

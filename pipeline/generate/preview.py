@@ -1,23 +1,26 @@
 """Samples a few images into a local folder, in this process, without a cluster."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from pipeline.config.generation import SampleConfig, SpecSettings
-from pipeline.data.formats.contact_sheet import image_grid, in_rows
+from pipeline.data.formats.contact_sheet import image_grid, in_rows, labelled_rows
 from pipeline.data.formats.images import encode_image
 from pipeline.data.formats.npy import Pixels
 from pipeline.diffusion.samplers import SamplerStep
 from pipeline.disk_errors import disk_errors_at
-from pipeline.generate.class_labels import class_name, classes_of
+from pipeline.generate.class_labels import class_name, classes_of, index_tensor
 from pipeline.generate.device_check import usable_kind
 from pipeline.generate.engine import Engine, set_up_torch
-from pipeline.generate.model_source import find_model
-from pipeline.generate.spec import make_spec
+from pipeline.generate.model_source import ResolvedModel, find_model
+from pipeline.generate.spec import Spec, make_spec
 from pipeline.nets.model_files import build_model
 from pipeline.progress import Progress, no_progress
+
+_MIN_COLUMNS = 12
 
 
 @dataclass(frozen=True)
@@ -25,69 +28,72 @@ class SampleResult:
     """Files written by `draw`."""
 
     images: tuple[Path, ...]
-    """One PNG per sample, named by its index."""
+    """One file per image, named by its index."""
     grid: Path
-    """All samples in one image; with classes, one row per class."""
+    """These images in one; with classes, each class begins a row."""
 
 
 def draw(config: SampleConfig, progress: Progress = no_progress) -> SampleResult:
     """Sample and write images and grid.png. Progress counts network evaluations of batches."""
     model = find_model(config.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch_size = min(config.batch_size, config.count)
-    chosen = config.model_dump(exclude={"output", "batch_size"})
-    settings = SpecSettings.model_validate(
-        chosen
-        | {"batch_size": batch_size, "shard_size": config.count, "cpu_threads": torch.get_num_threads()}
-    )
-    spec = make_spec(
-        settings,
+    spec = _spec_of(config, model)
+    set_up_torch(spec)
+    net = build_model(model.card, model.weights, spec.device, where=config.model)
+    engine = Engine(spec, net, model.card)
+    parts = index_tensor(range(config.first_index, config.first_index + config.count)).split(spec.batch_size)
+    wanted = None if config.only is None else set(config.only)
+    total = len(parts) * config.sampler.num_steps
+    images: dict[int, Pixels] = {}
+    for number, part in enumerate(parts):
+
+        def on_step(step: SamplerStep, before: int = number * config.sampler.num_steps) -> None:
+            progress(before + step.k + 1, total)
+
+        for index, image in zip(part.tolist(), engine.images(part, on_step), strict=True):
+            if wanted is None or index in wanted:
+                images[index] = image
+    return _write(config, images, _sheet(spec, images, model.card.class_names))
+
+
+def _spec_of(config: SampleConfig, model: ResolvedModel) -> Spec:
+    """The spec of a generation that makes the same images."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = config.model_dump(exclude={"output", "only", "device"}) | {
+        "batch_size": min(config.batch_size, config.count),
+        "shard_size": config.count,
+        "cpu_threads": config.cpu_threads or torch.get_num_threads(),
+    }
+    return make_spec(
+        SpecSettings.model_validate(chosen),
         model.card,
         name=model.name,
         version=model.version,
         device=device,
         device_kind=usable_kind(torch.device(device)),
     )
-    set_up_torch(spec)
-    net = build_model(model.card, model.weights, device, where=config.model)
-    engine = Engine(spec, net, model.card)
-    images: list[Pixels] = []
-    index = torch.arange(config.first_index, config.first_index + config.count)
-    parts = index.split(batch_size)
-    total = len(parts) * config.sampler.num_steps
-    for number, part in enumerate(parts):
-
-        def on_step(step: SamplerStep, before: int = number * config.sampler.num_steps) -> None:
-            progress(before + step.k + 1, total)
-
-        images.extend(engine.images(part, on_step))
-    labels = classes_of(spec, index)
-    names = model.card.class_names
-    return _write(config, images, None if labels is None else labels.tolist(), names)
 
 
-def _write(
-    config: SampleConfig, images: list[Pixels], labels: list[int] | None, names: tuple[str, ...] | None
-) -> SampleResult:
+def _write(config: SampleConfig, images: dict[int, Pixels], sheet: Pixels) -> SampleResult:
     folder = Path(config.output)
     paths: list[Path] = []
     with disk_errors_at(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for place, image in enumerate(images):
-            path = folder / f"{config.first_index + place:012d}.png"
-            path.write_bytes(encode_image(image, "png"))
+        for index, image in images.items():
+            path = folder / f"{index:012d}.{config.image_format}"
+            path.write_bytes(encode_image(image, config.image_format))
             paths.append(path)
-        sheet = folder / "grid.png"
-        sheet.write_bytes(encode_image(_sheet(images, labels, names), "png"))
-    return SampleResult(tuple(paths), sheet)
+        grid = folder / "grid.png"
+        grid.write_bytes(encode_image(sheet, "png"))
+    return SampleResult(tuple(paths), grid)
 
 
-def _sheet(images: list[Pixels], labels: list[int] | None, names: tuple[str, ...] | None) -> Pixels:
+def _sheet(spec: Spec, images: dict[int, Pixels], names: tuple[str, ...] | None) -> Pixels:
+    """The grid of images by index: with classes, each begins a row and goes on in further ones."""
+    labels = classes_of(spec, torch.tensor(list(images)))
     if labels is None:
-        return image_grid(in_rows(images))
-    present = sorted(set(labels))
-    rows = [
-        [image for image, its_label in zip(images, labels, strict=True) if its_label == label]
-        for label in present
-    ]
-    return image_grid(rows, [class_name(label, names) for label in present])
+        return image_grid(in_rows(list(images.values())))
+    of_label: dict[int, list[Pixels]] = {label: [] for label in sorted(set(labels.tolist()))}
+    for label, image in zip(labels.tolist(), images.values(), strict=True):
+        of_label[label].append(image)
+    named = [(class_name(label, names), part) for label, part in of_label.items()]
+    return image_grid(*labelled_rows(named, max(_MIN_COLUMNS, math.isqrt(len(images)))))

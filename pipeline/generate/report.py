@@ -1,10 +1,10 @@
 """The report: one self-contained HTML page on a generation. It holds no times: equal specs give equal bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from pipeline.data.formats.contact_sheet import image_grid
+from pipeline.data.formats.contact_sheet import image_grid, in_rows
 from pipeline.data.formats.images import decode_image, encode_image
 from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import read_shard
@@ -17,7 +17,6 @@ from pipeline.html_page import render_page
 
 COLUMNS = 12
 _MAX_ROWS = 24
-_LONGEST_LABEL = 40
 _MAX_SHARDS = 4
 _LOOK_AHEAD = 100_000
 
@@ -47,20 +46,16 @@ def load_images(generation: Generation) -> Images:
     return {label: [images[index] for index in part] for label, part in shown.items()}
 
 
-def grid_rows(images: Images) -> list[list[Pixels]]:
+def grid_rows(images: Images) -> Sequence[Sequence[Pixels]]:
     """The rows of a grid: one per class, or rows of fixed length without classes."""
-    if None in images:
-        unlabeled = images[None]
-        return [unlabeled[start : start + COLUMNS] for start in range(0, len(unlabeled), COLUMNS)]
-    return list(images.values())
+    return in_rows(images[None], COLUMNS) if None in images else list(images.values())
 
 
 def row_labels(images: Images, names: tuple[str, ...] | None) -> list[str] | None:
-    """The rows' class names, shortened to fit, or None without classes."""
+    """The rows' class names, or None without classes."""
     if None in images:
         return None
-    labels = [class_name(label, names) for label in images if label is not None]
-    return [name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…" for name in labels]
+    return [class_name(label, names) for label in images if label is not None]
 
 
 def _read_images(generation: Generation, indexes: list[int]) -> Iterator[tuple[int, Pixels]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import botocore.exceptions as boto_errors
@@ -66,6 +66,13 @@ PROBE_POLICY = RetryPolicy(attempts=2)  # for `_probe`: a person is waiting
 PART_BYTES = 16 << 20  # S3 asks for at least 5 MiB a part; 10,000 parts of 16 MiB are 156 GiB
 CHUNK_BYTES = 1 << 20
 MD5_TAG = re.compile(r"[0-9a-f]{32}")
+CONTENT_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".json": "application/json",
+    ".png": "image/png",
+    ".webp": "image/webp",
+}
+"""What a browser is told of objects that it shows; others keep the service's default, which it saves as a file."""
 _CONTENT_RANGE = re.compile(r"bytes \d{1,18}-\d{1,18}/(\d{1,18})")
 
 
@@ -138,6 +145,8 @@ class S3Store(Store):
 
     def write(self, key: str, data: bytes, *, replaces: str | None = None) -> ObjectInfo:
         where: Any = {"Bucket": self.bucket, "Key": self._name(key), "Body": data, **_checksum(data)}
+        if (content_type := CONTENT_TYPES.get(PurePosixPath(key).suffix)) is not None:
+            where["ContentType"] = content_type
         condition: Any = _condition(replaces)
 
         def put(client: S3Client) -> Any:

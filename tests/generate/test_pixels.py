@@ -9,7 +9,14 @@ import pytest
 
 from pipeline.config.generation import GuardConfig
 from pipeline.config.model_card import TrainingData
-from pipeline.data.formats.contact_sheet import image_grid, in_rows, thumbnail
+from pipeline.data.formats.contact_sheet import (
+    MAX_CELL_PIXELS,
+    MAX_SHEET_PIXELS,
+    image_grid,
+    in_rows,
+    labelled_rows,
+    scaled,
+)
 from pipeline.data.formats.image_stats import ImageStats, image_stats
 from pipeline.data.formats.images import ImageFormat, decode_image, encode_image
 from pipeline.data.formats.npy import Pixels
@@ -142,7 +149,43 @@ def test_labels_make_room_beside_the_rows() -> None:
 
 def test_images_of_several_sizes_share_a_grid() -> None:
     sheet = image_grid(
-        in_rows([*noise(1, 3, 40), *noise(1, 1, 10), thumbnail(noise(1, 3, 100)[0])]), margin=0
+        in_rows([*noise(1, 3, 40), *noise(1, 1, 10), scaled(noise(1, 3, 100)[0], 64)]), margin=0
     )
     assert sheet.shape == (2 * 64 + 2, 2 * 64 + 2, 3)
     assert (sheet[66:, 66:] == 255).all()  # three images: the fourth cell is empty
+
+
+@pytest.mark.parametrize(("size", "shown"), [(8, 64), (28, 56), (64, 64), (100, 100), (200, 128), (512, 128)])
+def test_small_images_grow_by_a_whole_factor_and_large_ones_shrink_to_the_stated_size(
+    size: int, shown: int
+) -> None:
+    sheet = image_grid([[noise(1, 3, size)[0]]], margin=0)
+    assert sheet.shape[:2] == (shown, shown)
+    assert max(sheet.shape[:2]) <= MAX_CELL_PIXELS
+
+
+def test_a_whole_factor_down_gives_means_and_up_gives_squares() -> None:
+    image = noise(1, 1, 4)[0]
+    assert np.array_equal(scaled(image, 9)[::2, ::2], image)
+    means = image.reshape(2, 2, 2, 2, 1).mean((1, 3))
+    assert np.abs(scaled(image, 2) - means).max() <= 1  # rounded once for each axis
+    flat = np.full((99, 33, 3), 77, np.uint8)
+    assert (scaled(flat, 10) == 77).all()
+    assert scaled(flat, 10).shape == (10, 3, 3)
+
+
+def test_a_sheet_of_many_images_stays_within_the_stated_size() -> None:
+    image = noise(1, 1, 8)[0]
+    for count in (100, 2000, 10_000):
+        sheet = image_grid(in_rows([image] * count), margin=0)
+        assert max(sheet.shape) <= MAX_SHEET_PIXELS
+    assert image_grid([[noise(1, 1, 64)[0]] * 1000], margin=0).shape[1] <= MAX_SHEET_PIXELS
+
+
+def test_rows_of_one_name_have_its_label_once() -> None:
+    images = list(noise(5))
+    rows, labels = labelled_rows([("a", images[:3]), ("b", images[3:]), ("none", [])], 2)
+    assert [len(row) for row in rows] == [2, 1, 2]
+    assert labels == ["a", "", "b"]
+    assert image_grid(rows, labels).shape[1] == image_grid([images[:2]], ["b"]).shape[1]
+    assert image_grid(rows, ["x" * 500] * 3).shape[1] < 600

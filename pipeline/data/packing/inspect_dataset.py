@@ -8,7 +8,7 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from pipeline.data.formats.contact_sheet import CELL_PIXELS, image_grid, in_rows, thumbnail
+from pipeline.data.formats.contact_sheet import CELL_PIXELS, image_grid, in_rows, scaled
 from pipeline.data.formats.image_stats import ImageStats, image_stats
 from pipeline.data.formats.images import Pixels, PixelShape, decode_image, probe
 from pipeline.data.formats.shards import HashingReader, Parts, plain_stream, read_samples
@@ -116,7 +116,7 @@ class _InspectionCounts:
         self.labels[label] += 1
         self.stats += image_stats(pixels[None])
         if keep:
-            self.tiles.append(thumbnail(pixels))
+            self.tiles.append(scaled(pixels, CELL_PIXELS))  # at most that much memory each
 
     def mean_and_std(self) -> tuple[list[float] | None, list[float] | None]:
         """Mean and standard deviation of each channel, over images of one shape."""
