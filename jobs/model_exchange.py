@@ -23,7 +23,8 @@ def export_model(model: str, folder: Path, form: str) -> int:
     _require_empty(folder)
     found = find_model(model)
     net = build_model(found.card, found.weights, "cpu", where=model)
-    export_diffusers(folder, net, found.card.schedule, found.card.objective)
+    card = found.card
+    export_diffusers(folder, net, card.schedule, card.objective, card.distillation)
     echo(f"exported {model} to {folder}")
     echo(
         f"next     python -c \"from diffusers import DDPMPipeline; DDPMPipeline.from_pretrained('{folder}')\""
@@ -44,6 +45,7 @@ def import_model(source: Path, folder: Path) -> int:
         schedule=imported.schedule,
         objective=imported.objective,
         image=ImageShape(channels=config.in_channels, size=config.image_size),
+        distillation=imported.distillation,
     )
     save_model(folder, imported.net.state_dict(), card)
     echo(f"imported {source} to {folder}")

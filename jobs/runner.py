@@ -14,6 +14,7 @@ from infra.local.stack_state import read_state
 from jobs.progress_bar import progress_of
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
+from pipeline.config.distill_job import DistillConfig
 from pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, PromoteConfig, TuneConfig
 from pipeline.config.generation import GenerateConfig, SampleConfig
 from pipeline.config.load import load_settings
@@ -39,6 +40,7 @@ PROGRAM = ("-m", "jobs.cli")
 SECTIONS: dict[str, type[Settings]] = {
     "pack": PackConfig,
     "train": TrainConfig,
+    "distill": DistillConfig,
     "generate": GenerateConfig,
     "sample": SampleConfig,
     "features": FeaturesConfig,

@@ -33,6 +33,7 @@ from jobs.scripts import names_of, next_name, printed_by, start_script, statuses
 from jobs.staging import entrypoint, stage_launcher, stage_program
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
+from pipeline.config.distill_job import DistillConfig
 from pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, PromoteConfig, TuneConfig
 from pipeline.config.generation import GenerateConfig
 from pipeline.config.nights import NightlyConfig
@@ -152,6 +153,8 @@ def _identity_and_place(settings: Settings, flags: Sequence[str]) -> tuple[str |
         case TrainConfig():
             plan = plan_training(settings)
             return plan.identity, plan.store.uri
+        case DistillConfig():
+            return None, f"{open_store(settings.runs).uri}/{settings.name}"
         case GenerateConfig():
             return resolve_model(settings)[1].digest, open_store(settings.output).uri
         case PackConfig():

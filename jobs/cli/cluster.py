@@ -40,6 +40,7 @@ Job = Annotated[str, typer.Argument(help="Name of the job, as `ddpm submit` prin
 _EXAMPLES = {
     "pack": "ddpm submit pack source=s3://team/photos.zip dest=s3://team/data/photos",
     "train": "ddpm submit train digits steps=500 --detach --cluster work",
+    "distill": "ddpm submit distill digits-fast",
     "generate": "ddpm submit generate digits count=10000",
     "features": "ddpm submit features digits",
     "tune-sampler": "ddpm submit tune-sampler digits steps=[10,20]",

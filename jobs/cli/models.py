@@ -34,6 +34,27 @@ def train(
 
 
 @app.command(
+    rich_help_panel=MODELS,
+    epilog=examples(
+        "ddpm distill digits-fast",
+        "ddpm distill digits-fast teacher=digits/3 steps=1000",
+        "ddpm distill digits-fast data=null pairs=s3://ddpm/samples/digits",
+    ),
+)
+def distill(
+    words: Words = None,
+    config: Config = None,
+    dry_run: DryRun = False,
+    json: AsJson = False,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+) -> None:
+    """Train a model of one to four steps to follow a trained one, and register it. Resumes after an interruption."""
+    from jobs.distill import run_call
+
+    end_job(lambda call: run_call(call, local=local), words, config, dry_run, json)
+
+
+@app.command(
     rich_help_panel=MODELS, epilog=examples("ddpm promote digits", "ddpm promote digits gate.count=2000")
 )
 def promote(

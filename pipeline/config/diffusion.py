@@ -12,7 +12,7 @@ ScheduleKind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "given"]
 Target = Literal["eps", "x0", "v"]
 Weighting = Literal["uniform", "min-snr"]
 Variance = Literal["fixed-small", "fixed-large", "learned"]
-SamplerKind = Literal["ancestral", "ddim", "dpm++2m", "heun"]
+SamplerKind = Literal["ancestral", "ddim", "dpm++2m", "heun", "consistency"]
 Spacing = Literal["trailing", "leading", "karras"]
 
 
@@ -102,7 +102,8 @@ class SamplerConfig(Settings):
     """How noise becomes an image: the reverse process."""
 
     kind: SamplerKind = "ancestral"
-    """"ancestral" is DDPM's chain; "ddim", "dpm++2m" and "heun" need far fewer steps."""
+    """"ancestral" is DDPM's chain; "ddim", "dpm++2m" and "heun" need far fewer steps; "consistency" needs one
+    to four, and a distilled model (`ddpm distill`)."""
     num_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     """Steps from noise to image. "heun" evaluates the network twice a step but the last."""
     spacing: Spacing = "trailing"
@@ -125,6 +126,12 @@ class SamplerConfig(Settings):
     @model_validator(mode="after")
     def _only_settings_that_act(self) -> Self:
         because = f'for kind "{self.kind}"'
+        if self.kind == "consistency":
+            refuse_idle(
+                self,
+                ("guidance_scale", "guidance_interval"),
+                "for a distilled model, whose guidance is baked in",
+            )
         if self.kind != "ddim":
             refuse_idle(self, ("eta",), because)
         if self.kind != "ancestral":
@@ -150,9 +157,12 @@ def check_together(
     objective: ObjectiveConfig,
     sampler: SamplerConfig | None = None,
     net: UNetConfig | None = None,
+    *,
+    distilled: bool = False,
 ) -> None:
     """Refuse settings that are fine alone and wrong together. What is not given is not checked.
 
+    distilled: whether the network is, or is to become, a few-step model.
     Raises: UserError, in one line, naming the field.
     """
     if schedule.zero_terminal_snr and objective.target == "eps":
@@ -164,6 +174,7 @@ def check_together(
         _check_net(net, objective, sampler)
     if sampler is not None:
         _check_sampler(schedule, objective, sampler)
+        _check_distilled(sampler, distilled)
 
 
 def _check_net(net: UNetConfig, objective: ObjectiveConfig, sampler: SamplerConfig | None) -> None:
@@ -195,4 +206,16 @@ def _check_sampler(schedule: ScheduleConfig, objective: ObjectiveConfig, sampler
         raise UserError(
             f"sampler.{'kind' if sampler.kind == 'heun' else 'spacing'} works on sigma, infinite at the "
             'start of a schedule with zero_terminal_snr; use "ddim" or "dpm++2m" with spacing "trailing"'
+        )
+
+
+def _check_distilled(sampler: SamplerConfig, distilled: bool) -> None:
+    if distilled and sampler.kind != "consistency":
+        raise UserError(
+            f'sampler.kind "{sampler.kind}" does not fit a distilled model; use "consistency" with 1 to 4 '
+            "num_steps and no guidance_scale"
+        )
+    if sampler.kind == "consistency" and not distilled:
+        raise UserError(
+            'sampler.kind "consistency" needs a distilled model (see ddpm distill); use "dpm++2m" for this one'
         )

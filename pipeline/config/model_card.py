@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from pipeline.config.base import Settings
-from pipeline.config.bounds import MAX_CLASSES, Key, Name
-from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig
+from pipeline.config.bounds import MAX_CLASSES, Count, Key, Name, Sha256
+from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from pipeline.config.net import UNetConfig
 
 _Levels = Annotated[tuple[float, ...], Field(max_length=4096)]
@@ -61,6 +61,52 @@ class TrainingInfo(Settings):
     """Hex digest of that model's weights."""
 
 
+class PairsInfo(Settings):
+    """A generation whose samples a network was taught with: pairs of initial noise and image."""
+
+    spec: Sha256
+    """Digest of its spec."""
+
+    seed: int = Field(ge=0, lt=2**63)
+    """Seed of its noise."""
+
+    first_index: Count
+    """Index of its first sample."""
+
+    count: Count
+    """Number of its samples."""
+
+    def holds_noise_of(self, seed: int, first_index: int, count: int) -> bool:
+        """Whether any of the samples with these names starts from noise that the network was trained on."""
+        return (
+            seed == self.seed
+            and first_index < self.first_index + self.count
+            and self.first_index < first_index + count
+        )
+
+
+class DistillationInfo(Settings):
+    """How a few-step network came from one of many steps."""
+
+    teacher: Key
+    """The model it was distilled from: `name/3`, or a directory."""
+
+    teacher_sha256: Sha256
+    """Hex digest of the teacher's weights."""
+
+    method: Name
+    """How it was taught."""
+
+    sampler: SamplerConfig
+    """The teacher's sampler, whose guidance and clipping are baked in."""
+
+    steps: int = Field(ge=0, lt=2**63)
+    """Optimizer steps of the distillation."""
+
+    pairs: PairsInfo | None = None
+    """The generation it was taught with, if any."""
+
+
 class ModelCard(Settings):
     """The content of `model.json`: architecture, diffusion process, image shape and origin of a network."""
 
@@ -90,6 +136,9 @@ class ModelCard(Settings):
 
     training: TrainingInfo = TrainingInfo()
     """The training run that produced the weights."""
+
+    distillation: DistillationInfo | None = None
+    """How it was distilled; None for a model that was trained on images."""
 
     @field_validator("class_names")
     @classmethod

@@ -10,6 +10,7 @@ from pipeline.config.base import Settings, refuse_idle
 from pipeline.config.data import DataConfig
 from pipeline.config.device_kind import Matmul
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from pipeline.config.distillation import DistillationConfig
 from pipeline.config.evaluation import GateConfig
 from pipeline.config.net import UNetConfig
 from pipeline.config.tracking import TrackConfig, filed_under
@@ -168,32 +169,21 @@ class WorkerConfig(Settings):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
-class TrainConfig(Settings):
-    """A training run."""
+class TrainingSettings(Settings):
+    """What every training has, of a model from images and of a student from a teacher."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)
     """Name of the run, and of the model it registers."""
     runs: str = "{root}/runs"
     """Place for checkpoints: <runs>/<name>-<identity>/ is this run's."""
-    data: DataConfig
-    net: UNetConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
     steps: int = Field(ge=1)
     """Optimiser steps."""
     global_batch: int = Field(default=128, ge=1)
     """Samples a step, over all workers. Does not change with their number."""
-    init_from: str | None = None
-    """Fine-tuning: the weights to begin with. A registered model (`name@alias`, `name/3`), or a directory, of a
-    diffusers pipeline or as `ddpm import` writes it; network, schedule and target must be those of this training. None
-    = drawn from `seed`. An alias means what it means when the command is started; write a version to be able to go on
-    later."""
     seed: int = Field(default=0, ge=0)
     """Names the initial weights, the order of the samples, timesteps, noise, flips and dropout."""
-    label_drop: float = Field(default=0.0, ge=0, le=1)
-    """Share of samples trained without their label, as classifier-free guidance needs (Ho & Salimans 2022)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network (autocast). Noising, loss and weights are float32 always."""
     matmul: Matmul = "ieee"
@@ -253,6 +243,31 @@ class TrainConfig(Settings):
                 "compile and workers.sharding fsdp exclude each other: weights that are collected block by block break "
                 "the compiled graph; set one of them"
             )
+        return self
+
+
+class TrainConfig(TrainingSettings):
+    """A training run."""
+
+    data: DataConfig
+    net: UNetConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    init_from: str | None = None
+    """Fine-tuning: the weights to begin with. A registered model (`name@alias`, `name/3`), or a directory, of a
+    diffusers pipeline or as `ddpm import` writes it; network, schedule and target must be those of this training. None
+    = drawn from `seed`. An alias means what it means when the command is started; write a version to be able to go on
+    later."""
+    label_drop: float = Field(default=0.0, ge=0, le=1)
+    """Share of samples trained without their label, as classifier-free guidance needs (Ho & Salimans 2022)."""
+    distillation: DistillationConfig | None = None
+    """How a teacher, which `init_from` names, teaches a model of few steps. `ddpm distill` sets it; None = images
+    teach."""
+
+    @model_validator(mode="after")
+    def _drops_labels_for_guidance(self) -> Self:
+        if self.distillation is not None:
+            return self
         if bool(self.label_drop) != self.net.null_class:
             raise ValueError(
                 "label_drop above 0 and net.null_class=true belong together; set both or neither"
@@ -280,8 +295,10 @@ class TrainConfig(Settings):
         fields["ema"] = self.ema.model_dump(mode="json", include=acting)
         if init_sha256 is not None:
             fields["init"] = init_sha256
-        if self.optimizer.decay == "none":
-            del fields["steps"]
+        if self.distillation is None:
+            del fields["distillation"]
+            if self.optimizer.decay == "none":
+                del fields["steps"]
         if self.matmul == "ieee":
             del fields["matmul"]  # trainings had names before there was the setting
         if self.workers.reduce_dtype != "float32":

@@ -49,6 +49,7 @@ class Stream(IntEnum):
     SAMPLE_CLASS = 10
     GRID = 11
     EVALUATE_NOISE = 12
+    TRAIN_PAIR = 13
 
 
 def normal(

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, Variance
 from pipeline.devices import divided
+from pipeline.diffusion.guidance import guided_output
 from pipeline.diffusion.noise import Stream, normal
-from pipeline.diffusion.objective import Net, call_net, split_output
+from pipeline.diffusion.objective import Net, split_output
 from pipeline.diffusion.schedule import NoiseSchedule
 from pipeline.diffusion.targets import eps_of, x0_of
 from pipeline.diffusion.timesteps import SamplingGrid, make_grid
@@ -153,6 +154,23 @@ def heun(denoise: Denoise, x: Tensor, grid: SamplingGrid, on_step: OnStep | None
     return scaled
 
 
+def consistency(
+    denoise: Denoise, x: Tensor, grid: SamplingGrid, noise: NoiseOf, on_step: OnStep | None = None
+) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): the network's image, noised again to the next
+    level, and so on; the last image is the answer.
+
+    noise(k): standard normal like x for the step that leaves level k; not called at the last.
+    """
+    for k in range(len(grid)):
+        x0 = _estimate(denoise, x, k, grid, on_step).x0
+        if k + 1 == len(grid):
+            return x0
+        a_after, s_after = grid.coefficients(k + 1)
+        x = a_after * x0 + s_after * noise(k)
+    return x
+
+
 class NetDenoise:
     """A network as a `Denoise`: its target turned into image and noise, with guidance and clipping."""
 
@@ -198,16 +216,8 @@ class NetDenoise:
     def _predict(self, x: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
         t = torch.full((len(x),), self._grid.timesteps[k], dtype=self._time_dtype, device=x.device)
         scale = self._sampler.guidance_scale if self._guided(k) else 1.0
-        if self._labels is None or scale == 1:
-            output = call_net(self._net, x, t, class_labels=self._labels)
-            return split_output(output, x.shape[1], self._objective)
-        labels = torch.cat([self._labels, torch.full_like(self._labels, self._null_label or 0)])
-        both = call_net(self._net, torch.cat([x, x]), torch.cat([t, t]), class_labels=labels)
-        prediction, fraction = split_output(both, x.shape[1], self._objective)
-        with_class, without = prediction.chunk(2)
-        # x0, eps and v are affine in one another at a given x_t, so guiding any of them guides eps.
-        guided = without + scale * (with_class - without)
-        return guided, None if fraction is None else fraction[: len(x)]
+        output = guided_output(self._net, x, t, self._labels, self._null_label, scale)
+        return split_output(output, x.shape[1], self._objective)
 
     def _guided(self, k: int) -> bool:
         interval = self._sampler.guidance_interval
@@ -267,6 +277,8 @@ def _sampled(
         return ddim(denoise, x, grid, noise, sampler.eta, on_step)
     if sampler.kind == "dpm++2m":
         return dpm_solver_pp_2m(denoise, x, grid, on_step)
+    if sampler.kind == "consistency":
+        return consistency(denoise, x, grid, noise, on_step)
     return heun(denoise, x, grid, on_step)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.config.evaluation import EvaluateConfig, LikelihoodConfig
 from pipeline.config.generation import SpecSettings
+from pipeline.config.model_card import ModelCard
 from pipeline.data.formats.images import decode_image
 from pipeline.data.formats.shards import read_shard
 from pipeline.data.index import load_index
@@ -69,6 +70,7 @@ def evaluate_generation(
         raise UserError(
             f"{output}: the generation has no manifest, so it is not complete; run: ddpm generate"
         )
+    _require_unseen_samples(manifest.spec)
     index = load_index(config.reference)
     data = data_root(config.reference)
     network = open_network(config.network, data)
@@ -147,6 +149,23 @@ def metrics_from_records(
     return sums.count, metrics
 
 
+def require_unseen_noise(card: ModelCard, model: str, seed: int, first_index: int, count: int) -> None:
+    """UserError where a model was taught with images of the noise that is to judge it."""
+    pairs = None if card.distillation is None else card.distillation.pairs
+    if pairs is not None and pairs.holds_noise_of(seed, first_index, count):
+        raise UserError(
+            f"seed {seed}: {model} was taught with images {pairs.first_index} to "
+            f"{pairs.first_index + pairs.count - 1} of this seed, so they would flatter it; use another seed"
+        )
+
+
+def _require_unseen_samples(spec: Spec) -> None:
+    """The same for a generation. Only a distilled model can have been taught so; others' cards are not looked up."""
+    if spec.sampler.kind == "consistency" and spec.model.reference is not None:
+        card = find_model(spec.model.reference).card
+        require_unseen_noise(card, spec.model.reference, spec.seed, spec.first_index, spec.count)
+
+
 def _feature_records(spec: Spec, output: str, network: str) -> Iterator[FeatureRecord]:
     """The feature sums of every shard. UserError for a shard without any, or with those of another network."""
     generation = Generation(open_store(output), spec)
@@ -163,6 +182,7 @@ def model_features(
     model: ResolvedModel, settings: SpecSettings, config: EvaluateConfig, gpu: str | None = None
 ) -> FeatureSet:
     """Features of samples drawn from a model in this process, on the GPU named `gpu`, if any. They are not stored."""
+    require_unseen_noise(model.card, settings.model, settings.seed, settings.first_index, settings.count)
     device = measuring_device(gpu)
     spec = make_spec(
         settings, model.card, name=model.name, version=model.version, device="cpu" if gpu is None else "cuda"
@@ -217,6 +237,10 @@ def _bits_per_dim(
             "likelihood: needs a registered model, and the model of this generation is not registered; leave it out"
         )
     model = find_model(reference)
+    if model.card.distillation is not None:
+        raise UserError(
+            f"likelihood: {reference} is distilled, and a model of few steps has no likelihood bound; leave it out"
+        )
     net = build_model(model.card, model.weights, where=reference)
     index = load_index(likelihood.data)
     return held_out_bits(net, model.card, index, likelihood, config.seed, progress, workers)

@@ -100,7 +100,7 @@ def candidate_samplers(config: TuneConfig, model: ResolvedModel) -> list[Sampler
         for scale in config.guidance
     ]
     for sampler in samplers:
-        check_together(card.schedule, card.objective, sampler)
+        check_together(card.schedule, card.objective, sampler, distilled=card.distillation is not None)
     return sorted(samplers, key=lambda s: (evaluations(s), s.kind))
 
 

@@ -165,7 +165,8 @@ def make_spec(
             f"weights: {settings.model} holds {card.weights.kind!r} weights, not {settings.weights!r}; "
             "name a model that was exported with them"
         )
-    check_together(card.schedule, card.objective, settings.sampler)
+    distilled = card.distillation is not None
+    check_together(card.schedule, card.objective, settings.sampler, distilled=distilled)
     _check_guidance(settings, card)
     return Spec(
         model=make_model_identity(card, name, version, card_sha256),
@@ -220,6 +221,8 @@ def resolve_classes(choice: ClassChoice, card: ModelCard) -> ClassPlan | None:
     known = card.net.num_classes
     if known is None and choice in (None, "auto"):
         return None
+    if choice is None and card.distillation is not None:
+        raise UserError('classes: the network was distilled with classes only; use "balanced"')
     if choice is None and card.net.null_label is None:
         raise UserError('classes: the network was not trained without classes; use "balanced"')
     if choice is None:

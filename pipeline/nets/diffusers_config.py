@@ -232,17 +232,31 @@ def _blocks(given: _TheirNet, where: str) -> tuple[list[bool], bool]:
     return attends["down"], inside == {True}
 
 
-def scheduler_to_diffusers(schedule: ScheduleConfig, objective: ObjectiveConfig) -> dict[str, object]:
-    """The arguments of a `DDPMScheduler` of the same process, which DDIM's and DPM-Solver's can be made from."""
+def scheduler_to_diffusers(
+    schedule: ScheduleConfig, objective: ObjectiveConfig, distilled: bool = False
+) -> dict[str, object]:
+    """The arguments of a `DDPMScheduler` of the same process, which DDIM's and DPM-Solver's can be made from.
+
+    distilled: of an `LCMScheduler`, which draws the same images as sampler "consistency" where num_steps divides the
+    schedule's. UserError for what it cannot express.
+    """
     result: dict[str, object] = {
-        "_class_name": "DDPMScheduler",
+        "_class_name": "LCMScheduler" if distilled else "DDPMScheduler",
         "num_train_timesteps": schedule.num_steps,
         "clip_sample": True,
         "prediction_type": _TARGETS[objective.target],
-        "variance_type": _VARIANCES[objective.variance],
         "timestep_spacing": "trailing",
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
     }
+    if not distilled:
+        result["variance_type"] = _VARIANCES[objective.variance]
+    elif objective.variance == "learned":
+        raise UserError(
+            "objective.variance learned: diffusers' LCMScheduler takes no network that predicts a variance, so this "
+            "distilled model cannot be exported"
+        )
+    else:
+        result["original_inference_steps"] = schedule.num_steps
     if schedule.kind in ("linear", "scaled-linear"):
         result |= {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
         result["beta_schedule"] = schedule.kind.replace("-", "_")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.config.base import Settings
 from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig
+from pipeline.config.model_card import DistillationInfo
 from pipeline.config.net import UNetConfig
 from pipeline.errors import DamageError, UserError
 from pipeline.nets.diffusers_config import (
@@ -66,6 +67,8 @@ class ExchangeNotes(Settings):
     """The noise schedule it was trained with."""
     objective: ObjectiveConfig
     """What its output means."""
+    distillation: DistillationInfo | None = None
+    """How it was distilled; None for a model of many steps."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,23 @@ class Imported:
     net: UNet
     schedule: ScheduleConfig
     objective: ObjectiveConfig
+    distillation: DistillationInfo | None = None
 
 
 def export_diffusers(
-    directory: Path, net: UNet, schedule: ScheduleConfig, objective: ObjectiveConfig
+    directory: Path,
+    net: UNet,
+    schedule: ScheduleConfig,
+    objective: ObjectiveConfig,
+    distillation: DistillationInfo | None = None,
 ) -> None:
-    """Write `net` as a directory that `diffusers.DDPMPipeline.from_pretrained` loads.
+    """Write `net` as a directory that `diffusers.DDPMPipeline.from_pretrained` loads; a distilled one samples with
+    an `LCMScheduler`.
 
     Raises: UserError naming the setting that diffusers cannot express; nothing is written then.
     """
     net_config = net_to_diffusers(net.config)
-    scheduler = scheduler_to_diffusers(schedule, objective)
+    scheduler = scheduler_to_diffusers(schedule, objective, distilled=distillation is not None)
     for folder in ("unet", "scheduler"):
         (directory / folder).mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in weights_to_diffusers(net.state_dict()).items()}
@@ -93,12 +102,12 @@ def export_diffusers(
     versioned = {"_diffusers_version": _VERSION}
     _write(directory / "unet" / "config.json", {"_class_name": "UNet2DModel", **versioned, **net_config})
     _write(directory / "scheduler" / "scheduler_config.json", {**versioned, **scheduler})
-    notes = ExchangeNotes(net=net.config, schedule=schedule, objective=objective)
+    notes = ExchangeNotes(net=net.config, schedule=schedule, objective=objective, distillation=distillation)
     _write(directory / _OWN, notes.model_dump(mode="json"))
     index = {
         "_class_name": "DDPMPipeline",
         **versioned,
-        "scheduler": ["diffusers", "DDPMScheduler"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DModel"],
     }
     _write(directory / "model_index.json", index)
@@ -118,14 +127,16 @@ def import_diffusers(directory: Path) -> Imported:
     config = net_from_diffusers(theirs, str(net_file))
     schedule = schedule_from_diffusers(scheduler, str(scheduler_file))
     objective = objective_from_diffusers(scheduler, str(scheduler_file), config)
+    distillation = None
     if (directory / _OWN).exists():
         notes = _own_notes(directory, config, schedule, objective)
         config, schedule, objective = notes.net, notes.schedule, notes.objective
+        distillation = notes.distillation
     with torch.random.fork_rng(devices=[]):
         net = UNet(config)
     weights = net_file.parent / _WEIGHTS
     net.load_state_dict(weights_from_diffusers(_load(weights), net.state_dict(), str(weights)))
-    return Imported(net.eval(), schedule, objective)
+    return Imported(net.eval(), schedule, objective, distillation)
 
 
 def weights_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Registered models as MLflow loads them: `mlflow.pyfunc.load_model` returns a sampler of images.
 
 `mlflow.pyfunc.load_model(uri).predict({"seed": 0, "count": 4, "class": 3})` returns uint8 images of shape
-(count, H, W, C). Optional: `class` (a label), `steps` (sampler steps, default 50) and `first_index` (default
-0). An image depends on the seed and its index alone, as in a generation.
+(count, H, W, C). Optional: `class` (a label), `steps` (sampler steps, default 50, of a distilled model 2) and
+`first_index` (default 0). An image depends on the seed and its index alone, as in a generation.
 """
 
 from collections.abc import Mapping
@@ -46,13 +46,14 @@ class ImageSampler(PythonModel):
         device = next(self._net.parameters()).device
         index = torch.arange(first, first + count, device=device)
         labels = None if "class" not in request else torch.full((count,), request["class"], device=device)
-        steps = min(request.get("steps", 50), self._card.schedule.num_steps)
+        distilled = self._card.distillation is not None
+        steps = min(request.get("steps", 2 if distilled else 50), self._card.schedule.num_steps)
         shape = (self._card.image.channels, self._card.image.size, self._card.image.size)
         with torch.inference_mode():
             images = sample(
                 self._net,
                 self._schedule,
-                SamplerConfig(kind="ddim", num_steps=steps),
+                SamplerConfig(kind="consistency" if distilled else "ddim", num_steps=steps),
                 index=index,
                 shape=shape,
                 seed=request.get("seed", 0),

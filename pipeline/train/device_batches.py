@@ -99,12 +99,14 @@ def _copied(batch: Batch, device: torch.device, stream: torch.cuda.Stream) -> _C
         return tensor.pin_memory().to(device, non_blocking=True)
 
     with torch.cuda.stream(stream):
-        labels = None if batch.labels is None else moved(batch.labels)
-        there = replace(batch, positions=moved(batch.positions), images=moved(batch.images), labels=labels)
+        names = ("positions", "images", "labels", "rows")
+        found = {name: getattr(batch, name) for name in names}
+        there = replace(batch, **{name: moved(value) for name, value in found.items() if value is not None})
         ready = torch.cuda.Event()
         ready.record(stream)
     return _Copied(there, ready)
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    return [tensor for tensor in (batch.positions, batch.images, batch.labels) if tensor is not None]
+    every = (batch.positions, batch.images, batch.labels, batch.rows)
+    return [tensor for tensor in every if tensor is not None]

@@ -20,6 +20,7 @@ from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import UserError
 from pipeline.nets import UNet, parameter_count
 from pipeline.nets.flops import sample_flops
+from pipeline.train.distillation import make_teacher
 from pipeline.train.loop import Trainer, chunk_loss, train_step
 from pipeline.train.memory import (
     activation_bytes,
@@ -290,7 +291,15 @@ def _measure(config: TrainConfig, device: torch.device, flops: int) -> Pace:
     scale = 1.0 if size == config.net.image_size else flops / _flops_at(config, size)
     state = initial_state(config, device)
     schedule = NoiseSchedule.from_config(config.schedule).to(device)
-    trainer = Trainer(config, schedule, state.net, device, config.workers.most)
+    teacher = None if config.distillation is None else (config.objective, initial_state(config, device).net)
+    trainer = Trainer(
+        config,
+        schedule,
+        state.net,
+        device,
+        config.workers.most,
+        teacher=None if teacher is None else make_teacher(config, *teacher, device, world=1),
+    )
     _step(trainer, state, _batch(config, 1, size))  # the first one allocates and selects kernels
     count = _measured_samples(trainer, _batch(config, 1, size))
     batch = _batch(config, count, size)

@@ -8,12 +8,21 @@ from types import TracebackType
 
 import torch
 
-from pipeline.config.model_card import ImageShape, ModelCard, TrainingData, TrainingInfo, WeightsInfo
+from pipeline.config.model_card import (
+    DistillationInfo,
+    ImageShape,
+    ModelCard,
+    TrainingData,
+    TrainingInfo,
+    WeightsInfo,
+)
+from pipeline.config.training import TrainConfig
 from pipeline.errors import DamageError
 from pipeline.nets.model_files import save_model
 from pipeline.store import ObjectMissing
 from pipeline.tracking import log_model
 from pipeline.train.checkpoint import Checkpoint, finished_steps, load_checkpoint
+from pipeline.train.finetune import InitialWeights
 from pipeline.train.state import initial_state
 from pipeline.train.training_plan import TrainPlan
 
@@ -32,6 +41,9 @@ def export_model(plan: TrainPlan, checkpoint: Checkpoint, run_id: str | None, fo
 
 def _card(plan: TrainPlan, kind: str, step: int, run_id: str | None) -> ModelCard:
     config, index = plan.config, plan.index
+    taught = None if config.distillation is None else plan.initial
+    if taught is not None:
+        return _student_card(config, taught, kind, step, run_id)
     return ModelCard(
         net=config.net,
         schedule=config.schedule,
@@ -50,6 +62,31 @@ def _card(plan: TrainPlan, kind: str, step: int, run_id: str | None) -> ModelCar
             init_from=None if plan.initial is None else plan.initial.name,
             init_sha256=None if plan.initial is None else plan.initial.sha256,
         ),
+    )
+
+
+def _student_card(
+    config: TrainConfig, teacher: InitialWeights, kind: str, step: int, run_id: str | None
+) -> ModelCard:
+    """The teacher's card with another objective: a student generates the same images."""
+    settings = config.distillation
+    assert settings is not None  # checked by the caller
+    return teacher.card.model_copy(
+        update={
+            "objective": config.objective,
+            "weights": WeightsInfo(kind=kind),
+            "training": TrainingInfo(
+                step=step, run_id=run_id, init_from=teacher.name, init_sha256=teacher.sha256
+            ),
+            "distillation": DistillationInfo(
+                teacher=teacher.name,
+                teacher_sha256=teacher.sha256,
+                method=settings.method,
+                sampler=settings.sampler,
+                steps=step,
+                pairs=settings.pairs,
+            ),
+        }
     )
 
 

@@ -10,13 +10,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from pipeline.config.base import Settings
+from pipeline.config.diffusion import ObjectiveConfig
 from pipeline.config.json_document import parse_document
 from pipeline.config.model_card import ImageShape, ModelCard, WeightsInfo
 from pipeline.config.training import TrainConfig
 from pipeline.errors import DamageError, UserError
+from pipeline.nets import UNet
 from pipeline.nets.diffusers_weights import import_diffusers
 from pipeline.nets.model_files import CARD_FILE, WEIGHTS_FILE, build_model, read_model, save_model
 from pipeline.store import Store, retry_during_outage
@@ -62,7 +62,7 @@ def find_initial(config: TrainConfig) -> InitialWeights | None:
             initial = _of_directory(folder, Path(scratch))
         else:
             initial = _of_registry(config.init_from, Path(scratch))
-    _require_same(config, initial)
+    require_same(config, initial)
     return initial
 
 
@@ -74,15 +74,15 @@ def stage_initial(store: Store, initial: InitialWeights) -> None:
     store.write(FOLDER + CARD_FILE, initial.card.model_dump_json(indent=2).encode())
 
 
-def staged_weights(store: Store, sha256: str) -> dict[str, Tensor]:
-    """The staged weights by parameter. Raises DamageError when they are not those of the identity."""
+def staged_model(store: Store, sha256: str) -> tuple[ModelCard, UNet]:
+    """The staged model on the CPU. Raises DamageError when its weights are not those of the identity."""
     data = retry_during_outage(lambda: store.read(FOLDER + CARD_FILE))
     card = parse_document(ModelCard, data, f"{store.uri}/{FOLDER}{CARD_FILE}", "a model card")
     weights = retry_during_outage(lambda: store.read(FOLDER + WEIGHTS_FILE))
     where = f"{store.uri}/{FOLDER}{WEIGHTS_FILE}"
     if card.weights.sha256 != sha256:
         raise DamageError(f"{where}: is of another model; delete {FOLDER} there and start the job again")
-    return build_model(card, weights, where=where).state_dict()
+    return card, build_model(card, weights, where=where)
 
 
 def _of_registry(reference: str, scratch: Path) -> InitialWeights:
@@ -112,8 +112,12 @@ def _of_directory(folder: Path, scratch: Path) -> InitialWeights:
     return InitialWeights(str(origin), card, weights)
 
 
-def _require_same(config: TrainConfig, initial: InitialWeights) -> None:
-    """UserError unless network, schedule and target are those that the weights were trained with."""
+def require_same(config: TrainConfig, initial: InitialWeights) -> None:
+    """UserError unless network, schedule and target are those that the weights were trained with.
+
+    A student may have another target than its teacher.
+    """
+    free = _FREE if config.distillation is None else _FREE | {"objective": set(ObjectiveConfig.model_fields)}
     differing = [
         f"{section}.{field} {theirs!r}, here {ours!r}"
         for section, own, other in [
@@ -122,7 +126,7 @@ def _require_same(config: TrainConfig, initial: InitialWeights) -> None:
             ("objective", config.objective, initial.card.objective),
         ]
         for field, ours, theirs in _differences(own, other)
-        if field not in _FREE[section]
+        if field not in free[section]
     ]
     if differing:
         raise UserError(

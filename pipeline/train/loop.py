@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from pipeline.config.training import TrainConfig
 from pipeline.data.reading.loader import Batch
 from pipeline.diffusion import LossTerms, NoiseSchedule, from_uint8, training_loss
+from pipeline.diffusion.consistency import Teacher
 from pipeline.diffusion.noise import Stream, normal, randint, uniform
 from pipeline.errors import JobError
 from pipeline.nets import DropoutKeys
 from pipeline.train.data_parallel import put_together, without_exchange
 from pipeline.train.device_batches import device_batches
+from pipeline.train.distillation import distillation_loss
 from pipeline.train.state import TrainState, UnreadStep, learning_rate
 from pipeline.train.step_metrics import StepMetrics
 
@@ -48,6 +50,8 @@ class Trainer:
     equal_sizes: bool = False
     """Whether all workers make equally many forward passes, of one batch size: there is one compiled graph then, and
     workers that divide a network among them need each other in every pass."""
+    teacher: Teacher | None = None
+    """Of a student; None for a training from images."""
 
     def split(self, batch: Batch) -> list[Batch]:
         """This worker's share in micro-batches."""
@@ -188,9 +192,23 @@ def chunk_loss(trainer: Trainer, batch: Batch) -> tuple[LossTerms, Tensor]:
     dropout = DropoutKeys(seed, positions) if config.net.dropout else None
     with torch.autocast(trainer.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         # 4. noisy images by the closed form, 5. the network's prediction, 6. its squared error
-        terms = training_loss(
-            trainer.schedule, config.objective, trainer.network, x0, t, noise, labels, dropout=dropout
-        )
+        if trainer.teacher is None:
+            terms = training_loss(
+                trainer.schedule, config.objective, trainer.network, x0, t, noise, labels, dropout=dropout
+            )
+        else:
+            terms = distillation_loss(
+                config,
+                trainer.schedule,
+                trainer.network,
+                trainer.teacher,
+                batch,
+                x0,
+                t,
+                noise,
+                labels,
+                dropout,
+            )
     if batch.padding:
         count = len(t) - batch.padding
         bits = None if terms.vlb_bits is None else terms.vlb_bits[:count]
@@ -219,9 +237,12 @@ def micro_batches(batch: Batch, size: int | None, share: int | None = None) -> l
 
 
 def _parts(batch: Batch, pieces: int) -> list[Batch]:
-    labels = [None] * pieces if batch.labels is None else batch.labels.tensor_split(pieces)
-    parts = zip(batch.positions.tensor_split(pieces), batch.images.tensor_split(pieces), labels, strict=True)
-    return [replace(batch, positions=p, images=i, labels=c) for p, i, c in parts]
+    def split(tensor: Tensor | None) -> list[Tensor] | list[None]:
+        return [None] * pieces if tensor is None else [*tensor.tensor_split(pieces)]
+
+    positions, images = batch.positions.tensor_split(pieces), batch.images.tensor_split(pieces)
+    parts = zip(positions, images, split(batch.labels), split(batch.rows), strict=True)
+    return [replace(batch, positions=p, images=i, labels=c, rows=r) for p, i, c, r in parts]
 
 
 def _padded(batch: Batch, count: int) -> Batch:
@@ -229,8 +250,14 @@ def _padded(batch: Batch, count: int) -> Batch:
     if len(batch.positions) == count:
         return batch
     rows = torch.arange(count, device=batch.positions.device).clamp(max=len(batch.positions) - 1)
-    labels = None if batch.labels is None else batch.labels[rows]
-    return replace(batch, positions=batch.positions[rows], images=batch.images[rows], labels=labels)
+
+    def padded(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[rows]
+
+    images, labels = batch.images[rows], padded(batch.labels)
+    return replace(
+        batch, positions=batch.positions[rows], images=images, labels=labels, rows=padded(batch.rows)
+    )
 
 
 def _labels(config: TrainConfig, batch: Batch, positions: Tensor) -> Tensor | None:

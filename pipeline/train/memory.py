@@ -43,6 +43,7 @@ class Memory:
     """Bytes that one worker holds beside activations, of the first four its part where the workers divide the state."""
 
     weights: int
+    """With those of the teacher, if there is one."""
     gradients: int
     """Twice with DDP: while micro-batches accumulate, its buckets lie beside the gradients of all before the last."""
     optimizer: int
@@ -64,10 +65,11 @@ def state_memory(config: TrainConfig, world: int | None = None) -> Memory:
         net = UNet(config.net)
     one = parameter_count(net) * FLOAT32_BYTES
     averages = len(config.ema.widths) if config.ema.kind == "power" else 1
+    networks = 1 if config.distillation is None else 2
     if not divides_state(config.workers, world):
-        return Memory(one, one * (2 if world > 1 else 1), 2 * one, averages * one)
+        return Memory(networks * one, one * (2 if world > 1 else 1), 2 * one, averages * one)
     part = -(-one // world)
-    return Memory(part, part, 2 * part, averages * part, _collected(net, config.precision))
+    return Memory(networks * part, part, 2 * part, averages * part, _collected(net, config.precision))
 
 
 def _collected(net: UNet, precision: Precision) -> int:

@@ -34,7 +34,8 @@ class TrainPlan:
 
 def plan_training(config: TrainConfig) -> TrainPlan:
     """Check settings against data and store. Raises UserError for the first mistake."""
-    check_together(config.schedule, config.objective, config.grid.sampler, config.net)
+    distilled = config.distillation is not None
+    check_together(config.schedule, config.objective, config.grid.sampler, config.net, distilled=distilled)
     index = load_index(config.data.uri)
     _check_images(config, index)
     _check_classes(config, index)

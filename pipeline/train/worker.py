@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config.device_kind import DeviceKind
+from pipeline.config.model_card import ModelCard
 from pipeline.config.training import TrainConfig
 from pipeline.data.index import load_index
 from pipeline.data.reading.loader import Batch, Loader
 from pipeline.devices import read_device_kind, set_up_arithmetic
 from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import DamageError, JobError
+from pipeline.nets import UNet
 from pipeline.progress import Progress
 from pipeline.store import ObjectMissing, Store, open_store, retry_during_outage
 from pipeline.telemetry.logs import name_process
@@ -27,7 +29,8 @@ from pipeline.train.checkpoint import (
     load_checkpoint,
 )
 from pipeline.train.data_parallel import is_divided, wrap
-from pipeline.train.finetune import staged_weights
+from pipeline.train.distillation import make_teacher
+from pipeline.train.finetune import staged_model
 from pipeline.train.loop import Trainer, chunk_loss
 from pipeline.train.memory import limit_device_memory, out_of_memory_in_one_line, with_micro_batch
 from pipeline.train.run_logger import RunLogger, log_node_metrics
@@ -101,8 +104,9 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
     store = open_store(task.run_uri)
     checkpoint = _starting_point(store, context)
     _check_identity(task, checkpoint)
-    initial_sha256 = task.initial_sha256 if checkpoint is None else None
-    weights = staged_weights(store, initial_sha256) if initial_sha256 is not None else None
+    begins = checkpoint is None
+    initial = _initial_model(task, store) if begins or config.distillation is not None else None
+    weights = initial[1].state_dict() if initial is not None and begins else None
     state = initial_state(config, context.device, weights, context.world)
     if checkpoint is not None:
         state.load(checkpoint.record.step, checkpoint.tensors)
@@ -118,6 +122,9 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
         device=context.device,
         world=context.world,
         equal_sizes=config.compile or is_divided(state.net),
+        teacher=None
+        if initial is None
+        else make_teacher(config, initial[0].objective, initial[1], context.device, context.world),
     )
     run_id = task.run_id if context.rank == 0 else None
     node_metrics = log_node_metrics(
@@ -144,6 +151,11 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
         tensors = checkpoint.tensors if checkpoint is not None else {}
         run_logger.restore(tensors)
         Session(trainer, state, run_logger, writer, driver).run(loader, tensors)
+
+
+def _initial_model(task: TrainTask, store: Store) -> tuple[ModelCard, UNet] | None:
+    """The model that the training starts from, or that teaches."""
+    return None if task.initial_sha256 is None else staged_model(store, task.initial_sha256)
 
 
 def training_device(
@@ -239,7 +251,10 @@ def _loader(task: TrainTask, context: WorkerContext) -> Loader:
     index = retry_during_outage(lambda: load_index(config.data.uri))
     if index.digest != task.data_digest:
         raise DamageError(f"{config.data.uri}: its index changed since the job started; start the job again")
-    return Loader(config.reading(), index, config.seed, config.global_batch, context.rank, context.world)
+    with_rows = config.distillation is not None and config.distillation.pairs is not None
+    return Loader(
+        config.reading(), index, config.seed, config.global_batch, context.rank, context.world, with_rows
+    )
 
 
 def _warm_up(trainer: Trainer, state: TrainState, context: WorkerContext) -> None:

@@ -11,6 +11,7 @@ from jobs.runner import SECTIONS, JobArguments, preset_file, presets, settings_o
 from pipeline.config.base import Settings
 from pipeline.config.data import PackConfig
 from pipeline.config.diffusion import check_together
+from pipeline.config.distill_job import DistillConfig
 from pipeline.config.generation import GenerateConfig, SampleConfig
 from pipeline.config.load import _kinds, _override, described_settings, load_settings, setting_names
 from pipeline.config.net import UNetConfig
@@ -41,9 +42,20 @@ def test_every_preset_resolves_to_valid_settings_that_fit_together(name: str) ->
     train = settings_of(TrainConfig, "train", call)
     generate = settings_of(GenerateConfig, "generate", call)
     assert settings_of(PackConfig, "pack", call).dest == train.data.uri
-    assert generate.model == f"{train.name}@champion"
     check_together(train.schedule, train.objective, train.grid.sampler, train.net)
-    check_together(train.schedule, train.objective, generate.sampler, train.net)
+    if not name.endswith("-fast"):
+        assert generate.model == f"{train.name}@champion"
+        check_together(train.schedule, train.objective, generate.sampler, train.net)
+        return
+    distill = settings_of(DistillConfig, "distill", call)
+    assert distill.teacher == f"{train.name}@champion"
+    assert generate.model == f"{distill.name}@champion"
+    assert distill.data == train.data
+    teacher = settings_of(GenerateConfig, "generate", JobArguments(preset=train.name))
+    assert distill.sampler == teacher.sampler
+    check_together(train.schedule, train.objective, distill.sampler, train.net)
+    for sampler in (distill.grid.sampler, generate.sampler):
+        check_together(train.schedule, train.objective, sampler, train.net, distilled=True)
 
 
 def test_the_papers_networks_have_the_papers_sizes() -> None:

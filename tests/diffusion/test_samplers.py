@@ -31,6 +31,7 @@ SAMPLERS = [
     SamplerConfig(kind="dpm++2m", num_steps=7),
     SamplerConfig(kind="dpm++2m", num_steps=7, spacing="karras"),
     SamplerConfig(kind="heun", num_steps=7, spacing="karras"),
+    SamplerConfig(kind="consistency", num_steps=7),
 ]
 
 

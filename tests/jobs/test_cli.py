@@ -13,7 +13,10 @@ import typer.main
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.runner import SECTIONS, command_of, preset_file
+from jobs.runner import SECTIONS, JobArguments, command_of, preset_file, settings_of
+from pipeline.config.model_card import ImageShape, ModelCard
+from pipeline.config.training import TrainConfig
+from tests.generate.tiny import tiny_model
 
 
 def commands(group: object = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
@@ -72,6 +75,18 @@ def test_the_shell_completes_commands_presets_and_settings(typed: str, offered: 
     assert offered in result.stdout.split(), result.stderr
 
 
+def digits_model(folder: Path) -> Path:
+    """A model as the preset trains it."""
+    config = settings_of(TrainConfig, "train", JobArguments(preset="digits"))
+    card = ModelCard(
+        net=config.net,
+        schedule=config.schedule,
+        objective=config.objective,
+        image=ImageShape(channels=1, size=8),
+    )
+    return tiny_model(folder / "model", card)
+
+
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_job_prints_the_settings_of_a_file_as_json(
     section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -80,7 +95,9 @@ def test_every_job_prints_the_settings_of_a_file_as_json(
     words = command_of(section)
     assert words in ALL
     file = tmp_path / "settings.yaml"
-    file.write_text(preset_file("digits").read_text())
+    file.write_text(preset_file("digits-fast" if section == "distill" else "digits").read_text())
+    # the network to estimate is the teacher's
+    words = (*words, f"teacher={digits_model(tmp_path)}") if section == "distill" else words
     result = CliRunner().invoke(app, [*words, f"--config={file}", "--dry-run", "--json"])
     assert result.exit_code == 0, result.output
     settings = json.loads(result.stdout)[section]

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig
+from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from pipeline.config.model_card import DistillationInfo
 from pipeline.config.net import UNetConfig
-from pipeline.diffusion import NoiseSchedule
+from pipeline.diffusion import NoiseSchedule, Stream, sample
+from pipeline.diffusion.noise import normal
 from pipeline.errors import DamageError, UserError
 from pipeline.nets.diffusers_config import (
     net_from_diffusers,
@@ -145,6 +147,48 @@ def test_an_exported_directory_loads_in_diffusers_and_comes_back_bit_for_bit(tmp
     assert (back.net.config, back.schedule, back.objective) == (config, schedule, objective)
     for name, value in net.state_dict().items():
         assert torch.equal(value, back.net.state_dict()[name]), name
+
+
+def test_a_distilled_network_draws_the_same_images_with_diffusers_scheduler(tmp_path: Path) -> None:
+    config = NETS["guided"].model_copy(update={"null_class": True, "out_channels": 3, "dropout": 0.0})
+    net = UNet(config)
+    with_random_weights(net).eval()
+    schedule, objective = ScheduleConfig(kind="cosine", num_steps=100), ObjectiveConfig(target="v")
+    info = DistillationInfo(
+        teacher="digits/3",
+        teacher_sha256="0" * 64,
+        method="consistency distillation",
+        sampler=SamplerConfig(kind="dpm++2m", num_steps=20, guidance_scale=1.5),
+        steps=600,
+    )
+    export_diffusers(tmp_path, net, schedule, objective, info)
+    assert import_diffusers(tmp_path).distillation == info
+    unet, scheduler = (
+        UNet2DModel.from_pretrained(tmp_path / "unet"),
+        LCMScheduler.from_pretrained(tmp_path / "scheduler"),
+    )
+    index, shape, labels = torch.arange(3), (3, config.image_size, config.image_size), torch.tensor([0, 2, 1])
+    for steps in (1, 2, 4):
+        sampler = SamplerConfig(kind="consistency", num_steps=steps)
+        table = NoiseSchedule.from_config(schedule)
+        ours = sample(net, table, sampler, index, shape, 0, class_labels=labels, objective=objective)
+        scheduler.set_timesteps(steps)
+        x = normal(0, Stream.SAMPLE_NOISE, index, shape, step=0)
+        for k, t in enumerate(scheduler.timesteps):
+            with torch.no_grad():
+                output = unet.eval()(x, t, class_labels=labels).sample
+            result = scheduler.step(output, t, x)
+            if k + 1 < steps:  # diffusers draws from a generator, so its noise is replaced by ours
+                a, s = table.coefficients(int(scheduler.timesteps[k + 1]), x)
+                x = a * result.denoised + s * normal(0, Stream.SAMPLE_NOISE, index, shape, step=k + 1)
+        assert (result.denoised - ours).abs().max() < 1e-3
+
+
+def test_a_distilled_network_with_a_learned_variance_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="LCMScheduler takes no network that predicts a variance"):
+        scheduler_to_diffusers(
+            ScheduleConfig(), ObjectiveConfig(target="v", variance="learned"), distilled=True
+        )
 
 
 def test_a_directory_of_diffusers_alone_is_imported(tmp_path: Path) -> None:

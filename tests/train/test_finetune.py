@@ -14,7 +14,7 @@ from pipeline.nets.diffusers_weights import export_diffusers
 from pipeline.nets.model_files import load_card, load_model
 from pipeline.train.checkpoint import latest_checkpoint
 from pipeline.train.export import export_model
-from pipeline.train.finetune import find_initial, stage_initial, staged_weights
+from pipeline.train.finetune import find_initial, stage_initial, staged_model
 from pipeline.train.loop import Trainer, chunk_loss
 from pipeline.train.state import initial_state
 from pipeline.train.training_plan import plan_training
@@ -61,7 +61,7 @@ def begun(config: TrainConfig) -> dict[str, torch.Tensor]:
     plan = plan_training(config)
     assert plan.initial is not None
     stage_initial(plan.store, plan.initial)
-    return staged_weights(plan.store, plan.initial.sha256)
+    return staged_model(plan.store, plan.initial.sha256)[1].state_dict()
 
 
 def test_the_first_loss_is_the_source_models_wherever_it_is_read_from(
@@ -150,7 +150,7 @@ def test_staged_weights_of_another_model_or_damaged_ones_are_refused(
     begun(config)
     store = plan_training(config).store
     with pytest.raises(DamageError, match="is of another model; delete initial/"):
-        staged_weights(store, "0" * 64)
+        staged_model(store, "0" * 64)
     store.write("initial/model.safetensors", b"torn")
     with pytest.raises(DamageError, match="sha256"):
-        staged_weights(store, load_card(source).weights.sha256)
+        staged_model(store, load_card(source).weights.sha256)

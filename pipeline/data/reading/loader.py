@@ -44,6 +44,8 @@ class Batch:
     """With `on_damage: skip`, one line for each damaged sample that was replaced by another."""
     padding: int = 0
     """Samples at the end that only fill a micro-batch to the size of the others; they count for nothing."""
+    rows: Tensor | None = None
+    """int64 (n,): numbers of the samples in the data set, where the loader was asked for them."""
 
 
 class Loader:
@@ -53,8 +55,16 @@ class Loader:
     """
 
     def __init__(
-        self, config: DataConfig, index: Index, seed: int, global_batch: int, rank: int = 0, world: int = 1
+        self,
+        config: DataConfig,
+        index: Index,
+        seed: int,
+        global_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        with_rows: bool = False,
     ) -> None:
+        """`with_rows`: say of each sample which it is of the data set, in `Batch.rows`."""
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} must be from 0 to {world - 1}")
         if global_batch < world:
@@ -64,7 +74,7 @@ class Loader:
         self.config, self.index, self.seed = config, index, seed
         self.global_batch = global_batch
         open_cache(config, index)  # fail now if the cache limit is too small
-        self._dataset = _StepSampler(SampleSource(config, index, seed), global_batch, rank, world)
+        self._dataset = _StepSampler(SampleSource(config, index, seed), global_batch, rank, world, with_rows)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Batches of steps start_step .. stop_step - 1. Raises DamageError (see `on_damage`), StoreUnreachable."""
@@ -144,8 +154,11 @@ def resilient_batches(
 class _StepSampler(torch.utils.data.Dataset["Batch | Exception"]):
     """Maps a step to this rank's batch. Stateless, so any loader process can make any batch."""
 
-    def __init__(self, source: SampleSource, global_batch: int, rank: int, world: int) -> None:
+    def __init__(
+        self, source: SampleSource, global_batch: int, rank: int, world: int, with_rows: bool
+    ) -> None:
         self.source, self.global_batch, self.rank, self.world = source, global_batch, rank, world
+        self.with_rows = with_rows
         self.stop_step = 0
         """Exclusive end of reading ahead."""
 
@@ -157,7 +170,9 @@ class _StepSampler(torch.utils.data.Dataset["Batch | Exception"]):
             found = self.source.get(positions, map(self._positions, own_steps[1:]))
         except (UserError, DamageError) as error:
             return error  # not raised: a loader process would wrap it in its traceback
-        return Batch(step, torch.from_numpy(positions), found.images, found.labels, 0.0, found.damage)
+        rows = found.rows if self.with_rows else None
+        names = torch.from_numpy(positions)
+        return Batch(step, names, found.images, found.labels, 0.0, found.damage, rows=rows)
 
     def _positions(self, step: int) -> Int64:
         own = rank_slice(step, self.global_batch, self.rank, self.world)

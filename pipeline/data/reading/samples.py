@@ -31,11 +31,13 @@ MAX_SUBSTITUTES = 1000
 
 @dataclass(frozen=True)
 class Samples:
-    """Images uint8 (n, C, H, W), labels int64 (n,) or None, and one line for each replaced damaged sample."""
+    """Images uint8 (n, C, H, W), labels int64 (n,) or None, one line for each replaced damaged sample, and rows int64
+    (n,): the numbers of the samples in the data set."""
 
     images: Tensor
     labels: Tensor | None
     damage: tuple[str, ...]
+    rows: Tensor
 
 
 class SampleSource:
@@ -64,7 +66,8 @@ class SampleSource:
         shards, members = opened.order.lookup(positions)
         pixels, labels, damage = opened.pixels(shards, members)
         images = self._augmented(pixels, torch.from_numpy(positions))
-        return Samples(images, torch.from_numpy(labels) if self.index.labelled else None, damage)
+        rows = torch.from_numpy(self.index.starts[shards] + members)
+        return Samples(images, torch.from_numpy(labels) if self.index.labelled else None, damage, rows)
 
     def close(self) -> None:
         """Release descriptors and memory; the next `get` opens them again."""

@@ -1,0 +1,41 @@
+"""The distillation job: a few-step student of a trained model, by the training job.
+
+    ddpm distill digits-fast
+
+Started again with the same settings it resumes from the last checkpoint, and does nothing once it is done.
+"""
+
+from jobs.progress_bar import progress_of
+from jobs.runner import JobArguments, run_job
+from jobs.train import run as train
+from pipeline.config.distill_job import DistillConfig
+from pipeline.progress import Progress
+from pipeline.train.dry_run import TrainingEstimate, estimate
+
+
+def run_call(call: JobArguments, local: bool = False) -> int:
+    """Run the job that a call describes; `local` trains in this process, without Ray."""
+    return run_job(
+        "distill",
+        DistillConfig,
+        lambda config, progress: run(config, progress, local),
+        call,
+        unit="steps",
+        estimate=estimate_distillation,
+    )
+
+
+def run(config: DistillConfig, progress: Progress, local: bool = False) -> int:
+    """Distill, and print how it ended. Raises UserError before any work starts."""
+    from pipeline.distill.plan_distillation import plan_distillation
+
+    with progress_of("verify pairs", "shards") as verifying:
+        training = plan_distillation(config, verifying)
+    return train(training, progress, local)
+
+
+def estimate_distillation(config: DistillConfig) -> TrainingEstimate:
+    """What the training of the student will need. Raises UserError for a teacher that cannot be used."""
+    from pipeline.distill.plan_distillation import training_to_estimate
+
+    return estimate(training_to_estimate(config))

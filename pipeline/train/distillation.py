@@ -1,0 +1,76 @@
+"""What a worker needs beside the state when a teacher teaches: the teacher, and the loss of a micro-batch."""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.diffusion import ObjectiveConfig
+from pipeline.config.training import TrainConfig
+from pipeline.data.reading.loader import Batch
+from pipeline.diffusion import LossTerms, NoiseSchedule
+from pipeline.diffusion.consistency import Teacher, consistency_loss
+from pipeline.diffusion.noise import Stream, normal, uniform
+from pipeline.nets import UNet
+from pipeline.train.data_parallel import divides_state, shard
+
+
+def make_teacher(
+    config: TrainConfig, objective: ObjectiveConfig, net: UNet, device: torch.device, world: int
+) -> Teacher | None:
+    """The teacher on this worker's device, and None in a training without one.
+
+    Where the workers divide the student among them, they divide the teacher too: a collective call.
+    """
+    if config.distillation is None:
+        return None
+    net.requires_grad_(False).eval()
+    if divides_state(config.workers, world):
+        shard(net, config.workers, device)
+    else:
+        net.to(device)
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks this form
+    if config.compile:
+        net.compile()
+    return Teacher(net, objective, config.distillation.sampler, net.null_label)
+
+
+def distillation_loss(
+    config: TrainConfig,
+    schedule: NoiseSchedule,
+    network: nn.Module,
+    teacher: Teacher,
+    batch: Batch,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    class_labels: Tensor | None,
+    dropout: object | None,
+) -> LossTerms:
+    """The consistency loss of a micro-batch; with pairs, of a share of its images from their own noise.
+
+    x0, noise: float (B, C, H, W); t, class_labels: int64 (B,).
+    """
+    settings = config.distillation
+    assert settings is not None  # as there is a teacher
+    divisors = settings.loss.divisors
+    stage = min(batch.step * len(divisors) // config.steps, len(divisors) - 1)
+    divisor = torch.full_like(t, divisors[stage])
+    if settings.pairs is not None and batch.rows is not None:
+        positions = batch.positions.to(t.device)
+        paired = uniform(config.seed, Stream.TRAIN_PAIR, positions) < settings.pair_share
+        index = settings.pairs.first_index + batch.rows.to(t.device)
+        own = normal(settings.pairs.seed, Stream.SAMPLE_NOISE, index, tuple(x0.shape[1:]))
+        noise = torch.where(paired.reshape(-1, 1, 1, 1), own, noise)
+        divisor = torch.where(paired, 1, divisor)
+    return consistency_loss(
+        schedule,
+        settings.loss,
+        config.objective,
+        network,
+        teacher,
+        x0,
+        t,
+        noise,
+        divisor,
+        class_labels,
+        dropout,
+    )
