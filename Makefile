@@ -42,14 +42,14 @@ lint: install-dev ## style, types, layer contracts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-test: install-dev ## all checks: lint beside the fast tests, then the tests on the real stack (LONG=1: also those of minutes each)
+test: install-dev ## all checks: lint beside the fast tests, then the tests on the real stack (LONG=1: also repetitions, variants and what takes minutes)
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint test-fast
 	@$(MAKE) --no-print-directory test-stack
 
-test-fast: install-dev ## the tests that need no servers
-	$(BIN)/pytest -m 'not stack' --numprocesses logical --maxprocesses 4 --dist worksteal
+test-fast: install-dev ## the tests that need no servers (LONG=1: all of them)
+	$(BIN)/pytest -m 'not stack' --numprocesses logical --maxprocesses 4 --dist worksteal $(if $(LONG),--long)
 
-test-stack: install-dev ## the tests on the real stack (LONG=1: also those of minutes each)
+test-stack: install-dev ## the tests on the real stack (LONG=1: all of them)
 	$(BIN)/pytest -m stack --durations=15 $(if $(LONG),--long)
 
 gpu-test: install-dev ## the promises on this machine's GPUs, with a report in build/gpu-report.md

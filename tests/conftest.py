@@ -1,6 +1,7 @@
 """What every test may use: the real local stack, started once, and a place of its own in the object store."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -13,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.retry import START_VARIABLE
 from tests.chronicle import PROPERTY
 from tests.driving import ended_after
+from tests.effort import LONG_VARIABLE
 
 # Ray reads these when it is first imported, which is before the stack is there to say so.
 os.environ.update(LOOPBACK_SETTINGS)
@@ -29,7 +31,12 @@ LOGICAL_CPUS = 4  # more than the cores of a small machine: jobs and their worke
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="also the tests that take minutes each")
+    parser.addoption("--long", action="store_true", help="also repetitions, variants and what takes minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell modules of tests how thorough to be: they choose numbers of examples while they are imported."""
+    os.environ[LONG_VARIABLE] = "1" if config.getoption("--long") else "0"
 
 
 def may_need_stack(file: Path) -> bool:
@@ -38,12 +45,20 @@ def may_need_stack(file: Path) -> bool:
     return any("mark.stack" in text for text in texts)
 
 
+def needs_stack_throughout(file: Path) -> bool:
+    """Whether all tests of a file are on the stack."""
+    return re.search(r"^pytestmark = .*mark\.stack\b", file.read_text(), re.M) is not None
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m stack`, the other files are not imported, which would take longer than many a test."""
-    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    if is_test and config.getoption("markexpr") == "stack" and not may_need_stack(collection_path):
-        return True
-    return None
+    """Files none of whose tests would run are not imported, which would take longer than many a test."""
+    if not (collection_path.name.startswith("test_") and collection_path.suffix == ".py"):
+        return None
+    passed_over = {
+        "stack": lambda: not may_need_stack(collection_path),
+        "not stack": lambda: needs_stack_throughout(collection_path),
+    }.get(config.getoption("markexpr"))
+    return True if passed_over is not None and passed_over() else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes; make test LONG=1 runs it"))
+                item.add_marker(pytest.mark.skip(reason="make test LONG=1 runs it"))
     items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("stack", "last")])
 
 

@@ -78,6 +78,7 @@ def test_the_code_stored_beside_a_registered_model_still_runs(registered: str) -
     assert (images.shape, str(images.dtype)) == ((2, 4, 4, 1), "uint8")
 
 
+@pytest.mark.long
 def test_a_generation_is_extended_around_the_shards_it_has(stack: LocalStack, tmp_path: Path) -> None:
     shutil.copytree(STORED, tmp_path / "stored")
     place = f"file://{tmp_path}/stored/samples"

@@ -5,7 +5,6 @@ Every function without an argument is one. Prints JSON: for each, its traceback,
 
 import contextlib
 import inspect
-import itertools
 import json
 import logging
 import sys
@@ -50,6 +49,7 @@ from pipeline.train.state import TrainState, initial_state
 from pipeline.train.step_metrics import StepMetrics
 from pipeline.train.training_plan import plan_training
 from pipeline.train.worker import TrainTask, train_local
+from tests.effort import is_long
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model
 from tests.train.tiny import tiny
 
@@ -235,11 +235,14 @@ def a_shard_starts_over_when_memory_runs_out_while_a_batch_is_on_its_way() -> No
 
 
 def batches_of_a_cuda_graph_have_the_bits_of_those_without() -> None:
-    kinds = ("ancestral", "ddim", "dpm++2m", "heun")
+    full, half = ("float32", 2.5), ("bfloat16", 1.0)
+    cases = [("ancestral", *full), ("ddim", *half), ("dpm++2m", *full), ("heun", *half)]
+    if is_long():
+        cases += [("ancestral", *half), ("ddim", *full), ("dpm++2m", *half), ("heun", *full)]
     batches = [torch.arange(first, first + count) for first, count in _BATCHES]
     with tempfile.TemporaryDirectory() as folder, simulated_device():
         model = _model(folder)
-        for kind, (dtype, scale) in itertools.product(kinds, (("float32", 2.5), ("bfloat16", 1.0))):
+        for kind, dtype, scale in cases:
             sampler = SamplerConfig(kind=kind, num_steps=3, guidance_scale=scale, eta=0.5 * (kind == "ddim"))
             captured, plain = (_engine(model, sampler=sampler, dtype=dtype) for _ in range(2))
             for batch in batches:
@@ -250,13 +253,13 @@ def batches_of_a_cuda_graph_have_the_bits_of_those_without() -> None:
 
 def a_captured_batch_is_launched_by_a_handful_of_operations() -> None:
     with tempfile.TemporaryDirectory() as folder, simulated_device():
-        engine = _engine(_model(folder), sampler=SamplerConfig(kind="ddim", num_steps=20))
+        engine = _engine(_model(folder), sampler=SamplerConfig(kind="ddim", num_steps=8))
         launches: list[int] = []
         for batch in torch.arange(12).split(4):
             counts.reset()
             engine.launch(batch)
             launches.append(counts.kernels.total())
-        assert launches[0] > 2000, launches
+        assert launches[0] > 800, launches
         assert max(launches[1:]) <= 12, launches  # the graph, its inputs, and the levels of its images
         assert counts.kernels["graph"] == 1
         assert not counts.waits

@@ -29,6 +29,7 @@ from pipeline.data.reading.shard_cache import (
 from pipeline.errors import DamageError, UserError
 from pipeline.store import FileStore, open_store
 from tests.data.making import batches, by_position, read_through, sample, small_set
+from tests.effort import long
 
 SHARDS = (12,) * 12
 
@@ -80,21 +81,25 @@ def run_many(processes: int, uri: str, directory: Path, limit: int) -> int:
     return max(most, used_bytes(directory))
 
 
-def test_64_processes_download_each_shard_once(uri: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [16, long(64)])
+def test_many_processes_download_each_shard_once(uri: str, tmp_path: Path, processes: int) -> None:
     index = small_set(uri, SHARDS)
     directory = tmp_path / "cache"
     directory.mkdir()
-    assert run_many(64, uri, directory, index.size_bytes) <= index.size_bytes
+    assert run_many(processes, uri, directory, index.size_bytes) <= index.size_bytes
     log = (Path(uri.removeprefix("file://")) / "opened.log").read_text().split()
     assert sorted(log) == sorted(shard.name for shard in index.shards)
 
 
-def test_64_processes_never_pass_a_limit_that_holds_a_third(uri: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [16, long(64)])
+def test_many_processes_never_pass_a_limit_that_holds_a_third(
+    uri: str, tmp_path: Path, processes: int
+) -> None:
     index = small_set(uri, SHARDS)
     directory = tmp_path / "cache"
     directory.mkdir()
     limit = index.size_bytes // 3
-    most = run_many(64, uri, directory, limit)
+    most = run_many(processes, uri, directory, limit)
     assert limit // 2 < most <= limit
 
 

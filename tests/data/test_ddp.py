@@ -1,10 +1,11 @@
-"""Real DDP: five processes with gloo, on data that no number of them divides."""
+"""Real DDP: processes with gloo, on data that no number of them divides."""
 
 import multiprocessing
 import os
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -12,8 +13,9 @@ from pipeline.config.data import DataConfig
 from pipeline.data.index import load_index
 from pipeline.data.reading.loader import Loader
 from tests.data.making import digits
+from tests.effort import long
 
-BATCH, WORLD = 7, 5
+BATCH = 7
 STEPS = 1797 // BATCH + 2  # past the end of the epoch, which lies inside a batch
 
 
@@ -40,29 +42,34 @@ def train(uri: str, rank: int, world: int, meeting: str | None) -> torch.Tensor:
     return torch.cat([each.detach().flatten() for each in model.parameters()])
 
 
-def one_rank(uri: str, rank: int, meeting: str, answers: "SimpleQueue[tuple[int, list[float]]]") -> None:
-    answers.put((rank, train(uri, rank, WORLD, meeting).tolist()))
+def one_rank(
+    uri: str, rank: int, world: int, meeting: str, answers: "SimpleQueue[tuple[int, list[float]]]"
+) -> None:
+    answers.put((rank, train(uri, rank, world, meeting).tolist()))
 
 
-def test_five_ranks_train_on_1797_samples_with_batch_7_to_the_end_and_as_one_would(
-    uri: str, tmp_path: Path
+@pytest.mark.parametrize("world", [3, long(5)])
+def test_several_ranks_train_on_1797_samples_with_batch_7_to_the_end_and_as_one_would(
+    uri: str, tmp_path: Path, world: int
 ) -> None:
     digits(uri)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.data.test_ddp"])
     answers: SimpleQueue[tuple[int, list[float]]] = context.SimpleQueue()
     meeting = (tmp_path / "meeting").as_uri()
-    ranks = [context.Process(target=one_rank, args=(uri, rank, meeting, answers)) for rank in range(WORLD)]
+    ranks = [
+        context.Process(target=one_rank, args=(uri, rank, world, meeting, answers)) for rank in range(world)
+    ]
     for process in ranks:
         process.start()
     try:
         for process in ranks:
             process.join(120)  # seconds on an idle machine; a hang would be for ever
-        assert [process.exitcode for process in ranks] == [0] * WORLD
+        assert [process.exitcode for process in ranks] == [0] * world
     finally:
         for process in ranks:
             process.kill()
     found = dict(answers.get() for _ in ranks)
-    assert all(found[rank] == found[0] for rank in range(WORLD))
+    assert all(found[rank] == found[0] for rank in range(world))
     alone = train(uri, 0, 1, None)
     torch.testing.assert_close(torch.tensor(found[0]), alone, rtol=1e-4, atol=1e-5)

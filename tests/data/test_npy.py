@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.formats.npy import decode_npy, encode_npy, read_header
 from pipeline.errors import DamageError
+from tests.effort import examples
 
 SHAPES = st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple)
 
@@ -48,6 +49,7 @@ def test_many_threads_read_at_once() -> None:
             assert heights == [(height + shift) % 300 + 1 for height in range(300)]
 
 
+@examples(100)
 @given(shape=SHAPES, seed=st.integers(0, 9))
 def test_what_is_written_is_read_by_us_and_by_numpy(shape: tuple[int, ...], seed: int) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
@@ -119,6 +121,7 @@ def test_what_is_wrong_is_named(data: bytes, complaint: str) -> None:
         decode_npy(data)
 
 
+@examples(100)
 @given(data=st.binary(max_size=80).map(lambda rest: b"\x93NUMPY\x01\x00" + rest))
 def test_any_bytes_are_an_array_or_damage(data: bytes) -> None:
     with contextlib.suppress(DamageError):

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.reading.order import GlobalOrder, rank_slice
+from tests.effort import examples
 
 
 def rows_of(order: GlobalOrder, start: int, stop: int) -> np.ndarray:
@@ -13,7 +14,7 @@ def rows_of(order: GlobalOrder, start: int, stop: int) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(order.counts)])[shards] + members
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(lambda counts: sum(counts) > 0),
     st.integers(0, 2**63 - 1),
@@ -61,7 +62,7 @@ def test_only_the_shards_of_a_window_are_read_at_a_time() -> None:
         assert len(set(shards[window * 30 : (window + 1) * 30])) == 3
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.integers(0, 10**9), st.integers(1, 1000), st.data())
 def test_the_slices_of_all_ranks_are_the_batch(step: int, batch: int, data: st.DataObject) -> None:
     world = data.draw(st.integers(1, batch))

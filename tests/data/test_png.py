@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -13,6 +13,7 @@ from pipeline.data.formats.images import decode_image
 from pipeline.data.formats.png import decode_png, encode_png
 from pipeline.errors import DamageError
 from tests.data.making import encoded, random_image
+from tests.effort import examples
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 3]))
 
@@ -23,7 +24,7 @@ def by_pillow(data: bytes) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(shapes.flatmap(lambda shape: arrays(np.uint8, shape)))
 def test_what_is_written_is_read_alike_by_pillow_and_by_us(pixels: np.ndarray) -> None:
     data = encode_png(pixels)

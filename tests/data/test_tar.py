@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.formats.shards import ShardStream, read_shard, split_name, write_shard
 from pipeline.errors import DamageError
 from tests.data.making import sample
+from tests.effort import examples
 
 V0_1_0 = Path(__file__).parents[1] / "compatibility/v0.1.0"
 WHOLE = write_shard(sample(i) for i in range(6))
@@ -119,7 +120,7 @@ def test_a_tar_cut_at_any_block_is_noticed() -> None:
             list(read_shard(WHOLE[:end], "cut.tar"))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(0, len(WHOLE) - 1))
 def test_a_tar_cut_anywhere_is_noticed(end: int) -> None:
     with pytest.raises(DamageError):
@@ -237,7 +238,7 @@ def test_a_repeated_key_is_refused_when_writing() -> None:
         write_shard([("a", {"png": b""}), ("b", {"png": b""}), ("a", {"png": b""})])
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.from_regex(r"[a-zA-Z0-9_./-]{1,30}", fullmatch=True))
 def test_names_are_split_as_webdataset_splits_them(name: str) -> None:
     theirs = webdataset.tariterators.base_plus_ext(name)

@@ -4,7 +4,7 @@ Diffusers keeps its tables in float32, off by up to 1.7e-4 in 1 - abar_1; the pa
 the schedulers our float64 table and compare what is left: the steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -16,14 +16,28 @@ from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, Target
 from pipeline.diffusion import NoiseSchedule, SamplerStep, Stream, sample
 from pipeline.diffusion.noise import normal
 from pipeline.diffusion.timesteps import make_grid
+from tests.effort import long
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 4, 4)
 INDEX = torch.arange(2)
 SEED = 11
 PREDICTIONS: dict[Target, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-# The whole schedule once: a step is a step, and targets differ in what a single one makes of the network's output.
-CASES = [*((steps, target) for steps in (10, 50) for target in PREDICTIONS), (1000, "eps")]
+
+
+def cases(*variants: tuple[object, ...], targets: Iterable[Target] = tuple(PREDICTIONS)) -> list[Any]:
+    """(num_steps, target, *variant): every target in ten steps of every variant, the whole schedule for the first one.
+
+    A step is a step, and targets differ in what a single one makes of the network's output. With --long also 50 steps,
+    and the whole schedule for every variant.
+    """
+    found: list[Any] = []
+    for number, variant in enumerate(variants):
+        found += [(10, target, *variant) for target in targets]
+        found += [long(50, target, *variant) for target in targets]
+        whole = (1000, "eps", *variant)
+        found.append(long(*whole) if number else whole)
+    return found
 
 
 def toy(target: Target, learned: bool = False) -> Callable[..., Tensor]:
@@ -68,8 +82,9 @@ def assert_same_trajectory(mine: list[Tensor], theirs: list[Tensor]) -> None:
         assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1), f"after step {k}"
 
 
-@pytest.mark.parametrize(("num_steps", "target"), CASES)
-@pytest.mark.parametrize("variance", ["fixed-small", "fixed-large", "learned"])
+@pytest.mark.parametrize(
+    ("num_steps", "target", "variance"), cases(("fixed-small",), ("fixed-large",), ("learned",))
+)
 def test_ancestral_is_ddpm(
     num_steps: int, target: Target, variance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,9 +111,10 @@ def test_ancestral_is_ddpm(
     assert_same_trajectory(ours(sampler, target, learned), theirs)
 
 
-@pytest.mark.parametrize(("num_steps", "target"), CASES)
-@pytest.mark.parametrize("eta", [0.0, 0.7])
-@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize(
+    ("num_steps", "target", "eta", "spacing"),
+    cases((0.7, "trailing"), (0.0, "trailing"), (0.0, "leading"), (0.7, "leading")),
+)
 def test_ddim_is_ddim(num_steps: int, target: Target, eta: float, spacing: str) -> None:
     """With use_clipped_model_output: by default diffusers goes on with a noise that belongs to the unclipped image."""
     scheduler = exact_tables(
@@ -128,8 +144,7 @@ def test_diffusers_ddim_steps_past_its_own_list_where_we_follow_it() -> None:
     assert grid.alpha_bars[1:-1] == tuple(SCHEDULE.alpha_bars[t].item() for t in visited[1:])
 
 
-@pytest.mark.parametrize(("num_steps", "target"), CASES)
-@pytest.mark.parametrize("spacing", ["trailing", "karras"])
+@pytest.mark.parametrize(("num_steps", "target", "spacing"), cases(("trailing",), ("karras",)))
 def test_dpm_solver_is_dpm_solver(num_steps: int, target: Target, spacing: str) -> None:
     """Diffusers rounds the timesteps of Karras' levels; the network here is told ours in both cases."""
     scheduler = exact_tables(
@@ -157,8 +172,9 @@ def test_dpm_solver_is_dpm_solver(num_steps: int, target: Target, spacing: str) 
     assert_same_trajectory(ours(sampler, target), theirs)
 
 
-@pytest.mark.parametrize(("num_steps", "target"), [case for case in CASES if case[1] != "x0"])
-@pytest.mark.parametrize("spacing", ["trailing", "karras"])
+@pytest.mark.parametrize(
+    ("num_steps", "target", "spacing"), cases(("trailing",), ("karras",), targets=("eps", "v"))
+)
 def test_heun_is_heun(num_steps: int, target: Target, spacing: str) -> None:
     """In sigma's coordinates, x / a. Diffusers starts "trailing" at sigma z, where x_T / a is sqrt(sigma^2 + 1) z."""
     karras = spacing == "karras"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from pipeline.diffusion.bound import (
 from pipeline.diffusion.likelihood import bits_per_dim
 from pipeline.diffusion.objective import loss_weight
 from pipeline.diffusion.targets import eps_of, target_of, x0_of
+from tests.effort import examples
 
 SCHEDULE = NoiseSchedule.linear()
 TARGETS: list[Target] = ["eps", "x0", "v"]
@@ -29,7 +30,7 @@ TARGETS: list[Target] = ["eps", "x0", "v"]
 @given(
     angle=st.floats(0.05, 1.5), target=st.sampled_from(TARGETS), shape=st.sampled_from([(1,), (2, 3, 4, 4)])
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_every_target_leads_back_to_image_and_noise(
     angle: float, target: Target, shape: tuple[int, ...]
 ) -> None:

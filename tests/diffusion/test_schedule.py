@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.diffusion import ScheduleConfig
 from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import UserError
+from tests.effort import examples
 
 FAMILIES: dict[str, Callable[[int], NoiseSchedule]] = {
     "linear": NoiseSchedule.linear,
@@ -99,7 +100,7 @@ def test_the_sigmoid_schedule_is_symmetric_about_its_middle() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "scaled-linear", "cosine", "sigmoid"])
 @given(T=st.integers(1, 4000))
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_any_length_gives_falling_signal_in_float64(kind: str, T: int) -> None:
     schedule = NoiseSchedule.from_config(ScheduleConfig(kind=kind, num_steps=T))
     assert schedule.T == T
@@ -116,7 +117,7 @@ def test_any_length_gives_falling_signal_in_float64(kind: str, T: int) -> None:
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
     shape=st.sampled_from([(2,), (2, 3), (2, 3, 4, 5)]),
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_noising_keeps_shape_and_never_computes_in_half_precision(
     t: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
@@ -129,7 +130,7 @@ def test_noising_keeps_shape_and_never_computes_in_half_precision(
 
 
 @given(t=st.integers(0, 999), clip=st.booleans())
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_image_and_noise_are_recovered_from_x_t(t: int, clip: bool) -> None:
     generator = torch.Generator().manual_seed(t)
     x0 = torch.rand(3, 2, dtype=torch.float64, generator=generator) * 2 - 1

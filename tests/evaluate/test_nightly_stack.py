@@ -30,7 +30,7 @@ from pipeline.tracking import find_latest_run, open_run, register, tracking_clie
 from tests.evaluate.test_history import night
 from tests.generate.tiny import settings, tiny_card, tiny_model
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(300)]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -61,7 +61,6 @@ def preset(connection: None, prefix: str, tmp_path: Path, monkeypatch: pytest.Mo
     return file
 
 
-@pytest.mark.long
 def test_a_killed_night_is_completed_by_the_next_start(preset: Path, prefix: str) -> None:
     nights = f"{prefix}/nights"
     date = dt.datetime.now(dt.UTC).date()

@@ -5,12 +5,13 @@ import operator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import DamageError
 from pipeline.features.distances import frechet_distance, moments_of
 from pipeline.features.exact_sums import Sums, sums_of
+from tests.effort import examples
 from tests.evaluate.made import vectors
 
 
@@ -25,7 +26,7 @@ def test_any_number_of_workers_gives_the_same_bits(workers: int) -> None:
     assert forward.moments().covariance.tobytes() == whole.moments().covariance.tobytes()
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.permutations(range(30)), st.integers(1, 29))
 def test_order_and_splits_change_nothing(order: list[int], cut: int) -> None:
     x = vectors(30, 4)

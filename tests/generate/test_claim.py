@@ -15,10 +15,12 @@ from pipeline.generate.spec import Spec, read_spec, require_extension
 from pipeline.generate.stored_generation import Generation
 from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, consensus, open_store
 from pipeline.store.prefix_claim import clear_claims
+from tests.effort import is_long
 from tests.generate.tiny import plan_of, settings, tiny_model
 from tests.turns import Died, Turns
 
 JOBS = 3
+ORDERS = 150 if is_long() else 40
 
 
 class Stepped(FileStore):
@@ -100,7 +102,7 @@ def race(seed: int, specs: list[Spec], dying: dict[int, int]) -> tuple[list[Spec
 @pytest.mark.usefixtures("at_once")
 def test_all_jobs_agree_on_one_spec_in_any_order_of_requests(specs: list[Spec]) -> None:
     winners: set[int] = set()
-    for seed in range(150):
+    for seed in range(ORDERS):
         agreed, objects = race(seed, specs, {})
         assert len(agreed) == JOBS
         assert {spec.seed for spec in agreed} == {agreed[0].seed}
@@ -112,7 +114,7 @@ def test_all_jobs_agree_on_one_spec_in_any_order_of_requests(specs: list[Spec]) 
 
 @pytest.mark.usefixtures("at_once")
 def test_a_job_that_dies_at_any_request_blocks_no_other_and_changes_no_decision(specs: list[Spec]) -> None:
-    for seed in range(150):
+    for seed in range(ORDERS):
         chance = random.Random(seed)
         dying = {job: chance.randrange(12) for job in chance.sample(range(JOBS), chance.randint(1, JOBS - 1))}
         agreed, objects = race(seed, specs, dying)

@@ -30,6 +30,7 @@ from pipeline.store import FileStore, StoreUnreachable, open_store
 from pipeline.store.download_folder import MARKER, Folder
 from pipeline.store.interface import TEMP_PREFIX
 from tests.data.making import sixty, small_set
+from tests.effort import long
 from tests.generate.tiny import contents, fill, settings, tiny_model
 
 
@@ -405,7 +406,7 @@ sys.exit(handle_errors(lambda: run(source, folder)))
 """
 
 
-@pytest.mark.parametrize("manner", ["hangs", "is slow"])
+@pytest.mark.parametrize("manner", [long("hangs"), "is slow"])
 def test_ctrl_c_ends_a_download_without_waiting_for_its_shards(packed: Path, manner: str) -> None:
     command = [sys.executable, "-c", INTERRUPTED_DOWNLOAD, str(packed), "here", manner]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

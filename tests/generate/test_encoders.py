@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
@@ -18,20 +17,16 @@ from jobs.ray_session import ray_cluster
 from pipeline.generate import ray_pool, sample_worker
 from pipeline.generate.driver import generate
 from pipeline.generate.encoders import EncoderDied, EncoderProcesses, EncoderThread
-from pipeline.generate.encoding import EncodedImages, SampledImages
+from pipeline.generate.encoding import EncodedImages
 from pipeline.generate.plan import shards
 from pipeline.generate.sample_worker import SampleWorker
 from pipeline.generate.shard_writer import ShardWriter
 from pipeline.store import open_store
+from tests.generate.sampled import images
 from tests.generate.tiny import contents, fill, settings, tiny_model, writer_of
 
 PACKAGES = "sorted({name.partition('.')[0] for name in __import__('sys').modules})"
 HEAVY = {"torch", "ray", "mlflow", "boto3", "webdataset", "_pytest"}
-
-
-def images(number: int, image_format: str = "png", labels: bool = True) -> SampledImages:
-    pixels = np.random.default_rng(0).integers(0, 256, (number, 8, 8, 3), dtype=np.uint8)
-    return SampledImages(40, pixels, list(range(number)) if labels else None, 7, "d" * 64, image_format)  # type: ignore[arg-type]
 
 
 def joined(parts: list[EncodedImages]) -> tuple[object, object]:
@@ -80,7 +75,8 @@ def test_what_encoding_raises_is_raised_and_the_processes_go_on(processes: Encod
 
 
 def test_processes_end_with_a_parent_that_is_killed() -> None:
-    code = "from tests.generate.test_encoders import EncoderProcesses, images; import multiprocessing, time"
+    code = "from pipeline.generate.encoders import EncoderProcesses; import multiprocessing, time"
+    code += "; from tests.generate.sampled import images"
     code += "; encoders = EncoderProcesses(2); encoders.submit(images(2)).result()"
     code += "; print(*(child.pid for child in multiprocessing.active_children()), flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
@@ -128,6 +124,7 @@ def test_a_shard_whose_images_a_process_lost_leaves_nothing_and_is_made_when_tri
     assert writer.write(unit).record.count == 10
 
 
+@pytest.mark.long
 @pytest.mark.stack
 @pytest.mark.timeout(180)
 def test_workers_of_a_cluster_encode_in_processes_that_end_with_them(

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from pipeline.generate.class_labels import classes_of
 from pipeline.generate.plan import batches, locate, num_shards, shard, shard_number, shards
 from pipeline.generate.spec import ClassPlan, Spec
+from tests.effort import examples
 from tests.generate.tiny import plan_of, settings, tiny_model
 
 
@@ -31,7 +31,7 @@ plans = st.tuples(st.integers(1, 400), st.integers(1, 60), st.integers(1, 25), s
 
 
 @given(plans)
-@hypothesis_settings(max_examples=200, deadline=None)
+@examples(200)
 def test_every_sample_is_planned_exactly_once_and_in_order(
     spec: Spec, plan: tuple[int, int, int, int]
 ) -> None:
@@ -46,7 +46,7 @@ def test_every_sample_is_planned_exactly_once_and_in_order(
 
 
 @given(plans, st.integers(0, 400))
-@hypothesis_settings(max_examples=200, deadline=None)
+@examples(200)
 def test_a_sample_keeps_its_company_when_the_count_is_raised(
     spec: Spec, plan: tuple[int, int, int, int], more: int
 ) -> None:

@@ -30,6 +30,7 @@ from pipeline.store import open_store
 from pipeline.tracking import find_run, register, set_alias, tracking_client
 from pipeline.tracking.run import open_run
 from tests.commands import ddpm
+from tests.effort import is_long
 from tests.generate.tiny import contents, fill, plan_of, settings, tiny_card, tiny_model
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(180)]
@@ -83,13 +84,14 @@ def test_the_command_fills_a_prefix_and_then_has_nothing_to_do(
 def test_one_and_three_workers_and_none_make_the_same_bytes(model: Path, prefix: str) -> None:
     fill(settings(model, f"{prefix}/none", count=47))
     expected = contents(open_store(f"{prefix}/none"))
-    for workers in (1, 3):
+    for workers in (1, 3) if is_long() else (3,):
         config = settings(model, f"{prefix}/{workers}", count=47, num_workers=workers)
         result = generate(config, cluster=nullcontext)
         assert (result.status, result.images_made, result.shards_made) == ("complete", 47, 5)
         assert contents(open_store(f"{prefix}/{workers}")) == expected
 
 
+@pytest.mark.long
 def test_a_raised_count_extends_to_the_bytes_of_one_that_was_large_at_once(model: Path, prefix: str) -> None:
     fill(settings(model, f"{prefix}/once", count=41))
     small, large = settings(model, f"{prefix}/grown", count=23), settings(model, f"{prefix}/grown", count=41)
@@ -100,6 +102,7 @@ def test_a_raised_count_extends_to_the_bytes_of_one_that_was_large_at_once(model
     assert run(large).status == "already complete"
 
 
+@pytest.mark.long
 def test_a_lost_object_is_noticed_at_the_end_and_made_again(model: Path, prefix: str) -> None:
     config = settings(model, prefix, count=47)
     fill(config)
@@ -112,6 +115,7 @@ def test_a_lost_object_is_noticed_at_the_end_and_made_again(model: Path, prefix:
     assert contents(store) == sound
 
 
+@pytest.mark.long
 def test_a_second_job_joins_the_first_and_says_so(
     model: Path, prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +135,7 @@ def test_a_second_job_joins_the_first_and_says_so(
     assert contents(store) == contents(open_store(f"{prefix}/alone"))
 
 
+@pytest.mark.long
 def test_of_two_generations_that_find_a_prefix_empty_one_has_it(
     model: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +187,7 @@ def test_a_failed_shard_is_tried_again_by_another_worker(
     assert done.record.times.attempt == 2
 
 
+@pytest.mark.long
 def test_a_shard_that_keeps_failing_is_reported_while_the_rest_completes(
     model: Path, stack: LocalStack, tmp_path: Path
 ) -> None:
@@ -210,6 +216,7 @@ def _hinder(out: Path) -> None:
     (out / "shards/000003.tar").mkdir(parents=True)
 
 
+@pytest.mark.long
 def test_a_bad_model_is_stopped_before_it_fills_the_bucket(tmp_path: Path, prefix: str) -> None:
     data = TrainingData(channel_mean=(5.0,), channel_std=(10.0,))
     model = tiny_model(tmp_path / "model", tiny_card(data=data))
@@ -235,6 +242,7 @@ def test_a_worker_that_fits_no_node_is_refused(
     assert list(open_store(prefix).list()) == []
 
 
+@pytest.mark.long
 def test_a_generation_of_a_registered_model_is_tracked_and_linked(
     stack: LocalStack, model: Path, prefix: str
 ) -> None:

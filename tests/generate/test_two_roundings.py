@@ -18,6 +18,7 @@ from pipeline.generate.stored_generation import Generation
 from pipeline.generate.verification import verify
 from pipeline.nets.model_files import build_model
 from pipeline.store import ObjectInfo, Store, open_store
+from tests.effort import long
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model
 from tests.store.conftest import moto, moto_server, one_loader
 
@@ -115,7 +116,7 @@ def test_the_two_round_differently_in_objects_of_one_size(model: Path, tmp_path:
 
 
 @pytest.mark.parametrize("ignores", [False, True], ids=["conditional", "unconditional"])
-@pytest.mark.parametrize("image_format", ["png", "npy"])
+@pytest.mark.parametrize("image_format", [long("png"), "npy"])
 @pytest.mark.parametrize("moment", ["object", "record"])
 def test_no_manifest_contradicts_an_object(
     moment: str, image_format: str, ignores: bool, model: Path, output: str
@@ -135,7 +136,7 @@ def test_no_manifest_contradicts_an_object(
     assert again == (1 if ignores and moment == "record" else 0)
 
 
-@pytest.mark.parametrize("image_format", ["png", "npy"])
+@pytest.mark.parametrize("image_format", [long("png"), "npy"])
 def test_a_record_that_replaced_the_right_one_after_the_driver_heard_of_it_is_found(
     image_format: str, model: Path, output: str
 ) -> None:

@@ -123,6 +123,7 @@ def node(stack: LocalStack) -> Iterator[Node]:
     remove_node(stack, added)
 
 
+@pytest.mark.long
 @pytest.mark.stack
 @pytest.mark.timeout(600)
 def test_ray_gives_each_task_its_gpu_and_one_that_torch_cannot_use_is_told_before_work(node: Node) -> None:

@@ -73,6 +73,7 @@ def test_a_cluster_packs_the_same_bytes_as_one_machine(
         assert shards[0] == shards[1]
 
 
+@pytest.mark.long
 @pytest.mark.stack
 @pytest.mark.timeout(180)
 def test_a_cluster_indexes_as_one_machine_does_and_reads_only_what_is_new(

@@ -42,6 +42,7 @@ def call(command: str, config: Settings, folder: Path) -> int:
     return ddpm(command, f"--config={file}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_training_ends_before_any_worker_is_started(
     node: Node,
@@ -101,6 +102,7 @@ def test_training_in_this_process_ends_the_same_way(
     assert line.endswith("or set it to 0 to train on the CPU")
 
 
+@pytest.mark.long
 def test_the_doctor_computes_on_the_clusters_gpus(node: Node, stack: LocalStack) -> None:
     (finding,) = check_cluster_gpus()
     assert not finding.ok

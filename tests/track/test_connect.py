@@ -1,4 +1,4 @@
-"""An unusable tracking server is named in one line within seconds."""
+"""An unusable tracking server is named in one line, without a second try."""
 
 import os
 import re
@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -51,6 +50,14 @@ def answers() -> Iterator[type[_Answers]]:
     server.server_close()
 
 
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses, in seconds, that the program makes before it tries again; none takes any time."""
+    made: list[float] = []
+    monkeypatch.setattr(retry.time, "sleep", made.append)
+    return made
+
+
 def _refusal(uri: str | None) -> str:
     with pytest.raises(UserError) as refused:
         require_server(uri, timeout_seconds=1.0)
@@ -77,19 +84,16 @@ def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
     assert "correct-horse" not in line
 
 
-def test_a_server_that_is_down_is_named_at_once() -> None:
+def test_a_server_that_is_down_is_named_at_once(pauses: list[float]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    start = time.monotonic()
     assert f"127.0.0.1:{port}: no answer (connection refused)" in _refusal(f"http://127.0.0.1:{port}")
-    assert time.monotonic() - start < 2
+    assert pauses == []
 
 
-def test_a_server_that_hangs_is_named_within_seconds() -> None:
+def test_a_server_that_hangs_is_named_after_the_time_that_it_is_given() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        start = time.monotonic()
         assert "no answer (timed out)" in _refusal(f"http://127.0.0.1:{silent.getsockname()[1]}")
-    assert time.monotonic() - start < 3
 
 
 def test_wrong_credentials_and_a_refused_host_are_told_apart_from_an_outage(answers: type[_Answers]) -> None:
@@ -188,14 +192,13 @@ def test_patience_outlasts_an_outage_and_has_an_end() -> None:
         retry_request("a call", always_away, 0.1)
 
 
-def test_patience_is_not_for_mistakes() -> None:
+def test_patience_is_not_for_mistakes(pauses: list[float]) -> None:
     def mistaken() -> str:
         raise ValueError("wrong")
 
-    start = time.monotonic()
     with pytest.raises(ValueError, match="wrong"):
         retry_request("a call", mistaken, 60.0)
-    assert time.monotonic() - start < 1
+    assert pauses == []
 
 
 def test_importing_the_package_does_not_import_mlflow() -> None:
@@ -203,14 +206,13 @@ def test_importing_the_package_does_not_import_mlflow() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_refused_credentials_are_not_waited_for(answers: type[_Answers]) -> None:
+def test_refused_credentials_are_not_waited_for(answers: type[_Answers], pauses: list[float]) -> None:
     from pipeline.tracking import versions
 
     answers.search = 401
-    start = time.monotonic()
     with pytest.raises(UserError, match=r"the model registry: MLflow refuses it .*check MLFLOW_TRACKING_"):
         versions("m", uri=answers.address)
-    assert time.monotonic() - start < 10
+    assert pauses == []
 
 
 def test_a_long_transfer_leaves_the_time_limit_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.sender import Sender
+from tests.effort import examples
 
 
 class _Server:
@@ -71,7 +72,7 @@ operation = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.lists(operation, max_size=40))
 def test_every_step_arrives_once_with_its_first_value(story: list[tuple[str, Any]]) -> None:
     server, clock, first = _Server(), 0, {}

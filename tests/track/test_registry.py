@@ -31,6 +31,7 @@ from pipeline.tracking import (
     versions,
 )
 from pipeline.tracking.registry import file_sha256
+from tests.effort import long
 from tests.relay import Relay
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def test_a_crash_between_upload_and_registration_uploads_nothing_twice(
     assert again.model_id == version.model_id
 
 
-@pytest.mark.parametrize("mode", ["refuse", "deaf"])
+@pytest.mark.parametrize("mode", [long("refuse"), "deaf"])
 def test_a_registration_outlasts_an_outage_and_makes_one_version(
     mode: str, relay: Relay, server: str, name: str, new_run: NewRun, tmp_path: Path
 ) -> None:

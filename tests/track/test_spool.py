@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.tracking import Replayed, Run, Spool, SystemSampler, replay, replay_all
+from tests.effort import long
 from tests.relay import Relay
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def _wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("mode", ["refuse", "freeze", "deaf"])
+@pytest.mark.parametrize("mode", [long("refuse"), long("freeze"), "deaf"])
 def test_an_outage_loses_nothing_doubles_nothing_and_holds_up_nobody(
     mode: str,
     relay: Relay,
@@ -57,21 +58,19 @@ def test_an_outage_loses_nothing_doubles_nothing_and_holds_up_nobody(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     run = new_run()
     spool = _spool(tmp_path, relay.uri, run)
-    waits: list[float] = []
+    arrived = 0
     for step in range(240):
         if step == 40:
             relay.switch(mode)  # type: ignore[arg-type]
         if step == 200:
+            arrived = len(_series(client, run))
             relay.switch("open")
-        start = time.perf_counter()
         spool.metrics(step, {"train/loss": 1 / (step + 1), "perf/images_per_s": float(step)})
-        waits.append(time.perf_counter() - start)
         time.sleep(0.02)
     assert spool.close(timeout_seconds=30) == 0
     assert _series(client, run) == [(step, 1 / (step + 1)) for step in range(240)]
     assert _series(client, run, "perf/images_per_s") == [(step, float(step)) for step in range(240)]
-    # Waiting for the server would show in dozens of calls; one or two the machine may have given to another process.
-    assert sorted(waits)[-3] < 0.05
+    assert arrived < 200, "160 calls returned although the server took or answered nothing"
     assert spool.lost == 0
 
 

@@ -23,8 +23,8 @@ from pipeline.train.training_plan import plan_training
 from pipeline.train.worker import TrainTask, WorkerContext, train_worker
 
 CPU = torch.device("cpu")
-PATIENCE_SECONDS = 90
-"""After which an exchange between ranks is given up."""
+PATIENCE_SECONDS = 100
+"""After which a rank that has not ended is killed; an exchange between ranks is given up only later."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def run_group(
     for member in members:
         member.start()
     for member in members:
-        member.join(PATIENCE_SECONDS + 10)
+        member.join(PATIENCE_SECONDS)
     codes = [member.exitcode for member in members]
     for member in members:
         if member.exitcode is None:
@@ -95,7 +95,7 @@ def _member(
         f"file://{notes}/join",
         rank=place.rank,
         world_size=place.world,
-        timeout=timedelta(seconds=PATIENCE_SECONDS),
+        timeout=timedelta(seconds=3 * PATIENCE_SECONDS),
     )
     RunLogger.metrics = _Notes(notes / "points").metrics  # type: ignore[method-assign]
     tears = torn_at if place.rank == place.world - 1 else None

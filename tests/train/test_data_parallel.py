@@ -98,6 +98,7 @@ def test_one_worker_two_that_divide_the_state_and_one_again_take_turns(
     torch.testing.assert_close(last(outcome, 1).tensors, last(ddp).tensors, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_workers_that_hold_all_is_resumed_by_workers_that_divide_it(
     digits: str, folder: Path, ddp: Outcome
 ) -> None:
@@ -125,7 +126,8 @@ def test_workers_that_divide_a_diverging_training_end_together(digits: str, fold
     assert {step for step, _, _ in outcome.positions} < set(range(STEPS))
 
 
-@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_gradients_sent_in_bfloat16_change_little_and_name_another_training(
     digits: str, folder: Path, ddp: Outcome, sharding: str
 ) -> None:

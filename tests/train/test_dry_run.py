@@ -81,13 +81,15 @@ def test_a_large_network_is_measured_on_smaller_images_that_its_levels_still_div
 
 def test_a_measure_on_smaller_images_is_scaled_up_by_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     config = preset("digits", "net.image_size=32", "net.attention_resolutions=[16]")
+    quarter = preset("digits", "net.image_size=16", "net.attention_resolutions=[8]")
     flops = sample_flops(config.net)
+    monkeypatch.setattr(dry_run, "_pass", lambda trainer, batch: 1.0)
     whole = measure_pace(config, CPU, flops)
     monkeypatch.setattr(dry_run, "LARGEST_SAMPLE_FLOPS", flops / 3)
     small = measure_pace(config, CPU, flops)
-    assert (whole.image_size, small.image_size) == (32, 16)
-    # the machine is shared: an answer of the right size, not more
-    assert 0.1 < small.sample_seconds / whole.sample_seconds < 10
+    assert (whole.image_size, whole.sample_seconds) == (32, 1.0)
+    assert small.image_size == 16
+    assert small.sample_seconds == pytest.approx(flops / sample_flops(quarter.net))
 
 
 def test_a_state_that_does_not_fit_this_machine_is_said_and_not_tried(

@@ -1,7 +1,6 @@
 """Groups of workers, without Ray: their number may change at any stop, and one that fails does not leave the others."""
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ from pipeline.config.training import TrainConfig
 from pipeline.store import open_store
 from pipeline.train import worker
 from pipeline.train.checkpoint import save_checkpoint
-from tests.train.group import CPU, PATIENCE_SECONDS, Outcome, run_group
+from tests.effort import long
+from tests.train.group import CPU, Outcome, run_group
 from tests.train.tiny import tiny
 
 STOP = 10  # inside a window of 4 steps and between two checkpoints
@@ -39,7 +39,7 @@ def halves(digits: str, folder: Path) -> Outcome:
     return run_group(config_of(digits, folder, "halves"), 2, folder, stop_at=STOP)
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [1, long(3)])
 def test_stopped_with_two_workers_it_goes_on_with_any_number(
     digits: str, folder: Path, whole: Outcome, halves: Outcome, world: int
 ) -> None:
@@ -65,12 +65,10 @@ def places(outcome: Outcome) -> dict[int, list[int]]:
 
 
 def test_a_rank_that_fails_alone_does_not_leave_the_others_waiting(digits: str, folder: Path) -> None:
-    began = time.monotonic()
     outcome = run_group(config_of(digits, folder, "torn"), 2, folder, torn_at=5)
     assert 0 not in outcome.exit_codes
-    assert None not in outcome.exit_codes
+    assert None not in outcome.exit_codes, "a rank waited for the one that failed"
     assert [step for step, rank, _ in outcome.positions if rank == 0][-1] == 5, "rank 0 began the step"
-    assert time.monotonic() - began < PATIENCE_SECONDS - 10, "rank 0 waited until the exchange was given up"
 
 
 def test_every_rank_starts_from_the_checkpoint_that_rank_0_found(

@@ -24,6 +24,7 @@ from pipeline.train.state import TrainState, initial_state, learning_rate
 from pipeline.train.step_metrics import StepMetrics
 from pipeline.train.training_plan import plan_training
 from pipeline.train.worker import TrainTask, train_local
+from tests.effort import examples, long
 from tests.train.tiny import tiny
 
 CPU = torch.device("cpu")
@@ -52,6 +53,7 @@ def gradients(
     return found, window
 
 
+@examples(100)
 @given(st.integers(0, 500), st.integers(501, 2000), st.sampled_from(["none", "cosine", "linear"]))
 def test_the_learning_rate_rises_to_its_peak_and_never_exceeds_it(
     warmup: int, steps: int, decay: str
@@ -64,7 +66,7 @@ def test_the_learning_rate_rises_to_its_peak_and_never_exceeds_it(
     assert rates[-1] == 0.5 if decay == "none" else rates[-1] <= 0.5 / (steps - warmup) * 2
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("world", [long(2), 3, long(5)])
 def test_shares_of_any_number_of_workers_average_to_the_gradient_of_the_whole_batch(
     digits: str, runs: str, world: int
 ) -> None:
@@ -237,7 +239,7 @@ def test_the_loss_falls(digits: str, runs: str) -> None:
     assert seen[-1] < 0.6 * seen[0]
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 9])
+@pytest.mark.parametrize("stop_at", [long(1), long(4), 9])
 def test_a_training_stopped_anywhere_and_started_again_ends_in_the_same_bits(
     digits: str, runs: str, stop_at: int
 ) -> None:

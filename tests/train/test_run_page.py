@@ -100,6 +100,7 @@ def test_the_run_page_shows_what_a_person_looks_for(data: str, prefix: str) -> N
     assert version.run_id == run_id
 
 
+@pytest.mark.long
 def test_a_fine_tuned_model_leads_back_to_its_parent(data: str, prefix: str, tmp_path: Path) -> None:
     parent = config_of(data, prefix, steps=8, checkpoint={"every_steps": 8})
     trained(parent)

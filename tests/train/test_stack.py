@@ -12,7 +12,7 @@ from pipeline.store import open_store
 from tests.commands import ddpm
 from tests.train.tiny import tiny
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
