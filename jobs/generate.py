@@ -79,6 +79,8 @@ def summary(result: GenerationResult) -> list[str]:
         )
     if result.efficiency is not None:
         lines.append(f"gpu      {result.efficiency}")
+    if result.cost is not None:
+        lines.append(f"cost     {result.cost.text()}")
     if result.status in ("drained", "failed"):
         lines.append("next     the same command continues; finished shards are kept")
     if result.run_url:

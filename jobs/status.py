@@ -33,8 +33,9 @@ def generation_status(prefix: str, as_json: bool) -> int:
     use_running_stack()
     found = status.generation_status(prefix)
     if as_json:
-        facts = dataclasses.asdict(dataclasses.replace(found, jobs=()))
-        echo_json(facts | {"spec": found.spec.model_dump(mode="json")})
+        facts = dataclasses.asdict(dataclasses.replace(found, jobs=(), cost=None))
+        cost = None if found.cost is None else found.cost.model_dump(mode="json", exclude={"price"})
+        echo_json(facts | {"spec": found.spec.model_dump(mode="json"), "cost": cost})
     else:
         echo(*_lines(found))
     return FAILED if found.state == "damaged" else DONE
@@ -50,6 +51,8 @@ def _lines(found: GenerationStatus) -> list[str]:
     if found.images_per_second:
         left = f", ETA {clock(found.eta_seconds)}" if found.eta_seconds is not None else ""
         lines.append(f"speed    {found.images_per_second:,.1f} images/s{left}")
+    if found.cost is not None:
+        lines.append(f"cost     {found.cost.text()}")
     lines += [f"failed   {shard}: {error}" for shard, error in found.failed.items()]
     lines += [f"problem  {fault}" for fault in found.faults]
     if found.num_faults > len(found.faults):

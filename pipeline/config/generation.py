@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.base import Settings, refuse_idle
 from pipeline.config.bounds import MAX_IMAGES, MAX_IMAGES_A_SHARD, MAX_SHARDS
+from pipeline.config.cost import CostConfig
 from pipeline.config.device_kind import Matmul
 from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.evaluation import FeatureNetworkConfig
@@ -114,6 +115,8 @@ class GenerateConfig(SpecSettings):
     features_missing: Literal["refuse", "skip"] = "refuse"
     """When there is no such network (yet): refuse the generation, or skip the sums and say so. Presets skip: one can
     generate before a classifier is trained."""
+    cost: CostConfig = CostConfig()
+    """What a device costs."""
     track: Annotated[TrackConfig | None, filed_under("generation")] = TrackConfig(experiment="generation")
     """The MLflow run of this generation. None = no tracking."""
     name: str | None = None

@@ -139,7 +139,7 @@ class RecordAggregate:
     classes: Counter[int] = field(default_factory=Counter[int])
     """Samples of each label."""
     seconds: float = 0.0
-    """Device time of all shards."""
+    """Seconds of whole devices: a worker with a part of a GPU counts that part of its device time."""
     num_shards: int = 0
     """Shards added."""
     gpus: GpuTotals = field(default_factory=GpuTotals)
@@ -181,10 +181,16 @@ class RecordAggregate:
         self.num_shards += 1
         self.stats = self.stats + record.tally
         self.classes.update(record.classes or {})
-        self.seconds += record.times.seconds
+        share = 1.0 if record.times.gpu is None else record.times.gpu.share
+        self.seconds += record.times.seconds * share
         self.gpus.add(record)
 
     @property
     def images(self) -> int:
         """Samples in the added shards."""
         return self.stats.images
+
+    @property
+    def joules(self) -> float | None:
+        """Energy of the GPUs for the added shards; None unless it is known of each."""
+        return self.gpus.joules if self.images and self.gpus.images == self.images else None

@@ -13,9 +13,10 @@ from pipeline.config.generation import GenerateConfig
 from pipeline.features.networks import network_exists, open_network
 from pipeline.features.trust import require_trusted_network
 from pipeline.generate.completeness import Completeness, check_complete
+from pipeline.generate.cost import Cost, cost_of_generation, cost_of_records
 from pipeline.generate.done_records import RecordAggregate, short_tag
 from pipeline.generate.efficiency import Efficiency, EfficiencyCalculator
-from pipeline.generate.finalize import Superseded, clean_up, publish_manifest, require_newest
+from pipeline.generate.finalize import ModelFacts, Superseded, clean_up, publish_manifest, require_newest
 from pipeline.generate.generation_run import require_tracking
 from pipeline.generate.guards import check_guards
 from pipeline.generate.job_reporter import JobCounts, JobReporter, Status
@@ -74,6 +75,8 @@ class GenerationResult:
     """Other jobs of the same generation that were running when this one started, and shared the work."""
     efficiency: Efficiency | None = None
     """How well GPUs were used; None on CPUs."""
+    cost: Cost | None = None
+    """Cost of the finished shards, by their done-records; None where none was read."""
 
     @property
     def images_per_second(self) -> float:
@@ -116,6 +119,7 @@ def generate(
             0,
             0,
             0.0,
+            cost=None if proof.manifest is None else cost_of_generation(proof.manifest, config.cost),
         )
     for fault in proof.faults:
         _log.warning("%s contradicts the manifest, which is written again", fault)
@@ -196,6 +200,9 @@ class GenerationJob:
         self._counts = JobCounts()
         self._records = RecordAggregate()
         self._efficiency_calculator = EfficiencyCalculator(generation.spec, model.card)
+        self._facts = ModelFacts(
+            model.card.class_names, self._efficiency_calculator.evaluations_per_image, config.cost
+        )
         self._guard: str | None = None
         self._superseded: str | None = None
         self._nodes = nodes
@@ -218,7 +225,7 @@ class GenerationJob:
         pool: WorkerPool | None = None
         attempts = 0
         while attempts < self._config.max_attempts:
-            retry_during_outage(lambda: require_newest(self._generation, self._model.card.class_names))
+            retry_during_outage(lambda: require_newest(self._generation, self._facts))
             missing = retry_during_outage(self._missing)
             if not missing:
                 return retry_during_outage(self._publish)
@@ -287,7 +294,7 @@ class GenerationJob:
                 for outcome in arrived:
                     self._take(outcome)
                 in_progress = pool.in_progress()
-                self._reporter.report(self._counts, in_progress, self._efficiency())
+                self._reporter.report(self._counts, in_progress, self._efficiency(), self._cost())
                 if self._guard is not None:
                     pool.drain(0)
                     return False
@@ -319,8 +326,8 @@ class GenerationJob:
             self._guard = outcome.error
 
     def _publish(self) -> Status:
-        published = publish_manifest(self._generation, self._records, self._model.card.class_names)
-        self._reporter.complete(*published, self._efficiency())
+        published = publish_manifest(self._generation, self._records, self._facts)
+        self._reporter.complete(*published, self._efficiency(), self._cost())
         return "complete"
 
     def _reason(self, status: Status) -> str | None:
@@ -346,7 +353,11 @@ class GenerationJob:
             run_url=self._reporter.run_url,
             concurrent_jobs=self._reporter.concurrent_jobs,
             efficiency=self._efficiency(),
+            cost=self._cost(),
         )
 
     def _efficiency(self) -> Efficiency | None:
         return self._efficiency_calculator.of(self._records.gpus)
+
+    def _cost(self) -> Cost | None:
+        return cost_of_records(self._records, self._facts.evaluations_per_image, self._facts.price)

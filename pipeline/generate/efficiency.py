@@ -69,5 +69,10 @@ class EfficiencyCalculator:
     @functools.cached_property
     def image_flops(self) -> int:
         """Floating-point operations of the network for an image: convolutions and matrix products."""
+        return forward_flops(self._card.net) * self.evaluations_per_image
+
+    @functools.cached_property
+    def evaluations_per_image(self) -> int:
+        """Evaluations of the network for an image."""
         schedule = NoiseSchedule.from_config(self._card.schedule)
-        return forward_flops(self._card.net) * network_evaluations(schedule, self._spec.sampler)
+        return network_evaluations(schedule, self._spec.sampler)

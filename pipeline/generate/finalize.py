@@ -4,10 +4,14 @@ A driver may be suspended between any two requests, while other jobs go on. So i
 deletes only what belongs to smaller counts, which no later job needs.
 """
 
+from dataclasses import dataclass, field
+
+from pipeline.config.cost import CostConfig
 from pipeline.data.formats.contact_sheet import image_grid
 from pipeline.data.formats.images import encode_image
 from pipeline.errors import DamageError
 from pipeline.generate.completeness import Completeness, check_complete
+from pipeline.generate.cost import cost_of_generation
 from pipeline.generate.done_records import RecordAggregate
 from pipeline.generate.heartbeat import clear_heartbeats
 from pipeline.generate.layout import CLAIM_PREFIX, CONTACT_KEY, JOBS_PREFIX, REPORT_KEY
@@ -21,6 +25,18 @@ from pipeline.store.prefix_claim import clear_claims
 _ATTEMPTS = 100
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the end of a generation needs beside the done-records."""
+
+    class_names: tuple[str, ...] | None
+    """Names of the model's labels."""
+    evaluations_per_image: int | None = None
+    """Evaluations of its network for an image."""
+    price: CostConfig = field(default_factory=CostConfig)
+    """Price of device time, for the report."""
+
+
 class Superseded(Exception):  # noqa: N818 - not an error of this job
     """Another job has raised the count. Objects of the larger generation that this job overwrote are restored."""
 
@@ -32,7 +48,7 @@ class Superseded(Exception):  # noqa: N818 - not an error of this job
 
 
 def publish_manifest(
-    generation: Generation, aggregate: RecordAggregate, class_names: tuple[str, ...] | None
+    generation: Generation, aggregate: RecordAggregate, facts: ModelFacts
 ) -> tuple[Manifest, bytes, bytes]:
     """Write report, contact sheet and, last, the manifest; then delete what it supersedes.
 
@@ -40,28 +56,28 @@ def publish_manifest(
     Superseded.
     """
     store, spec = generation.store, generation.spec
-    manifest = make_manifest(spec, aggregate, class_names)
+    manifest = make_manifest(spec, aggregate, facts.class_names, facts.evaluations_per_image)
     try:
         images = load_images(generation)
     except ObjectMissing:
-        require_newest(generation, class_names)  # a larger generation has deleted this one's last shard
+        require_newest(generation, facts)  # a larger generation has deleted this one's last shard
         raise
-    sheet = encode_image(image_grid(grid_rows(images), row_labels(images, class_names)), "png")
-    report = render_report(spec, manifest.statistics, class_names, sheet, images)
+    sheet = encode_image(image_grid(grid_rows(images), row_labels(images, facts.class_names)), "png")
+    report = render_report(manifest, cost_of_generation(manifest, facts.price), sheet, images)
     for _ in range(_ATTEMPTS):
-        require_newest(generation, class_names)
+        require_newest(generation, facts)
         # The report is first because it holds the count, should this job die before the others are written.
         store.write(REPORT_KEY, report)
         store.write(CONTACT_KEY, sheet)
         write_manifest(store, manifest, make_entries(spec, aggregate))
-        require_newest(generation, class_names)
+        require_newest(generation, facts)
         if _is_published(generation):
             delete_superseded(generation)
             return manifest, sheet, report
     raise StoreUnreachable(f"{store.uri}: another job keeps replacing the manifest; try again in a minute")
 
 
-def require_newest(generation: Generation, class_names: tuple[str, ...] | None) -> None:
+def require_newest(generation: Generation, facts: ModelFacts) -> None:
     """Raise Superseded when the prefix holds a larger count.
 
     If all shards of the larger generation are done, its manifest is written again first and the smaller one's tail is
@@ -77,7 +93,7 @@ def require_newest(generation: Generation, class_names: tuple[str, ...] | None) 
     aggregate, listing = RecordAggregate(), larger.listing()
     if listing.missing() or larger.add_records(listing, aggregate):
         raise Superseded(larger, published=False)  # its job is still running
-    publish_manifest(larger, aggregate, class_names)
+    publish_manifest(larger, aggregate, facts)
     raise Superseded(larger, published=True)
 
 

@@ -6,6 +6,7 @@ import yaml
 
 from pipeline.config.generation import GenerateConfig
 from pipeline.errors import UserError
+from pipeline.generate.cost import Cost
 from pipeline.generate.efficiency import Efficiency
 from pipeline.generate.layout import CONTACT_KEY, REPORT_KEY
 from pipeline.generate.manifest import Manifest
@@ -72,6 +73,7 @@ class GenerationRun:
         failed: int,
         in_progress: int,
         efficiency: Efficiency | None = None,
+        cost: Cost | None = None,
     ) -> None:
         """Log progress, every few seconds at most; the step is the number of images done."""
         if self._spool is None or time.monotonic() < self._next_point:
@@ -84,12 +86,17 @@ class GenerationRun:
             "perf/images_per_s": images_per_second,
             "perf/shards_under_way": float(in_progress),
         }
-        if efficiency is not None:
-            points |= efficiency.metrics()
+        for measured in (efficiency, cost):
+            points |= {} if measured is None else measured.metrics()
         self._spool.metrics(images_done, points)
 
     def complete(
-        self, manifest: Manifest, sheet: bytes, report: bytes, efficiency: Efficiency | None = None
+        self,
+        manifest: Manifest,
+        sheet: bytes,
+        report: bytes,
+        efficiency: Efficiency | None = None,
+        cost: Cost | None = None,
     ) -> None:
         """Log the contact sheet, the report and the statistics of a complete generation."""
         if self._spool is None or self._run is None:
@@ -103,8 +110,8 @@ class GenerationRun:
             "images/saturated": float(statistics.saturated),
         }
         points |= {"perf/device_seconds": manifest.times.device_seconds}
-        if efficiency is not None:
-            points |= efficiency.metrics()
+        for measured in (efficiency, cost):
+            points |= {} if measured is None else measured.metrics()
         self._spool.metrics(manifest.count, points)
         self._spool.image("contact-sheet", manifest.count, sheet)
         self._spool.artifact(CONTACT_KEY, sheet)
@@ -112,6 +119,7 @@ class GenerationRun:
         self._spool.artifact("summary.json", pretty(manifest.model_dump(mode="json")))
         image = image_markdown(self._run.run_id, CONTACT_KEY, "contact sheet")
         made = "" if efficiency is None else f" Made by {efficiency}."
+        made += "" if cost is None else f" Cost: {cost.text()}."
         describe(self._run.run_id, f"{_description(self._config, self._spec)}{made}\n\n{image}")
 
     def leave(self) -> None:

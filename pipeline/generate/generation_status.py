@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.generate.completeness import Completeness, check_complete
+from pipeline.generate.cost import Cost, cost_of_generation
 from pipeline.generate.done_records import DoneRecord
 from pipeline.generate.heartbeat import Heartbeat, read_heartbeats
 from pipeline.generate.prefix_spec import open_generation
@@ -38,6 +39,8 @@ class GenerationStatus:
     faults: tuple[str, ...] = ()
     """What contradicts the manifest; the first of `num_faults` findings."""
     num_faults: int = 0
+    cost: Cost | None = None
+    """Cost of a complete generation; None otherwise."""
 
 
 def generation_status(uri: str) -> GenerationStatus:
@@ -70,6 +73,7 @@ def generation_status(uri: str) -> GenerationStatus:
         jobs=jobs,
         faults=tuple(proof.faults),
         num_faults=proof.num_faults,
+        cost=cost_of_generation(proof.manifest) if proof.complete and proof.manifest is not None else None,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 from pipeline.config.generation import GenerateConfig
 from pipeline.generate import heartbeat
 from pipeline.generate.coordinator import ShardProgress
+from pipeline.generate.cost import Cost
 from pipeline.generate.efficiency import Efficiency
 from pipeline.generate.generation_run import GenerationRun
 from pipeline.generate.heartbeat import Heartbeat
@@ -94,8 +95,12 @@ class JobReporter:
         counts: JobCounts,
         in_progress: Sequence[ShardProgress],
         efficiency: Efficiency | None = None,
+        cost: Cost | None = None,
     ) -> None:
-        """Report progress; call it about twice a second. `efficiency`: of the shards that GPUs have finished."""
+        """Report progress; call it about twice a second.
+
+        `efficiency`: of the shards that GPUs have finished; `cost`: of the shards whose records are known.
+        """
         total = self._generation.spec.count
         images = counts.images_made + counts.images_in_progress(in_progress)
         done = min(total, counts.images_before + images)
@@ -114,17 +119,22 @@ class JobReporter:
                 if value is not None:
                     self._metrics.gauge(gauge, value)
         self._metrics.add_counted()
-        self._run.progress(done, rate, failed, len(in_progress), efficiency)
+        self._run.progress(done, rate, failed, len(in_progress), efficiency, cost)
         self._warn_if_stalled((images, failed), in_progress)
         if time.monotonic() >= self._next_heartbeat:
             self._next_heartbeat = time.monotonic() + heartbeat.EVERY_SECONDS
             self._write_heartbeat("running", counts, in_progress)
 
     def complete(
-        self, manifest: Manifest, sheet: bytes, report: bytes, efficiency: Efficiency | None = None
+        self,
+        manifest: Manifest,
+        sheet: bytes,
+        report: bytes,
+        efficiency: Efficiency | None = None,
+        cost: Cost | None = None,
     ) -> None:
         """Report a complete generation: its manifest, contact sheet (PNG) and report (HTML)."""
-        self._run.complete(manifest, sheet, report, efficiency)
+        self._run.complete(manifest, sheet, report, efficiency, cost)
         self._progress(manifest.count, manifest.count, "complete")
 
     def end(self, status: Status, counts: JobCounts, reason: str | None) -> None:

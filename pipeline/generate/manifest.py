@@ -27,6 +27,7 @@ _END = b"  ]\n}\n"
 
 
 Level = Annotated[float, Field(ge=0, le=255)]
+Joules = Annotated[float, Field(ge=0, le=1e18)]
 
 
 class ManifestShard(Settings):
@@ -65,7 +66,9 @@ class ManifestTimes(Settings):
     finished_at: Date
     """Seconds since 1970 (UTC)."""
     device_seconds: Seconds
-    """Device time of all shards."""
+    """Seconds of whole devices for all shards: GPUs or, without any, workers with their cores."""
+    joules: Joules | None = Field(default=None, exclude_if=lambda joules: joules is None)
+    """Energy of the GPUs in that time; left out on CPUs, and where a GPU does not report it."""
 
 
 class Manifest(Settings):
@@ -81,6 +84,11 @@ class Manifest(Settings):
     """Exact number of samples."""
     class_names: tuple[Name, ...] | None
     """Names of the labels."""
+    evaluations_per_image: Annotated[int, Field(ge=1, lt=2**53)] | None = Field(
+        default=None, exclude_if=lambda evaluations: evaluations is None
+    )
+    """Evaluations of the network for an image: a function of sampler and schedule. None in manifests of versions that
+    did not state it."""
     num_shards: int = Field(ge=1, le=MAX_SHARDS)
     """Number of shards. Their entries follow under `shards`; see `read_entries`."""
     statistics: Statistics
@@ -89,7 +97,12 @@ class Manifest(Settings):
     """When it was finished, and the device time."""
 
 
-def make_manifest(spec: Spec, aggregate: RecordAggregate, class_names: tuple[str, ...] | None) -> Manifest:
+def make_manifest(
+    spec: Spec,
+    aggregate: RecordAggregate,
+    class_names: tuple[str, ...] | None,
+    evaluations_per_image: int | None = None,
+) -> Manifest:
     """The manifest of all done-records. ValueError when a shard or a sample is missing."""
     if aggregate.num_shards != num_shards(spec) or aggregate.images != spec.count:
         raise ValueError(
@@ -108,9 +121,12 @@ def make_manifest(spec: Spec, aggregate: RecordAggregate, class_names: tuple[str
         spec=spec,
         count=spec.count,
         class_names=class_names,
+        evaluations_per_image=evaluations_per_image,
         num_shards=num_shards(spec),
         statistics=statistics,
-        times=ManifestTimes(finished_at=time.time(), device_seconds=aggregate.seconds),
+        times=ManifestTimes(
+            finished_at=time.time(), device_seconds=aggregate.seconds, joules=aggregate.joules
+        ),
     )
 
 

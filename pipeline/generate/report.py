@@ -1,4 +1,7 @@
-"""The report: one self-contained HTML page on a generation. It holds no times: equal specs give equal bytes."""
+"""The report: one self-contained HTML page on a generation.
+
+Only its section `measured` holds times, as only `times` does in the manifest: equal specs give equal bytes elsewhere.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +12,8 @@ from pipeline.data.formats.images import decode_image, encode_image
 from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import read_shard
 from pipeline.generate.class_labels import class_name, classes_of
-from pipeline.generate.manifest import Statistics
+from pipeline.generate.cost import Cost
+from pipeline.generate.manifest import Manifest
 from pipeline.generate.plan import Shard, locate
 from pipeline.generate.spec import Spec, pretty
 from pipeline.generate.stored_generation import Generation
@@ -70,23 +74,20 @@ def _read_images(generation: Generation, indexes: list[int]) -> Iterator[tuple[i
                 yield int(key), decode_image(files[spec.image_format], spec.image_shape)
 
 
-def render_report(
-    spec: Spec,
-    statistics: Statistics,
-    class_names: tuple[str, ...] | None,
-    sheet: bytes,
-    images: Images,
-) -> bytes:
+def render_report(manifest: Manifest, cost: Cost, sheet: bytes, images: Images) -> bytes:
     """The page as bytes. `sheet` is the contact sheet's PNG."""
+    spec, class_names = manifest.spec, manifest.class_names
     version = "" if spec.model.version is None else f" version {spec.model.version}"
     return render_page(
         "report.html",
         # completeness.py reads the count from this title.
         title=f"{spec.count:,} samples of {spec.model.name}{version}",
-        facts=_facts(spec, statistics),
+        facts=_facts(manifest),
+        measured=cost.measured(),
         sheet=sheet,
         classes=[
-            (class_name(label, class_names), count) for label, count in (statistics.classes or {}).items()
+            (class_name(label, class_names), count)
+            for label, count in (manifest.statistics.classes or {}).items()
         ],
         class_grids=[
             (class_name(label, class_names), encode_image(image_grid([row]), "png"))
@@ -97,13 +98,16 @@ def render_report(
     )
 
 
-def _facts(spec: Spec, statistics: Statistics) -> dict[str, str]:
+def _facts(manifest: Manifest) -> dict[str, str]:
+    spec, statistics = manifest.spec, manifest.statistics
+    evaluations = manifest.evaluations_per_image
     return {
         "spec digest": spec.digest,
         "weights": f"{spec.model.weights}, sha256 {spec.model.sha256}",
         "indexes": f"{spec.first_index} to {spec.first_index + spec.count - 1}",
         "images": f"{spec.channels} x {spec.size} x {spec.size}, {spec.image_format}",
         "sampler": f"{spec.sampler.kind}, {spec.sampler.num_steps} steps",
+        **({} if evaluations is None else {"network evaluations per image": f"{evaluations:,}"}),
         "channel means (0..255)": ", ".join(f"{value:.2f}" for value in statistics.channel_mean),
         "channel deviations": ", ".join(f"{value:.2f}" for value in statistics.channel_std),
         "constant images": str(statistics.constant),

@@ -17,6 +17,7 @@ from pipeline.config.json_document import parse_document
 from pipeline.config.nights import DriftConfig
 from pipeline.errors import DamageError, JobError, UserError
 from pipeline.evaluate.document import Evaluation
+from pipeline.generate.cost import Cost
 from pipeline.store import ObjectMissing, Store
 
 _log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class Night(Settings):
     """Samples."""
     images_per_second: float = Field(ge=0, allow_inf_nan=False)
     """Samples over the device time of all workers."""
+    cost: Cost | None = Field(default=None, exclude_if=lambda cost: cost is None)
+    """What they cost, at the price of that night; None in records of versions that did not state it."""
     evaluation: Evaluation
     """Its metrics."""
     drift: tuple[str, ...] = Field(max_length=100)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.generate.cost import Cost, amount
 from pipeline.html_page import render_page
 from pipeline.nightly.history import Night
 
@@ -20,6 +21,7 @@ def render_history(title: str, nights: Sequence[Night], sheets: Mapping[str, byt
         for metric, heading in _METRIC_COLUMNS.items()
         if any(metric in night.evaluation.metrics for night in nights)
     }
+    costs = [heading for heading, of in _COST_COLUMNS.items() if any(of(n.cost) for n in nights if n.cost)]
     return render_page(
         "history.html",
         title=title,
@@ -27,8 +29,8 @@ def render_history(title: str, nights: Sequence[Night], sheets: Mapping[str, byt
         num_nights=len(nights),
         num_samples=sum(night.count for night in nights),
         charts=[chart for chart in (_chart(*about, nights) for about in _CHARTS) if chart.marks],
-        columns=["night", "model", "samples", *columns.values(), "images/s", "N of reference"],
-        rows=[_Row(_cells(night, list(columns)), night.drift) for night in reversed(nights)],
+        columns=["night", "model", "samples", *columns.values(), "images/s", *costs, "N of reference"],
+        rows=[_Row(_cells(night, list(columns), costs), night.drift) for night in reversed(nights)],
         sheets=sheets,
     )
 
@@ -104,7 +106,7 @@ def _chart(name: str, note: str, series: Series, nights: Sequence[Night]) -> _Ch
     )
 
 
-def _cells(night: Night, metrics: Sequence[str]) -> list[str]:
+def _cells(night: Night, metrics: Sequence[str], costs: Sequence[str]) -> list[str]:
     """A row of the table."""
     values = [_value(night, metric) for metric in metrics]
     return [
@@ -113,6 +115,7 @@ def _cells(night: Night, metrics: Sequence[str]) -> list[str]:
         f"{night.count:,}",
         *("" if value is None else _number(value) for value in values),
         f"{night.images_per_second:.1f}",
+        *("" if night.cost is None else _COST_COLUMNS[heading](night.cost) for heading in costs),
         f"{night.evaluation.terms.reference_count:,}",
     ]
 
@@ -127,6 +130,15 @@ def _value(night: Night, name: str) -> float | None:
     return None if metric is None else metric.value
 
 
+def _money(cost: Cost) -> str:
+    """With its currency: the price may have been another one in another night."""
+    return "" if cost.money_per_1000 is None else f"{amount(cost.money_per_1000)} {cost.price.currency}"
+
+
+def _known(value: float | None) -> str:
+    return "" if value is None else amount(value)
+
+
 _CHARTS: tuple[tuple[str, str, Series], ...] = (
     ("Fréchet distance", "lower is better", lambda night: _value(night, "frechet")),
     (
@@ -138,7 +150,19 @@ _CHARTS: tuple[tuple[str, str, Series], ...] = (
     ("Near duplicates of training images", "share of samples", lambda night: _value(night, "near_copies")),
     ("Samples", "images", lambda night: float(night.count)),
     ("Throughput", "images per device second", lambda night: night.images_per_second),
+    (
+        "Device time",
+        "device seconds per 1,000 images",
+        lambda night: night.cost and night.cost.device_seconds_per_1000,
+    ),
+    ("Price", "per 1,000 images", lambda night: night.cost and night.cost.money_per_1000),
 )
+_COST_COLUMNS: dict[str, Callable[[Cost], str]] = {
+    "evaluations/image": lambda cost: _known(cost.evaluations_per_image),
+    "device s per 1,000": lambda cost: _known(cost.device_seconds_per_1000),
+    "J per 1,000": lambda cost: _known(cost.joules_per_1000),
+    "price per 1,000": _money,
+}
 _METRIC_COLUMNS = {
     "frechet": "Fréchet distance",
     "frechet_ratio": "against halves",

@@ -11,6 +11,7 @@ from pipeline.evaluate.measure import evaluate_generation
 from pipeline.features.reference_set import data_root
 from pipeline.features.shard_sums import network_for_sums
 from pipeline.generate.completeness import check_complete
+from pipeline.generate.cost import cost_of_generation
 from pipeline.generate.layout import SPEC_KEY
 from pipeline.generate.manifest import Manifest, read_manifest
 from pipeline.generate.spec import read_spec
@@ -94,6 +95,7 @@ def record_night(
         model=model.reference or model.name,
         count=manifest.count,
         images_per_second=manifest.count / max(1e-9, manifest.times.device_seconds),
+        cost=cost_of_generation(manifest, config.generate.cost),
         evaluation=evaluation,
         drift=drift(evaluation, earlier, config.drift),
     )

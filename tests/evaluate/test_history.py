@@ -10,9 +10,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from pipeline.config.cost import CostConfig
 from pipeline.config.nights import DriftConfig
 from pipeline.errors import UserError
 from pipeline.evaluate.document import Evaluation, EvaluationConditions, Metric, require_comparable, table
+from pipeline.generate.cost import Cost
 from pipeline.nightly.history import (
     Night,
     advance_latest,
@@ -266,6 +268,36 @@ def test_the_charts_are_well_formed_and_their_points_inside_them() -> None:
         "var(--bad)",
         "var(--line)",
     ]
+
+
+def test_the_page_shows_what_nights_cost_and_leaves_out_what_no_night_knows() -> None:
+    dear = Cost(
+        evaluations_per_image=20,
+        images=100,
+        device_seconds=8.0,
+        price=CostConfig(per_device_hour=4.5, currency="EUR"),
+    )
+    cheap = dear.model_copy(update={"price": CostConfig(), "evaluations_per_image": 4})
+    nights = [
+        night(0),
+        night(1).model_copy(update={"cost": cheap}),
+        night(2).model_copy(update={"cost": dear}),
+    ]
+    page = render_history("t", nights, {}).decode()
+    headings = re.findall("<th>(.*?)</th>", page)
+    assert headings[-4:] == ["evaluations/image", "device s per 1,000", "price per 1,000", "N of reference"]
+    rows = [re.findall("<td>(.*?)</td>", row)[-4:] for row in page.split("<tr>")[2:]]
+    assert rows == [["20", "80", "0.1 EUR", "50"], ["4", "80", "", "50"], ["", "", "", "50"]]
+    assert page.count('aria-label="Device time"') == page.count('aria-label="Price"') == 1
+    assert "evaluations/image" not in render_history("t", [night(0)], {}).decode()
+
+
+def test_a_record_without_a_cost_is_read_and_written_as_it_was(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    write_night(store, night(0))
+    document = json.loads(store.read("history/2026-03-10.json"))
+    assert "cost" not in document
+    assert read_night(store, DAY) == night(0)
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look at the page with")

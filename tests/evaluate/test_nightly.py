@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 import jobs.nightly
 from jobs.nightly import DRIFTED, run
+from pipeline.config.cost import CostConfig
 from pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
 from pipeline.config.generation import GenerateConfig
 from pipeline.config.nights import NightlyConfig
@@ -78,6 +79,18 @@ def test_a_night_is_made_once_and_not_touched_again(
     assert run(config, no_progress, D1, D1) == 0
     assert objects(config) == before
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_the_record_of_a_night_states_its_cost_at_the_price_of_the_settings(nights: Change) -> None:
+    config = nights()
+    priced = config.generate.model_copy(update={"cost": CostConfig(per_device_hour=3.6)})
+    assert run(config.model_copy(update={"generate": priced}), no_progress, D1, D1) == 0
+    (night,) = read_nights(open_store(config.generate.output))
+    manifest = read_manifest(open_store(night.prefix))
+    assert manifest is not None
+    assert night.cost is not None
+    assert (night.cost.evaluations_per_image, night.cost.images) == (3, 20)
+    assert night.cost.money_per_1000 == pytest.approx(manifest.times.device_seconds / 1000 * 50)
 
 
 def test_the_evaluation_of_a_night_counts_its_samples(nights: Change) -> None:

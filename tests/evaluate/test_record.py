@@ -27,7 +27,7 @@ from pipeline.features.shard_sums import (
 from pipeline.generate import sample_worker
 from pipeline.generate.done_records import RecordAggregate
 from pipeline.generate.driver import with_feature_network
-from pipeline.generate.finalize import publish_manifest
+from pipeline.generate.finalize import ModelFacts, publish_manifest
 from pipeline.generate.plan import shard, shards
 from pipeline.generate.sample_worker import SampleWorker, SampleWorkerConfig
 from pipeline.generate.spec import write_spec
@@ -47,7 +47,7 @@ def test_the_records_alone_give_the_metrics_of_the_samples(digits: str, tmp_path
     write_spec(store, spec)
     for unit in shards(spec):
         records.add(unit.number, writer.write(unit).record)
-    publish_manifest(Generation(store, spec), records, None)
+    publish_manifest(Generation(store, spec), records, ModelFacts(None))
     whole = evaluate_generation(EvaluateConfig(reference=digits), config.output, no_progress)
     quick = evaluate_generation(
         EvaluateConfig(reference=digits, records_only=True), config.output, no_progress

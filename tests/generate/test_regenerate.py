@@ -11,7 +11,7 @@ from jobs.verify import lines
 from pipeline.generate.device_check import UnfitDevice
 from pipeline.generate.done_records import RecordAggregate, short_tag
 from pipeline.generate.engine import Engine
-from pipeline.generate.finalize import publish_manifest
+from pipeline.generate.finalize import ModelFacts, publish_manifest
 from pipeline.generate.regenerate import regenerate
 from pipeline.generate.spec import write_spec
 from pipeline.generate.verification import verify
@@ -54,7 +54,7 @@ def crowded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str
     for unit in writer.generation.shards():
         record, tag = writer.write(unit)
         records.add(unit.number, record, short_tag(tag))
-    publish_manifest(writer.generation, records, writer.engine.card.class_names)
+    publish_manifest(writer.generation, records, ModelFacts(writer.engine.card.class_names))
 
     def engine(spec: object, net: nn.Module, card: object) -> Engine:
         return Engine(spec, Crowded(net, fails_at=-1), card)  # type: ignore[arg-type]

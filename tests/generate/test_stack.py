@@ -249,7 +249,12 @@ def test_a_generation_of_a_registered_model_is_tracked_and_linked(
     training = open_run("generate-test", "training", key="t", params={}, tags={}, config_yaml="")
     version = register("tiny", model, training.run_id, {}, "a tiny network")
     set_alias("tiny", "champion", version.version)
-    config = settings(Path("tiny@champion"), prefix, track={"experiment": "generate-test"})
+    config = settings(
+        Path("tiny@champion"),
+        prefix,
+        track={"experiment": "generate-test"},
+        cost={"per_device_hour": 3600},
+    )
     result = run(config)
     assert result.status == "complete"
     manifest = read_manifest(open_store(prefix))
@@ -261,6 +266,13 @@ def test_a_generation_of_a_registered_model_is_tracked_and_linked(
     client = tracking_client()
     seen = client.get_run(found.run_id)
     assert seen.data.metrics["progress/images"] == 50
+    seconds = 1000 * manifest.times.device_seconds / 50
+    assert {name: value for name, value in seen.data.metrics.items() if name.startswith("cost/")} == {
+        "cost/evaluations_per_image": 3,
+        "cost/images_per_device_second": pytest.approx(1000 / seconds),
+        "cost/device_seconds_per_1000_images": pytest.approx(seconds),
+        "cost/money_per_1000_images": pytest.approx(seconds),
+    }
     assert seen.data.tags["ddpm.training_run"] == training.run_id
     names = {item.path for item in client.list_artifacts(found.run_id)}
     assert {"contact-sheet.png", "report.html", "summary.json", "config"} <= names

@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.config.generation import GenerateConfig, GuardConfig
 from pipeline.generate.done_records import RecordAggregate, short_tag
 from pipeline.generate.engine import Engine
-from pipeline.generate.finalize import publish_manifest
+from pipeline.generate.finalize import ModelFacts, publish_manifest
 from pipeline.generate.shard_writer import ShardWriter
 from pipeline.generate.spec import write_spec
 from pipeline.generate.stored_generation import Generation
@@ -93,7 +93,7 @@ class TwoWriters:
             unusable = self.generation.add_records(listing, records)
             numbers = sorted({*listing.missing(), *(number for number, _ in unusable)})
             if not numbers:
-                publish_manifest(self.generation, records, self.names)
+                publish_manifest(self.generation, records, ModelFacts(self.names))
                 return again
             records = RecordAggregate()
             again += len(numbers)

@@ -1,6 +1,7 @@
 """A network small enough for tests, with weights that make images worth counting."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ from pipeline.config.net import UNetConfig
 from pipeline.features.networks import open_network
 from pipeline.features.shard_sums import FeatureSums
 from pipeline.generate.done_records import RecordAggregate
+from pipeline.generate.efficiency import EfficiencyCalculator
 from pipeline.generate.engine import Engine
-from pipeline.generate.finalize import publish_manifest
-from pipeline.generate.layout import DONE_PREFIX, MANIFEST_KEY
+from pipeline.generate.finalize import ModelFacts, publish_manifest
+from pipeline.generate.layout import DONE_PREFIX, MANIFEST_KEY, REPORT_KEY
 from pipeline.generate.model_source import ResolvedModel, resolve_model
 from pipeline.generate.plan import shards
 from pipeline.generate.shard_writer import ShardWriter
@@ -24,6 +26,7 @@ from pipeline.nets.model_files import build_model, save_model
 from pipeline.nets.unet import seeded_init
 from pipeline.store import Store, open_store
 
+_MEASURED = re.compile(rb'<section id="measured">.*?</section>', re.DOTALL)
 NAMES = ("nought", "one", "two")
 
 
@@ -100,15 +103,16 @@ def fill(config: GenerateConfig) -> Spec:
     writer = writer_of(config)
     store, spec = writer.generation.store, writer.generation.spec
     write_spec(store, spec)
-    records = RecordAggregate()
+    card, records = writer.engine.card, RecordAggregate()
+    evaluations = EfficiencyCalculator(spec, card).evaluations_per_image
     for unit in shards(spec):
         records.add(unit.number, writer.write(unit).record)
-    publish_manifest(Generation(store, spec), records, writer.engine.card.class_names)
+    publish_manifest(Generation(store, spec), records, ModelFacts(card.class_names, evaluations))
     return spec
 
 
 def contents(store: Store) -> dict[str, bytes]:
-    """Every object of a store, with the times and circumstances of records and manifest taken out."""
+    """Every object of a store, with the times and circumstances of records, manifest and report taken out."""
     found: dict[str, bytes] = {}
     for info in store.list():
         data = store.read(info.key)
@@ -116,5 +120,7 @@ def contents(store: Store) -> dict[str, bytes]:
             document = json.loads(data)
             del document["times"]
             data = json.dumps(document).encode()
+        elif info.key == REPORT_KEY:
+            data = _MEASURED.sub(b"", data)
         found[info.key] = data
     return found
