@@ -33,6 +33,11 @@ def run(config: PromoteConfig, progress: Progress, as_json: bool = False, used_g
     else:
         echo(*table(decision))
         echo(f"{decision.verdict}: {decision.challenger}: {decision.reason}")
+        if decision.verdict == "refused" and decision.champion == decision.challenger:
+            echo(
+                f"next     it is {config.model}@{config.champion} already, as the first version of its name; "
+                "register a better one, or remove the alias in the registry"
+            )
     return DONE if decision.verdict == "promoted" else FAILED
 
 

@@ -1,8 +1,8 @@
 """Settings of evaluation: the feature network, the metrics, the sampler search, the gate."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config.base import Settings
 from pipeline.config.diffusion import SamplerConfig, SamplerKind
@@ -142,9 +142,26 @@ class TuneConfig(Settings):
 
 
 GateMetric = Literal[
-    "frechet", "kernel", "precision", "recall", "near_copies", "class_accuracy", "inception_score"
+    "frechet",
+    "kernel",
+    "precision",
+    "recall",
+    "near_copies",
+    "class_accuracy",
+    "inception_score",
+    "evaluations_per_image",
+    "images_per_device_second",
 ]
 """Metrics that the gate can compare."""
+COST_METRICS: dict[GateMetric, Literal["lower", "higher"]] = {
+    "evaluations_per_image": "lower",
+    "images_per_device_second": "higher",
+}
+"""Those of the cost of samples, with the direction that is better."""
+WARM_UP_BATCHES = 2
+"""Batches before any is timed: kernels are chosen in the first and, on a GPU, captured in the second."""
+MIN_TIMED_BATCHES = 3
+"""Fewer full batches would give no interval of `images_per_device_second`."""
 
 
 class Rule(Settings):
@@ -167,26 +184,59 @@ def _default_rules() -> dict[GateMetric, Rule]:
     }
 
 
+class BaselineConfig(Settings):
+    """What a challenger is compared with, instead of the champion under the same sampler."""
+
+    model: str | None = Field(default=None, min_length=1)
+    """`name@alias` or `name/version` of a registered model, such as the teacher of a distilled one. None = the
+    champion."""
+    sampler: SamplerConfig | None = None
+    """Sampler of this model alone. None = the gate's."""
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Self:
+        if self.model is None and self.sampler is None:
+            raise ValueError("names neither model nor sampler; name one, or leave it out")
+        return self
+
+
 class GateConfig(Settings):
-    """How a challenger is compared with the champion: same noise, classes, sampler, reference and feature network."""
+    """How a challenger is compared with the champion: same noise, classes, reference and feature network."""
 
     evaluate: EvaluateConfig
     """How samples are evaluated."""
     rules: dict[GateMetric, Rule] = Field(default_factory=_default_rules)
-    """Rules by metric: frechet, kernel, precision, recall, near_copies, class_accuracy, inception_score. A rule for a
-    metric that the models do not have, such as the accuracy of a model without classes, is skipped."""
+    """Rules by metric: frechet, kernel, precision, recall, near_copies, class_accuracy, inception_score; and of cost:
+    evaluations_per_image, images_per_device_second. A rule for a metric that the models do not have, such as the
+    accuracy of a model without classes, is skipped."""
+    baseline: BaselineConfig | None = None
+    """Another model to compare the challenger with, or another sampler for the champion. None = the champion, with
+    `sampler`."""
     count: int = Field(default=1000, ge=2)
     """Images per model."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the noise and of the bootstrap."""
     sampler: SamplerConfig = SamplerConfig(kind="dpm++2m", num_steps=20)
-    """Sampler of both models."""
+    """Sampler of both models, or of the challenger where `baseline` has its own."""
     batch_size: int = Field(default=125, ge=1)
     """Images per evaluation of the network."""
     resamples: int = Field(default=200, ge=20)
     """Resamplings of the bootstrap."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Confidence level of the intervals."""
+
+    @model_validator(mode="after")
+    def _can_measure_cost(self) -> Self:
+        for name, better in COST_METRICS.items():
+            if name in self.rules and self.rules[name].better != better:
+                raise ValueError(f"rules.{name}: {better} is better; write better: {better}")
+        least = (WARM_UP_BATCHES + MIN_TIMED_BATCHES) * self.batch_size
+        if "images_per_device_second" in self.rules and self.count < least:
+            raise ValueError(
+                f"rules.images_per_device_second needs {WARM_UP_BATCHES + MIN_TIMED_BATCHES} full batches, of which "
+                f"{WARM_UP_BATCHES} are not timed; raise count to {least}, or lower batch_size"
+            )
+        return self
 
 
 class PromoteConfig(Settings):

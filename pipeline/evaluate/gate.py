@@ -1,19 +1,37 @@
-"""The gate: whether the challenger is better than the champion, and with which confidence."""
+"""The gate: whether the challenger is better than the champion, and with which confidence.
 
-from collections.abc import Sequence
+Metrics of quality are resampled by sample, images per device second by batch. Network evaluations per image are exact:
+their intervals have no width. Where the settings name a baseline, it takes the champion's place in the comparison.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from pipeline.config.base import Settings
 from pipeline.config.bounds import Name
-from pipeline.config.evaluation import GateConfig, Rule
+from pipeline.config.evaluation import COST_METRICS, GateConfig, Rule
 from pipeline.errors import UserError
 from pipeline.evaluate.bootstrap import Array, BootstrapEstimate, Statistic, draws, statistics
+from pipeline.evaluate.measure import describe_sampler
+from pipeline.evaluate.sampling_cost import BatchTimes, SamplingCost, batch_weights
 from pipeline.features.feature_set import FeatureSet
 
 _OF_CLASSES = {"class_accuracy", "inception_score"}
 """Metrics that need classes: only some models and feature networks have them."""
+
+
+@dataclass(frozen=True)
+class SampledModel:
+    """What the gate drew from one model."""
+
+    features: FeatureSet
+    evaluations_per_image: int
+    times: BatchTimes
+    """Of its full batches."""
 
 
 class Judgement(Settings):
@@ -26,7 +44,7 @@ class Judgement(Settings):
     challenger_interval: tuple[float, float]
     """Its confidence interval."""
     champion: float
-    """The champion's value."""
+    """The champion's value, or that of the baseline."""
     champion_interval: tuple[float, float]
     """Its confidence interval."""
     improvement: float
@@ -50,6 +68,8 @@ class Decision(Settings):
     """`name/version` of the challenger."""
     champion: str | None
     """`name/version` of the champion at that time; None without one."""
+    baseline: str | None = Field(default=None, exclude_if=lambda baseline: baseline is None)
+    """`name/version` of the model that the challenger was compared with; left out if that was the champion."""
     count: int
     """Samples of each."""
     reference_digest: str
@@ -64,14 +84,52 @@ class Decision(Settings):
     """How they were compared."""
     judgements: dict[str, Judgement]
     """By metric."""
+    challenger_cost: SamplingCost | None = Field(default=None, exclude_if=lambda cost: cost is None)
+    """Cost of the challenger's samples; None if none were drawn, and in decisions of versions that did not state it."""
+    champion_cost: SamplingCost | None = Field(default=None, exclude_if=lambda cost: cost is None)
+    """The same of the champion, or of the baseline."""
     decided_at: float
     """Seconds since 1970 (UTC)."""
+
+
+def judge(
+    challenger: SampledModel, champion: SampledModel, real: FeatureSet, config: GateConfig
+) -> dict[str, Judgement]:
+    """Apply every rule that both models admit, in the order of the settings.
+
+    UserError for unequal conditions, or when no rule applies.
+    """
+    cost = {name: rule for name, rule in config.rules.items() if name in COST_METRICS}
+    judgements = _judge_cost(challenger, champion, config)
+    if len(cost) < len(config.rules):
+        quality = config.model_copy(
+            update={"rules": {name: rule for name, rule in config.rules.items() if name not in cost}}
+        )
+        judgements |= apply_rules(challenger.features, champion.features, real, quality)
+    return {name: judgements[name] for name in config.rules if name in judgements}
+
+
+def _judge_cost(challenger: SampledModel, champion: SampledModel, config: GateConfig) -> dict[str, Judgement]:
+    judgements: dict[str, Judgement] = {}
+    for name, rule in config.rules.items():
+        if name == "evaluations_per_image":
+            exact = [_constant(one.evaluations_per_image) for one in (challenger, champion)]
+            judgements[name] = _apply(config, rule, exact[0], exact[1], [np.ones(1)])
+        elif name == "images_per_device_second":
+            speeds = [one.times.images_per_second() for one in (challenger, champion)]
+            weights = batch_weights(len(challenger.times), config)
+            judgements[name] = _apply(config, rule, speeds[0], speeds[1], weights)
+    return judgements
+
+
+def _constant(value: float) -> Statistic:
+    return lambda weights: float(value)
 
 
 def apply_rules(
     challenger: FeatureSet, champion: FeatureSet, real: FeatureSet, config: GateConfig
 ) -> dict[str, Judgement]:
-    """Apply every rule that both models admit. UserError for unequal conditions, or when no rule applies."""
+    """Apply every rule of quality that both models admit. UserError for unequal conditions, or when no rule applies."""
     if len(challenger) != len(champion):
         raise UserError(
             f"gate: {len(challenger)} samples of the challenger and {len(champion)} of the champion cannot be "
@@ -120,8 +178,9 @@ def _apply(
     sign = 1.0 if rule.better == "higher" else -1.0
     challenger = BootstrapEstimate.of(of_challenger, weights)
     champion = BootstrapEstimate.of(of_champion, weights)
-    improvement = BootstrapEstimate(
-        sign * (challenger.value - champion.value), sign * (challenger.resampled - champion.resampled)
+    improvement = BootstrapEstimate(  # + 0.0, or models of equal cost would differ by -0
+        sign * (challenger.value - champion.value) + 0.0,
+        sign * (challenger.resampled - champion.resampled) + 0.0,
     )
     low, high = improvement.interval(config.confidence)
     return Judgement(
@@ -139,13 +198,14 @@ def _apply(
 def _complaint(name: str, one: Judgement) -> str:
     low, high = one.improvement_interval
     bound = "above 0" if one.rule.must == "improve" else f"at least {-one.rule.tolerance:g}"
-    return f"{name} improves by {one.improvement:.4g} ({low:.4g} to {high:.4g}); all of the interval must be {bound}"
+    whole = "it" if low == high == one.improvement else "all of the interval"
+    return f"{name} improves by {_cell(one.improvement, (low, high))}; {whole} must be {bound}"
 
 
 def table(decision: Decision) -> list[str]:
-    """The decision, a line for each metric."""
-    champion = decision.champion or "none"
-    lines = [f"{'metric':<16}{decision.challenger:>28}{champion:>28}{'improvement':>30}"]
+    """The decision, a line for each metric, and what samples of each model cost."""
+    champion = decision.baseline or decision.champion or "none"
+    lines = [f"{'metric':<26}{decision.challenger:>28}{champion:>28}{'improvement':>30}"]
     for name, one in decision.judgements.items():
         cells = (
             _cell(one.challenger, one.challenger_interval),
@@ -153,9 +213,28 @@ def table(decision: Decision) -> list[str]:
             _cell(one.improvement, one.improvement_interval),
         )
         mark = "ok" if one.passed else "FAILS"
-        lines.append(f"{name:<16}{cells[0]:>28}{cells[1]:>28}{cells[2]:>30}  {mark}")
+        lines.append(f"{name:<26}{cells[0]:>28}{cells[1]:>28}{cells[2]:>30}  {mark}")
+    costs = decision.challenger_cost, decision.champion_cost
+    for name, cell in _COST_CELLS.items():
+        if name not in decision.judgements and all(costs):
+            cells = [cell(cost) for cost in costs if cost is not None]
+            lines.append(f"{name:<26}{cells[0]:>28}{cells[1]:>28}")
     return lines
 
 
-def _cell(value: float, span: tuple[float, float]) -> str:
+def _cell(value: float, span: tuple[float, float] | None) -> str:
+    if span is None or span == (value, value):
+        return f"{value:.4g}"
     return f"{value:.4g} ({span[0]:.4g} to {span[1]:.4g})"
+
+
+def _speed_cell(cost: SamplingCost) -> str:
+    speed = cost.images_per_device_second
+    return "not measured" if speed is None else _cell(speed, cost.images_per_device_second_interval)
+
+
+_COST_CELLS: dict[str, Callable[[SamplingCost], str]] = {
+    "sampler": lambda cost: describe_sampler(cost.sampler),
+    "evaluations_per_image": lambda cost: f"{cost.evaluations_per_image:,}",
+    "images_per_device_second": _speed_cell,
+}

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 
+from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.evaluation import EvaluateConfig, LikelihoodConfig
 from pipeline.config.generation import SpecSettings
 from pipeline.config.model_card import ModelCard
@@ -93,7 +94,7 @@ def evaluate_generation(
         model=manifest.spec.model.reference,
         model_sha256=manifest.spec.model.sha256,
         spec_digest=manifest.spec_digest,
-        sampler=_describe_sampler(manifest.spec),
+        sampler=describe_sampler(manifest.spec.sampler),
         reference=config.reference,
         network_label=network.label,
         terms=conditions_of(config, count, reference, index.digest, gpu),
@@ -179,9 +180,16 @@ def _feature_records(spec: Spec, output: str, network: str) -> Iterator[FeatureR
 
 
 def model_features(
-    model: ResolvedModel, settings: SpecSettings, config: EvaluateConfig, gpu: str | None = None
+    model: ResolvedModel,
+    settings: SpecSettings,
+    config: EvaluateConfig,
+    gpu: str | None = None,
+    on_batch: Callable[[int, float], None] = lambda images, seconds: None,
 ) -> FeatureSet:
-    """Features of samples drawn from a model in this process, on the GPU named `gpu`, if any. They are not stored."""
+    """Features of samples drawn from a model in this process, on the GPU named `gpu`, if any. They are not stored.
+
+    `on_batch` is told the images of each batch and the seconds from its first network call to its last image.
+    """
     require_unseen_noise(model.card, settings.model, settings.seed, settings.first_index, settings.count)
     device = measuring_device(gpu)
     spec = make_spec(
@@ -194,7 +202,10 @@ def model_features(
         indexes = torch.arange(settings.first_index, settings.first_index + settings.count)
         for index in indexes.split(spec.batch_size):
             labels = classes_of(spec, index)
-            for row, image in enumerate(engine.images(index)):
+            began = time.perf_counter()
+            sampled = engine.images(index)
+            on_batch(len(index), time.perf_counter() - began)
+            for row, image in enumerate(sampled):
                 yield image, None if labels is None else int(labels[row])
 
     network = open_network(config.network, data_root(config.reference), gpu)
@@ -216,9 +227,8 @@ def conditions_of(
     )
 
 
-def _describe_sampler(spec: Spec) -> str:
+def describe_sampler(sampler: SamplerConfig) -> str:
     """For people: `ddim, 50 steps, guidance 2`."""
-    sampler = spec.sampler
     guidance = f", guidance {sampler.guidance_scale:g}" if sampler.guidance_scale != 1 else ""
     return f"{sampler.kind}, {sampler.num_steps} steps{guidance}"
 

@@ -1,27 +1,31 @@
 """Promotion and rollback of a registered model's champion.
 
-A challenger becomes champion only when it passes the gate. Every decision, with all its numbers, is stored as tags of
-the challenger's model version. The champion's alias moves by a log (`pipeline.tracking.alias_log`), so that of two
-concurrent decisions against one champion only one moves it. The log also names the version that a promoted one
-replaced, so that rollback is one command.
+A challenger becomes champion only when it passes the gate, against the champion or the baseline of the settings. Every
+decision, with all its numbers, is stored as tags of the challenger's model version. The champion's alias moves by a
+log (`pipeline.tracking.alias_log`), so that of two concurrent decisions against one champion only one moves it. The log
+also names the version that a promoted one replaced, so that rollback is one command.
 """
 
 import json
 import time
 from collections.abc import Mapping
 from functools import partial
+from typing import NamedTuple
 
+from pipeline.config.diffusion import SamplerConfig
 from pipeline.config.evaluation import GateConfig, PromoteConfig
 from pipeline.config.generation import SpecSettings
 from pipeline.data.index import load_index
 from pipeline.errors import JobError, UserError
-from pipeline.evaluate.gate import Decision, apply_rules, verdict
-from pipeline.evaluate.measure import model_features
+from pipeline.evaluate.gate import Decision, Judgement, SampledModel, judge, verdict
+from pipeline.evaluate.measure import model_features, require_unseen_noise
+from pipeline.evaluate.sampling_cost import BatchTimes, SamplingCost, evaluations_of, sampling_cost
 from pipeline.features.feature_set import FeatureSet
 from pipeline.features.networks import open_network
 from pipeline.features.reference_set import data_root, load_reference
 from pipeline.features.trust import require_trusted_network, require_trusted_reference
 from pipeline.generate.model_source import find_model
+from pipeline.generate.spec import make_spec
 from pipeline.parallel import HERE, MapWorkers, OpenWorkers, in_process
 from pipeline.progress import Progress, no_progress
 from pipeline.tracking import (
@@ -41,6 +45,23 @@ BEFORE_TAG = "ddpm.gate.before"
 _TAG_LIMIT = 7500  # MLflow cuts tags at 8000 characters
 
 
+class Side(NamedTuple):
+    """A model in the comparison."""
+
+    reference: str
+    """`name/version`."""
+    sampler: SamplerConfig
+
+
+class _Drawn(NamedTuple):
+    """What a worker returns of a side."""
+
+    features: bytes
+    """`FeatureSet.to_bytes`."""
+    evaluations_per_image: int
+    times: BatchTimes
+
+
 def promote(
     config: PromoteConfig,
     progress: Progress,
@@ -49,12 +70,13 @@ def promote(
 ) -> Decision | None:
     """Compare challenger and champion, record the decision, move the alias if the challenger passed.
 
-    `used_gpus`: whether the model's jobs use GPUs. None where the challenger is the champion already.
+    `used_gpus`: whether the model's jobs use GPUs. None where the challenger is the champion already, unless it became
+    so as the first of its name and the settings name another model to compare it with.
     MoveConflictError when another decision moved the alias first.
     """
     challenger = resolve(f"{config.model}@{config.challenger}")
     champion, log = read_champion(config.model, config.champion)
-    if champion is not None and champion.version == challenger.version:
+    if _is_champion(challenger, champion) and not _needs_baseline(config.gate, challenger):
         tag_promotion(challenger, config.champion)
         return None
     with open_workers(used_gpus) as workers:
@@ -74,7 +96,7 @@ def promote_after_training(
     An error of the gate, such as a missing feature network, becomes that line: it fails no finished training.
     """
     champion, log = read_champion(challenger.name, "champion")
-    if champion is not None and champion.version == challenger.version:
+    if _is_champion(challenger, champion) and not _needs_baseline(gate, challenger):
         return f"gate     {challenger.reference} is the champion already"
     try:
         with open_workers(used_gpus) as workers:
@@ -83,6 +105,16 @@ def promote_after_training(
     except (UserError, JobError) as error:
         return f"gate     not run: {error}; then: ddpm promote"
     return f"gate     {decision.verdict}: {decision.reason}"
+
+
+def _is_champion(challenger: ModelVersion, champion: ModelVersion | None) -> bool:
+    return champion is not None and champion.version == challenger.version
+
+
+def _needs_baseline(gate: GateConfig, champion: ModelVersion) -> bool:
+    """Whether a champion was never compared with the model that the gate names: the first of a name is not."""
+    names_model = gate.baseline is not None and gate.baseline.model is not None
+    return names_model and champion.tags.get(VERDICT_TAG) != "promoted"
 
 
 def read_champion(name: str, alias: str) -> tuple[ModelVersion | None, AliasHistory]:
@@ -103,30 +135,40 @@ def decide(
 ) -> Decision:
     """Sample both models from the same noise on the same kind of device, extract features, apply the rules.
 
-    Without a champion the challenger passes. UserError where the feature network or the reference is not the one
-    that is trusted for this model.
+    Without a champion and without a baseline the challenger passes. UserError where the feature network or the
+    reference is not the one that is trusted for this model, and for a baseline that it cannot be compared with.
     """
+    baseline = _baseline(gate, challenger)
+    sides = _sides(gate, challenger, baseline or champion)
+    if gate.baseline is not None and sides is not None:
+        _require_alike(gate, *sides)
     network, data = gate.evaluate.network, data_root(gate.evaluate.reference)
     require_trusted_network(challenger.name, network, data, open_network(network, data))
     index = load_index(gate.evaluate.reference)
     reference = load_reference(index, network, gate.evaluate.batch_size, workers)
     require_trusted_reference(challenger.name, index, network, data, reference, workers.gpu)
-    if champion is None:
-        judgements, passes, reason = {}, True, "there was no champion"
+    judgements: dict[str, Judgement] = {}
+    costs: list[SamplingCost | None] = [None, None]
+    if sides is None:
+        passes, reason = True, "there was no champion"
     else:
-        sides = (challenger, champion)
-        features: list[FeatureSet] = []
-        drawn = workers.map(partial(_features_of, gate, workers.gpu), [side.reference for side in sides])
-        for side, data in zip(sides, drawn, strict=True):
-            features.append(FeatureSet.from_bytes(data, side.reference))
-            progress(len(features), 2, side.reference)
-        judgements = apply_rules(features[0], features[1], reference, gate)
+        models: list[SampledModel] = []
+        for side, drawn in zip(sides, workers.map(partial(_draw, gate, workers.gpu), sides), strict=True):
+            features = FeatureSet.from_bytes(drawn.features, side.reference)
+            models.append(SampledModel(features, drawn.evaluations_per_image, drawn.times))
+            progress(len(models), 2, side.reference)
+        costs = [
+            sampling_cost(side.sampler, model.evaluations_per_image, model.times, gate)
+            for side, model in zip(sides, models, strict=True)
+        ]
+        judgements = judge(models[0], models[1], reference, gate)
         passes, reason = verdict(judgements)
     return Decision(
         verdict="promoted" if passes else "refused",
         reason=reason,
         challenger=challenger.reference,
         champion=None if champion is None else champion.reference,
+        baseline=None if baseline is None else baseline.reference,
         count=gate.count,
         reference_digest=index.digest,
         reference_count=len(reference),
@@ -134,8 +176,51 @@ def decide(
         gpu=workers.gpu,
         settings=gate,
         judgements=judgements,
+        challenger_cost=costs[0],
+        champion_cost=costs[1],
         decided_at=time.time(),
     )
+
+
+def _baseline(gate: GateConfig, challenger: ModelVersion) -> ModelVersion | None:
+    """The model that the settings name as baseline; None if they name none. UserError for the challenger itself."""
+    if gate.baseline is None or gate.baseline.model is None:
+        return None
+    baseline = resolve(gate.baseline.model)
+    if baseline.reference == challenger.reference:
+        raise UserError(
+            f"gate.baseline.model: {gate.baseline.model} is the challenger itself; name the model to compare it with"
+        )
+    return baseline
+
+
+def _sides(
+    gate: GateConfig, challenger: ModelVersion, compared: ModelVersion | None
+) -> tuple[Side, Side] | None:
+    """The challenger and what it is compared with, each with its sampler; None if there is nothing to compare."""
+    if compared is None:
+        return None
+    own = None if gate.baseline is None else gate.baseline.sampler
+    return Side(challenger.reference, gate.sampler), Side(compared.reference, own or gate.sampler)
+
+
+def _require_alike(gate: GateConfig, challenger: Side, baseline: Side) -> None:
+    """UserError, before anything is sampled, unless both models make such images, each with its sampler."""
+    made: list[str] = []
+    for side, setting in ((challenger, "gate.sampler"), (baseline, "gate.baseline.sampler")):
+        card = find_model(side.reference).card
+        require_unseen_noise(card, side.reference, gate.seed, 0, gate.count)
+        try:
+            make_spec(_settings(gate, side), card)
+        except UserError as error:
+            raise type(error)(f"{setting}: {side.reference}: {error}") from None
+        classes = f"{card.net.num_classes} classes" if card.net.num_classes else "no classes"
+        made.append(f"{card.image.channels} x {card.image.size} x {card.image.size}, {classes}")
+    if made[0] != made[1]:
+        raise UserError(
+            f"gate.baseline: {challenger.reference} makes images of {made[0]}, and {baseline.reference} of {made[1]}; "
+            "name a baseline that makes the same"
+        )
 
 
 def record(
@@ -155,6 +240,9 @@ def record(
         set_version_tags(challenger, {VERDICT_TAG: decision.verdict, DECISION_TAG: text})
         return
     set_version_tags(challenger, {DECISION_TAG: text})
+    if _is_champion(challenger, champion):  # only its comparison with the baseline was missing
+        set_version_tags(challenger, {VERDICT_TAG: decision.verdict})
+        return
     before = None if champion is None else champion.version
     logged = LoggedAlias(challenger.name, alias)
     try:
@@ -236,14 +324,22 @@ def _utc(seconds: float) -> str:
     return f"{time.strftime('%F %T', time.gmtime(seconds))}Z"
 
 
-def _features_of(gate: GateConfig, gpu: str | None, reference: str) -> bytes:
-    """`FeatureSet.to_bytes` of the samples that the gate draws from the version `reference`."""
-    settings = SpecSettings(
-        model=reference,
+def _settings(gate: GateConfig, side: Side) -> SpecSettings:
+    """The settings of the samples that the gate draws from a side."""
+    return SpecSettings(
+        model=side.reference,
         count=gate.count,
         seed=gate.seed,
-        sampler=gate.sampler,
+        sampler=side.sampler,
         shard_size=gate.count,
         batch_size=min(gate.batch_size, gate.count),
     )
-    return model_features(find_model(reference), settings, gate.evaluate, gpu).to_bytes()
+
+
+def _draw(gate: GateConfig, gpu: str | None, side: Side) -> _Drawn:
+    """Samples of a side, as their features, with what they cost."""
+    model, settings, times = find_model(side.reference), _settings(gate, side), BatchTimes()
+    features = model_features(model, settings, gate.evaluate, gpu, times.add)
+    return _Drawn(
+        features.to_bytes(), evaluations_of(model.card, side.sampler), times.steady(settings.batch_size)
+    )
