@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 
+from jobs.progress_bar import progress_of
 from jobs.ray_map import ray_map_for
 from jobs.runner import DONE, INTERRUPTED, JobArguments, run_job
 from pipeline.config.data import PackConfig
@@ -31,7 +32,7 @@ def run_call(call: JobArguments) -> int:
 
 def pack_images(config: PackConfig, progress: Progress, as_json: bool = False) -> int:
     """Pack, unless it is done already. Raises UserError before anything is written."""
-    report = pack(config, progress, _spread)
+    report = pack(config, progress, _spread, partial(progress_of, "fetch", "bytes"))
     if as_json:
         echo_json({"dest": config.dest, **asdict(report)})
         return DONE
@@ -55,10 +56,10 @@ class Places:
 
 def estimate_pack(config: PackConfig) -> Places:
     """Check that source and destination can be used. Raises UserError when they cannot."""
-    require_source(config)
+    found = require_source(config)
     plan = read_destination(config)
     return Places(
-        "exists", "is empty" if plan is None else "holds a pack of these settings, started or finished"
+        found, "is empty" if plan is None else "holds a pack of these settings, started or finished"
     )
 
 

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 
 SAFE_VARIABLE = "DDPM_SAFE_FOLDERS"
 """Folders, separated by ':', that are trusted whoever owns them, like git's safe.directory."""
-STATE_VARIABLE = "XDG_STATE_HOME"
+STATE_VARIABLE, CACHE_VARIABLE = "XDG_STATE_HOME", "XDG_CACHE_HOME"
 _OTHERS_MAY_WRITE = 0o022
 _NO_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR)  # a link, a pipe that nobody reads, a folder
 
@@ -29,9 +29,20 @@ def state_folder(name: str) -> Path:
     Without a writable home (a container), below ddpm-UID in the temporary folder. Created if missing; UserError when
     another user created it.
     """
-    home = Path(os.environ.get(STATE_VARIABLE, ""))
+    return _users_folder(STATE_VARIABLE, ".local/state", name)
+
+
+def cache_folder(name: str) -> Path:
+    """This user's folder `name` of files that can be fetched again: as `state_folder`, but below $XDG_CACHE_HOME/ddpm,
+    else ~/.cache/ddpm.
+    """
+    return _users_folder(CACHE_VARIABLE, ".cache", name)
+
+
+def _users_folder(variable: str, below_home: str, name: str) -> Path:
+    home = Path(os.environ.get(variable, ""))
     try:
-        base = private_folder((home if home.is_absolute() else Path.home() / ".local" / "state") / "ddpm")
+        base = private_folder((home if home.is_absolute() else Path.home() / below_home) / "ddpm")
     except (OSError, RuntimeError):  # RuntimeError: this user has no home
         base = private_folder(Path(tempfile.gettempdir()) / f"ddpm-{os.geteuid()}")
     return private_folder(base / name)

@@ -87,8 +87,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Spools and locks go to a temporary folder, not to the home of whoever runs the tests."""
-    with mock.patch.dict(os.environ, {"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}):
+    """Spools, locks and fetched files go to temporary folders, not to the home of whoever runs the tests."""
+    folders = {f"XDG_{kind}_HOME": str(tmp_path_factory.mktemp(kind.lower())) for kind in ("STATE", "CACHE")}
+    with mock.patch.dict(os.environ, folders):
         yield
 
 

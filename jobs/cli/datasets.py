@@ -14,11 +14,13 @@ LabelField = Annotated[str | None, typer.Option(help="Field of a sample's json t
 @app.command(
     rich_help_panel=DATA,
     epilog=examples(
-        "ddpm pack digits", "ddpm pack source=photos.zip dest=s3://ddpm/data/photos image_size=64"
+        "ddpm pack digits",
+        "ddpm pack source=photos.zip dest=s3://ddpm/data/photos image_size=64",
+        "ddpm pack source=https://example.org/photos.tar.gz dest=s3://ddpm/data/photos image_size=64",
     ),
 )
 def pack(words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False) -> None:
-    """Pack images (a folder, a zip, or the built-in digits) into shards."""
+    """Pack images (folders, archives, parquet, arrays; on disk, in S3, on the web) into shards."""
     from jobs.pack import run_call
 
     end_job(run_call, words, config, dry_run, json)

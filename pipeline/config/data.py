@@ -16,8 +16,16 @@ class PackConfig(Settings):
 
     source: str
     """Where the images are: `digits` (scikit-learn's 8x8 digits), or the path of a folder, a zip, a tar
-    (also compressed), a parquet file, an npz, or a folder or pattern (`train-{00..09}.tar`, `*.parquet`) of such.
-    docs/data.md has a table of layouts."""
+    (also compressed), a parquet file, an npz, or a folder or pattern (`train-{00..09}.tar`, `*.parquet`) of such;
+    also `s3://bucket/prefix`, or the s3:// or http(s):// address of an archive. docs/data.md has a table of layouts."""
+
+    fetch_bytes: Annotated[int, Field(ge=1)] = 200_000_000_000
+    """Most bytes that a source elsewhere (s3, http) may have; larger ones are refused, before anything is fetched
+    where their size is known. 200 GB hold ImageNet."""
+
+    fetch_dir: str | None = None
+    """Folder that keeps fetched archives, writable by this user only. None: `$XDG_CACHE_HOME/ddpm/sources`, else
+    `~/.cache/ddpm/sources`."""
 
     labels: Literal["auto", "folder", "none"] = "auto"
     """auto: the class of an image stands in a file or column (dataset.json, metadata.csv, .cls, .json, parquet), or

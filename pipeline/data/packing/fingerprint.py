@@ -10,24 +10,36 @@ from pathlib import Path
 
 from pipeline.config.data import PackConfig
 from pipeline.data.packing.open_source import source_paths
+from pipeline.data.packing.remote_source import is_remote
+from pipeline.data.packing.store_files import list_objects
 
 FORMAT_VERSION = 2
 """Increase it when this program packs the same files differently: every source is then read again."""
-_IRRELEVANT = {"source", "dest", "num_threads"}
+_IRRELEVANT = {"source", "dest", "num_threads", "fetch_bytes", "fetch_dir"}
 """Settings that change neither what is packed nor what is refused."""
 
 
 def fingerprint(config: PackConfig) -> str:
-    """SHA-256 over the settings and the names, sizes and times of the source's files.
+    """SHA-256 over the settings and the names, sizes and times (in S3: tags) of the source's files.
 
     Raises UserError for a missing source.
     """
     settings = config.model_dump(mode="json", exclude=_IRRELEVANT)
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, settings], sort_keys=True).encode())
-    for path in [] if config.source == "digits" else source_paths(config.source):
-        for line in sorted(_files(path)):
-            digest.update(line)
+    for line in _lines(config.source):
+        digest.update(line)
     return digest.hexdigest()
+
+
+def _lines(source: str) -> Iterator[bytes]:
+    if source == "digits":
+        return
+    if is_remote(source):
+        for info in list_objects(source):
+            yield b"%s\0%d %s\n" % (os.fsencode(info.key), info.size_bytes, info.etag.encode())
+        return
+    for path in source_paths(source):
+        yield from sorted(_files(path))
 
 
 def _files(path: Path) -> Iterator[bytes]:

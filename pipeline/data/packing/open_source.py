@@ -17,6 +17,7 @@ from pipeline.data.packing.archives import TARS, TarFiles, require_temp_space, u
 from pipeline.data.packing.array_source import open_arrays, open_npz
 from pipeline.data.packing.celeba import is_celeba_table
 from pipeline.data.packing.parquet import ParquetSource, has_image_column
+from pipeline.data.packing.remote_source import describe_remote, is_remote
 from pipeline.data.packing.source_files import (
     CombinedFiles,
     Files,
@@ -26,14 +27,14 @@ from pipeline.data.packing.source_files import (
     is_hidden,
 )
 from pipeline.data.packing.sources import DigitsSource, FilesSource, Source
+from pipeline.data.packing.store_files import StoreFiles
 from pipeline.errors import UserError
 from pipeline.store import file_path
 
-KINDS = "give a folder, zip, tar, parquet or npz, a pattern of them, or `digits`"
+KINDS = (
+    "give a folder, zip, tar, parquet or npz, a pattern of them, an s3:// or https:// address, or `digits`"
+)
 _REMOTE = {
-    "s3": "download it first: aws s3 cp --recursive {} FOLDER",
-    "http": "download it first: curl -LO {}",
-    "https": "download it first: curl -LO {}",
     "hf": "download it first: hf download --repo-type dataset NAME --local-dir FOLDER",
     "gs": "download it first: gcloud storage cp -r {} FOLDER",
     "pipe": "write what the command prints to a file and name that",
@@ -46,9 +47,16 @@ _UNSUPPORTED = {".rar": "unpack it", ".7z": "unpack it",
 def open_source(config: PackConfig) -> Source:
     """The source that `config.source` names. Raises UserError for an unknown kind, and without images.
 
-    A source is pickled as its settings and opened again once per process.
+    What lies elsewhere must have been fetched (`fetch_source`), but for image files in S3. A source is pickled as its
+    settings and opened again once per process.
     """
-    source = DigitsSource() if config.source == "digits" else _open_paths(config, source_paths(config.source))
+    if config.source == "digits":
+        source = DigitsSource()
+    elif is_remote(config.source):
+        files = StoreFiles(config.source)
+        source = open_arrays(config, files) or FilesSource(files, config)
+    else:
+        source = _open_paths(config, source_paths(config.source))
     for name in source.class_names or ():
         try:
             checked_name(name)  # otherwise no model trained on it could store it
@@ -58,10 +66,13 @@ def open_source(config: PackConfig) -> Source:
     return source
 
 
-def require_source(config: PackConfig) -> None:
-    """Raise UserError for a missing source, without opening it."""
+def require_source(config: PackConfig) -> str:
+    """What is known of a source without opening it. Raises UserError for a missing one."""
     if config.source != "digits":
+        if is_remote(config.source):
+            return describe_remote(config)
         source_paths(config.source)
+    return "exists"
 
 
 def source_paths(source: str) -> list[Path]:
@@ -71,7 +82,7 @@ def source_paths(source: str) -> list[Path]:
         source = str(file_path(source))
     elif scheme in _REMOTE and ":" in source and not Path(source).exists():
         remedy = _REMOTE[scheme].format(source)
-        raise UserError(f"source: {source}: images are packed from this machine's disk only; {remedy}")
+        raise UserError(f"source: {source}: this scheme is not read; {remedy}")
     path = Path(source).expanduser()
     if path.exists():
         return [path]

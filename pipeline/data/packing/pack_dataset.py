@@ -15,7 +15,7 @@ import hashlib
 import tempfile
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -48,13 +48,14 @@ from pipeline.data.packing.pack_state import (
     refuse_foreign_shards,
     sha256_of,
 )
+from pipeline.data.packing.remote_source import fetch_source, is_remote
 from pipeline.data.packing.resize import ImageInfo, probe_image
 from pipeline.data.packing.scan_shard import ShardSummary, shard_entry
 from pipeline.data.packing.sources import Source, read_item
 from pipeline.disk_errors import disk_errors_at
 from pipeline.errors import DamageError, UserError
 from pipeline.parallel import ParallelMap, thread_map
-from pipeline.progress import Progress
+from pipeline.progress import Progress, no_progress
 from pipeline.store import FileStore, ObjectInfo, Store, open_store
 from pipeline.store.interface import TEMP_PREFIX
 
@@ -79,25 +80,34 @@ def local_parallel_map(config: PackConfig, num_images: int) -> Generator[Paralle
     yield thread_map(config.num_threads)
 
 
+OpenProgress = Callable[[], AbstractContextManager[Progress | None]]
 ParallelMapFor = Callable[[PackConfig, int], AbstractContextManager[ParallelMap]]
 """Opens the parallel map for the settings and a number of images."""
 
 
 def pack(
-    config: PackConfig, progress: Progress | None = None, open_map: ParallelMapFor = local_parallel_map
+    config: PackConfig,
+    progress: Progress | None = None,
+    open_map: ParallelMapFor = local_parallel_map,
+    open_fetch_progress: OpenProgress = nullcontext,
 ) -> PackReport:
     """Pack as `config` says. Progress counts each image half when it is probed and half when it is written.
 
-    `open_map` opens the workers that probe and encode; they do not change the bytes. Raises UserError before anything
+    A source elsewhere is fetched first; `open_fetch_progress` opens the progress of that, in bytes. `open_map` opens
+    the workers that probe and encode; they do not change the bytes. Raises UserError before anything
     is written for an unusable source or destination, an unreadable image (`on_unreadable: fail`), differing sizes
     without `image_size`, labels on only some images, and a destination with another pack.
     """
     destinations = _destinations(config)
     plans = [read_destination(destination) for destination in destinations]
+    with open_fetch_progress() if is_remote(config.source) else nullcontext() as fetch_progress:
+        local = fetch_source(config, fetch_progress or no_progress)
+    config, destinations = local.config, _destinations(local.config)
     source_fingerprint = fingerprint(config)
     reports = _finished_reports(destinations, source_fingerprint, progress)
     if reports is None:
         source = open_source(config)
+        source.notes = (*local.notes, *source.notes)
         listing = plans[0].listing if plans[0] is not None else None
         all_packed = config.on_unreadable == "fail" and config.on_small != "skip"
         if all_packed and listing not in (None, listing_digest(source.items, source.class_names)):

@@ -31,7 +31,7 @@ _ALWAYS_DIGESTED = {
 """Settings that are always part of the digest; others are part of it when they differ from their default."""
 _NEVER_DIGESTED = {
     *("source", "dest", "num_threads", "on_unreadable", "on_small", "held_out"),
-    *("labels", "label_column", "image_column", "split", "image_root"),
+    *("labels", "label_column", "image_column", "split", "image_root", "fetch_bytes", "fetch_dir"),
 }
 """Settings whose effect shows in the images and labels themselves."""
 

@@ -1,0 +1,197 @@
+"""Sources that lie elsewhere: s3://, http(s)://. Archives are fetched, image files in S3 are read where they are."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.config.data import PackConfig
+from pipeline.data.location import Location, expand, require_matches
+from pipeline.data.packing.archives import TARS
+from pipeline.data.packing.fetch import Entry, FetchedFile, FileVersion, RemoteFile
+from pipeline.data.packing.store_files import list_objects
+from pipeline.errors import UserError
+from pipeline.private_files import cache_folder
+from pipeline.progress import Progress, no_progress
+from pipeline.store import ObjectInfo, Store, open_store
+from pipeline.store.web_file import WebFile, WebFileInfo, without_secrets
+
+SCHEMES = ("s3", "http", "https")
+ARCHIVES = (*TARS, ".zip", ".parquet", ".npz")
+_MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """Settings whose source this machine can read."""
+
+    config: PackConfig
+    notes: tuple[str, ...] = ()
+    """What was fetched for it."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be fetched for a source."""
+
+    remotes: Sequence[RemoteFile]
+    entry: str
+    """Name of its folder in the cache."""
+    is_folder: bool = False
+    """Whether the source is the folder, also of a single file."""
+
+
+def is_remote(source: str) -> bool:
+    """Whether a source is not a path of this machine."""
+    return source.partition("://")[0].lower() in SCHEMES and "://" in source and not Path(source).exists()
+
+
+def fetch_source(config: PackConfig, progress: Progress = no_progress) -> LocalSource:
+    """The settings with what the source names on this machine: fetched, if need be. Progress counts bytes.
+
+    Image files under an s3:// prefix stay where they are. Raises UserError for a source that is not there, is not
+    readable by its kind, or exceeds `fetch_bytes`; StoreUnreachable when a server does not answer.
+    """
+    if not is_remote(config.source):
+        return LocalSource(config)
+    plan = _plan(config)
+    if plan is None:
+        return LocalSource(config)
+    entry = Entry(fetch_folder(config), plan.entry)
+    fetched = entry.fetch(plan.remotes, config.fetch_bytes, progress, mirror=True)
+    alone = plan.remotes[0].name if len(plan.remotes) == 1 and not plan.is_folder else ""
+    local = config.model_copy(update={"source": str(entry.folder / alone)})
+    return LocalSource(local, _notes(plan.remotes, fetched))
+
+
+def describe_remote(config: PackConfig) -> str:
+    """The size of a remote source, found without fetching it. Raises as `fetch_source` does."""
+    plan = _plan(config)
+    if plan is None:
+        objects = list_objects(config.source)
+        return f"{len(objects):,} objects, {sum(info.size_bytes for info in objects):,} bytes, read where they are"
+    sizes = [remote.stat().size_bytes for remote in plan.remotes]
+    known = sum(size or 0 for size in sizes)
+    return f"{len(sizes):,} files, {known:,} bytes{' or more' if None in sizes else ''}, to be fetched"
+
+
+def fetch_folder(config: PackConfig) -> Path:
+    """Where fetched files are kept."""
+    return Path(config.fetch_dir).expanduser() if config.fetch_dir else cache_folder("sources")
+
+
+def _plan(config: PackConfig) -> _Plan | None:
+    """What to fetch; None for image files in S3."""
+    list_objects.cache_clear()
+    if config.source.lower().startswith("s3://"):
+        return _plan_s3(config)
+    remotes = [HttpFile(url) for url in expand(config.source)]
+    _require_distinct([remote.name for remote in remotes], config.source)
+    if len(remotes) == 1:
+        _require_archive(remotes[0].name, remotes[0].where)
+    return _Plan(remotes, _entry_name(config.source))
+
+
+def _plan_s3(config: PackConfig) -> _Plan | None:
+    source = config.source
+    if source.lower().endswith(ARCHIVES) or set(source) & set("*?{"):
+        return _plan_s3_archives(source)
+    store, objects = open_store(source), list_objects(source)
+    total = sum(info.size_bytes for info in objects)
+    if not any(info.key.lower().endswith(ARCHIVES) for info in objects):
+        if total > config.fetch_bytes:
+            raise UserError(
+                f"fetch_bytes: {source} has {total:,} bytes, and {config.fetch_bytes:,} are allowed; raise fetch_bytes"
+            )
+        return None
+    return _Plan([S3File(store, info) for info in objects], _entry_name(source), is_folder=True)
+
+
+def _plan_s3_archives(source: str) -> _Plan:
+    """One archive, or those that a pattern names."""
+    root, _, name = source.rpartition("/")
+    location = Location.of(source) if set(source) & set("*?{") else Location(source, root, name)
+    store = open_store(location.root)
+    store.require_container()
+    objects = sorted(location.shard_objects(store), key=lambda info: info.key)
+    require_matches(f"source: {source}", location.missing(info.key for info in objects))
+    return _Plan([S3File(store, info) for info in objects], _entry_name(source))
+
+
+class S3File(RemoteFile):
+    """An object, in the version that was listed."""
+
+    def __init__(self, store: Store, info: ObjectInfo) -> None:
+        self.name, self.where = info.key, f"{store.uri}/{info.key}"
+        self._store, self._info = store, info
+
+    def stat(self) -> FileVersion:
+        return FileVersion(size_bytes=self._info.size_bytes, tag=self._info.etag)
+
+    def open(self, start: int, version: FileVersion) -> BinaryIO:
+        return self._store.open(self._info.key, start=start, etag=version.tag or None)
+
+
+class HttpFile(RemoteFile):
+    """A file at an http(s) address. Its server is asked at once, for a name and version."""
+
+    def __init__(self, url: str) -> None:
+        """Raises UserError for an address without a file."""
+        self._file = WebFile(url)
+        self.where = self._file.where
+        self._info: WebFileInfo | None = self._file.stat()
+        names = [name for name in self._info.names if _is_plain(name)]
+        known = [name for name in names if name.lower().endswith(ARCHIVES)]
+        if not names:
+            raise UserError(f"source: {self.where}: names no file; give the address of an archive")
+        self.name = (known or names)[0]
+
+    def stat(self) -> FileVersion:
+        self._info = info = self._info or self._file.stat()
+        return FileVersion(size_bytes=info.size_bytes, tag=info.tag)
+
+    def open(self, start: int, version: FileVersion) -> io.RawIOBase:
+        self._info = None  # if this version is gone, the next question is for the new one
+        return self._file.open(start, WebFileInfo(version.size_bytes, version.tag, ()))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name from a server may be that of a file here."""
+    return re.fullmatch(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,199}", name) is not None
+
+
+def _require_archive(name: str, where: str) -> None:
+    if not name.lower().endswith(ARCHIVES):
+        raise UserError(
+            f"source: {where}: {name} is of an unknown kind; give the address of an archive ({' '.join(ARCHIVES)})"
+        )
+
+
+def _require_distinct(names: Sequence[str], source: str) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"source: {without_secrets(source)}: names {twice} twice; fetch them to a folder yourself"
+        )
+
+
+def _entry_name(source: str) -> str:
+    """Readable, and different for every source; a query may be a secret, and is part of the hash only."""
+    host = re.sub(
+        r"[^a-z0-9.-]", "-", source.partition("://")[2].partition("/")[0].rpartition("@")[2].lower()
+    )
+    return f"{host.lstrip('.')[:60]}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+
+
+def _notes(remotes: Sequence[RemoteFile], fetched: Sequence[FetchedFile]) -> tuple[str, ...]:
+    named = [
+        f"fetched {remote.where}: {file.size_bytes:,} bytes, SHA-256 {file.sha256}"
+        for remote, file in list(zip(remotes, fetched, strict=True))[:_MAX_NAMED]
+    ]
+    more = len(fetched) - len(named)
+    return (*named, *([f"fetched {more:,} more files"] if more else []))
