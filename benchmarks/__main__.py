@@ -26,6 +26,7 @@ COMMANDS: dict[str, list[str]] = {
     "pack": [],
     "train": ["--peers", "{work}/trainers"],
     "generate": [],
+    "few_steps": [],
     "listings": [],
     "quality": [
         *("--peers", "{work}/trainers", "--work", "{work}/quality", "--minutes", "60"),

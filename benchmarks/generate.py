@@ -98,7 +98,7 @@ def measure(folder: Path, told: argparse.Namespace) -> dict[str, object]:
         if mode.get("compile"):
             found[f"{name}_first_warm_up_seconds"] = _elsewhere(folder, own)
             found[f"{name}_next_warm_up_seconds"] = _elsewhere(folder, own)
-        contenders[name] = _shards(own)
+        contenders[name] = shard_maker(own)
     taken = take_turns(contenders, told.rounds)
     images = {name: 2 * told.batch if name in MODES else told.batch for name in contenders}
     rates = {name: images[name] / statistics.median(turn.cpu for turn in taken[name]) for name in contenders}
@@ -151,7 +151,7 @@ def _forward(net: UNet, batch: int, steps: int) -> int:
     return batch
 
 
-def _shards(config: GenerateConfig) -> Callable[[], int]:
+def shard_maker(config: GenerateConfig) -> Callable[[], int]:
     """Making a whole shard: sampled, encoded, packed, stored."""
     model = find_model(config.model)
     spec = make_spec(config, model.card)
@@ -169,7 +169,7 @@ def _shards(config: GenerateConfig) -> Callable[[], int]:
 
 def _warm_up_seconds(config: GenerateConfig) -> float:
     """From an engine to its first images, less what further images of the same number take."""
-    run = _shards(config)
+    run = shard_maker(config)
     times: list[float] = []
     for _ in range(2):
         began = time.perf_counter()

@@ -1,4 +1,5 @@
-"""Draw the images of docs/diffusion.md: forward and reverse process, noise schedules, errors of the samplers.
+"""Draw the images of docs/diffusion.md and docs/distillation.md: forward and reverse process, noise schedules, errors
+of the samplers, trajectories.
 
     python -m docs.figures [FOLDER] [--image PHOTO]
 
@@ -28,7 +29,7 @@ from pipeline.diffusion.ideal import Mixture, three_blobs
 from pipeline.diffusion.noise import normal
 from pipeline.diffusion.objective import Net
 from pipeline.diffusion.samplers import Denoise, ddim, dpm_solver_pp_2m, heun
-from pipeline.diffusion.timesteps import SamplingGrid, karras_grid
+from pipeline.diffusion.timesteps import SamplingGrid, grid_at, karras_grid, trailing_timesteps
 from pipeline.errors import UserError
 from pipeline.telemetry.terminal import echo
 
@@ -72,6 +73,7 @@ def figures(
         ),
         lambda: [draw_schedules(out_dir / "schedules.png")],
         lambda: [draw_orders(out_dir / "orders.png", seed)],
+        lambda: [draw_trajectories(out_dir / "trajectories.png")],
     ]
     paths: list[Path] = []
     for done, step in enumerate(steps, start=1):
@@ -217,6 +219,30 @@ def draw_orders(path: Path, seed: int = 0, exact_steps: int = 1000) -> Path:
         axes.loglog([evaluations * n for n in steps], errors, "o-", label=label, color=colour, markersize=4)
     axes.set(xlabel="network evaluations", ylabel="mean error of a sample")
     axes.legend(frameon=False)
+    return _write(figure, path)
+
+
+def draw_trajectories(path: Path, num_steps: int = 400) -> Path:
+    """Where noise goes: the trajectories of a perfect network for images of one pixel, -0.6 or 0.6, and what one
+    evaluation makes of each noise: the teacher's mean of all images, and the end of the trajectory."""
+    schedule = NoiseSchedule.cosine()
+    halves = torch.full((2,), 0.5, dtype=torch.float64)
+    pixel = Mixture(halves, torch.tensor([[-0.6], [0.6]]).double(), torch.full((2,), 0.08).double())
+    grid = grid_at(schedule, trailing_timesteps(schedule.T, num_steps))
+    noise = torch.linspace(-2.4, 2.4, 241, dtype=torch.float64)[:, None]
+    seen: list[SamplerStep] = []
+    ends = ddim(pixel.denoise(grid), noise, grid, on_step=seen.append)
+    figure, (left, right) = _panels(2)
+    states = torch.stack([*[step.x for step in seen], ends])[..., 0].numpy()
+    times = [*grid.timesteps, 0]
+    for column in range(1, 241, 14):
+        color = _BLUE if ends[column] < 0 else _ORANGE
+        left.plot(times, states[:, column], color=color, linewidth=1)
+    left.set(xlabel="t", ylabel="the pixel", xlim=(999, 0))
+    right.plot(noise[:, 0], ends[:, 0], color=_GREEN, label="student: the end of the trajectory")
+    right.plot(noise[:, 0], seen[0].x0[:, 0], color=_RED, label="teacher: the mean of all images")
+    right.set(xlabel="noise, the pixel at t = 999", ylabel="the image after one evaluation", ylim=(-1, 1))
+    right.legend(frameon=False)
     return _write(figure, path)
 
 

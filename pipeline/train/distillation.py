@@ -10,7 +10,21 @@ from pipeline.diffusion import LossTerms, NoiseSchedule
 from pipeline.diffusion.consistency import Teacher, consistency_loss
 from pipeline.diffusion.noise import Stream, normal, uniform
 from pipeline.nets import UNet
+from pipeline.nets.flops import sample_flops
 from pipeline.train.data_parallel import divides_state, shard
+
+
+def training_flops(config: TrainConfig) -> int:
+    """Operations that a step takes for one image: a forward and a backward pass, which counts as two.
+
+    A student is evaluated at the earlier level too, and its teacher, with guidance twice.
+    """
+    flops = sample_flops(config.net)
+    settings = config.distillation
+    if settings is None:
+        return flops
+    teacher = 0 if settings.loss.follow == "noise" else 1 if settings.sampler.guidance_scale == 1 else 2
+    return flops * (4 + teacher) // 3
 
 
 def make_teacher(

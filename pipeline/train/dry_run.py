@@ -19,8 +19,7 @@ from pipeline.devices.peak_flops import device_peak_flops
 from pipeline.diffusion import NoiseSchedule
 from pipeline.errors import UserError
 from pipeline.nets import UNet, parameter_count
-from pipeline.nets.flops import sample_flops
-from pipeline.train.distillation import make_teacher
+from pipeline.train.distillation import make_teacher, training_flops
 from pipeline.train.loop import Trainer, chunk_loss, train_step
 from pipeline.train.memory import (
     activation_bytes,
@@ -143,7 +142,7 @@ def estimate(config: TrainConfig) -> TrainingEstimate:
         parameters = parameter_count(UNet(config.net))
     # without the GPU, bfloat16 would be emulated and the timing meaningless
     probed = config if gpu or not config.workers.gpus_per_worker else _plain(config)
-    flops = sample_flops(config.net)
+    flops = training_flops(config)
     paces: dict[bool, Pace] = {}
     failure = ""
     try:
@@ -367,4 +366,5 @@ def _flops_at(config: TrainConfig, size: int) -> int:
     net = config.net
     shrink = net.image_size // size
     resolutions = tuple(resolution // shrink for resolution in net.attention_resolutions)
-    return sample_flops(net.model_copy(update={"image_size": size, "attention_resolutions": resolutions}))
+    smaller = net.model_copy(update={"image_size": size, "attention_resolutions": resolutions})
+    return training_flops(config.model_copy(update={"net": smaller}))

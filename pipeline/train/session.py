@@ -11,12 +11,12 @@ from torch import Tensor
 
 from pipeline.data.reading.loader import Loader, resilient_batches
 from pipeline.devices.peak_flops import device_peak_flops
-from pipeline.nets.flops import sample_flops
 from pipeline.telemetry.logs import name_process
 from pipeline.telemetry.prometheus import JobMetrics
 from pipeline.train.checkpoint import CheckpointWriter
 from pipeline.train.checkpoint_eval import FixedEvaluation, draw_grid
 from pipeline.train.data_parallel import gathered, is_divided
+from pipeline.train.distillation import training_flops
 from pipeline.train.loop import Trainer
 from pipeline.train.memory import largest_micro_batch
 from pipeline.train.run_logger import RunLogger
@@ -73,7 +73,7 @@ class Session:
         self._prometheus = JobMetrics("train", trainer.config.name)
         self._evaluation: FixedEvaluation | None = None
         self._peak_flops = device_peak_flops(trainer.device, trainer.config.precision)
-        self._flops = 0 if self._peak_flops is None else sample_flops(trainer.config.net)
+        self._flops = 0 if self._peak_flops is None else training_flops(trainer.config)
 
     def run(self, loader: Loader, tensors: Mapping[str, Tensor]) -> None:
         """Take the remaining steps; ends early, with a checkpoint, when the driver requests it.
