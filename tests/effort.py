@@ -23,8 +23,3 @@ def examples(number: int) -> settings:
 def long(*values: Any) -> Any:
     """A case of `parametrize` that only runs with --long."""
     return pytest.param(*values, marks=pytest.mark.long)
-
-
-def all_but_first_long(cases: list[Any]) -> list[Any]:
-    """Cases of `parametrize` (tuples where a case has several values), of which the first one runs without --long."""
-    return [cases[0], *(long(*case) if isinstance(case, tuple) else long(case) for case in cases[1:])]

@@ -21,6 +21,7 @@ from pipeline.diffusion.timesteps import (
     trailing_timesteps,
 )
 from pipeline.errors import UserError
+from tests.effort import long
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (3, 4, 4)
@@ -122,7 +123,7 @@ def test_clipping_rederives_the_noise() -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"kind": "ddim"}, {"kind": "ddim", "eta": 1.0}, {"kind": "dpm++2m"}]
 )
-@pytest.mark.parametrize("num_steps", [1, 10, 333])
+@pytest.mark.parametrize("num_steps", [1, 10, long(333)])
 @pytest.mark.parametrize("target", ["x0", "v"])
 def test_sampling_starts_without_signal_under_zero_terminal_snr(
     settings: dict[str, object], num_steps: int, target: str

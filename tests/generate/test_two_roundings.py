@@ -58,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"), tiny_card(size=16))
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=[long("file"), "s3"])
 def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "file":
         return f"file://{tmp_path}/out"

@@ -230,7 +230,7 @@ def test_mfu_is_charted_where_the_peak_of_the_device_is_known(
 
 def test_the_loss_falls(digits: str, runs: str) -> None:
     seen: list[float] = []
-    config = tiny(digits, runs, steps=120, global_batch=64)
+    config = tiny(digits, runs, steps=60, global_batch=24)
     plan = plan_training(config)
     task = TrainTask(config, plan.identity, plan.store.uri, plan.index.digest)
     train_local(
