@@ -2,13 +2,14 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from jobs.progress_bar import progress_of
 from jobs.ray_map import ray_map_for
-from jobs.runner import DONE, INTERRUPTED, JobArguments, run_job
+from jobs.runner import DONE, INTERRUPTED, JobArguments, presets, run_job
 from pipeline.config.data import PackConfig
+from pipeline.data.packing.known_datasets import KNOWN_DATASETS
 from pipeline.data.packing.open_source import require_source
 from pipeline.data.packing.pack_dataset import PackReport, held_out_uri, local_parallel_map, pack
 from pipeline.data.packing.pack_state import read_destination
@@ -21,13 +22,36 @@ ENOUGH_IMAGES = 5_000
 
 
 def run_call(call: JobArguments) -> int:
-    """Run the job a call describes. Interrupted, it prints how to resume."""
+    """Run the job a call describes, whose preset may be the name of a well-known data set.
+
+    Interrupted, it prints how to resume.
+    """
+    call = with_dataset(call)
     run = partial(pack_images, as_json=call.as_json)
     try:
         return run_job("pack", PackConfig, run, call, unit="images", estimate=estimate_pack)
     except KeyboardInterrupt:
         echo("stopped: finished shards are kept; run the same command to resume", error=True)
         return INTERRUPTED
+
+
+def with_dataset(call: JobArguments) -> JobArguments:
+    """The call with a data set's name as its source; without --config files, also with the settings that suit it."""
+    name = call.preset
+    if name is None or name in presets() or name not in KNOWN_DATASETS:
+        return call
+    suited = {} if call.files else {"dest": f"{{root}}/data/{name}", **KNOWN_DATASETS[name].settings}
+    words = tuple(f"{key}={value}" for key, value in {"source": name, **suited}.items())
+    return replace(call, preset=None, overrides=(*words, *call.overrides))
+
+
+def list_datasets() -> int:
+    """Print the data sets that are packed by their names."""
+    for name, dataset in KNOWN_DATASETS.items():
+        echo(f"{name:14} {dataset.title}: {dataset.summary}")
+        echo(f"{'':14} licence: {dataset.licence}", f"{'':14} {dataset.citation}; {dataset.page}")
+    echo("next     ddpm pack NAME   (or a preset that names it)")
+    return DONE
 
 
 def pack_images(config: PackConfig, progress: Progress, as_json: bool = False) -> int:

@@ -15,14 +15,25 @@ LabelField = Annotated[str | None, typer.Option(help="Field of a sample's json t
     rich_help_panel=DATA,
     epilog=examples(
         "ddpm pack digits",
+        "ddpm pack cifar10 dest=data/cifar10",
         "ddpm pack source=photos.zip dest=s3://ddpm/data/photos image_size=64",
         "ddpm pack source=https://example.org/photos.tar.gz dest=s3://ddpm/data/photos image_size=64",
     ),
 )
-def pack(words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False) -> None:
+def pack(
+    words: Words = None,
+    config: Config = None,
+    dry_run: DryRun = False,
+    json: AsJson = False,
+    list_: Annotated[
+        bool, typer.Option("--list", help="Print the well-known data sets that are fetched by name.")
+    ] = False,
+) -> None:
     """Pack images (folders, archives, parquet, arrays; on disk, in S3, on the web) into shards."""
-    from jobs.pack import run_call
+    from jobs.pack import list_datasets, run_call
 
+    if list_:
+        end(list_datasets)
     end_job(run_call, words, config, dry_run, json)
 
 

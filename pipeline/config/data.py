@@ -15,9 +15,10 @@ class PackConfig(Settings):
     """How images become shards."""
 
     source: str
-    """Where the images are: `digits` (scikit-learn's 8x8 digits), or the path of a folder, a zip, a tar
-    (also compressed), a parquet file, an npz, or a folder or pattern (`train-{00..09}.tar`, `*.parquet`) of such;
-    also `s3://bucket/prefix`, or the s3:// or http(s):// address of an archive. docs/data.md has a table of layouts."""
+    """Where the images are: `digits` (scikit-learn's 8x8 digits); `cifar10`, `cifar100`, `mnist`, `fashion-mnist` or
+    `celeba` (fetched; the training split unless `split` says otherwise); the path of a folder, a zip, a tar (also
+    compressed), a parquet file, an npz, or a folder or pattern (`train-{00..09}.tar`, `*.parquet`) of such;
+    `s3://bucket/prefix`; or the s3:// or http(s):// address of an archive. docs/data.md has a table of layouts."""
 
     fetch_bytes: Annotated[int, Field(ge=1)] = 200_000_000_000
     """Most bytes that a source elsewhere (s3, http) may have; larger ones are refused, before anything is fetched

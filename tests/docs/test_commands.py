@@ -10,6 +10,7 @@ import pytest
 import typer.main
 
 from jobs.cli import app
+from jobs.pack import with_dataset
 from jobs.runner import SECTIONS, JobArguments, settings_of
 from tests.docs.lines import DOCUMENTS, REPOSITORY, Shown, fences, inline, shown
 
@@ -56,7 +57,8 @@ def test_every_ddpm_command_in_the_documents_is_one(
     settings_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDPM_ROOT", "s3://ddpm")
-    settings_of(SECTIONS[section], section, JobArguments.of(params["words"] or [], params["config"] or []))
+    call = JobArguments.of(params["words"] or [], params["config"] or [])
+    settings_of(SECTIONS[section], section, with_dataset(call) if section == "pack" else call)
 
 
 @pytest.mark.parametrize("text", INLINE)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config.data import PackConfig
 from pipeline.data.packing.open_source import source_paths
-from pipeline.data.packing.remote_source import is_remote
+from pipeline.data.packing.remote_source import is_in_s3
 from pipeline.data.packing.store_files import list_objects
 
 FORMAT_VERSION = 2
@@ -34,7 +34,7 @@ def fingerprint(config: PackConfig) -> str:
 def _lines(source: str) -> Iterator[bytes]:
     if source == "digits":
         return
-    if is_remote(source):
+    if is_in_s3(source):
         for info in list_objects(source):
             yield b"%s\0%d %s\n" % (os.fsencode(info.key), info.size_bytes, info.etag.encode())
         return

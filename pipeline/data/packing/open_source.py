@@ -17,7 +17,7 @@ from pipeline.data.packing.archives import TARS, TarFiles, require_temp_space, u
 from pipeline.data.packing.array_source import open_arrays, open_npz
 from pipeline.data.packing.celeba import is_celeba_table
 from pipeline.data.packing.parquet import ParquetSource, has_image_column
-from pipeline.data.packing.remote_source import describe_remote, is_remote
+from pipeline.data.packing.remote_source import describe_remote, is_in_s3, is_remote
 from pipeline.data.packing.source_files import (
     CombinedFiles,
     Files,
@@ -52,7 +52,7 @@ def open_source(config: PackConfig) -> Source:
     """
     if config.source == "digits":
         source = DigitsSource()
-    elif is_remote(config.source):
+    elif is_in_s3(config.source):
         files = StoreFiles(config.source)
         source = open_arrays(config, files) or FilesSource(files, config)
     else:

@@ -1,4 +1,4 @@
-"""Sources that lie elsewhere: s3://, http(s)://. Archives are fetched, image files in S3 are read where they are."""
+"""Sources that lie elsewhere: s3://, http(s)://, well-known names. Archives are fetched, images in S3 read in place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pipeline.config.data import PackConfig
 from pipeline.data.location import Location, expand, require_matches
 from pipeline.data.packing.archives import TARS
 from pipeline.data.packing.fetch import Entry, FetchedFile, FileVersion, RemoteFile
+from pipeline.data.packing.folder_layout import split_word
+from pipeline.data.packing.known_datasets import DEFAULT_SPLIT, KNOWN_DATASETS, KnownRemote
 from pipeline.data.packing.store_files import list_objects
 from pipeline.errors import UserError
 from pipeline.private_files import cache_folder
@@ -44,18 +46,29 @@ class _Plan:
     """Name of its folder in the cache."""
     is_folder: bool = False
     """Whether the source is the folder, also of a single file."""
+    is_mirror: bool = True
+    """Whether other files in the folder are removed: nobody puts files there."""
+    split: str | None = None
+    """The split to pack, where the files of another one are not fetched."""
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is not a path of this machine."""
-    return source.partition("://")[0].lower() in SCHEMES and "://" in source and not Path(source).exists()
+    """Whether a source is not a path of this machine. A path named like a well-known data set is a path."""
+    known = source in KNOWN_DATASETS or ("://" in source and source.partition("://")[0].lower() in SCHEMES)
+    return known and not Path(source).exists()
+
+
+def is_in_s3(source: str) -> bool:
+    """Whether a source lies in S3."""
+    return source.lower().startswith("s3://")
 
 
 def fetch_source(config: PackConfig, progress: Progress = no_progress) -> LocalSource:
     """The settings with what the source names on this machine: fetched, if need be. Progress counts bytes.
 
-    Image files under an s3:// prefix stay where they are. Raises UserError for a source that is not there, is not
-    readable by its kind, or exceeds `fetch_bytes`; StoreUnreachable when a server does not answer.
+    Of a well-known data set, the training split unless another is chosen. Image files under an s3:// prefix stay where
+    they are. Raises UserError for a source that is not there, is not readable by its kind, or exceeds `fetch_bytes`;
+    StoreUnreachable when a server does not answer.
     """
     if not is_remote(config.source):
         return LocalSource(config)
@@ -63,19 +76,25 @@ def fetch_source(config: PackConfig, progress: Progress = no_progress) -> LocalS
     if plan is None:
         return LocalSource(config)
     entry = Entry(fetch_folder(config), plan.entry)
-    fetched = entry.fetch(plan.remotes, config.fetch_bytes, progress, mirror=True)
+    fetched = entry.fetch(plan.remotes, config.fetch_bytes, progress, mirror=plan.is_mirror)
     alone = plan.remotes[0].name if len(plan.remotes) == 1 and not plan.is_folder else ""
-    local = config.model_copy(update={"source": str(entry.folder / alone)})
-    return LocalSource(local, _notes(plan.remotes, fetched))
+    changes = {"source": str(entry.folder / alone)} | ({"split": plan.split} if plan.split else {})
+    return LocalSource(config.model_copy(update=changes), _notes(plan.remotes, fetched))
 
 
 def describe_remote(config: PackConfig) -> str:
-    """The size of a remote source, found without fetching it. Raises as `fetch_source` does."""
+    """What is to be fetched of a remote source, found without fetching it. Raises as `fetch_source` does."""
     plan = _plan(config)
     if plan is None:
         objects = list_objects(config.source)
         return f"{len(objects):,} objects, {sum(info.size_bytes for info in objects):,} bytes, read where they are"
-    sizes = [remote.stat().size_bytes for remote in plan.remotes]
+    folder = fetch_folder(config) / plan.entry
+    missing = [
+        remote for remote in plan.remotes if remote.sha256 is None or not (folder / remote.name).exists()
+    ]
+    if not missing:
+        return f"in {folder}"
+    sizes = [remote.stat().size_bytes for remote in missing]
     known = sum(size or 0 for size in sizes)
     return f"{len(sizes):,} files, {known:,} bytes{' or more' if None in sizes else ''}, to be fetched"
 
@@ -88,13 +107,25 @@ def fetch_folder(config: PackConfig) -> Path:
 def _plan(config: PackConfig) -> _Plan | None:
     """What to fetch; None for image files in S3."""
     list_objects.cache_clear()
-    if config.source.lower().startswith("s3://"):
+    if config.source in KNOWN_DATASETS:
+        return _plan_known(config)
+    if is_in_s3(config.source):
         return _plan_s3(config)
     remotes = [HttpFile(url) for url in expand(config.source)]
     _require_distinct([remote.name for remote in remotes], config.source)
     if len(remotes) == 1:
         _require_archive(remotes[0].name, remotes[0].where)
     return _Plan(remotes, _entry_name(config.source))
+
+
+def _plan_known(config: PackConfig) -> _Plan:
+    name, dataset = config.source, KNOWN_DATASETS[config.source]
+    split = split_word(config.split or DEFAULT_SPLIT) or str(config.split)
+    folder = fetch_folder(config) / name
+    remotes = [KnownRemote(name, file, folder) for file in dataset.files_of(split)]
+    if not remotes or split not in ("all", *dataset.splits):
+        raise UserError(f"split: {dataset.title} has the splits {', '.join(dataset.splits)}, not {split!r}")
+    return _Plan(remotes, name, is_folder=len(dataset.files) > 1, is_mirror=False, split=split)
 
 
 def _plan_s3(config: PackConfig) -> _Plan | None:
