@@ -20,6 +20,7 @@ from pipeline.telemetry.terminal import echo
 
 if TYPE_CHECKING:
     from pipeline.generate.driver import GenerationResult
+    from pipeline.generate.dry_run import GenerationEstimate
 
 _EXIT_CODES: dict[str, int] = {
     "complete": DONE,
@@ -36,6 +37,13 @@ def run(config: GenerateConfig, progress: Progress) -> int:
     for key, error in list(result.failed.items())[:20]:
         echo(f"failed   {key}: {error}", error=True)
     return _EXIT_CODES.get(result.status, FAILED)
+
+
+def estimate(config: GenerateConfig) -> GenerationEstimate:
+    """What a generation will cost, for `--dry-run`."""
+    from pipeline.generate.dry_run import estimate as estimate_generation
+
+    return estimate_generation(config)
 
 
 def sample(config: SampleConfig, progress: Progress) -> int:

@@ -21,11 +21,11 @@ def generate(
     words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
 ) -> None:
     """Fill an output prefix with samples of a registered model. Makes only what is missing."""
-    from jobs.generate import run
+    from jobs.generate import estimate, run
     from pipeline.config.generation import GenerateConfig
 
     def work(call: JobArguments) -> int:
-        return run_job("generate", GenerateConfig, run, call, unit="images")
+        return run_job("generate", GenerateConfig, run, call, unit="images", estimate=estimate)
 
     end_job(work, words, config, dry_run, json)
 

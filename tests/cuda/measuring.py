@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from pipeline.evaluate.bits_per_dim import held_out_bits
 from pipeline.evaluate.measure import model_features
 from pipeline.features.reference_set import load_reference
 from pipeline.features.train_classifier import train_features
+from pipeline.generate import dry_run
 from pipeline.generate.model_source import find_model
 from pipeline.nets.model_files import build_model
 from pipeline.parallel import HERE, MapWorkers, serial_map
+from tests.generate.tiny import settings as settings_of
 from tests.generate.tiny import tiny_card, tiny_model
 
 
@@ -64,6 +67,15 @@ def main(folder: Path) -> None:
         found[name] |= {
             "difference": float(vectors.abs().max()),
             "same_identity": on_cpu.network == on_gpu.network,
+        }
+    dry_run.WHOLE_BATCH_SECONDS = float("inf")  # however slow this machine is now
+    with simulated_device():
+        counts.reset()
+        config_of_gpus = settings_of(
+            folder / "model", "unused", gpus_per_worker=1, batch_size=3, shard_size=3
+        )
+        found["dry run"] = asdict(dry_run.estimate(config_of_gpus)) | {
+            "kernels": sum(counts.kernels.values())
         }
     print(json.dumps(found))
 

@@ -32,3 +32,11 @@ def test_features_of_a_gpu_are_never_taken_for_those_of_a_cpu(
     what: str, measured: dict[str, dict[str, Any]]
 ) -> None:
     assert not measured[what]["same_identity"]
+
+
+def test_a_dry_run_times_whole_batches_on_the_gpu(measured: dict[str, dict[str, Any]]) -> None:
+    found = measured["dry run"]
+    assert (found["evaluations_per_image"], found["kernels"] > 300) == (3, True)
+    assert found["device_seconds"] > 0
+    assert "measured on this machine's Simulated GPU, " in found["note"]
+    assert "batches of 3 images; excludes" in found["note"]
