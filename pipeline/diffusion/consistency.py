@@ -78,10 +78,12 @@ def consistency_loss(
         target = _image(objective, net, x_r, r.clamp(min=0), a_r, s_r, class_labels, dropout)
         if teacher.sampler.clip_x0:
             target = target.clamp(-1, 1)
-    # an error of x0 is s times one of v: seen in v, no level outweighs the others
     error = ((image - target) / s).square().flatten(1)
     c = config.huber * error.shape[1] ** 0.5
-    return LossTerms((error.sum(1) + c**2).sqrt() - c, error.mean(1), None)
+    distance = (error.sum(1) + c**2).sqrt() - c
+    # With the 1 / s above, an error of the image has weight 1 / s^2 = 1 + SNR (Geng et al. 2024, for data of variance
+    # 1): levels near the image come first, because those above learn from them.
+    return LossTerms(distance / s.flatten(), error.mean(1), None)
 
 
 def earlier(t: Tensor, divisor: Tensor) -> Tensor:

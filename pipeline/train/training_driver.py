@@ -175,6 +175,7 @@ class TrainingDriver:
                 "lr": config.optimizer.lr,
                 "target": config.objective.target,
                 "schedule": f"{config.schedule.kind}, T={config.schedule.num_steps}",
+                **_taught_by(plan),
             },
             tags={"ddpm.checkpoints": plan.store.uri, **source_tags(), **_ray_tags(), **self.tags},
             config_yaml=yaml.safe_dump({"train": config.model_dump(mode="json")}, sort_keys=False),
@@ -226,6 +227,24 @@ def _worker_range(workers: WorkerConfig) -> str:
     return text + (", gradients sent in bfloat16" if workers.reduce_dtype == "bfloat16" else "")
 
 
+def _taught_by(plan: TrainPlan) -> dict[str, str | float]:
+    """Who taught a student, and how; nothing of a training from images."""
+    settings = plan.config.distillation
+    if settings is None or plan.initial is None:
+        return {}
+    sampler = settings.sampler
+    return {
+        "teacher": plan.initial.name,
+        "method": settings.method,
+        "teacher_sampler": f"{sampler.kind}, {sampler.num_steps} steps",
+        "guidance_baked_in": sampler.guidance_scale,
+    }
+
+
+def _sentences(facts: Mapping[str, str | float]) -> str:
+    return "".join(f"{name.replace('_', ' ').capitalize()}: {value}. " for name, value in facts.items())
+
+
 def _link_initial(plan: TrainPlan, run: Run) -> None:
     """Record the model that is fine-tuned: its name and hash, and a link where it is registered."""
     if plan.initial is None:
@@ -266,6 +285,7 @@ def _description(plan: TrainPlan, run: Run, version: ModelVersion) -> str:
         f"{image_markdown(run.run_id, FINAL_GRID, 'samples')}\n\n"
         f"Model **{version.reference}**: {config.steps} steps of {config.global_batch} images from "
         f"`{config.data.uri}` ({plan.index.num_samples} samples, digest `{plan.index.digest[:12]}`).\n\n"
+        f"{_sentences(_taught_by(plan))}"
         f"Checkpoints: `{plan.store.uri}`. Sample grids by step are under *Model metrics* (`samples`), "
         "all settings in *Artifacts* under `config/config.yaml`.\n\n"
         f"Next: `ddpm generate {config.name} model={version.reference}`"

@@ -80,7 +80,8 @@ def test_the_student_that_follows_noise_is_compared_with_the_image_itself_at_div
         return a * noise - s * x0 + 0.1  # an error of 0.1 in v at each of four pixels
 
     terms = consistency_loss(SCHEDULE, config, V, off, teacher, x0, t, noise, torch.ones_like(t))
-    assert terms.per_sample.tolist() == pytest.approx([0.2] * 3, rel=1e-3)
+    expected = [0.2 / float(each) for each in s.flatten()]
+    assert terms.per_sample.tolist() == pytest.approx(expected, rel=1e-3)
     assert terms.squared_error.tolist() == pytest.approx([0.01] * 3, rel=1e-3)
 
 
