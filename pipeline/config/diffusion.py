@@ -1,8 +1,9 @@
 """Settings of the forward process, of what the network learns, and of the reverse process."""
 
-from typing import Annotated, Literal, Self
+import itertools
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pipeline.config.base import Settings, refuse_idle
 from pipeline.config.net import UNetConfig
@@ -109,6 +110,8 @@ class SamplerConfig(Settings):
     spacing: Spacing = "trailing"
     """Which noise levels are visited. "trailing" starts at pure noise; "leading" (improved DDPM, DDIM) never
     sees it; "karras" spaces by sigma^(1/rho) and asks the network for fractional timesteps."""
+    timesteps: tuple[Annotated[int, Field(ge=0, lt=1_000_000)], ...] | None = None
+    """The timesteps to visit, falling, `num_steps` of them; None = by `spacing`."""
     karras_rho: Annotated[float, Field(gt=0, le=1000)] = 7.0
     """rho of the "karras" spacing: larger puts more steps near the image. EDM's value."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -140,6 +143,8 @@ class SamplerConfig(Settings):
             refuse_idle(self, ("karras_rho",), f'for spacing "{self.spacing}"')
         if self.guidance_scale == 1.0:
             refuse_idle(self, ("guidance_interval",), "while guidance_scale is 1")
+        if self.timesteps is not None:
+            refuse_idle(self, ("spacing",), "with timesteps")
         return self
 
     @model_validator(mode="after")
@@ -149,7 +154,22 @@ class SamplerConfig(Settings):
             and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]
         ):
             raise ValueError("guidance_interval must be (lowest, highest) with 0 <= lowest < highest")
+        steps = self.timesteps
+        if steps is not None and (
+            len(steps) != self.num_steps or any(a <= b for a, b in itertools.pairwise(steps))
+        ):
+            raise ValueError(
+                f"timesteps must be {self.num_steps} (num_steps) numbers, each below the one before"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _documented(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `timesteps` where there are none: specs keep the digests that they had before there was the field."""
+        document: dict[str, Any] = handler(self)
+        if self.timesteps is None:
+            document.pop("timesteps", None)
+        return document
 
 
 def check_together(
@@ -196,6 +216,11 @@ def _check_sampler(schedule: ScheduleConfig, objective: ObjectiveConfig, sampler
         raise UserError(
             f"sampler.num_steps is {sampler.num_steps} but the schedule has {schedule.num_steps} steps; "
             "use at most as many"
+        )
+    if sampler.timesteps is not None and sampler.timesteps[0] >= schedule.num_steps:
+        raise UserError(
+            f"sampler.timesteps begin with {sampler.timesteps[0]}, but the last one of the schedule is "
+            f"{schedule.num_steps - 1}"
         )
     if sampler.variance == "learned" and objective.variance != "learned":
         raise UserError(

@@ -37,7 +37,9 @@ class SamplingGrid:
 
 
 def make_grid(schedule: NoiseSchedule, sampler: SamplerConfig) -> SamplingGrid:
-    """The levels that `sampler` visits. Raises: ValueError naming num_steps or spacing."""
+    """The levels that `sampler` visits. Raises: ValueError naming timesteps, num_steps or spacing."""
+    if sampler.timesteps is not None:
+        return grid_at(schedule, list(sampler.timesteps))
     if sampler.spacing == "karras":
         return karras_grid(schedule, sampler.num_steps, sampler.karras_rho)
     spaced = trailing_timesteps if sampler.spacing == "trailing" else leading_timesteps

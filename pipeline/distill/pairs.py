@@ -58,9 +58,8 @@ def _check_spec(uri: str, spec: Spec, config: DistillConfig, teacher: ResolvedMo
             f"name a generation by {', '.join(DETERMINISTIC)} with eta 0"
         )
     if spec.sampler != config.sampler:
-        raise UserError(
-            f"distill.sampler: differs from that of {uri}; set it to {spec.sampler.model_dump(exclude_defaults=True)}"
-        )
+        its = spec.sampler.model_dump(mode="json", exclude_defaults=True)
+        raise UserError(f"distill.sampler: differs from that of {uri}; set it to {its}")
 
 
 def _check_gate(uri: str, config: DistillConfig, pairs: PairsInfo) -> None:

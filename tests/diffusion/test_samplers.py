@@ -253,6 +253,7 @@ def test_objective_settings_without_effect_are_refused(settings: dict, field: st
     [
         ({"zero_terminal_snr": True}, {}, {}, "objective.target"),
         ({}, {}, {"num_steps": 1001}, "sampler.num_steps"),
+        ({}, {}, {"num_steps": 2, "timesteps": [1000, 3]}, "sampler.timesteps"),
         ({}, {}, {"variance": "learned"}, "sampler.variance"),
         ({"zero_terminal_snr": True}, {"target": "v"}, {"kind": "heun"}, "sampler.kind"),
         ({"zero_terminal_snr": True}, {"target": "v"}, {"spacing": "karras"}, "sampler.spacing"),
@@ -280,6 +281,21 @@ def test_a_network_that_does_not_fit_is_refused(
     settings = ScheduleConfig(), ObjectiveConfig(**objective), SamplerConfig(**sampler), UNetConfig(**net)
     with pytest.raises(UserError, match=field):
         check_together(*settings)
+
+
+def test_the_levels_may_be_named_one_by_one() -> None:
+    sampler = SamplerConfig(kind="consistency", num_steps=2, timesteps=(999, 300))
+    assert make_grid(SCHEDULE, sampler).timesteps == (999, 300)
+    assert make_grid(SCHEDULE, sampler).alpha_bars[1] == float(SCHEDULE.alpha_bars[300])
+    assert SamplerConfig.model_validate(sampler.model_dump(mode="json")) == sampler
+    assert "timesteps" not in SamplerConfig().model_dump()  # digests of specs before there was the setting
+    for steps in ((300, 999), (999,), (999, 999)):
+        with pytest.raises(
+            ValueError, match=r"timesteps must be 2 \(num_steps\) numbers, each below the one before"
+        ):
+            SamplerConfig(kind="consistency", num_steps=2, timesteps=steps)
+    with pytest.raises(ValueError, match="spacing has no effect with timesteps"):
+        SamplerConfig(num_steps=2, timesteps=(9, 3), spacing="leading")
 
 
 def test_settings_survive_json() -> None:
