@@ -18,10 +18,11 @@ class PackConfig(Settings):
     """Where the images are: `digits` (scikit-learn's 8x8 digits); `cifar10`, `cifar100`, `mnist`, `fashion-mnist` or
     `celeba` (fetched; the training split unless `split` says otherwise); the path of a folder, a zip, a tar (also
     compressed), a parquet file, an npz, or a folder or pattern (`train-{00..09}.tar`, `*.parquet`) of such;
-    `s3://bucket/prefix`; or the s3:// or http(s):// address of an archive. docs/data.md has a table of layouts."""
+    `s3://bucket/prefix`; the s3:// or http(s):// address of an archive; or `hf://datasets/OWNER/NAME[/CONFIG]`.
+    docs/data.md has a table of layouts."""
 
     fetch_bytes: Annotated[int, Field(ge=1)] = 200_000_000_000
-    """Most bytes that a source elsewhere (s3, http) may have; larger ones are refused, before anything is fetched
+    """Most bytes that a source elsewhere (s3, http, hf) may have; larger ones are refused, before anything is fetched
     where their size is known. 200 GB hold ImageNet."""
 
     fetch_dir: str | None = None

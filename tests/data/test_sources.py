@@ -284,7 +284,6 @@ def test_a_zip_with_odd_names_is_read_and_one_name_twice_is_refused(tmp_path: Pa
     ("source", "remedy"),
     [
         ("gs://bucket/photos", "gcloud storage cp -r gs://bucket/photos FOLDER"),
-        ("hf://datasets/mnist", "hf download"),
         ("pipe:cat x.tar", "write what the command prints to a file"),
     ],
 )

@@ -10,6 +10,7 @@ NAMES = (
     "metadata.parquet",
     "CelebA table",
     "dataset.json",
+    "data set card",
     "index",
     "spec",
     "manifest",

@@ -28,6 +28,12 @@ from pipeline.config.load import load_settings
 from pipeline.config.training import TrainConfig
 from pipeline.data.formats.npy import decode_npy, encode_npy
 from pipeline.data.index import load_index
+from pipeline.data.packing.dataset_card import (
+    class_features,
+    configurations,
+    default_configuration,
+    parse_card,
+)
 from pipeline.data.packing.open_source import open_source
 from pipeline.data.packing.pack_dataset import pack
 from pipeline.data.packing.scan_shard import index_shard
@@ -151,7 +157,28 @@ def _label_targets(folder: Path) -> Iterator[Target]:
     faces = b"1\nSmiling Young\n1.png -1  1\n"
     celeba = reader("list_attr_celeba.txt", label_column="Young")
     yield Target("CelebA table", celeba, faces, is_json=False)
+    yield Target("data set card", _read_card, _CARD, is_json=False)
     yield Target("dataset.json", reader("dataset.json"), b'{"labels": [["1.png", 3]]}', is_json=True)
+
+
+_CARD = b"""---
+dataset_info:
+  features:
+  - name: label
+    dtype: {class_label: {names: {'0': cat, '1': dog}}}
+configs:
+- config_name: small
+  data_files: [{split: train, path: data/train-*}]
+---
+"""
+
+
+def _read_card(data: bytes) -> object:
+    card = parse_card(data.decode(errors="replace"))
+    files = [
+        files.matches("data/train-0.parquet") for some in configurations(card).values() for files in some
+    ]
+    return files, default_configuration(card), class_features(card, ["small"])
 
 
 def _generation_targets(folder: Path) -> Iterator[Target]:

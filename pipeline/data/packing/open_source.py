@@ -31,11 +31,8 @@ from pipeline.data.packing.store_files import StoreFiles
 from pipeline.errors import UserError
 from pipeline.store import file_path
 
-KINDS = (
-    "give a folder, zip, tar, parquet or npz, a pattern of them, an s3:// or https:// address, or `digits`"
-)
+KINDS = "give a folder, zip, tar, parquet or npz, a pattern of them, an s3://, https:// or hf:// address, or `digits`"
 _REMOTE = {
-    "hf": "download it first: hf download --repo-type dataset NAME --local-dir FOLDER",
     "gs": "download it first: gcloud storage cp -r {} FOLDER",
     "pipe": "write what the command prints to a file and name that",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from pydantic_core import from_json
 
 from pipeline.config.data import PackConfig
 from pipeline.data.packing.archives import TemporaryCopies, require_temp_space
+from pipeline.data.packing.dataset_card import class_features, read_card
 from pipeline.data.packing.folder_layout import choose_split, split_word
 from pipeline.data.packing.labels import (
     choose_field,
@@ -52,7 +53,7 @@ class ParquetSource(Source):
     """Rows of parquet files: an image's bytes, {bytes, path} or path, and its class in another column.
 
     Image bytes are copied to a temporary file, because rows can only be read in stored order.
-    Class names come from the schema's "huggingface" metadata, if present.
+    Class names come from the schema's "huggingface" metadata, else from a README.md (Hugging Face's card) at the top.
     """
 
     def __init__(self, files: Sequence[Path], config: PackConfig, where: str, left_out: Counter[str]) -> None:
@@ -64,9 +65,12 @@ class ParquetSource(Source):
         found: dict[Path, Columns] = {}
         notes: list[str] = []
         needed_bytes = 0
+        top = Path(where) if Path(where).is_dir() else _common_folder(files)
+        card = read_card(top)
         for file in files:
             table = open_parquet(file)
-            found[file], new_notes = find_columns(table.schema_arrow, config, file)
+            of_card = class_features(card, file.relative_to(top).parts)
+            found[file], new_notes = find_columns(table.schema_arrow, config, file, of_card)
             notes += [note for note in new_notes if note not in notes]
             needed_bytes += _image_bytes(table.metadata, found[file])
         require_temp_space(where, needed_bytes)
@@ -146,9 +150,14 @@ def has_image_column(file: Path) -> bool:
         return False
 
 
-def find_columns(schema: Any, config: PackConfig, file: Path) -> tuple[Columns, list[str]]:
-    """The columns of image and class, and notes on alternatives. Raises UserError."""
-    features = _hugging_face_features(schema.metadata)
+def find_columns(
+    schema: Any, config: PackConfig, file: Path, of_card: Mapping[str, Any]
+) -> tuple[Columns, list[str]]:
+    """The columns of image and class, and notes on alternatives. `of_card`: features as a card states them.
+
+    Raises UserError.
+    """
+    features = {**of_card, **_hugging_face_features(schema.metadata)}
     bytes_columns = _byte_columns(schema)
     embedded = [c for c in bytes_columns if _is_image(features, c)] or bytes_columns
     image = _image_column(config.image_column, embedded, schema, file)

@@ -1,4 +1,4 @@
-"""Sources that lie elsewhere: s3://, http(s)://, well-known names. Archives are fetched, images in S3 read in place."""
+"""Sources elsewhere: s3://, http(s)://, hf://, well-known names. Image files in S3 are read there, others fetched."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pipeline.data.location import Location, expand, require_matches
 from pipeline.data.packing.archives import TARS
 from pipeline.data.packing.fetch import Entry, FetchedFile, FileVersion, RemoteFile
 from pipeline.data.packing.folder_layout import split_word
+from pipeline.data.packing.hugging_face import HubDataset, select_files
 from pipeline.data.packing.known_datasets import DEFAULT_SPLIT, KNOWN_DATASETS, KnownRemote
 from pipeline.data.packing.store_files import list_objects
 from pipeline.errors import UserError
@@ -23,7 +24,7 @@ from pipeline.progress import Progress, no_progress
 from pipeline.store import ObjectInfo, Store, open_store
 from pipeline.store.web_file import WebFile, WebFileInfo, without_secrets
 
-SCHEMES = ("s3", "http", "https")
+SCHEMES = ("s3", "http", "https", "hf")
 ARCHIVES = (*TARS, ".zip", ".parquet", ".npz")
 _MAX_NAMED = 5
 
@@ -50,6 +51,7 @@ class _Plan:
     """Whether other files in the folder are removed: nobody puts files there."""
     split: str | None = None
     """The split to pack, where the files of another one are not fetched."""
+    notes: tuple[str, ...] = ()
 
 
 def is_remote(source: str) -> bool:
@@ -79,7 +81,7 @@ def fetch_source(config: PackConfig, progress: Progress = no_progress) -> LocalS
     fetched = entry.fetch(plan.remotes, config.fetch_bytes, progress, mirror=plan.is_mirror)
     alone = plan.remotes[0].name if len(plan.remotes) == 1 and not plan.is_folder else ""
     changes = {"source": str(entry.folder / alone)} | ({"split": plan.split} if plan.split else {})
-    return LocalSource(config.model_copy(update=changes), _notes(plan.remotes, fetched))
+    return LocalSource(config.model_copy(update=changes), (*plan.notes, *_notes(plan.remotes, fetched)))
 
 
 def describe_remote(config: PackConfig) -> str:
@@ -111,6 +113,8 @@ def _plan(config: PackConfig) -> _Plan | None:
         return _plan_known(config)
     if is_in_s3(config.source):
         return _plan_s3(config)
+    if config.source.lower().startswith("hf:"):
+        return _plan_hub(config)
     remotes = [HttpFile(url) for url in expand(config.source)]
     _require_distinct([remote.name for remote in remotes], config.source)
     if len(remotes) == 1:
@@ -126,6 +130,14 @@ def _plan_known(config: PackConfig) -> _Plan:
     if not remotes or split not in ("all", *dataset.splits):
         raise UserError(f"split: {dataset.title} has the splits {', '.join(dataset.splits)}, not {split!r}")
     return _Plan(remotes, name, is_folder=len(dataset.files) > 1, is_mirror=False, split=split)
+
+
+def _plan_hub(config: PackConfig) -> _Plan:
+    dataset = HubDataset(config.source)
+    remotes, note = select_files(dataset, config)
+    entry = _entry_name(f"hf://{dataset.repository.replace('/', '--')}/{config.source}@{dataset.commit}")
+    # The split was chosen by what the card says, and names of files may not repeat it.
+    return _Plan(remotes, entry, is_folder=True, split="all", notes=(note,))
 
 
 def _plan_s3(config: PackConfig) -> _Plan | None:
