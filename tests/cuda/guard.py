@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("guard.cpp")
+FOLDER = Path(__file__).parents[2] / "build" / "tests"
+"""Of compiled libraries, for all processes and sessions; `make clean` removes it."""
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 """The C++ compiler, or None where there is none."""
 
@@ -32,11 +34,10 @@ def _compiled() -> Path:
     torch = _torch_folder()
     version = f"{importlib.metadata.version('torch')} {torch}"
     key = hashlib.sha256(SOURCE.read_bytes() + version.encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-pipeline" / "tests"
-    library = cache / f"guard-{key}.so"
+    library = FOLDER / f"guard-{key}.so"
     if library.exists():
         return library
-    cache.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(f".{os.getpid()}")
     words = ["-O1", "-std=c++20", "-fPIC", "-shared", f"-I{torch}/include", SOURCE, "-o", unfinished]
     libraries = [f"-L{torch}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"]

@@ -12,6 +12,7 @@ from tests.cuda.simulated_device import counts, simulated_device
 import torch  # isort: skip
 
 from pipeline.config.data import PackConfig
+from pipeline.config.diffusion import ScheduleConfig
 from pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, LikelihoodConfig
 from pipeline.config.generation import SpecSettings
 from pipeline.data.index import load_index
@@ -34,7 +35,8 @@ def main(folder: Path) -> None:
     uri = str(folder / "digits")
     pack(PackConfig(source="digits", dest=uri, channels=1, shard_size=900), lambda done, total: None)
     train_features(FeaturesConfig(data=uri, steps=2, channels=8, min_accuracy=0), lambda *_: None)
-    model = find_model(str(tiny_model(folder / "model", tiny_card(classes=False, size=8))))
+    card = tiny_card(classes=False, size=8).model_copy(update={"schedule": ScheduleConfig(num_steps=10)})
+    model = find_model(str(tiny_model(folder / "model", card)))
     index, config = load_index(uri), EvaluateConfig(reference=uri)
     settings = SpecSettings.model_validate(
         {"model": "tiny", "count": 6, "batch_size": 3, "sampler": {"kind": "ddim", "num_steps": 3}}

@@ -11,23 +11,34 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.runner import JobArguments, settings_of
+from pipeline.config.net import UNetConfig
 from pipeline.config.training import TrainConfig
 from pipeline.diffusion import NoiseSchedule
 from pipeline.nets.flops import sample_flops
-from pipeline.train import dry_run
+from pipeline.train import distillation, dry_run
 from pipeline.train.dry_run import NotMeasuredError, Pace, estimate, measure_pace, probed_size
 from pipeline.train.loop import Trainer
 from pipeline.train.state import initial_state
 
 CPU = torch.device("cpu")
+_counted: dict[str, int] = {}
+
+
+def operations(net: UNetConfig) -> int:
+    """`sample_flops`, which takes a second, once for each network."""
+    name = net.digest()
+    if name not in _counted:
+        _counted[name] = sample_flops(net)
+    return _counted[name]
 
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A root of plain files, nothing in it; probes that do not wait for a quiet moment."""
+    """A root of plain files, nothing in it; probes that do not wait for a quiet moment; networks counted once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDPM_ROOT", f"file://{tmp_path}/root")
     monkeypatch.setattr(dry_run, "BUDGET_SECONDS", 0.3)
+    monkeypatch.setattr(distillation, "sample_flops", operations)
 
 
 def preset(name: str, *words: str) -> TrainConfig:
@@ -53,7 +64,7 @@ def test_mfu_of_the_measured_steps_is_told_where_the_peak_of_the_device_is_known
     monkeypatch.setattr(dry_run, "measure_pace", lambda config, device, flops: pace)
     config = preset("digits", "workers.num_workers=1")
     assert estimate(config).mfu is None
-    peak = 4000 * sample_flops(config.net)  # of which a sample a millisecond is a quarter
+    peak = 4000 * operations(config.net)  # of which a sample a millisecond is a quarter
     monkeypatch.setattr(dry_run, "device_peak_flops", lambda device, precision: float(peak))
     told = estimate(config)
     assert told.mfu == pytest.approx(0.25)
@@ -64,7 +75,7 @@ def test_as_json_the_estimate_stands_beside_the_settings() -> None:
     result = CliRunner().invoke(app, ["train", "digits", "workers.num_workers=1", "--dry-run", "--json"])
     told = json.loads(result.stdout)["estimate"]
     config = preset("digits")
-    assert told["flops_per_step"] == 128 * sample_flops(config.net)
+    assert told["flops_per_step"] == 128 * operations(config.net)
     assert told["memory_bytes"] == sum(told["memory_parts"].values())
     assert told["memory_parts"]["averages"] == told["memory_parts"]["weights"] == 4 * told["parameters"]
     assert told["duration_seconds"] > 0
@@ -73,23 +84,23 @@ def test_as_json_the_estimate_stands_beside_the_settings() -> None:
 def test_a_large_network_is_measured_on_smaller_images_that_its_levels_still_divide() -> None:
     for name, size in [("digits", 8), ("ddpm-cifar10", 32), ("ddpm-256", 64)]:
         config = preset(name, "precision=float32")
-        assert probed_size(config, CPU, sample_flops(config.net)) == size
+        assert probed_size(config, CPU, operations(config.net)) == size
         assert size % 2 ** (len(config.net.multipliers) - 1) == 0
     half = preset("digits", "net.image_size=64", "net.attention_resolutions=[32]", "net.base_channels=128")
-    assert probed_size(half.model_copy(update={"precision": "bfloat16"}), CPU, sample_flops(half.net)) < 64
+    assert probed_size(half.model_copy(update={"precision": "bfloat16"}), CPU, operations(half.net)) < 64
 
 
 def test_a_measure_on_smaller_images_is_scaled_up_by_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     config = preset("digits", "net.image_size=32", "net.attention_resolutions=[16]")
     quarter = preset("digits", "net.image_size=16", "net.attention_resolutions=[8]")
-    flops = sample_flops(config.net)
+    flops = operations(config.net)
     monkeypatch.setattr(dry_run, "_pass", lambda trainer, batch: 1.0)
     whole = measure_pace(config, CPU, flops)
     monkeypatch.setattr(dry_run, "LARGEST_SAMPLE_FLOPS", flops / 3)
     small = measure_pace(config, CPU, flops)
     assert (whole.image_size, whole.sample_seconds) == (32, 1.0)
     assert small.image_size == 16
-    assert small.sample_seconds == pytest.approx(flops / sample_flops(quarter.net))
+    assert small.sample_seconds == pytest.approx(flops / operations(quarter.net))
 
 
 def test_a_state_that_does_not_fit_this_machine_is_said_and_not_tried(
