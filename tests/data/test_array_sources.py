@@ -93,6 +93,7 @@ def test_cifar_10_is_read_in_both_of_its_versions(tmp_path: Path, version: str, 
     assert (pixels(source) == IMAGES[:5]).all()
     assert [item.label for item in source.items] == LABELS[:5]
     assert source.class_names == tuple(TEN)
+    assert (source.copied_bytes > 0) == (kind == "tar.gz")  # so one process reads it, not each of a cluster's
     test = opened(written(tmp_path, cifar_10(version), kind), split="test")
     assert (pixels(test) == IMAGES[5:]).all()
     with pytest.raises(UserError, match=r"holds the splits test .* train .*; set split=NAME"):

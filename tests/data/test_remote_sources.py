@@ -1,10 +1,12 @@
 """Sources on the web and in S3 are packed as the same files on disk are, and fetched once."""
 
+import io
 import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 from unittest.mock import Mock
 
 import pytest
@@ -12,10 +14,12 @@ import pytest
 from pipeline.config.data import PackConfig
 from pipeline.data import pack
 from pipeline.data.index import load_index
+from pipeline.data.packing.fetch import Entry, FileVersion, RemoteFile
 from pipeline.data.packing.open_source import open_source, require_source
 from pipeline.data.packing.pack_dataset import PackReport
 from pipeline.data.packing.remote_source import fetch_source
-from pipeline.errors import DiskFull, UserError
+from pipeline.errors import DamageError, DiskFull, UserError
+from pipeline.progress import no_progress
 from pipeline.store import Store, StoreUnreachable, open_store
 from tests.data.making import encoded, folder, random_image
 from tests.data.web_server import Site, serving
@@ -206,6 +210,37 @@ def test_no_name_that_a_server_gives_leads_out_of_the_cache(name: str, cache: Pa
     said = {"Content-Disposition": 'attachment; filename="images.tar"'}
     with serving(Site({"/get": archive}, headers=said)) as url:
         assert Path(fetch_source(config(f"{url}/get", cache)).config.source).name == "images.tar"
+
+
+class Listed(RemoteFile):
+    """A file as a bucket or hub might list it."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.where = name, f"s3://bucket/{name}"
+
+    def stat(self) -> FileVersion:
+        return FileVersion(size_bytes=1, tag="x")
+
+    def open(self, start: int, version: FileVersion) -> BinaryIO:
+        return io.BytesIO(b"x")
+
+
+@pytest.mark.parametrize(
+    "name", ["../up.tar", "a/../../up.tar", "/up.tar", "a//b.tar", "n\0.tar", ".tmp-x/y.tar"]
+)
+def test_no_listed_name_leads_out_of_the_cache(name: str, cache: Path) -> None:
+    with pytest.raises(DamageError, match=r"key .*(are not allowed|must be non-empty and relative)"):
+        Entry(cache, "entry").fetch([Listed(name)], 10, no_progress)
+    assert not list(cache.parent.rglob("*.tar"))
+
+
+def test_a_link_planted_in_the_cache_is_not_written_through(cache: Path, tmp_path: Path) -> None:
+    entry = Entry(cache, "entry")
+    (tmp_path / "elsewhere").mkdir()
+    (entry.folder / "a").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link, which may lead elsewhere; remove it"):
+        entry.fetch([Listed("a/x.tar")], 10, no_progress)
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_dry_run_tells_the_size_and_fetches_nothing(address: str, archive: bytes, cache: Path) -> None:

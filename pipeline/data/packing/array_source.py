@@ -91,11 +91,14 @@ def open_arrays(config: PackConfig, files: Files) -> ArraySource | None:
     """The source of CIFAR's batches or MNIST's idx files among `files`; None if there are none. Raises UserError."""
     named = {number: PurePosixPath(name.path).name for number, name in enumerate(files.names)}
     try:
-        return (
+        found = (
             _idx(config, files, named) or _cifar_10(config, files, named) or _cifar_100(config, files, named)
         )
     except OSError as error:
         raise UserError(f"source: {files.where}: {error}") from None
+    if found is not None:
+        found.copied_bytes = files.copied_bytes  # opening it again elsewhere would decompress it again
+    return found
 
 
 def _idx(config: PackConfig, files: Files, named: dict[int, str]) -> ArraySource | None:
