@@ -13,7 +13,7 @@ import jobs
 import pipeline
 
 PACKAGES = {"pipeline": pipeline, "jobs": jobs, "infra": infra}
-DATA = {"jobs": "presets/*.yaml", "pipeline": "templates/*.html"}
+DATA = {"jobs": "presets/*.yaml", "pipeline": "templates/*"}
 """Files beside the modules, as pyproject.toml's package-data lists them."""
 LAUNCHER_FILE = "launch.sh"
 # Ray may have been started by its full path, with no `python` on PATH or with another one: the raylet, from which a

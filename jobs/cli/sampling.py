@@ -82,6 +82,37 @@ def download(
 @app.command(
     rich_help_panel=SAMPLES,
     epilog=examples(
+        "ddpm gallery s3://ddpm/samples/digits --data s3://ddpm/data/digits",
+        "ddpm gallery s3://ddpm/samples/student --beside s3://ddpm/samples/teacher --out ./compared",
+    ),
+)
+def gallery(
+    prefix: Annotated[str, typer.Argument(help="Output prefix of a generation, finished or in progress.")],
+    out: Annotated[
+        str | None, typer.Option(help="Folder or store prefix to write; default: ./NAME-gallery.")
+    ] = None,
+    beside: Annotated[
+        str | None, typer.Option(help="Another generation from the same noise, to show beside it.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="What the model was trained on, to show the nearest images of it."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of the network, of a generation that used one.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Show this many images, the first by index.")] = 50_000,
+    json: AsJson = False,
+) -> None:
+    """Write static pages to look at a generation: images by class, and the command that draws each again."""
+    from jobs.gallery import run
+
+    end(lambda: run(prefix, out, beside, data, model, count, json))
+
+
+@app.command(
+    rich_help_panel=SAMPLES,
+    epilog=examples(
         "ddpm evaluate digits",
         "ddpm evaluate digits --prefix s3://ddpm/samples/of-version-3 --against s3://ddpm/samples/digits",
     ),

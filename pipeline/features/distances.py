@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.progress import Progress, no_progress
+
 Array = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.floating[Any]] | npt.NDArray[np.integer[Any]]
 _CHUNK = 1024
+_BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,60 @@ def nearest_distances(queries: Vectors, others: Vectors, *, same: bool = False) 
 
     `same`: both are one set, and no vector is its own neighbor.
     """
-    x, y = _float64(queries), _float64(others)
-    out = np.empty(len(x))
-    for start in range(0, len(x), _CHUNK):
-        squares = square_distances(x[start : start + _CHUNK], y)
-        if same:
-            squares[np.arange(len(squares)), start + np.arange(len(squares))] = np.inf
-        out[start : start + _CHUNK] = squares.min(1)
-    return np.sqrt(out)
+    return nearest_neighbours(queries, others, 1, same=same).distances[:, 0]
+
+
+class NearestNeighbours(NamedTuple):
+    """The k nearest vectors of each query, nearest first."""
+
+    rows: npt.NDArray[np.int64]
+    """(N, k): rows in the set that was searched."""
+    distances: Array
+    """(N, k): Euclidean."""
+
+
+def nearest_neighbours(
+    queries: Vectors,
+    others: Vectors,
+    k: int,
+    *,
+    same: bool = False,
+    progress: Progress = no_progress,
+) -> NearestNeighbours:
+    """The k nearest of `others` (M, D) to each query (N, D). ValueError for fewer than k (and itself) in `others`.
+
+    `same`: both are one set, and no vector is its own neighbor. Memory is bounded: blocks are compared with blocks.
+    Progress counts queries.
+    """
+    if len(others) - same < k:
+        raise ValueError(f"others holds {len(others)} vectors, fewer than {k} neighbours")
+    rows = np.empty((len(queries), k), np.int64)
+    squares = np.empty((len(queries), k))
+    for start in range(0, len(queries), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        rows[part], squares[part] = _nearest_of_block(queries[part], others, k, start if same else None)
+        progress(min(start + _CHUNK, len(queries)), len(queries))
+    return NearestNeighbours(rows, np.sqrt(squares))
+
+
+def _nearest_of_block(
+    queries: Vectors, others: Vectors, k: int, own_row: int | None
+) -> tuple[npt.NDArray[np.int64], Array]:
+    """Rows and squared distances (B, k); `own_row` is the row in `others` of the first query, if it is one of them."""
+    rows = np.empty((len(queries), 0), np.int64)
+    squares = np.empty((len(queries), 0))
+    place = np.arange(len(queries))
+    for start in range(0, len(others), _BLOCK):
+        found = square_distances(queries, others[start : start + _BLOCK])
+        if own_row is not None:
+            inside = (own_row + place >= start) & (own_row + place < start + found.shape[1])
+            found[place[inside], own_row + place[inside] - start] = np.inf
+        kept = np.argpartition(found, min(k, found.shape[1]) - 1, axis=1)[:, :k]
+        rows = np.concatenate([rows, kept + start], axis=1)
+        squares = np.concatenate([squares, np.take_along_axis(found, kept, 1)], axis=1)
+        order = np.lexsort((rows, squares), axis=1)[:, :k]
+        rows, squares = np.take_along_axis(rows, order, 1), np.take_along_axis(squares, order, 1)
+    return rows, squares
 
 
 def manifold_radii(members: Vectors, neighbours: int) -> Array:

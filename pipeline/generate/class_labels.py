@@ -29,8 +29,3 @@ def labels_of(spec: Spec, samples: range) -> list[int] | None:
     """Class labels of consecutive samples, in order; None without classes."""
     labels = classes_of(spec, index_tensor(samples))
     return None if labels is None else labels.tolist()
-
-
-def class_name(label: int, names: tuple[str, ...] | None) -> str:
-    """The name of a class, or its number where it has none."""
-    return names[label] if names is not None and label < len(names) else str(label)

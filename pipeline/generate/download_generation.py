@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config.json_document import parse_document
-from pipeline.data.formats.shards import read_shard
 from pipeline.data.reading.download_dataset import Download, RemoteObject, image_folder, local_folder
 from pipeline.data.reading.unpack import ImageFolder
 from pipeline.errors import DamageError, UserError
@@ -23,6 +22,7 @@ from pipeline.generate.plan import Shard, shard
 from pipeline.generate.prefix_spec import find_generation
 from pipeline.generate.spec import Spec, differences
 from pipeline.generate.stored_generation import Generation
+from pipeline.generate.stored_images import stored_images
 from pipeline.progress import Progress
 from pipeline.store import FileStore
 from pipeline.store.download_folder import Folder
@@ -133,11 +133,5 @@ def _check_record(data: bytes, spec: Spec, unit: Shard, entry: ManifestShard, wh
 def _unpack(path: Path, spec: Spec, unit: Shard, images: ImageFolder) -> None:
     """The images of a shard as files, named by index. DamageError when it does not hold the planned ones in order."""
     labels = labels_of(spec, unit.samples) or [-1] * unit.count
-    place = 0
-    for place, (key, files) in enumerate(read_shard(path, label=unit.key), 1):
-        index = unit.first + place - 1
-        if place > unit.count or key != f"{index:012d}" or spec.image_format not in files:
-            raise DamageError(f"{unit.key}: its sample {place} is {key!r}, not image {index}")
-        images.put(labels[place - 1], index, spec.image_format, files[spec.image_format])
-    if place != unit.count:
-        raise DamageError(f"{unit.key}: holds {place} samples of {unit.count}")
+    for image in stored_images(path, spec, unit):
+        images.put(labels[image.index - unit.first], image.index, spec.image_format, image.data)

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.config.generation import GenerateConfig
 from pipeline.config.model_card import ModelCard
 from pipeline.errors import UserError
-from pipeline.generate.spec import Spec, make_spec
+from pipeline.generate.spec import Spec, make_model_identity, make_spec
 from pipeline.nets.model_files import CARD_FILE, read_model
 
 
@@ -54,6 +54,20 @@ def find_model(reference: str) -> ResolvedModel:
             f"model: {reference} is not a folder with {CARD_FILE}; use name@alias, name/version or such a folder"
         )
     return _from_registry(reference)
+
+
+def find_model_of(spec: Spec, reference: str | None = None) -> ResolvedModel:
+    """The network that made a generation; `reference` names it where the spec does not. UserError for another one."""
+    chosen = reference or spec.model.reference
+    if chosen is None:
+        raise UserError("model: the generation's network came from a folder; name it with --model")
+    found = find_model(chosen)
+    known = found.card_sha256 if spec.model.card is not None else None
+    if make_model_identity(found.card, spec.model.name, spec.model.version, known) != spec.model:
+        raise UserError(
+            f"model: {reference or spec.model.name} is not the network of this generation; name the one that is"
+        )
+    return found
 
 
 def registered_name(reference: str) -> str | None:

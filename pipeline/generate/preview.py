@@ -12,7 +12,8 @@ from pipeline.data.formats.images import encode_image
 from pipeline.data.formats.npy import Pixels
 from pipeline.diffusion.samplers import SamplerStep
 from pipeline.disk_errors import disk_errors_at
-from pipeline.generate.class_labels import class_name, classes_of, index_tensor
+from pipeline.generate.class_labels import classes_of, index_tensor
+from pipeline.generate.class_names import class_name
 from pipeline.generate.device_check import usable_kind
 from pipeline.generate.engine import Engine, set_up_torch
 from pipeline.generate.model_source import ResolvedModel, find_model

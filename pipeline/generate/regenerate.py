@@ -14,14 +14,14 @@ from pipeline.config.model_card import ModelCard
 from pipeline.data.formats.images import decode_image, encode_image
 from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import read_shard
-from pipeline.errors import DamageError, UserError
+from pipeline.errors import DamageError
 from pipeline.generate.class_labels import index_tensor
 from pipeline.generate.device_check import UnfitDevice
 from pipeline.generate.done_records import DoneRecord
 from pipeline.generate.engine import Engine, set_up_torch, software
-from pipeline.generate.model_source import ResolvedModel, find_model
+from pipeline.generate.model_source import find_model_of
 from pipeline.generate.plan import SampleBatch, Shard, locate
-from pipeline.generate.spec import Spec, make_model_identity
+from pipeline.generate.spec import Spec
 from pipeline.generate.stored_generation import Generation
 from pipeline.generate.verification import VerifyReport
 from pipeline.nets.model_files import build_model
@@ -72,7 +72,7 @@ def regenerate(
     are reported as not judged.
     """
     generation = Generation(open_store(report.output), report.spec)
-    found = _find_model(report.spec, model)
+    found = find_model_of(report.spec, model)
     chosen = _choose(report.spec, count, time.time_ns() if choice_seed is None else choice_seed)
     total = sum(len(samples.indexes) for samples in chosen)
     try:
@@ -106,20 +106,6 @@ def compare_here(
             yield _compare(generation, engine, samples)
     finally:
         torch.set_num_threads(threads)
-
-
-def _find_model(spec: Spec, reference: str | None) -> ResolvedModel:
-    chosen = reference or spec.model.reference
-    if chosen is None:
-        raise UserError("model: the generation's network came from a folder; name it with --model")
-    found = find_model(chosen)
-    known = found.card_sha256 if spec.model.card is not None else None
-    identity = make_model_identity(found.card, spec.model.name, spec.model.version, known)
-    if identity != spec.model:
-        raise UserError(
-            f"model: {reference or spec.model.name} is not the network of this generation; name the one that is"
-        )
-    return found
 
 
 def _choose(spec: Spec, count: int, seed: int) -> list[Samples]:

@@ -11,7 +11,8 @@ from pipeline.data.formats.contact_sheet import image_grid, in_rows
 from pipeline.data.formats.images import decode_image, encode_image
 from pipeline.data.formats.npy import Pixels
 from pipeline.data.formats.shards import read_shard
-from pipeline.generate.class_labels import class_name, classes_of
+from pipeline.generate.class_labels import classes_of
+from pipeline.generate.class_names import class_name
 from pipeline.generate.cost import Cost
 from pipeline.generate.manifest import Manifest
 from pipeline.generate.plan import Shard, locate

@@ -3,8 +3,6 @@
 import datetime as dt
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,6 +30,7 @@ from pipeline.nightly.history import (
 from pipeline.nightly.history_page import render_history
 from pipeline.nightly.retention import select_for_retention
 from pipeline.store import FileStore, ObjectInfo, open_store
+from tests.browser import document, needs_browser, screenshot
 
 DAY = dt.date(2026, 3, 10)
 
@@ -300,23 +299,12 @@ def test_a_record_without_a_cost_is_read_and_written_as_it_was(tmp_path: Path) -
     assert read_night(store, DAY) == night(0)
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look at the page with")
+@needs_browser
 def test_a_real_browser_draws_the_page(tmp_path: Path) -> None:
     file = tmp_path / "index.html"
     file.write_bytes(render_history("nights", [night(n, 1 + 0.1 * n) for n in range(5)], {}))
-    command = [
-        "chromium",
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path}/profile",
-    ]
-    shot = [*command, f"--screenshot={tmp_path}/page.png", "--window-size=1200,1000", file.as_uri()]
-    subprocess.run(shot, check=True, capture_output=True, timeout=100)
+    screenshot(file.as_uri(), tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 10_000
-    done = subprocess.run(
-        [*command, "--dump-dom", file.as_uri()], check=True, capture_output=True, timeout=100
-    )
-    dom = done.stdout.decode()
+    dom = document(file.as_uri(), tmp_path)
     assert dom.count("<circle") == 5 * 3
     assert "<polyline" in dom

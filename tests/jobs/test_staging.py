@@ -53,9 +53,9 @@ def test_a_link_out_of_the_package_is_not_followed(package: Path, tmp_path: Path
 def test_what_travels_is_the_whole_program_with_its_presets_and_templates(tmp_path: Path) -> None:
     assert stage_program(tmp_path) == [tmp_path / name for name in ("pipeline", "jobs", "infra")]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".py", ".yaml", ".html"}
+    assert {path.suffix for path in files} == {".py", ".yaml", ".html", ".css", ".js"}
     assert {path.parent.name for path in files if path.suffix == ".yaml"} == {"presets"}
-    assert {path.parent.name for path in files if path.suffix == ".html"} == {"templates"}
+    assert {path.parent.name for path in files if path.suffix in (".html", ".css", ".js")} == {"templates"}
     assert sum(path.stat().st_size for path in files) < 2_000_000
     for name, package in PACKAGES.items():
         modules = Path(str(package.__file__)).parent.rglob("*.py")
