@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from pipeline.generate.cost import Cost, amount
 from pipeline.html_page import render_page
 from pipeline.nightly.history import Night
+from pipeline.nightly.line_chart import Chart, Day, Unit, line_chart
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 150, 60, 10, 12, 26
-"""Size of a chart and its margins, pixels."""
-_PADDING = 0.08
-"""Space above the largest and below the smallest value, as a share of their difference."""
 Series = Callable[[Night], float | None]
 
 
@@ -28,7 +25,7 @@ def render_history(title: str, nights: Sequence[Night], sheets: Mapping[str, byt
         latest=nights[-1] if nights else None,
         num_nights=len(nights),
         num_samples=sum(night.count for night in nights),
-        charts=[chart for chart in (_chart(*about, nights) for about in _CHARTS) if chart.marks],
+        charts=[chart for chart in (about.chart(nights) for about in _CHARTS) if chart is not None],
         columns=["night", "model", "samples", *columns.values(), "images/s", *costs, "N of reference"],
         rows=[_Row(_cells(night, list(columns), costs), night.drift) for night in reversed(nights)],
         sheets=sheets,
@@ -42,68 +39,25 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Mark:
-    x: float
-    y: float
-    label: str
-    drift: bool
-
-
-@dataclass(frozen=True)
-class _GridLine:
-    y: float
-    label: str
-
-
-@dataclass(frozen=True)
-class _DateLabel:
-    x: float
-    anchor: str
-    label: str
-
-
-@dataclass(frozen=True)
-class _Chart:
-    """A line chart in pixels, origin top left."""
+class _About:
+    """What is charted, one value a night."""
 
     name: str
     note: str
-    marks: list[_Mark]
-    grid_lines: list[_GridLine]
-    dates: list[_DateLabel]
-    width: int = _WIDTH
-    height: int = _HEIGHT
-    left: int = _LEFT
+    series: Series
+    unit: Unit = ""
+    may_be_log: bool = False
 
-
-def _chart(name: str, note: str, series: Series, nights: Sequence[Night]) -> _Chart:
-    """A chart of one value a night; without marks where no night has it."""
-    points = [(place, value) for place, night in enumerate(nights) if (value := series(night)) is not None]
-    values = [value for _, value in points]
-    low, high = min(values, default=0.0), max(values, default=0.0)
-    padding = _PADDING * ((high - low) or abs(high) or 1.0)
-    bottom, top = low - padding, high + padding
-    last = len(nights) - 1
-
-    def x(place: int) -> float:
-        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * (place / last if last else 0.5), 1)
-
-    def y(value: float) -> float:
-        return round(_TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - (value - bottom) / (top - bottom)), 1)
-
-    ends = {0: "start", last: "end"} if last else {0: "middle"}
-    return _Chart(
-        name,
-        note,
-        marks=[
-            _Mark(x(place), y(value), f"{nights[place].date}: {value:.4g}", bool(nights[place].drift))
-            for place, value in points
-        ],
-        grid_lines=[_GridLine(y(value), f"{value:.4g}") for value in dict.fromkeys((low, high))],
-        dates=[
-            _DateLabel(x(place), anchor, str(nights[place].date)) for place, anchor in ends.items() if nights
-        ],
-    )
+    def chart(self, nights: Sequence[Night]) -> Chart | None:
+        """The chart; None if no night has the value."""
+        days = [
+            Day(night.date, value, bool(night.drift))
+            for night in nights
+            if (value := self.series(night)) is not None
+        ]
+        if not days:
+            return None
+        return line_chart(self.name, self.note, days, unit=self.unit, may_be_log=self.may_be_log)
 
 
 def _cells(night: Night, metrics: Sequence[str], costs: Sequence[str]) -> list[str]:
@@ -139,23 +93,34 @@ def _known(value: float | None) -> str:
     return "" if value is None else amount(value)
 
 
-_CHARTS: tuple[tuple[str, str, Series], ...] = (
-    ("Fréchet distance", "lower is better", lambda night: _value(night, "frechet")),
-    (
+_CHARTS = (
+    _About("Fréchet distance", "lower is better", lambda night: _value(night, "frechet"), may_be_log=True),
+    _About(
         "Distance against two real halves",
         "1 is as good as real data",
         lambda night: _value(night, "frechet_ratio"),
+        may_be_log=True,
     ),
-    ("Class accuracy", "higher is better", lambda night: _value(night, "class_accuracy")),
-    ("Near duplicates of training images", "share of samples", lambda night: _value(night, "near_copies")),
-    ("Samples", "images", lambda night: float(night.count)),
-    ("Throughput", "images per device second", lambda night: night.images_per_second),
-    (
+    _About(
+        "Class accuracy",
+        "share of samples, higher is better",
+        lambda night: _value(night, "class_accuracy"),
+        unit="%",
+    ),
+    _About(
+        "Near duplicates",
+        "share of samples, of training images",
+        lambda night: _value(night, "near_copies"),
+        unit="%",
+    ),
+    _About("Samples", "images", lambda night: float(night.count)),
+    _About("Throughput", "images per device second", lambda night: night.images_per_second),
+    _About(
         "Device time",
         "device seconds per 1,000 images",
         lambda night: night.cost and night.cost.device_seconds_per_1000,
     ),
-    ("Price", "per 1,000 images", lambda night: night.cost and night.cost.money_per_1000),
+    _About("Price", "per 1,000 images", lambda night: night.cost and night.cost.money_per_1000),
 )
 _COST_COLUMNS: dict[str, Callable[[Cost], str]] = {
     "evaluations/image": lambda cost: _known(cost.evaluations_per_image),

@@ -94,14 +94,18 @@ dialog.addEventListener("keydown", event => {
   if (event.key === "ArrowLeft") step(-1);
   if (event.key === "ArrowRight") step(1);
 });
+function address(index) {
+  const found = position(index);
+  if (found < 0) return null;
+  const page = Math.floor(found / Number(tools.dataset.perPage)) + 1;
+  return `${page === 1 ? "index.html" : `all-${String(page).padStart(4, "0")}.html`}#${index}`;
+}
+
 tools.addEventListener("submit", event => {
   event.preventDefault();
-  const found = position(Number(tools.elements.index.value.trim() || NaN));
-  tools.elements.index.setCustomValidity(found < 0 ? "This gallery shows no image of this index." : "");
-  if (found < 0) { tools.reportValidity(); return; }
-  const page = Math.floor(found / Number(tools.dataset.perPage)) + 1;
-  const file = page === 1 ? "index.html" : `all-${String(page).padStart(4, "0")}.html`;
-  location.href = `${file}#${Number(tools.elements.index.value)}`;
+  const target = address(Number(tools.elements.index.value.trim() || NaN));
+  tools.elements.index.setCustomValidity(target === null ? "This gallery shows no image of this index." : "");
+  if (target === null) tools.reportValidity(); else location.href = target;
 });
 tools.elements.index.addEventListener("input", event => event.target.setCustomValidity(""));
 const root = document.documentElement;
@@ -116,7 +120,9 @@ for (const button of tools.querySelectorAll("[data-zoom]")) {
 }
 function fromAddress() {
   const number = tiles.findIndex(tile => `#${tile.dataset.index}` === location.hash);
-  if (number >= 0) open(number);
+  if (number >= 0) { open(number); return; }
+  const target = /^#[0-9]+$/.test(location.hash) ? address(Number(location.hash.slice(1))) : null;
+  if (target !== null && !location.pathname.endsWith(`/${target.split("#")[0]}`)) location.replace(target);
 }
 addEventListener("hashchange", fromAddress);
 fromAddress();

@@ -28,6 +28,7 @@ from pipeline.nightly.history import (
     write_night,
 )
 from pipeline.nightly.history_page import render_history
+from pipeline.nightly.line_chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Day, line_chart
 from pipeline.nightly.retention import select_for_retention
 from pipeline.store import FileStore, ObjectInfo, open_store
 from tests.browser import document, needs_browser, screenshot
@@ -240,7 +241,7 @@ def test_the_page_shows_every_night_and_escapes_its_texts() -> None:
     assert "frechet &lt;up&gt;" in page
     assert "2026-03-10" in page
     assert page.count('text-anchor="end">100<') == 1  # a count that is always the same is written once
-    wide = page[page.index("<table>") :]
+    wide = page[page.index("<table") :]
     assert wide.index("frechet &lt;up&gt;") < wide.index(
         "2026-03-10"
     )  # beneath its night, over the whole width
@@ -257,7 +258,7 @@ def test_the_charts_are_well_formed_and_their_points_inside_them() -> None:
     for chart in charts:
         points = [(float(mark.get("cx", "")), float(mark.get("cy", ""))) for mark in chart.iter("circle")]
         assert [f"{x},{y}" for x, y in points] == chart.find("polyline").get("points").split()  # type: ignore[union-attr]
-        assert all(60 <= x <= 360 and 0 < y < 150 for x, y in points)
+        assert all(LEFT <= x <= WIDTH - RIGHT and TOP <= y <= HEIGHT - BOTTOM for x, y in points)
     heights = [float(mark.get("cy", "")) for mark in charts[0].iter("circle")]
     assert heights == sorted(
         heights, reverse=True
@@ -267,6 +268,58 @@ def test_the_charts_are_well_formed_and_their_points_inside_them() -> None:
         "var(--bad)",
         "var(--line)",
     ]
+    assert [title.text for title in charts[0].iter("title")] == [
+        "2026-03-10: 1",
+        "2026-03-11: 2",
+        "2026-03-12: 3",
+    ]
+
+
+def days(*values: float, gap: int = 1) -> list[Day]:
+    return [Day(DAY + dt.timedelta(gap * n), value) for n, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ((0.2818, 0.3352), ["0.28", "0.30", "0.32", "0.34"]),
+        ((13.9, 16.7, 15.0), ["13", "14", "15", "16", "17"]),
+        ((1000.0, 1000.0), ["1,000"]),
+        ((0.0,), ["0"]),
+        ((-0.04, -0.01), ["-0.04", "-0.03", "-0.02", "-0.01"]),
+        ((800.0, 2400.0), ["500", "1,000", "1,500", "2,000", "2,500"]),
+    ],
+)
+def test_an_axis_has_a_few_round_ticks_that_enclose_the_values(
+    values: tuple[float, ...], ticks: list[str]
+) -> None:
+    chart = line_chart("name", "note", days(*values))
+    assert [tick.label for tick in chart.y_ticks] == ticks
+    places = [tick.at for tick in chart.y_ticks]
+    assert places == sorted(places, reverse=True)
+    assert all(TOP <= mark.y <= HEIGHT - BOTTOM for mark in chart.marks)
+
+
+def test_a_loss_that_spans_a_factor_of_ten_has_a_log_scale() -> None:
+    chart = line_chart("Loss", "lower is better", days(30.0, 3.0, 0.3), may_be_log=True)
+    assert chart.note == "lower is better, log scale"
+    assert [tick.label for tick in chart.y_ticks] == ["0.1", "1", "10", "100"]
+    first, second, third = (mark.y for mark in chart.marks)
+    assert second - first == pytest.approx(third - second, abs=0.2)
+    assert line_chart("Loss", "x", days(9.0, 1.0), may_be_log=True).note == "x"
+    assert line_chart("Loss", "x", days(9.0, 0.0), may_be_log=True).note == "x"
+    assert line_chart("Count", "x", days(90.0, 1.0)).note == "x"
+
+
+def test_shares_are_percent_and_dates_stand_at_their_distance() -> None:
+    chart = line_chart("Accuracy", "", [*days(0.991, 0.995), Day(DAY + dt.timedelta(9), 0.993)], unit="%")
+    assert chart.latest == "99.3%"
+    assert chart.marks[0].label == "2026-03-10: 99.1%"
+    assert [tick.label for tick in chart.y_ticks] == ["99.0%", "99.2%", "99.4%", "99.6%"]
+    first, second, third = (mark.x for mark in chart.marks)
+    assert (second - first) * 9 == pytest.approx(third - first, abs=0.5)
+    assert [tick.label for tick in chart.x_ticks] == ["2026-03-10", "2026-03-13", "2026-03-16", "2026-03-19"]
+    assert len(line_chart("n", "", days(*range(1, 900))).x_ticks) <= 4
 
 
 def test_the_page_shows_what_nights_cost_and_leaves_out_what_no_night_knows() -> None:

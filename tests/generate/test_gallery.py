@@ -188,10 +188,13 @@ def test_an_interrupted_gallery_has_no_first_page_and_goes_on(
 ) -> None:
     made = make(tmp_path)
     store = Fragile(made.out)
+
+    def open_fragile(uri: str) -> FileStore:
+        assert uri == str(made.out)
+        return store
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            module, "open_store", lambda uri: store if str(uri) == str(made.out) else open_store(uri)
-        )
+        patch.setattr(module, "open_store", open_fragile)
         writes = 0
         for writes in range(1, 50):
             store.left = writes
@@ -247,6 +250,14 @@ def test_the_policy_allows_the_page_its_own_style_and_script_only(tmp_path: Path
     assert policy.startswith("default-src 'none'; img-src 'self';")
     assert " style=" not in text
     assert not re.search(r" on\w+=", text)
+
+
+@needs_browser
+def test_an_address_with_an_index_leads_to_the_page_of_that_image(tmp_path: Path) -> None:
+    made = make(tmp_path, count=PER_PAGE + 4, shard_size=130, batch_size=130)
+    made.gallery()
+    seen = document(f"{(made.out / 'index.html').as_uri()}#{PER_PAGE + 2}", tmp_path)
+    assert f'<h2 id="name">Sample {PER_PAGE + 2}</h2>' in seen
 
 
 @needs_browser
@@ -312,7 +323,7 @@ def test_generations_from_other_noise_are_refused(
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = str(tmp_path_factory.mktemp("digits"))
-    pack(PackConfig(source="digits", dest=uri, channels=1, shard_size=900), lambda done, total: None)
+    pack(PackConfig(source="digits", dest=uri, channels=1, shard_size=900), None)
     return uri
 
 

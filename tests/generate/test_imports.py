@@ -61,7 +61,7 @@ def test_help_and_status_import_neither_ray_nor_what_computes(tmp_path: Path) ->
 def test_a_gallery_without_training_data_needs_no_torch(tmp_path: Path) -> None:
     uri = f"file://{tmp_path}/out"
     fill(settings(tiny_model(tmp_path / "model"), uri, count=12))
-    found = loaded(COMMAND, "gallery", uri, folder=tmp_path) & {*COMPUTE, "ray", "boto3"}
+    found = loaded(COMMANDS, json.dumps([["gallery", uri]]), folder=tmp_path) & {*COMPUTE, "ray", "boto3"}
     assert (tmp_path / "out-gallery/index.html").exists()
     assert found == {"PIL"}
 

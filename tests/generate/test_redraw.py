@@ -40,6 +40,7 @@ CASES = {
     "two of the classes": {"classes": [2, 0, 0], "image_format": "webp"},
     "drawn classes": {"classes": {"two": 3.0, "nought": 1e-7}, "seed": 2**62, "first_index": 3},
     "no class": {"classes": None, "image_format": "npy", "dtype": "bfloat16"},
+    "named timesteps": {"sampler": SamplerConfig(kind="ddim", num_steps=3, timesteps=(40, 20, 3), eta=0.5)},
     "another sampler": {
         "sampler": SamplerConfig(
             kind="dpm++2m",
