@@ -50,7 +50,7 @@ test-fast: install-dev ## the tests that need no servers (LONG=1: all of them)
 	$(BIN)/pytest -m 'not stack' --numprocesses logical --maxprocesses 4 --dist worksteal $(if $(LONG),--long)
 
 test-stack: install-dev ## the tests on the real stack (LONG=1: all of them)
-	$(BIN)/pytest -m stack --durations=15 $(if $(LONG),--long)
+	$(BIN)/pytest -m stack --durations=15 $(if $(LONG),--long,--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
 gpu-test: install-dev ## the promises on this machine's GPUs, with a report in build/gpu-report.md
 	$(BIN)/pytest tests/gpu -k cuda --durations=0

@@ -15,6 +15,7 @@ from pipeline.retry import START_VARIABLE
 from tests.chronicle import PROPERTY
 from tests.driving import ended_after
 from tests.effort import LONG_VARIABLE
+from tests.traces import require_end, require_no_secret
 
 # Ray reads these when it is first imported, which is before the stack is there to say so.
 os.environ.update(LOOPBACK_SETTINGS)
@@ -62,7 +63,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Fast tests first: what can fail in seconds should not wait for servers. Last: what looks at others' traces."""
+    """Fast tests first: what can fail in seconds should not wait for servers. Last: what looks at others' traces.
+
+    Of the tests on the stack those of minutes come first, so that two processes that share them end together.
+    """
     passed_over = {
         str(item.path) for item in items if item.get_closest_marker("stack") and not may_need_stack(item.path)
     }
@@ -72,7 +76,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="make test LONG=1 runs it"))
-    items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("stack", "last")])
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> tuple[bool, bool, bool]:
+    stack, last, first = (item.get_closest_marker(name) is not None for name in ("stack", "last", "first"))
+    return stack, last, not first
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -108,7 +117,10 @@ def bare_environ(own_state: None) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]) -> Iterator[LocalStack]:
-    """The real stack on fresh ports in a temporary folder; its variables stand in os.environ from here on."""
+    """The real stack on fresh ports in a temporary folder; its variables stand in os.environ from here on.
+
+    At the end no file of it holds one of its secrets, and none of its processes outlives it.
+    """
     local = LocalStack(tmp_path_factory.mktemp("stack"), "s3", LOGICAL_CPUS, environ=bare_environ)
     with ended_after(local), mock.patch.dict(os.environ):
         try:
@@ -120,6 +132,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]
         export_environment(local.root)
         os.environ.update(RAY_metrics_report_interval_ms="2000")  # read when a process first joins Ray
         yield local
+        require_no_secret(local)
+        require_end(local)
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from unittest import mock
 import pytest
 
 from infra.local import LocalStack
-from infra.local.credentials import mlflow_password_path, ray_token_path, s3_keys
 from infra.local.ray import temp_dir
 from infra.local.service import get
 from infra.local.stack_state import read_state
@@ -30,16 +29,21 @@ from jobs.ray_session import ray_cluster
 from jobs.runner import use_running_stack
 from pipeline.telemetry.prometheus import METRICS
 from pipeline.tracking.spool import SPOOL_VARIABLE
+from pipeline.train import dry_run
 from tests.commands import ddpm
 from tests.docs.lines import REPOSITORY, Shown, shown
+from tests.effort import is_long
+from tests.traces import left_behind, own_secrets, secrets_in
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.stack, pytest.mark.first, pytest.mark.timeout(600)]
 CANARIES = {
     "MLFLOW_TRACKING_USERNAME": "canary-user",
     "MLFLOW_TRACKING_PASSWORD": "canary-4f1d7c-password",
     "HF_TOKEN": "canary-9b2e6a-token",
     "PIPELINE_API_KEY": "canary-77aa01-key",
 }
+SMALLER = ("net.base_channels=16", "net.norm_groups=8", "global_batch=64")
+"""Added to trainings without --long. Nothing that is looked at here depends on it."""
 MUST_BE_METERED = {
     "train": {"ddpm_images_per_second", "ddpm_step", "ddpm_step_seconds", "ddpm_data_wait_share"},
     "generate": {"ddpm_images_per_second", "ddpm_images_done", "ddpm_shards_done"},
@@ -79,7 +83,7 @@ def told(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Told:
 
 def carry_out_all(told: Told) -> None:
     """In this process, with one connection to Ray; one command runs as the program, and logs as JSON."""
-    with ray_cluster():
+    with ray_cluster(), mock.patch.object(dry_run, "BUDGET_SECONDS", 1.0):
         for command in shown(REPOSITORY / "docs" / "tutorial.md", "ddpm"):
             if command.words[0] in ("down", "clean"):
                 continue
@@ -95,7 +99,8 @@ def run_here(command: Shown) -> tuple[int, str]:
     with io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as output:
         with redirect_stdout(output), redirect_stderr(output):
             use_running_stack()
-            code = ddpm(*command.words)
+            smaller = SMALLER if command.words[0] == "train" and not is_long() else ()
+            code = ddpm(*command.words, *smaller)
         output.seek(0)
         return code, output.read()
 
@@ -169,11 +174,7 @@ def test_logs_as_json_say_which_run_and_shard_in_driver_and_workers(told: Told, 
 
 @pytest.mark.last
 def test_no_secret_is_in_any_log_run_record_or_object(told: Told, stack: LocalStack) -> None:
-    keys = s3_keys(stack.root)
-    token = ray_token_path(stack.root).read_text().strip()
-    password = mlflow_password_path(stack.root).read_text().strip()
-    own = {"S3 secret key": keys.secret_key, "Ray token": token, "MLflow password": password}
-    secrets = {**CANARIES, **own}
+    secrets = {**CANARIES, **own_secrets(stack)}
     del secrets["MLFLOW_TRACKING_USERNAME"]  # a name, not a secret
     places = [stack.root, temp_dir(stack.root), told.folder, told.spool]
     files = [file for place in places for file in left_behind(place, stack.root / "secrets")]
@@ -187,24 +188,6 @@ def test_no_secret_is_in_any_log_run_record_or_object(told: Told, stack: LocalSt
         if secrets[name] in text
     ]
     assert found == []
-
-
-def left_behind(place: Path, spared: Path) -> Iterator[Path]:
-    """Every file below a place, but not the folder that keeps the secrets, and nothing through links."""
-    for folder, folders, names in os.walk(place):
-        folders[:] = [name for name in folders if Path(folder, name) != spared]
-        yield from (
-            file for name in names if (file := Path(folder, name)).is_file() and not file.is_symlink()
-        )
-
-
-def secrets_in(file: Path, secrets: dict[str, str]) -> list[str]:
-    """Names of the secrets that a file holds."""
-    try:
-        content = file.read_bytes()
-    except OSError:  # gone meanwhile: the servers are running
-        return []
-    return [name for name, secret in secrets.items() if secret.encode() in content]
 
 
 def test_the_search_for_secrets_would_find_one(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The real stack, on a root of its own: these tests kill its services."""
+"""The real stack. With --long also one on a root of its own, whose head and nodes are killed."""
 
 import os
 import socket
@@ -17,7 +17,9 @@ from infra.local.stack_state import State, read_state, write_state
 from pipeline.errors import UserError
 from pipeline.store import open_store
 from tests.driving import ended_after, guarded
+from tests.effort import is_long
 from tests.ray_nodes import add_node, remove_node
+from tests.traces import require_end
 
 SERVICES = ("s3", "mlflow", "ray")
 
@@ -37,9 +39,20 @@ def own(kept: LocalStack) -> LocalStack:
 
 
 @pytest.fixture
-def pointed(own: LocalStack, bare_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """This process's environment, pointed at the module's stack."""
-    variables = environment(own.root)
+def healed(request: pytest.FixtureRequest) -> Iterator[LocalStack]:
+    """The stack of all tests, with all its services before and after; with --long the module's own."""
+    local: LocalStack = request.getfixturevalue("kept" if is_long() else "stack")
+    local.up()
+    yield local
+    local.up()
+
+
+@pytest.fixture
+def pointed(
+    healed: LocalStack, bare_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    """This process's environment, pointed at that stack."""
+    variables = environment(healed.root)
     for name in set(os.environ) - set(bare_environ):
         monkeypatch.delenv(name)
     for name, value in variables.items():
@@ -57,10 +70,6 @@ def members(local: LocalStack) -> dict[str, list[psutil.Process]]:
     return {name: processes.family(record.identity) for name, record in remembered(local).services.items()}
 
 
-def is_at_work(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
 def on_the_cluster(environ: dict[str, str], code: str) -> str:
     """The `answer` that `code` sets as a driver of the cluster, in a process of its own."""
     # Ray prints to a driver's output too, a lost node's death at any moment: the answer has a line of its own.
@@ -74,17 +83,17 @@ def on_the_cluster(environ: dict[str, str], code: str) -> str:
 
 
 @pytest.mark.stack
-def test_up_again_keeps_every_process(own: LocalStack) -> None:
-    before = remembered(own)
-    own.up()
-    assert remembered(own) == before
-    assert [(row.service, row.state) for row in own.status()] == [(name, "running") for name in SERVICES]
+def test_up_again_keeps_every_process(healed: LocalStack) -> None:
+    before = remembered(healed)
+    healed.up()
+    assert remembered(healed) == before
+    assert [(row.service, row.state) for row in healed.status()] == [(name, "running") for name in SERVICES]
 
 
 @pytest.mark.stack
-def test_nothing_listens_beyond_loopback(own: LocalStack) -> None:
+def test_nothing_listens_beyond_loopback(healed: LocalStack) -> None:
     listening: dict[str, str] = {}
-    for process in (one for family in members(own).values() for one in family):
+    for process in (one for family in members(healed).values() for one in family):
         for connection in process.net_connections(kind="inet"):
             if connection.status == psutil.CONN_LISTEN:
                 listening[f"{connection.laddr.ip}:{connection.laddr.port}"] = process.name()
@@ -97,23 +106,23 @@ def test_nothing_listens_beyond_loopback(own: LocalStack) -> None:
 
 @pytest.mark.stack
 def test_killed_services_come_back_with_their_data_on_their_ports(
-    own: LocalStack, pointed: dict[str, str], request: pytest.FixtureRequest
+    healed: LocalStack, pointed: dict[str, str]
 ) -> None:
     from mlflow import MlflowClient
 
     # a head comes back on its port in the tests of recovery, too
-    killed = SERVICES if request.config.getoption("--long") else ("s3", "mlflow")
+    killed = SERVICES if is_long() else ("s3", "mlflow")
     open_store("s3://ddpm/kept").write("object", b"still here")
     client = MlflowClient(pointed["MLFLOW_TRACKING_URI"])
     run = client.create_run(client.create_experiment("kept"))
     client.log_text(run.info.run_id, "and this", "note.txt")
-    before = remembered(own)
+    before = remembered(healed)
     for name in killed:
         psutil.Process(before.services[name].identity.pid).kill()
     while any(processes.is_alive(before.services[name].identity) for name in killed):
         time.sleep(0.01)
-    own.up()
-    after = remembered(own)
+    healed.up()
+    after = remembered(healed)
     assert after.ports == before.ports
     for name in killed:
         assert after.services[name].identity.pid != before.services[name].identity.pid
@@ -128,7 +137,7 @@ def test_killed_services_come_back_with_their_data_on_their_ports(
 
 
 @pytest.mark.stack
-def test_a_job_finds_every_service_and_our_code(own: LocalStack, pointed: dict[str, str]) -> None:
+def test_a_job_finds_every_service_and_our_code(pointed: dict[str, str]) -> None:
     code = (
         "@ray.remote\n"
         "def found():\n"
@@ -152,6 +161,7 @@ def node_of_a_task(environ: dict[str, str]) -> str:
 
 
 @pytest.mark.stack
+@pytest.mark.long
 def test_an_added_node_works_and_stays_when_the_stack_is_asked_for_again(
     own: LocalStack, pointed: dict[str, str]
 ) -> None:
@@ -177,7 +187,7 @@ def test_a_lost_node_is_replaced_at_its_address(own: LocalStack, pointed: dict[s
 
 
 @pytest.mark.stack
-def test_a_wrong_token_is_refused_at_once(own: LocalStack, pointed: dict[str, str]) -> None:
+def test_a_wrong_token_is_refused_at_once(pointed: dict[str, str]) -> None:
     check_ray(pointed)
     for wrong in ({"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_TOKEN_PATH": ""}):
         with pytest.raises(UserError, match="refuses this token"):
@@ -185,14 +195,14 @@ def test_a_wrong_token_is_refused_at_once(own: LocalStack, pointed: dict[str, st
 
 
 @pytest.mark.stack
+@pytest.mark.long
 def test_down_ends_all_of_its_own_and_nobody_else_and_a_taken_port_is_replaced(own: LocalStack) -> None:
+    """Of the stack of all tests `tests/conftest.py` sees to the end of every process."""
     bystander = subprocess.Popen([sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1"])
     try:
-        mine = [process for family in members(own).values() for process in family]
         before = remembered(own)
-        assert len(mine) > 8
-        assert sorted(own.down()) == sorted(SERVICES)
-        assert [process for process in mine if is_at_work(process)] == []
+        assert len([process for family in members(own).values() for process in family]) > 8
+        require_end(own)
         assert bystander.poll() is None
         assert [row.state for row in own.status()] == ["stopped"] * 3
         assert own.down() == []

@@ -7,6 +7,7 @@ import pytest
 
 from infra.local import LocalStack
 from pipeline.config.data import PackConfig
+from pipeline.data.index import load_index
 from pipeline.data.packing.pack_dataset import pack
 from pipeline.train.training_plan import plan_training
 from tests.generate.tiny import plan_of, settings, tiny_model
@@ -15,6 +16,22 @@ from tests.train.tiny import tiny
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
 
 
+def test_a_submitted_pack_is_followed_to_its_end_and_its_exit_code_is_that_of_the_job(
+    stack: LocalStack, prefix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from jobs.submit import submit
+
+    config = PackConfig(source="digits", dest=f"{prefix}/data", channels=1)
+    assert submit("pack", config, detach=True) == 0
+    name = capfd.readouterr().out.split()[1]
+    assert submit("pack", config) == 0  # the same settings: joins the running job
+    assert f"joined   job {name}" in capfd.readouterr().out
+    assert load_index(f"{prefix}/data").num_samples == 1797
+    assert submit("pack", PackConfig(source=f"{prefix}/absent", dest=f"{prefix}/none", channels=1)) == 2
+    assert "/absent" in capfd.readouterr().out
+
+
+@pytest.mark.long
 def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_name(
     stack: LocalStack, prefix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

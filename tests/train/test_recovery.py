@@ -31,7 +31,7 @@ from tests.relay import Relay
 from tests.train.group import Outcome, run_group
 from tests.train.tiny import tiny
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.stack, pytest.mark.first, pytest.mark.timeout(900)]
 
 HEALTH_CHECK_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 STEPS = 800 if is_long() else 400
