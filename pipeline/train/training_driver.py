@@ -166,17 +166,7 @@ class TrainingDriver:
             config.track.experiment,
             config.name,
             key=key,
-            params={
-                "data": config.data.uri,
-                "network_parameters": parameter_count(UNet(config.net)),
-                "steps": config.steps,
-                "global_batch": config.global_batch,
-                "workers": _worker_range(config.workers),
-                "lr": config.optimizer.lr,
-                "target": config.objective.target,
-                "schedule": f"{config.schedule.kind}, T={config.schedule.num_steps}",
-                **_taught_by(plan),
-            },
+            params=run_params(plan),
             tags={"ddpm.checkpoints": plan.store.uri, **source_tags(), **_ray_tags(), **self.tags},
             config_yaml=yaml.safe_dump({"train": config.model_dump(mode="json")}, sort_keys=False),
             color=config.track.color,
@@ -227,22 +217,38 @@ def _worker_range(workers: WorkerConfig) -> str:
     return text + (", gradients sent in bfloat16" if workers.reduce_dtype == "bfloat16" else "")
 
 
+def run_params(plan: TrainPlan) -> dict[str, str | float]:
+    """What the table of runs shows of a training: at most `MAX_PARAMS` values."""
+    config = plan.config
+    return {
+        "data": config.data.uri,
+        "network_parameters": parameter_count(UNet(config.net)),
+        "steps": config.steps,
+        "global_batch": config.global_batch,
+        "workers": _worker_range(config.workers),
+        "lr": config.optimizer.lr,
+        **(
+            _taught_by(plan)
+            or {
+                "target": config.objective.target,
+                "schedule": f"{config.schedule.kind}, T={config.schedule.num_steps}",
+            }
+        ),
+    }
+
+
 def _taught_by(plan: TrainPlan) -> dict[str, str | float]:
     """Who taught a student, and how; nothing of a training from images."""
     settings = plan.config.distillation
     if settings is None or plan.initial is None:
         return {}
-    sampler = settings.sampler
-    return {
-        "teacher": plan.initial.name,
-        "method": settings.method,
-        "teacher_sampler": f"{sampler.kind}, {sampler.num_steps} steps",
-        "guidance_baked_in": sampler.guidance_scale,
-    }
+    guidance = settings.sampler.guidance_scale
+    method = settings.method + (f", guidance {guidance:g} baked in" if guidance != 1 else "")
+    return {"teacher": plan.initial.name, "method": method}
 
 
 def _sentences(facts: Mapping[str, str | float]) -> str:
-    return "".join(f"{name.replace('_', ' ').capitalize()}: {value}. " for name, value in facts.items())
+    return "".join(f"{name.capitalize()}: {value}. " for name, value in facts.items())
 
 
 def _link_initial(plan: TrainPlan, run: Run) -> None:

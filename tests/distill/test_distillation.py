@@ -21,8 +21,10 @@ from pipeline.generate.spec import make_spec
 from pipeline.generate.verification import verify
 from pipeline.nets.model_files import load_card, load_model
 from pipeline.store import open_store
+from pipeline.tracking.run import MAX_PARAMS
 from pipeline.train.checkpoint import latest_checkpoint
 from pipeline.train.export import export_model
+from pipeline.train.training_driver import run_params
 from pipeline.train.training_plan import plan_training
 from tests.generate.tiny import fill, settings
 from tests.train.test_loop import run_alone
@@ -123,6 +125,18 @@ def test_the_card_names_teacher_guidance_method_and_steps(student: Path, teacher
     assert info.sampler == SamplerConfig.model_validate(TEACHING)
     assert (info.method, info.steps, info.pairs) == ("consistency distillation", 12, None)
     assert card.data == load_card(teacher).data
+
+
+def test_the_run_page_names_teacher_and_method_within_the_limit_of_its_table(
+    digits: str, runs: str, teacher: Path
+) -> None:
+    params = run_params(plan_training(planned(distill(teacher, runs, data={"uri": digits}))))
+    assert params["teacher"] == str(teacher)
+    assert params["method"] == "consistency distillation, guidance 1.5 baked in"
+    assert len(params) <= MAX_PARAMS
+    plain = run_params(plan_training(tiny(digits, runs)))
+    assert plain["target"] == "eps"
+    assert len(plain) <= MAX_PARAMS
 
 
 def test_a_student_generates_with_few_steps_only_and_a_teacher_with_many_only(

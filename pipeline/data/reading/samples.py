@@ -76,7 +76,7 @@ class SampleSource:
             self._reader = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_reader": None}
 
     def _open(self) -> _SampleReader:
         self._reader = _SampleReader(self)
