@@ -205,7 +205,7 @@ def _complaint(name: str, one: Judgement) -> str:
 def table(decision: Decision) -> list[str]:
     """The decision, a line for each metric, and what samples of each model cost."""
     champion = decision.baseline or decision.champion or "none"
-    lines = [f"{'metric':<26}{decision.challenger:>28}{champion:>28}{'improvement':>30}"]
+    lines = [f"{'metric':<26}{decision.challenger:>34}{champion:>34}{'improvement':>30}"]
     for name, one in decision.judgements.items():
         cells = (
             _cell(one.challenger, one.challenger_interval),
@@ -213,12 +213,12 @@ def table(decision: Decision) -> list[str]:
             _cell(one.improvement, one.improvement_interval),
         )
         mark = "ok" if one.passed else "FAILS"
-        lines.append(f"{name:<26}{cells[0]:>28}{cells[1]:>28}{cells[2]:>30}  {mark}")
+        lines.append(f"{name:<26}{cells[0]:>34}{cells[1]:>34}{cells[2]:>30}  {mark}")
     costs = decision.challenger_cost, decision.champion_cost
     for name, cell in _COST_CELLS.items():
         if name not in decision.judgements and all(costs):
             cells = [cell(cost) for cost in costs if cost is not None]
-            lines.append(f"{name:<26}{cells[0]:>28}{cells[1]:>28}")
+            lines.append(f"{name:<26}{cells[0]:>34}{cells[1]:>34}")
     return lines
 
 
