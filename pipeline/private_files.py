@@ -50,10 +50,14 @@ def _users_folder(variable: str, below_home: str, name: str) -> Path:
 
 def private_folder(path: Path) -> Path:
     """`path`, a folder that only this user can have written to; created if missing. Raises as `require_own`."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UserError(f"{path}: is no folder; remove it, or choose another place") from None
+    while True:
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            break
+        except FileExistsError:
+            # it may have been a folder that was removed before Python looked what it is: then make it again
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
+                raise UserError(f"{path}: is no folder; remove it, or choose another place") from None
     require_own(path)
     return path
 

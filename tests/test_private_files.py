@@ -53,6 +53,24 @@ def test_a_folder_of_another_user_is_refused_unless_it_is_called_safe(
         require_own(folder)
 
 
+def test_a_folder_that_is_removed_while_it_is_looked_at_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, attempts = Path.mkdir, list[Path]()
+
+    def removed_at_first(path: Path, **how: object) -> None:
+        attempts.append(path)
+        if (
+            len(attempts) == 1
+        ):  # what Python says where the folder is gone by the time that it asks for its kind
+            raise FileExistsError
+        make(path, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", removed_at_first)
+    assert private_folder(tmp_path / "spool").is_dir()
+    assert len(attempts) == 2
+
+
 def test_a_link_counts_as_its_owner_s_and_as_what_it_points_at(
     tmp_path: Path, as_another_user: AsAnotherUser
 ) -> None:
