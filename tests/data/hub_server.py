@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import PurePosixPath
 from urllib.parse import unquote
+
+from tests.loopback_server import running
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -94,13 +95,5 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(hub: Hub) -> Generator[str]:
     """The address of the running hub."""
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with running(type("Handler", (_Handler,), {"hub": hub})) as address:
+        yield address

@@ -2,12 +2,13 @@
 
 import hashlib
 import re
-import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote
+
+from tests.loopback_server import running
 
 
 @dataclass
@@ -85,13 +86,5 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(site: Site) -> Generator[str]:
     """The address of a running server of this site, without a last slash."""
-    handler = type("Handler", (_Handler,), {"site": site})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with running(type("Handler", (_Handler,), {"site": site})) as address:
+        yield address

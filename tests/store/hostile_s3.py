@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.loopback_server import running
 
 
 @dataclass
@@ -79,21 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(hostile: Hostile) -> Iterator[str]:
     """Its address, while it runs."""
-    with _running(type("Handler", (_Handler,), {"hostile": hostile})) as address:
+    with running(type("Handler", (_Handler,), {"hostile": hostile})) as address:
         yield address
-
-
-@contextmanager
-def _running(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=lambda: server.serve_forever(0.01), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @dataclass(frozen=True)
@@ -146,7 +135,7 @@ class _Answering(BaseHTTPRequestHandler):
 @contextmanager
 def answering(answer: Callable[[Request], Answer]) -> Iterator[str]:
     """The address of an endpoint that answers as it is told to, while it runs."""
-    with _running(type("Handler", (_Answering,), {"answer": staticmethod(answer)})) as address:
+    with running(type("Handler", (_Answering,), {"answer": staticmethod(answer)})) as address:
         yield address
 
 
