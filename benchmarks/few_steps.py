@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import add_output_options, machine, publish, ratio_of, take_turns
+from benchmarks.common import add_output_options, compare, machine, publish, take_turns
 from benchmarks.generate import shard_maker
 from jobs.runner import preset_file
 from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
@@ -75,7 +75,8 @@ def measure(folder: Path, net: UNetConfig, batch: int, rounds: int) -> dict[str,
         objective=ObjectiveConfig(target="v"),
         image=ImageShape(channels=net.in_channels, size=net.image_size),
     )
-    weights = seeded_init(net, 0).state_dict()
+    network = seeded_init(net, 0)
+    weights = network.state_dict()
     saved = save_model(teacher, weights, card)
     taught = DistillationInfo(
         teacher="teacher/1", teacher_sha256=saved.weights.sha256, method="none", sampler=TEACHER, steps=0
@@ -86,14 +87,11 @@ def measure(folder: Path, net: UNetConfig, batch: int, rounds: int) -> dict[str,
         few = SamplerConfig(kind="consistency", num_steps=steps)
         contenders[f"student_{steps}"] = shard_maker(_config(folder, f"few-{steps}", student, few, batch))
     taken = take_turns(contenders, rounds)
-    found: dict[str, object] = {"parameters": parameter_count(seeded_init(net, 0))}
+    found: dict[str, object] = {"parameters": parameter_count(network)}
     for name, turns in taken.items():
         found[f"{name}_images_per_cpu_second"] = batch * len(turns) / sum(turn.cpu for turn in turns)
     for name in list(taken)[1:]:
-        for kind, each in (("cpu", 0), ("wall", 1)):
-            found[f"{name}_over_teacher_{kind}"] = ratio_of(
-                [turn[each] for turn in taken["teacher"]], [turn[each] for turn in taken[name]]
-            )
+        found |= compare(taken, slow="teacher", fast=name)
     return found
 
 

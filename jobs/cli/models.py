@@ -10,6 +10,7 @@ from jobs.cli.options import MODELS, AsJson, Config, DryRun, Words, end, end_job
 app = typer.Typer()
 features_app = typer.Typer(help="Feature networks, with which images are evaluated.", no_args_is_help=True)
 app.add_typer(features_app, name="features", rich_help_panel=MODELS)
+Local = Annotated[bool, typer.Option("--local", help="In this process, without Ray.")]
 
 
 @app.command(
@@ -25,7 +26,7 @@ def train(
     config: Config = None,
     dry_run: DryRun = False,
     json: AsJson = False,
-    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    local: Local = False,
 ) -> None:
     """Train a model on the Ray cluster and register it. Resumes after an interruption."""
     from jobs.train import run_call
@@ -46,7 +47,7 @@ def distill(
     config: Config = None,
     dry_run: DryRun = False,
     json: AsJson = False,
-    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    local: Local = False,
 ) -> None:
     """Train a model of one to four steps to follow a trained one, and register it. Resumes after an interruption."""
     from jobs.distill import run_call
