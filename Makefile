@@ -27,10 +27,10 @@ status: install ## what runs, where, and its log
 	@$(BIN)/ddpm status
 
 down: ## end what `up` started; data stays
-	@if [ -x $(BIN)/python ]; then $(BIN)/python -m infra.local down; else echo "nothing is installed, so nothing runs"; fi
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m ddpm_pipeline.infra.local down; else echo "nothing is installed, so nothing runs"; fi
 
 clean: ## end the stack and remove its data, logs and keys (.local)
-	@if [ -x $(BIN)/python ]; then $(BIN)/python -m infra.local remove; fi
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m ddpm_pipeline.infra.local remove; fi
 	@rm -rf .local .pytest_cache .ruff_cache .hypothesis .import_linter_cache build
 
 distclean: clean ## also remove .venv
@@ -69,7 +69,7 @@ lock: install-dev ## write the lock files anew, with hashes (UPGRADE=1: newest v
 	@infra/lock.sh $(if $(UPGRADE),--upgrade)
 
 docs: install ## write the reference pages and images anew, then build the site: build/site (links are checked)
-	@$(BIN)/python -m jobs.config_docs
+	@$(BIN)/python -m ddpm_pipeline.jobs.config_docs
 	@$(BIN)/python -m docs.figures
 	@infra/supply.sh site
 

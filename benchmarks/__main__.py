@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.common import put_between
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
 
 HERE = Path(__file__).parent
 BARS = HERE / "bars.json"

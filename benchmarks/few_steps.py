@@ -14,15 +14,15 @@ import torch
 
 from benchmarks.common import add_output_options, compare, machine, publish, take_turns
 from benchmarks.generate import shard_maker
-from jobs.runner import preset_file
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
-from pipeline.config.generation import GenerateConfig, GuardConfig
-from pipeline.config.load import read_yaml
-from pipeline.config.model_card import DistillationInfo, ImageShape, ModelCard
-from pipeline.config.net import UNetConfig
-from pipeline.nets import parameter_count
-from pipeline.nets.model_files import save_model
-from pipeline.nets.unet import seeded_init
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from ddpm_pipeline.config.generation import GenerateConfig, GuardConfig
+from ddpm_pipeline.config.load import read_yaml
+from ddpm_pipeline.config.model_card import DistillationInfo, ImageShape, ModelCard
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.jobs.runner import preset_file
+from ddpm_pipeline.nets import parameter_count
+from ddpm_pipeline.nets.model_files import save_model
+from ddpm_pipeline.nets.unet import seeded_init
 
 TEACHER = SamplerConfig(kind="dpm++2m", num_steps=20, guidance_scale=1.25)
 STUDENT_STEPS = (1, 2, 4)

@@ -27,21 +27,21 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from benchmarks.common import add_output_options, machine, publish, ratio_of, take_turns
 from benchmarks.pool_simulation import PoolModel, simulate
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
-from pipeline.config.generation import GenerateConfig, GuardConfig
-from pipeline.config.model_card import ImageShape, ModelCard
-from pipeline.config.net import UNetConfig
-from pipeline.generate.done_records import DoneRecord
-from pipeline.generate.engine import Engine, set_up_torch
-from pipeline.generate.model_source import find_model
-from pipeline.generate.plan import shard
-from pipeline.generate.shard_writer import ShardWriter
-from pipeline.generate.spec import Spec, make_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.nets.diffusers_weights import export_diffusers
-from pipeline.nets.model_files import build_model, save_model
-from pipeline.nets.unet import UNet, seeded_init
-from pipeline.store import open_store
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from ddpm_pipeline.config.generation import GenerateConfig, GuardConfig
+from ddpm_pipeline.config.model_card import ImageShape, ModelCard
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.generate.done_records import DoneRecord
+from ddpm_pipeline.generate.engine import Engine, set_up_torch
+from ddpm_pipeline.generate.model_source import find_model
+from ddpm_pipeline.generate.plan import shard
+from ddpm_pipeline.generate.shard_writer import ShardWriter
+from ddpm_pipeline.generate.spec import Spec, make_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.nets.diffusers_weights import export_diffusers
+from ddpm_pipeline.nets.model_files import build_model, save_model
+from ddpm_pipeline.nets.unet import UNet, seeded_init
+from ddpm_pipeline.store import open_store
 
 Facts = dict[str, float]
 MODES: dict[str, dict[str, object]] = {
@@ -203,7 +203,7 @@ def _job(config: GenerateConfig) -> Facts:
     """Shards by one worker under Ray: wall time from the first shard's end to the last's, against device time."""
     import ray
 
-    from pipeline.generate.driver import generate
+    from ddpm_pipeline.generate.driver import generate
 
     config = config.model_copy(update={"output": config.output + "-job"})
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)

@@ -22,11 +22,11 @@ import torch
 
 from benchmarks.common import ratio_of
 from benchmarks.trainers import pack_images
-from pipeline.config.training import TrainConfig
-from pipeline.data.index import load_index
-from pipeline.train import ray_trainer
-from pipeline.train.session import Driver
-from pipeline.train.worker import TrainTask, WorkerContext, train_worker
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.train import ray_trainer
+from ddpm_pipeline.train.session import Driver
+from ddpm_pipeline.train.worker import TrainTask, WorkerContext, train_worker
 
 NAMES = ("torchrun", "ray")
 WINDOW_STEPS, WINDOWS = 10, 24

@@ -30,24 +30,24 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from benchmarks.common import add_output_options, machine, publish
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.data.formats.image_stats import ImageStats
-from pipeline.generate.done_records import DoneRecord, RecordAggregate, Times
-from pipeline.generate.generation_status import generation_status
-from pipeline.generate.layout import SPEC_KEY
-from pipeline.generate.manifest import (
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.data.formats.image_stats import ImageStats
+from ddpm_pipeline.generate.done_records import DoneRecord, RecordAggregate, Times
+from ddpm_pipeline.generate.generation_status import generation_status
+from ddpm_pipeline.generate.layout import SPEC_KEY
+from ddpm_pipeline.generate.manifest import (
     make_entries,
     make_manifest,
     read_entries,
     read_manifest,
     write_manifest,
 )
-from pipeline.generate.plan import num_shards, shard
-from pipeline.generate.prefix_spec import check_prefix
-from pipeline.generate.spec import ModelIdentity, Spec, pretty
-from pipeline.generate.stored_generation import Generation
-from pipeline.generate.verification import VerifyReport, check_listing
-from pipeline.store import open_store
+from ddpm_pipeline.generate.plan import num_shards, shard
+from ddpm_pipeline.generate.prefix_spec import check_prefix
+from ddpm_pipeline.generate.spec import ModelIdentity, Spec, pretty
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.generate.verification import VerifyReport, check_listing
+from ddpm_pipeline.store import open_store
 
 Facts = dict[str, float]
 BUCKET_URI = "s3://bucket/vast"

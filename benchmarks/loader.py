@@ -38,11 +38,11 @@ from benchmarks import loader_memory, peers
 from benchmarks.common import Ratio, add_output_options, machine, publish, ratio_of
 from benchmarks.loader_contender import EDGE
 from benchmarks.s3_gateway import own_gateway
-from pipeline.data.formats.png import encode_png
-from pipeline.data.formats.shards import write_shard
-from pipeline.data.packing.build_index import build_index
-from pipeline.errors import UserError
-from pipeline.store import open_store
+from ddpm_pipeline.data.formats.png import encode_png
+from ddpm_pipeline.data.formats.shards import write_shard
+from ddpm_pipeline.data.packing.build_index import build_index
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import open_store
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_SHARDS = 8

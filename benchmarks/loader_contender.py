@@ -36,14 +36,14 @@ def decoder(name: str) -> Decode:
     """The decoder all contenders of a group use."""
     if name == "pillow":
         return by_pillow
-    from pipeline.data.formats.images import decode_image
+    from ddpm_pipeline.data.formats.images import decode_image
 
     return partial(decode_image, shape=(EDGE, EDGE, 3))
 
 
 def picture_files(tars: Path) -> Iterator[bytes]:
     """The pictures of a folder of tars, as files."""
-    from pipeline.data.formats.shards import read_shard
+    from ddpm_pipeline.data.formats.shards import read_shard
 
     for tar in sorted(tars.glob("*.tar")):
         for _, parts in read_shard(tar):
@@ -71,10 +71,10 @@ def ours(uri: str, decode: Decode, cold: Path | None = None) -> Epoch:
     """The loader in its shuffled order, without holding decoded samples; `cold`: through an empty cache there."""
     import torch
 
-    from pipeline.config.data import DataConfig
-    from pipeline.data.index import load_index
-    from pipeline.data.reading import samples
-    from pipeline.data.reading.loader import Loader
+    from ddpm_pipeline.config.data import DataConfig
+    from ddpm_pipeline.data.index import load_index
+    from ddpm_pipeline.data.reading import samples
+    from ddpm_pipeline.data.reading.loader import Loader
 
     torch.set_num_threads(1)
     if decode is by_pillow:

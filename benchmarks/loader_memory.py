@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pipeline.config.data import DataConfig
-from pipeline.data.formats.png import encode_png
-from pipeline.data.formats.shards import write_shard
-from pipeline.data.index import Index, assemble_index, load_index
-from pipeline.data.location import Location
-from pipeline.data.packing.scan_shard import index_shard
-from pipeline.data.reading.loader import Loader
-from pipeline.data.reading.order import GlobalOrder
-from pipeline.store import Store, open_store
+from ddpm_pipeline.config.data import DataConfig
+from ddpm_pipeline.data.formats.png import encode_png
+from ddpm_pipeline.data.formats.shards import write_shard
+from ddpm_pipeline.data.index import Index, assemble_index, load_index
+from ddpm_pipeline.data.location import Location
+from ddpm_pipeline.data.packing.scan_shard import index_shard
+from ddpm_pipeline.data.reading.loader import Loader
+from ddpm_pipeline.data.reading.order import GlobalOrder
+from ddpm_pipeline.store import Store, open_store
 
 NUM_SHARDS, EACH = 1000, 10_000
 BATCH, NUM_WINDOWS = 128, 10

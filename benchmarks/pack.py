@@ -27,8 +27,8 @@ from sklearn.datasets import load_sample_images
 from webdataset.writer import TarWriter
 
 from benchmarks.common import add_output_options, machine, publish, ratio_of, take_turns
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
 
 
 class Kind(NamedTuple):

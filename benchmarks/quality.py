@@ -32,13 +32,13 @@ from benchmarks.trainers import (
     pack_images,
     use_peers,
 )
-from jobs.runner import preset_file
-from pipeline.config.evaluation import FeaturesConfig
-from pipeline.config.load import read_yaml
-from pipeline.config.training import TrainConfig
-from pipeline.diffusion.image_scaling import from_uint8
-from pipeline.features.classifier import Classifier, accuracy, split_rows, train_classifier
-from pipeline.features.distances import GaussianMoments, frechet_distance, moments_of
+from ddpm_pipeline.config.evaluation import FeaturesConfig
+from ddpm_pipeline.config.load import read_yaml
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.diffusion.image_scaling import from_uint8
+from ddpm_pipeline.features.classifier import Classifier, accuracy, split_rows, train_classifier
+from ddpm_pipeline.features.distances import GaussianMoments, frechet_distance, moments_of
+from ddpm_pipeline.jobs.runner import preset_file
 
 RECIPES = ("ours", "diffusers", "denoising_diffusion", "diffusers_our_lr", "denoising_diffusion_our_lr")
 SEEDS = (0, 1, 2)

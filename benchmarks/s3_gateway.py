@@ -7,9 +7,9 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 
-from infra.local import ports, processes, service
-from infra.local.credentials import s3_keys
-from infra.local.s3_gateway import PORTS, REGION, s3_service
+from ddpm_pipeline.infra.local import ports, processes, service
+from ddpm_pipeline.infra.local.credentials import s3_keys
+from ddpm_pipeline.infra.local.s3_gateway import PORTS, REGION, s3_service
 
 
 @contextlib.contextmanager

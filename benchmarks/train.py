@@ -28,10 +28,10 @@ from benchmarks.trainers import (
     pack_images,
     use_peers,
 )
-from pipeline.config.net import UNetConfig
-from pipeline.config.training import CheckpointConfig, TrainConfig
-from pipeline.store import open_store
-from pipeline.train.checkpoint import CheckpointWriter
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.training import CheckpointConfig, TrainConfig
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.train.checkpoint import CheckpointWriter
 
 PARTS = ("peers", "costs", "ray")
 NET = UNetConfig(image_size=32, base_channels=64, multipliers=(1, 2, 2), attention_resolutions=(16,))

@@ -23,22 +23,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.net import UNetConfig
-from pipeline.config.training import TrainConfig
-from pipeline.data.formats.png import encode_png
-from pipeline.data.formats.shards import write_shard
-from pipeline.data.index import load_index
-from pipeline.data.packing.build_index import build_index
-from pipeline.data.reading.loader import Loader
-from pipeline.diffusion import NoiseSchedule
-from pipeline.diffusion.image_scaling import from_uint8, to_uint8
-from pipeline.diffusion.samplers import sample
-from pipeline.nets.diffusers_config import net_to_diffusers
-from pipeline.store import open_store
-from pipeline.train.loop import Trainer
-from pipeline.train.state import initial_state
-from pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.formats.png import encode_png
+from ddpm_pipeline.data.formats.shards import write_shard
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.build_index import build_index
+from ddpm_pipeline.data.reading.loader import Loader
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.diffusion.image_scaling import from_uint8, to_uint8
+from ddpm_pipeline.diffusion.samplers import sample
+from ddpm_pipeline.nets.diffusers_config import net_to_diffusers
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.train.loop import Trainer
+from ddpm_pipeline.train.state import initial_state
+from ddpm_pipeline.train.step_metrics import StepMetrics
 
 PEERS = ("accelerate==1.15.0", "denoising-diffusion-pytorch==2.3.4", "ema-pytorch==0.8.3", "einops>=0.8")
 SAMPLING_STEPS = 50
@@ -71,7 +71,7 @@ class Setting:
 
 
 class Ours:
-    """pipeline.train's own loop, alone in this process."""
+    """ddpm_pipeline.train's own loop, alone in this process."""
 
     def __init__(self, config: TrainConfig, sampler: SamplerConfig) -> None:
         """Trains and samples on the packed data set that `config` names."""

@@ -21,17 +21,17 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
 
-from jobs.progress_bar import progress_of
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
-from pipeline.data.formats.contact_sheet import image_grid, in_rows
-from pipeline.diffusion import NoiseSchedule, SamplerStep, Stream, from_uint8, sample, to_uint8
-from pipeline.diffusion.ideal import Mixture, three_blobs
-from pipeline.diffusion.noise import normal
-from pipeline.diffusion.objective import Net
-from pipeline.diffusion.samplers import Denoise, ddim, dpm_solver_pp_2m, heun
-from pipeline.diffusion.timesteps import SamplingGrid, grid_at, karras_grid, trailing_timesteps
-from pipeline.errors import UserError
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
+from ddpm_pipeline.data.formats.contact_sheet import image_grid, in_rows
+from ddpm_pipeline.diffusion import NoiseSchedule, SamplerStep, Stream, from_uint8, sample, to_uint8
+from ddpm_pipeline.diffusion.ideal import Mixture, three_blobs
+from ddpm_pipeline.diffusion.noise import normal
+from ddpm_pipeline.diffusion.objective import Net
+from ddpm_pipeline.diffusion.samplers import Denoise, ddim, dpm_solver_pp_2m, heun
+from ddpm_pipeline.diffusion.timesteps import SamplingGrid, grid_at, karras_grid, trailing_timesteps
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.progress_bar import progress_of
+from ddpm_pipeline.telemetry.terminal import echo
 
 IMAGES = Path(__file__).parent / "images" / "diffusion"
 Pixels = NDArray[np.uint8]

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.data import DataConfig, PackConfig
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
-from pipeline.data.index import load_index
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.data.reading.loader import Loader
-from pipeline.diffusion import NoiseSchedule, Stream, from_uint8, sample, training_loss
-from pipeline.diffusion.noise import normal, randint
-from pipeline.nets import ConstantEMA, UNet, UNetConfig
+from ddpm_pipeline.config.data import DataConfig, PackConfig
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.data.reading.loader import Loader
+from ddpm_pipeline.diffusion import NoiseSchedule, Stream, from_uint8, sample, training_loss
+from ddpm_pipeline.diffusion.noise import normal, randint
+from ddpm_pipeline.nets import ConstantEMA, UNet, UNetConfig
 
 
 def train(folder: Path, steps: int, seed: int = 0) -> tuple[float, torch.Tensor]:

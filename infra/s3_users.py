@@ -1,4 +1,6 @@
-"""Users of the S3 gateway (JuiceFS's, which is MinIO's) with a policy each: `python -m infra.s3_users POLICY KEYS ...`.
+"""Users of the S3 gateway (JuiceFS's, which is MinIO's) with a policy each.
+
+    python -m ddpm_pipeline.infra.s3_users POLICY KEYS ...
 
 POLICY is a policy file, KEYS a file in the form of ~/.aws/credentials with the user's own keys. The pair may be
 repeated. The gateway's keys (AWS_SHARED_CREDENTIALS_FILE) create the users and need not be known to anybody else.
@@ -20,7 +22,7 @@ from botocore.session import Session
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
 
 _TIMEOUT_SECONDS = 30.0
 

@@ -19,15 +19,15 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from infra.local.client_environment import environment
-from infra.local.service import get
-from infra.local.stack_state import read_state
-from jobs.runner import LOCAL
-from pipeline.config.base import Settings
-from pipeline.config.load import read_yaml
-from pipeline.errors import UserError
-from pipeline.telemetry.redaction import redact, secret_values
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.load import read_yaml
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local.client_environment import environment
+from ddpm_pipeline.infra.local.service import get
+from ddpm_pipeline.infra.local.stack_state import read_state
+from ddpm_pipeline.jobs.runner import LOCAL
+from ddpm_pipeline.telemetry.redaction import redact, secret_values
+from ddpm_pipeline.telemetry.terminal import echo
 
 ADDRESS_VARIABLE = "RAY_JOB_ADDRESS"
 RAYS_VARIABLE = "RAY_API_SERVER_ADDRESS"

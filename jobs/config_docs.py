@@ -1,6 +1,6 @@
 """What settings files may hold, generated from the models: a page for people, a JSON schema for editors.
 
-python -m jobs.config_docs      rewrites docs/configuration.md and docs/schema/settings.json
+python -m ddpm_pipeline.jobs.config_docs      rewrites docs/configuration.md and docs/schema/settings.json
 """
 
 import json
@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from jobs.runner import DONE, SECTIONS, presets
-from pipeline.config.base import Settings
-from pipeline.config.load import BASE, ROOT_VARIABLE
-from pipeline.errors import UserError
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.load import BASE, ROOT_VARIABLE
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.runner import DONE, SECTIONS, presets
+from ddpm_pipeline.telemetry.terminal import echo
 
 Schema = dict[str, Any]
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from jobs.progress_bar import progress_of
-from jobs.ray_map import ray_map_for
-from jobs.runner import DONE, FAILED
-from pipeline.data.index import Index
-from pipeline.data.packing.build_index import plan_index
-from pipeline.data.packing.inspect_dataset import inspect
-from pipeline.errors import UserError
-from pipeline.telemetry.terminal import echo, echo_json
+from ddpm_pipeline.data.index import Index
+from ddpm_pipeline.data.packing.build_index import plan_index
+from ddpm_pipeline.data.packing.inspect_dataset import inspect
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.progress_bar import progress_of
+from ddpm_pipeline.jobs.ray_map import ray_map_for
+from ddpm_pipeline.jobs.runner import DONE, FAILED
+from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 _SHOWN = 20
 ENOUGH_SHARDS = 16

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from infra.local import LocalStack, sign_in
-from infra.local.stack_state import StoreKind
-from jobs.progress_bar import clock
-from jobs.runner import DONE, LOCAL, JobArguments, settings_of, use_running_stack
-from pipeline.config.generation import GenerateConfig
-from pipeline.config.training import TrainConfig
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.infra.local import LocalStack, sign_in
+from ddpm_pipeline.infra.local.stack_state import StoreKind
+from ddpm_pipeline.jobs.progress_bar import clock
+from ddpm_pipeline.jobs.runner import DONE, LOCAL, JobArguments, settings_of, use_running_stack
+from ddpm_pipeline.telemetry.terminal import echo
 
 PRESET = "demo"
 NUM_PARTS = 7
@@ -45,38 +45,38 @@ def demo(store: StoreKind | None = None) -> int:
 
 
 def _pack(call: JobArguments) -> int:
-    from jobs.pack import run_call
+    from ddpm_pipeline.jobs.pack import run_call
 
     return run_call(call)
 
 
 def _submit(job: str, model: type[TrainConfig] | type[GenerateConfig], call: JobArguments) -> int:
-    from jobs.submit import submit
+    from ddpm_pipeline.jobs.submit import submit
 
     return submit(job, settings_of(model, job, call))
 
 
 def _verify(call: JobArguments) -> int:
-    from jobs.verify import run
+    from ddpm_pipeline.jobs.verify import run
 
     return run(settings_of(GenerateConfig, "generate", call).output)
 
 
 def _features(call: JobArguments) -> int:
-    from jobs.features import run_call
+    from ddpm_pipeline.jobs.features import run_call
 
     return run_call(call)
 
 
 def _evaluate(call: JobArguments) -> int:
-    from jobs.evaluate import run_call
+    from ddpm_pipeline.jobs.evaluate import run_call
 
     return run_call(call)
 
 
 def _print_where_to_look(call: JobArguments, seconds: float) -> None:
-    from pipeline.store import open_store
-    from pipeline.tracking import find_latest_run
+    from ddpm_pipeline.store import open_store
+    from ddpm_pipeline.tracking import find_latest_run
 
     config = settings_of(GenerateConfig, "generate", call)
     sheet = Path(f"{PRESET}-contact-sheet.png")

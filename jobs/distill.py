@@ -5,12 +5,12 @@
 Started again with the same settings it resumes from the last checkpoint, and does nothing once it is done.
 """
 
-from jobs.progress_bar import progress_of
-from jobs.runner import JobArguments, run_job
-from jobs.train import run as train
-from pipeline.config.distill_job import DistillConfig
-from pipeline.progress import Progress
-from pipeline.train.dry_run import TrainingEstimate, estimate
+from ddpm_pipeline.config.distill_job import DistillConfig
+from ddpm_pipeline.jobs.progress_bar import progress_of
+from ddpm_pipeline.jobs.runner import JobArguments, run_job
+from ddpm_pipeline.jobs.train import run as train
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.train.dry_run import TrainingEstimate, estimate
 
 
 def run_call(call: JobArguments, local: bool = False) -> int:
@@ -27,7 +27,7 @@ def run_call(call: JobArguments, local: bool = False) -> int:
 
 def run(config: DistillConfig, progress: Progress, local: bool = False) -> int:
     """Distill, and print how it ended. Raises UserError before any work starts."""
-    from pipeline.distill.plan_distillation import plan_distillation
+    from ddpm_pipeline.distill.plan_distillation import plan_distillation
 
     with progress_of("verify pairs", "shards") as verifying:
         training = plan_distillation(config, verifying)
@@ -36,6 +36,6 @@ def run(config: DistillConfig, progress: Progress, local: bool = False) -> int:
 
 def estimate_distillation(config: DistillConfig) -> TrainingEstimate:
     """What the training of the student will need. Raises UserError for a teacher that cannot be used."""
-    from pipeline.distill.plan_distillation import training_to_estimate
+    from ddpm_pipeline.distill.plan_distillation import training_to_estimate
 
     return estimate(training_to_estimate(config))

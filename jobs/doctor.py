@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from jobs.cluster_address import settle_address
-from jobs.doctor_checks import all_checks
-from jobs.doctor_findings import Finding
-from jobs.runner import DONE, FAILED, use_running_stack
-from pipeline.telemetry.terminal import echo, echo_json
+from ddpm_pipeline.jobs.cluster_address import settle_address
+from ddpm_pipeline.jobs.doctor_checks import all_checks
+from ddpm_pipeline.jobs.doctor_findings import Finding
+from ddpm_pipeline.jobs.runner import DONE, FAILED, use_running_stack
+from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 
 def doctor(as_json: bool = False, write: bool = False) -> int:

@@ -18,14 +18,14 @@ from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
-from infra.local import check_ray
-from infra.local.service import get
-from jobs.cluster_address import ask, dashboard_address
-from jobs.doctor_findings import Finding, refused
-from jobs.doctor_gpus import check_cluster_gpus, check_gpus
-from pipeline.errors import UserError
-from pipeline.store import open_store
-from pipeline.tracking import require_server, server_version
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import check_ray
+from ddpm_pipeline.infra.local.service import get
+from ddpm_pipeline.jobs.cluster_address import ask, dashboard_address
+from ddpm_pipeline.jobs.doctor_findings import Finding, refused
+from ddpm_pipeline.jobs.doctor_gpus import check_cluster_gpus, check_gpus
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.tracking import require_server, server_version
 
 _HOME = Path(__file__).resolve().parents[1]
 LOCKS = (_HOME / "requirements.lock", _HOME / "requirements-torch.lock")

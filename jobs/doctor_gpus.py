@@ -7,12 +7,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.cluster_address import DRIVER_VARIABLE, dashboard_address
-from jobs.doctor_findings import Finding, refused
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.cluster_address import DRIVER_VARIABLE, dashboard_address
+from ddpm_pipeline.jobs.doctor_findings import Finding, refused
 
 if TYPE_CHECKING:
-    from pipeline.devices.preflight import GpuReport
+    from ddpm_pipeline.devices.preflight import GpuReport
 
 FREE_SECONDS = 15.0
 """For the GPUs of a node to be free."""
@@ -22,7 +22,7 @@ def check_gpus(devices: Path = Path("/dev")) -> Finding:
     """Whether torch can compute on the GPUs that the machine shows."""
     import torch
 
-    from pipeline.devices.preflight import GpuNeeds, check_gpus
+    from ddpm_pipeline.devices.preflight import GpuNeeds, check_gpus
 
     shown = len(list(devices.glob("nvidia[0-9]*")))
     if not shown and not torch.cuda.is_available():
@@ -41,11 +41,11 @@ def check_cluster_gpus(environ: Mapping[str, str] = os.environ) -> list[Finding]
             return []
         remedy = f"run ddpm doctor on a node of the cluster, with {DRIVER_VARIABLE}=HOST:PORT, to check them"
         return [Finding(name, True, "not checked from here", remedy)]
-    from jobs.ray_session import ray_cluster
+    from ddpm_pipeline.jobs.ray_session import ray_cluster
 
     try:
         with ray_cluster():
-            from pipeline.cluster import check_every_gpu
+            from ddpm_pipeline.cluster import check_every_gpu
 
             found, busy = check_every_gpu(FREE_SECONDS)
     except UserError as error:

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from jobs.progress_bar import progress_of
-from jobs.runner import DONE, INTERRUPTED, use_running_stack
-from pipeline.data.location import Location
-from pipeline.data.reading.download_dataset import Download, download_dataset
-from pipeline.errors import UserError
-from pipeline.generate.download_generation import download_generation
-from pipeline.generate.layout import SPEC_KEY
-from pipeline.generate.prefix_spec import find_generation
-from pipeline.store import open_store
-from pipeline.telemetry.terminal import echo, echo_json
+from ddpm_pipeline.data.location import Location
+from ddpm_pipeline.data.reading.download_dataset import Download, download_dataset
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.download_generation import download_generation
+from ddpm_pipeline.generate.layout import SPEC_KEY
+from ddpm_pipeline.generate.prefix_spec import find_generation
+from ddpm_pipeline.jobs.progress_bar import progress_of
+from ddpm_pipeline.jobs.runner import DONE, INTERRUPTED, use_running_stack
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 
 def run(prefix: str, folder: str, unpack: bool = False, as_json: bool = False) -> int:

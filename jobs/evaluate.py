@@ -6,13 +6,13 @@ contains nothing but itself.
 
 from functools import partial
 
-from jobs.ray_map import measuring_workers
-from jobs.runner import DONE, JobArguments, run_job, settings_of
-from pipeline.config.evaluation import EvaluateConfig
-from pipeline.config.generation import GenerateConfig
-from pipeline.errors import UserError
-from pipeline.progress import Progress
-from pipeline.telemetry.terminal import echo, echo_json
+from ddpm_pipeline.config.evaluation import EvaluateConfig
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.ray_map import measuring_workers
+from ddpm_pipeline.jobs.runner import DONE, JobArguments, run_job, settings_of
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 
 def run_call(call: JobArguments, prefix: str | None = None, against: str | None = None) -> int:
@@ -32,9 +32,9 @@ def run(
     against: str | None = None,
 ) -> int:
     """Evaluate, log, print. UserError where `against` was evaluated under other conditions, or never."""
-    from pipeline.evaluate.document import evaluation_uri, load_evaluation, require_comparable, table
-    from pipeline.evaluate.evaluation_runs import try_to_log
-    from pipeline.evaluate.measure import evaluate_generation
+    from ddpm_pipeline.evaluate.document import evaluation_uri, load_evaluation, require_comparable, table
+    from ddpm_pipeline.evaluate.evaluation_runs import try_to_log
+    from ddpm_pipeline.evaluate.measure import evaluate_generation
 
     other = None if against is None else load_evaluation(against)
     if against is not None and other is None:

@@ -1,10 +1,10 @@
 """The feature network of a data set: `ddpm features train digits`."""
 
-from jobs.ray_map import measuring_workers
-from jobs.runner import DONE, JobArguments, preset_uses_gpus, run_job
-from pipeline.config.evaluation import FeaturesConfig, PromoteConfig
-from pipeline.progress import Progress
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.config.evaluation import FeaturesConfig, PromoteConfig
+from ddpm_pipeline.jobs.ray_map import measuring_workers
+from ddpm_pipeline.jobs.runner import DONE, JobArguments, preset_uses_gpus, run_job
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.telemetry.terminal import echo
 
 
 def run_call(call: JobArguments) -> int:
@@ -16,7 +16,7 @@ def run(config: FeaturesConfig, progress: Progress) -> int:
     """Train the classifier, or keep the one that exists."""
     import torch
 
-    from pipeline.features.train_classifier import train_features
+    from ddpm_pipeline.features.train_classifier import train_features
 
     torch.set_num_threads(config.cpu_threads)
     folder, card, new = train_features(config, progress)
@@ -40,7 +40,7 @@ def trust_call(call: JobArguments) -> int:
 
 def run_trust(config: PromoteConfig, used_gpus: bool = False) -> int:
     """Record the digests and print what changed."""
-    from pipeline.features.trust import trust_current
+    from ddpm_pipeline.features.trust import trust_current
 
     evaluate = config.gate.evaluate
     with measuring_workers(evaluate, "promote.gate.evaluate", used_gpus) as workers:

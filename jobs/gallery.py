@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from jobs.progress_bar import progress_of
-from jobs.runner import DONE, use_running_stack
-from pipeline.generate.gallery.make_gallery import Gallery, make_gallery
-from pipeline.generate.gallery.pages import INDEX_KEY
-from pipeline.store import file_path
-from pipeline.telemetry.terminal import echo, echo_json
+from ddpm_pipeline.generate.gallery.make_gallery import Gallery, make_gallery
+from ddpm_pipeline.generate.gallery.pages import INDEX_KEY
+from ddpm_pipeline.jobs.progress_bar import progress_of
+from ddpm_pipeline.jobs.runner import DONE, use_running_stack
+from ddpm_pipeline.store import file_path
+from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 
 def run(

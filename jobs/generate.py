@@ -12,15 +12,15 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jobs.ray_session import on_stop_signal, ray_cluster
-from jobs.runner import DONE, FAILED, STOPPED
-from pipeline.config.generation import GenerateConfig, SampleConfig
-from pipeline.progress import Progress
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.config.generation import GenerateConfig, SampleConfig
+from ddpm_pipeline.jobs.ray_session import on_stop_signal, ray_cluster
+from ddpm_pipeline.jobs.runner import DONE, FAILED, STOPPED
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.telemetry.terminal import echo
 
 if TYPE_CHECKING:
-    from pipeline.generate.driver import GenerationResult
-    from pipeline.generate.dry_run import GenerationEstimate
+    from ddpm_pipeline.generate.driver import GenerationResult
+    from ddpm_pipeline.generate.dry_run import GenerationEstimate
 
 _EXIT_CODES: dict[str, int] = {
     "complete": DONE,
@@ -41,14 +41,14 @@ def run(config: GenerateConfig, progress: Progress) -> int:
 
 def estimate(config: GenerateConfig) -> GenerationEstimate:
     """What a generation will cost, for `--dry-run`."""
-    from pipeline.generate.dry_run import estimate as estimate_generation
+    from ddpm_pipeline.generate.dry_run import estimate as estimate_generation
 
     return estimate_generation(config)
 
 
 def sample(config: SampleConfig, progress: Progress) -> int:
     """Draw a few images in this process, without a cluster, and print where they are."""
-    from pipeline.generate.preview import draw
+    from ddpm_pipeline.generate.preview import draw
 
     result = draw(config, progress)
     echo(f"drew     {len(result.images)} images, {result.images[0]} …")
@@ -58,7 +58,9 @@ def sample(config: SampleConfig, progress: Progress) -> int:
 
 def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:
     """Generate on the cluster that RAY_ADDRESS names; SIGTERM or Ctrl-C drains."""
-    from pipeline.generate.driver import generate as run_generation  # imports Ray; see jobs.ray_session
+    from ddpm_pipeline.generate.driver import (
+        generate as run_generation,  # imports Ray; see ddpm_pipeline.jobs.ray_session
+    )
 
     stop = threading.Event()
 

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from jobs.runner import DONE
-from pipeline.config.model_card import ImageShape, ModelCard
-from pipeline.errors import UserError
-from pipeline.generate.model_source import find_model
-from pipeline.nets.diffusers_weights import export_diffusers, import_diffusers
-from pipeline.nets.model_files import build_model, save_model
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.config.model_card import ImageShape, ModelCard
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.model_source import find_model
+from ddpm_pipeline.jobs.runner import DONE
+from ddpm_pipeline.nets.diffusers_weights import export_diffusers, import_diffusers
+from ddpm_pipeline.nets.model_files import build_model, save_model
+from ddpm_pipeline.telemetry.terminal import echo
 
 FORMATS = ("diffusers",)
 

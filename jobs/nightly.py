@@ -3,12 +3,12 @@
 import datetime as dt
 from functools import partial
 
-from jobs.generate import generate
-from jobs.ray_map import measuring_workers
-from jobs.runner import DONE, FAILED, STOPPED, JobArguments, run_job
-from pipeline.config.nights import NightlyConfig
-from pipeline.errors import UserError
-from pipeline.progress import Progress
+from ddpm_pipeline.config.nights import NightlyConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.generate import generate
+from ddpm_pipeline.jobs.ray_map import measuring_workers
+from ddpm_pipeline.jobs.runner import DONE, FAILED, STOPPED, JobArguments, run_job
+from ddpm_pipeline.progress import Progress
 
 DRIFTED = 3
 """Exit code of a night that is complete and unlike the nights before."""
@@ -25,7 +25,7 @@ def run(
     config: NightlyConfig, progress: Progress, first: dt.date | None = None, last: dt.date | None = None
 ) -> int:
     """Run the nights; returns the exit code of the worst one."""
-    from pipeline.nightly.run_nights import run_nights
+    from ddpm_pipeline.nightly.run_nights import run_nights
 
     workers = partial(measuring_workers, config.evaluate, "nightly.evaluate")
     return _EXIT_CODES[run_nights(config, generate, progress, first, last, workers)]

@@ -18,12 +18,12 @@ from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.blocking import BlockingScheduler
 from apscheduler.triggers.cron import CronTrigger
 
-from jobs.runner import DONE, PROGRAM, JobArguments, settings_of, use_running_stack
-from pipeline.config.nights import NightlyConfig
-from pipeline.errors import UserError
-from pipeline.nightly.history import read_latest
-from pipeline.store import Store, open_store
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.config.nights import NightlyConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.runner import DONE, PROGRAM, JobArguments, settings_of, use_running_stack
+from ddpm_pipeline.nightly.history import read_latest
+from ddpm_pipeline.store import Store, open_store
+from ddpm_pipeline.telemetry.terminal import echo
 
 _STOP_SECONDS = 60.0
 _AT = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")

@@ -5,17 +5,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from jobs.progress_bar import progress_of
-from jobs.ray_map import ray_map_for
-from jobs.runner import DONE, INTERRUPTED, JobArguments, presets, run_job
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.known_datasets import KNOWN_DATASETS
-from pipeline.data.packing.open_source import require_source
-from pipeline.data.packing.pack_dataset import PackReport, held_out_uri, local_parallel_map, pack
-from pipeline.data.packing.pack_state import read_destination
-from pipeline.parallel import ParallelMap
-from pipeline.progress import Progress
-from pipeline.telemetry.terminal import echo, echo_json
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.known_datasets import KNOWN_DATASETS
+from ddpm_pipeline.data.packing.open_source import require_source
+from ddpm_pipeline.data.packing.pack_dataset import PackReport, held_out_uri, local_parallel_map, pack
+from ddpm_pipeline.data.packing.pack_state import read_destination
+from ddpm_pipeline.jobs.progress_bar import progress_of
+from ddpm_pipeline.jobs.ray_map import ray_map_for
+from ddpm_pipeline.jobs.runner import DONE, INTERRUPTED, JobArguments, presets, run_job
+from ddpm_pipeline.parallel import ParallelMap
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 ENOUGH_IMAGES = 5_000
 """From this number on, connecting to a cluster is worth the seconds it takes."""

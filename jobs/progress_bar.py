@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from pipeline.progress import Progress
-from pipeline.telemetry.logs import as_json
-from pipeline.telemetry.terminal import echo, one_line
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.telemetry.logs import as_json
+from ddpm_pipeline.telemetry.terminal import echo, one_line
 
 log = logging.getLogger(__name__)
 MODE_VARIABLE = "DDPM_PROGRESS"

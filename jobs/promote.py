@@ -2,11 +2,11 @@
 
 from functools import partial
 
-from jobs.ray_map import measuring_workers
-from jobs.runner import DONE, FAILED, JobArguments, preset_uses_gpus, run_job, use_running_stack
-from pipeline.config.evaluation import PromoteConfig
-from pipeline.progress import Progress
-from pipeline.telemetry.terminal import echo, echo_json
+from ddpm_pipeline.config.evaluation import PromoteConfig
+from ddpm_pipeline.jobs.ray_map import measuring_workers
+from ddpm_pipeline.jobs.runner import DONE, FAILED, JobArguments, preset_uses_gpus, run_job, use_running_stack
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 
 def run_call(call: JobArguments) -> int:
@@ -20,8 +20,8 @@ def run_call(call: JobArguments) -> int:
 
 def run(config: PromoteConfig, progress: Progress, as_json: bool = False, used_gpus: bool = False) -> int:
     """Compare, decide, print the decision."""
-    from pipeline.evaluate.gate import table
-    from pipeline.evaluate.promotion import promote
+    from ddpm_pipeline.evaluate.gate import table
+    from ddpm_pipeline.evaluate.promotion import promote
 
     workers = partial(measuring_workers, config.gate.evaluate, "promote.gate.evaluate")
     decision = promote(config, progress, workers, used_gpus)
@@ -43,7 +43,7 @@ def run(config: PromoteConfig, progress: Progress, as_json: bool = False, used_g
 
 def rollback(name: str, to: int | None = None) -> int:
     """Make the champion's predecessor, or version `to`, the champion again."""
-    from pipeline.evaluate.promotion import roll_back
+    from ddpm_pipeline.evaluate.promotion import roll_back
 
     use_running_stack()
     echo(roll_back(name, to=to))

@@ -12,15 +12,15 @@ from typing import Any
 
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from infra.local import check_ray
-from jobs.cluster_address import ADDRESS_VARIABLE, dashboard_address, settle_address
-from jobs.progress_bar import MARK, clock, progress_of
-from jobs.runner import DONE, FAILED
-from jobs.server import UNREACHABLE, JobServer, reason
-from pipeline.errors import Outage, UserError
-from pipeline.progress import Progress
-from pipeline.telemetry.redaction import redact
-from pipeline.telemetry.terminal import echo, echo_json
+from ddpm_pipeline.errors import Outage, UserError
+from ddpm_pipeline.infra.local import check_ray
+from ddpm_pipeline.jobs.cluster_address import ADDRESS_VARIABLE, dashboard_address, settle_address
+from ddpm_pipeline.jobs.progress_bar import MARK, clock, progress_of
+from ddpm_pipeline.jobs.runner import DONE, FAILED
+from ddpm_pipeline.jobs.server import UNREACHABLE, JobServer, reason
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.telemetry.redaction import redact
+from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 # A warning about actors that Ray Data starts itself, for each of its pools. Their arguments are held until they end, so

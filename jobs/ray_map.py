@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from jobs.ray_session import ray_cluster, require_resources
-from pipeline.config.evaluation import EvaluateConfig
-from pipeline.errors import DamageError, JobError, UserError
-from pipeline.parallel import MapWorkers, ParallelMap, serial_map
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.config.evaluation import EvaluateConfig
+from ddpm_pipeline.errors import DamageError, JobError, UserError
+from ddpm_pipeline.jobs.ray_session import ray_cluster, require_resources
+from ddpm_pipeline.parallel import MapWorkers, ParallelMap, serial_map
+from ddpm_pipeline.telemetry.terminal import echo
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -135,14 +135,14 @@ def _cpu_map(num_workers: int, section: str) -> ParallelMap:
 
 def measuring_gpu() -> str:
     """Name of this process's GPU."""
-    from pipeline.devices import measuring  # imports torch
+    from ddpm_pipeline.devices import measuring  # imports torch
 
     return measuring.measuring_gpu()
 
 
 def _gpu_of_cluster(gpus_per_task: float, section: str) -> str:
     """Name of the cluster's GPUs, once they are checked. UserError if they cannot do the work, or are of two models."""
-    from pipeline.cluster import Workers, require_fit_workers
+    from ddpm_pipeline.cluster import Workers, require_fit_workers
 
     setting = f"{section}.gpus_per_task"
     kinds = require_fit_workers(Workers(1, gpus_per_task, setting), threading.Event())
@@ -165,7 +165,7 @@ def _cluster_has_gpus() -> bool:
     """Whether the cluster has a GPU, or may add one."""
     import ray
 
-    from pipeline.cluster import grows
+    from ddpm_pipeline.cluster import grows
 
     return ray.cluster_resources().get("GPU", 0.0) > 0 or grows()
 

@@ -24,16 +24,16 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from infra.local import check_ray
-from infra.local.ray import LOOPBACK_SETTINGS
-from infra.local.service import listens
-from jobs.cluster_address import DRIVER_VARIABLE, settle_token
-from jobs.staging import stage_program
-from pipeline.errors import JobError, Outage, UserError
-from pipeline.retry import START_VARIABLE, retry_during_outage, start_seconds
-from pipeline.telemetry.logs import FORM_VARIABLE, as_json
-from pipeline.telemetry.redaction import redact
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.errors import JobError, Outage, UserError
+from ddpm_pipeline.infra.local import check_ray
+from ddpm_pipeline.infra.local.ray import LOOPBACK_SETTINGS
+from ddpm_pipeline.infra.local.service import listens
+from ddpm_pipeline.jobs.cluster_address import DRIVER_VARIABLE, settle_token
+from ddpm_pipeline.jobs.staging import stage_program
+from ddpm_pipeline.retry import START_VARIABLE, retry_during_outage, start_seconds
+from ddpm_pipeline.telemetry.logs import FORM_VARIABLE, as_json
+from ddpm_pipeline.telemetry.redaction import redact
+from ddpm_pipeline.telemetry.terminal import echo
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,9 @@ def shared_variables() -> dict[str, str]:
     """
     found = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
     with suppress(UserError):  # invalid S3 settings: reported where S3 is used
-        from pipeline.store.s3_client import location_variables  # boto3 takes a quarter of a second to import
+        from ddpm_pipeline.store.s3_client import (
+            location_variables,  # boto3 takes a quarter of a second to import
+        )
 
         found |= location_variables()
     for name in [name for name, value in found.items() if "@" in urlsplit(value).netloc]:
@@ -209,15 +211,14 @@ def _environment(address: str) -> Generator[dict[str, Any] | None]:
         yield {"env_vars": shared_variables()}
         return
     with tempfile.TemporaryDirectory(prefix="ddpm-driver-") as folder:
-        modules = [str(package) for package in stage_program(Path(folder))]
-        yield {"env_vars": shared_variables(), "py_modules": modules}
+        yield {"env_vars": shared_variables(), "py_modules": [str(stage_program(Path(folder)))]}
 
 
 def require_resources(num_workers: int, cpus_each: float, gpus_each: float, section: str) -> None:
     """Refuse a request that exceeds the cluster's present size; an autoscaling one is trusted to grow."""
     import ray
 
-    from pipeline.cluster import GROWS_VARIABLE, grows
+    from ddpm_pipeline.cluster import GROWS_VARIABLE, grows
 
     have = ray.cluster_resources()
     for kind, each in (("CPU", cpus_each), ("GPU", gpus_each)):

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from jobs.runner import DONE, FAILED
-from pipeline.telemetry.terminal import echo
-from pipeline.tracking import Replayed, replay_all, spool_folder
+from ddpm_pipeline.jobs.runner import DONE, FAILED
+from ddpm_pipeline.telemetry.terminal import echo
+from ddpm_pipeline.tracking import Replayed, replay_all, spool_folder
 
 
 def run(folder: Path | None) -> int:

@@ -9,23 +9,23 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import yaml
 
-from infra.local import export_environment
-from infra.local.stack_state import read_state
-from jobs.progress_bar import progress_of
-from pipeline.config.base import Settings
-from pipeline.config.data import PackConfig
-from pipeline.config.distill_job import DistillConfig
-from pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, PromoteConfig, TuneConfig
-from pipeline.config.generation import GenerateConfig, SampleConfig
-from pipeline.config.load import load_settings
-from pipeline.config.nights import NightlyConfig
-from pipeline.config.training import TrainConfig
-from pipeline.disk_errors import disk_error
-from pipeline.errors import DiskFull, OneLineError, Outage, UserError
-from pipeline.progress import Progress
-from pipeline.telemetry.logs import as_json, set_up_logging
-from pipeline.telemetry.terminal import echo, echo_json
-from pipeline.tracking import TrackingError
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.distill_job import DistillConfig
+from ddpm_pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, PromoteConfig, TuneConfig
+from ddpm_pipeline.config.generation import GenerateConfig, SampleConfig
+from ddpm_pipeline.config.load import load_settings
+from ddpm_pipeline.config.nights import NightlyConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.disk_errors import disk_error
+from ddpm_pipeline.errors import DiskFull, OneLineError, Outage, UserError
+from ddpm_pipeline.infra.local import export_environment
+from ddpm_pipeline.infra.local.stack_state import read_state
+from ddpm_pipeline.jobs.progress_bar import progress_of
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.telemetry.logs import as_json, set_up_logging
+from ddpm_pipeline.telemetry.terminal import echo, echo_json
+from ddpm_pipeline.tracking import TrackingError
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Settings)
@@ -35,7 +35,7 @@ INTERRUPTED = 130
 """As the shell reports a process that ended on SIGINT."""
 STOPPED = 143  # as the shell reports a process that ended on SIGTERM
 LOCAL = Path(".local")
-PROGRAM = ("-m", "jobs.cli")
+PROGRAM = ("-m", "ddpm_pipeline.jobs.cli")
 """What Python is given to run the command line where `ddpm` may not be on PATH."""
 SECTIONS: dict[str, type[Settings]] = {
     "pack": PackConfig,
@@ -97,7 +97,7 @@ class JobArguments:
 
 def presets() -> dict[str, Path]:
     """The presets that come with the program, by name."""
-    folder = Path(str(files("jobs").joinpath("presets")))
+    folder = Path(str(files("ddpm_pipeline.jobs").joinpath("presets")))
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
@@ -127,7 +127,7 @@ def preset_uses_gpus(call: JobArguments) -> bool:
 
 
 def command_of(section: str) -> tuple[str, ...]:
-    """The words after `ddpm`, or after `python -m jobs.cli`, that run the job of a settings section."""
+    """The words after `ddpm`, or after `python -m ddpm_pipeline.jobs.cli`, that run the job of a settings section."""
     return _COMMANDS.get(section, (section,))
 
 
@@ -159,7 +159,10 @@ def handle_errors(work: Callable[[], int]) -> int:
 
 def _unfit_machine(error: Exception) -> UserError | None:
     """The error for a GPU that this machine's driver or torch cannot use, in one line; None if it is none."""
-    from pipeline.devices.remedies import fact_of, unfit_remedy  # imports torch, as what raised the error did
+    from ddpm_pipeline.devices.remedies import (  # imports torch, as what raised the error did
+        fact_of,
+        unfit_remedy,
+    )
 
     remedy = unfit_remedy(error)
     return None if remedy is None else UserError(f"this machine: {fact_of(error)}; {remedy}")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.staging import entrypoint, stage_launcher
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.staging import entrypoint, stage_launcher
 
 POLL_SECONDS = 0.2
 SCRIPT_FILE = "script.py"

@@ -10,8 +10,8 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from pipeline.errors import Outage, UserError
-from pipeline.telemetry.redaction import redact
+from ddpm_pipeline.errors import Outage, UserError
+from ddpm_pipeline.telemetry.redaction import redact
 
 MOST_CHARACTERS = 200
 REFUSED = re.compile(r"status code 4\d\d")  # Ray keeps the status in its message alone

@@ -4,16 +4,17 @@ Whatever else is in a package's folder (keys that a script made, caches, an edit
 what it is handed where every user of the cluster can read it.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import infra
-import jobs
-import pipeline
+import ddpm_pipeline
 
-PACKAGES = {"pipeline": pipeline, "jobs": jobs, "infra": infra}
-DATA = {"jobs": "presets/*.yaml", "pipeline": "templates/*"}
+PACKAGE = ddpm_pipeline.__name__
+PARTS = ("", "jobs", "infra")
+"""Folders of the package. In a checkout the last two are links to folders beside it."""
+DATA = ("templates/*", "jobs/presets/*.yaml")
 """Files beside the modules, as pyproject.toml's package-data lists them."""
 LAUNCHER_FILE = "launch.sh"
 # Ray may have been started by its full path, with no `python` on PATH or with another one: the raylet, from which a
@@ -42,28 +43,25 @@ def entrypoint(*words: str) -> str:
     return " ".join(["sh", LAUNCHER_FILE, *words])
 
 
-def stage_program(folder: Path) -> list[Path]:
-    """Copy the packages to `folder`, which exists; returns the folder of each, as Ray's `py_modules` wants them."""
-    for name in PACKAGES:
-        for source, target in program_files(name):
-            copy = folder / target
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
-    return [folder / name for name in PACKAGES]
+def stage_program(folder: Path) -> Path:
+    """Copy the package into `folder`, which exists; returns the copy, for Ray's `py_modules`."""
+    for source, target in program_files():
+        copy = folder / PACKAGE / target
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
+    return folder / PACKAGE
 
 
-def program_files(name: str) -> Iterator[tuple[Path, str]]:
-    """The files of a package that travel, each with its path below the folder that holds the package."""
-    root = Path(str(PACKAGES[name].__file__)).parent.resolve()
-    modules = (file for file in root.rglob("*.py") if _is_module(file, root))
-    for source in sorted([*modules, *root.glob(DATA.get(name, "no data"))]):
-        if source.is_file() and source.resolve().is_relative_to(root):  # a link may lead anywhere
-            yield source, f"{name}/{source.relative_to(root).as_posix()}"
-
-
-def _is_module(file: Path, root: Path) -> bool:
-    """Whether Python could import this file as a part of the package."""
-    if not file.stem.isidentifier():
-        return False
-    folders = [parent for parent in file.parents if parent.is_relative_to(root)]
-    return all((parent / "__init__.py").is_file() for parent in folders)
+def program_files() -> Iterator[tuple[Path, str]]:
+    """The files that travel, each with its path below the package."""
+    root = Path(str(ddpm_pipeline.__file__)).parent
+    homes = [(root / part).resolve() for part in PARTS]
+    found = [file for pattern in DATA for file in root.glob(pattern)]
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        here = Path(folder)
+        subfolders[:] = [name for name in subfolders if (here / name / "__init__.py").is_file()]
+        found += [here / name for name in names if name.endswith(".py") and name[:-3].isidentifier()]
+    for source in sorted(found):
+        # A link may lead anywhere.
+        if source.is_file() and any(source.resolve().is_relative_to(home) for home in homes):
+            yield source, source.relative_to(root).as_posix()

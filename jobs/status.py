@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from infra.local import LocalStack, sign_in
-from jobs.progress_bar import clock
-from jobs.runner import DONE, FAILED, LOCAL, use_running_stack
-from pipeline.generate import generation_status as status
-from pipeline.generate.generation_status import GenerationStatus
-from pipeline.telemetry.terminal import echo, echo_json
+from ddpm_pipeline.generate import generation_status as status
+from ddpm_pipeline.generate.generation_status import GenerationStatus
+from ddpm_pipeline.infra.local import LocalStack, sign_in
+from ddpm_pipeline.jobs.progress_bar import clock
+from ddpm_pipeline.jobs.runner import DONE, FAILED, LOCAL, use_running_stack
+from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 
 def stack_status(as_json: bool) -> int:

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.ray_session import SUBMITTED
-from jobs.runner import DONE
-from jobs.scripts import next_name, printed_by, start_script, statuses, wait_for
-from pipeline.errors import UserError
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.ray_session import SUBMITTED
+from ddpm_pipeline.jobs.runner import DONE
+from ddpm_pipeline.jobs.scripts import next_name, printed_by, start_script, statuses, wait_for
+from ddpm_pipeline.telemetry.terminal import echo
 
 ASK_SECONDS = 60.0
 """For the script to start; slow on a busy node."""
@@ -25,8 +25,8 @@ name, signaled = json.loads(sys.argv[1]), 0
 for process in psutil.process_iter():
     try:
         words = process.cmdline()
-        # jobs.cli, or the job's own module where an earlier version submitted it
-        driver = "-m" in words and words[words.index("-m") + 1].startswith("jobs.")
+        # jobs.cli, or the job's own module, where an earlier version submitted it
+        driver = "-m" in words and words[words.index("-m") + 1].startswith(("ddpm_pipeline.jobs.", "jobs."))
         if driver and process.environ().get("{SUBMITTED}") == name:
             process.send_signal(signal.SIGTERM)
             signaled += 1

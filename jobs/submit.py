@@ -24,29 +24,29 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.cluster_address import ask
-from jobs.progress_bar import MODE_VARIABLE
-from jobs.ray_jobs import follow, job_client
-from jobs.ray_session import SUBMITTED, shared_variables
-from jobs.runner import DONE, PROGRAM, command_of
-from jobs.scripts import names_of, next_name, printed_by, start_script, statuses, wait_for
-from jobs.staging import entrypoint, stage_launcher, stage_program
-from pipeline.config.base import Settings
-from pipeline.config.data import PackConfig
-from pipeline.config.distill_job import DistillConfig
-from pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, PromoteConfig, TuneConfig
-from pipeline.config.generation import GenerateConfig
-from pipeline.config.nights import NightlyConfig
-from pipeline.config.training import TrainConfig
-from pipeline.errors import DamageError, UserError
-from pipeline.features.reference_set import data_root
-from pipeline.generate.model_source import resolve_model
-from pipeline.store import open_store
-from pipeline.telemetry.redaction import redact
-from pipeline.telemetry.terminal import echo
-from pipeline.tracking import TrackingError
-from pipeline.tracking.lineage import SOURCE_VARIABLE, source_tags
-from pipeline.train.training_plan import plan_training
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.distill_job import DistillConfig
+from ddpm_pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, PromoteConfig, TuneConfig
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.nights import NightlyConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.features.reference_set import data_root
+from ddpm_pipeline.generate.model_source import resolve_model
+from ddpm_pipeline.jobs.cluster_address import ask
+from ddpm_pipeline.jobs.progress_bar import MODE_VARIABLE
+from ddpm_pipeline.jobs.ray_jobs import follow, job_client
+from ddpm_pipeline.jobs.ray_session import SUBMITTED, shared_variables
+from ddpm_pipeline.jobs.runner import DONE, PROGRAM, command_of
+from ddpm_pipeline.jobs.scripts import names_of, next_name, printed_by, start_script, statuses, wait_for
+from ddpm_pipeline.jobs.staging import entrypoint, stage_launcher, stage_program
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.telemetry.redaction import redact
+from ddpm_pipeline.telemetry.terminal import echo
+from ddpm_pipeline.tracking import TrackingError
+from ddpm_pipeline.tracking.lineage import SOURCE_VARIABLE, source_tags
+from ddpm_pipeline.train.training_plan import plan_training
 
 SETTINGS_FILE = "settings.yaml"
 SETTINGS_DIGEST = "settings_sha256"

@@ -11,16 +11,16 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
-from jobs.ray_map import measuring_workers
-from jobs.ray_session import SUBMITTED, on_stop_signal, ray_cluster, require_resources
-from jobs.runner import DONE, STOPPED, JobArguments, run_job
-from pipeline.config.evaluation import GateConfig
-from pipeline.config.training import TrainConfig
-from pipeline.progress import Progress
-from pipeline.telemetry.terminal import echo
-from pipeline.tracking import ModelVersion
-from pipeline.train.dry_run import estimate
-from pipeline.train.training_driver import TrainingDriver, TrainingResult
+from ddpm_pipeline.config.evaluation import GateConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.jobs.ray_map import measuring_workers
+from ddpm_pipeline.jobs.ray_session import SUBMITTED, on_stop_signal, ray_cluster, require_resources
+from ddpm_pipeline.jobs.runner import DONE, STOPPED, JobArguments, run_job
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.telemetry.terminal import echo
+from ddpm_pipeline.tracking import ModelVersion
+from ddpm_pipeline.train.dry_run import estimate
+from ddpm_pipeline.train.training_driver import TrainingDriver, TrainingResult
 
 
 def run_call(call: JobArguments, local: bool = False) -> int:
@@ -87,7 +87,7 @@ def _cluster(
 
 
 def _run_gate(used_gpus: bool, gate: GateConfig, version: ModelVersion) -> str:
-    from pipeline.evaluate.promotion import promote_after_training  # not needed for a first model
+    from ddpm_pipeline.evaluate.promotion import promote_after_training  # not needed for a first model
 
     workers = partial(measuring_workers, gate.evaluate, "train.gate.evaluate")
     return promote_after_training(gate, version, workers, used_gpus)

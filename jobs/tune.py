@@ -2,11 +2,11 @@
 
 from functools import partial
 
-from jobs.ray_map import measuring_workers
-from jobs.runner import DONE, JobArguments, preset_uses_gpus, run_job
-from pipeline.config.evaluation import TuneConfig
-from pipeline.progress import Progress
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.config.evaluation import TuneConfig
+from ddpm_pipeline.jobs.ray_map import measuring_workers
+from ddpm_pipeline.jobs.runner import DONE, JobArguments, preset_uses_gpus, run_job
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.telemetry.terminal import echo
 
 
 def run_call(call: JobArguments) -> int:
@@ -20,7 +20,7 @@ def run_call(call: JobArguments) -> int:
 
 def run(config: TuneConfig, progress: Progress, used_gpus: bool = False) -> int:
     """Try every candidate, print the table, store table, plot and preset."""
-    from pipeline.evaluate.sampler_search import preset, save_search, search_samplers, table
+    from ddpm_pipeline.evaluate.sampler_search import preset, save_search, search_samplers, table
 
     evaluate = config.evaluate.model_copy(update={"num_workers": config.num_workers})
     workers = partial(measuring_workers, evaluate, "tune")

@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from jobs.progress_bar import progress_of
-from jobs.runner import DONE, FAILED, REFUSED, use_running_stack
-from pipeline.generate.regenerate import regenerate
-from pipeline.generate.verification import VerifyReport, discard_damaged, verify
-from pipeline.progress import Progress
-from pipeline.telemetry.terminal import echo, echo_json
+from ddpm_pipeline.generate.regenerate import regenerate
+from ddpm_pipeline.generate.verification import VerifyReport, discard_damaged, verify
+from ddpm_pipeline.jobs.progress_bar import progress_of
+from ddpm_pipeline.jobs.runner import DONE, FAILED, REFUSED, use_running_stack
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 _SHOWN = 50
 
@@ -44,10 +44,12 @@ def run(
 
 def _regenerate_on_gpu(report: VerifyReport, count: int, model: str | None, progress: Progress) -> None:
     """On a worker of the recorded kind, in the cluster that RAY_ADDRESS names: this machine may have no GPU."""
-    from jobs.ray_session import ray_cluster
+    from ddpm_pipeline.jobs.ray_session import ray_cluster
 
     with ray_cluster():
-        from pipeline.generate.regenerate_on_gpu import compare_on_gpu  # imports Ray; see jobs.ray_session
+        from ddpm_pipeline.generate.regenerate_on_gpu import (
+            compare_on_gpu,  # imports Ray; see ddpm_pipeline.jobs.ray_session
+        )
 
         regenerate(report, count, model, progress=progress, compare=compare_on_gpu)
 

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import DiskFull, Outage, UserError
+from ddpm_pipeline.errors import DiskFull, Outage, UserError
 
 _ELSEWHERE = "choose another place"
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -32,7 +32,7 @@ def csp_hash(text: str) -> Markup:
 @functools.cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("pipeline"),
+        loader=PackageLoader("ddpm_pipeline"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -14,7 +14,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
 
 SAFE_VARIABLE = "DDPM_SAFE_FOLDERS"
 """Folders, separated by ':', that are trusted whoever owns them, like git's safe.directory."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from pipeline.errors import Outage, UserError
+from ddpm_pipeline.errors import Outage, UserError
 
 T = TypeVar("T")
 OnRetry = Callable[[Exception, float], None]

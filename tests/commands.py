@@ -2,7 +2,7 @@
 
 import typer.main
 
-from jobs.cli import app
+from ddpm_pipeline.jobs.cli import app
 
 
 def ddpm(*words: str) -> int:

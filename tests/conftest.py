@@ -8,10 +8,10 @@ from unittest import mock
 
 import pytest
 
-from infra.local import LocalStack, export_environment
-from infra.local.ray import LOOPBACK_SETTINGS
-from pipeline.errors import UserError
-from pipeline.retry import START_VARIABLE
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import LocalStack, export_environment
+from ddpm_pipeline.infra.local.ray import LOOPBACK_SETTINGS
+from ddpm_pipeline.retry import START_VARIABLE
 from tests.chronicle import PROPERTY
 from tests.driving import ended_after
 from tests.effort import LONG_VARIABLE

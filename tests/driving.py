@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 
-from infra.local import LocalStack
-from infra.local.ray import remove_temp_dir
-from infra.local.stack_state import read_state
-from jobs.runner import PROGRAM
-from pipeline.config.base import Settings
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.infra.local.ray import remove_temp_dir
+from ddpm_pipeline.infra.local.stack_state import read_state
+from ddpm_pipeline.jobs.runner import PROGRAM
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +84,7 @@ def guarded(local: LocalStack, keeper_pid: int) -> subprocess.Popen[bytes]:
     command = [
         sys.executable,
         "-m",
-        "infra.local",
+        "ddpm_pipeline.infra.local",
         "guard",
         "--root",
         str(local.root),

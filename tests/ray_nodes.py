@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.local import LocalStack, ports, processes, ray, service
-from infra.local.service import Service
-from infra.local.stack_state import locked, read_state
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import LocalStack, ports, processes, ray, service
+from ddpm_pipeline.infra.local.service import Service
+from ddpm_pipeline.infra.local.stack_state import locked, read_state
 
 _PREFIX = "ray-node-"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.private_files import (
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.private_files import (
     SAFE_VARIABLE,
     STATE_VARIABLE,
     open_private,

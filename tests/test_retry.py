@@ -2,11 +2,11 @@
 
 import pytest
 
-from jobs.runner import FAILED, REFUSED, handle_errors
-from pipeline import retry
-from pipeline.errors import UserError
-from pipeline.retry import Retries, RetryPolicy, call_with_retries
-from pipeline.store import StoreUnreachable, retry_during_outage
+from ddpm_pipeline import retry
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.runner import FAILED, REFUSED, handle_errors
+from ddpm_pipeline.retry import Retries, RetryPolicy, call_with_retries
+from ddpm_pipeline.store import StoreUnreachable, retry_during_outage
 
 
 class Clock:

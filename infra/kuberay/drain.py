@@ -1,4 +1,6 @@
-"""Before a pod ends, let the jobs of its cluster save: `python -m infra.kuberay.drain head|worker SECONDS`.
+"""Before a pod ends, let the jobs of its cluster save.
+
+    python -m ddpm_pipeline.infra.kuberay.drain head|worker SECONDS
 
 The preStop hook of every Ray pod. Kubernetes' own SIGTERM would reach Ray, which kills its jobs. So the
 head stops them through the job server, whose SIGTERM drivers answer with a checkpoint; and since a save needs the
@@ -67,7 +69,7 @@ def _ask(url: str, token: str, body: bytes | None = None) -> Any:
 def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Exit code 0 when all jobs ended (for a worker also: when the head is gone), 1 otherwise, 2 for bad arguments."""
     if len(argv) != 2 or argv[0] not in ("head", "worker"):
-        print("usage: python -m infra.kuberay.drain head|worker SECONDS", file=sys.stderr)
+        print("usage: python -m ddpm_pipeline.infra.kuberay.drain head|worker SECONDS", file=sys.stderr)
         return 2
     is_head, seconds = argv[0] == "head", float(argv[1])
     host = "127.0.0.1" if is_head else environ.get("FQ_RAY_IP", "127.0.0.1")  # KubeRay's name of the head

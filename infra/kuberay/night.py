@@ -1,4 +1,6 @@
-"""Create tonight's RayJob: a dated copy of a suspended one, `python -m infra.kuberay.night PATTERN PREFIX`.
+"""Create tonight's RayJob: a dated copy of a suspended one.
+
+    python -m ddpm_pipeline.infra.kuberay.night PATTERN PREFIX
 
 Runs in the CronJob's pod with an account that may read this one pattern and create RayJobs, nothing else. The date
 is the scheduled one, also when the pod starts after midnight, and a second start on the same night finds the job
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TIMEOUT_SECONDS = 30.0
@@ -117,7 +119,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 when the night's job exists, 2 when it could not be created."""
     if len(argv) != 2:
-        print("usage: python -m infra.kuberay.night PATTERN PREFIX", file=sys.stderr)
+        print("usage: python -m ddpm_pipeline.infra.kuberay.night PATTERN PREFIX", file=sys.stderr)
         return 2
     try:
         print(launch(Api.of_pod(), argv[0], argv[1]))

@@ -1,4 +1,6 @@
-"""`python -m infra.local up|status|down|env|remove|guard`: the stack without the rest of the command line.
+"""The stack without the rest of the command line.
+
+    python -m ddpm_pipeline.infra.local up|status|down|env|remove|guard
 
 `remove` also deletes all data; `guard --pid N` does so once process N has ended (for tests).
 """
@@ -8,16 +10,16 @@ import shlex
 import sys
 from pathlib import Path
 
-from infra.local import processes
-from infra.local.client_environment import environment, sign_in
-from infra.local.stack import LocalStack
-from pipeline.errors import UserError
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import processes
+from ddpm_pipeline.infra.local.client_environment import environment, sign_in
+from ddpm_pipeline.infra.local.stack import LocalStack
+from ddpm_pipeline.telemetry.terminal import echo
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 for success, 1 where `status` finds something stopped, 2 for a user's error."""
-    parser = argparse.ArgumentParser(prog="python -m infra.local", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ddpm_pipeline.infra.local", description=__doc__)
     parser.add_argument("command", choices=["up", "status", "down", "env", "remove", "guard"])
     parser.add_argument(
         "--root", type=Path, default=Path(".local"), help="where state, data and logs are kept"

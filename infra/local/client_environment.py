@@ -5,16 +5,16 @@ import shlex
 from collections.abc import Collection, Mapping, MutableMapping
 from pathlib import Path
 
-from infra.local import ports, processes, ray, s3_gateway, service
-from infra.local.credentials import (
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import ports, processes, ray, s3_gateway, service
+from ddpm_pipeline.infra.local.credentials import (
     MLFLOW_USER,
     mlflow_password,
     mlflow_password_path,
     ray_token_path,
     s3_keys,
 )
-from infra.local.stack_state import State, own_root, read_state
-from pipeline.errors import UserError
+from ddpm_pipeline.infra.local.stack_state import State, own_root, read_state
 
 REPLACED_WITH_S3 = (
     "AWS_PROFILE",

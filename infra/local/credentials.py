@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from infra.tracking.access import user_line
-from pipeline.config.base import Settings
-from pipeline.config.json_document import first_fault
-from pipeline.errors import UserError
-from pipeline.private_files import private_folder, read_private
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.json_document import first_fault
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.tracking.access import user_line
+from ddpm_pipeline.private_files import private_folder, read_private
 
 MLFLOW_USER = "ddpm"
 """The local MLflow's one user."""

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from infra.local import service
-from infra.local.credentials import mlflow_users_path
-from infra.local.service import Service
-from infra.tracking.app import USERS_VARIABLE
+from ddpm_pipeline.infra.local import service
+from ddpm_pipeline.infra.local.credentials import mlflow_users_path
+from ddpm_pipeline.infra.local.service import Service
+from ddpm_pipeline.infra.tracking.app import USERS_VARIABLE
 
 PORTS = ("mlflow",)
 
@@ -24,7 +24,15 @@ def mlflow_service(
     open this store. Only the server gets them from here: MLflow's clients need its URL and password alone.
     """
     url = f"http://127.0.0.1:{ports['mlflow']}"
-    argv = [sys.executable, "-m", "infra.tracking", "--host", "127.0.0.1", "--port", str(ports["mlflow"])]
+    argv = [
+        sys.executable,
+        "-m",
+        "ddpm_pipeline.infra.tracking",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(ports["mlflow"]),
+    ]
     argv += ["--workers", "1", "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"]
     argv += ["--artifacts-destination", artifacts]
     own = {

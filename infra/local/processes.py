@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.config.base import Settings
+from ddpm_pipeline.config.base import Settings
 
 MARK_VARIABLE = "DDPM_SERVICE_MARK"
 """Set to a random value in everything a service starts, so that its orphans are still recognized."""

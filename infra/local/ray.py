@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from infra.local import service
-from infra.local.service import Service
-from pipeline.errors import Outage, UserError
-from pipeline.private_files import private_folder
+from ddpm_pipeline.errors import Outage, UserError
+from ddpm_pipeline.infra.local import service
+from ddpm_pipeline.infra.local.service import Service
+from ddpm_pipeline.private_files import private_folder
 
 _NODE_PORTS = ("object-manager", "node-manager", "agent-http", "agent-grpc", "runtime-env", "metrics")
 PORTS = ("ray", "ray-dashboard", "ray-client", *(f"ray-{end}" for end in _NODE_PORTS))

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra.local import service
-from infra.local.credentials import S3Keys
-from infra.local.service import Service
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import service
+from ddpm_pipeline.infra.local.credentials import S3Keys
+from ddpm_pipeline.infra.local.service import Service
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

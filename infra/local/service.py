@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from infra.local import processes
-from infra.local.processes import ProcessIdentity
-from infra.local.stack_state import ServiceRecord
-from pipeline.errors import UserError
+import ddpm_pipeline
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import processes
+from ddpm_pipeline.infra.local.processes import ProcessIdentity
+from ddpm_pipeline.infra.local.stack_state import ServiceRecord
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+_PACKAGES = Path(ddpm_pipeline.__file__).parents[1]
+"""The folder that holds the program: the repository, or an environment's site-packages."""
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
 
 
@@ -115,9 +117,9 @@ def without_proxy(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _paths(environ: Mapping[str, str]) -> dict[str, str]:
-    # Jobs are started as `python -m jobs.cli train`: the same Python and the same code as this one.
+    # Jobs are started as `python -m ddpm_pipeline.jobs.cli train`: the same Python and the same code as this one.
     programs = [str(Path(sys.executable).parent), environ.get("PATH", os.defpath)]
-    modules = [str(REPOSITORY), *filter(None, [environ.get("PYTHONPATH")])]
+    modules = [str(_PACKAGES), *filter(None, [environ.get("PYTHONPATH")])]
     return {
         "PATH": os.pathsep.join(programs),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(modules)),

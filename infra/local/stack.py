@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from infra.local import client_environment, ports, processes, ray
-from infra.local.credentials import ray_token_path, s3_keys
-from infra.local.mlflow import PORTS as MLFLOW_PORTS
-from infra.local.mlflow import mlflow_service
-from infra.local.s3_gateway import PORTS as S3_PORTS
-from infra.local.s3_gateway import s3_service
-from infra.local.service import Service, start, wait_until_ready
-from infra.local.stack_state import (
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import client_environment, ports, processes, ray
+from ddpm_pipeline.infra.local.credentials import ray_token_path, s3_keys
+from ddpm_pipeline.infra.local.mlflow import PORTS as MLFLOW_PORTS
+from ddpm_pipeline.infra.local.mlflow import mlflow_service
+from ddpm_pipeline.infra.local.s3_gateway import PORTS as S3_PORTS
+from ddpm_pipeline.infra.local.s3_gateway import s3_service
+from ddpm_pipeline.infra.local.service import Service, start, wait_until_ready
+from ddpm_pipeline.infra.local.stack_state import (
     STATE_FILES,
     ServiceRecord,
     State,
@@ -26,7 +27,6 @@ from infra.local.stack_state import (
     read_state,
     write_state,
 )
-from pipeline.errors import UserError
 
 ALL_PORTS = (*S3_PORTS, *MLFLOW_PORTS, *ray.PORTS)
 _OWN_FOLDERS = ("s3", "mlflow", "mlflow-file", "files", "logs", "secrets")
@@ -217,7 +217,15 @@ class LocalStack:
         log = self.root / "logs" / "schedule.log"
         return Service(
             name="schedule",
-            argv=(sys.executable, "-u", "-m", "jobs.cli", "schedule", *state.schedule, "--catch-up"),
+            argv=(
+                sys.executable,
+                "-u",
+                "-m",
+                "ddpm_pipeline.jobs.cli",
+                "schedule",
+                *state.schedule,
+                "--catch-up",
+            ),
             settings=chosen,
             url="",
             log=log,

@@ -8,10 +8,10 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from infra.local.processes import ProcessIdentity
-from pipeline.config.base import Settings
-from pipeline.errors import UserError
-from pipeline.private_files import private_folder, private_lock, read_private, require_own
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local.processes import ProcessIdentity
+from ddpm_pipeline.private_files import private_folder, private_lock, read_private, require_own
 
 _MOST_BYTES = 1 << 20
 STATE_FILES = ("stack.json", "stack.json.new", "stack.lock")

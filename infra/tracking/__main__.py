@@ -1,10 +1,10 @@
-"""`python -m infra.tracking OPTIONS`: `mlflow server OPTIONS`, with the application of `infra.tracking.app`."""
+"""`python -m ddpm_pipeline.infra.tracking OPTIONS`: `mlflow server OPTIONS`, with the application in `app`."""
 
 import sys
 from pathlib import Path
 
-from infra.tracking.app import users_of_server
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.tracking.app import users_of_server
 
 # MLflow finds applications through the metadata of packages: this folder declares ours. MLflow's command line reads it
 # when imported, so the import comes below.

@@ -15,7 +15,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
 
 Role = Literal["viewer", "logger", "registrar", "admin"]
 """viewer: reads. logger: also creates experiments and runs and logs to them. registrar: also registers models and

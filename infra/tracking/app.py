@@ -1,4 +1,4 @@
-"""MLflow's web application behind the users and rules of `access`, which `python -m infra.tracking` serves.
+"""MLflow's web application behind the users and rules of `access`; `python -m ddpm_pipeline.infra.tracking` serves it.
 
 MLflow's own authentication (`--app-name basic-auth`) is not used: with it, every user may also have the
 server's assistant run shell commands, and no role may register models without deleting them.
@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from infra.tracking.access import OPEN_PATH, Right, Users, permits, read_users, right_for
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.tracking.access import OPEN_PATH, Right, Users, permits, read_users, right_for
 
 USERS_VARIABLE = "DDPM_MLFLOW_USERS"
 """Names the file of `read_users`."""

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli import cluster, datasets, machine, models, nightly_runs, sampling
-from jobs.runner import DONE, REFUSED, handle_errors, use_running_stack
-from pipeline.telemetry.logs import FORM_VARIABLE, JSON
+from ddpm_pipeline.jobs.cli import cluster, datasets, machine, models, nightly_runs, sampling
+from ddpm_pipeline.jobs.runner import DONE, REFUSED, handle_errors, use_running_stack
+from ddpm_pipeline.telemetry.logs import FORM_VARIABLE, JSON
 
 app = typer.Typer(
     name="ddpm",

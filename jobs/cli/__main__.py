@@ -1,5 +1,5 @@
-"""`python -m jobs.cli`: the same as `ddpm`."""
+"""`python -m ddpm_pipeline.jobs.cli`: the same as `ddpm`."""
 
-from jobs.cli import main
+from ddpm_pipeline.jobs.cli import main
 
 main()

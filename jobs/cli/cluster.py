@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import (
+from ddpm_pipeline.jobs.cli.options import (
     CLUSTER,
     SECTION_OF_COMMAND,
     Against,
@@ -21,9 +21,9 @@ from jobs.cli.options import (
     end,
     examples,
 )
-from jobs.cluster_address import use_cluster
-from jobs.runner import DONE, SECTIONS, JobArguments, print_settings, settings_of
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.jobs.cluster_address import use_cluster
+from ddpm_pipeline.jobs.runner import DONE, SECTIONS, JobArguments, print_settings, settings_of
+from ddpm_pipeline.telemetry.terminal import echo
 
 app = typer.Typer()
 submit_app = typer.Typer(help="Run a job on the cluster that RAY_JOB_ADDRESS names.", no_args_is_help=True)
@@ -95,7 +95,7 @@ def submit_evaluate(
     """Submit `ddpm evaluate` and follow it; Ctrl-C detaches."""
 
     def flags(call: JobArguments) -> list[str]:
-        from jobs.evaluate import output_of
+        from ddpm_pipeline.jobs.evaluate import output_of
 
         compared = ["--against", against] if against else []
         return ["--prefix", prefix or output_of(call), *compared]
@@ -109,7 +109,7 @@ def list_jobs(json: AsJson = False, cluster: Cluster = None) -> None:
 
     def work() -> int:
         use_cluster(cluster)  # first: Ray reads its way of authentication when it is imported
-        from jobs import ray_jobs
+        from ddpm_pipeline.jobs import ray_jobs
 
         return ray_jobs.print_jobs(ray_jobs.job_client(), json)
 
@@ -128,7 +128,7 @@ def logs(
 
     def work() -> int:
         use_cluster(cluster)  # first: Ray reads its way of authentication when it is imported
-        from jobs import ray_jobs
+        from ddpm_pipeline.jobs import ray_jobs
 
         client = ray_jobs.job_client()
         ray_jobs.require_job(client, job)
@@ -152,8 +152,8 @@ def stop(
 
     def work() -> int:
         use_cluster(cluster)  # first: Ray reads its way of authentication when it is imported
-        from jobs import ray_jobs
-        from jobs.stop import stop_job
+        from ddpm_pipeline.jobs import ray_jobs
+        from ddpm_pipeline.jobs.stop import stop_job
 
         client = ray_jobs.job_client()
         ray_jobs.require_job(client, job)
@@ -169,7 +169,7 @@ def replay(
     """Deliver metrics that ended jobs could not send to MLflow; exit code 1 if some remain or were lost."""
 
     def work() -> int:
-        from jobs.replay import run
+        from ddpm_pipeline.jobs.replay import run
 
         return run(folder)
 
@@ -184,7 +184,7 @@ def cleanup(
     """Close runs of dead jobs that are still RUNNING, and remove delivered spools of this machine."""
 
     def work() -> int:
-        from pipeline.tracking import close_stale_runs, spool_folder, sweep_spools
+        from ddpm_pipeline.tracking import close_stale_runs, spool_folder, sweep_spools
 
         closed = close_stale_runs(idle_minutes=idle_minutes)
         for run in closed:
@@ -207,7 +207,7 @@ def _submit(
 ) -> None:
     def work() -> int:
         use_cluster(cluster)
-        from jobs.submit import submit as run
+        from ddpm_pipeline.jobs.submit import submit as run
 
         call = JobArguments.of(words or [], config or [], dry_run)
         settings = settings_of(SECTIONS[job], job, call)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import DATA, AsJson, Config, DryRun, Words, end, end_job, examples
+from ddpm_pipeline.jobs.cli.options import DATA, AsJson, Config, DryRun, Words, end, end_job, examples
 
 app = typer.Typer()
 LabelField = Annotated[str | None, typer.Option(help="Field of a sample's json that holds its class.")]
@@ -30,7 +30,7 @@ def pack(
     ] = False,
 ) -> None:
     """Pack images (folders, archives, parquet, arrays; on disk, in S3, on the web) into shards."""
-    from jobs.pack import list_datasets, run_call
+    from ddpm_pipeline.jobs.pack import list_datasets, run_call
 
     if list_:
         end(list_datasets)
@@ -69,7 +69,7 @@ def index(
     ] = None,
 ) -> None:
     """Make the index of existing WebDataset tars."""
-    from jobs.dataset import index as run
+    from ddpm_pipeline.jobs.dataset import index as run
 
     end(lambda: run(uri, label_field, pixels, fresh, image, skip_unreadable, dest))
 
@@ -82,6 +82,6 @@ def inspect(
     json: AsJson = False,
 ) -> None:
     """Print what a data set contains, and what is damaged in it."""
-    from jobs.dataset import inspect_dataset
+    from ddpm_pipeline.jobs.dataset import inspect_dataset
 
     end(lambda: inspect_dataset(uri, sheet, label_field, json))

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import MACHINE, AsJson, Store, end, examples
-from jobs.runner import DONE, LOCAL
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.jobs.cli.options import MACHINE, AsJson, Store, end, examples
+from ddpm_pipeline.jobs.runner import DONE, LOCAL
+from ddpm_pipeline.telemetry.terminal import echo
 
 app = typer.Typer()
 
@@ -16,7 +16,7 @@ app = typer.Typer()
 @app.command(rich_help_panel=MACHINE, epilog=examples("ddpm demo", "ddpm demo --store file"))
 def demo(store: Store = None) -> None:
     """Run everything once: stack, data, training, generation, verification, evaluation."""
-    from jobs.demo import demo as run
+    from ddpm_pipeline.jobs.demo import demo as run
 
     end(lambda: run(store))
 
@@ -35,7 +35,7 @@ def up(
     ] = None,
 ) -> None:
     """Start the local stack (S3, MLflow, Ray) on loopback, unless it is running."""
-    from infra.local import LocalStack, sign_in
+    from ddpm_pipeline.infra.local import LocalStack, sign_in
 
     def work() -> int:
         words = None if schedule is None else [] if schedule == "off" else shlex.split(schedule)
@@ -55,7 +55,7 @@ def status(
     json: AsJson = False,
 ) -> None:
     """Print the state of the local stack, or the progress of the generation at PREFIX."""
-    from jobs.status import generation_status, stack_status
+    from ddpm_pipeline.jobs.status import generation_status, stack_status
 
     end(lambda: stack_status(json) if prefix is None else generation_status(prefix, json))
 
@@ -66,7 +66,7 @@ def doctor(
     write: Annotated[bool, typer.Option("--write", help="Also try writing to the data root.")] = False,
 ) -> None:
     """Check credentials, buckets, MLflow, Ray, GPUs, versions, clock and disk, and print what to fix."""
-    from jobs.doctor import doctor as run
+    from ddpm_pipeline.jobs.doctor import doctor as run
 
     end(lambda: run(json, write))
 
@@ -74,7 +74,7 @@ def doctor(
 @app.command(rich_help_panel=MACHINE, epilog=examples("ddpm down"))
 def down() -> None:
     """Stop what `ddpm up` started, and nothing else. Data stays."""
-    from infra.local import LocalStack
+    from ddpm_pipeline.infra.local import LocalStack
 
     def work() -> int:
         echo(f"stopped: {', '.join(LocalStack(LOCAL).down()) or 'nothing was running'}")
@@ -87,7 +87,7 @@ def down() -> None:
 @app.command(rich_help_panel=MACHINE, epilog=examples("ddpm clean"))
 def clean() -> None:
     """Stop the local stack and remove its data, logs and keys."""
-    from infra.local import LocalStack
+    from ddpm_pipeline.infra.local import LocalStack
 
     def work() -> int:
         LocalStack(LOCAL).remove()
@@ -105,7 +105,7 @@ def schema(
     folder: Annotated[Path, typer.Argument(help="Folder for the schema; created if missing.")] = Path("."),
 ) -> None:
     """Write the JSON schema with which editors complete and check settings files."""
-    from jobs.config_docs import write_schema
+    from ddpm_pipeline.jobs.config_docs import write_schema
 
     end(lambda: write_schema(folder))
 

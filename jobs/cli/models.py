@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import MODELS, AsJson, Config, DryRun, Words, end, end_job, examples
+from ddpm_pipeline.jobs.cli.options import MODELS, AsJson, Config, DryRun, Words, end, end_job, examples
 
 app = typer.Typer()
 features_app = typer.Typer(help="Feature networks, with which images are evaluated.", no_args_is_help=True)
@@ -29,7 +29,7 @@ def train(
     local: Local = False,
 ) -> None:
     """Train a model on the Ray cluster and register it. Resumes after an interruption."""
-    from jobs.train import run_call
+    from ddpm_pipeline.jobs.train import run_call
 
     end_job(lambda call: run_call(call, local=local), words, config, dry_run, json)
 
@@ -50,7 +50,7 @@ def distill(
     local: Local = False,
 ) -> None:
     """Train a model of one to four steps to follow a trained one, and register it. Resumes after an interruption."""
-    from jobs.distill import run_call
+    from ddpm_pipeline.jobs.distill import run_call
 
     end_job(lambda call: run_call(call, local=local), words, config, dry_run, json)
 
@@ -62,7 +62,7 @@ def promote(
     words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
 ) -> None:
     """Compare the challenger with the champion under equal conditions; promote it only if it is better."""
-    from jobs.promote import run_call
+    from ddpm_pipeline.jobs.promote import run_call
 
     end_job(run_call, words, config, dry_run, json)
 
@@ -73,7 +73,7 @@ def rollback(
     to: Annotated[int | None, typer.Option("--to", min=1, help="Version to go back to.")] = None,
 ) -> None:
     """Make the champion's predecessor, or the version you name, champion again. Repeated, it does nothing."""
-    from jobs.promote import rollback as run
+    from ddpm_pipeline.jobs.promote import rollback as run
 
     end(lambda: run(name, to=to))
 
@@ -83,7 +83,7 @@ def features_train(
     words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
 ) -> None:
     """Train a small classifier on a labeled data set; its inner layer becomes the feature network."""
-    from jobs.features import run_call
+    from ddpm_pipeline.jobs.features import run_call
 
     end_job(run_call, words, config, dry_run, json)
 
@@ -93,7 +93,7 @@ def features_trust(
     words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
 ) -> None:
     """Accept the feature network and the measured reference that a model's gate uses, as they are now."""
-    from jobs.features import trust_call
+    from ddpm_pipeline.jobs.features import trust_call
 
     end_job(trust_call, words, config, dry_run, json)
 
@@ -105,7 +105,7 @@ def export_model(
     form: Annotated[str, typer.Option("--format", help="Software to write for.")] = "diffusers",
 ) -> None:
     """Write a model as a folder that other software loads."""
-    from jobs.model_exchange import export_model
+    from ddpm_pipeline.jobs.model_exchange import export_model
 
     end(lambda: export_model(model, folder, form))
 
@@ -116,6 +116,6 @@ def import_model(
     folder: Annotated[Path, typer.Argument(help="Model folder to write; new or empty.")],
 ) -> None:
     """Read a diffusers directory into a model folder, which `model=` accepts."""
-    from jobs.model_exchange import import_model
+    from ddpm_pipeline.jobs.model_exchange import import_model
 
     end(lambda: import_model(source, folder))

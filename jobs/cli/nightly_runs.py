@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import NIGHTS, AsJson, Config, DryRun, First, Last, Words, end_job, examples
+from ddpm_pipeline.jobs.cli.options import (
+    NIGHTS,
+    AsJson,
+    Config,
+    DryRun,
+    First,
+    Last,
+    Words,
+    end_job,
+    examples,
+)
 
 app = typer.Typer()
 
@@ -22,7 +32,7 @@ def nightly(
     json: AsJson = False,
 ) -> None:
     """Generate, measure and record the nights that are due, with the champion. Does nothing when all are done."""
-    from jobs.nightly import run_call
+    from ddpm_pipeline.jobs.nightly import run_call
 
     end_job(lambda call: run_call(call, first, last), words, config, dry_run, json)
 
@@ -41,6 +51,6 @@ def schedule(
     ] = False,
 ) -> None:
     """Run the nightly job every night, in the foreground, until stopped."""
-    from jobs.nightly_schedule import schedule as run
+    from ddpm_pipeline.jobs.nightly_schedule import schedule as run
 
     end_job(lambda call: run(call, at, now, catch_up), words, config)

@@ -7,9 +7,9 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from infra.local.stack_state import StoreKind
-from jobs.runner import SECTIONS, JobArguments, handle_errors, presets
-from pipeline.config.load import setting_names
+from ddpm_pipeline.config.load import setting_names
+from ddpm_pipeline.infra.local.stack_state import StoreKind
+from ddpm_pipeline.jobs.runner import SECTIONS, JobArguments, handle_errors, presets
 
 DATA, MODELS, SAMPLES, NIGHTS, CLUSTER, MACHINE = (
     "Data",

@@ -4,8 +4,19 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import SAMPLES, Against, AsJson, Config, DryRun, Prefix, Words, end, end_job, examples
-from jobs.runner import JobArguments, run_job
+from ddpm_pipeline.jobs.cli.options import (
+    SAMPLES,
+    Against,
+    AsJson,
+    Config,
+    DryRun,
+    Prefix,
+    Words,
+    end,
+    end_job,
+    examples,
+)
+from ddpm_pipeline.jobs.runner import JobArguments, run_job
 
 app = typer.Typer()
 
@@ -21,8 +32,8 @@ def generate(
     words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
 ) -> None:
     """Fill an output prefix with samples of a registered model. Makes only what is missing."""
-    from jobs.generate import estimate, run
-    from pipeline.config.generation import GenerateConfig
+    from ddpm_pipeline.config.generation import GenerateConfig
+    from ddpm_pipeline.jobs.generate import estimate, run
 
     def work(call: JobArguments) -> int:
         return run_job("generate", GenerateConfig, run, call, unit="images", estimate=estimate)
@@ -53,7 +64,7 @@ def verify(
     json: AsJson = False,
 ) -> None:
     """Recount, rehash and decode every object of a generation."""
-    from jobs.verify import run
+    from ddpm_pipeline.jobs.verify import run
 
     end(lambda: run(prefix, regenerate, model, json, discard_damaged))
 
@@ -74,7 +85,7 @@ def download(
     json: AsJson = False,
 ) -> None:
     """Download a generation or a data set to a folder and check every shard. Fetches only what is missing."""
-    from jobs.download import run
+    from ddpm_pipeline.jobs.download import run
 
     end(lambda: run(prefix, folder, unpack, json))
 
@@ -105,7 +116,7 @@ def gallery(
     json: AsJson = False,
 ) -> None:
     """Write static pages to look at a generation: images by class, and the command that draws each again."""
-    from jobs.gallery import run
+    from ddpm_pipeline.jobs.gallery import run
 
     end(lambda: run(prefix, out, beside, data, model, count, json))
 
@@ -126,7 +137,7 @@ def evaluate(
     json: AsJson = False,
 ) -> None:
     """Measure a complete generation against its reference data: distances, accuracy, near-copies."""
-    from jobs.evaluate import run_call
+    from ddpm_pipeline.jobs.evaluate import run_call
 
     end_job(lambda call: run_call(call, prefix, against), words, config, dry_run, json)
 
@@ -137,8 +148,8 @@ def evaluate(
 )
 def sample(words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False) -> None:
     """Draw a few images into a local folder, without a cluster."""
-    from jobs.generate import sample as run
-    from pipeline.config.generation import SampleConfig
+    from ddpm_pipeline.config.generation import SampleConfig
+    from ddpm_pipeline.jobs.generate import sample as run
 
     def work(call: JobArguments) -> int:
         return run_job("sample", SampleConfig, run, call, unit="steps")
@@ -155,6 +166,6 @@ def tune_sampler(
     words: Words = None, config: Config = None, dry_run: DryRun = False, json: AsJson = False
 ) -> None:
     """Measure samplers, steps and guidance for a model: table, plot, and a recommended preset."""
-    from jobs.tune import run_call
+    from ddpm_pipeline.jobs.tune import run_call
 
     end_job(run_call, words, config, dry_run, json)

@@ -1,6 +1,6 @@
 """What jobs ask of a Ray cluster before they place work on it, and how they report Ray's errors."""
 
-from pipeline.cluster.gpus import (
+from ddpm_pipeline.cluster.gpus import (
     GROWS_VARIABLE,
     TYPE_LABEL,
     NodeReport,
@@ -11,7 +11,7 @@ from pipeline.cluster.gpus import (
     require_fit_workers,
     unfit_message,
 )
-from pipeline.cluster.ray_errors import cause_of, reason_line
+from ddpm_pipeline.cluster.ray_errors import cause_of, reason_line
 
 __all__ = [
     "GROWS_VARIABLE",

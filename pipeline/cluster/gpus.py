@@ -16,15 +16,15 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.config.device_kind import DeviceKind
-from pipeline.devices.preflight import (
+from ddpm_pipeline.config.device_kind import DeviceKind
+from ddpm_pipeline.devices.preflight import (
     ANSWER_SECONDS,
     GpuNeeds,
     GpuReport,
     check_gpus,
     compiler_fault,
 )
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
 
 GROWS_VARIABLE = "DDPM_CLUSTER_GROWS"
 """Set on clusters that add nodes when work waits for them."""

@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Settings, refuse_idle
+from ddpm_pipeline.config.base import Settings, refuse_idle
 
 
 class CostConfig(Settings):

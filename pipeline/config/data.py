@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.base import Settings
+from ddpm_pipeline.config.base import Settings
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 

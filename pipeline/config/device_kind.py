@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import Name
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import Name
 
 Matmul = Literal["ieee", "tf32"]
 """Arithmetic of float32 products and convolutions on a GPU: full float32, or inputs rounded to TF32's 10 bits."""

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from pipeline.config.base import Settings, refuse_idle
-from pipeline.config.net import UNetConfig
-from pipeline.errors import UserError
+from ddpm_pipeline.config.base import Settings, refuse_idle
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.errors import UserError
 
 ScheduleKind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "given"]
 Target = Literal["eps", "x0", "v"]

@@ -4,11 +4,11 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config.data import DataConfig
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, check_together
-from pipeline.config.distillation import ConsistencyLossConfig, DistillationConfig
-from pipeline.config.model_card import ModelCard, PairsInfo
-from pipeline.config.training import GridConfig, TrainConfig, TrainingSettings
+from ddpm_pipeline.config.data import DataConfig
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, check_together
+from ddpm_pipeline.config.distillation import ConsistencyLossConfig, DistillationConfig
+from ddpm_pipeline.config.model_card import ModelCard, PairsInfo
+from ddpm_pipeline.config.training import GridConfig, TrainConfig, TrainingSettings
 
 DETERMINISTIC = ("ddim", "dpm++2m", "heun")
 

@@ -4,9 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Settings, refuse_idle
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.model_card import PairsInfo
+from ddpm_pipeline.config.base import Settings, refuse_idle
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.model_card import PairsInfo
 
 Divisor = Annotated[int, Field(ge=1, le=1_000_000)]
 

@@ -4,9 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Settings
-from pipeline.config.diffusion import SamplerConfig, SamplerKind
-from pipeline.config.tracking import TrackConfig, filed_under
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.diffusion import SamplerConfig, SamplerKind
+from ddpm_pipeline.config.tracking import TrackConfig, filed_under
 
 
 class FeaturesConfig(Settings):

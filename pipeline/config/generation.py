@@ -4,13 +4,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Settings, refuse_idle
-from pipeline.config.bounds import MAX_IMAGES, MAX_IMAGES_A_SHARD, MAX_SHARDS
-from pipeline.config.cost import CostConfig
-from pipeline.config.device_kind import Matmul
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.evaluation import FeatureNetworkConfig
-from pipeline.config.tracking import TrackConfig, filed_under
+from ddpm_pipeline.config.base import Settings, refuse_idle
+from ddpm_pipeline.config.bounds import MAX_IMAGES, MAX_IMAGES_A_SHARD, MAX_SHARDS
+from ddpm_pipeline.config.cost import CostConfig
+from ddpm_pipeline.config.device_kind import Matmul
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.evaluation import FeatureNetworkConfig
+from ddpm_pipeline.config.tracking import TrackConfig, filed_under
 
 ClassChoice = Literal["auto", "balanced"] | list[int | str] | dict[int | str, float] | None
 

@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.errors import DamageError
+from ddpm_pipeline.errors import DamageError
 
 M = TypeVar("M", bound=BaseModel)
 

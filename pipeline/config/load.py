@@ -15,10 +15,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from typing_extensions import TypeAliasType
 
-from pipeline.config.base import Settings
-from pipeline.config.json_document import field_of
-from pipeline.config.plain_yaml import parse_yaml
-from pipeline.errors import UserError
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.json_document import field_of
+from ddpm_pipeline.config.plain_yaml import parse_yaml
+from ddpm_pipeline.errors import UserError
 
 S = TypeVar("S", bound=Settings)
 Tree = dict[str, Any]

@@ -4,10 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import MAX_CLASSES, Count, Key, Name, Sha256
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
-from pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import MAX_CLASSES, Count, Key, Name, Sha256
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from ddpm_pipeline.config.net import UNetConfig
 
 _Levels = Annotated[tuple[float, ...], Field(max_length=4096)]
 

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Settings
+from ddpm_pipeline.config.base import Settings
 
 
 class UNetConfig(Settings):

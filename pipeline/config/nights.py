@@ -4,9 +4,9 @@ import re
 
 from pydantic import Field, field_validator
 
-from pipeline.config.base import Settings
-from pipeline.config.evaluation import EvaluateConfig
-from pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.evaluation import EvaluateConfig
+from ddpm_pipeline.config.generation import GenerateConfig
 
 
 class DriftConfig(Settings):

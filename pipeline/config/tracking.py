@@ -4,7 +4,7 @@ from typing import cast
 
 from pydantic import BeforeValidator, Field
 
-from pipeline.config.base import Settings
+from ddpm_pipeline.config.base import Settings
 
 
 class TrackConfig(Settings):

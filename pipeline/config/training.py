@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Settings, refuse_idle
-from pipeline.config.data import DataConfig
-from pipeline.config.device_kind import Matmul
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
-from pipeline.config.distillation import DistillationConfig
-from pipeline.config.evaluation import GateConfig
-from pipeline.config.net import UNetConfig
-from pipeline.config.tracking import TrackConfig, filed_under
+from ddpm_pipeline.config.base import Settings, refuse_idle
+from ddpm_pipeline.config.data import DataConfig
+from ddpm_pipeline.config.device_kind import Matmul
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from ddpm_pipeline.config.distillation import DistillationConfig
+from ddpm_pipeline.config.evaluation import GateConfig
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.tracking import TrackConfig, filed_under
 
 _EXPERIMENT = "training"
 MOST_LOADER_PROCESSES = 4

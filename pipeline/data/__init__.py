@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.config.data import DataConfig, PackConfig
-    from pipeline.data.index import Index, ShardEntry, load_index
-    from pipeline.data.packing.build_index import build_index
-    from pipeline.data.packing.inspect_dataset import Inspection, inspect
-    from pipeline.data.packing.pack_dataset import pack
-    from pipeline.data.packing.pack_plan import PackReport
-    from pipeline.data.reading.loader import Batch, Loader
-    from pipeline.data.reading.sequential import SequentialSample, read_sequential
+    from ddpm_pipeline.config.data import DataConfig, PackConfig
+    from ddpm_pipeline.data.index import Index, ShardEntry, load_index
+    from ddpm_pipeline.data.packing.build_index import build_index
+    from ddpm_pipeline.data.packing.inspect_dataset import Inspection, inspect
+    from ddpm_pipeline.data.packing.pack_dataset import pack
+    from ddpm_pipeline.data.packing.pack_plan import PackReport
+    from ddpm_pipeline.data.reading.loader import Batch, Loader
+    from ddpm_pipeline.data.reading.sequential import SequentialSample, read_sequential
 
 __all__ = [
     "Batch",
@@ -34,14 +34,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "pipeline.config.data": ("DataConfig", "PackConfig"),
-    "pipeline.data.index": ("Index", "ShardEntry", "load_index"),
-    "pipeline.data.packing.build_index": ("build_index",),
-    "pipeline.data.packing.inspect_dataset": ("Inspection", "inspect"),
-    "pipeline.data.packing.pack_dataset": ("pack",),
-    "pipeline.data.packing.pack_plan": ("PackReport",),
-    "pipeline.data.reading.loader": ("Batch", "Loader"),
-    "pipeline.data.reading.sequential": ("SequentialSample", "read_sequential"),
+    "ddpm_pipeline.config.data": ("DataConfig", "PackConfig"),
+    "ddpm_pipeline.data.index": ("Index", "ShardEntry", "load_index"),
+    "ddpm_pipeline.data.packing.build_index": ("build_index",),
+    "ddpm_pipeline.data.packing.inspect_dataset": ("Inspection", "inspect"),
+    "ddpm_pipeline.data.packing.pack_dataset": ("pack",),
+    "ddpm_pipeline.data.packing.pack_plan": ("PackReport",),
+    "ddpm_pipeline.data.reading.loader": ("Batch", "Loader"),
+    "ddpm_pipeline.data.reading.sequential": ("SequentialSample", "read_sequential"),
 }
 
 

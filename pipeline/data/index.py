@@ -18,14 +18,14 @@ import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from pipeline.config.bounds import MAX_CLASSES
-from pipeline.config.json_document import first_fault
-from pipeline.data.formats.image_stats import ImageStats
-from pipeline.data.formats.images import PixelShape
-from pipeline.data.location import Location
-from pipeline.errors import DamageError, UserError
-from pipeline.store import ObjectMissing, Store, open_store
-from pipeline.store.interface import checked_key
+from ddpm_pipeline.config.bounds import MAX_CLASSES
+from ddpm_pipeline.config.json_document import first_fault
+from ddpm_pipeline.data.formats.image_stats import ImageStats
+from ddpm_pipeline.data.formats.images import PixelShape
+from ddpm_pipeline.data.location import Location
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.store import ObjectMissing, Store, open_store
+from ddpm_pipeline.store.interface import checked_key
 
 FORMAT = 1
 PLAN_KEY = "pack-plan.json"

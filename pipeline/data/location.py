@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from braceexpand import braceexpand
 
-from pipeline.errors import UserError
-from pipeline.store import ObjectInfo, Store
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import ObjectInfo, Store
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_EXPANDED = 1_000_000

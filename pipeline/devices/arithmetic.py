@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from pipeline.config.device_kind import Matmul
+from ddpm_pipeline.config.device_kind import Matmul
 
 
 def set_up_arithmetic(matmul: Matmul, *, deterministic: bool) -> None:

@@ -5,8 +5,8 @@ from contextlib import suppress
 import pynvml
 import torch
 
-from pipeline.config.device_kind import DeviceKind
-from pipeline.devices.triton_version import triton_version
+from ddpm_pipeline.config.device_kind import DeviceKind
+from ddpm_pipeline.devices.triton_version import triton_version
 
 
 def read_device_kind(device: torch.device) -> DeviceKind | None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
-from pipeline.devices.nvml import Gpu
+from ddpm_pipeline.devices.nvml import Gpu
 
 
 class EnergyMeter:

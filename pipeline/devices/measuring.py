@@ -2,9 +2,9 @@
 
 import torch
 
-from pipeline.devices.arithmetic import set_up_arithmetic
-from pipeline.devices.cuda_device import read_device_kind
-from pipeline.errors import UserError
+from ddpm_pipeline.devices.arithmetic import set_up_arithmetic
+from ddpm_pipeline.devices.cuda_device import read_device_kind
+from ddpm_pipeline.errors import UserError
 
 
 def measuring_gpu() -> str:

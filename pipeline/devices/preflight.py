@@ -16,17 +16,17 @@ from typing import Literal
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.config.base import Settings
-from pipeline.config.device_kind import DeviceKind
-from pipeline.devices.arithmetic import set_up_arithmetic
-from pipeline.devices.cuda_device import read_device_kind
-from pipeline.devices.remedies import OTHER_REMEDY, fault_and_remedy
-from pipeline.telemetry.terminal import echo_json
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.device_kind import DeviceKind
+from ddpm_pipeline.devices.arithmetic import set_up_arithmetic
+from ddpm_pipeline.devices.cuda_device import read_device_kind
+from ddpm_pipeline.devices.remedies import OTHER_REMEDY, fault_and_remedy
+from ddpm_pipeline.telemetry.terminal import echo_json
 
 ANSWER_SECONDS = 60.0
 """A check takes some seconds. Importing torch from a cold disk and waking eight GPUs whose driver was unloaded can take
 half a minute, and a refusal in error is worse than a wait."""
-_MODULE = "pipeline.devices.preflight"
+_MODULE = "ddpm_pipeline.devices.preflight"
 _OLDEST_FOR_TRITON = (7, 0)
 _COMPILERS = {"c": ("CC", ("gcc", "clang"), "gcc"), "c++": ("CXX", ("g++",), "g++")}
 """The variable, the names in the order in which Triton and Inductor look for them, and what to install."""

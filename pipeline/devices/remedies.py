@@ -2,7 +2,7 @@
 
 import re
 
-from pipeline.devices.out_of_memory import is_out_of_memory
+from ddpm_pipeline.devices.out_of_memory import is_out_of_memory
 
 OTHER_REMEDY = (
     "look for NVRM and Xid in the machine's dmesg, and take it out of the cluster until it is repaired"

@@ -1,10 +1,10 @@
 """Pure maths of diffusion over an immutable schedule: no hidden state, no I/O."""
 
-from pipeline.diffusion.image_scaling import from_uint8, to_uint8
-from pipeline.diffusion.noise import Stream
-from pipeline.diffusion.objective import LossTerms, training_loss
-from pipeline.diffusion.samplers import SamplerStep, sample
-from pipeline.diffusion.schedule import NoiseSchedule
+from ddpm_pipeline.diffusion.image_scaling import from_uint8, to_uint8
+from ddpm_pipeline.diffusion.noise import Stream
+from ddpm_pipeline.diffusion.objective import LossTerms, training_loss
+from ddpm_pipeline.diffusion.samplers import SamplerStep, sample
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule
 
 __all__ = [
     "LossTerms",

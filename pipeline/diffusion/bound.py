@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.config.diffusion import Variance
-from pipeline.devices import divided
-from pipeline.diffusion.schedule import Gaussian, NoiseSchedule
+from ddpm_pipeline.config.diffusion import Variance
+from ddpm_pipeline.devices import divided
+from ddpm_pipeline.diffusion.schedule import Gaussian, NoiseSchedule
 
 # Half the distance between neighbouring levels of u / 127.5 - 1.
 _HALF_LEVEL = 1.0 / 255.0

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
-from pipeline.config.distillation import ConsistencyLossConfig
-from pipeline.diffusion.guidance import guided_output, guiding_scale
-from pipeline.diffusion.objective import LossTerms, Net, call_net, split_output
-from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.diffusion.targets import eps_of, x0_of
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
+from ddpm_pipeline.config.distillation import ConsistencyLossConfig
+from ddpm_pipeline.diffusion.guidance import guided_output, guiding_scale
+from ddpm_pipeline.diffusion.objective import LossTerms, Net, call_net, split_output
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule
+from ddpm_pipeline.diffusion.targets import eps_of, x0_of
 
 
 @dataclass(frozen=True)

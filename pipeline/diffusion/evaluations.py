@@ -1,8 +1,8 @@
 """How often a sampler evaluates the network for an image."""
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.diffusion.timesteps import make_grid
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule
+from ddpm_pipeline.diffusion.timesteps import make_grid
 
 
 def network_calls(sampler: SamplerConfig) -> int:

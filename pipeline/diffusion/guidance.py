@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.diffusion.objective import Net, call_net
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.diffusion.objective import Net, call_net
 
 
 def guided_output(

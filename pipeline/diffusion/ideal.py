@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.samplers import Denoise, Denoised
-from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.diffusion.timesteps import SamplingGrid
+from ddpm_pipeline.diffusion.samplers import Denoise, Denoised
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule
+from ddpm_pipeline.diffusion.timesteps import SamplingGrid
 
 
 @dataclass(frozen=True, eq=False)

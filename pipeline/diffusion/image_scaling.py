@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pipeline.devices import divided
+from ddpm_pipeline.devices import divided
 
 
 def from_uint8(images: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.config.diffusion import ObjectiveConfig
-from pipeline.diffusion.bound import prior_term, vlb_term
-from pipeline.diffusion.noise import Stream, normal
-from pipeline.diffusion.objective import Net, call_net, split_output
-from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.diffusion.targets import x0_of
+from ddpm_pipeline.config.diffusion import ObjectiveConfig
+from ddpm_pipeline.diffusion.bound import prior_term, vlb_term
+from ddpm_pipeline.diffusion.noise import Stream, normal
+from ddpm_pipeline.diffusion.objective import Net, call_net, split_output
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule
+from ddpm_pipeline.diffusion.targets import x0_of
 
 
 class Bound(NamedTuple):

@@ -6,7 +6,7 @@ drawn in, on the device, or on what was drawn before. Everything below uses inte
 additions, multiplications, divisions and square roots only, which IEEE 754 rounds in one way everywhere:
 normals, too, are the same bits for any split and on any device.
 
-On a GPU each function is one kernel (`pipeline.kernels.philox`) with the bits of the functions below, which other
+On a GPU each function is one kernel (`ddpm_pipeline.kernels.philox`) with the bits of the functions below, which other
 devices compute and which define them. `torch.compile` sees an operator in either case: Inductor would compute the
 integers wrongly (tests/diffusion/test_compiled_noise.py).
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.kernels import define_operator, on_gpu
+from ddpm_pipeline.kernels import define_operator, on_gpu
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -256,13 +256,13 @@ def _polynomial(x: Tensor, coefficients: Iterable[float]) -> Tensor:
 
 
 def _launch_normal(*arguments: Any) -> Tensor:
-    from pipeline.kernels.philox import launch_normal
+    from ddpm_pipeline.kernels.philox import launch_normal
 
     return launch_normal(*arguments)
 
 
 def _launch_one_block(*arguments: Any) -> Tensor:
-    from pipeline.kernels.philox import launch_one_block
+    from ddpm_pipeline.kernels.philox import launch_one_block
 
     return launch_one_block(*arguments)
 

@@ -5,10 +5,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.config.diffusion import ObjectiveConfig
-from pipeline.diffusion.bound import vlb_term
-from pipeline.diffusion.schedule import NoiseSchedule, check_same_shape
-from pipeline.diffusion.targets import target_of, x0_of
+from ddpm_pipeline.config.diffusion import ObjectiveConfig
+from ddpm_pipeline.diffusion.bound import vlb_term
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule, check_same_shape
+from ddpm_pipeline.diffusion.targets import target_of, x0_of
 
 
 class Net(Protocol):

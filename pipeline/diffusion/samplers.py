@@ -12,14 +12,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, Variance
-from pipeline.devices import divided
-from pipeline.diffusion.guidance import guided_output
-from pipeline.diffusion.noise import Stream, normal
-from pipeline.diffusion.objective import Net, split_output
-from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.diffusion.targets import eps_of, x0_of
-from pipeline.diffusion.timesteps import SamplingGrid, make_grid
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, Variance
+from ddpm_pipeline.devices import divided
+from ddpm_pipeline.diffusion.guidance import guided_output
+from ddpm_pipeline.diffusion.noise import Stream, normal
+from ddpm_pipeline.diffusion.objective import Net, split_output
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule
+from ddpm_pipeline.diffusion.targets import eps_of, x0_of
+from ddpm_pipeline.diffusion.timesteps import SamplingGrid, make_grid
 
 
 class Denoised(NamedTuple):

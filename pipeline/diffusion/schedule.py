@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from pipeline.config.diffusion import ScheduleConfig
-from pipeline.errors import UserError
+from ddpm_pipeline.config.diffusion import ScheduleConfig
+from ddpm_pipeline.errors import UserError
 
 CPU = torch.device("cpu")
 Timestep = Tensor | int

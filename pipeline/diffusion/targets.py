@@ -6,8 +6,8 @@ that broadcast over the batch.
 
 from torch import Tensor
 
-from pipeline.config.diffusion import Target
-from pipeline.devices import divided
+from ddpm_pipeline.config.diffusion import Target
+from ddpm_pipeline.devices import divided
 
 Coefficient = Tensor | float
 

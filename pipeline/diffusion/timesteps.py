@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.diffusion.schedule import NoiseSchedule
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,17 @@ The noise of a sample is a function of its seed and index, so the pairs are in t
 An index of its shards is made beside the checkpoints, not in the generation.
 """
 
-from pipeline.config.data import DataConfig
-from pipeline.config.distill_job import DETERMINISTIC, DistillConfig
-from pipeline.config.model_card import PairsInfo
-from pipeline.data.packing.build_index import plan_index
-from pipeline.errors import UserError
-from pipeline.generate.layout import SHARD_PREFIX
-from pipeline.generate.model_source import ResolvedModel
-from pipeline.generate.prefix_spec import open_generation
-from pipeline.generate.spec import Spec
-from pipeline.generate.verification import verify
-from pipeline.progress import Progress
+from ddpm_pipeline.config.data import DataConfig
+from ddpm_pipeline.config.distill_job import DETERMINISTIC, DistillConfig
+from ddpm_pipeline.config.model_card import PairsInfo
+from ddpm_pipeline.data.packing.build_index import plan_index
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.layout import SHARD_PREFIX
+from ddpm_pipeline.generate.model_source import ResolvedModel
+from ddpm_pipeline.generate.prefix_spec import open_generation
+from ddpm_pipeline.generate.spec import Spec
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.progress import Progress
 
 CLASS_FIELD = "class"
 """Field of a sample's json that holds its label."""

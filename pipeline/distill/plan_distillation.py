@@ -1,12 +1,12 @@
 """From the settings of a distillation to the training of the student. Checks teacher and pairs before work starts."""
 
-from pipeline.config.data import DataConfig
-from pipeline.config.distill_job import DistillConfig
-from pipeline.config.training import TrainConfig
-from pipeline.distill.pairs import open_pairs
-from pipeline.errors import UserError
-from pipeline.generate.model_source import ResolvedModel, find_model
-from pipeline.progress import Progress
+from ddpm_pipeline.config.data import DataConfig
+from ddpm_pipeline.config.distill_job import DistillConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.distill.pairs import open_pairs
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.model_source import ResolvedModel, find_model
+from ddpm_pipeline.progress import Progress
 
 
 def plan_distillation(config: DistillConfig, progress: Progress) -> TrainConfig:

@@ -6,18 +6,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.evaluation import LikelihoodConfig
-from pipeline.config.model_card import ModelCard
-from pipeline.data.index import Index
-from pipeline.data.reading.sequential import read_sequential
-from pipeline.devices.measuring import measuring_device
-from pipeline.diffusion import NoiseSchedule, from_uint8
-from pipeline.diffusion.likelihood import bits_per_dim
-from pipeline.errors import UserError
-from pipeline.evaluate.document import Metric
-from pipeline.nets import UNet
-from pipeline.parallel import HERE, MapWorkers
-from pipeline.progress import Progress, no_progress
+from ddpm_pipeline.config.evaluation import LikelihoodConfig
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.data.index import Index
+from ddpm_pipeline.data.reading.sequential import read_sequential
+from ddpm_pipeline.devices.measuring import measuring_device
+from ddpm_pipeline.diffusion import NoiseSchedule, from_uint8
+from ddpm_pipeline.diffusion.likelihood import bits_per_dim
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.document import Metric
+from ddpm_pipeline.nets import UNet
+from ddpm_pipeline.parallel import HERE, MapWorkers
+from ddpm_pipeline.progress import Progress, no_progress
 
 
 def held_out_bits(

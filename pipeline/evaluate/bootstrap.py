@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.config.evaluation import EvaluateConfig
-from pipeline.diffusion.noise import Stream, randint
-from pipeline.features.distances import (
+from ddpm_pipeline.config.evaluation import EvaluateConfig
+from ddpm_pipeline.diffusion.noise import Stream, randint
+from ddpm_pipeline.features.distances import (
     Array,
     GaussianMoments,
     Vectors,
@@ -25,7 +25,7 @@ from pipeline.features.distances import (
     square_distances,
     within,
 )
-from pipeline.features.feature_set import FeatureSet
+from ddpm_pipeline.features.feature_set import FeatureSet
 
 Statistic = Callable[[Array], float]
 """From weights (N,) of the samples, whole numbers that add up to N, to a metric."""

@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import Name
-from pipeline.config.json_document import parse_document
-from pipeline.errors import UserError
-from pipeline.store import ObjectMissing, open_store
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import Name
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import ObjectMissing, open_store
 
 
 class Metric(Settings):

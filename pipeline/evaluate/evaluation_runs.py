@@ -8,10 +8,19 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.config.tracking import TrackConfig
-from pipeline.errors import UserError
-from pipeline.evaluate.document import Evaluation, table
-from pipeline.tracking import Run, Spool, TrackingError, finish, link_model, open_run, resolve, source_tags
+from ddpm_pipeline.config.tracking import TrackConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.document import Evaluation, table
+from ddpm_pipeline.tracking import (
+    Run,
+    Spool,
+    TrackingError,
+    finish,
+    link_model,
+    open_run,
+    resolve,
+    source_tags,
+)
 
 
 def log_evaluation(evaluation: Evaluation, config: TrackConfig) -> Run | None:

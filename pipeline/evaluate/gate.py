@@ -11,14 +11,14 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import Name
-from pipeline.config.evaluation import COST_METRICS, GateConfig, Rule
-from pipeline.errors import UserError
-from pipeline.evaluate.bootstrap import Array, BootstrapEstimate, Statistic, draws, statistics
-from pipeline.evaluate.measure import describe_sampler
-from pipeline.evaluate.sampling_cost import BatchTimes, SamplingCost, batch_weights
-from pipeline.features.feature_set import FeatureSet
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import Name
+from ddpm_pipeline.config.evaluation import COST_METRICS, GateConfig, Rule
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.bootstrap import Array, BootstrapEstimate, Statistic, draws, statistics
+from ddpm_pipeline.evaluate.measure import describe_sampler
+from ddpm_pipeline.evaluate.sampling_cost import BatchTimes, SamplingCost, batch_weights
+from ddpm_pipeline.features.feature_set import FeatureSet
 
 _OF_CLASSES = {"class_accuracy", "inception_score"}
 """Metrics that need classes: only some models and feature networks have them."""

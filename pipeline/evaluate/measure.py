@@ -8,35 +8,41 @@ from functools import partial
 
 import torch
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.evaluation import EvaluateConfig, LikelihoodConfig
-from pipeline.config.generation import SpecSettings
-from pipeline.config.model_card import ModelCard
-from pipeline.data.formats.images import decode_image
-from pipeline.data.formats.shards import read_shard
-from pipeline.data.index import load_index
-from pipeline.devices.measuring import measuring_device
-from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.bits_per_dim import held_out_bits
-from pipeline.evaluate.document import Evaluation, EvaluationConditions, Metric, save_evaluation
-from pipeline.evaluate.metrics import compute_metrics
-from pipeline.features.distances import frechet_distance
-from pipeline.features.exact_sums import Sums, sums_of
-from pipeline.features.feature_set import FeatureSet, LabeledImage, ShardExtractor, extract_features, join
-from pipeline.features.networks import open_network
-from pipeline.features.reference_set import data_root, load_reference
-from pipeline.features.shard_sums import FeatureRecord, add_records, parse_record
-from pipeline.features.trust import require_trusted_network, require_trusted_reference
-from pipeline.generate.class_labels import classes_of
-from pipeline.generate.engine import Engine
-from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
-from pipeline.generate.model_source import ResolvedModel, find_model
-from pipeline.generate.spec import Spec, make_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.nets.model_files import build_model
-from pipeline.parallel import MapWorkers, OpenWorkers, in_process
-from pipeline.progress import Progress
-from pipeline.store import open_store
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.evaluation import EvaluateConfig, LikelihoodConfig
+from ddpm_pipeline.config.generation import SpecSettings
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.data.formats.images import decode_image
+from ddpm_pipeline.data.formats.shards import read_shard
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.devices.measuring import measuring_device
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.evaluate.bits_per_dim import held_out_bits
+from ddpm_pipeline.evaluate.document import Evaluation, EvaluationConditions, Metric, save_evaluation
+from ddpm_pipeline.evaluate.metrics import compute_metrics
+from ddpm_pipeline.features.distances import frechet_distance
+from ddpm_pipeline.features.exact_sums import Sums, sums_of
+from ddpm_pipeline.features.feature_set import (
+    FeatureSet,
+    LabeledImage,
+    ShardExtractor,
+    extract_features,
+    join,
+)
+from ddpm_pipeline.features.networks import open_network
+from ddpm_pipeline.features.reference_set import data_root, load_reference
+from ddpm_pipeline.features.shard_sums import FeatureRecord, add_records, parse_record
+from ddpm_pipeline.features.trust import require_trusted_network, require_trusted_reference
+from ddpm_pipeline.generate.class_labels import classes_of
+from ddpm_pipeline.generate.engine import Engine
+from ddpm_pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
+from ddpm_pipeline.generate.model_source import ResolvedModel, find_model
+from ddpm_pipeline.generate.spec import Spec, make_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.nets.model_files import build_model
+from ddpm_pipeline.parallel import MapWorkers, OpenWorkers, in_process
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import open_store
 
 _CHANGES_NO_METRIC = {
     "reference",

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.evaluation import EvaluateConfig
-from pipeline.diffusion.noise import Stream, permutation
-from pipeline.errors import UserError
-from pipeline.evaluate.document import Metric
-from pipeline.features.distances import (
+from ddpm_pipeline.config.evaluation import EvaluateConfig
+from ddpm_pipeline.diffusion.noise import Stream, permutation
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.document import Metric
+from ddpm_pipeline.features.distances import (
     class_accuracy,
     frechet_distance,
     inception_score,
@@ -18,8 +18,8 @@ from pipeline.features.distances import (
     nearest_distances,
     precision_recall,
 )
-from pipeline.features.exact_sums import sums_of
-from pipeline.features.feature_set import FeatureSet
+from ddpm_pipeline.features.exact_sums import sums_of
+from ddpm_pipeline.features.feature_set import FeatureSet
 
 Rows = npt.NDArray[np.int64]
 

@@ -2,8 +2,8 @@
 
 A challenger becomes champion only when it passes the gate, against the champion or the baseline of the settings. Every
 decision, with all its numbers, is stored as tags of the challenger's model version. The champion's alias moves by a
-log (`pipeline.tracking.alias_log`), so that of two concurrent decisions against one champion only one moves it. The log
-also names the version that a promoted one replaced, so that rollback is one command.
+log (`ddpm_pipeline.tracking.alias_log`), so that of two concurrent decisions against one champion only one moves it.
+The log also names the version that a promoted one replaced, so that rollback is one command.
 """
 
 import json
@@ -12,23 +12,23 @@ from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.evaluation import GateConfig, PromoteConfig
-from pipeline.config.generation import SpecSettings
-from pipeline.data.index import load_index
-from pipeline.errors import JobError, UserError
-from pipeline.evaluate.gate import Decision, Judgement, SampledModel, judge, verdict
-from pipeline.evaluate.measure import model_features, require_unseen_noise
-from pipeline.evaluate.sampling_cost import BatchTimes, SamplingCost, evaluations_of, sampling_cost
-from pipeline.features.feature_set import FeatureSet
-from pipeline.features.networks import open_network
-from pipeline.features.reference_set import data_root, load_reference
-from pipeline.features.trust import require_trusted_network, require_trusted_reference
-from pipeline.generate.model_source import find_model
-from pipeline.generate.spec import make_spec
-from pipeline.parallel import HERE, MapWorkers, OpenWorkers, in_process
-from pipeline.progress import Progress, no_progress
-from pipeline.tracking import (
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.evaluation import GateConfig, PromoteConfig
+from ddpm_pipeline.config.generation import SpecSettings
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.errors import JobError, UserError
+from ddpm_pipeline.evaluate.gate import Decision, Judgement, SampledModel, judge, verdict
+from ddpm_pipeline.evaluate.measure import model_features, require_unseen_noise
+from ddpm_pipeline.evaluate.sampling_cost import BatchTimes, SamplingCost, evaluations_of, sampling_cost
+from ddpm_pipeline.features.feature_set import FeatureSet
+from ddpm_pipeline.features.networks import open_network
+from ddpm_pipeline.features.reference_set import data_root, load_reference
+from ddpm_pipeline.features.trust import require_trusted_network, require_trusted_reference
+from ddpm_pipeline.generate.model_source import find_model
+from ddpm_pipeline.generate.spec import make_spec
+from ddpm_pipeline.parallel import HERE, MapWorkers, OpenWorkers, in_process
+from ddpm_pipeline.progress import Progress, no_progress
+from ddpm_pipeline.tracking import (
     AliasHistory,
     LoggedAlias,
     ModelVersion,

@@ -9,21 +9,21 @@ from functools import partial
 
 import yaml
 
-from pipeline.config.base import Settings
-from pipeline.config.diffusion import SamplerConfig, check_together
-from pipeline.config.evaluation import TuneConfig
-from pipeline.config.generation import SpecSettings
-from pipeline.data.index import load_index
-from pipeline.errors import UserError
-from pipeline.evaluate.document import Metric
-from pipeline.evaluate.measure import model_features
-from pipeline.evaluate.metrics import compute_metrics
-from pipeline.features.feature_set import FeatureSet
-from pipeline.features.reference_set import load_reference
-from pipeline.generate.model_source import ResolvedModel, find_model
-from pipeline.parallel import OpenWorkers, in_process
-from pipeline.progress import Progress
-from pipeline.store import open_store
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.diffusion import SamplerConfig, check_together
+from ddpm_pipeline.config.evaluation import TuneConfig
+from ddpm_pipeline.config.generation import SpecSettings
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.document import Metric
+from ddpm_pipeline.evaluate.measure import model_features
+from ddpm_pipeline.evaluate.metrics import compute_metrics
+from ddpm_pipeline.features.feature_set import FeatureSet
+from ddpm_pipeline.features.reference_set import load_reference
+from ddpm_pipeline.generate.model_source import ResolvedModel, find_model
+from ddpm_pipeline.parallel import OpenWorkers, in_process
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import open_store
 
 
 class Candidate(Settings):

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.base import Settings
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.evaluation import WARM_UP_BATCHES, GateConfig
-from pipeline.config.model_card import ModelCard
-from pipeline.diffusion import NoiseSchedule
-from pipeline.diffusion.evaluations import network_evaluations
-from pipeline.evaluate.bootstrap import BootstrapEstimate, Statistic, draws
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.evaluation import WARM_UP_BATCHES, GateConfig
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.diffusion.evaluations import network_evaluations
+from ddpm_pipeline.evaluate.bootstrap import BootstrapEstimate, Statistic, draws
 
 
 @dataclass

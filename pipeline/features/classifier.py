@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.evaluation import FeaturesConfig
-from pipeline.diffusion.image_scaling import from_uint8
-from pipeline.diffusion.noise import Stream, permutation, randint
-from pipeline.progress import Progress
+from ddpm_pipeline.config.evaluation import FeaturesConfig
+from ddpm_pipeline.diffusion.image_scaling import from_uint8
+from ddpm_pipeline.diffusion.noise import Stream, permutation, randint
+from ddpm_pipeline.progress import Progress
 
 _SMALLEST_EDGE = 4
 _GROUPS = 8

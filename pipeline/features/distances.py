@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.progress import Progress, no_progress
+from ddpm_pipeline.progress import Progress, no_progress
 
 Array = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.floating[Any]] | npt.NDArray[np.integer[Any]]

@@ -13,8 +13,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import DamageError
-from pipeline.features.distances import GaussianMoments
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.features.distances import GaussianMoments
 
 Int64 = npt.NDArray[np.int64]
 _STEPS = 2.0**22

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.evaluation import FeatureNetworkConfig
-from pipeline.devices.measuring import measuring_device
-from pipeline.errors import DamageError
-from pipeline.features.networks import FeatureNetwork, open_network
+from ddpm_pipeline.config.evaluation import FeatureNetworkConfig
+from ddpm_pipeline.devices.measuring import measuring_device
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.features.networks import FeatureNetwork, open_network
 
 THUMB_EDGE = 32
 _REQUIRED = ("vectors", "thumbs", "prints")

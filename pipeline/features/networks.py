@@ -14,14 +14,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from pipeline.config.base import Settings
-from pipeline.config.evaluation import FeatureNetworkConfig
-from pipeline.config.json_document import parse_document
-from pipeline.devices import divided
-from pipeline.diffusion.image_scaling import from_uint8
-from pipeline.errors import DamageError, UserError
-from pipeline.features.classifier import Classifier
-from pipeline.store import ObjectMissing, Store, open_store
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.evaluation import FeatureNetworkConfig
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.devices import divided
+from ddpm_pipeline.diffusion.image_scaling import from_uint8
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.features.classifier import Classifier
+from ddpm_pipeline.store import ObjectMissing, Store, open_store
 
 N = TypeVar("N", bound=nn.Module)
 CARD_KEY = "classifier.json"

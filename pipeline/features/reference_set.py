@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.evaluation import FeatureNetworkConfig
-from pipeline.data.index import Index
-from pipeline.data.location import Location
-from pipeline.data.reading.sequential import read_sequential
-from pipeline.errors import DamageError
-from pipeline.features.feature_set import FeatureSet, LabeledImage, ShardExtractor, join
-from pipeline.features.networks import FeatureNetwork, features_folder, open_network
-from pipeline.parallel import HERE, MapWorkers
-from pipeline.progress import Progress, no_progress
-from pipeline.store import ObjectMissing, Store, open_store
+from ddpm_pipeline.config.evaluation import FeatureNetworkConfig
+from ddpm_pipeline.data.index import Index
+from ddpm_pipeline.data.location import Location
+from ddpm_pipeline.data.reading.sequential import read_sequential
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.features.feature_set import FeatureSet, LabeledImage, ShardExtractor, join
+from ddpm_pipeline.features.networks import FeatureNetwork, features_folder, open_network
+from ddpm_pipeline.parallel import HERE, MapWorkers
+from ddpm_pipeline.progress import Progress, no_progress
+from ddpm_pipeline.store import ObjectMissing, Store, open_store
 
 _log = logging.getLogger(__name__)
 

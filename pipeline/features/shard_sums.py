@@ -8,11 +8,11 @@ import numpy.typing as npt
 import torch
 from pydantic import Field, ValidationError
 
-from pipeline.config.base import Settings
-from pipeline.config.evaluation import FeatureNetworkConfig
-from pipeline.errors import DamageError, UserError
-from pipeline.features.exact_sums import MAX_FEATURES, Sums, sums_of
-from pipeline.features.networks import FeatureNetwork, TrainedClassifier, network_uri, open_network
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.evaluation import FeatureNetworkConfig
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.features.exact_sums import MAX_FEATURES, Sums, sums_of
+from ddpm_pipeline.features.networks import FeatureNetwork, TrainedClassifier, network_uri, open_network
 
 
 class FeatureRecord(Settings):

@@ -2,14 +2,14 @@
 
 import logging
 
-from pipeline.config.evaluation import FeaturesConfig
-from pipeline.data.index import load_index
-from pipeline.errors import DamageError, UserError
-from pipeline.features.classifier import accuracy, split_rows, train_classifier
-from pipeline.features.networks import ClassifierCard, features_folder, load_classifier, save_classifier
-from pipeline.features.reference_set import data_root, load_images
-from pipeline.progress import Progress
-from pipeline.store import open_store
+from ddpm_pipeline.config.evaluation import FeaturesConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.features.classifier import accuracy, split_rows, train_classifier
+from ddpm_pipeline.features.networks import ClassifierCard, features_folder, load_classifier, save_classifier
+from ddpm_pipeline.features.reference_set import data_root, load_images
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import open_store
 
 _log = logging.getLogger(__name__)
 _MAX_BYTES = 2_000_000_000

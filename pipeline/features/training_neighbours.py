@@ -7,15 +7,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.config.model_card import ModelCard
-from pipeline.data.formats.contact_sheet import scaled
-from pipeline.data.formats.npy import Pixels
-from pipeline.data.index import Index
-from pipeline.data.reading.sequential import SequentialSample, read_sequential
-from pipeline.errors import UserError
-from pipeline.features.distances import Array, nearest_distances, nearest_neighbours
-from pipeline.features.feature_set import THUMB_EDGE, thumbnails
-from pipeline.progress import Progress
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.data.formats.contact_sheet import scaled
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.index import Index
+from ddpm_pipeline.data.reading.sequential import SequentialSample, read_sequential
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.features.distances import Array, nearest_distances, nearest_neighbours
+from ddpm_pipeline.features.feature_set import THUMB_EDGE, thumbnails
+from ddpm_pipeline.progress import Progress
 
 NEAREST = 3
 """Training images shown for each sample."""

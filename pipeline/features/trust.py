@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
-from pipeline.data.index import Index, load_index
-from pipeline.features.feature_set import FeatureSet
-from pipeline.features.networks import FeatureNetwork, network_uri, open_network
-from pipeline.features.reference_set import data_root, load_reference
-from pipeline.parallel import HERE, MapWorkers
-from pipeline.store import open_store
-from pipeline.tracking import require_trusted, trust, trusted
+from ddpm_pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
+from ddpm_pipeline.data.index import Index, load_index
+from ddpm_pipeline.features.feature_set import FeatureSet
+from ddpm_pipeline.features.networks import FeatureNetwork, network_uri, open_network
+from ddpm_pipeline.features.reference_set import data_root, load_reference
+from ddpm_pipeline.parallel import HERE, MapWorkers
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.tracking import require_trusted, trust, trusted
 
 NETWORK = "feature network"
 REFERENCE = "measured reference"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.diffusion.evaluations import network_calls
-from pipeline.generate.launched_images import to_device
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.diffusion.evaluations import network_calls
+from ddpm_pipeline.generate.launched_images import to_device
 
 MOST_CALLS = 64
 """Calls of the network in one graph, which keeps some kilobytes for each kernel: a call starts some hundred."""

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.noise import Stream, uniform
-from pipeline.generate.spec import Spec
+from ddpm_pipeline.diffusion.noise import Stream, uniform
+from ddpm_pipeline.generate.spec import Spec
 
 
 def index_tensor(samples: range) -> Tensor:

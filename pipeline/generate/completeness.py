@@ -1,15 +1,15 @@
 """Is a generation that has a manifest still complete? Compares the manifest with listings and, of all but huge
-generations, with done-records. Reads no image: `pipeline.generate.verification` decodes them all.
+generations, with done-records. Reads no image: `ddpm_pipeline.generate.verification` decodes them all.
 """
 
 import re
 from dataclasses import dataclass, field
 
-from pipeline.errors import DamageError
-from pipeline.generate.layout import CONTACT_KEY, MANIFEST_KEY, REPORT_KEY
-from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
-from pipeline.generate.stored_generation import Generation, PrefixListing
-from pipeline.store import ObjectMissing, Store
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.generate.layout import CONTACT_KEY, MANIFEST_KEY, REPORT_KEY
+from ddpm_pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
+from ddpm_pipeline.generate.stored_generation import Generation, PrefixListing
+from ddpm_pipeline.store import ObjectMissing, Store
 
 MAX_RECORDS_READ = 2_000
 """Up to this many shards, every done-record is read; of larger generations only listings are compared."""

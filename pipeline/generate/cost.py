@@ -4,11 +4,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import Count, Seconds
-from pipeline.config.cost import CostConfig
-from pipeline.generate.done_records import RecordAggregate
-from pipeline.generate.manifest import Manifest
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import Count, Seconds
+from ddpm_pipeline.config.cost import CostConfig
+from ddpm_pipeline.generate.done_records import RecordAggregate
+from ddpm_pipeline.generate.manifest import Manifest
 
 PER_IMAGES = 1000
 """Device time, energy and money are reported for this many images."""

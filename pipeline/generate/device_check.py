@@ -2,11 +2,11 @@
 
 import torch
 
-from pipeline.config.device_kind import DeviceKind
-from pipeline.devices import read_device_kind
-from pipeline.devices.remedies import fault_and_remedy
-from pipeline.errors import UserError
-from pipeline.generate.spec import Spec
+from ddpm_pipeline.config.device_kind import DeviceKind
+from ddpm_pipeline.devices import read_device_kind
+from ddpm_pipeline.devices.remedies import fault_and_remedy
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.spec import Spec
 
 
 class UnfitDevice(UserError):  # noqa: N818 - the fact is the name

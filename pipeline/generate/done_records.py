@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import Bytes, Count, Date, Key, Label, Name, Number, Seconds, Sha256, Text
-from pipeline.data.formats.image_stats import ImageStats
-from pipeline.errors import DamageError
-from pipeline.generate.plan import Shard
-from pipeline.generate.spec import Spec
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import Bytes, Count, Date, Key, Label, Name, Number, Seconds, Sha256, Text
+from ddpm_pipeline.data.formats.image_stats import ImageStats
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.generate.plan import Shard
+from ddpm_pipeline.generate.spec import Spec
 
 UNKNOWN_TAG = 0
 _ABSENT = -1

@@ -9,23 +9,23 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from pipeline.config.json_document import parse_document
-from pipeline.data.reading.download_dataset import Download, RemoteObject, image_folder, local_folder
-from pipeline.data.reading.unpack import ImageFolder
-from pipeline.errors import DamageError, UserError
-from pipeline.generate.class_labels import labels_of
-from pipeline.generate.completeness import check_complete
-from pipeline.generate.done_records import DoneRecord, check_record
-from pipeline.generate.layout import CONTACT_KEY, MANIFEST_KEY, REPORT_KEY, SPEC_KEY
-from pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
-from pipeline.generate.plan import Shard, shard
-from pipeline.generate.prefix_spec import find_generation
-from pipeline.generate.spec import Spec, differences
-from pipeline.generate.stored_generation import Generation
-from pipeline.generate.stored_images import stored_images
-from pipeline.progress import Progress
-from pipeline.store import FileStore
-from pipeline.store.download_folder import Folder
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.data.reading.download_dataset import Download, RemoteObject, image_folder, local_folder
+from ddpm_pipeline.data.reading.unpack import ImageFolder
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.generate.class_labels import labels_of
+from ddpm_pipeline.generate.completeness import check_complete
+from ddpm_pipeline.generate.done_records import DoneRecord, check_record
+from ddpm_pipeline.generate.layout import CONTACT_KEY, MANIFEST_KEY, REPORT_KEY, SPEC_KEY
+from ddpm_pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
+from ddpm_pipeline.generate.plan import Shard, shard
+from ddpm_pipeline.generate.prefix_spec import find_generation
+from ddpm_pipeline.generate.spec import Spec, differences
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.generate.stored_images import stored_images
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import FileStore
+from ddpm_pipeline.store.download_folder import Folder
 
 
 def download_generation(

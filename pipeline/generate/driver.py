@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from pipeline.cluster import NodeReport, grows
-from pipeline.config.device_kind import DeviceKind
-from pipeline.config.generation import GenerateConfig
-from pipeline.features.networks import network_exists, open_network
-from pipeline.features.trust import require_trusted_network
-from pipeline.generate.completeness import Completeness, check_complete
-from pipeline.generate.cost import Cost, cost_of_generation, cost_of_records
-from pipeline.generate.done_records import RecordAggregate, short_tag
-from pipeline.generate.efficiency import Efficiency, EfficiencyCalculator
-from pipeline.generate.finalize import ModelFacts, Superseded, clean_up, publish_manifest, require_newest
-from pipeline.generate.generation_run import require_tracking
-from pipeline.generate.guards import check_guards
-from pipeline.generate.job_reporter import JobCounts, JobReporter, Status
-from pipeline.generate.model_source import ResolvedModel, resolve_model
-from pipeline.generate.pool_kinds import (
+from ddpm_pipeline.cluster import NodeReport, grows
+from ddpm_pipeline.config.device_kind import DeviceKind
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.features.networks import network_exists, open_network
+from ddpm_pipeline.features.trust import require_trusted_network
+from ddpm_pipeline.generate.completeness import Completeness, check_complete
+from ddpm_pipeline.generate.cost import Cost, cost_of_generation, cost_of_records
+from ddpm_pipeline.generate.done_records import RecordAggregate, short_tag
+from ddpm_pipeline.generate.efficiency import Efficiency, EfficiencyCalculator
+from ddpm_pipeline.generate.finalize import ModelFacts, Superseded, clean_up, publish_manifest, require_newest
+from ddpm_pipeline.generate.generation_run import require_tracking
+from ddpm_pipeline.generate.guards import check_guards
+from ddpm_pipeline.generate.job_reporter import JobCounts, JobReporter, Status
+from ddpm_pipeline.generate.model_source import ResolvedModel, resolve_model
+from ddpm_pipeline.generate.pool_kinds import (
     ask_pool,
     log_left_out,
     most_common_kind,
@@ -30,19 +30,19 @@ from pipeline.generate.pool_kinds import (
     with_kind,
     workers_of,
 )
-from pipeline.generate.prefix_spec import check_prefix, claim_prefix, raise_count
-from pipeline.generate.ray_pool import (
+from ddpm_pipeline.generate.prefix_spec import check_prefix, claim_prefix, raise_count
+from ddpm_pipeline.generate.ray_pool import (
     OutcomeStream,
     WorkerPool,
     require_pool_resources,
     start_pool,
 )
-from pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
-from pipeline.generate.shard_writer import comparable_training_data
-from pipeline.generate.spec import read_spec, require_extension
-from pipeline.generate.stored_generation import Generation
-from pipeline.progress import Progress, no_progress
-from pipeline.store import open_store, retry_during_outage
+from ddpm_pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
+from ddpm_pipeline.generate.shard_writer import comparable_training_data
+from ddpm_pipeline.generate.spec import read_spec, require_extension
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.progress import Progress, no_progress
+from ddpm_pipeline.store import open_store, retry_during_outage
 
 _log = logging.getLogger(__name__)
 

@@ -13,21 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.diffusion import ScheduleConfig
-from pipeline.config.generation import GenerateConfig
-from pipeline.devices import is_out_of_memory
-from pipeline.diffusion import NoiseSchedule
-from pipeline.diffusion.evaluations import network_evaluations
-from pipeline.errors import DamageError, UserError
-from pipeline.generate.cost import PER_IMAGES, amount
-from pipeline.generate.engine import Engine, set_up_torch
-from pipeline.generate.guards import GuardTripped
-from pipeline.generate.launched_images import LaunchedImages
-from pipeline.generate.model_source import ResolvedModel, find_model, registered_name
-from pipeline.generate.spec import Spec, make_spec
-from pipeline.nets.flops import forward_flops
-from pipeline.nets.model_files import build_model
-from pipeline.tracking import TrackingError, require_server
+from ddpm_pipeline.config.diffusion import ScheduleConfig
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.devices import is_out_of_memory
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.diffusion.evaluations import network_evaluations
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.generate.cost import PER_IMAGES, amount
+from ddpm_pipeline.generate.engine import Engine, set_up_torch
+from ddpm_pipeline.generate.guards import GuardTripped
+from ddpm_pipeline.generate.launched_images import LaunchedImages
+from ddpm_pipeline.generate.model_source import ResolvedModel, find_model, registered_name
+from ddpm_pipeline.generate.spec import Spec, make_spec
+from ddpm_pipeline.nets.flops import forward_flops
+from ddpm_pipeline.nets.model_files import build_model
+from ddpm_pipeline.tracking import TrackingError, require_server
 
 BUDGET_SECONDS = 6.0
 WHOLE_BATCH_SECONDS = 1.0

@@ -3,13 +3,13 @@
 import functools
 from dataclasses import dataclass
 
-from pipeline.config.model_card import ModelCard
-from pipeline.devices.peak_flops import peak_flops
-from pipeline.diffusion import NoiseSchedule
-from pipeline.diffusion.evaluations import network_evaluations
-from pipeline.generate.done_records import GpuTotals
-from pipeline.generate.spec import Spec
-from pipeline.nets.flops import forward_flops
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.devices.peak_flops import peak_flops
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.diffusion.evaluations import network_evaluations
+from ddpm_pipeline.generate.done_records import GpuTotals
+from ddpm_pipeline.generate.spec import Spec
+from ddpm_pipeline.nets.flops import forward_flops
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Protocol
 
-from pipeline.generate.encoding import EncodedImages, SampledImages, encode
+from ddpm_pipeline.generate.encoding import EncodedImages, SampledImages, encode
 
 
 class Encoders(Protocol):

@@ -4,9 +4,9 @@ import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.data.formats.image_stats import ImageStats, image_stats
-from pipeline.data.formats.images import ImageFormat, encode_image
-from pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.image_stats import ImageStats, image_stats
+from ddpm_pipeline.data.formats.images import ImageFormat, encode_image
+from ddpm_pipeline.data.formats.npy import Pixels
 
 Member = tuple[str, dict[str, bytes]]
 

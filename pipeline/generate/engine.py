@@ -9,18 +9,18 @@ import PIL
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.model_card import ModelCard
-from pipeline.data.formats.npy import Pixels
-from pipeline.devices import driver_version, is_out_of_memory, set_up_arithmetic
-from pipeline.diffusion.image_scaling import nearest_levels
-from pipeline.diffusion.samplers import OnStep, sample
-from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.generate.captured_sampling import CapturedSampling, can_capture
-from pipeline.generate.class_labels import classes_of
-from pipeline.generate.device_check import require_kind
-from pipeline.generate.launched_images import HostCopier, LaunchedImages, MicroBatch, to_device
-from pipeline.generate.spec import Spec
-from pipeline.nets.low_precision import cast_products
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.devices import driver_version, is_out_of_memory, set_up_arithmetic
+from ddpm_pipeline.diffusion.image_scaling import nearest_levels
+from ddpm_pipeline.diffusion.samplers import OnStep, sample
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule
+from ddpm_pipeline.generate.captured_sampling import CapturedSampling, can_capture
+from ddpm_pipeline.generate.class_labels import classes_of
+from ddpm_pipeline.generate.device_check import require_kind
+from ddpm_pipeline.generate.launched_images import HostCopier, LaunchedImages, MicroBatch, to_device
+from ddpm_pipeline.generate.spec import Spec
+from ddpm_pipeline.nets.low_precision import cast_products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -6,21 +6,27 @@ deletes only what belongs to smaller counts, which no later job needs.
 
 from dataclasses import dataclass, field
 
-from pipeline.config.cost import CostConfig
-from pipeline.data.formats.contact_sheet import image_grid
-from pipeline.data.formats.images import encode_image
-from pipeline.errors import DamageError
-from pipeline.generate.completeness import Completeness, check_complete
-from pipeline.generate.cost import cost_of_generation
-from pipeline.generate.done_records import RecordAggregate
-from pipeline.generate.heartbeat import clear_heartbeats
-from pipeline.generate.layout import CLAIM_PREFIX, CONTACT_KEY, JOBS_PREFIX, REPORT_KEY
-from pipeline.generate.manifest import Manifest, make_entries, make_manifest, read_manifest, write_manifest
-from pipeline.generate.prefix_spec import raise_count
-from pipeline.generate.report import grid_rows, load_images, render_report, row_labels
-from pipeline.generate.stored_generation import Generation
-from pipeline.store import ObjectMissing, StoreUnreachable
-from pipeline.store.prefix_claim import clear_claims
+from ddpm_pipeline.config.cost import CostConfig
+from ddpm_pipeline.data.formats.contact_sheet import image_grid
+from ddpm_pipeline.data.formats.images import encode_image
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.generate.completeness import Completeness, check_complete
+from ddpm_pipeline.generate.cost import cost_of_generation
+from ddpm_pipeline.generate.done_records import RecordAggregate
+from ddpm_pipeline.generate.heartbeat import clear_heartbeats
+from ddpm_pipeline.generate.layout import CLAIM_PREFIX, CONTACT_KEY, JOBS_PREFIX, REPORT_KEY
+from ddpm_pipeline.generate.manifest import (
+    Manifest,
+    make_entries,
+    make_manifest,
+    read_manifest,
+    write_manifest,
+)
+from ddpm_pipeline.generate.prefix_spec import raise_count
+from ddpm_pipeline.generate.report import grid_rows, load_images, render_report, row_labels
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.store import ObjectMissing, StoreUnreachable
+from ddpm_pipeline.store.prefix_claim import clear_claims
 
 _ATTEMPTS = 100
 

@@ -4,14 +4,14 @@ import time
 
 import yaml
 
-from pipeline.config.generation import GenerateConfig
-from pipeline.errors import UserError
-from pipeline.generate.cost import Cost
-from pipeline.generate.efficiency import Efficiency
-from pipeline.generate.layout import CONTACT_KEY, REPORT_KEY
-from pipeline.generate.manifest import Manifest
-from pipeline.generate.spec import Spec, pretty
-from pipeline.tracking import (
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.cost import Cost
+from ddpm_pipeline.generate.efficiency import Efficiency
+from ddpm_pipeline.generate.layout import CONTACT_KEY, REPORT_KEY
+from ddpm_pipeline.generate.manifest import Manifest
+from ddpm_pipeline.generate.spec import Spec, pretty
+from ddpm_pipeline.tracking import (
     Run,
     Spool,
     describe,

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.generate.completeness import Completeness, check_complete
-from pipeline.generate.cost import Cost, cost_of_generation
-from pipeline.generate.done_records import DoneRecord
-from pipeline.generate.heartbeat import Heartbeat, read_heartbeats
-from pipeline.generate.prefix_spec import open_generation
-from pipeline.generate.spec import Spec
-from pipeline.generate.stored_generation import Generation, PrefixListing
+from ddpm_pipeline.generate.completeness import Completeness, check_complete
+from ddpm_pipeline.generate.cost import Cost, cost_of_generation
+from ddpm_pipeline.generate.done_records import DoneRecord
+from ddpm_pipeline.generate.heartbeat import Heartbeat, read_heartbeats
+from ddpm_pipeline.generate.prefix_spec import open_generation
+from ddpm_pipeline.generate.spec import Spec
+from ddpm_pipeline.generate.stored_generation import Generation, PrefixListing
 
 _RECORDS_READ = 32
 State = Literal["complete", "running", "not complete", "damaged"]

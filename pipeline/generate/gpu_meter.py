@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from pipeline.devices.energy import EnergyMeter
-from pipeline.devices.nvml import visible_gpus
-from pipeline.generate.done_records import GpuUse
+from ddpm_pipeline.devices.energy import EnergyMeter
+from ddpm_pipeline.devices.nvml import visible_gpus
+from ddpm_pipeline.generate.done_records import GpuUse
 
 
 class GpuMeter:

@@ -1,8 +1,8 @@
 """Guards: stop a generation whose images are worthless before they fill the bucket."""
 
-from pipeline.config.generation import GuardConfig
-from pipeline.config.model_card import TrainingData
-from pipeline.data.formats.image_stats import ImageStats
+from ddpm_pipeline.config.generation import GuardConfig
+from ddpm_pipeline.config.model_card import TrainingData
+from ddpm_pipeline.data.formats.image_stats import ImageStats
 
 
 class GuardTripped(Exception):  # noqa: N818 - not an error of the program

@@ -9,15 +9,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import Count, Date, Name, Seconds, Sha256, Text
-from pipeline.config.json_document import parse_document
-from pipeline.errors import DamageError
-from pipeline.generate.coordinator import ShardProgress
-from pipeline.generate.layout import JOBS_PREFIX
-from pipeline.generate.plan import shard
-from pipeline.generate.spec import Spec, canonical
-from pipeline.store import ObjectMissing, Store
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import Count, Date, Name, Seconds, Sha256, Text
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.generate.coordinator import ShardProgress
+from ddpm_pipeline.generate.layout import JOBS_PREFIX
+from ddpm_pipeline.generate.plan import shard
+from ddpm_pipeline.generate.spec import Spec, canonical
+from ddpm_pipeline.store import ObjectMissing, Store
 
 _log = logging.getLogger(__name__)
 EVERY_SECONDS = 10.0

@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.config.generation import GenerateConfig
-from pipeline.generate import heartbeat
-from pipeline.generate.coordinator import ShardProgress
-from pipeline.generate.cost import Cost
-from pipeline.generate.efficiency import Efficiency
-from pipeline.generate.generation_run import GenerationRun
-from pipeline.generate.heartbeat import Heartbeat
-from pipeline.generate.manifest import Manifest
-from pipeline.generate.sample_worker import Outcome
-from pipeline.generate.stored_generation import Generation
-from pipeline.progress import Progress
-from pipeline.store import StoreUnreachable, retry_during_outage
-from pipeline.telemetry.logs import name_process
-from pipeline.telemetry.prometheus import JobMetrics
-from pipeline.telemetry.stall import StallDetector
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.generate import heartbeat
+from ddpm_pipeline.generate.coordinator import ShardProgress
+from ddpm_pipeline.generate.cost import Cost
+from ddpm_pipeline.generate.efficiency import Efficiency
+from ddpm_pipeline.generate.generation_run import GenerationRun
+from ddpm_pipeline.generate.heartbeat import Heartbeat
+from ddpm_pipeline.generate.manifest import Manifest
+from ddpm_pipeline.generate.sample_worker import Outcome
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import StoreUnreachable, retry_during_outage
+from ddpm_pipeline.telemetry.logs import name_process
+from ddpm_pipeline.telemetry.prometheus import JobMetrics
+from ddpm_pipeline.telemetry.stall import StallDetector
 
 _log = logging.getLogger(__name__)
 

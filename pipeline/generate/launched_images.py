@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.formats.npy import Pixels
-from pipeline.generate.guards import GuardTripped
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.generate.guards import GuardTripped
 
 
 @dataclass(frozen=True)

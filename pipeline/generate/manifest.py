@@ -12,15 +12,15 @@ from typing import Annotated, BinaryIO, Literal
 
 from pydantic import Field
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import MAX_SHARDS, Bytes, Count, Date, Key, Label, Name, Seconds, Sha256
-from pipeline.config.json_document import parse_document
-from pipeline.errors import DamageError
-from pipeline.generate.done_records import RecordAggregate
-from pipeline.generate.layout import MANIFEST_KEY
-from pipeline.generate.plan import num_shards, shard
-from pipeline.generate.spec import Spec, canonical, pretty
-from pipeline.store import ObjectMissing, Store
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import MAX_SHARDS, Bytes, Count, Date, Key, Label, Name, Seconds, Sha256
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.generate.done_records import RecordAggregate
+from ddpm_pipeline.generate.layout import MANIFEST_KEY
+from ddpm_pipeline.generate.plan import num_shards, shard
+from ddpm_pipeline.generate.spec import Spec, canonical, pretty
+from ddpm_pipeline.store import ObjectMissing, Store
 
 _SHARDS = b'  "shards": [\n'
 _END = b"  ]\n}\n"

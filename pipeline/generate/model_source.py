@@ -5,11 +5,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.generation import GenerateConfig
-from pipeline.config.model_card import ModelCard
-from pipeline.errors import UserError
-from pipeline.generate.spec import Spec, make_model_identity, make_spec
-from pipeline.nets.model_files import CARD_FILE, read_model
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.spec import Spec, make_model_identity, make_spec
+from ddpm_pipeline.nets.model_files import CARD_FILE, read_model
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def registered_name(reference: str) -> str | None:
 
 
 def _from_registry(reference: str) -> ResolvedModel:
-    from pipeline.tracking.registry import download, resolve  # MLflow takes seconds to import
+    from ddpm_pipeline.tracking.registry import download, resolve  # MLflow takes seconds to import
 
     version = resolve(reference)
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as scratch:

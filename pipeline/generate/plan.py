@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from pipeline.config.bounds import MAX_IMAGES, MAX_SHARDS
-from pipeline.generate.layout import DONE_PREFIX, SHARD_PREFIX
-from pipeline.generate.spec import Spec
+from ddpm_pipeline.config.bounds import MAX_IMAGES, MAX_SHARDS
+from ddpm_pipeline.generate.layout import DONE_PREFIX, SHARD_PREFIX
+from ddpm_pipeline.generate.spec import Spec
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,18 @@ import threading
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
-from pipeline.cluster import TYPE_LABEL, NodeReport, Workers, ask_nodes, require_fit_workers, unfit_message
-from pipeline.config.device_kind import DeviceKind
-from pipeline.config.generation import GenerateConfig
-from pipeline.generate.device_check import UnfitDevice, other_kind
-from pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.cluster import (
+    TYPE_LABEL,
+    NodeReport,
+    Workers,
+    ask_nodes,
+    require_fit_workers,
+    unfit_message,
+)
+from ddpm_pipeline.config.device_kind import DeviceKind
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.generate.device_check import UnfitDevice, other_kind
+from ddpm_pipeline.generate.stored_generation import Generation
 
 NODE_LABEL = "ray.io/node-id"
 log = logging.getLogger(__name__)

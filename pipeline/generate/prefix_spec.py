@@ -1,10 +1,10 @@
 """The spec of a prefix: claimed by one job, its count only ever raised.
 
 Jobs that find a prefix empty at the same time agree on one spec by plain objects under `claims/`; see
-`pipeline.store.prefix_claim`. Its count is the largest that anything at the prefix proves, whatever `spec.json` says
-at the moment: not every store has a conditional write, so a driver that was suspended between reading and writing may
-replace a newer `spec.json` or `manifest.json` with an older one. Done-records cannot be lost that way. Each has a key
-of its own, which names the count it belongs to, and only a job of a larger count deletes it. So the largest count
+`ddpm_pipeline.store.prefix_claim`. Its count is the largest that anything at the prefix proves, whatever `spec.json`
+says at the moment: not every store has a conditional write, so a driver that was suspended between reading and writing
+may replace a newer `spec.json` or `manifest.json` with an older one. Done-records cannot be lost that way. Each has a
+key of its own, which names the count it belongs to, and only a job of a larger count deletes it. So the largest count
 among the records never decreases, and whoever writes reads it again afterwards.
 """
 
@@ -12,19 +12,19 @@ import heapq
 from contextlib import suppress
 from typing import Literal
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import Number
-from pipeline.config.json_document import parse_document
-from pipeline.errors import DamageError, UserError
-from pipeline.generate.heartbeat import new_job_id
-from pipeline.generate.layout import CLAIM_PREFIX, DONE_PREFIX, SPEC_KEY
-from pipeline.generate.manifest import read_manifest
-from pipeline.generate.plan import end_of
-from pipeline.generate.spec import Spec, canonical, read_spec, require_extension, write_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.store import ObjectMissing, Store, open_store
-from pipeline.store.consensus import Ballot
-from pipeline.store.prefix_claim import PrefixBallots
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import Number
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.generate.heartbeat import new_job_id
+from ddpm_pipeline.generate.layout import CLAIM_PREFIX, DONE_PREFIX, SPEC_KEY
+from ddpm_pipeline.generate.manifest import read_manifest
+from ddpm_pipeline.generate.plan import end_of
+from ddpm_pipeline.generate.spec import Spec, canonical, read_spec, require_extension, write_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.store import ObjectMissing, Store, open_store
+from ddpm_pipeline.store.consensus import Ballot
+from ddpm_pipeline.store.prefix_claim import PrefixBallots
 
 _CANDIDATES = 16
 

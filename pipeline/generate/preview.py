@@ -6,20 +6,20 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.generation import SampleConfig, SpecSettings
-from pipeline.data.formats.contact_sheet import image_grid, in_rows, labelled_rows
-from pipeline.data.formats.images import encode_image
-from pipeline.data.formats.npy import Pixels
-from pipeline.diffusion.samplers import SamplerStep
-from pipeline.disk_errors import disk_errors_at
-from pipeline.generate.class_labels import classes_of, index_tensor
-from pipeline.generate.class_names import class_name
-from pipeline.generate.device_check import usable_kind
-from pipeline.generate.engine import Engine, set_up_torch
-from pipeline.generate.model_source import ResolvedModel, find_model
-from pipeline.generate.spec import Spec, make_spec
-from pipeline.nets.model_files import build_model
-from pipeline.progress import Progress, no_progress
+from ddpm_pipeline.config.generation import SampleConfig, SpecSettings
+from ddpm_pipeline.data.formats.contact_sheet import image_grid, in_rows, labelled_rows
+from ddpm_pipeline.data.formats.images import encode_image
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.diffusion.samplers import SamplerStep
+from ddpm_pipeline.disk_errors import disk_errors_at
+from ddpm_pipeline.generate.class_labels import classes_of, index_tensor
+from ddpm_pipeline.generate.class_names import class_name
+from ddpm_pipeline.generate.device_check import usable_kind
+from ddpm_pipeline.generate.engine import Engine, set_up_torch
+from ddpm_pipeline.generate.model_source import ResolvedModel, find_model
+from ddpm_pipeline.generate.spec import Spec, make_spec
+from ddpm_pipeline.nets.model_files import build_model
+from ddpm_pipeline.progress import Progress, no_progress
 
 _MIN_COLUMNS = 12
 

@@ -14,11 +14,11 @@ import ray.data
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.cluster import GROWS_VARIABLE, grows, reason_line
-from pipeline.config.generation import GenerateConfig
-from pipeline.errors import UserError
-from pipeline.generate.coordinator import Coordinator, ShardProgress
-from pipeline.generate.sample_worker import Outcome, SampleWorker, SampleWorkerConfig
+from ddpm_pipeline.cluster import GROWS_VARIABLE, grows, reason_line
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.coordinator import Coordinator, ShardProgress
+from ddpm_pipeline.generate.sample_worker import Outcome, SampleWorker, SampleWorkerConfig
 
 # Ray Data balances by blocks of one shard each; its bookkeeping grows with their number, so the plan is cut in waves.
 WAVE_SHARDS = 5_000

@@ -11,9 +11,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.generate.plan import locate
-from pipeline.generate.spec import ClassPlan, Spec
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.generate.plan import locate
+from ddpm_pipeline.generate.spec import ClassPlan, Spec
 
 UNKNOWN_MODEL = "FOLDER-OF-THE-MODEL"
 """Stands in a command for the folder of a model that is in no registry: a spec does not hold its path."""
@@ -86,7 +86,7 @@ def _drawn_classes(spec: Spec, call: NetworkCall) -> dict[str, str]:
     """
     if spec.classes is None or spec.classes.weights is None:
         return {}
-    from pipeline.generate.class_labels import labels_of  # imports torch
+    from ddpm_pipeline.generate.class_labels import labels_of  # imports torch
 
     labels = labels_of(spec, range(call.first, call.first + call.size)) or []
     turn = -call.first % call.size  # place of the label that the multiple of `size` takes

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.config.model_card import ModelCard
-from pipeline.data.formats.images import decode_image, encode_image
-from pipeline.data.formats.npy import Pixels
-from pipeline.data.formats.shards import read_shard
-from pipeline.errors import DamageError
-from pipeline.generate.class_labels import index_tensor
-from pipeline.generate.device_check import UnfitDevice
-from pipeline.generate.done_records import DoneRecord
-from pipeline.generate.engine import Engine, set_up_torch, software
-from pipeline.generate.model_source import find_model_of
-from pipeline.generate.plan import SampleBatch, Shard, locate
-from pipeline.generate.spec import Spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.generate.verification import VerifyReport
-from pipeline.nets.model_files import build_model
-from pipeline.progress import Progress, no_progress
-from pipeline.store import ObjectMissing, open_store
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.data.formats.images import decode_image, encode_image
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.shards import read_shard
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.generate.class_labels import index_tensor
+from ddpm_pipeline.generate.device_check import UnfitDevice
+from ddpm_pipeline.generate.done_records import DoneRecord
+from ddpm_pipeline.generate.engine import Engine, set_up_torch, software
+from ddpm_pipeline.generate.model_source import find_model_of
+from ddpm_pipeline.generate.plan import SampleBatch, Shard, locate
+from ddpm_pipeline.generate.spec import Spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.generate.verification import VerifyReport
+from ddpm_pipeline.nets.model_files import build_model
+from ddpm_pipeline.progress import Progress, no_progress
+from ddpm_pipeline.store import ObjectMissing, open_store
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from pipeline.cluster import Workers
-from pipeline.config.model_card import ModelCard
-from pipeline.generate.device_check import UnfitDevice
-from pipeline.generate.pool_kinds import ask_pool, log_left_out, require_some, selector_of
-from pipeline.generate.regenerate import Comparison, Samples, compare_here
-from pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.cluster import Workers
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.generate.device_check import UnfitDevice
+from ddpm_pipeline.generate.pool_kinds import ask_pool, log_left_out, require_some, selector_of
+from ddpm_pipeline.generate.regenerate import Comparison, Samples, compare_here
+from ddpm_pipeline.generate.stored_generation import Generation
 
 _SETTING = "--regenerate"
 

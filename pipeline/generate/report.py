@@ -7,18 +7,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from pipeline.data.formats.contact_sheet import image_grid, in_rows
-from pipeline.data.formats.images import decode_image, encode_image
-from pipeline.data.formats.npy import Pixels
-from pipeline.data.formats.shards import read_shard
-from pipeline.generate.class_labels import classes_of
-from pipeline.generate.class_names import class_name
-from pipeline.generate.cost import Cost
-from pipeline.generate.manifest import Manifest
-from pipeline.generate.plan import Shard, locate
-from pipeline.generate.spec import Spec, pretty
-from pipeline.generate.stored_generation import Generation
-from pipeline.html_page import render_page
+from ddpm_pipeline.data.formats.contact_sheet import image_grid, in_rows
+from ddpm_pipeline.data.formats.images import decode_image, encode_image
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.shards import read_shard
+from ddpm_pipeline.generate.class_labels import classes_of
+from ddpm_pipeline.generate.class_names import class_name
+from ddpm_pipeline.generate.cost import Cost
+from ddpm_pipeline.generate.manifest import Manifest
+from ddpm_pipeline.generate.plan import Shard, locate
+from ddpm_pipeline.generate.spec import Spec, pretty
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.html_page import render_page
 
 COLUMNS = 12
 _MAX_ROWS = 24

@@ -14,29 +14,29 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from pipeline.config.base import Settings
-from pipeline.config.evaluation import FeatureNetworkConfig
-from pipeline.config.generation import GuardConfig
-from pipeline.config.model_card import ModelCard
-from pipeline.devices import is_context_lost, limit_memory
-from pipeline.errors import DamageError, UserError
-from pipeline.features.networks import open_network
-from pipeline.features.shard_sums import FeatureSums
-from pipeline.generate.coordinator import ShardAssignment
-from pipeline.generate.device_check import UnfitDevice
-from pipeline.generate.done_records import DoneRecord
-from pipeline.generate.encoders import EncoderProcesses, Encoders, EncoderThread
-from pipeline.generate.engine import Engine, set_up_torch
-from pipeline.generate.gpu_meter import GpuMeter
-from pipeline.generate.guards import GuardTripped
-from pipeline.generate.plan import shard
-from pipeline.generate.shard_writer import ShardCancelled, ShardWriter
-from pipeline.generate.spec import Spec
-from pipeline.nets.model_files import build_model
-from pipeline.retry import RetryPolicy
-from pipeline.store import open_store
-from pipeline.telemetry.logs import located, name_process, set_up_logging
-from pipeline.telemetry.prometheus import JobMetrics
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.evaluation import FeatureNetworkConfig
+from ddpm_pipeline.config.generation import GuardConfig
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.devices import is_context_lost, limit_memory
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.features.networks import open_network
+from ddpm_pipeline.features.shard_sums import FeatureSums
+from ddpm_pipeline.generate.coordinator import ShardAssignment
+from ddpm_pipeline.generate.device_check import UnfitDevice
+from ddpm_pipeline.generate.done_records import DoneRecord
+from ddpm_pipeline.generate.encoders import EncoderProcesses, Encoders, EncoderThread
+from ddpm_pipeline.generate.engine import Engine, set_up_torch
+from ddpm_pipeline.generate.gpu_meter import GpuMeter
+from ddpm_pipeline.generate.guards import GuardTripped
+from ddpm_pipeline.generate.plan import shard
+from ddpm_pipeline.generate.shard_writer import ShardCancelled, ShardWriter
+from ddpm_pipeline.generate.spec import Spec
+from ddpm_pipeline.nets.model_files import build_model
+from ddpm_pipeline.retry import RetryPolicy
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.telemetry.logs import located, name_process, set_up_logging
+from ddpm_pipeline.telemetry.prometheus import JobMetrics
 
 PAUSES = RetryPolicy(first_pause_seconds=1.0, longest_pause_seconds=30.0)
 # A worker that dies may have been preempted, which says nothing about its shard. Only a shard that was begun far more

@@ -13,24 +13,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.config.generation import GuardConfig
-from pipeline.config.model_card import TrainingData
-from pipeline.data.formats.image_stats import ImageStats
-from pipeline.data.formats.npy import Pixels
-from pipeline.data.formats.shards import write_shard
-from pipeline.features.shard_sums import FeatureRecord, FeatureSums, add_records
-from pipeline.generate.class_labels import index_tensor, labels_of
-from pipeline.generate.done_records import DoneRecord, GpuUse, Times
-from pipeline.generate.encoders import Encoders, EncoderThread, Encoding
-from pipeline.generate.encoding import SampledImages
-from pipeline.generate.engine import Engine, software
-from pipeline.generate.gpu_meter import GpuMeter
-from pipeline.generate.guards import GuardTripped, check_guards
-from pipeline.generate.launched_images import LaunchedImages
-from pipeline.generate.plan import SampleBatch, Shard, batches
-from pipeline.generate.spec import Spec, canonical
-from pipeline.generate.stored_generation import Generation
-from pipeline.store import ABSENT, ObjectChanged, Store, StoreUnreachable, retry_during_outage
+from ddpm_pipeline.config.generation import GuardConfig
+from ddpm_pipeline.config.model_card import TrainingData
+from ddpm_pipeline.data.formats.image_stats import ImageStats
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.shards import write_shard
+from ddpm_pipeline.features.shard_sums import FeatureRecord, FeatureSums, add_records
+from ddpm_pipeline.generate.class_labels import index_tensor, labels_of
+from ddpm_pipeline.generate.done_records import DoneRecord, GpuUse, Times
+from ddpm_pipeline.generate.encoders import Encoders, EncoderThread, Encoding
+from ddpm_pipeline.generate.encoding import SampledImages
+from ddpm_pipeline.generate.engine import Engine, software
+from ddpm_pipeline.generate.gpu_meter import GpuMeter
+from ddpm_pipeline.generate.guards import GuardTripped, check_guards
+from ddpm_pipeline.generate.launched_images import LaunchedImages
+from ddpm_pipeline.generate.plan import SampleBatch, Shard, batches
+from ddpm_pipeline.generate.spec import Spec, canonical
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.store import ABSENT, ObjectChanged, Store, StoreUnreachable, retry_during_outage
 
 OnImages = Callable[[int], None]
 _STORE_ATTEMPTS = 10

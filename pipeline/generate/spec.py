@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from pipeline.config.base import Settings, refuse_idle
-from pipeline.config.bounds import (
+from ddpm_pipeline.config.base import Settings, refuse_idle
+from ddpm_pipeline.config.bounds import (
     MAX_CLASSES,
     MAX_IMAGES,
     MAX_IMAGES_A_SHARD,
@@ -17,14 +17,14 @@ from pipeline.config.bounds import (
     Number,
     Sha256,
 )
-from pipeline.config.device_kind import DeviceKind, Matmul
-from pipeline.config.diffusion import SamplerConfig, check_together
-from pipeline.config.generation import ClassChoice, SpecSettings, check_plan
-from pipeline.config.json_document import parse_document
-from pipeline.config.model_card import ModelCard
-from pipeline.errors import UserError
-from pipeline.generate.layout import SPEC_KEY
-from pipeline.store import ObjectMissing, Store
+from ddpm_pipeline.config.device_kind import DeviceKind, Matmul
+from ddpm_pipeline.config.diffusion import SamplerConfig, check_together
+from ddpm_pipeline.config.generation import ClassChoice, SpecSettings, check_plan
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.layout import SPEC_KEY
+from ddpm_pipeline.store import ObjectMissing, Store
 
 
 class ModelIdentity(Settings):
@@ -51,7 +51,7 @@ class ModelIdentity(Settings):
 
 
 class ClassPlan(Settings):
-    """The class of each sample; see `pipeline.generate.class_labels`."""
+    """The class of each sample; see `ddpm_pipeline.generate.class_labels`."""
 
     labels: tuple[Label, ...] = Field(min_length=1, max_length=MAX_CLASSES)
     """The labels used, in order."""

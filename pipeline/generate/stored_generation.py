@@ -15,20 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pipeline.config.json_document import parse_document
-from pipeline.errors import DamageError
-from pipeline.generate import plan
-from pipeline.generate.done_records import (
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.generate import plan
+from ddpm_pipeline.generate.done_records import (
     UNKNOWN_TAG,
     DoneRecord,
     RecordAggregate,
     check_record,
     short_tag,
 )
-from pipeline.generate.layout import DONE_PREFIX, SHARD_PREFIX
-from pipeline.generate.plan import Shard
-from pipeline.generate.spec import Spec
-from pipeline.store import ObjectMissing, Store
+from ddpm_pipeline.generate.layout import DONE_PREFIX, SHARD_PREFIX
+from ddpm_pipeline.generate.plan import Shard
+from ddpm_pipeline.generate.spec import Spec
+from ddpm_pipeline.store import ObjectMissing, Store
 
 _ABSENT = -1
 _NOT_LISTED = -2

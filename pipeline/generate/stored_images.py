@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.formats.shards import read_shard
-from pipeline.errors import DamageError
-from pipeline.generate.plan import Shard
-from pipeline.generate.spec import Spec
+from ddpm_pipeline.data.formats.shards import read_shard
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.generate.plan import Shard
+from ddpm_pipeline.generate.spec import Spec
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 from pydantic_core import from_json
 
-from pipeline.data.formats.image_stats import image_stats, is_constant
-from pipeline.data.formats.images import decode_image
-from pipeline.data.formats.npy import Pixels
-from pipeline.data.formats.shards import read_shard
-from pipeline.errors import DamageError
-from pipeline.generate.class_labels import labels_of
-from pipeline.generate.done_records import DoneRecord, RecordAggregate
-from pipeline.generate.heartbeat import read_heartbeats
-from pipeline.generate.layout import (
+from ddpm_pipeline.data.formats.image_stats import image_stats, is_constant
+from ddpm_pipeline.data.formats.images import decode_image
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.shards import read_shard
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.generate.class_labels import labels_of
+from ddpm_pipeline.generate.done_records import DoneRecord, RecordAggregate
+from ddpm_pipeline.generate.heartbeat import read_heartbeats
+from ddpm_pipeline.generate.layout import (
     CLAIM_PREFIX,
     CONTACT_KEY,
     DONE_PREFIX,
@@ -29,13 +29,13 @@ from pipeline.generate.layout import (
     SHARD_PREFIX,
     SPEC_KEY,
 )
-from pipeline.generate.manifest import Manifest, make_entries, make_manifest, read_entries, read_manifest
-from pipeline.generate.plan import Shard
-from pipeline.generate.prefix_spec import open_generation
-from pipeline.generate.spec import Spec
-from pipeline.generate.stored_generation import Generation, PrefixListing
-from pipeline.progress import Progress, no_progress
-from pipeline.store import ObjectMissing, Store, open_store
+from ddpm_pipeline.generate.manifest import Manifest, make_entries, make_manifest, read_entries, read_manifest
+from ddpm_pipeline.generate.plan import Shard
+from ddpm_pipeline.generate.prefix_spec import open_generation
+from ddpm_pipeline.generate.spec import Spec
+from ddpm_pipeline.generate.stored_generation import Generation, PrefixListing
+from ddpm_pipeline.progress import Progress, no_progress
+from ddpm_pipeline.store import ObjectMissing, Store, open_store
 
 MAX_PROBLEMS = 1000
 _READERS = 4

@@ -3,6 +3,6 @@
 Nothing here imports Triton before the first launch: CPU builds of torch come without it.
 """
 
-from pipeline.kernels.operators import define_operator, on_gpu
+from ddpm_pipeline.kernels.operators import define_operator, on_gpu
 
 __all__ = ["define_operator", "on_gpu"]

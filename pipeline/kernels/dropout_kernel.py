@@ -1,6 +1,6 @@
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportGeneralTypeIssues=false
 # Triton compiles the functions marked `triton.jit` from their source and gives their parameters types of its own.
-"""Triton kernel of keyed dropout: bit for bit `pipeline.nets.dropout`, which defines it.
+"""Triton kernel of keyed dropout: bit for bit `ddpm_pipeline.nets.dropout`, which defines it.
 
 The mask is never stored: forward and backward compute it from the keys.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.launching import launch, signed
+from ddpm_pipeline.kernels.launching import launch, signed
 
 BLOCK = 1024
 

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.launching import launch
-from pipeline.kernels.tiling import Tiling
+from ddpm_pipeline.kernels.launching import launch
+from ddpm_pipeline.kernels.tiling import Tiling
 
 
 @triton.jit

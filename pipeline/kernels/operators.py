@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.devices.triton_version import triton_version
+from ddpm_pipeline.devices.triton_version import triton_version
 
 NAMESPACE = "ddpm"
 # Kept for the life of the process: torch forgets operators with the library that defines them.

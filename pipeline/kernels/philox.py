@@ -1,6 +1,6 @@
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportGeneralTypeIssues=false
 # Triton compiles the functions marked `triton.jit` from their source and gives their parameters types of its own.
-"""Triton kernels of named random numbers: bit for bit those of `pipeline.diffusion.noise`, which defines them.
+"""Triton kernels of named random numbers: bit for bit those of `ddpm_pipeline.diffusion.noise`, which defines them.
 
 Compiled without fused multiply-add, which rounds once where the definition rounds twice.
 """
@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.launching import launch, signed
+from ddpm_pipeline.kernels.launching import launch, signed
 
 BLOCK = 256
 
-# Series of -2 ln m in s = (m-1)/(m+1), of sine and of cosine, as in pipeline.diffusion.noise.
+# Series of -2 ln m in s = (m-1)/(m+1), of sine and of cosine, as in ddpm_pipeline.diffusion.noise.
 _LOG: tl.constexpr = tl.constexpr(tuple(4.0 / (2 * k + 1) for k in range(8)))
 _SINE: tl.constexpr = tl.constexpr(tuple((-1.0) ** k / math.factorial(2 * k + 1) for k in range(7)))
 _COSINE: tl.constexpr = tl.constexpr(tuple((-1.0) ** k / math.factorial(2 * k) for k in range(8)))
@@ -130,7 +130,7 @@ def one_block_kernel(
 def launch_normal(
     index: Tensor, device_step: Tensor | None, key0: int, key1: int, step: int, count: int
 ) -> Tensor:
-    """Normals float32 (B, count), as `pipeline.diffusion.noise` defines them."""
+    """Normals float32 (B, count), as `ddpm_pipeline.diffusion.noise` defines them."""
     index = index.contiguous()
     out = index.new_empty((len(index), count), dtype=torch.float32)
     tiles = -(-count // (4 * BLOCK))

@@ -1,9 +1,9 @@
 """The network, its averages, and its exchange with other software."""
 
-from pipeline.config.net import UNetConfig
-from pipeline.nets.dropout import DropoutKeys
-from pipeline.nets.ema import ConstantEMA, PowerEMA, WeightAverage
-from pipeline.nets.unet import UNet, parameter_count, seeded_init
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.nets.dropout import DropoutKeys
+from ddpm_pipeline.nets.ema import ConstantEMA, PowerEMA, WeightAverage
+from ddpm_pipeline.nets.unet import UNet, parameter_count, seeded_init
 
 __all__ = [
     "ConstantEMA",

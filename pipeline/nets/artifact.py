@@ -1,5 +1,5 @@
 """Earlier name of `model_files`, which the code stored beside models registered by version 0.1.0 imports."""
 
-from pipeline.nets.model_files import load_model
+from ddpm_pipeline.nets.model_files import load_model
 
 __all__ = ["load_model"]

@@ -5,11 +5,11 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig, Target, Variance
-from pipeline.config.json_document import first_fault
-from pipeline.config.net import UNetConfig
-from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.errors import UserError
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig, Target, Variance
+from ddpm_pipeline.config.json_document import first_fault
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule
+from ddpm_pipeline.errors import UserError
 
 _TARGETS: dict[Target, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _VARIANCES: dict[Variance, str] = {

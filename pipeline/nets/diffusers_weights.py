@@ -18,19 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.config.base import Settings
-from pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig
-from pipeline.config.model_card import DistillationInfo
-from pipeline.config.net import UNetConfig
-from pipeline.errors import DamageError, UserError
-from pipeline.nets.diffusers_config import (
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, ScheduleConfig
+from ddpm_pipeline.config.model_card import DistillationInfo
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.nets.diffusers_config import (
     net_from_diffusers,
     net_to_diffusers,
     objective_from_diffusers,
     schedule_from_diffusers,
     scheduler_to_diffusers,
 )
-from pipeline.nets.unet import UNet
+from ddpm_pipeline.nets.unet import UNet
 
 _VERSION = "0.42.1"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"

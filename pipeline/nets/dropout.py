@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.noise import Stream, words32
-from pipeline.kernels import define_operator, on_gpu
+from ddpm_pipeline.diffusion.noise import Stream, words32
+from ddpm_pipeline.kernels import define_operator, on_gpu
 
 
 class DropoutKeys:
@@ -70,7 +70,7 @@ def _reference(x: Tensor, words: Tensor, threshold: int, layer_word: int) -> Ten
 
 
 def _launch(*arguments: Any) -> Tensor:
-    from pipeline.kernels.dropout_kernel import launch_keyed_dropout
+    from ddpm_pipeline.kernels.dropout_kernel import launch_keyed_dropout
 
     return launch_keyed_dropout(*arguments)
 

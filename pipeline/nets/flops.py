@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config.net import UNetConfig
-from pipeline.nets.dropout import DropoutKeys
-from pipeline.nets.unet import UNet
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.nets.dropout import DropoutKeys
+from ddpm_pipeline.nets.unet import UNet
 
 
 def sample_flops(net: UNetConfig) -> int:

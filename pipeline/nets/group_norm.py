@@ -1,4 +1,4 @@
-"""Group normalization in float32, on a GPU with kernels of our own (`pipeline.kernels.group_norm_kernels`)."""
+"""Group normalization in float32, on a GPU with kernels of our own (`ddpm_pipeline.kernels.group_norm_kernels`)."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.kernels import define_operator, on_gpu
+from ddpm_pipeline.kernels import define_operator, on_gpu
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -62,13 +62,13 @@ def _reference_backward(
 
 
 def _launch(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from pipeline.kernels.group_norm_kernels import launch_group_norm
+    from ddpm_pipeline.kernels.group_norm_kernels import launch_group_norm
 
     return launch_group_norm(*arguments)
 
 
 def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from pipeline.kernels.group_norm_kernels import launch_group_norm_backward
+    from ddpm_pipeline.kernels.group_norm_kernels import launch_group_norm_backward
 
     return launch_group_norm_backward(*arguments)
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.devices import divided
-from pipeline.nets.dropout import DropoutKeys, keyed_dropout
-from pipeline.nets.group_norm import GroupNorm32
+from ddpm_pipeline.devices import divided
+from ddpm_pipeline.nets.dropout import DropoutKeys, keyed_dropout
+from ddpm_pipeline.nets.group_norm import GroupNorm32
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from pipeline.config.json_document import first_fault
-from pipeline.config.model_card import ModelCard
-from pipeline.errors import DamageError, UserError
-from pipeline.nets.unet import UNet
+from ddpm_pipeline.config.json_document import first_fault
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.nets.unet import UNet
 
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "model.json"

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from pipeline.config.net import UNetConfig
-from pipeline.nets.dropout import DropoutKeys
-from pipeline.nets.group_norm import GroupNorm32
-from pipeline.nets.layers import (
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.nets.dropout import DropoutKeys
+from ddpm_pipeline.nets.group_norm import GroupNorm32
+from ddpm_pipeline.nets.layers import (
     Attention,
     BlockOptions,
     Downsample,

@@ -12,13 +12,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.config.base import Settings
-from pipeline.config.json_document import parse_document
-from pipeline.config.nights import DriftConfig
-from pipeline.errors import DamageError, JobError, UserError
-from pipeline.evaluate.document import Evaluation
-from pipeline.generate.cost import Cost
-from pipeline.store import ObjectMissing, Store
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.config.nights import DriftConfig
+from ddpm_pipeline.errors import DamageError, JobError, UserError
+from ddpm_pipeline.evaluate.document import Evaluation
+from ddpm_pipeline.generate.cost import Cost
+from ddpm_pipeline.store import ObjectMissing, Store
 
 _log = logging.getLogger(__name__)
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.generate.cost import Cost, amount
-from pipeline.html_page import render_page
-from pipeline.nightly.history import Night
-from pipeline.nightly.line_chart import Chart, Day, Unit, line_chart
+from ddpm_pipeline.generate.cost import Cost, amount
+from ddpm_pipeline.html_page import render_page
+from ddpm_pipeline.nightly.history import Night
+from ddpm_pipeline.nightly.line_chart import Chart, Day, Unit, line_chart
 
 Series = Callable[[Night], float | None]
 

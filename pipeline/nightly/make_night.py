@@ -2,25 +2,25 @@
 
 import datetime as dt
 
-from pipeline.config.generation import GenerateConfig
-from pipeline.config.nights import NightlyConfig
-from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.document import Evaluation, load_evaluation
-from pipeline.evaluate.evaluation_runs import try_to_log
-from pipeline.evaluate.measure import evaluate_generation
-from pipeline.features.reference_set import data_root
-from pipeline.features.shard_sums import network_for_sums
-from pipeline.generate.completeness import check_complete
-from pipeline.generate.cost import cost_of_generation
-from pipeline.generate.layout import SPEC_KEY
-from pipeline.generate.manifest import Manifest, read_manifest
-from pipeline.generate.spec import read_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.nightly.history import Night, drift, night_prefix, night_seed, read_nights, write_night
-from pipeline.parallel import OpenWorkers
-from pipeline.progress import Progress
-from pipeline.store import Store, open_store
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.nights import NightlyConfig
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.evaluate.document import Evaluation, load_evaluation
+from ddpm_pipeline.evaluate.evaluation_runs import try_to_log
+from ddpm_pipeline.evaluate.measure import evaluate_generation
+from ddpm_pipeline.features.reference_set import data_root
+from ddpm_pipeline.features.shard_sums import network_for_sums
+from ddpm_pipeline.generate.completeness import check_complete
+from ddpm_pipeline.generate.cost import cost_of_generation
+from ddpm_pipeline.generate.layout import SPEC_KEY
+from ddpm_pipeline.generate.manifest import Manifest, read_manifest
+from ddpm_pipeline.generate.spec import read_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.nightly.history import Night, drift, night_prefix, night_seed, read_nights, write_night
+from ddpm_pipeline.parallel import OpenWorkers
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import Store, open_store
+from ddpm_pipeline.telemetry.terminal import echo
 
 
 def night_settings(config: NightlyConfig, date: dt.date, night: Night | None = None) -> GenerateConfig:

@@ -4,11 +4,11 @@ import datetime as dt
 import logging
 from collections.abc import Sequence
 
-from pipeline.config.nights import NightlyConfig
-from pipeline.errors import DamageError
-from pipeline.evaluate.document import evaluation_location
-from pipeline.generate.heartbeat import read_heartbeats
-from pipeline.generate.layout import (
+from ddpm_pipeline.config.nights import NightlyConfig
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.evaluate.document import evaluation_location
+from ddpm_pipeline.generate.heartbeat import read_heartbeats
+from ddpm_pipeline.generate.layout import (
     CLAIM_PREFIX,
     CONTACT_KEY,
     DONE_PREFIX,
@@ -18,9 +18,9 @@ from pipeline.generate.layout import (
     SHARD_PREFIX,
     SPEC_KEY,
 )
-from pipeline.generate.manifest import read_manifest
-from pipeline.generate.spec import read_spec
-from pipeline.nightly.history import (
+from ddpm_pipeline.generate.manifest import read_manifest
+from ddpm_pipeline.generate.spec import read_spec
+from ddpm_pipeline.nightly.history import (
     Night,
     newest,
     night_prefix,
@@ -29,8 +29,8 @@ from pipeline.nightly.history import (
     read_nights,
     write_night,
 )
-from pipeline.store import Store, open_store
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.store import Store, open_store
+from ddpm_pipeline.telemetry.terminal import echo
 
 _log = logging.getLogger(__name__)
 

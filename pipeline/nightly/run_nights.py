@@ -13,16 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.generation import GenerateConfig
-from pipeline.config.nights import NightlyConfig
-from pipeline.errors import UserError
-from pipeline.features.networks import open_network
-from pipeline.features.reference_set import data_root
-from pipeline.features.trust import require_trusted_network
-from pipeline.generate.driver import GenerationResult
-from pipeline.generate.layout import CONTACT_KEY
-from pipeline.generate.model_source import registered_name
-from pipeline.nightly.history import (
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.nights import NightlyConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.features.networks import open_network
+from ddpm_pipeline.features.reference_set import data_root
+from ddpm_pipeline.features.trust import require_trusted_network
+from ddpm_pipeline.generate.driver import GenerationResult
+from ddpm_pipeline.generate.layout import CONTACT_KEY
+from ddpm_pipeline.generate.model_source import registered_name
+from ddpm_pipeline.nightly.history import (
     PAGE_KEY,
     advance_latest,
     newest,
@@ -33,16 +33,16 @@ from pipeline.nightly.history import (
     read_nights,
     today_by,
 )
-from pipeline.nightly.history_page import render_history
-from pipeline.nightly.make_night import find_fault, night_settings, record_night
-from pipeline.nightly.retention import apply_retention
-from pipeline.nightly.webhook import send
-from pipeline.parallel import OpenWorkers, in_process
-from pipeline.private_files import open_private, state_folder
-from pipeline.progress import Progress
-from pipeline.store import ObjectMissing, Store, open_store
-from pipeline.telemetry.redaction import redact
-from pipeline.telemetry.terminal import echo
+from ddpm_pipeline.nightly.history_page import render_history
+from ddpm_pipeline.nightly.make_night import find_fault, night_settings, record_night
+from ddpm_pipeline.nightly.retention import apply_retention
+from ddpm_pipeline.nightly.webhook import send
+from ddpm_pipeline.parallel import OpenWorkers, in_process
+from ddpm_pipeline.private_files import open_private, state_folder
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import ObjectMissing, Store, open_store
+from ddpm_pipeline.telemetry.redaction import redact
+from ddpm_pipeline.telemetry.terminal import echo
 
 NightOutcome = Literal["done", "drifted", "failed", "drained"]
 """`drifted`: complete, and unlike the nights before. `drained`: stopped by a signal, to be continued."""

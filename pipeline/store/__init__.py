@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from pipeline.errors import UserError
-from pipeline.retry import RetryPolicy, retry_during_outage
-from pipeline.store.file_store import FileStore, atomic_file
-from pipeline.store.interface import ABSENT, ObjectChanged, ObjectInfo, ObjectMissing, Store, StoreUnreachable
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.retry import RetryPolicy, retry_during_outage
+from ddpm_pipeline.store.file_store import FileStore, atomic_file
+from ddpm_pipeline.store.interface import (
+    ABSENT,
+    ObjectChanged,
+    ObjectInfo,
+    ObjectMissing,
+    Store,
+    StoreUnreachable,
+)
 
 __all__ = [
     "ABSENT",
@@ -40,7 +47,7 @@ def open_store(uri: str) -> Store:
     if parts.scheme == "s3":
         if not parts.netloc:
             raise UserError(f"{uri}: no bucket in it; write s3://bucket/prefix")
-        from pipeline.store.s3_store import (
+        from ddpm_pipeline.store.s3_store import (
             S3Store,
         )  # boto3 takes a quarter of a second to import: only who needs it
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
-from pipeline.retry import RetryPolicy
+from ddpm_pipeline.retry import RetryPolicy
 
 V = TypeVar("V")
 

@@ -12,10 +12,10 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.disk_errors import disk_errors_at
-from pipeline.errors import DamageError, UserError
-from pipeline.store.file_store import atomic_file
-from pipeline.store.interface import TEMP_PREFIX, checked_key
+from ddpm_pipeline.disk_errors import disk_errors_at
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.store.file_store import atomic_file
+from ddpm_pipeline.store.interface import TEMP_PREFIX, checked_key
 
 MARKER = ".ddpm-download"
 """Names what the folder is a download of."""

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.disk_errors import disk_errors_at
-from pipeline.errors import DamageError, UserError
-from pipeline.store.interface import (
+from ddpm_pipeline.disk_errors import disk_errors_at
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.store.interface import (
     ABSENT,
     TEMP_PREFIX,
     ObjectChanged,

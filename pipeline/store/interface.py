@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import DamageError, Outage, UserError
-from pipeline.retry import retry_during_outage, start_seconds
+from ddpm_pipeline.errors import DamageError, Outage, UserError
+from ddpm_pipeline.retry import retry_during_outage, start_seconds
 
 MAX_KEY_BYTES = 1024  # S3's limit; file:// has the same, so that data can move between the two
 

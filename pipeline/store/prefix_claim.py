@@ -1,7 +1,7 @@
 """Claiming a prefix: of several jobs that find it empty at the same time, one writes its value, and all use that.
 
 A conditional write would do it in one request, but not every S3 service honors the condition: JuiceFS's gateway accepts
-`If-None-Match: *` and overwrites anyway. So the jobs run `pipeline.store.consensus` over plain objects.
+`If-None-Match: *` and overwrites anyway. So the jobs run `ddpm_pipeline.store.consensus` over plain objects.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Annotated, Generic, TypeVar
 
 from pydantic import Field
 
-from pipeline.config.base import Settings
-from pipeline.config.json_document import parse_document
-from pipeline.store import consensus
-from pipeline.store.consensus import Ballot
-from pipeline.store.interface import ObjectMissing, Store, StoreUnreachable
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.store import consensus
+from ddpm_pipeline.store.consensus import Ballot
+from ddpm_pipeline.store.interface import ObjectMissing, Store, StoreUnreachable
 
 V = TypeVar("V")
 _Round = Annotated[int, Field(ge=0, lt=2**53)]

@@ -16,7 +16,7 @@ from botocore.handlers import _handle_200_error as unread_as_500  # pyright: ign
 from botocore.handlers import add_expect_header
 from botocore.parsers import ResponseParserError, ResponseParserFactory, RestXMLParser
 
-from pipeline.store.s3_errors import NotS3Answer, settings_error
+from ddpm_pipeline.store.s3_errors import NotS3Answer, settings_error
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -161,7 +161,10 @@ def _config(profile: dict[str, Any]) -> Config:
     return Config(
         connect_timeout=CONNECT_SECONDS,
         read_timeout=READ_SECONDS,
-        retries={"total_max_attempts": 1, "mode": "standard"},  # pipeline.retry does it, for streams as well
+        retries={
+            "total_max_attempts": 1,
+            "mode": "standard",
+        },  # ddpm_pipeline.retry does it, for streams as well
         max_pool_connections=32,
         request_checksum_calculation=chosen("request_checksum_calculation"),
         response_checksum_validation=chosen("response_checksum_validation"),

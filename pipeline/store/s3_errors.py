@@ -10,8 +10,8 @@ import botocore.exceptions as boto_errors
 import urllib3.exceptions
 from botocore.parsers import ResponseParserError
 
-from pipeline.errors import DamageError, DiskFull, UserError
-from pipeline.store.interface import ObjectChanged, ObjectMissing, StoreUnreachable
+from ddpm_pipeline.errors import DamageError, DiskFull, UserError
+from ddpm_pipeline.store.interface import ObjectChanged, ObjectMissing, StoreUnreachable
 
 MAX_MESSAGE_CHARACTERS = 200  # of a service's own message
 MISSING_CODES = {"404", "NoSuchKey", "NotFound"}

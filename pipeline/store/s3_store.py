@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 import botocore.exceptions as boto_errors
 from botocore.parsers import ResponseParserError
 
-from pipeline.disk_errors import disk_errors_at
-from pipeline.errors import DamageError, UserError
-from pipeline.retry import RetryPolicy, call_with_retries
-from pipeline.store.file_store import atomic_file
-from pipeline.store.interface import (
+from ddpm_pipeline.disk_errors import disk_errors_at
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.retry import RetryPolicy, call_with_retries
+from ddpm_pipeline.store.file_store import atomic_file
+from ddpm_pipeline.store.interface import (
     ABSENT,
     ObjectChanged,
     ObjectInfo,
@@ -34,8 +34,8 @@ from pipeline.store.interface import (
     StoreUnreachable,
     checked_key,
 )
-from pipeline.store.s3_client import connected, endpoint, renewed, sends_own_checksums
-from pipeline.store.s3_errors import (
+from ddpm_pipeline.store.s3_client import connected, endpoint, renewed, sends_own_checksums
+from ddpm_pipeline.store.s3_errors import (
     CONNECTION_ERRORS,
     MISSING_CODES,
     NOT_IMPLEMENTED,
@@ -51,8 +51,8 @@ from pipeline.store.s3_errors import (
     silence,
     status_of,
 )
-from pipeline.store.stream import Body, ResumingStream
-from pipeline.telemetry.counters import increment
+from ddpm_pipeline.store.stream import Body, ResumingStream
+from ddpm_pipeline.telemetry.counters import increment
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

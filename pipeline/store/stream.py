@@ -7,8 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
-from pipeline.retry import Retries, RetryPolicy
-from pipeline.telemetry.counters import increment
+from ddpm_pipeline.retry import Retries, RetryPolicy
+from ddpm_pipeline.telemetry.counters import increment
 
 READ_ALL_CHUNK_BYTES = 1 << 20  # io's own is 8 KiB: a hundred times the calls
 

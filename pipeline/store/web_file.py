@@ -18,10 +18,10 @@ import requests.exceptions as web_errors
 import urllib3.exceptions
 from requests.auth import AuthBase, HTTPBasicAuth
 
-from pipeline.errors import UserError
-from pipeline.retry import RetryPolicy, call_with_retries
-from pipeline.store.interface import ObjectChanged, StoreUnreachable
-from pipeline.store.stream import ResumingStream
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.retry import RetryPolicy, call_with_retries
+from ddpm_pipeline.store.interface import ObjectChanged, StoreUnreachable
+from ddpm_pipeline.store.stream import ResumingStream
 
 T = TypeVar("T")
 POLICY, PROBE_POLICY = RetryPolicy(), RetryPolicy(attempts=2)  # a person waits for the first answer

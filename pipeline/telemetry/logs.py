@@ -16,12 +16,12 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
-from pipeline.telemetry.redaction import redact
-from pipeline.telemetry.terminal import echo, one_line, tolerate_narrow_encodings
+from ddpm_pipeline.telemetry.redaction import redact
+from ddpm_pipeline.telemetry.terminal import echo, one_line, tolerate_narrow_encodings
 
 FORM_VARIABLE = "DDPM_LOG"
 JSON = "json"
-_OWN = ("pipeline", "jobs", "infra")
+PACKAGE = "ddpm_pipeline"
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 # Context of the whole process, and of the current thread.
 _process: dict[str, object] = {}
@@ -53,15 +53,14 @@ def set_up_logging() -> None:
     tolerate_narrow_encodings()
     if sys.excepthook is sys.__excepthook__:  # Ray installs its own, which calls the previous one
         sys.excepthook = report_crash
-    own = [logging.getLogger(name) for name in _OWN]
-    for logger in own:
-        # set explicitly: Ray's training workers pass everything from INFO on to the driver's terminal
-        logger.setLevel(logging.INFO if as_json() else logging.WARNING)
-        logger.propagate = not as_json()  # parent handlers may use another format
+    own = logging.getLogger(PACKAGE)
+    # set explicitly: Ray's training workers pass everything from INFO on to the driver's terminal
+    own.setLevel(logging.INFO if as_json() else logging.WARNING)
+    own.propagate = not as_json()  # parent handlers may use another format
     logging.setLogRecordFactory(_masked_record)
     if not as_json():
         return
-    for logger in (*own, logging.getLogger()):
+    for logger in (own, logging.getLogger()):
         if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
             logger.addHandler(_Stderr())
 
@@ -109,7 +108,7 @@ def _masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     except (TypeError, ValueError):
         return record  # arguments that do not match the message: the handler reports it
     masked = redact(message)
-    if str(record.name).partition(".")[0] in _OWN:  # our records are one line, whatever names they contain
+    if str(record.name).partition(".")[0] == PACKAGE:  # our records are one line, whatever names they contain
         masked = one_line(masked)
     if masked != message:
         record.msg, record.args = masked, ()
@@ -121,7 +120,7 @@ def _masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
 def report_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """An excepthook: write the traceback of an uncaught exception in the configured format, secrets masked."""
     if as_json() and issubclass(kind, Exception):
-        logging.getLogger("pipeline").critical("%s", error, exc_info=(kind, error, trace))
+        logging.getLogger(PACKAGE).critical("%s", error, exc_info=(kind, error, trace))
     else:
         # redact the whole text: a private key spans lines
         echo(*redact("".join(traceback.format_exception(kind, error, trace))).splitlines(), error=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.telemetry.counters import totals
+from ddpm_pipeline.telemetry.counters import totals
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ METRICS: dict[str, MetricSpec] = {
     "ddpm_cache_misses": MetricSpec("counter", "Shards downloaded into the cache."),
 }
 COUNTED = ("ddpm_store_retries", "ddpm_cache_hits", "ddpm_cache_misses")
-"""Counted by lower layers in `pipeline.telemetry.counters`, without the prefix `ddpm_`."""
+"""Counted by lower layers in `ddpm_pipeline.telemetry.counters`, without the prefix `ddpm_`."""
 LABELS = ("work", "run")  # `job` is Prometheus's own label of a scrape target
 
 

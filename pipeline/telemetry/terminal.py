@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from pipeline.telemetry.redaction import redact
+from ddpm_pipeline.telemetry.redaction import redact
 
 
 def one_line(text: str) -> str:

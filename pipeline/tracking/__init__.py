@@ -4,10 +4,10 @@ The only package that speaks to MLflow, whose import (over a second) happens wit
 it.
 """
 
-from pipeline.telemetry.redaction import redact
-from pipeline.tracking.alias_log import AliasHistory, LoggedAlias, Move, MoveConflictError
-from pipeline.tracking.cleanup import ClosedRun, close_stale_runs, sweep_spools
-from pipeline.tracking.connect import (
+from ddpm_pipeline.telemetry.redaction import redact
+from ddpm_pipeline.tracking.alias_log import AliasHistory, LoggedAlias, Move, MoveConflictError
+from ddpm_pipeline.tracking.cleanup import ClosedRun, close_stale_runs, sweep_spools
+from ddpm_pipeline.tracking.connect import (
     TrackingError,
     authorization,
     require_server,
@@ -15,9 +15,9 @@ from pipeline.tracking.connect import (
     tracking_client,
     tracking_uri,
 )
-from pipeline.tracking.lineage import link_model, log_dataset, source_tags
-from pipeline.tracking.pinned_digests import Trusted, require_trusted, trust, trusted
-from pipeline.tracking.registry import (
+from ddpm_pipeline.tracking.lineage import link_model, log_dataset, source_tags
+from ddpm_pipeline.tracking.pinned_digests import Trusted, require_trusted, trust, trusted
+from ddpm_pipeline.tracking.registry import (
     ModelVersion,
     download,
     log_model,
@@ -28,7 +28,7 @@ from pipeline.tracking.registry import (
     set_version_tags,
     versions,
 )
-from pipeline.tracking.run import (
+from ddpm_pipeline.tracking.run import (
     Run,
     describe,
     find_latest_run,
@@ -38,8 +38,8 @@ from pipeline.tracking.run import (
     open_run,
     set_tags,
 )
-from pipeline.tracking.spool import Replayed, Spool, replay, replay_all, spool_folder, spool_of
-from pipeline.tracking.system_metrics import SystemSampler
+from ddpm_pipeline.tracking.spool import Replayed, Spool, replay, replay_all, spool_folder, spool_of
+from ddpm_pipeline.tracking.system_metrics import SystemSampler
 
 __all__ = [
     "AliasHistory",

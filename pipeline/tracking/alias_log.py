@@ -2,7 +2,7 @@
 
 MLflow moves an alias unconditionally, so two jobs that read it, work for long and then move it would undo each other.
 Here a move is decided first: moves are numbered, and of the jobs that want the next number one wins
-(`pipeline.store.consensus`), against the version that is current in the log. The log is stored as tags of the
+(`ddpm_pipeline.store.consensus`), against the version that is current in the log. The log is stored as tags of the
 registered model, one per move. The alias is set afterwards and read again; any job that finds it behind the log moves
 it forward.
 
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field
 
-from pipeline.config.base import Settings
-from pipeline.config.json_document import parse_document
-from pipeline.errors import DamageError, JobError, UserError
-from pipeline.store.consensus import Ballot, NoConsensus, reach_consensus
-from pipeline.telemetry.redaction import redact
-from pipeline.tracking.connect import retry_request, tracking_client
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.errors import DamageError, JobError, UserError
+from ddpm_pipeline.store.consensus import Ballot, NoConsensus, reach_consensus
+from ddpm_pipeline.telemetry.redaction import redact
+from ddpm_pipeline.tracking.connect import retry_request, tracking_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

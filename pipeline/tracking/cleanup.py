@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.private_files import require_own
-from pipeline.tracking.connect import require_server, tracking_client
-from pipeline.tracking.journal import Journal
-from pipeline.tracking.run import (
+from ddpm_pipeline.private_files import require_own
+from ddpm_pipeline.tracking.connect import require_server, tracking_client
+from ddpm_pipeline.tracking.journal import Journal
+from ddpm_pipeline.tracking.run import (
     HEARTBEAT_TAG,
     KEY_TAG,
     OPENED_TAG,

@@ -10,9 +10,9 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
-from pipeline.errors import Outage, UserError
-from pipeline.retry import RetryPolicy, call_with_retries, retry_during_outage, start_seconds
-from pipeline.telemetry.redaction import redact
+from ddpm_pipeline.errors import Outage, UserError
+from ddpm_pipeline.retry import RetryPolicy, call_with_retries, retry_during_outage, start_seconds
+from ddpm_pipeline.telemetry.redaction import redact
 
 if TYPE_CHECKING:
     import requests

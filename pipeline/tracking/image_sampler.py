@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.diffusion.image_scaling import to_uint8
-from pipeline.diffusion.samplers import sample
-from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.nets.model_files import load_model
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.diffusion.image_scaling import to_uint8
+from ddpm_pipeline.diffusion.samplers import sample
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule
+from ddpm_pipeline.nets.model_files import load_model
 
 _KNOWN = ("seed", "count", "class", "steps", "first_index")
 

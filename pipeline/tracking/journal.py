@@ -24,12 +24,12 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.config.base import Settings
-from pipeline.config.json_document import parse_document
-from pipeline.errors import DamageError, UserError
-from pipeline.private_files import open_private, private_folder, read_private, require_own
-from pipeline.store import atomic_file
-from pipeline.tracking.spool_records import MAX_LINE_BYTES, RUN_ID, PointRecord, Record, parse_record
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.private_files import open_private, private_folder, read_private, require_own
+from ddpm_pipeline.store import atomic_file
+from ddpm_pipeline.tracking.spool_records import MAX_LINE_BYTES, RUN_ID, PointRecord, Record, parse_record
 
 log = logging.getLogger(__name__)
 _MAX_IDENTITY_BYTES = 1 << 16

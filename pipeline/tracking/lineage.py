@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.telemetry.redaction import redact
-from pipeline.tracking.connect import retry_requests, tracking_client
-from pipeline.tracking.registry import ModelVersion
-from pipeline.tracking.run import set_tags
+from ddpm_pipeline.telemetry.redaction import redact
+from ddpm_pipeline.tracking.connect import retry_requests, tracking_client
+from ddpm_pipeline.tracking.registry import ModelVersion
+from ddpm_pipeline.tracking.run import set_tags
 
 SOURCE_VARIABLE = "DDPM_SOURCE_TAGS"
 _MAX_DIGEST = 36  # the server's limit; the whole digest is in the profile

@@ -11,10 +11,10 @@ import time
 
 from pydantic import Field
 
-from pipeline.config.base import Settings
-from pipeline.config.json_document import parse_document
-from pipeline.errors import UserError
-from pipeline.tracking.connect import retry_requests, tracking_client
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.tracking.connect import retry_requests, tracking_client
 
 _log = logging.getLogger(__name__)
 

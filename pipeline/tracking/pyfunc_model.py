@@ -5,6 +5,6 @@ It is this short so that a model registered by one version of this package is lo
 
 from mlflow.models import set_model
 
-from pipeline.tracking.image_sampler import ImageSampler
+from ddpm_pipeline.tracking.image_sampler import ImageSampler
 
 set_model(ImageSampler())

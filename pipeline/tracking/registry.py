@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import DamageError, UserError
-from pipeline.telemetry.redaction import redact
-from pipeline.tracking.alias_log import LoggedAlias
-from pipeline.tracking.connect import (
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.telemetry.redaction import redact
+from ddpm_pipeline.tracking.alias_log import LoggedAlias
+from ddpm_pipeline.tracking.connect import (
     long_transfers,
     require_server,
     retry_request,
@@ -26,7 +26,7 @@ from pipeline.tracking.connect import (
     tracking_client,
     tracking_uri,
 )
-from pipeline.tracking.model_packaging import MODEL_FOLDER, package
+from ddpm_pipeline.tracking.model_packaging import MODEL_FOLDER, package
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import UserError
-from pipeline.telemetry.redaction import redact
-from pipeline.tracking.connect import (
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.telemetry.redaction import redact
+from ddpm_pipeline.tracking.connect import (
     TrackingError,
     require_server,
     retry_request,

@@ -17,12 +17,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.private_files import read_private
-from pipeline.telemetry.redaction import redact
-from pipeline.tracking.connect import is_denied, is_outage
-from pipeline.tracking.journal import Journal, JournalEntry
-from pipeline.tracking.run import HEARTBEAT_TAG, reopen_if_closed_as_stale
-from pipeline.tracking.spool_records import ArtifactRecord, ImageRecord, PointRecord, Record, TagsRecord
+from ddpm_pipeline.private_files import read_private
+from ddpm_pipeline.telemetry.redaction import redact
+from ddpm_pipeline.tracking.connect import is_denied, is_outage
+from ddpm_pipeline.tracking.journal import Journal, JournalEntry
+from ddpm_pipeline.tracking.run import HEARTBEAT_TAG, reopen_if_closed_as_stale
+from ddpm_pipeline.tracking.spool_records import ArtifactRecord, ImageRecord, PointRecord, Record, TagsRecord
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -231,7 +231,7 @@ def _encode(data: bytes, name: str) -> tuple[bytes, bytes]:
     """(PNG, small WebP preview) of a stored image: a PNG, or a raw uint8 array as .npy."""
     from PIL import Image
 
-    from pipeline.data.formats.npy import decode_npy
+    from ddpm_pipeline.data.formats.npy import decode_npy
 
     if name.endswith(".npy"):
         image = Image.fromarray(decode_npy(data))

@@ -18,14 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
-from pipeline.private_files import private_folder, require_own, state_folder
-from pipeline.retry import RetryPolicy, call_with_retries
-from pipeline.telemetry.redaction import redact
-from pipeline.tracking.connect import brief, is_denied, is_outage, tracking_client, tracking_uri
-from pipeline.tracking.journal import Journal, SpoolIdentity, read_identity, write_identity
-from pipeline.tracking.sender import Sender
-from pipeline.tracking.spool_records import MAX_NAME, MAX_TAG, RUN_ID, parse_point
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.private_files import private_folder, require_own, state_folder
+from ddpm_pipeline.retry import RetryPolicy, call_with_retries
+from ddpm_pipeline.telemetry.redaction import redact
+from ddpm_pipeline.tracking.connect import brief, is_denied, is_outage, tracking_client, tracking_uri
+from ddpm_pipeline.tracking.journal import Journal, SpoolIdentity, read_identity, write_identity
+from ddpm_pipeline.tracking.sender import Sender
+from ddpm_pipeline.tracking.spool_records import MAX_NAME, MAX_TAG, RUN_ID, parse_point
 
 if TYPE_CHECKING:
     import numpy as np
@@ -306,7 +306,7 @@ def replay_all(root: Path, timeout_seconds: float = 60.0, uri: str | None = None
 def _as_npy(image: "np.ndarray[Any, Any]") -> bytes:
     import numpy as np
 
-    from pipeline.data.formats.npy import encode_npy
+    from ddpm_pipeline.data.formats.npy import encode_npy
 
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
         raise ValueError(

@@ -9,8 +9,8 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from pipeline.config.base import Settings
-from pipeline.config.json_document import first_fault
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.json_document import first_fault
 
 MAX_NAME = 250
 MAX_TAG = 5000

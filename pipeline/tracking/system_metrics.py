@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from pipeline.tracking.spool import Spool
+from ddpm_pipeline.tracking.spool import Spool
 
 if TYPE_CHECKING:
-    from pipeline.devices.nvml import Gpu
+    from ddpm_pipeline.devices.nvml import Gpu
 
 log = logging.getLogger(__name__)
 

@@ -26,14 +26,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import Bytes, Name, Sha256
-from pipeline.config.device_kind import DeviceKind, Matmul
-from pipeline.config.json_document import parse_document
-from pipeline.disk_errors import disk_errors_at
-from pipeline.errors import DamageError
-from pipeline.store import ObjectMissing, Store, retry_during_outage
-from pipeline.train.host_copies import Staged, Staging
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import Bytes, Name, Sha256
+from ddpm_pipeline.config.device_kind import DeviceKind, Matmul
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.disk_errors import disk_errors_at
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.store import ObjectMissing, Store, retry_during_outage
+from ddpm_pipeline.train.host_copies import Staged, Staging
 
 log = logging.getLogger(__name__)
 

@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.data import DataConfig
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
-from pipeline.data.formats.contact_sheet import image_grid, in_rows
-from pipeline.data.formats.npy import Pixels
-from pipeline.data.index import Index
-from pipeline.data.reading.samples import SampleSource
-from pipeline.diffusion import from_uint8, sample, to_uint8, training_loss
-from pipeline.diffusion.noise import Stream, normal
-from pipeline.diffusion.objective import Net
-from pipeline.store import retry_during_outage
-from pipeline.train.loop import Trainer
-from pipeline.train.memory import largest_micro_batch
-from pipeline.train.state import TrainState
+from ddpm_pipeline.config.data import DataConfig
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
+from ddpm_pipeline.data.formats.contact_sheet import image_grid, in_rows
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.index import Index
+from ddpm_pipeline.data.reading.samples import SampleSource
+from ddpm_pipeline.diffusion import from_uint8, sample, to_uint8, training_loss
+from ddpm_pipeline.diffusion.noise import Stream, normal
+from ddpm_pipeline.diffusion.objective import Net
+from ddpm_pipeline.store import retry_during_outage
+from ddpm_pipeline.train.loop import Trainer
+from ddpm_pipeline.train.memory import largest_micro_batch
+from ddpm_pipeline.train.state import TrainState
 
 LARGEST_BATCH = 64
 ONE_EVALUATION = SamplerConfig(kind="consistency", num_steps=1)

@@ -22,8 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config.training import WorkerConfig
-from pipeline.nets.unet import Level, Stage, UNet
+from ddpm_pipeline.config.training import WorkerConfig
+from ddpm_pipeline.nets.unet import Level, Stage, UNet
 
 
 def divides_state(workers: WorkerConfig, world: int) -> bool:

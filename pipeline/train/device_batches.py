@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.data.reading.loader import Batch
+from ddpm_pipeline.data.reading.loader import Batch
 
 DEPTH = 2
 """Batches on the device ahead of use. The loader's own are in the host's memory."""

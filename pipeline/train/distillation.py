@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.diffusion import ObjectiveConfig
-from pipeline.config.training import TrainConfig
-from pipeline.data.reading.loader import Batch
-from pipeline.diffusion import LossTerms, NoiseSchedule
-from pipeline.diffusion.consistency import Teacher, consistency_loss
-from pipeline.diffusion.noise import Stream, normal, uniform
-from pipeline.nets import UNet
-from pipeline.nets.flops import sample_flops
-from pipeline.train.data_parallel import divides_state, shard
+from ddpm_pipeline.config.diffusion import ObjectiveConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.reading.loader import Batch
+from ddpm_pipeline.diffusion import LossTerms, NoiseSchedule
+from ddpm_pipeline.diffusion.consistency import Teacher, consistency_loss
+from ddpm_pipeline.diffusion.noise import Stream, normal, uniform
+from ddpm_pipeline.nets import UNet
+from ddpm_pipeline.nets.flops import sample_flops
+from ddpm_pipeline.train.data_parallel import divides_state, shard
 
 
 def training_flops(config: TrainConfig) -> int:

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from pipeline.config.training import TrainConfig, WorkerConfig
-from pipeline.data.reading.loader import Batch
-from pipeline.devices import set_up_arithmetic
-from pipeline.devices.peak_flops import device_peak_flops
-from pipeline.diffusion import NoiseSchedule
-from pipeline.errors import UserError
-from pipeline.nets import UNet, parameter_count
-from pipeline.train.distillation import make_teacher, training_flops
-from pipeline.train.loop import Trainer, chunk_loss, train_step
-from pipeline.train.memory import (
+from ddpm_pipeline.config.training import TrainConfig, WorkerConfig
+from ddpm_pipeline.data.reading.loader import Batch
+from ddpm_pipeline.devices import set_up_arithmetic
+from ddpm_pipeline.devices.peak_flops import device_peak_flops
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.nets import UNet, parameter_count
+from ddpm_pipeline.train.distillation import make_teacher, training_flops
+from ddpm_pipeline.train.loop import Trainer, chunk_loss, train_step
+from ddpm_pipeline.train.memory import (
     activation_bytes,
     fitting_samples,
     largest_micro_batch,
@@ -30,8 +30,8 @@ from pipeline.train.memory import (
     state_memory,
     worker_memory_bytes,
 )
-from pipeline.train.state import TrainState, initial_state
-from pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.train.state import TrainState, initial_state
+from ddpm_pipeline.train.step_metrics import StepMetrics
 
 LARGEST_SAMPLE_FLOPS = 1e11
 """Of an image measured on a CPU: a second or two of one core."""
@@ -64,7 +64,7 @@ class TrainingEstimate:
     duration_note: str
     """What the duration was measured on, and what it leaves out."""
     mfu: float | None = None
-    """Operations a second over the peak of the GPU (`pipeline.devices.peak_flops`); None on a CPU or an unknown GPU."""
+    """Operations a second over the GPU's peak (`ddpm_pipeline.devices.peak_flops`); None on a CPU or an unknown GPU."""
     deterministic_step_seconds: float | None = None
     """Duration of a step with deterministic algorithms; None where not measured on a GPU."""
     free_step_seconds: float | None = None

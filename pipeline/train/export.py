@@ -8,7 +8,7 @@ from types import TracebackType
 
 import torch
 
-from pipeline.config.model_card import (
+from ddpm_pipeline.config.model_card import (
     DistillationInfo,
     ImageShape,
     ModelCard,
@@ -16,15 +16,15 @@ from pipeline.config.model_card import (
     TrainingInfo,
     WeightsInfo,
 )
-from pipeline.config.training import TrainConfig
-from pipeline.errors import DamageError
-from pipeline.nets.model_files import save_model
-from pipeline.store import ObjectMissing
-from pipeline.tracking import log_model
-from pipeline.train.checkpoint import Checkpoint, finished_steps, load_checkpoint
-from pipeline.train.finetune import InitialWeights
-from pipeline.train.state import initial_state
-from pipeline.train.training_plan import TrainPlan
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.nets.model_files import save_model
+from ddpm_pipeline.store import ObjectMissing
+from ddpm_pipeline.tracking import log_model
+from ddpm_pipeline.train.checkpoint import Checkpoint, finished_steps, load_checkpoint
+from ddpm_pipeline.train.finetune import InitialWeights
+from ddpm_pipeline.train.state import initial_state
+from ddpm_pipeline.train.training_plan import TrainPlan
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0

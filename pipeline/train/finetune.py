@@ -10,17 +10,17 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.base import Settings
-from pipeline.config.diffusion import ObjectiveConfig
-from pipeline.config.json_document import parse_document
-from pipeline.config.model_card import ImageShape, ModelCard, WeightsInfo
-from pipeline.config.training import TrainConfig
-from pipeline.errors import DamageError, UserError
-from pipeline.nets import UNet
-from pipeline.nets.diffusers_weights import import_diffusers
-from pipeline.nets.model_files import CARD_FILE, WEIGHTS_FILE, build_model, read_model, save_model
-from pipeline.store import Store, retry_during_outage
-from pipeline.tracking import ModelVersion, download, resolve
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.diffusion import ObjectiveConfig
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.config.model_card import ImageShape, ModelCard, WeightsInfo
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.nets import UNet
+from ddpm_pipeline.nets.diffusers_weights import import_diffusers
+from ddpm_pipeline.nets.model_files import CARD_FILE, WEIGHTS_FILE, build_model, read_model, save_model
+from ddpm_pipeline.store import Store, retry_during_outage
+from ddpm_pipeline.tracking import ModelVersion, download, resolve
 
 FOLDER = "initial/"
 # Settings that may differ: they change how the weights are trained, not what they compute.

@@ -2,9 +2,9 @@
 
 import threading
 
-from pipeline.cluster import Workers, grows, require_fit_workers
-from pipeline.config.training import TrainConfig
-from pipeline.train.fit_machine import GPUS_SETTING
+from ddpm_pipeline.cluster import Workers, grows, require_fit_workers
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.train.fit_machine import GPUS_SETTING
 
 _BUSY_SECONDS = 180.0
 """For a GPU to become free and answer: the training itself then waits for all that it needs, and says so."""

@@ -1,8 +1,8 @@
 """Whether this machine can do the work of a training without a cluster."""
 
-from pipeline.config.training import TrainConfig
-from pipeline.devices.preflight import GpuNeeds, check_gpus, compiler_fault
-from pipeline.errors import UserError
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.devices.preflight import GpuNeeds, check_gpus, compiler_fault
+from ddpm_pipeline.errors import UserError
 
 GPUS_SETTING = "train.workers.gpus_per_worker"
 

@@ -15,18 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.config.training import TrainConfig
-from pipeline.data.reading.loader import Batch
-from pipeline.diffusion import LossTerms, NoiseSchedule, from_uint8, training_loss
-from pipeline.diffusion.consistency import Teacher
-from pipeline.diffusion.noise import Stream, normal, randint, uniform
-from pipeline.errors import JobError
-from pipeline.nets import DropoutKeys
-from pipeline.train.data_parallel import put_together, without_exchange
-from pipeline.train.device_batches import device_batches
-from pipeline.train.distillation import distillation_loss
-from pipeline.train.state import TrainState, UnreadStep, learning_rate
-from pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.reading.loader import Batch
+from ddpm_pipeline.diffusion import LossTerms, NoiseSchedule, from_uint8, training_loss
+from ddpm_pipeline.diffusion.consistency import Teacher
+from ddpm_pipeline.diffusion.noise import Stream, normal, randint, uniform
+from ddpm_pipeline.errors import JobError
+from ddpm_pipeline.nets import DropoutKeys
+from ddpm_pipeline.train.data_parallel import put_together, without_exchange
+from ddpm_pipeline.train.device_batches import device_batches
+from ddpm_pipeline.train.distillation import distillation_loss
+from ddpm_pipeline.train.state import TrainState, UnreadStep, learning_rate
+from ddpm_pipeline.train.step_metrics import StepMetrics
 
 log = logging.getLogger(__name__)
 

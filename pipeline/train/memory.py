@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from pipeline.config.net import UNetConfig
-from pipeline.config.training import TrainConfig, WorkerConfig
-from pipeline.devices import is_out_of_memory
-from pipeline.errors import UserError
-from pipeline.nets import UNet, parameter_count
-from pipeline.nets.flops import on_meta
-from pipeline.train.data_parallel import blocks, divides_state
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.training import TrainConfig, WorkerConfig
+from ddpm_pipeline.devices import is_out_of_memory
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.nets import UNet, parameter_count
+from ddpm_pipeline.nets.flops import on_meta
+from ddpm_pipeline.train.data_parallel import blocks, divides_state
 
 FLOAT32_BYTES = 4
 Precision = Literal["float32", "bfloat16"]

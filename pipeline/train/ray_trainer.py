@@ -28,16 +28,16 @@ from ray.train import (
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.cluster import cause_of, reason_line
-from pipeline.devices.remedies import fact_of, unfit_remedy
-from pipeline.errors import DamageError, JobError, UserError
-from pipeline.progress import Progress
-from pipeline.store import StoreUnreachable
-from pipeline.telemetry.logs import set_up_logging
-from pipeline.telemetry.stall import StallDetector
-from pipeline.train.loop import NonFiniteError
-from pipeline.train.rendezvous import Rendezvous
-from pipeline.train.worker import (
+from ddpm_pipeline.cluster import cause_of, reason_line
+from ddpm_pipeline.devices.remedies import fact_of, unfit_remedy
+from ddpm_pipeline.errors import DamageError, JobError, UserError
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import StoreUnreachable
+from ddpm_pipeline.telemetry.logs import set_up_logging
+from ddpm_pipeline.telemetry.stall import StallDetector
+from ddpm_pipeline.train.loop import NonFiniteError
+from ddpm_pipeline.train.rendezvous import Rendezvous
+from ddpm_pipeline.train.worker import (
     TrainTask,
     UnreachableError,
     WorkerContext,

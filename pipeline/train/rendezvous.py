@@ -22,10 +22,10 @@ from ray.train.torch import TorchConfig, get_device
 from ray.train.torch.config import _TorchBackend  # pyright: ignore[reportPrivateUsage]  (for its shutdown)
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from pipeline.config.device_kind import DeviceKind, Matmul
-from pipeline.devices import read_device_kind, set_up_arithmetic
-from pipeline.errors import UserError
-from pipeline.train.worker import UnreachableError
+from ddpm_pipeline.config.device_kind import DeviceKind, Matmul
+from ddpm_pipeline.devices import read_device_kind, set_up_arithmetic
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.train.worker import UnreachableError
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 JOIN_SECONDS = 180

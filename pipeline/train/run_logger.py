@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config.tracking import TrackConfig
-from pipeline.devices.nvml import visible_gpus
-from pipeline.errors import UserError
-from pipeline.tracking import Spool, SystemSampler, spool_of
+from ddpm_pipeline.config.tracking import TrackConfig
+from ddpm_pipeline.devices.nvml import visible_gpus
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.tracking import Spool, SystemSampler, spool_of
 
 log = logging.getLogger(__name__)
 LONGEST_CLOSE_SECONDS = 5.0

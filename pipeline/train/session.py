@@ -9,19 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.data.reading.loader import Loader, resilient_batches
-from pipeline.devices.peak_flops import device_peak_flops
-from pipeline.telemetry.logs import name_process
-from pipeline.telemetry.prometheus import JobMetrics
-from pipeline.train.checkpoint import CheckpointWriter
-from pipeline.train.checkpoint_eval import FixedEvaluation, draw_grid
-from pipeline.train.data_parallel import gathered, is_divided
-from pipeline.train.distillation import training_flops
-from pipeline.train.loop import Trainer
-from pipeline.train.memory import largest_micro_batch
-from pipeline.train.run_logger import RunLogger
-from pipeline.train.state import TrainState, learning_rate
-from pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.data.reading.loader import Loader, resilient_batches
+from ddpm_pipeline.devices.peak_flops import device_peak_flops
+from ddpm_pipeline.telemetry.logs import name_process
+from ddpm_pipeline.telemetry.prometheus import JobMetrics
+from ddpm_pipeline.train.checkpoint import CheckpointWriter
+from ddpm_pipeline.train.checkpoint_eval import FixedEvaluation, draw_grid
+from ddpm_pipeline.train.data_parallel import gathered, is_divided
+from ddpm_pipeline.train.distillation import training_flops
+from ddpm_pipeline.train.loop import Trainer
+from ddpm_pipeline.train.memory import largest_micro_batch
+from ddpm_pipeline.train.run_logger import RunLogger
+from ddpm_pipeline.train.state import TrainState, learning_rate
+from ddpm_pipeline.train.step_metrics import StepMetrics
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.training import EMAConfig, OptimizerConfig, TrainConfig
-from pipeline.data.reading.loader import Batch
-from pipeline.errors import DamageError
-from pipeline.nets import ConstantEMA, PowerEMA, UNet, WeightAverage, seeded_init
-from pipeline.train.data_parallel import divides_state, exchanged_weights, is_divided, part_of, shard
+from ddpm_pipeline.config.training import EMAConfig, OptimizerConfig, TrainConfig
+from ddpm_pipeline.data.reading.loader import Batch
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.nets import ConstantEMA, PowerEMA, UNet, WeightAverage, seeded_init
+from ddpm_pipeline.train.data_parallel import divides_state, exchanged_weights, is_divided, part_of, shard
 
 FOLDERS = ("net/", "ema/", "optimizer/")
 """Beginnings of the names of a state's tensors; a checkpoint holds others beside them."""

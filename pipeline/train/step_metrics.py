@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import DamageError
+from ddpm_pipeline.errors import DamageError
 
 QUARTILES = 4
 

@@ -11,13 +11,13 @@ from typing import Literal
 
 import yaml
 
-from pipeline.config.evaluation import GateConfig
-from pipeline.config.training import TrainConfig, WorkerConfig
-from pipeline.errors import JobError
-from pipeline.nets import UNet, parameter_count
-from pipeline.progress import Progress
-from pipeline.telemetry.terminal import echo
-from pipeline.tracking import (
+from ddpm_pipeline.config.evaluation import GateConfig
+from ddpm_pipeline.config.training import TrainConfig, WorkerConfig
+from ddpm_pipeline.errors import JobError
+from ddpm_pipeline.nets import UNet, parameter_count
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.telemetry.terminal import echo
+from ddpm_pipeline.tracking import (
     LoggedAlias,
     ModelVersion,
     MoveConflictError,
@@ -38,13 +38,13 @@ from pipeline.tracking import (
     source_tags,
     versions,
 )
-from pipeline.train.checkpoint import Checkpoint, checkpoint_uri, latest_checkpoint
-from pipeline.train.export import ModelLog, export_model, logged_name
-from pipeline.train.finetune import stage_initial
-from pipeline.train.fit_machine import require_fit_machine
-from pipeline.train.run_logger import FINAL_GRID
-from pipeline.train.training_plan import TrainPlan, plan_training
-from pipeline.train.worker import (
+from ddpm_pipeline.train.checkpoint import Checkpoint, checkpoint_uri, latest_checkpoint
+from ddpm_pipeline.train.export import ModelLog, export_model, logged_name
+from ddpm_pipeline.train.finetune import stage_initial
+from ddpm_pipeline.train.fit_machine import require_fit_machine
+from ddpm_pipeline.train.run_logger import FINAL_GRID
+from ddpm_pipeline.train.training_plan import TrainPlan, plan_training
+from ddpm_pipeline.train.worker import (
     TrainTask,
     UnreachableError,
     WorkerGroupStartError,
@@ -119,7 +119,7 @@ class TrainingDriver:
             require_fit_machine(config)
         with self.cluster():
             if not self.local and not plan.is_trained:
-                from pipeline.train.fit_cluster import require_fit_cluster  # imports Ray
+                from ddpm_pipeline.train.fit_cluster import require_fit_cluster  # imports Ray
 
                 require_fit_cluster(config, self.stop)
             run = self._open_run(plan, key)
@@ -156,7 +156,9 @@ class TrainingDriver:
             if self.local:
                 train_local(task, self.progress, self.stop)
             else:
-                from pipeline.train.ray_trainer import train_on_cluster  # imports Ray; see jobs.ray_session
+                from ddpm_pipeline.train.ray_trainer import (
+                    train_on_cluster,  # imports Ray; see ddpm_pipeline.jobs.ray_session
+                )
 
                 train_on_cluster(task, self.progress, self.stop)
 

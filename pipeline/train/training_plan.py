@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from pipeline.config.bounds import checked_name
-from pipeline.config.diffusion import check_together
-from pipeline.config.training import TrainConfig
-from pipeline.data.index import Index, load_index
-from pipeline.errors import UserError
-from pipeline.store import Store, open_store
-from pipeline.train.checkpoint import finished_steps
-from pipeline.train.finetune import InitialWeights, find_initial
+from ddpm_pipeline.config.bounds import checked_name
+from ddpm_pipeline.config.diffusion import check_together
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.index import Index, load_index
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import Store, open_store
+from ddpm_pipeline.train.checkpoint import finished_steps
+from ddpm_pipeline.train.finetune import InitialWeights, find_initial
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from pipeline.config.device_kind import DeviceKind
-from pipeline.config.model_card import ModelCard
-from pipeline.config.training import TrainConfig
-from pipeline.data.index import load_index
-from pipeline.data.reading.loader import Batch, Loader
-from pipeline.devices import read_device_kind, set_up_arithmetic
-from pipeline.diffusion import NoiseSchedule
-from pipeline.errors import DamageError, JobError
-from pipeline.nets import UNet
-from pipeline.progress import Progress
-from pipeline.store import ObjectMissing, Store, open_store, retry_during_outage
-from pipeline.telemetry.logs import name_process
-from pipeline.train.checkpoint import (
+from ddpm_pipeline.config.device_kind import DeviceKind
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.reading.loader import Batch, Loader
+from ddpm_pipeline.devices import read_device_kind, set_up_arithmetic
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.errors import DamageError, JobError
+from ddpm_pipeline.nets import UNet
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import ObjectMissing, Store, open_store, retry_during_outage
+from ddpm_pipeline.telemetry.logs import name_process
+from ddpm_pipeline.train.checkpoint import (
     MAX_LISTINGS,
     Checkpoint,
     CheckpointWriter,
@@ -28,14 +28,14 @@ from pipeline.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
 )
-from pipeline.train.data_parallel import is_divided, wrap
-from pipeline.train.distillation import make_teacher
-from pipeline.train.finetune import staged_model
-from pipeline.train.loop import Trainer, chunk_loss
-from pipeline.train.memory import limit_device_memory, out_of_memory_in_one_line, with_micro_batch
-from pipeline.train.run_logger import RunLogger, log_node_metrics
-from pipeline.train.session import Driver, Session
-from pipeline.train.state import FOLDERS, TrainState, initial_state
+from ddpm_pipeline.train.data_parallel import is_divided, wrap
+from ddpm_pipeline.train.distillation import make_teacher
+from ddpm_pipeline.train.finetune import staged_model
+from ddpm_pipeline.train.loop import Trainer, chunk_loss
+from ddpm_pipeline.train.memory import limit_device_memory, out_of_memory_in_one_line, with_micro_batch
+from ddpm_pipeline.train.run_logger import RunLogger, log_node_metrics
+from ddpm_pipeline.train.session import Driver, Session
+from ddpm_pipeline.train.state import FOLDERS, TrainState, initial_state
 
 log = logging.getLogger(__name__)
 

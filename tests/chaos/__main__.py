@@ -20,8 +20,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from benchmarks.common import put_between
-from infra.local import LocalStack, export_environment
-from infra.local.ray import LOOPBACK_SETTINGS
+from ddpm_pipeline.infra.local import LocalStack, export_environment
+from ddpm_pipeline.infra.local.ray import LOOPBACK_SETTINGS
 from tests.driving import ended_after
 
 if TYPE_CHECKING:

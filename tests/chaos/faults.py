@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from infra.local import LocalStack
-from infra.local.processes import kill
-from infra.local.stack_state import read_state
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.infra.local.processes import kill
+from ddpm_pipeline.infra.local.stack_state import read_state
 from tests.chaos.works import Work
 from tests.driving import ray_workers
 from tests.ray_nodes import Node, add_node, remove_node

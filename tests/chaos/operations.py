@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jobs.promote import run as promote
-from pipeline.config.base import Settings
-from pipeline.config.data import PackConfig
-from pipeline.config.evaluation import FeaturesConfig, PromoteConfig
-from pipeline.config.nights import NightlyConfig
-from pipeline.data.index import load_index
-from pipeline.evaluate.promotion import BEFORE_TAG, VERDICT_TAG, read_champion
-from pipeline.features.train_classifier import train_features
-from pipeline.nightly.history import read_latest, read_nights
-from pipeline.store import open_store
-from pipeline.tracking import find_run, open_run, register, set_alias, set_tags, versions
-from pipeline.tracking.run import HEARTBEAT_TAG
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.evaluation import FeaturesConfig, PromoteConfig
+from ddpm_pipeline.config.nights import NightlyConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.evaluate.promotion import BEFORE_TAG, VERDICT_TAG, read_champion
+from ddpm_pipeline.features.train_classifier import train_features
+from ddpm_pipeline.jobs.promote import run as promote
+from ddpm_pipeline.nightly.history import read_latest, read_nights
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.tracking import find_run, open_run, register, set_alias, set_tags, versions
+from ddpm_pipeline.tracking.run import HEARTBEAT_TAG
 from tests.chaos.works import Fingerprint, Generation, Work
 from tests.driving import Driver
 from tests.generate.tiny import contents, settings, tiny_card, tiny_model

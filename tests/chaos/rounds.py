@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.local import LocalStack
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.infra.local import LocalStack
 from tests.chaos.faults import FAULTS, Fault, Scene
 from tests.chaos.operations import OPERATIONS, Shared
 from tests.chaos.works import Fingerprint, Generation, Training, Work, differences

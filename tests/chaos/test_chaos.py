@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.local import LocalStack
+from ddpm_pipeline.infra.local import LocalStack
 from tests.chaos.rounds import Arena
 
 pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(600)]

@@ -9,14 +9,14 @@ from typing import Protocol
 
 import boto3
 
-from pipeline.config.generation import GenerateConfig
-from pipeline.config.training import TrainConfig
-from pipeline.generate.verification import verify
-from pipeline.store import open_store
-from pipeline.tracking import find_run, resolve, tracking_client
-from pipeline.train.checkpoint import finished_steps, latest_checkpoint
-from pipeline.train.run_logger import UNDELIVERED
-from pipeline.train.training_plan import plan_training
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.tracking import find_run, resolve, tracking_client
+from ddpm_pipeline.train.checkpoint import finished_steps, latest_checkpoint
+from ddpm_pipeline.train.run_logger import UNDELIVERED
+from ddpm_pipeline.train.training_plan import plan_training
 from tests.driving import Driver
 from tests.generate.tiny import contents, settings
 from tests.train.tiny import tiny

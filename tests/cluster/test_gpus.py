@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from ray.exceptions import NodeDiedError
 
-from pipeline.cluster import Workers, ask_nodes, check_every_gpu, gpus, require_fit_workers
-from pipeline.config.device_kind import DeviceKind
-from pipeline.devices.preflight import GpuNeeds, GpuReport
-from pipeline.errors import UserError
+from ddpm_pipeline.cluster import Workers, ask_nodes, check_every_gpu, gpus, require_fit_workers
+from ddpm_pipeline.config.device_kind import DeviceKind
+from ddpm_pipeline.devices.preflight import GpuNeeds, GpuReport
+from ddpm_pipeline.errors import UserError
 
 
 def kind(name: str) -> DeviceKind:

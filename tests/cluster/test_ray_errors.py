@@ -2,8 +2,8 @@
 
 from ray.exceptions import RayTaskError
 
-from pipeline.cluster import cause_of, reason_line
-from pipeline.errors import UserError
+from ddpm_pipeline.cluster import cause_of, reason_line
+from ddpm_pipeline.errors import UserError
 
 TRACEBACK = (
     "\x1b[36mray::execute._setup_torch_process_group()\x1b[39m (pid=7, ip=10.0.0.3, actor_id=ab, repr=<Worker>)\n"

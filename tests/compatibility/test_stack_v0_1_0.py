@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from infra.local import LocalStack
-from jobs.ray_session import ray_cluster
-from pipeline.generate.driver import generate
-from pipeline.generate.verification import verify
-from pipeline.store import open_store
-from pipeline.tracking import download, open_run, resolve, tracking_client
-from pipeline.tracking.alias_log import LoggedAlias
+from ddpm_pipeline.generate.driver import generate
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.jobs.ray_session import ray_cluster
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.tracking import download, open_run, resolve, tracking_client
+from ddpm_pipeline.tracking.alias_log import LoggedAlias
 from tests.generate.tiny import settings
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(180)]

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.data.index import load_index
-from pipeline.data.packing.inspect_dataset import inspect
-from pipeline.generate.verification import verify
-from pipeline.train.checkpoint import latest_checkpoint
-from pipeline.train.training_plan import plan_training
-from pipeline.train.worker import TrainTask, train_local
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.inspect_dataset import inspect
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.train.checkpoint import latest_checkpoint
+from ddpm_pipeline.train.training_plan import plan_training
+from ddpm_pipeline.train.worker import TrainTask, train_local
 from tests.train.tiny import tiny
 
 STORED = Path(__file__).parent / "v0.1.0"

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.cost import CostConfig
-from pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.cost import CostConfig
+from ddpm_pipeline.config.generation import GenerateConfig
 
 
 def test_a_price_is_charged_by_the_second() -> None:

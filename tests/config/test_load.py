@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.runner import SECTIONS, JobArguments, preset_file, presets, settings_of
-from pipeline.config.base import Settings
-from pipeline.config.data import PackConfig
-from pipeline.config.diffusion import check_together
-from pipeline.config.distill_job import DistillConfig
-from pipeline.config.generation import GenerateConfig, SampleConfig
-from pipeline.config.load import _kinds, _override, described_settings, load_settings, setting_names
-from pipeline.config.net import UNetConfig
-from pipeline.config.training import TrainConfig, WorkerConfig
-from pipeline.errors import UserError
-from pipeline.nets import UNet, parameter_count
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.diffusion import check_together
+from ddpm_pipeline.config.distill_job import DistillConfig
+from ddpm_pipeline.config.generation import GenerateConfig, SampleConfig
+from ddpm_pipeline.config.load import _kinds, _override, described_settings, load_settings, setting_names
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.training import TrainConfig, WorkerConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.runner import SECTIONS, JobArguments, preset_file, presets, settings_of
+from ddpm_pipeline.nets import UNet, parameter_count
 
 
 @pytest.fixture(autouse=True)

@@ -19,36 +19,36 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.diffusion import SamplerConfig
 from tests.cuda.simulated_device import SimulatedTensor, counts, simulated_device
 from tests.cuda.simulated_graph import recording
 
 import torch  # isort: skip
 
-from pipeline.config.data import PackConfig
-from pipeline.config.training import TrainConfig
-from pipeline.data import pack
-from pipeline.data.formats.shards import read_shard
-from pipeline.data.reading.loader import Batch
-from pipeline.diffusion import NoiseSchedule
-from pipeline.diffusion.likelihood import bits_per_dim
-from pipeline.diffusion.samplers import SamplerStep
-from pipeline.diffusion.timesteps import make_grid
-from pipeline.generate.captured_sampling import CapturedSampling, can_capture
-from pipeline.generate.engine import Engine
-from pipeline.generate.guards import GuardTripped
-from pipeline.generate.launched_images import LaunchedImages
-from pipeline.generate.plan import shards
-from pipeline.generate.shard_writer import ShardWriter
-from pipeline.nets.model_files import build_model
-from pipeline.store import open_store
-from pipeline.train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
-from pipeline.train.device_batches import device_batches
-from pipeline.train.loop import NonFiniteError, Trainer
-from pipeline.train.state import TrainState, initial_state
-from pipeline.train.step_metrics import StepMetrics
-from pipeline.train.training_plan import plan_training
-from pipeline.train.worker import TrainTask, train_local
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data import pack
+from ddpm_pipeline.data.formats.shards import read_shard
+from ddpm_pipeline.data.reading.loader import Batch
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.diffusion.likelihood import bits_per_dim
+from ddpm_pipeline.diffusion.samplers import SamplerStep
+from ddpm_pipeline.diffusion.timesteps import make_grid
+from ddpm_pipeline.generate.captured_sampling import CapturedSampling, can_capture
+from ddpm_pipeline.generate.engine import Engine
+from ddpm_pipeline.generate.guards import GuardTripped
+from ddpm_pipeline.generate.launched_images import LaunchedImages
+from ddpm_pipeline.generate.plan import shards
+from ddpm_pipeline.generate.shard_writer import ShardWriter
+from ddpm_pipeline.nets.model_files import build_model
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
+from ddpm_pipeline.train.device_batches import device_batches
+from ddpm_pipeline.train.loop import NonFiniteError, Trainer
+from ddpm_pipeline.train.state import TrainState, initial_state
+from ddpm_pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.train.training_plan import plan_training
+from ddpm_pipeline.train.worker import TrainTask, train_local
 from tests.effort import is_long
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model
 from tests.train.tiny import tiny
@@ -407,7 +407,7 @@ def _warnings() -> Iterator[list[str]]:
     told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("pipeline.generate.captured_sampling")
+    logger = logging.getLogger("ddpm_pipeline.generate.captured_sampling")
     logger.addHandler(handler)
     try:
         yield told

@@ -12,21 +12,21 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from jobs.runner import JobArguments, settings_of
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.load import ROOT_VARIABLE
-from pipeline.config.training import TrainConfig
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.load import ROOT_VARIABLE
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.jobs.runner import JobArguments, settings_of
 from tests.cuda.simulated_device import Counts, counts, simulated_device
 
 import torch  # isort: skip
 
-from pipeline.data.reading.loader import Batch
-from pipeline.diffusion import NoiseSchedule, sample
-from pipeline.generate.engine import _LowPrecision
-from pipeline.nets.unet import seeded_init
-from pipeline.train.loop import Trainer
-from pipeline.train.state import initial_state
-from pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.data.reading.loader import Batch
+from ddpm_pipeline.diffusion import NoiseSchedule, sample
+from ddpm_pipeline.generate.engine import _LowPrecision
+from ddpm_pipeline.nets.unet import seeded_init
+from ddpm_pipeline.train.loop import Trainer
+from ddpm_pipeline.train.state import initial_state
+from ddpm_pipeline.train.step_metrics import StepMetrics
 
 SMALL = {
     "digits": ["train.net.base_channels=8"],

@@ -11,21 +11,21 @@ from tests.cuda.simulated_device import counts, simulated_device
 
 import torch  # isort: skip
 
-from pipeline.config.data import PackConfig
-from pipeline.config.diffusion import ScheduleConfig
-from pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, LikelihoodConfig
-from pipeline.config.generation import SpecSettings
-from pipeline.data.index import load_index
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.devices.measuring import measuring_gpu
-from pipeline.evaluate.bits_per_dim import held_out_bits
-from pipeline.evaluate.measure import model_features
-from pipeline.features.reference_set import load_reference
-from pipeline.features.train_classifier import train_features
-from pipeline.generate import dry_run
-from pipeline.generate.model_source import find_model
-from pipeline.nets.model_files import build_model
-from pipeline.parallel import HERE, MapWorkers, serial_map
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.diffusion import ScheduleConfig
+from ddpm_pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, LikelihoodConfig
+from ddpm_pipeline.config.generation import SpecSettings
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.devices.measuring import measuring_gpu
+from ddpm_pipeline.evaluate.bits_per_dim import held_out_bits
+from ddpm_pipeline.evaluate.measure import model_features
+from ddpm_pipeline.features.reference_set import load_reference
+from ddpm_pipeline.features.train_classifier import train_features
+from ddpm_pipeline.generate import dry_run
+from ddpm_pipeline.generate.model_source import find_model
+from ddpm_pipeline.nets.model_files import build_model
+from ddpm_pipeline.parallel import HERE, MapWorkers, serial_map
 from tests.generate.tiny import settings as settings_of
 from tests.generate.tiny import tiny_card, tiny_model
 

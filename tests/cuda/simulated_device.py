@@ -3,9 +3,10 @@
 It counts what a device would be asked for: kernels, copies in each direction, and waits of the host, each with the
 line of the program that asked. It also plays that CUDA's group norm works on NCHW and its convolutions on NHWC, and
 copies a tensor in the other layout; that attention and the gradient of SiLU have kernels of their own, and so have the
-operators of `pipeline.kernels`, whose references compute here; and that a copy is asynchronous only from or to pinned
-memory. Everything happens at once, so a missing wait is not noticed. While a CUDA graph is captured, waits and copies
-are errors; what was computed is spoilt afterwards, and only a replay computes it, at the addresses of the capture.
+operators of `ddpm_pipeline.kernels`, whose references compute here; and that a copy is asynchronous only from or to
+pinned memory. Everything happens at once, so a missing wait is not noticed. While a CUDA graph is captured, waits and
+copies are errors; what was computed is spoilt afterwards, and only a replay computes it, at the addresses of the
+capture.
 
 Import it before torch.
 """
@@ -32,7 +33,7 @@ from torch._ops import OpOverload  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
-from pipeline.kernels.tiling import Tiling  # noqa: E402
+from ddpm_pipeline.kernels.tiling import Tiling  # noqa: E402
 from tests.cuda.simulated_graph import Recording, forbid_while_capturing, recording  # noqa: E402
 
 aten = torch.ops.aten
@@ -240,7 +241,7 @@ def _count(
 
 
 def _count_own(name: str, args: Any) -> None:
-    """An operator of pipeline.kernels: its launches, and the copies of maps that are not channels-last."""
+    """An operator of ddpm_pipeline.kernels: its launches, and the copies of maps that are not channels-last."""
     launches = 1
     if name == "ddpm::group_norm":
         launches = 1 + (Tiling.of(args[0], groups=args[3]).parts > 1)

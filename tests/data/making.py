@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.config.data import DataConfig, PackConfig
-from pipeline.data.formats.shards import write_shard
-from pipeline.data.index import Index
-from pipeline.data.packing.build_index import build_index
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.data.reading.loader import Batch, Loader
-from pipeline.store import Store, open_store
+from ddpm_pipeline.config.data import DataConfig, PackConfig
+from ddpm_pipeline.data.formats.shards import write_shard
+from ddpm_pipeline.data.index import Index
+from ddpm_pipeline.data.packing.build_index import build_index
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.data.reading.loader import Batch, Loader
+from ddpm_pipeline.store import Store, open_store
 
 
 def random_image(number: int, size: tuple[int, int] = (8, 8), channels: int = 3) -> np.ndarray:

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.data.packing.sources import read_item
-from pipeline.errors import DiskFull, UserError
-from pipeline.parallel import ParallelMap
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.data.packing.sources import read_item
+from ddpm_pipeline.errors import DiskFull, UserError
+from ddpm_pipeline.parallel import ParallelMap
 from tests.data.making import encoded, folder, random_image
 from tests.data.test_sources import labels, opened
 
@@ -119,7 +119,7 @@ def test_a_copy_that_cannot_fit_is_refused_before_it_begins(
     room = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: room._replace(free=needed - 1))
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.data.packing.archives.TemporaryCopies.add", refuse_to_copy)
+        patched.setattr("ddpm_pipeline.data.packing.archives.TemporaryCopies.add", refuse_to_copy)
         patched.setattr("shutil.copyfileobj", refuse_to_copy)
         with pytest.raises(DiskFull, match=r"take at least [0-9,]+ bytes in .* are free; set TMPDIR"):
             opened(source)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config.data import PackConfig
-from pipeline.data import pack
-from pipeline.data.formats.npy import decode_npy
-from pipeline.data.packing import array_formats
-from pipeline.data.packing.open_source import open_source
-from pipeline.data.packing.sources import Source
-from pipeline.errors import UserError
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data import pack
+from ddpm_pipeline.data.formats.npy import decode_npy
+from ddpm_pipeline.data.packing import array_formats
+from ddpm_pipeline.data.packing.open_source import open_source
+from ddpm_pipeline.data.packing.sources import Source
+from ddpm_pipeline.errors import UserError
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)

@@ -15,19 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.formats.shards import write_shard
-from pipeline.data.index import Index, load_index, read_table
-from pipeline.data.packing.build_index import build_index
-from pipeline.data.reading.order import GlobalOrder
-from pipeline.data.reading.shard_cache import (
+from ddpm_pipeline.data.formats.shards import write_shard
+from ddpm_pipeline.data.index import Index, load_index, read_table
+from ddpm_pipeline.data.packing.build_index import build_index
+from ddpm_pipeline.data.reading.order import GlobalOrder
+from ddpm_pipeline.data.reading.shard_cache import (
     ADMISSION_LOCK,
     CacheAccess,
     Prefetcher,
     ShardCache,
     require_cache_space,
 )
-from pipeline.errors import DamageError, UserError
-from pipeline.store import FileStore, open_store
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.store import FileStore, open_store
 from tests.data.making import batches, by_position, read_through, sample, small_set
 from tests.effort import long
 

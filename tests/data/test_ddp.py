@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.config.data import DataConfig
-from pipeline.data.index import load_index
-from pipeline.data.reading.loader import Loader
+from ddpm_pipeline.config.data import DataConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.reading.loader import Loader
 from tests.data.making import digits
 from tests.effort import long
 

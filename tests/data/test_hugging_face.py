@@ -12,20 +12,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.data import PackConfig
-from pipeline.data import pack
-from pipeline.data.index import load_index
-from pipeline.data.packing.dataset_card import (
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data import pack
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.dataset_card import (
     class_features,
     configurations,
     default_configuration,
     parse_card,
 )
-from pipeline.data.packing.open_source import open_source, require_source
-from pipeline.data.packing.remote_source import fetch_source
-from pipeline.data.packing.sources import Source
-from pipeline.errors import UserError
-from pipeline.store import StoreUnreachable
+from ddpm_pipeline.data.packing.open_source import open_source, require_source
+from ddpm_pipeline.data.packing.remote_source import fetch_source
+from ddpm_pipeline.data.packing.sources import Source
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import StoreUnreachable
 from tests.data.hub_server import COMMIT, Hub, serving
 from tests.data.making import encoded, random_image
 
@@ -170,7 +170,7 @@ def test_files_that_are_no_parquet_are_fetched_as_a_folder(hub: Hub, tmp_path: P
 def test_an_interrupted_fetch_goes_on_at_its_byte(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.packing.fetch.CHUNK_BYTES", 100)
+    monkeypatch.setattr("ddpm_pipeline.data.packing.fetch.CHUNK_BYTES", 100)
 
     def interrupt(done: int, total: int, note: str = "") -> None:
         if done > 300:

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pipeline.config.data import PackConfig
-from pipeline.data.formats.images import PixelShape, decode_image, probe
-from pipeline.data.formats.shards import write_shard
-from pipeline.data.index import load_index
-from pipeline.data.packing.build_index import build_index
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.data.packing.resize import ENLARGED, probe_image, to_pixels
-from pipeline.data.reading.sequential import read_sequential
-from pipeline.errors import DamageError, UserError
-from pipeline.store import open_store
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.formats.images import PixelShape, decode_image, probe
+from ddpm_pipeline.data.formats.shards import write_shard
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.build_index import build_index
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.data.packing.resize import ENLARGED, probe_image, to_pixels
+from ddpm_pipeline.data.reading.sequential import read_sequential
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.store import open_store
 from tests.data.making import batches, encoded, random_image
 
 CONFIG = PackConfig(source="unused", dest="unused")

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.formats.shards import write_shard
-from pipeline.data.index import load_index, read_table
-from pipeline.data.location import Location, expand
-from pipeline.data.packing import scan_shard
-from pipeline.data.packing.build_index import build_index, plan_index
-from pipeline.data.packing.scan_shard import index_shard
-from pipeline.errors import DamageError, UserError
-from pipeline.store import open_store
+from ddpm_pipeline.data.formats.shards import write_shard
+from ddpm_pipeline.data.index import load_index, read_table
+from ddpm_pipeline.data.location import Location, expand
+from ddpm_pipeline.data.packing import scan_shard
+from ddpm_pipeline.data.packing.build_index import build_index, plan_index
+from ddpm_pipeline.data.packing.scan_shard import index_shard
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.store import open_store
 from tests.data.making import batches, by_position, encoded, random_image, sample, small_set
 
 
@@ -45,8 +45,8 @@ def test_an_index_copied_with_its_data_is_good_there(tmp_path: Path, uri: str) -
 
 
 def test_an_index_made_shard_by_shard_is_the_one_made_at_once(uri: str) -> None:
-    from pipeline.data.index import assemble_index
-    from pipeline.data.packing.build_index import find_shards
+    from ddpm_pipeline.data.index import assemble_index
+    from ddpm_pipeline.data.packing.build_index import find_shards
 
     whole = small_set(uri)
     location, found = find_shards(uri)

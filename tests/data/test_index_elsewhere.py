@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from jobs import dataset
-from pipeline.data.formats.shards import write_shard
-from pipeline.data.index import load_index
-from pipeline.data.packing.build_index import plan_index
-from pipeline.data.packing.inspect_dataset import inspect
-from pipeline.data.reading.download_dataset import download_dataset
-from pipeline.data.reading.sequential import read_sequential
-from pipeline.errors import DamageError, UserError
-from pipeline.store import FileStore, file_path, open_store
+from ddpm_pipeline.data.formats.shards import write_shard
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.build_index import plan_index
+from ddpm_pipeline.data.packing.inspect_dataset import inspect
+from ddpm_pipeline.data.reading.download_dataset import download_dataset
+from ddpm_pipeline.data.reading.sequential import read_sequential
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.jobs import dataset
+from ddpm_pipeline.store import FileStore, file_path, open_store
 from tests.data.making import batches, by_position, sample, small_set
 
 COUNTS = (13, 7, 20)
@@ -121,7 +121,7 @@ def test_an_index_in_a_bucket_cannot_make_readers_open_files(
     bucket = FileStore(Path(uri.removeprefix("file://")))
     bucket.uri = "s3://bucket/set"
     monkeypatch.setattr(
-        "pipeline.data.index.open_store",
+        "ddpm_pipeline.data.index.open_store",
         lambda place: bucket if place.startswith("s3:") else open_store(place),
     )
     with pytest.raises(UserError, match=r"names local shards \(file:///etc\)"):

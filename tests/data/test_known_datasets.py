@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.pack import run_call
-from jobs.runner import DONE, JobArguments, presets, settings_of
-from pipeline.config.data import PackConfig
-from pipeline.data import pack
-from pipeline.data.packing.known_datasets import KNOWN_DATASETS, KnownDataset
-from pipeline.data.packing.open_source import open_source, require_source
-from pipeline.data.packing.remote_source import fetch_source
-from pipeline.errors import UserError
-from pipeline.store import StoreUnreachable
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data import pack
+from ddpm_pipeline.data.packing.known_datasets import KNOWN_DATASETS, KnownDataset
+from ddpm_pipeline.data.packing.open_source import open_source, require_source
+from ddpm_pipeline.data.packing.remote_source import fetch_source
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.pack import run_call
+from ddpm_pipeline.jobs.runner import DONE, JobArguments, presets, settings_of
+from ddpm_pipeline.store import StoreUnreachable
 from tests.data.test_array_sources import IMAGES, LABELS, TEN, cifar_10, idx, pixels, written
 from tests.data.test_layouts import celeba_as_downloaded
 from tests.data.web_server import Site, serving

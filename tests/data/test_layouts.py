@@ -16,12 +16,12 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.config.data import PackConfig
-from pipeline.data import pack
-from pipeline.data.index import load_index
-from pipeline.data.packing.open_source import open_source
-from pipeline.data.packing.pack_dataset import PackReport
-from pipeline.errors import UserError
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data import pack
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.open_source import open_source
+from ddpm_pipeline.data.packing.pack_dataset import PackReport
+from ddpm_pipeline.errors import UserError
 from tests.data.making import encoded, random_image
 
 COUNT = 6

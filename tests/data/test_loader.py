@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.data import DataConfig
-from pipeline.data.index import Index, load_index
-from pipeline.data.packing.build_index import build_index
-from pipeline.data.reading.loader import Loader
-from pipeline.data.reading.samples import SampleSource
-from pipeline.data.reading.shard_cache import open_shard_access
-from pipeline.errors import DamageError, UserError
-from pipeline.store import open_store
+from ddpm_pipeline.config.data import DataConfig
+from ddpm_pipeline.data.index import Index, load_index
+from ddpm_pipeline.data.packing.build_index import build_index
+from ddpm_pipeline.data.reading.loader import Loader
+from ddpm_pipeline.data.reading.samples import SampleSource
+from ddpm_pipeline.data.reading.shard_cache import open_shard_access
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.store import open_store
 from tests.data.making import batches, by_position, digits, random_image, small_set
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.formats.npy import decode_npy, encode_npy, read_header
-from pipeline.errors import DamageError
+from ddpm_pipeline.data.formats.npy import decode_npy, encode_npy, read_header
+from ddpm_pipeline.errors import DamageError
 from tests.effort import examples
 
 SHAPES = st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.reading.order import GlobalOrder, rank_slice
+from ddpm_pipeline.data.reading.order import GlobalOrder, rank_slice
 from tests.effort import examples
 
 

@@ -15,13 +15,13 @@ import webdataset
 import yaml
 from PIL import Image
 
-from pipeline.config.data import PackConfig
-from pipeline.data.index import load_index
-from pipeline.data.packing.inspect_dataset import inspect
-from pipeline.data.packing.pack_dataset import held_out_uri, pack
-from pipeline.data.reading.sequential import read_sequential
-from pipeline.errors import DamageError, UserError
-from pipeline.store import open_store
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.inspect_dataset import inspect
+from ddpm_pipeline.data.packing.pack_dataset import held_out_uri, pack
+from ddpm_pipeline.data.reading.sequential import read_sequential
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.store import open_store
 from tests.data.making import digits, encoded, folder, random_image, sixty
 
 
@@ -302,7 +302,7 @@ def test_a_place_that_holds_another_pack_or_other_data_is_refused(uri: str) -> N
 def test_a_job_stopped_at_any_write_goes_on_to_the_same_bytes(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.store import FileStore
+    from ddpm_pipeline.store import FileStore
 
     sixty(uri, shard_size=20)
     wanted, digest = contents(uri), load_index(uri).digest

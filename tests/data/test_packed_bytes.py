@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.data import PackConfig
-from pipeline.data.formats.images import decode_image
-from pipeline.data.formats.png import encode_png
-from pipeline.data.formats.shards import read_shard
-from pipeline.data.index import load_index
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.data.reading.sequential import read_sequential
-from pipeline.errors import UserError
-from pipeline.store import open_store
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.formats.images import decode_image
+from ddpm_pipeline.data.formats.png import encode_png
+from ddpm_pipeline.data.formats.shards import read_shard
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.data.reading.sequential import read_sequential
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import open_store
 from tests.data.making import digits, encoded, random_image
 
 V0_1_0 = Path(__file__).parents[1] / "compatibility/v0.1.0"

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from pipeline.data.formats.images import decode_image
-from pipeline.data.formats.png import decode_png, encode_png
-from pipeline.errors import DamageError
+from ddpm_pipeline.data.formats.images import decode_image
+from ddpm_pipeline.data.formats.png import decode_png, encode_png
+from ddpm_pipeline.errors import DamageError
 from tests.data.making import encoded, random_image
 from tests.effort import examples
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.data import DataConfig
-from pipeline.data.index import Index
-from pipeline.data.reading import samples
-from pipeline.data.reading.loader import Loader
-from pipeline.data.reading.range_reads import GAP_BYTES, MAX_CONCURRENT, RangeAccess, coalesce
-from pipeline.store import FileStore
+from ddpm_pipeline.config.data import DataConfig
+from ddpm_pipeline.data.index import Index
+from ddpm_pipeline.data.reading import samples
+from ddpm_pipeline.data.reading.loader import Loader
+from ddpm_pipeline.data.reading.range_reads import GAP_BYTES, MAX_CONCURRENT, RangeAccess, coalesce
+from ddpm_pipeline.store import FileStore
 from tests.data.making import batches, by_position, read_through, small_set
 
 SHARDS = (100,) * 6

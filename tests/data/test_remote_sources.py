@@ -11,16 +11,16 @@ from unittest.mock import Mock
 
 import pytest
 
-from pipeline.config.data import PackConfig
-from pipeline.data import pack
-from pipeline.data.index import load_index
-from pipeline.data.packing.fetch import Entry, FileVersion, RemoteFile
-from pipeline.data.packing.open_source import open_source, require_source
-from pipeline.data.packing.pack_dataset import PackReport
-from pipeline.data.packing.remote_source import fetch_source
-from pipeline.errors import DamageError, DiskFull, UserError
-from pipeline.progress import no_progress
-from pipeline.store import Store, StoreUnreachable, open_store
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data import pack
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.fetch import Entry, FileVersion, RemoteFile
+from ddpm_pipeline.data.packing.open_source import open_source, require_source
+from ddpm_pipeline.data.packing.pack_dataset import PackReport
+from ddpm_pipeline.data.packing.remote_source import fetch_source
+from ddpm_pipeline.errors import DamageError, DiskFull, UserError
+from ddpm_pipeline.progress import no_progress
+from ddpm_pipeline.store import Store, StoreUnreachable, open_store
 from tests.data.making import encoded, folder, random_image
 from tests.data.web_server import Site, serving
 from tests.store.conftest import moto, moto_server, one_loader
@@ -105,7 +105,7 @@ def test_a_changed_archive_is_fetched_again(site: Site, address: str, archive: b
 def test_an_interrupted_fetch_goes_on_unless_the_file_changed(
     site: Site, address: str, archive: bytes, cache: Path, changed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.packing.fetch.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("ddpm_pipeline.data.packing.fetch.CHUNK_BYTES", 1000)
 
     def interrupt(done: int, total: int, note: str = "") -> None:
         if done > len(archive) // 2:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from jobs import dataset
-from pipeline.config.data import PackConfig
-from pipeline.data.formats.shards import write_shard
-from pipeline.data.index import load_index
-from pipeline.data.packing.build_index import build_index, plan_index
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.data.reading.sequential import read_sequential
-from pipeline.errors import DamageError, UserError
-from pipeline.store import FileStore, ObjectInfo, open_store
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.formats.shards import write_shard
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.build_index import build_index, plan_index
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.data.reading.sequential import read_sequential
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.jobs import dataset
+from ddpm_pipeline.store import FileStore, ObjectInfo, open_store
 from tests.data.making import encoded, folder, random_image, sample
 
 PNG = encoded(random_image(1))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.open_source import open_source
-from pipeline.data.packing.sources import Source, read_item
-from pipeline.errors import DamageError, UserError
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.open_source import open_source
+from ddpm_pipeline.data.packing.sources import Source, read_item
+from ddpm_pipeline.errors import DamageError, UserError
 from tests.data.making import encoded, random_image
 
 

@@ -14,8 +14,8 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.formats.shards import ShardStream, read_shard, split_name, write_shard
-from pipeline.errors import DamageError
+from ddpm_pipeline.data.formats.shards import ShardStream, read_shard, split_name, write_shard
+from ddpm_pipeline.errors import DamageError
 from tests.data.making import sample
 from tests.effort import examples
 

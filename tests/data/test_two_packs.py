@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config.data import PackConfig
-from pipeline.data.index import load_index, read_table
-from pipeline.data.packing.inspect_dataset import inspect
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.errors import UserError
-from pipeline.store import FileStore, ObjectInfo, Store, open_store
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.index import load_index, read_table
+from ddpm_pipeline.data.packing.inspect_dataset import inspect
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import FileStore, ObjectInfo, Store, open_store
 from tests.data.making import encoded, random_image
 
 
@@ -48,7 +48,7 @@ def meet_before_the_first_plan(monkeypatch: pytest.MonkeyPatch, jobs: int) -> No
     """All jobs have looked at the empty place before any of them writes."""
     import sys
 
-    module = sys.modules["pipeline.data.packing.pack_dataset"]
+    module = sys.modules["ddpm_pipeline.data.packing.pack_dataset"]
     barrier, begin = threading.Barrier(jobs), module.begin_pack
 
     def begin_pack(store: Store, plan: object) -> object:
@@ -167,7 +167,7 @@ def test_the_second_pack_of_an_unchanged_source_reads_no_image(
         raise AssertionError("an image was read")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.data.packing.sources.FilesSource.read", read)
+        patch.setattr("ddpm_pipeline.data.packing.sources.FilesSource.read", read)
         again = pack(config(str(mine), uri))
     assert again.already_complete
     assert (again.index_digest, again.num_samples, again.image) == (first.index_digest, 40, first.image)
@@ -188,7 +188,7 @@ def test_a_taken_place_is_refused_before_any_image_is_read(
     def read(*_: object) -> bytes:
         raise AssertionError("an image was read")
 
-    monkeypatch.setattr("pipeline.data.packing.sources.FilesSource.read", read)
+    monkeypatch.setattr("ddpm_pipeline.data.packing.sources.FilesSource.read", read)
     with pytest.raises(UserError, match="contains a pack of other images or settings"):
         pack(config(source, uri, seed=3))
     with pytest.raises(UserError, match="contains a pack of other images or settings"):

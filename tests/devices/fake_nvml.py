@@ -8,7 +8,7 @@ from typing import Any
 import pynvml
 import pytest
 
-from pipeline.devices import nvml
+from ddpm_pipeline.devices import nvml
 
 
 @dataclass

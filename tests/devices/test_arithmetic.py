@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jobs.runner import JobArguments, settings_of
-from pipeline.config.device_kind import Matmul
-from pipeline.config.net import UNetConfig
-from pipeline.config.training import TrainConfig
-from pipeline.data.reading.loader import Batch
-from pipeline.devices import set_up_arithmetic
-from pipeline.diffusion import NoiseSchedule
-from pipeline.train.checkpoint_eval import draw_grid
-from pipeline.train.loop import Trainer, train_step
-from pipeline.train.state import initial_state
-from pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.config.device_kind import Matmul
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.reading.loader import Batch
+from ddpm_pipeline.devices import set_up_arithmetic
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.jobs.runner import JobArguments, settings_of
+from ddpm_pipeline.train.checkpoint_eval import draw_grid
+from ddpm_pipeline.train.loop import Trainer, train_step
+from ddpm_pipeline.train.state import initial_state
+from ddpm_pipeline.train.step_metrics import StepMetrics
 
 VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO")
 CPU = torch.device("cpu")

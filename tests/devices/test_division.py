@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
-from pipeline.devices import divided
-from pipeline.diffusion.bound import prior_term
-from pipeline.diffusion.image_scaling import from_uint8, to_uint8
-from pipeline.diffusion.samplers import sample
-from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.nets.layers import timestep_embedding
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from ddpm_pipeline.devices import divided
+from ddpm_pipeline.diffusion.bound import prior_term
+from ddpm_pipeline.diffusion.image_scaling import from_uint8, to_uint8
+from ddpm_pipeline.diffusion.samplers import sample
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule
+from ddpm_pipeline.nets.layers import timestep_embedding
 
 DIVISIONS = {"div", "div_", "true_divide", "__truediv__", "__itruediv__"}
 

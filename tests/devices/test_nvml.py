@@ -6,9 +6,9 @@ import sys
 import pynvml
 import pytest
 
-from pipeline.devices import nvml
-from pipeline.devices.energy import EnergyMeter
-from pipeline.devices.nvml import visible_gpus
+from ddpm_pipeline.devices import nvml
+from ddpm_pipeline.devices.energy import EnergyMeter
+from ddpm_pipeline.devices.nvml import visible_gpus
 from tests.devices.fake_nvml import FakeCard, FakeDriver, install
 
 MIG = "MIG-22222222-aaaa-bbbb-cccc-000000000000"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.devices import is_out_of_memory
+from ddpm_pipeline.devices import is_out_of_memory
 
 LACKS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline.devices.arithmetic import set_up_arithmetic
-from pipeline.devices.peak_flops import Arithmetic, arithmetic_of, device_peak_flops, peak_flops
+from ddpm_pipeline.devices.arithmetic import set_up_arithmetic
+from ddpm_pipeline.devices.peak_flops import Arithmetic, arithmetic_of, device_peak_flops, peak_flops
 
 
 @pytest.mark.parametrize(

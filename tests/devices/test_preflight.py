@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.devices import preflight
-from pipeline.devices.preflight import (
+from ddpm_pipeline.devices import preflight
+from ddpm_pipeline.devices.preflight import (
     GpuNeeds,
     GpuReport,
     can_run,
@@ -18,7 +18,7 @@ from pipeline.devices.preflight import (
     compiler_fault,
     inspect_gpus,
 )
-from pipeline.devices.remedies import fact_of, unfit_remedy
+from ddpm_pipeline.devices.remedies import fact_of, unfit_remedy
 
 OLD_DRIVER = (
     "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU driver by downloading "

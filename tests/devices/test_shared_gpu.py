@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.devices import is_context_lost, is_out_of_memory, limit_memory
+from ddpm_pipeline.devices import is_context_lost, is_out_of_memory, limit_memory
 
 LOST = [
     torch.AcceleratorError(

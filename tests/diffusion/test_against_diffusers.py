@@ -12,10 +12,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from torch import Tensor
 
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, Target
-from pipeline.diffusion import NoiseSchedule, SamplerStep, Stream, sample
-from pipeline.diffusion.noise import normal
-from pipeline.diffusion.timesteps import make_grid
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, Target
+from ddpm_pipeline.diffusion import NoiseSchedule, SamplerStep, Stream, sample
+from ddpm_pipeline.diffusion.noise import normal
+from ddpm_pipeline.diffusion.timesteps import make_grid
 from tests.effort import long
 
 SCHEDULE = NoiseSchedule.linear()

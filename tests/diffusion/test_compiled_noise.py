@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.noise import Stream, normal, randint
+from ddpm_pipeline.diffusion.noise import Stream, normal, randint
 
 pytestmark = [
     pytest.mark.long,

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
-from pipeline.config.distillation import ConsistencyLossConfig
-from pipeline.diffusion import NoiseSchedule, sample
-from pipeline.diffusion.consistency import Teacher, consistency_loss, earlier
-from pipeline.diffusion.samplers import NetDenoise, ddim
-from pipeline.diffusion.timesteps import grid_at
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
+from ddpm_pipeline.config.distillation import ConsistencyLossConfig
+from ddpm_pipeline.diffusion import NoiseSchedule, sample
+from ddpm_pipeline.diffusion.consistency import Teacher, consistency_loss, earlier
+from ddpm_pipeline.diffusion.samplers import NetDenoise, ddim
+from ddpm_pipeline.diffusion.timesteps import grid_at
 
 SCHEDULE = NoiseSchedule.cosine(1000)
 V = ObjectiveConfig(target="v")

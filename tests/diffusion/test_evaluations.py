@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.diffusion import NoiseSchedule, sample
-from pipeline.diffusion.evaluations import network_calls, network_evaluations
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.diffusion import NoiseSchedule, sample
+from ddpm_pipeline.diffusion.evaluations import network_calls, network_evaluations
 
 
 @pytest.mark.parametrize(

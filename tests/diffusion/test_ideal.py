@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-from pipeline.config.diffusion import SamplerConfig, ScheduleConfig
-from pipeline.diffusion import NoiseSchedule, sample
-from pipeline.diffusion.ideal import Mixture, three_blobs
-from pipeline.diffusion.noise import Stream, normal
-from pipeline.diffusion.samplers import ddim, dpm_solver_pp_2m, heun
-from pipeline.diffusion.timesteps import karras_grid
+from ddpm_pipeline.config.diffusion import SamplerConfig, ScheduleConfig
+from ddpm_pipeline.diffusion import NoiseSchedule, sample
+from ddpm_pipeline.diffusion.ideal import Mixture, three_blobs
+from ddpm_pipeline.diffusion.noise import Stream, normal
+from ddpm_pipeline.diffusion.samplers import ddim, dpm_solver_pp_2m, heun
+from ddpm_pipeline.diffusion.timesteps import karras_grid
 from tests.effort import is_long, long
 
 SCHEDULE = NoiseSchedule.linear()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.diffusion.noise import Stream, normal, permutation, philox_4x32, randint, uniform
+from ddpm_pipeline.diffusion.noise import Stream, normal, permutation, philox_4x32, randint, uniform
 from tests.effort import examples
 
 ONES = 0xFFFFFFFF

@@ -9,18 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.config.diffusion import ObjectiveConfig, Target, Variance
-from pipeline.diffusion import NoiseSchedule, from_uint8, to_uint8, training_loss
-from pipeline.diffusion.bound import (
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, Target, Variance
+from ddpm_pipeline.diffusion import NoiseSchedule, from_uint8, to_uint8, training_loss
+from ddpm_pipeline.diffusion.bound import (
     gaussian_kl,
     level_log_probability,
     model_distribution,
     prior_term,
     vlb_term,
 )
-from pipeline.diffusion.likelihood import bits_per_dim
-from pipeline.diffusion.objective import loss_weight
-from pipeline.diffusion.targets import eps_of, target_of, x0_of
+from ddpm_pipeline.diffusion.likelihood import bits_per_dim
+from ddpm_pipeline.diffusion.objective import loss_weight
+from ddpm_pipeline.diffusion.targets import eps_of, target_of, x0_of
 from tests.effort import examples
 
 SCHEDULE = NoiseSchedule.linear()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig, check_together
-from pipeline.config.net import UNetConfig
-from pipeline.diffusion import NoiseSchedule, SamplerStep, sample
-from pipeline.diffusion.samplers import Denoised, NetDenoise, ddim, heun
-from pipeline.diffusion.timesteps import (
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig, check_together
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.diffusion import NoiseSchedule, SamplerStep, sample
+from ddpm_pipeline.diffusion.samplers import Denoised, NetDenoise, ddim, heun
+from ddpm_pipeline.diffusion.timesteps import (
     SamplingGrid,
     grid_at,
     karras_grid,
@@ -20,7 +20,7 @@ from pipeline.diffusion.timesteps import (
     make_grid,
     trailing_timesteps,
 )
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
 from tests.effort import long
 
 SCHEDULE = NoiseSchedule.linear()

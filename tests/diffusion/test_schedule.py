@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.diffusion import ScheduleConfig
-from pipeline.diffusion import NoiseSchedule
-from pipeline.errors import UserError
+from ddpm_pipeline.config.diffusion import ScheduleConfig
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.errors import UserError
 from tests.effort import examples, long
 
 FAMILIES: dict[str, Callable[[int], NoiseSchedule]] = {

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from infra.local import LocalStack
-from pipeline.config.data import PackConfig
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.distill_job import DistillConfig
-from pipeline.config.generation import GenerateConfig, GuardConfig
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.distill.plan_distillation import plan_distillation
-from pipeline.generate.verification import verify
-from pipeline.store import open_store
-from pipeline.tracking import resolve
-from pipeline.train.checkpoint import latest_checkpoint
-from pipeline.train.training_plan import TrainPlan, plan_training
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.distill_job import DistillConfig
+from ddpm_pipeline.config.generation import GenerateConfig, GuardConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.distill.plan_distillation import plan_distillation
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.tracking import resolve
+from ddpm_pipeline.train.checkpoint import latest_checkpoint
+from ddpm_pipeline.train.training_plan import TrainPlan, plan_training
 from tests.commands import ddpm
 from tests.driving import Driver, ray_workers
 from tests.generate.tiny import contents

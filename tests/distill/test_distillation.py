@@ -7,25 +7,25 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.distill_job import DistillConfig
-from pipeline.config.model_card import ModelCard
-from pipeline.config.training import TrainConfig
-from pipeline.data.index import load_index
-from pipeline.data.reading.loader import Loader
-from pipeline.diffusion import NoiseSchedule, sample, to_uint8
-from pipeline.distill.plan_distillation import plan_distillation
-from pipeline.errors import UserError
-from pipeline.evaluate.measure import require_unseen_noise
-from pipeline.generate.spec import make_spec
-from pipeline.generate.verification import verify
-from pipeline.nets.model_files import load_card, load_model
-from pipeline.store import open_store
-from pipeline.tracking.run import MAX_PARAMS
-from pipeline.train.checkpoint import latest_checkpoint
-from pipeline.train.export import export_model
-from pipeline.train.training_driver import run_params
-from pipeline.train.training_plan import plan_training
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.distill_job import DistillConfig
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.reading.loader import Loader
+from ddpm_pipeline.diffusion import NoiseSchedule, sample, to_uint8
+from ddpm_pipeline.distill.plan_distillation import plan_distillation
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.measure import require_unseen_noise
+from ddpm_pipeline.generate.spec import make_spec
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.nets.model_files import load_card, load_model
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.tracking.run import MAX_PARAMS
+from ddpm_pipeline.train.checkpoint import latest_checkpoint
+from ddpm_pipeline.train.export import export_model
+from ddpm_pipeline.train.training_driver import run_params
+from ddpm_pipeline.train.training_plan import plan_training
 from tests.generate.tiny import fill, settings
 from tests.train.test_loop import run_alone
 from tests.train.tiny import tiny

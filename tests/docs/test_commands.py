@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import typer.main
 
-from jobs.cli import app
-from jobs.pack import with_dataset
-from jobs.runner import SECTIONS, JobArguments, settings_of
+from ddpm_pipeline.jobs.cli import app
+from ddpm_pipeline.jobs.pack import with_dataset
+from ddpm_pipeline.jobs.runner import SECTIONS, JobArguments, settings_of
 from tests.docs.lines import DOCUMENTS, REPOSITORY, Shown, fences, inline, shown
 
 ROOT: Any = typer.main.get_command(app)

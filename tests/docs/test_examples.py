@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import ImageFont
 
-from jobs.runner import SECTIONS, JobArguments, settings_of
-from pipeline.config.data import PackConfig
-from pipeline.config.training import TrainConfig
-from pipeline.data import load_index, pack
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data import load_index, pack
+from ddpm_pipeline.jobs.runner import SECTIONS, JobArguments, settings_of
 from tests.docs.lines import REPOSITORY
 from tests.docs.test_commands import parsed
 from tests.generate.tiny import fill, settings, tiny_model

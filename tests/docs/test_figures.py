@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
+from ddpm_pipeline.diffusion import NoiseSchedule, sample
+from ddpm_pipeline.errors import UserError
 from docs.figures import digits_net, draw_reverse, draw_schedules, forward_strip, panel, photograph
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
-from pipeline.diffusion import NoiseSchedule, sample
-from pipeline.errors import UserError
 
 
 def test_the_forward_strip_begins_with_the_photograph_and_ends_in_noise() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from jobs.doctor_checks import LOCKS, read_pins
+from ddpm_pipeline.jobs.doctor_checks import LOCKS, read_pins
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TABLE = [

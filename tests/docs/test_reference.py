@@ -9,10 +9,10 @@ import jsonschema
 import pytest
 import yaml
 
-from jobs.config_docs import configuration_page, schema_text, settings_schema, write_schema
-from jobs.runner import SECTIONS, presets
-from pipeline.config.load import setting_names
-from pipeline.errors import UserError
+from ddpm_pipeline.config.load import setting_names
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.config_docs import configuration_page, schema_text, settings_schema, write_schema
+from ddpm_pipeline.jobs.runner import SECTIONS, presets
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VALIDATOR = jsonschema.Draft202012Validator(settings_schema())

@@ -21,15 +21,15 @@ from unittest import mock
 
 import pytest
 
-from infra.local import LocalStack
-from infra.local.ray import temp_dir
-from infra.local.service import get
-from infra.local.stack_state import read_state
-from jobs.ray_session import ray_cluster
-from jobs.runner import use_running_stack
-from pipeline.telemetry.prometheus import METRICS
-from pipeline.tracking.spool import SPOOL_VARIABLE
-from pipeline.train import dry_run
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.infra.local.ray import temp_dir
+from ddpm_pipeline.infra.local.service import get
+from ddpm_pipeline.infra.local.stack_state import read_state
+from ddpm_pipeline.jobs.ray_session import ray_cluster
+from ddpm_pipeline.jobs.runner import use_running_stack
+from ddpm_pipeline.telemetry.prometheus import METRICS
+from ddpm_pipeline.tracking.spool import SPOOL_VARIABLE
+from ddpm_pipeline.train import dry_run
 from tests.commands import ddpm
 from tests.docs.lines import REPOSITORY, Shown, shown
 from tests.effort import is_long

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pipeline.config.data import PackConfig
-from pipeline.config.evaluation import FeaturesConfig
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.features.train_classifier import train_features
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.evaluation import FeaturesConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.features.train_classifier import train_features
 
 
 @pytest.fixture(scope="module")

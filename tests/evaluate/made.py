@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pipeline.config.evaluation import EvaluateConfig
-from pipeline.features.feature_set import FeatureSet
+from ddpm_pipeline.config.evaluation import EvaluateConfig
+from ddpm_pipeline.features.feature_set import FeatureSet
 
 NETWORK = "n" * 64
 

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from pipeline.config.evaluation import FeatureNetworkConfig
-from pipeline.data.index import load_index
-from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.document import read_evaluation
-from pipeline.features.exact_sums import Sums, sums_of
-from pipeline.features.feature_set import FeatureSet
-from pipeline.features.networks import CARD_KEY, WEIGHTS_KEY, load_classifier, open_network
-from pipeline.features.reference_set import load_reference, reference_key
-from pipeline.features.shard_sums import FeatureRecord, add_records, parse_record
-from pipeline.store import Store, open_store
+from ddpm_pipeline.config.evaluation import FeatureNetworkConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.evaluate.document import read_evaluation
+from ddpm_pipeline.features.exact_sums import Sums, sums_of
+from ddpm_pipeline.features.feature_set import FeatureSet
+from ddpm_pipeline.features.networks import CARD_KEY, WEIGHTS_KEY, load_classifier, open_network
+from ddpm_pipeline.features.reference_set import load_reference, reference_key
+from ddpm_pipeline.features.shard_sums import FeatureRecord, add_records, parse_record
+from ddpm_pipeline.store import Store, open_store
 from tests.evaluate.made import measured
 from tests.evaluate.test_history import evaluation
 
@@ -249,7 +249,7 @@ def test_an_evaluation_out_of_range_gives_one_line(change: dict[str, Any]) -> No
 
 def test_weights_above_the_size_limit_are_not_read(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.write(CARD_KEY, json.dumps(CARD).encode())
-    monkeypatch.setattr("pipeline.features.networks._MAX_NETWORK_BYTES", 10)
+    monkeypatch.setattr("ddpm_pipeline.features.networks._MAX_NETWORK_BYTES", 10)
     with pytest.raises(
         (DamageError, UserError), match=r"classifier\.safetensors: has \d+ bytes, more than 10"
     ):

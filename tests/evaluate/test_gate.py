@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.evaluation import GateConfig, Rule
-from pipeline.errors import UserError
-from pipeline.evaluate.bootstrap import draws, statistics
-from pipeline.evaluate.gate import apply_rules, verdict
-from pipeline.evaluate.metrics import compute_metrics
-from pipeline.features.distances import precision_recall
+from ddpm_pipeline.config.evaluation import GateConfig, Rule
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.bootstrap import draws, statistics
+from ddpm_pipeline.evaluate.gate import apply_rules, verdict
+from ddpm_pipeline.evaluate.metrics import compute_metrics
+from ddpm_pipeline.features.distances import precision_recall
 from tests.evaluate.made import config, measured
 
 REAL = measured(400, seed=50)

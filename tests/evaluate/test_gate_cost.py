@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-import jobs.promote
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.evaluation import GateConfig, PromoteConfig
-from pipeline.config.model_card import ModelCard
-from pipeline.errors import UserError
-from pipeline.evaluate import promotion
-from pipeline.evaluate.gate import Decision, SampledModel, judge, table, verdict
-from pipeline.evaluate.promotion import DECISION_TAG, VERDICT_TAG, decide
-from pipeline.evaluate.sampling_cost import BatchTimes, evaluations_of, sampling_cost
-from pipeline.generate.model_source import ResolvedModel, find_model
-from pipeline.parallel import HERE, MapWorkers
-from pipeline.progress import no_progress
-from pipeline.tracking import ModelVersion
+import ddpm_pipeline.jobs.promote
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.evaluation import GateConfig, PromoteConfig
+from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate import promotion
+from ddpm_pipeline.evaluate.gate import Decision, SampledModel, judge, table, verdict
+from ddpm_pipeline.evaluate.promotion import DECISION_TAG, VERDICT_TAG, decide
+from ddpm_pipeline.evaluate.sampling_cost import BatchTimes, evaluations_of, sampling_cost
+from ddpm_pipeline.generate.model_source import ResolvedModel, find_model
+from ddpm_pipeline.parallel import HERE, MapWorkers
+from ddpm_pipeline.progress import no_progress
+from ddpm_pipeline.tracking import ModelVersion
 from tests.evaluate.made import config, measured
 from tests.evaluate.test_promote import Models, connect
 from tests.generate.tiny import tiny_card, tiny_model
@@ -320,15 +320,15 @@ def test_the_first_version_of_a_name_is_judged_by_the_baseline_though_it_is_cham
 
     monkeypatch.setattr(promotion, "resolve", resolve)
     monkeypatch.setattr(promotion, "decide", decided(passes))
-    monkeypatch.setattr(jobs.promote, "measuring_workers", workers)
+    monkeypatch.setattr(ddpm_pipeline.jobs.promote, "measuring_workers", workers)
     config = PromoteConfig(model="digits", gate=gate(baseline={"model": "teacher@champion"}))
-    assert jobs.promote.run(config, no_progress) == (0 if passes else 1)
+    assert ddpm_pipeline.jobs.promote.run(config, no_progress) == (0 if passes else 1)
     assert models.version_tags[2][VERDICT_TAG] == ("promoted" if passes else "refused")
     assert json.loads(models.version_tags[2][DECISION_TAG])["baseline"] == "teacher/1"
     assert (models.aliases, models.tags) == ({"champion": 2}, {})
     printed = capsys.readouterr().out
     assert ("it is digits@champion already, as the first version of its name" in printed) is not passes
-    jobs.promote.run(config, no_progress)
+    ddpm_pipeline.jobs.promote.run(config, no_progress)
     assert ("nothing to do" in capsys.readouterr().out) is passes
-    jobs.promote.run(config.model_copy(update={"gate": gate()}), no_progress)
+    ddpm_pipeline.jobs.promote.run(config.model_copy(update={"gate": gate()}), no_progress)
     assert "nothing to do" in capsys.readouterr().out

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-import jobs.features
-import jobs.promote
-import jobs.train
-from infra.local import LocalStack
-from jobs.runner import JobArguments
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.errors import UserError
-from pipeline.evaluate.promotion import DECISION_TAG, VERDICT_TAG
-from pipeline.tracking import resolve, set_alias, versions
+import ddpm_pipeline.jobs.features
+import ddpm_pipeline.jobs.promote
+import ddpm_pipeline.jobs.train
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.promotion import DECISION_TAG, VERDICT_TAG
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.jobs.runner import JobArguments
+from ddpm_pipeline.tracking import resolve, set_alias, versions
 from tests.commands import ddpm
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
@@ -55,7 +55,12 @@ def preset(stack: LocalStack, prefix: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def train(preset: Path, steps: int) -> None:
-    assert jobs.train.run_call(JobArguments(files=(preset,), overrides=(f"steps={steps}",)), local=True) == 0
+    assert (
+        ddpm_pipeline.jobs.train.run_call(
+            JobArguments(files=(preset,), overrides=(f"steps={steps}",)), local=True
+        )
+        == 0
+    )
 
 
 def champion() -> int:
@@ -66,15 +71,15 @@ def champion() -> int:
 def test_half_the_training_is_refused_and_twice_is_promoted_and_rolled_back(
     preset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert jobs.features.run_call(JobArguments(files=(preset,))) == 0
+    assert ddpm_pipeline.jobs.features.run_call(JobArguments(files=(preset,))) == 0
     call = JobArguments(files=(preset,))
     train(preset, 120)
     assert champion() == 1
-    assert jobs.promote.run_call(call) == 0
+    assert ddpm_pipeline.jobs.promote.run_call(call) == 0
     assert "nothing to do" in capsys.readouterr().out
 
     train(preset, 60)
-    assert jobs.promote.run_call(call) == 1
+    assert ddpm_pipeline.jobs.promote.run_call(call) == 1
     assert champion() == 1
     refused = next(v for v in versions("gated") if v.version == 2)
     assert refused.tags[VERDICT_TAG] == "refused"
@@ -83,17 +88,17 @@ def test_half_the_training_is_refused_and_twice_is_promoted_and_rolled_back(
     assert numbers["improvement_interval"][0] < 0
 
     train(preset, 300)
-    assert jobs.promote.run_call(call) == 0
+    assert ddpm_pipeline.jobs.promote.run_call(call) == 0
     assert champion() == 3
     assert "promoted: gated/3" in capsys.readouterr().out
-    assert jobs.promote.rollback("gated") == 0
+    assert ddpm_pipeline.jobs.promote.rollback("gated") == 0
     assert champion() == 1
     assert ddpm("rollback", "gated") == 0
     assert "nothing to do: gated@champion is gated/1, rolled back from gated/3" in capsys.readouterr().out
     assert champion() == 1
     set_alias("gated", "champion", 2)
     with pytest.raises(UserError, match="replaced no version"):
-        jobs.promote.rollback("gated")
+        ddpm_pipeline.jobs.promote.rollback("gated")
     assert ddpm("rollback", "gated", "--to", "3") == 0
     assert champion() == 3
 
@@ -106,7 +111,7 @@ def test_a_training_ends_with_the_gate(preset: Path, capsys: pytest.CaptureFixtu
     assert "gate" not in capsys.readouterr().out
     train(preset, 40)
     assert "gate     not run: network.uri" in capsys.readouterr().out
-    assert jobs.features.run_call(JobArguments(files=(preset,))) == 0
+    assert ddpm_pipeline.jobs.features.run_call(JobArguments(files=(preset,))) == 0
     train(preset, 200)
     assert "gate     promoted" in capsys.readouterr().out
     assert resolve("judged@champion").version == 3

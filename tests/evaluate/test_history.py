@@ -8,12 +8,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.config.cost import CostConfig
-from pipeline.config.nights import DriftConfig
-from pipeline.errors import UserError
-from pipeline.evaluate.document import Evaluation, EvaluationConditions, Metric, require_comparable, table
-from pipeline.generate.cost import Cost
-from pipeline.nightly.history import (
+from ddpm_pipeline.config.cost import CostConfig
+from ddpm_pipeline.config.nights import DriftConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.document import (
+    Evaluation,
+    EvaluationConditions,
+    Metric,
+    require_comparable,
+    table,
+)
+from ddpm_pipeline.generate.cost import Cost
+from ddpm_pipeline.nightly.history import (
     Night,
     advance_latest,
     drift,
@@ -27,10 +33,10 @@ from pipeline.nightly.history import (
     write_latest,
     write_night,
 )
-from pipeline.nightly.history_page import render_history
-from pipeline.nightly.line_chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Day, line_chart
-from pipeline.nightly.retention import select_for_retention
-from pipeline.store import FileStore, ObjectInfo, open_store
+from ddpm_pipeline.nightly.history_page import render_history
+from ddpm_pipeline.nightly.line_chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Day, line_chart
+from ddpm_pipeline.nightly.retention import select_for_retention
+from ddpm_pipeline.store import FileStore, ObjectInfo, open_store
 from tests.browser import document, needs_browser, screenshot
 
 DAY = dt.date(2026, 3, 10)

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.data import PackConfig
-from pipeline.config.evaluation import LikelihoodConfig
-from pipeline.config.generation import SampleConfig
-from pipeline.config.model_card import ModelCard, TrainingData
-from pipeline.data.index import Index, load_index
-from pipeline.data.packing.pack_dataset import held_out_uri, pack
-from pipeline.data.reading.sequential import read_sequential
-from pipeline.errors import UserError
-from pipeline.evaluate.bits_per_dim import held_out_bits
-from pipeline.generate.model_source import find_model
-from pipeline.nets import UNet
-from pipeline.nets.model_files import build_model
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.evaluation import LikelihoodConfig
+from ddpm_pipeline.config.generation import SampleConfig
+from ddpm_pipeline.config.model_card import ModelCard, TrainingData
+from ddpm_pipeline.data.index import Index, load_index
+from ddpm_pipeline.data.packing.pack_dataset import held_out_uri, pack
+from ddpm_pipeline.data.reading.sequential import read_sequential
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.bits_per_dim import held_out_bits
+from ddpm_pipeline.generate.model_source import find_model
+from ddpm_pipeline.nets import UNet
+from ddpm_pipeline.nets.model_files import build_model
 from tests.generate.tiny import tiny_card, tiny_model
 
 

@@ -7,7 +7,7 @@ import torch
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
-from pipeline.features.distances import (
+from ddpm_pipeline.features.distances import (
     frechet_distance,
     inception_score,
     kernel_distance,

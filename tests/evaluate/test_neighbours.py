@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.features import distances
-from pipeline.features.distances import nearest_distances, nearest_neighbours
+from ddpm_pipeline.features import distances
+from ddpm_pipeline.features.distances import nearest_distances, nearest_neighbours
 
 
 @pytest.fixture(autouse=True)

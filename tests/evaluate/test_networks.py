@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.data import PackConfig
-from pipeline.config.evaluation import FeatureNetworkConfig, FeaturesConfig
-from pipeline.data.index import load_index
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.errors import DamageError, UserError
-from pipeline.features.classifier import shift_images, split_rows
-from pipeline.features.feature_set import FeatureSet, extract_features
-from pipeline.features.networks import open_network
-from pipeline.features.reference_set import load_reference
-from pipeline.features.train_classifier import train_features
-from pipeline.parallel import MapWorkers
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.evaluation import FeatureNetworkConfig, FeaturesConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.features.classifier import shift_images, split_rows
+from ddpm_pipeline.features.feature_set import FeatureSet, extract_features
+from ddpm_pipeline.features.networks import open_network
+from ddpm_pipeline.features.reference_set import load_reference
+from ddpm_pipeline.features.train_classifier import train_features
+from ddpm_pipeline.parallel import MapWorkers
 
 
 @pytest.fixture(scope="module")

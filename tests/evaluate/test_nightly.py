@@ -15,27 +15,27 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-import jobs.nightly
-from jobs.nightly import DRIFTED, run
-from pipeline.config.cost import CostConfig
-from pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
-from pipeline.config.generation import GenerateConfig
-from pipeline.config.nights import NightlyConfig
-from pipeline.errors import UserError
-from pipeline.evaluate.measure import evaluate_generation
-from pipeline.generate.completeness import check_complete
-from pipeline.generate.driver import GenerationResult
-from pipeline.generate.manifest import read_manifest
-from pipeline.generate.spec import read_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.nightly import make_night, run_nights
-from pipeline.nightly.history import read_latest, read_nights, write_night
-from pipeline.nightly.make_night import find_fault, night_settings
-from pipeline.nightly.retention import apply_retention
-from pipeline.nightly.run_nights import alert, exclusive
-from pipeline.nightly.webhook import send
-from pipeline.progress import no_progress
-from pipeline.store import FileStore, Store, open_store
+import ddpm_pipeline.jobs.nightly
+from ddpm_pipeline.config.cost import CostConfig
+from ddpm_pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.nights import NightlyConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.measure import evaluate_generation
+from ddpm_pipeline.generate.completeness import check_complete
+from ddpm_pipeline.generate.driver import GenerationResult
+from ddpm_pipeline.generate.manifest import read_manifest
+from ddpm_pipeline.generate.spec import read_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.jobs.nightly import DRIFTED, run
+from ddpm_pipeline.nightly import make_night, run_nights
+from ddpm_pipeline.nightly.history import read_latest, read_nights, write_night
+from ddpm_pipeline.nightly.make_night import find_fault, night_settings
+from ddpm_pipeline.nightly.retention import apply_retention
+from ddpm_pipeline.nightly.run_nights import alert, exclusive
+from ddpm_pipeline.nightly.webhook import send
+from ddpm_pipeline.progress import no_progress
+from ddpm_pipeline.store import FileStore, Store, open_store
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model
 
 D1, D2, D3 = (dt.date(2026, 3, day) for day in (1, 2, 3))
@@ -54,7 +54,7 @@ def nights(digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chan
             fill(config)
         return GenerationResult("complete", config.output, "", config.count, 1, 1, config.count, 1.0)
 
-    monkeypatch.setattr(jobs.nightly, "generate", in_process)
+    monkeypatch.setattr(ddpm_pipeline.jobs.nightly, "generate", in_process)
 
     def make(**changes: object) -> NightlyConfig:
         generate = settings(model, str(tmp_path / "nights"), count=20).model_dump()

@@ -12,21 +12,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-import jobs.evaluate
-import jobs.nightly
-from infra.local import LocalStack
-from jobs.ray_session import ray_cluster
-from jobs.runner import PROGRAM, JobArguments
-from pipeline.config.data import PackConfig
-from pipeline.config.evaluation import FeaturesConfig
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.evaluate.document import load_evaluation
-from pipeline.features.feature_set import FeatureSet
-from pipeline.features.train_classifier import train_features
-from pipeline.generate.verification import verify
-from pipeline.nightly.history import read_latest, read_nights, write_latest
-from pipeline.store import open_store
-from pipeline.tracking import find_latest_run, open_run, register, tracking_client
+import ddpm_pipeline.jobs.evaluate
+import ddpm_pipeline.jobs.nightly
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.evaluation import FeaturesConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.evaluate.document import load_evaluation
+from ddpm_pipeline.features.feature_set import FeatureSet
+from ddpm_pipeline.features.train_classifier import train_features
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.jobs.ray_session import ray_cluster
+from ddpm_pipeline.jobs.runner import PROGRAM, JobArguments
+from ddpm_pipeline.nightly.history import read_latest, read_nights, write_latest
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.tracking import find_latest_run, open_run, register, tracking_client
 from tests.evaluate.test_history import night
 from tests.generate.tiny import settings, tiny_card, tiny_model
 
@@ -77,7 +77,7 @@ def test_a_killed_night_is_completed_by_the_next_start(preset: Path, prefix: str
     assert night.wait() == -signal.SIGKILL
     assert read_latest(open_store(nights)) is None
 
-    assert jobs.nightly.run_call(JobArguments(files=(preset,))) == 0
+    assert ddpm_pipeline.jobs.nightly.run_call(JobArguments(files=(preset,))) == 0
     latest = read_latest(open_store(nights))
     assert latest is not None
     assert (latest.date, latest.count) == (date, 400)
@@ -88,13 +88,13 @@ def test_the_cluster_gives_the_metrics_of_this_process_and_mlflow_gets_them(
     preset: Path, prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     date = str(dt.date(2026, 3, 1))
-    assert jobs.nightly.run_call(JobArguments(files=(preset,)), date, date) == 0
+    assert ddpm_pipeline.jobs.nightly.run_call(JobArguments(files=(preset,)), date, date) == 0
     output = f"{prefix}/nights/date={date}"
     in_process = load_evaluation(output)
     assert in_process is not None
     # The workers have left their sums, so the distance is had without reading a sample.
     quick = JobArguments(files=(preset,), overrides=("records_only=true", "track=null"))
-    assert jobs.evaluate.run_call(quick, output) == 0
+    assert ddpm_pipeline.jobs.evaluate.run_call(quick, output) == 0
     from_records = load_evaluation(output)
     assert from_records is not None
     assert from_records["frechet"] == pytest.approx(in_process["frechet"], rel=1e-5)
@@ -106,7 +106,7 @@ def test_the_cluster_gives_the_metrics_of_this_process_and_mlflow_gets_them(
     features.delete(key)
     capsys.readouterr()
     call = JobArguments(files=(preset,), overrides=("num_workers=2",))
-    assert jobs.evaluate.run_call(call, output, against=output) == 0
+    assert ddpm_pipeline.jobs.evaluate.run_call(call, output, against=output) == 0
     printed = capsys.readouterr().out
     assert (
         FeatureSet.from_bytes(features.read(key), key).vectors.tobytes()
@@ -145,7 +145,9 @@ def test_a_schedule_of_the_stack_catches_up_and_excludes_other_jobs(
         while (latest := read_latest(nights)) is None or latest.date < today:
             if not kept_out and next(iter(nights.list(f"date={today}/")), None) is not None:
                 kept_out = True
-                assert jobs.nightly.run_call(JobArguments(files=(preset,))) == 2  # another job is running
+                assert (
+                    ddpm_pipeline.jobs.nightly.run_call(JobArguments(files=(preset,))) == 2
+                )  # another job is running
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.2)
     finally:

@@ -5,14 +5,14 @@ from typing import Any, NoReturn
 
 import pytest
 
-import jobs.promote
-from jobs.promote import rollback
-from jobs.runner import handle_errors
-from pipeline.config.evaluation import EvaluateConfig, GateConfig
-from pipeline.evaluate import promotion
-from pipeline.evaluate.gate import Decision
-from pipeline.evaluate.promotion import read_champion, record
-from pipeline.tracking import ModelVersion, MoveConflictError, alias_log
+import ddpm_pipeline.jobs.promote
+from ddpm_pipeline.config.evaluation import EvaluateConfig, GateConfig
+from ddpm_pipeline.evaluate import promotion
+from ddpm_pipeline.evaluate.gate import Decision
+from ddpm_pipeline.evaluate.promotion import read_champion, record
+from ddpm_pipeline.jobs.promote import rollback
+from ddpm_pipeline.jobs.runner import handle_errors
+from ddpm_pipeline.tracking import ModelVersion, MoveConflictError, alias_log
 from tests.track.one_model import Registry, Stepped
 from tests.turns import Died
 
@@ -42,7 +42,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Models:
     """Champion is version 2; nothing was decided by a log yet."""
     found = Models(2)
     connect(found, found, monkeypatch)
-    monkeypatch.setattr(jobs.promote, "use_running_stack", lambda: None)
+    monkeypatch.setattr(ddpm_pipeline.jobs.promote, "use_running_stack", lambda: None)
     return found
 
 

@@ -10,31 +10,31 @@ import numpy as np
 import pytest
 import torch
 
-import pipeline.features.shard_sums
-from pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
-from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.document import require_comparable
-from pipeline.evaluate.measure import evaluate_generation
-from pipeline.features.exact_sums import Sums, sums_of
-from pipeline.features.networks import Features
-from pipeline.features.shard_sums import (
+import ddpm_pipeline.features.shard_sums
+from ddpm_pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.evaluate.document import require_comparable
+from ddpm_pipeline.evaluate.measure import evaluate_generation
+from ddpm_pipeline.features.exact_sums import Sums, sums_of
+from ddpm_pipeline.features.networks import Features
+from ddpm_pipeline.features.shard_sums import (
     FeatureRecord,
     FeatureSums,
     add_records,
     network_for_sums,
     parse_record,
 )
-from pipeline.generate import sample_worker
-from pipeline.generate.done_records import RecordAggregate
-from pipeline.generate.driver import with_feature_network
-from pipeline.generate.finalize import ModelFacts, publish_manifest
-from pipeline.generate.plan import shard, shards
-from pipeline.generate.sample_worker import SampleWorker, SampleWorkerConfig
-from pipeline.generate.spec import write_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.parallel import MapWorkers, in_process
-from pipeline.progress import no_progress
-from pipeline.store import open_store
+from ddpm_pipeline.generate import sample_worker
+from ddpm_pipeline.generate.done_records import RecordAggregate
+from ddpm_pipeline.generate.driver import with_feature_network
+from ddpm_pipeline.generate.finalize import ModelFacts, publish_manifest
+from ddpm_pipeline.generate.plan import shard, shards
+from ddpm_pipeline.generate.sample_worker import SampleWorker, SampleWorkerConfig
+from ddpm_pipeline.generate.spec import write_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.parallel import MapWorkers, in_process
+from ddpm_pipeline.progress import no_progress
+from ddpm_pipeline.store import open_store
 from tests.generate.tiny import fill, plan_of, settings, tiny_card, tiny_model, writer_of
 
 
@@ -168,7 +168,7 @@ def test_records_are_added_up_one_at_a_time() -> None:
 
 
 def test_only_sums_that_fit_in_a_record_are_requested(digits: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.features.shard_sums, "MAX_FEATURES", 63)
+    monkeypatch.setattr(ddpm_pipeline.features.shard_sums, "MAX_FEATURES", 63)
     assert network_for_sums(FeatureNetworkConfig(), digits) is None
 
 

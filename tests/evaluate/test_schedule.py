@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.nightly_schedule import Runner, daily, missed
-from pipeline.errors import UserError
-from pipeline.nightly.history import write_latest
-from pipeline.store import open_store
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.nightly_schedule import Runner, daily, missed
+from ddpm_pipeline.nightly.history import write_latest
+from ddpm_pipeline.store import open_store
 from tests.evaluate.test_history import night
 
 DAY_9 = dt.datetime(2026, 3, 9, tzinfo=dt.UTC)

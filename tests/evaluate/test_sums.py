@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import DamageError
-from pipeline.features.distances import frechet_distance, moments_of
-from pipeline.features.exact_sums import Sums, sums_of
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.features.distances import frechet_distance, moments_of
+from ddpm_pipeline.features.exact_sums import Sums, sums_of
 from tests.effort import examples
 from tests.evaluate.made import vectors
 

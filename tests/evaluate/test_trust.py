@@ -6,30 +6,30 @@ from types import SimpleNamespace
 
 import pytest
 
-import jobs.nightly
-from jobs.features import run_trust
-from pipeline.config.data import PackConfig
-from pipeline.config.evaluation import (
+import ddpm_pipeline.jobs.nightly
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.evaluation import (
     EvaluateConfig,
     FeatureNetworkConfig,
     FeaturesConfig,
     GateConfig,
     PromoteConfig,
 )
-from pipeline.config.generation import GenerateConfig
-from pipeline.config.nights import NightlyConfig
-from pipeline.data.index import load_index
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.errors import DamageError, UserError
-from pipeline.evaluate.promotion import decide
-from pipeline.features.feature_set import FeatureSet
-from pipeline.features.networks import open_network
-from pipeline.features.reference_set import load_reference, reference_key
-from pipeline.features.train_classifier import train_features
-from pipeline.generate.driver import with_feature_network
-from pipeline.generate.model_source import registered_name
-from pipeline.store import open_store
-from pipeline.tracking import ModelVersion, require_trusted, trust, trusted
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.nights import NightlyConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.evaluate.promotion import decide
+from ddpm_pipeline.features.feature_set import FeatureSet
+from ddpm_pipeline.features.networks import open_network
+from ddpm_pipeline.features.reference_set import load_reference, reference_key
+from ddpm_pipeline.features.train_classifier import train_features
+from ddpm_pipeline.generate.driver import with_feature_network
+from ddpm_pipeline.generate.model_source import registered_name
+from ddpm_pipeline.jobs.features import run_trust
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.tracking import ModelVersion, require_trusted, trust, trusted
 from tests.generate.tiny import settings
 from tests.track.one_model import Registry
 
@@ -39,7 +39,7 @@ VERSION = ModelVersion("digits", 1, "", "", "")
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     found = Registry()
-    monkeypatch.setattr("pipeline.tracking.pinned_digests.tracking_client", lambda: found)
+    monkeypatch.setattr("ddpm_pipeline.tracking.pinned_digests.tracking_client", lambda: found)
     return found
 
 
@@ -93,7 +93,7 @@ def test_a_replaced_network_is_refused_until_it_is_trusted(
         generate=settings(Path("digits/1"), f"{data}-nights"), evaluate=EvaluateConfig(reference=data)
     )
     with pytest.raises(UserError, match=changed):
-        jobs.nightly.run(night, lambda *_: None)
+        ddpm_pipeline.jobs.nightly.run(night, lambda *_: None)
     features = FeatureNetworkConfig(uri=f"file://{data}/features/classifier.json")
     generation = GenerateConfig.model_validate(night.generate.model_dump() | {"features": features})
     with pytest.raises(UserError, match=changed):
@@ -151,7 +151,7 @@ def test_of_two_concurrent_first_uses_the_one_not_recorded_is_refused(
             registry.set_registered_model_tag(name, key, value.replace("a" * 64, "b" * 64))
 
     client = Race(get_registered_model=registry.get_registered_model)
-    monkeypatch.setattr("pipeline.tracking.pinned_digests.tracking_client", lambda: client)
+    monkeypatch.setattr("ddpm_pipeline.tracking.pinned_digests.tracking_client", lambda: client)
     with pytest.raises(UserError, match="its digest is aaaaaaaaaaaa, and the network by which model digits"):
         require_trusted("digits", "network", "s3://b/x", "a" * 64)
 

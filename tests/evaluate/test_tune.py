@@ -9,17 +9,23 @@ import yaml
 from PIL import Image
 from pydantic import ValidationError
 
-import jobs.tune
-from infra.local import LocalStack
-from jobs.runner import JobArguments, settings_of
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.evaluation import TuneConfig
-from pipeline.config.generation import GenerateConfig
-from pipeline.errors import UserError
-from pipeline.evaluate.document import Metric
-from pipeline.evaluate.sampler_search import Candidate, candidate_samplers, evaluations, front, recommended
-from pipeline.generate.model_source import find_model
-from pipeline.progress import no_progress
+import ddpm_pipeline.jobs.tune
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.evaluation import TuneConfig
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.document import Metric
+from ddpm_pipeline.evaluate.sampler_search import (
+    Candidate,
+    candidate_samplers,
+    evaluations,
+    front,
+    recommended,
+)
+from ddpm_pipeline.generate.model_source import find_model
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.jobs.runner import JobArguments, settings_of
+from ddpm_pipeline.progress import no_progress
 from tests.generate.tiny import tiny_card, tiny_model
 
 
@@ -81,7 +87,7 @@ def test_a_metric_that_needs_more_samples_is_named_after_the_first_sampler(
     settings = config(model, digits, tmp_path / "tuning", metric="frechet_ratio")
     heard: list[int] = []
     with pytest.raises(UserError, match=r"tune\.metric: .* no frechet_ratio"):
-        jobs.tune.run(settings, lambda done, total, note="": heard.append(done))
+        ddpm_pipeline.jobs.tune.run(settings, lambda done, total, note="": heard.append(done))
     assert heard == []
 
 
@@ -101,7 +107,7 @@ def test_guidance_is_refused_for_a_network_without_a_null_class(tmp_path: Path) 
 def test_table_plot_and_preset_are_stored_and_a_generation_accepts_the_preset(
     digits: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert jobs.tune.run(config(model, digits, tmp_path / "tuning"), no_progress) == 0
+    assert ddpm_pipeline.jobs.tune.run(config(model, digits, tmp_path / "tuning"), no_progress) == 0
     folder = tmp_path / "tuning" / "local"
     tried = [Candidate.model_validate(one) for one in json.loads((folder / "samplers.json").read_text())]
     assert [(one.sampler.kind, one.evaluations) for one in tried] == [
@@ -131,7 +137,7 @@ def test_the_cluster_gives_the_metrics_of_this_process(
     found: list[list[Candidate]] = []
     for workers in (0, 2):
         settings = config(model, digits, tmp_path / str(workers), num_workers=workers, kinds=["ddim"])
-        assert jobs.tune.run(settings, no_progress) == 0
+        assert ddpm_pipeline.jobs.tune.run(settings, no_progress) == 0
         tried = json.loads((tmp_path / str(workers) / "local" / "samplers.json").read_text())
         found.append([Candidate.model_validate(one) for one in tried])
     in_process, on_cluster = found

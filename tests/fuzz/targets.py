@@ -22,30 +22,30 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from pipeline.config.data import PackConfig
-from pipeline.config.generation import GenerateConfig
-from pipeline.config.load import load_settings
-from pipeline.config.training import TrainConfig
-from pipeline.data.formats.npy import decode_npy, encode_npy
-from pipeline.data.index import load_index
-from pipeline.data.packing.dataset_card import (
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.load import load_settings
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.formats.npy import decode_npy, encode_npy
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.dataset_card import (
     class_features,
     configurations,
     default_configuration,
     parse_card,
 )
-from pipeline.data.packing.open_source import open_source
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.data.packing.scan_shard import index_shard
-from pipeline.errors import DamageError, UserError
-from pipeline.generate.layout import MANIFEST_KEY, SPEC_KEY
-from pipeline.generate.manifest import read_manifest
-from pipeline.generate.plan import shards
-from pipeline.generate.spec import read_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.nets.model_files import CARD_FILE, load_card
-from pipeline.store import Store, open_store
-from pipeline.train.checkpoint import RECORD, STATE, load_checkpoint, save_checkpoint
+from ddpm_pipeline.data.packing.open_source import open_source
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.data.packing.scan_shard import index_shard
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.generate.layout import MANIFEST_KEY, SPEC_KEY
+from ddpm_pipeline.generate.manifest import read_manifest
+from ddpm_pipeline.generate.plan import shards
+from ddpm_pipeline.generate.spec import read_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.nets.model_files import CARD_FILE, load_card
+from ddpm_pipeline.store import Store, open_store
+from ddpm_pipeline.train.checkpoint import RECORD, STATE, load_checkpoint, save_checkpoint
 from tests.generate.tiny import fill, settings, tiny_model
 
 LONGEST_MESSAGE = 2000

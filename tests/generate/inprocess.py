@@ -14,17 +14,17 @@ from typing import BinaryIO
 import pytest
 import torch
 
-import pipeline.generate.driver as driver_module
-from pipeline.config.generation import GenerateConfig
-from pipeline.errors import UserError
-from pipeline.generate.coordinator import ShardProgress
-from pipeline.generate.driver import GenerationResult, generate
-from pipeline.generate.engine import Engine
-from pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
-from pipeline.generate.shard_writer import ShardWriter
-from pipeline.generate.stored_generation import Generation
-from pipeline.nets.model_files import build_model
-from pipeline.store import (
+import ddpm_pipeline.generate.driver as driver_module
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.coordinator import ShardProgress
+from ddpm_pipeline.generate.driver import GenerationResult, generate
+from ddpm_pipeline.generate.engine import Engine
+from ddpm_pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
+from ddpm_pipeline.generate.shard_writer import ShardWriter
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.nets.model_files import build_model
+from ddpm_pipeline.store import (
     ABSENT,
     FileStore,
     ObjectChanged,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.generate.encoding import SampledImages
+from ddpm_pipeline.generate.encoding import SampledImages
 
 
 def images(number: int, image_format: str = "png", labels: bool = True) -> SampledImages:

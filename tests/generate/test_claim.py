@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DamageError, UserError
-from pipeline.generate.layout import CLAIM_PREFIX, SPEC_KEY
-from pipeline.generate.prefix_spec import check_prefix, claim_prefix
-from pipeline.generate.spec import Spec, read_spec, require_extension
-from pipeline.generate.stored_generation import Generation
-from pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, consensus, open_store
-from pipeline.store.prefix_claim import clear_claims
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.generate.layout import CLAIM_PREFIX, SPEC_KEY
+from ddpm_pipeline.generate.prefix_spec import check_prefix, claim_prefix
+from ddpm_pipeline.generate.spec import Spec, read_spec, require_extension
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, consensus, open_store
+from ddpm_pipeline.store.prefix_claim import clear_claims
 from tests.effort import is_long
 from tests.generate.tiny import plan_of, settings, tiny_model
 from tests.turns import Died, Turns

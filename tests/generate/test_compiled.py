@@ -13,9 +13,9 @@ from tests.generate.tiny import settings, tiny_model
 WORKER = """
 import sys
 from pathlib import Path
-from pipeline.config.generation import GenerateConfig
-from pipeline.generate.engine import set_up_torch
-from pipeline.generate.plan import shard
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.generate.engine import set_up_torch
+from ddpm_pipeline.generate.plan import shard
 from tests.generate.tiny import writer_of, plan_of
 config = GenerateConfig.model_validate_json(Path(sys.argv[1]).read_text())
 set_up_torch(plan_of(config)[0])

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.status import generation_status as status_command
-from pipeline.generate.completeness import check_complete
-from pipeline.generate.generation_status import generation_status
-from pipeline.generate.spec import read_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.store import Store, open_store
+from ddpm_pipeline.generate.completeness import check_complete
+from ddpm_pipeline.generate.generation_status import generation_status
+from ddpm_pipeline.generate.spec import read_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.jobs.status import generation_status as status_command
+from ddpm_pipeline.store import Store, open_store
 from tests.generate.tiny import fill, settings, tiny_model
 
 

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from jobs.generate import summary
-from jobs.status import generation_status
-from pipeline.config.cost import CostConfig
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.diffusion import NoiseSchedule
-from pipeline.diffusion.timesteps import make_grid
-from pipeline.generate.cost import Cost, cost_of_generation, cost_of_records
-from pipeline.generate.done_records import GpuUse, RecordAggregate
-from pipeline.generate.driver import generate
-from pipeline.generate.manifest import Manifest, make_manifest, read_manifest
-from pipeline.generate.plan import shard
-from pipeline.store import open_store
+from ddpm_pipeline.config.cost import CostConfig
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.diffusion.timesteps import make_grid
+from ddpm_pipeline.generate.cost import Cost, cost_of_generation, cost_of_records
+from ddpm_pipeline.generate.done_records import GpuUse, RecordAggregate
+from ddpm_pipeline.generate.driver import generate
+from ddpm_pipeline.generate.manifest import Manifest, make_manifest, read_manifest
+from ddpm_pipeline.generate.plan import shard
+from ddpm_pipeline.jobs.generate import summary
+from ddpm_pipeline.jobs.status import generation_status
+from ddpm_pipeline.store import open_store
 from tests.generate.inprocess import without_cluster
 from tests.generate.tiny import contents, fill, settings, tiny_card, tiny_model, writer_of
 

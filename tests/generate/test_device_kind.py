@@ -14,26 +14,26 @@ import torch
 from pydantic import ValidationError
 from ray._private.label_utils import validate_label_selector
 
-import pipeline.generate.device_check as device_check
-import pipeline.generate.engine as engine_module
-import pipeline.generate.pool_kinds as pool_kinds
-import pipeline.generate.sample_worker as sample_worker
-from pipeline.cluster import NodeReport
-from pipeline.config.device_kind import DeviceKind
-from pipeline.config.generation import GenerateConfig, SampleConfig
-from pipeline.devices.preflight import GpuReport
-from pipeline.errors import UserError
-from pipeline.generate.coordinator import ShardAssignment
-from pipeline.generate.device_check import UnfitDevice, require_kind
-from pipeline.generate.driver import generate
-from pipeline.generate.engine import set_up_torch
-from pipeline.generate.model_source import find_model
-from pipeline.generate.pool_kinds import most_common_kind, require_some, selector_of
-from pipeline.generate.regenerate_on_gpu import compare_on_gpu
-from pipeline.generate.sample_worker import Outcome, SampleWorker, SampleWorkerConfig
-from pipeline.generate.spec import Spec, differences, make_spec, pretty, read_spec, write_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.store import open_store
+import ddpm_pipeline.generate.device_check as device_check
+import ddpm_pipeline.generate.engine as engine_module
+import ddpm_pipeline.generate.pool_kinds as pool_kinds
+import ddpm_pipeline.generate.sample_worker as sample_worker
+from ddpm_pipeline.cluster import NodeReport
+from ddpm_pipeline.config.device_kind import DeviceKind
+from ddpm_pipeline.config.generation import GenerateConfig, SampleConfig
+from ddpm_pipeline.devices.preflight import GpuReport
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.coordinator import ShardAssignment
+from ddpm_pipeline.generate.device_check import UnfitDevice, require_kind
+from ddpm_pipeline.generate.driver import generate
+from ddpm_pipeline.generate.engine import set_up_torch
+from ddpm_pipeline.generate.model_source import find_model
+from ddpm_pipeline.generate.pool_kinds import most_common_kind, require_some, selector_of
+from ddpm_pipeline.generate.regenerate_on_gpu import compare_on_gpu
+from ddpm_pipeline.generate.sample_worker import Outcome, SampleWorker, SampleWorkerConfig
+from ddpm_pipeline.generate.spec import Spec, differences, make_spec, pretty, read_spec, write_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.store import open_store
 from tests.generate.tiny import plan_of, settings, tiny_model, writer_of
 
 H100 = DeviceKind(
@@ -227,7 +227,7 @@ class UnfitWorkers:
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> UnfitWorkers:
     """A pool of an H100 and of a node that says so too, but whose workers find an A100."""
-    import pipeline.generate.driver as driver
+    import ddpm_pipeline.generate.driver as driver
 
     found = UnfitWorkers()
 

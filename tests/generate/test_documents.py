@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.errors import DamageError, UserError
-from pipeline.generate.completeness import check_complete
-from pipeline.generate.generation_status import generation_status
-from pipeline.generate.heartbeat import make_heartbeat, new_job_id, read_heartbeats, write_heartbeat
-from pipeline.generate.prefix_spec import find_generation
-from pipeline.generate.spec import Spec, read_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.generate.verification import verify
-from pipeline.nets.model_files import load_card
-from pipeline.store import Store, open_store
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.generate.completeness import check_complete
+from ddpm_pipeline.generate.generation_status import generation_status
+from ddpm_pipeline.generate.heartbeat import make_heartbeat, new_job_id, read_heartbeats, write_heartbeat
+from ddpm_pipeline.generate.prefix_spec import find_generation
+from ddpm_pipeline.generate.spec import Spec, read_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.nets.model_files import load_card
+from ddpm_pipeline.store import Store, open_store
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model
 
 DEEP = "[" * 100_000

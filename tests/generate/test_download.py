@@ -15,20 +15,20 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 
-from jobs.download import run
-from jobs.runner import DONE, FAILED, INTERRUPTED, REFUSED, handle_errors
-from pipeline.data.formats.images import PixelShape, decode_image
-from pipeline.data.formats.shards import read_shard
-from pipeline.data.index import Index, ShardEntry, content_digest, load_index
-from pipeline.data.packing.build_index import build_index
-from pipeline.data.reading.download_dataset import Download, RemoteObject
-from pipeline.data.reading.sequential import read_sequential
-from pipeline.data.reading.unpack import folder_names
-from pipeline.errors import DamageError, DiskFull, UserError
-from pipeline.generate.verification import verify
-from pipeline.store import FileStore, StoreUnreachable, open_store
-from pipeline.store.download_folder import MARKER, Folder
-from pipeline.store.interface import TEMP_PREFIX
+from ddpm_pipeline.data.formats.images import PixelShape, decode_image
+from ddpm_pipeline.data.formats.shards import read_shard
+from ddpm_pipeline.data.index import Index, ShardEntry, content_digest, load_index
+from ddpm_pipeline.data.packing.build_index import build_index
+from ddpm_pipeline.data.reading.download_dataset import Download, RemoteObject
+from ddpm_pipeline.data.reading.sequential import read_sequential
+from ddpm_pipeline.data.reading.unpack import folder_names
+from ddpm_pipeline.errors import DamageError, DiskFull, UserError
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.jobs.download import run
+from ddpm_pipeline.jobs.runner import DONE, FAILED, INTERRUPTED, REFUSED, handle_errors
+from ddpm_pipeline.store import FileStore, StoreUnreachable, open_store
+from ddpm_pipeline.store.download_folder import MARKER, Folder
+from ddpm_pipeline.store.interface import TEMP_PREFIX
 from tests.data.making import sixty, small_set
 from tests.effort import long
 from tests.generate.tiny import contents, fill, settings, tiny_model
@@ -374,9 +374,9 @@ INTERRUPTED_DOWNLOAD = """
 import sys, time
 from io import BytesIO
 from threading import Event, Lock
-from jobs.download import run
-from jobs.runner import handle_errors
-from pipeline.store import FileStore
+from ddpm_pipeline.jobs.download import run
+from ddpm_pipeline.jobs.runner import handle_errors
+from ddpm_pipeline.store import FileStore
 
 source, folder, manner = sys.argv[1:]
 count, lock, opened = 0, Lock(), FileStore.open

@@ -9,13 +9,13 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.errors import UserError
-from pipeline.generate import dry_run
-from pipeline.generate.dry_run import GenerationEstimate, SamplingPace, estimate, measure_pace
-from pipeline.generate.engine import Engine
-from pipeline.store import open_store
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate import dry_run
+from ddpm_pipeline.generate.dry_run import GenerationEstimate, SamplingPace, estimate, measure_pace
+from ddpm_pipeline.generate.engine import Engine
+from ddpm_pipeline.jobs.cli import app
+from ddpm_pipeline.store import open_store
 from tests.generate.tiny import fill, plan_of, settings, tiny_card, tiny_model
 
 

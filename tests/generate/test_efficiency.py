@@ -6,16 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from jobs.generate import summary
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.generate import gpu_meter
-from pipeline.generate.done_records import DoneRecord, GpuTotals, GpuUse, RecordAggregate
-from pipeline.generate.driver import GenerationResult
-from pipeline.generate.efficiency import EfficiencyCalculator
-from pipeline.generate.gpu_meter import GpuMeter
-from pipeline.generate.plan import shard
-from pipeline.generate.shard_writer import ShardWriter
-from pipeline.nets.flops import forward_flops
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.generate import gpu_meter
+from ddpm_pipeline.generate.done_records import DoneRecord, GpuTotals, GpuUse, RecordAggregate
+from ddpm_pipeline.generate.driver import GenerationResult
+from ddpm_pipeline.generate.efficiency import EfficiencyCalculator
+from ddpm_pipeline.generate.gpu_meter import GpuMeter
+from ddpm_pipeline.generate.plan import shard
+from ddpm_pipeline.generate.shard_writer import ShardWriter
+from ddpm_pipeline.jobs.generate import summary
+from ddpm_pipeline.nets.flops import forward_flops
 from tests.devices.fake_nvml import FakeCard, install
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model, writer_of
 

@@ -13,15 +13,15 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs.ray_session import ray_cluster
-from pipeline.generate import ray_pool, sample_worker
-from pipeline.generate.driver import generate
-from pipeline.generate.encoders import EncoderDied, EncoderProcesses, EncoderThread
-from pipeline.generate.encoding import EncodedImages
-from pipeline.generate.plan import shards
-from pipeline.generate.sample_worker import SampleWorker
-from pipeline.generate.shard_writer import ShardWriter
-from pipeline.store import open_store
+from ddpm_pipeline.generate import ray_pool, sample_worker
+from ddpm_pipeline.generate.driver import generate
+from ddpm_pipeline.generate.encoders import EncoderDied, EncoderProcesses, EncoderThread
+from ddpm_pipeline.generate.encoding import EncodedImages
+from ddpm_pipeline.generate.plan import shards
+from ddpm_pipeline.generate.sample_worker import SampleWorker
+from ddpm_pipeline.generate.shard_writer import ShardWriter
+from ddpm_pipeline.jobs.ray_session import ray_cluster
+from ddpm_pipeline.store import open_store
 from tests.generate.sampled import images
 from tests.generate.tiny import contents, fill, settings, tiny_model, writer_of
 
@@ -75,7 +75,7 @@ def test_what_encoding_raises_is_raised_and_the_processes_go_on(processes: Encod
 
 
 def test_processes_end_with_a_parent_that_is_killed() -> None:
-    code = "from pipeline.generate.encoders import EncoderProcesses; import multiprocessing, time"
+    code = "from ddpm_pipeline.generate.encoders import EncoderProcesses; import multiprocessing, time"
     code += "; from tests.generate.sampled import images"
     code += "; encoders = EncoderProcesses(2); encoders.submit(images(2)).result()"
     code += "; print(*(child.pid for child in multiprocessing.active_children()), flush=True); time.sleep(60)"

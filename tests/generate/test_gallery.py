@@ -15,26 +15,26 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from pipeline.config.data import PackConfig
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.generation import GenerateConfig
-from pipeline.config.model_card import ModelCard, TrainingData
-from pipeline.data.formats.contact_sheet import MAX_CELL_PIXELS, scaled
-from pipeline.data.formats.images import decode_image
-from pipeline.data.index import load_index
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.data.reading.sequential import read_sequential
-from pipeline.errors import DamageError, UserError
-from pipeline.generate.gallery import make_gallery as module
-from pipeline.generate.gallery.make_gallery import Gallery, make_gallery
-from pipeline.generate.gallery.pages import PER_PAGE, runs
-from pipeline.generate.plan import shards
-from pipeline.generate.redraw import common_words, own_words
-from pipeline.generate.spec import Spec, write_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.generate.stored_images import stored_images
-from pipeline.store import FileStore, ObjectInfo, open_store
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.model_card import ModelCard, TrainingData
+from ddpm_pipeline.data.formats.contact_sheet import MAX_CELL_PIXELS, scaled
+from ddpm_pipeline.data.formats.images import decode_image
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.data.reading.sequential import read_sequential
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.generate.gallery import make_gallery as module
+from ddpm_pipeline.generate.gallery.make_gallery import Gallery, make_gallery
+from ddpm_pipeline.generate.gallery.pages import PER_PAGE, runs
+from ddpm_pipeline.generate.plan import shards
+from ddpm_pipeline.generate.redraw import common_words, own_words
+from ddpm_pipeline.generate.spec import Spec, write_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.generate.stored_images import stored_images
+from ddpm_pipeline.jobs.cli import app
+from ddpm_pipeline.store import FileStore, ObjectInfo, open_store
 from tests.browser import document, needs_browser, screenshot
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model, writer_of
 

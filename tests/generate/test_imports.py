@@ -25,7 +25,7 @@ DOCUMENTS = [
 ]
 COMMANDS = """
 import contextlib, json, sys
-from jobs.cli import main
+from ddpm_pipeline.jobs.cli import main
 for words in json.loads(sys.argv[1]):
     sys.argv[1:] = words
     with contextlib.suppress(SystemExit):

@@ -10,11 +10,11 @@ from pathlib import Path
 import boto3
 import pytest
 
-from infra.local import LocalStack
-from infra.local.processes import kill
-from infra.local.stack_state import read_state
-from pipeline.generate.generation_status import generation_status
-from pipeline.store import Store, open_store
+from ddpm_pipeline.generate.generation_status import generation_status
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.infra.local.processes import kill
+from ddpm_pipeline.infra.local.stack_state import read_state
+from ddpm_pipeline.store import Store, open_store
 from tests.driving import Driver, ray_workers
 from tests.generate.tiny import contents, fill, settings, tiny_model
 from tests.ray_nodes import add_node, remove_node

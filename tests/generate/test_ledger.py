@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.generate.coordinator import Coordinator, ShardProgress
-from pipeline.generate.done_records import RecordAggregate
-from pipeline.generate.generation_status import generation_status
-from pipeline.generate.heartbeat import make_heartbeat, new_job_id, write_heartbeat
-from pipeline.generate.manifest import make_manifest
-from pipeline.generate.plan import num_shards, shard
-from pipeline.generate.spec import Spec, write_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.store import FileStore, ObjectInfo, open_store
+from ddpm_pipeline.generate.coordinator import Coordinator, ShardProgress
+from ddpm_pipeline.generate.done_records import RecordAggregate
+from ddpm_pipeline.generate.generation_status import generation_status
+from ddpm_pipeline.generate.heartbeat import make_heartbeat, new_job_id, write_heartbeat
+from ddpm_pipeline.generate.manifest import make_manifest
+from ddpm_pipeline.generate.plan import num_shards, shard
+from ddpm_pipeline.generate.spec import Spec, write_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.store import FileStore, ObjectInfo, open_store
 from tests.effort import long
 from tests.generate.tiny import fill, plan_of, settings, tiny_model, writer_of
 

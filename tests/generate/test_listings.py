@@ -8,7 +8,7 @@ import pytest
 
 import benchmarks.listings
 from benchmarks.listings import BUCKET_URI, fill, is_missing, vast_spec
-from pipeline.generate.spec import Spec
+from ddpm_pipeline.generate.spec import Spec
 
 SHARDS = 3_100  # pages of a thousand keys
 

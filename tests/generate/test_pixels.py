@@ -7,9 +7,9 @@ import zlib
 import numpy as np
 import pytest
 
-from pipeline.config.generation import GuardConfig
-from pipeline.config.model_card import TrainingData
-from pipeline.data.formats.contact_sheet import (
+from ddpm_pipeline.config.generation import GuardConfig
+from ddpm_pipeline.config.model_card import TrainingData
+from ddpm_pipeline.data.formats.contact_sheet import (
     MAX_CELL_PIXELS,
     MAX_SHEET_PIXELS,
     image_grid,
@@ -17,11 +17,11 @@ from pipeline.data.formats.contact_sheet import (
     labelled_rows,
     scaled,
 )
-from pipeline.data.formats.image_stats import ImageStats, image_stats
-from pipeline.data.formats.images import ImageFormat, decode_image, encode_image
-from pipeline.data.formats.npy import Pixels
-from pipeline.errors import DamageError
-from pipeline.generate.guards import check_guards
+from ddpm_pipeline.data.formats.image_stats import ImageStats, image_stats
+from ddpm_pipeline.data.formats.images import ImageFormat, decode_image, encode_image
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.generate.guards import check_guards
 
 
 def noise(count: int, channels: int = 3, size: int = 6) -> Pixels:

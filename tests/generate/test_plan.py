@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.generate.class_labels import classes_of
-from pipeline.generate.plan import batches, locate, num_shards, shard, shard_number, shards
-from pipeline.generate.spec import ClassPlan, Spec
+from ddpm_pipeline.generate.class_labels import classes_of
+from ddpm_pipeline.generate.plan import batches, locate, num_shards, shard, shard_number, shards
+from ddpm_pipeline.generate.spec import ClassPlan, Spec
 from tests.effort import examples
 from tests.generate.tiny import plan_of, settings, tiny_model
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-import pipeline.generate.ray_pool
-from pipeline.config.generation import GenerateConfig
-from pipeline.errors import UserError
-from pipeline.generate.ray_pool import WorkerPool, require_pool_resources
+import ddpm_pipeline.generate.ray_pool
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.ray_pool import WorkerPool, require_pool_resources
 from tests.generate.tiny import settings
 
 
@@ -21,8 +21,8 @@ class FakeData:
     """Replaces `ray.data`: records its arguments and has no rows."""
 
     arguments: dict[str, Any]
-    DataContext = pipeline.generate.ray_pool.ray.data.DataContext
-    ActorPoolStrategy = pipeline.generate.ray_pool.ray.data.ActorPoolStrategy
+    DataContext = ddpm_pipeline.generate.ray_pool.ray.data.DataContext
+    ActorPoolStrategy = ddpm_pipeline.generate.ray_pool.ray.data.ActorPoolStrategy
 
     def from_items(self, items: list[Any], override_num_blocks: int) -> "FakeData":
         assert len(items) == override_num_blocks
@@ -40,10 +40,10 @@ def arguments_for_ray(
     config: GenerateConfig, num_shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
     fake = FakeData()
-    monkeypatch.setattr(pipeline.generate.ray_pool.ray, "data", fake)
+    monkeypatch.setattr(ddpm_pipeline.generate.ray_pool.ray, "data", fake)
     pool: Any = WorkerPool
     pool = WorkerPool(pool, None, None)
-    assert list(pipeline.generate.ray_pool._wave(config, pool, list(range(num_shards)))) == []
+    assert list(ddpm_pipeline.generate.ray_pool._wave(config, pool, list(range(num_shards)))) == []
     return fake.arguments
 
 
@@ -70,7 +70,7 @@ def test_the_pool_keeps_between_its_sizes_and_never_exceeds_the_shards(
 
 def test_a_share_of_a_gpu_needs_a_node_that_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 4.0}}]
-    monkeypatch.setattr(pipeline.generate.ray_pool.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ddpm_pipeline.generate.ray_pool.ray, "nodes", lambda: nodes)
     require_pool_resources(config())
     with pytest.raises(
         UserError, match=r"gpus_per_worker: a worker needs 0\.5, but the largest node .* has 0"
@@ -85,7 +85,7 @@ def test_a_share_of_a_gpu_needs_a_node_that_has_one(monkeypatch: pytest.MonkeyPa
 
 def test_a_cluster_that_grows_is_trusted_to_get_a_large_node(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 0.0}}]
-    monkeypatch.setattr(pipeline.generate.ray_pool.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ddpm_pipeline.generate.ray_pool.ray, "nodes", lambda: nodes)
     monkeypatch.setenv("DDPM_CLUSTER_GROWS", "1")
     require_pool_resources(config(gpus_per_worker=0.5))
     monkeypatch.setenv("DDPM_CLUSTER_GROWS", "")

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.generation import GenerateConfig
-from pipeline.generate.completeness import check_complete
-from pipeline.generate.driver import generate
-from pipeline.generate.prefix_spec import find_generation
-from pipeline.generate.spec import Spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.generate.verification import verify
-from pipeline.store import open_store
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.generate.completeness import check_complete
+from ddpm_pipeline.generate.driver import generate
+from ddpm_pipeline.generate.prefix_spec import find_generation
+from ddpm_pipeline.generate.spec import Spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.store import open_store
 from tests.generate.inprocess import Driver, MemoryStore, run_alone, without_cluster
 from tests.generate.tiny import contents, plan_of, settings, tiny_model
 
@@ -205,9 +205,9 @@ def test_what_is_torn_of_a_complete_generation_is_made_by_the_same_command(
 
 SUSPENDED = """
 import os, signal, sys
-import pipeline.generate.finalize as finalize
-from pipeline.config.generation import GenerateConfig
-from pipeline.generate.driver import generate
+import ddpm_pipeline.generate.finalize as finalize
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.generate.driver import generate
 from tests.generate.inprocess import without_cluster
 real = finalize.write_manifest
 def suspended(store, manifest, entries):

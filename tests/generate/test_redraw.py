@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.data.formats.shards import read_shard
-from pipeline.generate import redraw
-from pipeline.generate.plan import shards
-from pipeline.generate.stored_generation import Generation
-from pipeline.store import open_store
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.data.formats.shards import read_shard
+from ddpm_pipeline.generate import redraw
+from ddpm_pipeline.generate.plan import shards
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.jobs.cli import app
+from ddpm_pipeline.store import open_store
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model, writer_of
 
 

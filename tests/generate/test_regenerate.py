@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-import pipeline.generate.regenerate as regenerate_module
-from jobs.verify import lines
-from pipeline.generate.device_check import UnfitDevice
-from pipeline.generate.done_records import RecordAggregate, short_tag
-from pipeline.generate.engine import Engine
-from pipeline.generate.finalize import ModelFacts, publish_manifest
-from pipeline.generate.regenerate import regenerate
-from pipeline.generate.spec import write_spec
-from pipeline.generate.verification import verify
-from pipeline.store import open_store
+import ddpm_pipeline.generate.regenerate as regenerate_module
+from ddpm_pipeline.generate.device_check import UnfitDevice
+from ddpm_pipeline.generate.done_records import RecordAggregate, short_tag
+from ddpm_pipeline.generate.engine import Engine
+from ddpm_pipeline.generate.finalize import ModelFacts, publish_manifest
+from ddpm_pipeline.generate.regenerate import regenerate
+from ddpm_pipeline.generate.spec import write_spec
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.jobs.verify import lines
+from ddpm_pipeline.store import open_store
 from tests.commands import ddpm
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model, writer_of
 

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from jobs.generate import summary
-from pipeline.config.generation import GenerateConfig
-from pipeline.generate.coordinator import ShardProgress
-from pipeline.generate.driver import GenerationJob, GenerationResult
-from pipeline.generate.job_reporter import JobReporter, stall_reason
-from pipeline.generate.layout import MANIFEST_KEY
-from pipeline.generate.manifest import read_manifest
-from pipeline.generate.spec import Spec, read_spec, write_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.progress import no_progress
-from pipeline.store import Store, open_store
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.generate.coordinator import ShardProgress
+from ddpm_pipeline.generate.driver import GenerationJob, GenerationResult
+from ddpm_pipeline.generate.job_reporter import JobReporter, stall_reason
+from ddpm_pipeline.generate.layout import MANIFEST_KEY
+from ddpm_pipeline.generate.manifest import read_manifest
+from ddpm_pipeline.generate.spec import Spec, read_spec, write_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.jobs.generate import summary
+from ddpm_pipeline.progress import no_progress
+from ddpm_pipeline.store import Store, open_store
 from tests.generate.tiny import fill, plan_of, settings, tiny_model
 
 

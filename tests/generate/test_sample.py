@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.generation import SampleConfig
-from pipeline.generate.preview import draw
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.generation import SampleConfig
+from ddpm_pipeline.generate.preview import draw
 from tests.generate.tiny import settings, tiny_card, tiny_model, writer_of
 
 

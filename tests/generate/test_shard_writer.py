@@ -10,15 +10,15 @@ import torch
 import webdataset as wds
 from torch import nn
 
-from pipeline.config.generation import GuardConfig
-from pipeline.data.formats.shards import read_shard
-from pipeline.generate import engine as engine_module
-from pipeline.generate.engine import Engine
-from pipeline.generate.guards import GuardTripped
-from pipeline.generate.launched_images import LaunchedImages, MicroBatch
-from pipeline.generate.plan import shard, shards
-from pipeline.generate.shard_writer import ShardCancelled, ShardWriter
-from pipeline.store import FileStore
+from ddpm_pipeline.config.generation import GuardConfig
+from ddpm_pipeline.data.formats.shards import read_shard
+from ddpm_pipeline.generate import engine as engine_module
+from ddpm_pipeline.generate.engine import Engine
+from ddpm_pipeline.generate.guards import GuardTripped
+from ddpm_pipeline.generate.launched_images import LaunchedImages, MicroBatch
+from ddpm_pipeline.generate.plan import shard, shards
+from ddpm_pipeline.generate.shard_writer import ShardCancelled, ShardWriter
+from ddpm_pipeline.store import FileStore
 from tests.generate.tiny import contents, fill, settings, tiny_model, writer_of
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.diffusion import SamplerConfig
-from pipeline.config.generation import GenerateConfig
-from pipeline.errors import DamageError, UserError
-from pipeline.generate.layout import SPEC_KEY
-from pipeline.generate.model_source import find_model, resolve_model
-from pipeline.generate.prefix_spec import check_prefix, raise_count
-from pipeline.generate.spec import make_spec, pretty, read_spec, resolve_classes, write_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.nets.model_files import load_card, load_model
-from pipeline.store import ObjectInfo, Store, open_store
+from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.generate.layout import SPEC_KEY
+from ddpm_pipeline.generate.model_source import find_model, resolve_model
+from ddpm_pipeline.generate.prefix_spec import check_prefix, raise_count
+from ddpm_pipeline.generate.spec import make_spec, pretty, read_spec, resolve_classes, write_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.nets.model_files import load_card, load_model
+from ddpm_pipeline.store import ObjectInfo, Store, open_store
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model
 
 

@@ -12,23 +12,23 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import pipeline.generate.driver
-from infra.local import LocalStack
-from jobs.generate import summary
-from jobs.ray_session import ray_cluster
-from pipeline.config.generation import GenerateConfig, GuardConfig
-from pipeline.config.model_card import TrainingData
-from pipeline.errors import UserError
-from pipeline.generate.driver import GenerationJob, GenerationResult, generate
-from pipeline.generate.generation_status import generation_status
-from pipeline.generate.manifest import read_manifest
-from pipeline.generate.plan import shards
-from pipeline.generate.sample_worker import Outcome
-from pipeline.generate.stored_generation import Generation
-from pipeline.generate.verification import verify
-from pipeline.store import open_store
-from pipeline.tracking import find_run, register, set_alias, tracking_client
-from pipeline.tracking.run import open_run
+import ddpm_pipeline.generate.driver
+from ddpm_pipeline.config.generation import GenerateConfig, GuardConfig
+from ddpm_pipeline.config.model_card import TrainingData
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.driver import GenerationJob, GenerationResult, generate
+from ddpm_pipeline.generate.generation_status import generation_status
+from ddpm_pipeline.generate.manifest import read_manifest
+from ddpm_pipeline.generate.plan import shards
+from ddpm_pipeline.generate.sample_worker import Outcome
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.jobs.generate import summary
+from ddpm_pipeline.jobs.ray_session import ray_cluster
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.tracking import find_run, register, set_alias, tracking_client
+from ddpm_pipeline.tracking.run import open_run
 from tests.commands import ddpm
 from tests.effort import is_long
 from tests.generate.tiny import contents, fill, plan_of, settings, tiny_card, tiny_model
@@ -140,7 +140,7 @@ def test_of_two_generations_that_find_a_prefix_empty_one_has_it(
     model: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both have looked before either wrote; the one that comes second at the claim is refused by name."""
-    monkeypatch.setattr(pipeline.generate.driver, "check_prefix", lambda generation: None)
+    monkeypatch.setattr(ddpm_pipeline.generate.driver, "check_prefix", lambda generation: None)
     configs = [settings(model, f"{prefix}/out", seed=seed, num_workers=1) for seed in (3, 4)]
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(generate, config, cluster=nullcontext) for config in configs]

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.generation import GenerateConfig, GuardConfig
-from pipeline.generate.done_records import RecordAggregate, short_tag
-from pipeline.generate.engine import Engine
-from pipeline.generate.finalize import ModelFacts, publish_manifest
-from pipeline.generate.shard_writer import ShardWriter
-from pipeline.generate.spec import write_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.generate.verification import verify
-from pipeline.nets.model_files import build_model
-from pipeline.store import ObjectInfo, Store, open_store
+from ddpm_pipeline.config.generation import GenerateConfig, GuardConfig
+from ddpm_pipeline.generate.done_records import RecordAggregate, short_tag
+from ddpm_pipeline.generate.engine import Engine
+from ddpm_pipeline.generate.finalize import ModelFacts, publish_manifest
+from ddpm_pipeline.generate.shard_writer import ShardWriter
+from ddpm_pipeline.generate.spec import write_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.nets.model_files import build_model
+from ddpm_pipeline.store import ObjectInfo, Store, open_store
 from tests.effort import long
 from tests.generate.tiny import plan_of, settings, tiny_card, tiny_model
 from tests.store.conftest import moto, moto_server, one_loader

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from pipeline.data.formats.shards import read_shard, write_shard
-from pipeline.errors import UserError
-from pipeline.generate.regenerate import regenerate
-from pipeline.generate.spec import pretty, read_spec
-from pipeline.generate.verification import VerifyReport, verify
-from pipeline.store import Store, open_store
+from ddpm_pipeline.data.formats.shards import read_shard, write_shard
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.regenerate import regenerate
+from ddpm_pipeline.generate.spec import pretty, read_spec
+from ddpm_pipeline.generate.verification import VerifyReport, verify
+from ddpm_pipeline.jobs.cli import app
+from ddpm_pipeline.store import Store, open_store
 from tests.commands import ddpm
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model
 
@@ -86,7 +86,7 @@ def copy_a_sample(store: Store) -> None:
 def flatten_an_image(store: Store) -> None:
     import numpy as np
 
-    from pipeline.data.formats.images import encode_image
+    from ddpm_pipeline.data.formats.images import encode_image
 
     samples = list(read_shard(store.read(SHARD)))
     samples[2][1]["png"] = encode_image(np.zeros((4, 4, 1), np.uint8), "png")

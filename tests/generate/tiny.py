@@ -6,25 +6,25 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
-from pipeline.config.generation import GenerateConfig, GuardConfig
-from pipeline.config.model_card import ImageShape, ModelCard, TrainingData
-from pipeline.config.net import UNetConfig
-from pipeline.features.networks import open_network
-from pipeline.features.shard_sums import FeatureSums
-from pipeline.generate.done_records import RecordAggregate
-from pipeline.generate.efficiency import EfficiencyCalculator
-from pipeline.generate.engine import Engine
-from pipeline.generate.finalize import ModelFacts, publish_manifest
-from pipeline.generate.layout import DONE_PREFIX, MANIFEST_KEY, REPORT_KEY
-from pipeline.generate.model_source import ResolvedModel, resolve_model
-from pipeline.generate.plan import shards
-from pipeline.generate.shard_writer import ShardWriter
-from pipeline.generate.spec import Spec, write_spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.nets.model_files import build_model, save_model
-from pipeline.nets.unet import seeded_init
-from pipeline.store import Store, open_store
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from ddpm_pipeline.config.generation import GenerateConfig, GuardConfig
+from ddpm_pipeline.config.model_card import ImageShape, ModelCard, TrainingData
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.features.networks import open_network
+from ddpm_pipeline.features.shard_sums import FeatureSums
+from ddpm_pipeline.generate.done_records import RecordAggregate
+from ddpm_pipeline.generate.efficiency import EfficiencyCalculator
+from ddpm_pipeline.generate.engine import Engine
+from ddpm_pipeline.generate.finalize import ModelFacts, publish_manifest
+from ddpm_pipeline.generate.layout import DONE_PREFIX, MANIFEST_KEY, REPORT_KEY
+from ddpm_pipeline.generate.model_source import ResolvedModel, resolve_model
+from ddpm_pipeline.generate.plan import shards
+from ddpm_pipeline.generate.shard_writer import ShardWriter
+from ddpm_pipeline.generate.spec import Spec, write_spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.nets.model_files import build_model, save_model
+from ddpm_pipeline.nets.unet import seeded_init
+from ddpm_pipeline.store import Store, open_store
 
 _MEASURED = re.compile(rb'<section id="measured">.*?</section>', re.DOTALL)
 NAMES = ("nought", "one", "two")

@@ -18,23 +18,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.config.data import PackConfig
-from pipeline.config.generation import GenerateConfig
-from pipeline.config.training import TrainConfig
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.devices import is_out_of_memory, set_up_arithmetic
-from pipeline.diffusion.noise import Stream, normal, randint, uniform
-from pipeline.generate.engine import set_up_torch
-from pipeline.generate.plan import shards
-from pipeline.generate.regenerate import regenerate
-from pipeline.generate.verification import verify
-from pipeline.nets import DropoutKeys, UNet
-from pipeline.nets.dropout import keyed_dropout
-from pipeline.nets.unet import seeded_init
-from pipeline.store import open_store
-from pipeline.train.checkpoint import latest_checkpoint
-from pipeline.train.training_plan import plan_training
-from pipeline.train.worker import TrainTask, WorkerContext, train_worker
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.devices import is_out_of_memory, set_up_arithmetic
+from ddpm_pipeline.diffusion.noise import Stream, normal, randint, uniform
+from ddpm_pipeline.generate.engine import set_up_torch
+from ddpm_pipeline.generate.plan import shards
+from ddpm_pipeline.generate.regenerate import regenerate
+from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.nets import DropoutKeys, UNet
+from ddpm_pipeline.nets.dropout import keyed_dropout
+from ddpm_pipeline.nets.unet import seeded_init
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.train.checkpoint import latest_checkpoint
+from ddpm_pipeline.train.training_plan import plan_training
+from ddpm_pipeline.train.worker import TrainTask, WorkerContext, train_worker
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model, writer_of
 from tests.train.group import run_group
 from tests.train.tiny import tiny

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.devices.cuda_device import driver_version
+from ddpm_pipeline.devices.cuda_device import driver_version
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.devices.triton_version import triton_version
-from pipeline.diffusion.noise import Stream, normal, randint, uniform, words32
-from pipeline.nets.dropout import DropoutKeys, keyed_dropout
-from pipeline.nets.group_norm import GroupNorm32
+from ddpm_pipeline.devices.triton_version import triton_version
+from ddpm_pipeline.diffusion.noise import Stream, normal, randint, uniform, words32
+from ddpm_pipeline.nets.dropout import DropoutKeys, keyed_dropout
+from ddpm_pipeline.nets.group_norm import GroupNorm32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

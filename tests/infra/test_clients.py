@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.local import (
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import (
     check_ray,
     client_environment,
     environment,
@@ -20,11 +21,10 @@ from infra.local import (
     processes,
     sign_in,
 )
-from infra.local.credentials import mlflow_users_path
-from infra.local.stack import ALL_PORTS, LocalStack
-from infra.local.stack_state import ServiceRecord, State, StoreKind, write_state
-from infra.tracking.access import read_users
-from pipeline.errors import UserError
+from ddpm_pipeline.infra.local.credentials import mlflow_users_path
+from ddpm_pipeline.infra.local.stack import ALL_PORTS, LocalStack
+from ddpm_pipeline.infra.local.stack_state import ServiceRecord, State, StoreKind, write_state
+from ddpm_pipeline.infra.tracking.access import read_users
 
 
 def remembered(root: Path, store: StoreKind = "s3", external: tuple[str, ...] = ()) -> State:

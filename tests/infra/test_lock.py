@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from jobs.doctor_checks import read_pins
+from ddpm_pipeline.jobs.doctor_checks import read_pins
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HASHED, TORCH = ("requirements.lock", "requirements-dev.lock"), "requirements-torch.lock"

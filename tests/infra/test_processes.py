@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.local import processes
+from ddpm_pipeline.infra.local import processes
 
 SLEEP = "import time; time.sleep(60)"
 

@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from infra.local import LocalStack, credentials, environment, export_environment, ports, ray, s3_gateway
-from infra.local.processes import ProcessIdentity, end
-from infra.local.service import Service, get, start, wait_until_ready, without_proxy
-from infra.local.stack import ALL_PORTS
-from infra.local.stack_state import ServiceRecord, State, read_state, write_state
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import (
+    LocalStack,
+    credentials,
+    environment,
+    export_environment,
+    ports,
+    ray,
+    s3_gateway,
+)
+from ddpm_pipeline.infra.local.processes import ProcessIdentity, end
+from ddpm_pipeline.infra.local.service import Service, get, start, wait_until_ready, without_proxy
+from ddpm_pipeline.infra.local.stack import ALL_PORTS
+from ddpm_pipeline.infra.local.stack_state import ServiceRecord, State, read_state, write_state
 from tests.driving import ended_after
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.local import LocalStack, check_ray, environment, processes
-from infra.local.ray import temp_dir
-from infra.local.stack_state import State, read_state, write_state
-from pipeline.errors import UserError
-from pipeline.store import open_store
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import LocalStack, check_ray, environment, processes
+from ddpm_pipeline.infra.local.ray import temp_dir
+from ddpm_pipeline.infra.local.stack_state import State, read_state, write_state
+from ddpm_pipeline.store import open_store
 from tests.driving import ended_after, guarded
 from tests.effort import is_long
 from tests.ray_nodes import add_node, remove_node
@@ -218,7 +218,7 @@ def test_down_ends_all_of_its_own_and_nobody_else_and_a_taken_port_is_replaced(o
 
 
 def test_a_stack_whose_keeper_was_killed_is_removed(tmp_path: Path, bare_environ: dict[str, str]) -> None:
-    from infra.local.stack_state import ServiceRecord
+    from ddpm_pipeline.infra.local.stack_state import ServiceRecord
 
     local = LocalStack(tmp_path / "kept", environ=bare_environ)
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]

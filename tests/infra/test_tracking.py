@@ -16,10 +16,19 @@ from typing import Any, get_args
 
 import pytest
 
-from infra.local import LocalStack
-from infra.tracking.access import OPEN_PATH, Role, User, Users, permits, read_users, right_for, user_line
-from infra.tracking.app import PasswordGate, users_of_server
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.infra.tracking.access import (
+    OPEN_PATH,
+    Role,
+    User,
+    Users,
+    permits,
+    read_users,
+    right_for,
+    user_line,
+)
+from ddpm_pipeline.infra.tracking.app import PasswordGate, users_of_server
 
 ROLES: tuple[Role, ...] = get_args(Role)
 API = "/api/2.0/mlflow"
@@ -195,7 +204,7 @@ def test_a_server_without_users_does_not_start() -> None:
     with pytest.raises(UserError, match="DDPM_MLFLOW_USERS is not set"):
         users_of_server({})
     environ = {name: value for name, value in os.environ.items() if name != "DDPM_MLFLOW_USERS"}
-    command = [sys.executable, "-m", "infra.tracking", "--port", "1"]
+    command = [sys.executable, "-m", "ddpm_pipeline.infra.tracking", "--port", "1"]
     told = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert told.returncode == 1
     assert told.stderr == "error: DDPM_MLFLOW_USERS is not set: name the file of MLflow's users\n"

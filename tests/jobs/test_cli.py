@@ -12,10 +12,10 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from jobs.runner import SECTIONS, JobArguments, command_of, preset_file, settings_of
-from pipeline.config.model_card import ImageShape, ModelCard
-from pipeline.config.training import TrainConfig
+from ddpm_pipeline.config.model_card import ImageShape, ModelCard
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.jobs.cli import app
+from ddpm_pipeline.jobs.runner import SECTIONS, JobArguments, command_of, preset_file, settings_of
 from tests.generate.tiny import tiny_model
 
 
@@ -68,7 +68,7 @@ def test_every_command_stands_under_a_heading() -> None:
 )
 def test_the_shell_completes_commands_presets_and_settings(typed: str, offered: str) -> None:
     asked = {"_DDPM_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
-    code = "import sys; sys.argv = ['ddpm']; from jobs.cli import app; app(prog_name='ddpm')"
+    code = "import sys; sys.argv = ['ddpm']; from ddpm_pipeline.jobs.cli import app; app(prog_name='ddpm')"
     result = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=False
     )

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from jobs import submit
-from jobs.submit import package_faults, require_compatible_cluster, requirements
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs import submit
+from ddpm_pipeline.jobs.submit import package_faults, require_compatible_cluster, requirements
 
 HERE: dict[str, str | None] = {need.name: metadata.version(need.name) for need in requirements()}
 VERSION = {"ray_version": metadata.version("ray"), "session_name": "session_2026"}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.ray_session import shared_variables
+from ddpm_pipeline.jobs.ray_session import shared_variables
 
 GIVEN = {
     "AWS_CA_BUNDLE": "/etc/ca.pem",

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from jobs.cluster_address import use_cluster
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.cli import app
+from ddpm_pipeline.jobs.cluster_address import use_cluster
 
 FILE = """
 work:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jobs.cluster_address import dashboard_address, settle_address, settle_token
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.cluster_address import dashboard_address, settle_address, settle_token
 
 OURS = "http://ray.example:8265"
 

@@ -16,14 +16,14 @@ from typing import ClassVar
 import pytest
 import torch
 
-from infra.local import LocalStack
-from infra.local.ports import choose
-from jobs import doctor_checks, doctor_gpus
-from jobs.doctor import doctor
-from jobs.doctor_findings import Finding
-from pipeline.config.device_kind import DeviceKind
-from pipeline.devices import preflight
-from pipeline.devices.preflight import GpuReport
+from ddpm_pipeline.config.device_kind import DeviceKind
+from ddpm_pipeline.devices import preflight
+from ddpm_pipeline.devices.preflight import GpuReport
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.infra.local.ports import choose
+from ddpm_pipeline.jobs import doctor_checks, doctor_gpus
+from ddpm_pipeline.jobs.doctor import doctor
+from ddpm_pipeline.jobs.doctor_findings import Finding
 
 TOKEN = "the-right-token"
 
@@ -271,7 +271,9 @@ def test_the_report_ends_with_the_number_of_problems_and_exit_code_1(
     monkeypatch.chdir(tmp_path)  # no local stack here
     fine = Finding("disk", True, "room")
     broken = Finding("clock", False, "9 s off", "set it")
-    monkeypatch.setattr("jobs.doctor.all_checks", lambda _: iter([lambda: fine, lambda: [broken]]))
+    monkeypatch.setattr(
+        "ddpm_pipeline.jobs.doctor.all_checks", lambda _: iter([lambda: fine, lambda: [broken]])
+    )
     assert doctor() == 1
     out = capsys.readouterr().out.splitlines()
     assert [line.split() for line in out] == [

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from jobs.progress_bar import Rate, progress_of
-from pipeline.telemetry import logs
-from pipeline.telemetry.logs import JsonLines, located, name_process
+from ddpm_pipeline.jobs.progress_bar import Rate, progress_of
+from ddpm_pipeline.telemetry import logs
+from ddpm_pipeline.telemetry.logs import JsonLines, located, name_process
 
 CANARY = "canary-bird-in-a-coal-mine"
 
@@ -32,7 +32,7 @@ def facts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def json_logging(monkeypatch: pytest.MonkeyPatch, facts: None) -> Iterator[None]:
     monkeypatch.setenv("DDPM_LOG", "json")
-    loggers = [logging.getLogger(name) for name in ("", "pipeline", "jobs", "infra")]
+    loggers = [logging.getLogger(name) for name in ("", "ddpm_pipeline")]
     before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
     logs.set_up_logging()
     logs.set_up_logging()  # twice is once
@@ -85,7 +85,7 @@ def test_progress_and_records_are_lines_of_json(capsys: pytest.CaptureFixture[st
 
 def test_a_second_piece_of_work_is_timed_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 10.0, 1000.0, 1010.0])
-    monkeypatch.setattr("jobs.progress_bar.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("ddpm_pipeline.jobs.progress_bar.time.monotonic", lambda: next(clock))
     rate = Rate()
     assert [rate.measure(done, 100) for done in (0, 100, 0, 50)] == [(0, None), (10, 0), (0, None), (5, 10)]
 
@@ -93,8 +93,8 @@ def test_a_second_piece_of_work_is_timed_for_itself(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_process_dies_without_telling_secrets(form: str) -> None:
     program = (
-        "import logging; from pipeline.telemetry.logs import set_up_logging; set_up_logging();"
-        "logging.getLogger('pipeline').warning('first %s', 'https://u:' + 'KEY@h'.replace('KEY', C));"
+        "import logging; from ddpm_pipeline.telemetry.logs import set_up_logging; set_up_logging();"
+        "logging.getLogger('ddpm_pipeline').warning('first %s', 'https://u:' + 'KEY@h'.replace('KEY', C));"
         "raise RuntimeError('secret: ' + C)"
     )
     result = subprocess.run(

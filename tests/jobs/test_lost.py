@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from infra.local import LocalStack, environment
-from infra.local.processes import kill
-from infra.local.stack_state import read_state
-from jobs.ray_session import CLUSTER_REPLACED
+from ddpm_pipeline.infra.local import LocalStack, environment
+from ddpm_pipeline.infra.local.processes import kill
+from ddpm_pipeline.infra.local.stack_state import read_state
+from ddpm_pipeline.jobs.ray_session import CLUSTER_REPLACED
 from tests.driving import ROOT, ended_after
 
 pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(400)]
 
 DRIVER = """
 import sys, time
-from jobs.ray_session import ray_cluster
-from jobs.runner import handle_errors
+from ddpm_pipeline.jobs.ray_session import ray_cluster
+from ddpm_pipeline.jobs.runner import handle_errors
 
 def work():
     with ray_cluster():

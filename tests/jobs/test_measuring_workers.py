@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import ray
 
-import pipeline.cluster
-from infra.local import LocalStack
-from jobs import ray_map
-from jobs.ray_map import RayMap, measuring_workers
-from jobs.ray_session import ray_cluster
-from jobs.runner import JobArguments, preset_uses_gpus
-from pipeline.config.device_kind import DeviceKind
-from pipeline.config.evaluation import EvaluateConfig
-from pipeline.errors import UserError
-from pipeline.parallel import serial_map
+import ddpm_pipeline.cluster
+from ddpm_pipeline.config.device_kind import DeviceKind
+from ddpm_pipeline.config.evaluation import EvaluateConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.jobs import ray_map
+from ddpm_pipeline.jobs.ray_map import RayMap, measuring_workers
+from ddpm_pipeline.jobs.ray_session import ray_cluster
+from ddpm_pipeline.jobs.runner import JobArguments, preset_uses_gpus
+from ddpm_pipeline.parallel import serial_map
 from tests.ray_nodes import Node, add_node, remove_node
 
 
@@ -50,7 +50,7 @@ class Place:
         self._patch.setenv("RAY_ADDRESS", "127.0.0.1:1")
         self._patch.setattr(ray_map, "ray_cluster", joined)
         self._patch.setattr(ray, "cluster_resources", lambda: resources)
-        self._patch.setattr(pipeline.cluster, "require_fit_workers", lambda workers, stop: kinds)
+        self._patch.setattr(ddpm_pipeline.cluster, "require_fit_workers", lambda workers, stop: kinds)
 
 
 def opened(used_gpus: bool, **settings: object) -> tuple[str, str | None]:

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from jobs import ray_session
-from jobs.ray_session import ray_cluster
+from ddpm_pipeline.jobs import ray_session
+from ddpm_pipeline.jobs.ray_session import ray_cluster
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from infra.local import LocalStack
-from jobs.cli import app
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.store import open_store
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.jobs.cli import app
+from ddpm_pipeline.store import open_store
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -161,7 +161,7 @@ def test_an_interrupted_pack_prints_how_to_resume(root: Path, monkeypatch: pytes
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jobs.pack.pack", interrupted)
+    monkeypatch.setattr("ddpm_pipeline.jobs.pack.pack", interrupted)
     done = CliRunner().invoke(app, ["pack", "source=digits", f"dest={root}/a"])
     assert done.exit_code == 130
     assert "run the same command to resume" in done.stderr

@@ -12,10 +12,10 @@ from typing import Any, cast
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
-from jobs import stop
-from jobs.scripts import names_of, next_name
-from jobs.staging import entrypoint, stage_launcher
-from jobs.stop import stop_job
+from ddpm_pipeline.jobs import stop
+from ddpm_pipeline.jobs.scripts import names_of, next_name
+from ddpm_pipeline.jobs.staging import entrypoint, stage_launcher
+from ddpm_pipeline.jobs.stop import stop_job
 
 
 def test_a_name_that_was_used_gets_a_number() -> None:
@@ -133,7 +133,9 @@ def test_a_job_that_has_ended_is_left_alone(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "train-1 has ended already: SUCCEEDED\n"
 
 
-@pytest.mark.parametrize("module", ["cli", "train"])  # version 0.1 submitted `python -m jobs.train`
+@pytest.mark.parametrize(
+    "module", ["cli", "train"]
+)  # version 0.1 submitted `python -m ddpm_pipeline.jobs.train`
 def test_the_script_ends_the_driver_of_this_job_and_no_other_process(tmp_path: Path, module: str) -> None:
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs/__init__.py").touch()
@@ -148,7 +150,7 @@ def test_the_script_ends_the_driver_of_this_job_and_no_other_process(tmp_path: P
         return process
 
     name = f"train-{tmp_path.name}"
-    worker = [sys.executable, "-c", f"import jobs.{module}"]
+    worker = [sys.executable, "-c", f"import ddpm_pipeline.jobs.{module}"]
     processes = [start(words, name), start(words, f"{name}-r2"), start(worker, name)]
     try:
         script = stop._SCRIPT  # pyright: ignore[reportPrivateUsage]

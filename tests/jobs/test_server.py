@@ -11,11 +11,11 @@ from typing import ClassVar
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from jobs.ray_jobs import follow, print_jobs, print_log, require_job
-from jobs.runner import FAILED, REFUSED, handle_errors
-from jobs.scripts import start_script
-from jobs.server import JobServer
-from jobs.stop import stop_job
+from ddpm_pipeline.jobs.ray_jobs import follow, print_jobs, print_log, require_job
+from ddpm_pipeline.jobs.runner import FAILED, REFUSED, handle_errors
+from ddpm_pipeline.jobs.scripts import start_script
+from ddpm_pipeline.jobs.server import JobServer
+from ddpm_pipeline.jobs.stop import stop_job
 
 NAME = "generate-1"
 WEBSOCKET = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from infra.local import LocalStack
-from jobs import dataset
-from jobs import pack as pack_job
-from jobs.ray_map import RayMap, ray_map_for
-from jobs.ray_session import ray_cluster
-from pipeline.config.data import PackConfig
-from pipeline.data.index import load_index
-from pipeline.errors import DamageError
-from pipeline.store import open_store
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.jobs import dataset
+from ddpm_pipeline.jobs import pack as pack_job
+from ddpm_pipeline.jobs.ray_map import RayMap, ray_map_for
+from ddpm_pipeline.jobs.ray_session import ray_cluster
+from ddpm_pipeline.store import open_store
 from tests.data.making import folder, small_set
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from infra.local import LocalStack
-from pipeline.config.data import PackConfig
-from pipeline.data.index import load_index
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.train.training_plan import plan_training
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.train.training_plan import plan_training
 from tests.generate.tiny import plan_of, settings, tiny_model
 from tests.train.tiny import tiny
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
 def test_a_submitted_pack_is_followed_to_its_end_and_its_exit_code_is_that_of_the_job(
     stack: LocalStack, prefix: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from jobs.submit import submit
+    from ddpm_pipeline.jobs.submit import submit
 
     config = PackConfig(source="digits", dest=f"{prefix}/data", channels=1)
     assert submit("pack", config, detach=True) == 0
@@ -35,9 +35,9 @@ def test_a_submitted_pack_is_followed_to_its_end_and_its_exit_code_is_that_of_th
 def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_name(
     stack: LocalStack, prefix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from jobs.ray_jobs import job_client, job_table, print_jobs, require_job
-    from jobs.submit import submit  # imports Ray, which reads the stack's settings
-    from pipeline.errors import UserError
+    from ddpm_pipeline.errors import UserError
+    from ddpm_pipeline.jobs.ray_jobs import job_client, job_table, print_jobs, require_job
+    from ddpm_pipeline.jobs.submit import submit  # imports Ray, which reads the stack's settings
 
     pack(PackConfig(source="digits", dest=f"{prefix}/data", channels=1), None)
     config = tiny(f"{prefix}/data", f"{prefix}/runs", name="handed", track={"experiment": "tests-submit"})
@@ -73,7 +73,7 @@ def test_a_submitted_training_is_followed_to_its_end_and_joined_or_repeated_by_n
 def test_the_same_work_at_two_places_is_two_jobs(
     stack: LocalStack, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from jobs.submit import _base_name  # pyright: ignore[reportPrivateUsage]
+    from ddpm_pipeline.jobs.submit import _base_name  # pyright: ignore[reportPrivateUsage]
 
     model = tiny_model(tmp_path / "model")
     here, there, slash = (
@@ -91,13 +91,11 @@ def test_the_same_work_at_two_places_is_two_jobs(
 
 
 def test_only_the_program_and_its_settings_travel(tmp_path: Path) -> None:
-    from jobs.submit import _stage  # pyright: ignore[reportPrivateUsage]
+    from ddpm_pipeline.jobs.submit import _stage  # pyright: ignore[reportPrivateUsage]
 
     _stage(tmp_path, "train: {}\n")
     assert {path.name for path in tmp_path.iterdir()} == {
-        "pipeline",
-        "jobs",
-        "infra",
+        "ddpm_pipeline",
         "settings.yaml",
         "launch.sh",
     }

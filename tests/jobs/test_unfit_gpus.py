@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.generate.driver
-import pipeline.train.ray_trainer
-from infra.local import LocalStack
-from jobs.doctor_gpus import check_cluster_gpus
-from pipeline.config.base import Settings
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.store import open_store
+import ddpm_pipeline.generate.driver
+import ddpm_pipeline.train.ray_trainer
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.jobs.doctor_gpus import check_cluster_gpus
+from ddpm_pipeline.store import open_store
 from tests.commands import ddpm
 from tests.generate.tiny import contents, settings, tiny_model
 from tests.ray_nodes import Node, add_node, remove_node
@@ -53,7 +53,9 @@ def test_a_training_ends_before_any_worker_is_started(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     started: list[object] = []
-    monkeypatch.setattr(pipeline.train.ray_trainer, "train_on_cluster", lambda *words: started.append(words))
+    monkeypatch.setattr(
+        ddpm_pipeline.train.ray_trainer, "train_on_cluster", lambda *words: started.append(words)
+    )
     data = f"{prefix}/data"
     pack(PackConfig(source="digits", dest=data, channels=1, shard_size=300), None)
     workers = {"num_workers": num_workers, "gpus_per_worker": 1}
@@ -75,7 +77,7 @@ def test_a_generation_ends_before_any_worker_is_started(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     started: list[object] = []
-    monkeypatch.setattr(pipeline.generate.driver, "start_pool", lambda *words: started.append(words))
+    monkeypatch.setattr(ddpm_pipeline.generate.driver, "start_pool", lambda *words: started.append(words))
     config = settings(tiny_model(tmp_path / "model"), f"{prefix}/out", gpus_per_worker=0.5, num_workers=2)
     capfd.readouterr()
     assert call("generate", config, tmp_path) == REFUSED

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from jobs.runner import REFUSED, handle_errors
+from ddpm_pipeline.jobs.runner import REFUSED, handle_errors
 
 
 def raising(error: Exception) -> Callable[[], int]:

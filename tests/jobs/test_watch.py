@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
-from jobs.ray_jobs import follow, print_log
+from ddpm_pipeline.jobs.ray_jobs import follow, print_log
 
 RAY = (
     "\x1b[36m(TrainController pid=7)\x1b[0m [2026-11-22 12:56:37,684 E 30940 31262] core_worker.cc:2465: Actor with "

@@ -16,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from pipeline.diffusion import noise
-from pipeline.diffusion.noise import Stream
-from pipeline.kernels.dropout_kernel import launch_keyed_dropout
-from pipeline.kernels.group_norm_kernels import launch_group_norm, launch_group_norm_backward
-from pipeline.kernels.philox import launch_normal, launch_one_block
-from pipeline.kernels.tiling import Tiling
-from pipeline.nets import dropout
+from ddpm_pipeline.diffusion import noise
+from ddpm_pipeline.diffusion.noise import Stream
+from ddpm_pipeline.kernels.dropout_kernel import launch_keyed_dropout
+from ddpm_pipeline.kernels.group_norm_kernels import launch_group_norm, launch_group_norm_backward
+from ddpm_pipeline.kernels.philox import launch_normal, launch_one_block
+from ddpm_pipeline.kernels.tiling import Tiling
+from ddpm_pipeline.nets import dropout
 
 EDGES = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 10**12, 2**62, 2**63 - 1]
 STEPS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]

@@ -58,7 +58,7 @@ def compiled(kernel: Any, capability: int, types: dict[str, str], fuse: bool, **
 
 
 def check_normals(capability: int) -> None:
-    from pipeline.kernels import philox
+    from ddpm_pipeline.kernels import philox
 
     types = NAMES | {"out": "*fp32", "tiles": INT}
     ptx = compiled(philox.normal_kernel, capability, types, False, STEP_IN_MEMORY=False, BLOCK=philox.BLOCK)
@@ -75,7 +75,7 @@ def check_normals(capability: int) -> None:
 
 
 def check_first_blocks(capability: int) -> None:
-    from pipeline.kernels import philox
+    from ddpm_pipeline.kernels import philox
 
     for kind, out in (("words", "*i64"), ("integer", "*i64"), ("uniform", "*fp32")):
         types = NAMES | {"out": out, "high": INT}
@@ -85,7 +85,7 @@ def check_first_blocks(capability: int) -> None:
 
 
 def check_dropout(capability: int, dtypes: tuple[str, ...]) -> None:
-    from pipeline.kernels import dropout_kernel
+    from ddpm_pipeline.kernels import dropout_kernel
 
     for dtype in dtypes:
         types = {"out": f"*{dtype}", "x": f"*{dtype}", "words": "*i32", "layer_word": INT, "threshold": INT}
@@ -100,8 +100,8 @@ def check_dropout(capability: int, dtypes: tuple[str, ...]) -> None:
 
 
 def check_group_norm(capability: int, channels: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-    from pipeline.kernels import group_norm_kernels
-    from pipeline.kernels.tiling import Tiling
+    from ddpm_pipeline.kernels import group_norm_kernels
+    from ddpm_pipeline.kernels.tiling import Tiling
 
     for count in channels:
         for dtype in dtypes:

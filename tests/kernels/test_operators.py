@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.devices.triton_version import triton_version
-from pipeline.diffusion import noise
-from pipeline.nets import UNetConfig, dropout, group_norm, seeded_init
-from pipeline.nets.low_precision import cast_products
+from ddpm_pipeline.devices.triton_version import triton_version
+from ddpm_pipeline.diffusion import noise
+from ddpm_pipeline.nets import UNetConfig, dropout, group_norm, seeded_init
+from ddpm_pipeline.nets.low_precision import cast_products
 
 X = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
 WEIGHT, BIAS = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
@@ -85,8 +85,8 @@ def test_no_module_imports_triton_before_the_first_launch() -> None:
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from pipeline.nets import DropoutKeys, UNetConfig, seeded_init\n"
-        "from pipeline.diffusion.noise import Stream, normal\n"
+        "from ddpm_pipeline.nets import DropoutKeys, UNetConfig, seeded_init\n"
+        "from ddpm_pipeline.diffusion.noise import Stream, normal\n"
         "config = UNetConfig(image_size=8, base_channels=8, multipliers=(1,), dropout=0.1, norm_groups=4, "
         "attention_resolutions=(8,))\n"
         "index = torch.arange(2)\n"

@@ -16,12 +16,12 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
-from infra import s3_users
-from infra.local import LocalStack
-from infra.tracking.access import read_users
-from infra.tracking.app import USERS_VARIABLE
-from pipeline.errors import UserError
-from pipeline.store import open_store
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra import s3_users
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.infra.tracking.access import read_users
+from ddpm_pipeline.infra.tracking.app import USERS_VARIABLE
+from ddpm_pipeline.store import open_store
 
 DOCKER = Path(__file__).resolve().parents[2] / "infra" / "docker"
 REPOSITORY = DOCKER.parents[1]
@@ -165,7 +165,7 @@ def test_ray_asks_for_its_token_and_gives_jobs_time_to_save() -> None:
 
 def test_mlflow_stands_behind_its_users_and_knows_its_own_names() -> None:
     script = SERVICES["mlflow"]["command"][-1]
-    assert "exec python -m infra.tracking " in script
+    assert "exec python -m ddpm_pipeline.infra.tracking " in script
     assert SERVICES["mlflow"]["environment"][USERS_VARIABLE] == "/run/secrets/mlflow-users"
     assert '--allowed-hosts "mlflow:5000,localhost:5000,127.0.0.1:5000' in script
     assert SERVICES["ray"]["environment"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from ray.dashboard.modules.reporter.reporter_agent import GPU_TAG_KEYS, METRICS_GAUGES
 
-from infra.local import LocalStack
-from infra.local.stack_state import read_state
-from pipeline.telemetry.prometheus import METRICS, JobMetrics
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.infra.local.stack_state import read_state
+from ddpm_pipeline.telemetry.prometheus import METRICS, JobMetrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DASHBOARD: dict[str, Any] = json.loads((REPOSITORY / "infra" / "grafana" / "dashboard.json").read_text())

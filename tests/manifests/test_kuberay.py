@@ -14,10 +14,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from jobs.runner import PROGRAM, JobArguments, settings_of
-from pipeline.config.generation import GenerateConfig
-from pipeline.config.nights import NightlyConfig
-from pipeline.config.training import TrainConfig
+from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.nights import NightlyConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.jobs.runner import PROGRAM, JobArguments, settings_of
 from tests.manifests.kustomize import Object
 from tests.manifests.objects import KUBERAY, VARIANTS, label, named, pods, rendered, validate, validate_pod
 
@@ -181,7 +181,7 @@ def test_a_cluster_that_must_go_has_time_for_the_save_and_asks_for_it(variant: s
             spec = group["template"]["spec"]
             (container,) = spec["containers"]
             *command, limit = container["lifecycle"]["preStop"]["exec"]["command"]
-            assert command == ["python", "-m", "infra.kuberay.drain", role], where
+            assert command == ["python", "-m", "ddpm_pipeline.infra.kuberay.drain", role], where
             assert importlib.util.find_spec(command[2])
             seconds[role] = float(limit)
             assert seconds[role] < spec["terminationGracePeriodSeconds"], where
@@ -295,7 +295,7 @@ def test_the_night_starts_once_in_time_and_by_an_account_that_can_do_nothing_els
     (launcher,) = pod["containers"]
     zone = next(v["value"] for v in launcher["env"] if v["name"] == "NIGHT_TIME_ZONE")
     assert cron["timeZone"] == zone
-    assert launcher["command"][:3] == ["python", "-m", "infra.kuberay.night"]
+    assert launcher["command"][:3] == ["python", "-m", "ddpm_pipeline.infra.kuberay.night"]
     pattern = named("base", "RayJob", launcher["command"][3])
     assert pattern["spec"]["suspend"] is True
     role = named("base", "Role", "ddpm-night-launcher")

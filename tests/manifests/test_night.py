@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from infra.kuberay import drain, night
-from infra.local import LocalStack
-from infra.local.ports import choose
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.kuberay import drain, night
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.infra.local.ports import choose
 from tests.manifests.objects import named, validate
 
 DUE = datetime(2026, 1, 31, 1, 0, tzinfo=UTC)

@@ -11,8 +11,8 @@ import pytest
 from moto import mock_aws
 from moto.core import set_initial_no_auth_action_count
 
-from pipeline.errors import UserError
-from pipeline.store import open_store
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import open_store
 
 POLICIES = Path(__file__).resolve().parents[2] / "infra" / "policies"
 DATA, FEATURES, RUNS = "data/digits", "data/digits/features", "runs/digits-1"
@@ -85,7 +85,7 @@ def test_a_role_reads_and_writes_where_it_must_and_nowhere_else(
     role: str, aws: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     become(role, aws)
-    aws.setattr("pipeline.store.s3_store.PART_BYTES", 5 << 20)  # S3's least
+    aws.setattr("ddpm_pipeline.store.s3_store.PART_BYTES", 5 << 20)  # S3's least
     large = tmp_path / "large"
     large.write_bytes(bytes((5 << 20) + 1))  # goes up in parts
     for place in PLACES:

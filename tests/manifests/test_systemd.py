@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from jobs.cli import app
-from jobs.nightly import DRIFTED
-from jobs.runner import REFUSED, STOPPED
+from ddpm_pipeline.jobs.cli import app
+from ddpm_pipeline.jobs.nightly import DRIFTED
+from ddpm_pipeline.jobs.runner import REFUSED, STOPPED
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "infra" / "systemd"
 UNITS = sorted(SYSTEMD.iterdir())

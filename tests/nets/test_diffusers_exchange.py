@@ -8,26 +8,26 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, LCMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
-from pipeline.config.model_card import DistillationInfo
-from pipeline.config.net import UNetConfig
-from pipeline.diffusion import NoiseSchedule, Stream, sample
-from pipeline.diffusion.noise import normal
-from pipeline.errors import DamageError, UserError
-from pipeline.nets.diffusers_config import (
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from ddpm_pipeline.config.model_card import DistillationInfo
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.diffusion import NoiseSchedule, Stream, sample
+from ddpm_pipeline.diffusion.noise import normal
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.nets.diffusers_config import (
     net_from_diffusers,
     net_to_diffusers,
     objective_from_diffusers,
     schedule_from_diffusers,
     scheduler_to_diffusers,
 )
-from pipeline.nets.diffusers_weights import (
+from ddpm_pipeline.nets.diffusers_weights import (
     export_diffusers,
     import_diffusers,
     weights_from_diffusers,
     weights_to_diffusers,
 )
-from pipeline.nets.unet import UNet
+from ddpm_pipeline.nets.unet import UNet
 
 SMALL = UNetConfig(
     image_size=16,

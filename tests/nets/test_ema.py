@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.nets.ema import (
+from ddpm_pipeline.nets.ema import (
     ConstantEMA,
     PowerEMA,
     WeightAverage,

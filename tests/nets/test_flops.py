@@ -1,7 +1,7 @@
 """Operations that are counted without running the network."""
 
-from pipeline.config.net import UNetConfig
-from pipeline.nets.flops import forward_flops, sample_flops
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.nets.flops import forward_flops, sample_flops
 
 
 def test_a_forward_pass_is_about_a_third_of_both() -> None:

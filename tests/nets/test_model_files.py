@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import DamageError, UserError
-from pipeline.nets import model_files
-from pipeline.nets.model_files import CARD_FILE, load_card, load_model
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.nets import model_files
+from ddpm_pipeline.nets.model_files import CARD_FILE, load_card, load_model
 from tests.generate.tiny import tiny_model
 
 Card = dict[str, Any]

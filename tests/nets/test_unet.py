@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.nets import DropoutKeys, UNet, UNetConfig, parameter_count, seeded_init
-from pipeline.nets.dropout import keyed_dropout
-from pipeline.nets.layers import GroupNorm32, timestep_embedding
+from ddpm_pipeline.nets import DropoutKeys, UNet, UNetConfig, parameter_count, seeded_init
+from ddpm_pipeline.nets.dropout import keyed_dropout
+from ddpm_pipeline.nets.layers import GroupNorm32, timestep_embedding
 
 TINY = UNetConfig(
     image_size=8,

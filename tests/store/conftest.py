@@ -9,7 +9,7 @@ import botocore.loaders
 import pytest
 from moto.server import ThreadedMotoServer
 
-from pipeline.store import Store, open_store
+from ddpm_pipeline.store import Store, open_store
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.store import ObjectChanged, RetryPolicy, StoreUnreachable, open_store
-from pipeline.store.s3_store import S3Store
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import ObjectChanged, RetryPolicy, StoreUnreachable, open_store
+from ddpm_pipeline.store.s3_store import S3Store
 from tests.store.hostile_s3 import Hostile, breaking_off, cut_at_random, serving
 
 QUICK = RetryPolicy(attempts=5, first_pause_seconds=0.001, longest_pause_seconds=0.01)

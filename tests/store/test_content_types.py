@@ -4,7 +4,7 @@ from typing import Any
 
 import boto3
 
-from pipeline.store.s3_store import S3Store
+from ddpm_pipeline.store.s3_store import S3Store
 
 
 def test_a_browser_is_told_what_a_page_and_an_image_are(moto: str) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.runner import FAILED, REFUSED, handle_errors
-from pipeline.disk_errors import disk_error, disk_errors_at
-from pipeline.errors import DiskFull, Outage, UserError
-from pipeline.store import FileStore, Store, StoreUnreachable
-from pipeline.store import file_store as files_module
+from ddpm_pipeline.disk_errors import disk_error, disk_errors_at
+from ddpm_pipeline.errors import DiskFull, Outage, UserError
+from ddpm_pipeline.jobs.runner import FAILED, REFUSED, handle_errors
+from ddpm_pipeline.store import FileStore, Store, StoreUnreachable
+from ddpm_pipeline.store import file_store as files_module
 from tests.store.hostile_s3 import Answer, answering
 
 FULL = "no room left on the disk; make room there, or choose another place"
@@ -116,7 +116,7 @@ def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_a_file_are_told(tm
 def test_a_full_disk_under_a_download_from_s3_is_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.store.s3_store import S3Store
+    from ddpm_pipeline.store.s3_store import S3Store
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")

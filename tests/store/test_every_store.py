@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DamageError
-from pipeline.store import ABSENT, ObjectChanged, ObjectMissing, Store
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.store import ABSENT, ObjectChanged, ObjectMissing, Store
 
 
 def test_what_is_written_is_read_back_whole_and_in_ranges(store: Store) -> None:

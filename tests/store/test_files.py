@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.store import FileStore, atomic_file, open_store
-from pipeline.store.file_store import TEMP_AGE_SECONDS
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import FileStore, atomic_file, open_store
+from ddpm_pipeline.store.file_store import TEMP_AGE_SECONDS
 
 
 def test_a_plain_path_and_a_file_uri_are_the_same_store(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_write_that_fails_halfway_leaves_the_old_object_and_nothing_else(tmp_p
 
 WRITER = """
     import sys, pathlib
-    from pipeline.store import atomic_file
+    from ddpm_pipeline.store import atomic_file
     with atomic_file(pathlib.Path(sys.argv[1]) / "x") as file:
         file.write(b"half")
         file.flush()

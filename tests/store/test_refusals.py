@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.store import ABSENT, ObjectChanged, RetryPolicy, Store, StoreUnreachable
-from pipeline.store.s3_store import S3Store
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import ABSENT, ObjectChanged, RetryPolicy, Store, StoreUnreachable
+from ddpm_pipeline.store.s3_store import S3Store
 from tests.store.hostile_s3 import Answer, Request, answering, of_code
 
 QUICK = RetryPolicy(attempts=2, first_pause_seconds=0.001)
@@ -156,7 +156,7 @@ def test_every_answer_to_every_call_is_a_line_with_a_remedy(
     name: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, server.answer = CASES[name], CASES[name].answer
-    monkeypatch.setattr("pipeline.store.s3_store.PROBE_POLICY", QUICK)
+    monkeypatch.setattr("ddpm_pipeline.store.s3_store.PROBE_POLICY", QUICK)
     asked = calls(S3Store("bucket", policy=QUICK), tmp_path)
     with ThreadPoolExecutor(4) as pool:
         outcomes = dict(zip(asked, pool.map(outcome, asked.values()), strict=True))

@@ -9,10 +9,10 @@ import boto3
 import botocore.response
 import pytest
 
-from infra.local import LocalStack
-from pipeline.errors import UserError
-from pipeline.store import ObjectMissing, RetryPolicy, StoreUnreachable, open_store
-from pipeline.store.s3_store import S3Store
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.store import ObjectMissing, RetryPolicy, StoreUnreachable, open_store
+from ddpm_pipeline.store.s3_store import S3Store
 
 
 def test_a_missing_bucket_is_named_with_the_command_that_makes_it(moto: str) -> None:

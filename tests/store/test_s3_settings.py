@@ -9,10 +9,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.store import RetryPolicy
-from pipeline.store.s3_client import custom_endpoint, endpoint, location_variables
-from pipeline.store.s3_store import S3Store
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import RetryPolicy
+from ddpm_pipeline.store.s3_client import custom_endpoint, endpoint, location_variables
+from ddpm_pipeline.store.s3_store import S3Store
 from tests.store.hostile_s3 import Answer, Request, answering, of_code
 
 QUICK = RetryPolicy(attempts=2, first_pause_seconds=0.001)
@@ -109,7 +109,7 @@ def test_every_object_and_part_goes_up_with_a_checksum(
     configured: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calculation: str
 ) -> None:
     (tmp_path / "big").write_bytes(bytes(9 << 20))
-    monkeypatch.setattr("pipeline.store.s3_store.PART_BYTES", 5 << 20)
+    monkeypatch.setattr("ddpm_pipeline.store.s3_store.PART_BYTES", 5 << 20)
     if calculation:
         monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", calculation)
     with answering(locked) as address:

@@ -1,8 +1,8 @@
 """A stream over ranges goes on where its connection ended."""
 
-from pipeline.retry import RetryPolicy
-from pipeline.store.stream import ResumingStream
-from pipeline.telemetry.counters import totals
+from ddpm_pipeline.retry import RetryPolicy
+from ddpm_pipeline.store.stream import ResumingStream
+from ddpm_pipeline.telemetry.counters import totals
 
 DATA = bytes(range(100))
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import requests
 
-from pipeline.errors import UserError
-from pipeline.retry import RetryPolicy
-from pipeline.store import ObjectChanged, StoreUnreachable
-from pipeline.store.web_file import WebFile, without_secrets
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.retry import RetryPolicy
+from ddpm_pipeline.store import ObjectChanged, StoreUnreachable
+from ddpm_pipeline.store.web_file import WebFile, without_secrets
 from tests.data.web_server import Site, serving
 
 DATA = bytes(range(256)) * 1000

@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from infra.local import LocalStack
-from pipeline.tracking import Run, open_run, tracking_client
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.tracking import Run, open_run, tracking_client
 from tests.relay import Relay
 
 if TYPE_CHECKING:

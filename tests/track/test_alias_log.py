@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.errors import DamageError, JobError
-from pipeline.store import consensus
-from pipeline.tracking import LoggedAlias, Move, MoveConflictError, alias_log
+from ddpm_pipeline.errors import DamageError, JobError
+from ddpm_pipeline.store import consensus
+from ddpm_pipeline.tracking import LoggedAlias, Move, MoveConflictError, alias_log
 from tests.track.one_model import Registry, Stepped
 from tests.turns import Died, Turns
 

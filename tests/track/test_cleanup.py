@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking import cleanup, close_stale_runs
-from pipeline.tracking.run import (
+from ddpm_pipeline.tracking import cleanup, close_stale_runs
+from ddpm_pipeline.tracking.run import (
     HEARTBEAT_TAG,
     KEY_TAG,
     OPENED_TAG,

@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pipeline import retry
-from pipeline.errors import Outage, UserError
-from pipeline.tracking.connect import (
+from ddpm_pipeline import retry
+from ddpm_pipeline.errors import Outage, UserError
+from ddpm_pipeline.tracking.connect import (
     TrackingError,
     long_transfers,
     require_server,
@@ -202,12 +202,14 @@ def test_patience_is_not_for_mistakes(pauses: list[float]) -> None:
 
 
 def test_importing_the_package_does_not_import_mlflow() -> None:
-    program = "import sys, pipeline.tracking; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    program = (
+        "import sys, ddpm_pipeline.tracking; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_refused_credentials_are_not_waited_for(answers: type[_Answers], pauses: list[float]) -> None:
-    from pipeline.tracking import versions
+    from ddpm_pipeline.tracking import versions
 
     answers.search = 401
     with pytest.raises(UserError, match=r"the model registry: MLflow refuses it .*check MLFLOW_TRACKING_"):

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.tracking.journal import Journal
-from pipeline.tracking.sender import Sender
+from ddpm_pipeline.tracking.journal import Journal
+from ddpm_pipeline.tracking.sender import Sender
 from tests.effort import examples
 
 

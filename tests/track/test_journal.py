@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.tracking import journal as journal_module
-from pipeline.tracking.journal import Journal, SpoolIdentity, read_identity, write_identity
-from pipeline.tracking.spool_records import PointRecord
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.tracking import journal as journal_module
+from ddpm_pipeline.tracking.journal import Journal, SpoolIdentity, read_identity, write_identity
+from ddpm_pipeline.tracking.spool_records import PointRecord
 
 
 def _steps(journal: Journal, offset: int = 0) -> list[int]:
@@ -123,7 +123,7 @@ def test_what_waits_is_counted_in_points_and_files(tmp_path: Path) -> None:
 
 def test_only_one_process_delivers_and_death_frees_the_place(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from pipeline.tracking.journal import Journal\n"
+        "import sys, time; from pathlib import Path; from ddpm_pipeline.tracking.journal import Journal\n"
         "print(Journal(Path(sys.argv[1])).claim(), flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

@@ -6,8 +6,8 @@ from typing import Any
 import mlflow.artifacts
 import pytest
 
-from pipeline.tracking import ModelVersion, download, registry, set_version_tags
-from pipeline.tracking.registry import CARD, WEIGHTS, file_sha256
+from ddpm_pipeline.tracking import ModelVersion, download, registry, set_version_tags
+from ddpm_pipeline.tracking.registry import CARD, WEIGHTS, file_sha256
 
 URI = "http://127.0.0.1:1"
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipeline.telemetry.redaction import MASK, redact, secret_values
+from ddpm_pipeline.telemetry.redaction import MASK, redact, secret_values
 
 AWS_ID = "AKIA" + "ABCDEFGHIJKLMNOP"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking import register, registry
+from ddpm_pipeline.tracking import register, registry
 
 RUN = "0123456789abcdef0123456789abcdef"
 

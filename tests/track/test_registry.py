@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
-from pipeline.config.model_card import ImageShape, ModelCard
-from pipeline.config.net import UNetConfig
-from pipeline.diffusion.image_scaling import to_uint8
-from pipeline.diffusion.samplers import sample
-from pipeline.diffusion.schedule import NoiseSchedule
-from pipeline.errors import DamageError, UserError
-from pipeline.nets.model_files import load_model, save_model
-from pipeline.nets.unet import UNet
-from pipeline.tracking import (
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from ddpm_pipeline.config.model_card import ImageShape, ModelCard
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.diffusion.image_scaling import to_uint8
+from ddpm_pipeline.diffusion.samplers import sample
+from ddpm_pipeline.diffusion.schedule import NoiseSchedule
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.nets.model_files import load_model, save_model
+from ddpm_pipeline.nets.unet import UNet
+from ddpm_pipeline.tracking import (
     Run,
     download,
     link_model,
@@ -30,7 +30,7 @@ from pipeline.tracking import (
     set_alias,
     versions,
 )
-from pipeline.tracking.registry import file_sha256
+from ddpm_pipeline.tracking.registry import file_sha256
 from tests.effort import long
 from tests.relay import Relay
 

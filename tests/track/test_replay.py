@@ -11,11 +11,11 @@ from threading import Thread
 
 import pytest
 
-from jobs.replay import run
-from jobs.runner import DONE, FAILED
-from pipeline.errors import UserError
-from pipeline.tracking import Replayed, Spool, replay, replay_all
-from pipeline.tracking.journal import Journal, write_identity
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.jobs.replay import run
+from ddpm_pipeline.jobs.runner import DONE, FAILED
+from ddpm_pipeline.tracking import Replayed, Spool, replay, replay_all
+from ddpm_pipeline.tracking.journal import Journal, write_identity
 
 RUN = "0123456789abcdef0123456789abcdef"
 NAME = "0123456789abcdef0123456789abcdef.bin"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.tracking import (
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.tracking import (
     Run,
     close_stale_runs,
     describe,
@@ -24,7 +24,7 @@ from pipeline.tracking import (
     set_tags,
     source_tags,
 )
-from pipeline.tracking.lineage import SOURCE_VARIABLE
+from ddpm_pipeline.tracking.lineage import SOURCE_VARIABLE
 from tests.relay import Relay
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import UserError
-from pipeline.tracking import Replayed, Run, Spool, SystemSampler, replay, replay_all
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.tracking import Replayed, Run, Spool, SystemSampler, replay, replay_all
 from tests.effort import long
 from tests.relay import Relay
 
@@ -79,7 +79,7 @@ def test_a_killed_process_leaves_points_that_a_replay_delivers(
 ) -> None:
     run = new_run()
     program = (
-        "import sys, time; from pathlib import Path; from pipeline.tracking import Spool\n"
+        "import sys, time; from pathlib import Path; from ddpm_pipeline.tracking import Spool\n"
         "spool = Spool(Path(sys.argv[1]), sys.argv[2], sys.argv[3], send_interval_seconds=0.05)\n"
         "for step in range(100000):\n"
         "    spool.metrics(step, {'train/loss': step / 2})\n"

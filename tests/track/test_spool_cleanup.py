@@ -9,9 +9,9 @@ from threading import Thread
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.tracking import Replayed, replay_all, sweep_spools
-from pipeline.tracking.journal import Journal, write_identity
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.tracking import Replayed, replay_all, sweep_spools
+from ddpm_pipeline.tracking.journal import Journal, write_identity
 
 LATER = 3600.0
 SERVER = "http://127.0.0.1:1"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
 
 
 @pytest.fixture(scope="session")

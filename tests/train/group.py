@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.config.training import TrainConfig
-from pipeline.data.reading.loader import Batch, Loader, resilient_batches
-from pipeline.devices import set_up_arithmetic
-from pipeline.errors import DamageError
-from pipeline.train import session
-from pipeline.train.checkpoint import Checkpoint, latest_checkpoint
-from pipeline.train.run_logger import RunLogger
-from pipeline.train.training_plan import plan_training
-from pipeline.train.worker import TrainTask, WorkerContext, train_worker
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.reading.loader import Batch, Loader, resilient_batches
+from ddpm_pipeline.devices import set_up_arithmetic
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.train import session
+from ddpm_pipeline.train.checkpoint import Checkpoint, latest_checkpoint
+from ddpm_pipeline.train.run_logger import RunLogger
+from ddpm_pipeline.train.training_plan import plan_training
+from ddpm_pipeline.train.worker import TrainTask, WorkerContext, train_worker
 
 CPU = torch.device("cpu")
 PATIENCE_SECONDS = 100
@@ -56,7 +56,7 @@ def run_group(
     notes = folder / uuid.uuid4().hex[:8]
     notes.mkdir()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.train.worker"])
+    context.set_forkserver_preload(["ddpm_pipeline.train.worker"])
     members = [
         context.Process(
             target=_member,

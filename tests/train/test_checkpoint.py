@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import retry
-from pipeline.errors import DamageError
-from pipeline.store import FileStore, ObjectInfo, Store, StoreUnreachable, open_store
-from pipeline.train import checkpoint
-from pipeline.train.checkpoint import (
+from ddpm_pipeline import retry
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.store import FileStore, ObjectInfo, Store, StoreUnreachable, open_store
+from ddpm_pipeline.train import checkpoint
+from ddpm_pipeline.train.checkpoint import (
     RECORD,
     STATE,
     CheckpointWriter,
@@ -26,8 +26,8 @@ from pipeline.train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from pipeline.train.state import initial_state
-from pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.train.state import initial_state
+from ddpm_pipeline.train.step_metrics import StepMetrics
 from tests.train.tiny import tiny
 
 TENSORS = {"net/weight": torch.arange(12.0).reshape(3, 4), "optimizer/step": torch.tensor(3.0)}

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.training import TrainConfig
-from pipeline.data.index import load_index
-from pipeline.diffusion import NoiseSchedule
-from pipeline.errors import UserError
-from pipeline.store import Store, open_store
-from pipeline.train.checkpoint import (
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import Store, open_store
+from ddpm_pipeline.train.checkpoint import (
     CheckpointWriter,
     best_steps,
     checkpoint_uri,
@@ -20,11 +20,11 @@ from pipeline.train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from pipeline.train.checkpoint_eval import FixedEvaluation
-from pipeline.train.export import export_model
-from pipeline.train.loop import Trainer
-from pipeline.train.state import TrainState, initial_state
-from pipeline.train.training_plan import plan_training
+from ddpm_pipeline.train.checkpoint_eval import FixedEvaluation
+from ddpm_pipeline.train.export import export_model
+from ddpm_pipeline.train.loop import Trainer
+from ddpm_pipeline.train.state import TrainState, initial_state
+from ddpm_pipeline.train.training_plan import plan_training
 from tests.train.test_loop import run_alone
 from tests.train.tiny import tiny
 
@@ -139,7 +139,7 @@ def test_power_averages_are_all_in_the_checkpoint_and_the_first_is_exported(
         "power-0.200",
     }
     plan = plan_training(config)
-    from pipeline.train.checkpoint import latest_checkpoint
+    from ddpm_pipeline.train.checkpoint import latest_checkpoint
 
     checkpoint = latest_checkpoint(plan.store)
     assert checkpoint is not None

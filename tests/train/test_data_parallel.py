@@ -8,11 +8,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.config.training import TrainConfig
-from pipeline.store import open_store
-from pipeline.train.checkpoint import Checkpoint, finished_steps
-from pipeline.train.dry_run import estimate
-from pipeline.train.memory import state_memory
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.train.checkpoint import Checkpoint, finished_steps
+from ddpm_pipeline.train.dry_run import estimate
+from ddpm_pipeline.train.memory import state_memory
 from tests.train.group import Outcome, run_group
 from tests.train.tiny import tiny
 

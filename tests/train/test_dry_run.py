@@ -9,16 +9,16 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from jobs.runner import JobArguments, settings_of
-from pipeline.config.net import UNetConfig
-from pipeline.config.training import TrainConfig
-from pipeline.diffusion import NoiseSchedule
-from pipeline.nets.flops import sample_flops
-from pipeline.train import distillation, dry_run
-from pipeline.train.dry_run import NotMeasuredError, Pace, estimate, measure_pace, probed_size
-from pipeline.train.loop import Trainer
-from pipeline.train.state import initial_state
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.jobs.cli import app
+from ddpm_pipeline.jobs.runner import JobArguments, settings_of
+from ddpm_pipeline.nets.flops import sample_flops
+from ddpm_pipeline.train import distillation, dry_run
+from ddpm_pipeline.train.dry_run import NotMeasuredError, Pace, estimate, measure_pace, probed_size
+from ddpm_pipeline.train.loop import Trainer
+from ddpm_pipeline.train.state import initial_state
 
 CPU = torch.device("cpu")
 _counted: dict[str, int] = {}

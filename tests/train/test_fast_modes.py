@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config.training import OptimizerConfig, TrainConfig, WorkerConfig
-from pipeline.data.index import load_index
-from pipeline.data.reading.loader import Batch, Loader
-from pipeline.diffusion import NoiseSchedule
-from pipeline.train.loop import Trainer, chunk_loss, train_step
-from pipeline.train.state import TrainState, initial_state, make_optimizer
-from pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.config.training import OptimizerConfig, TrainConfig, WorkerConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.reading.loader import Batch, Loader
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.train.loop import Trainer, chunk_loss, train_step
+from ddpm_pipeline.train.state import TrainState, initial_state, make_optimizer
+from ddpm_pipeline.train.step_metrics import StepMetrics
 from tests.train.test_loop import run_alone
 from tests.train.tiny import tiny
 

@@ -5,19 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.training import TrainConfig
-from pipeline.data.index import load_index
-from pipeline.data.reading.loader import Loader
-from pipeline.diffusion import NoiseSchedule
-from pipeline.errors import DamageError, UserError
-from pipeline.nets.diffusers_weights import export_diffusers
-from pipeline.nets.model_files import load_card, load_model
-from pipeline.train.checkpoint import latest_checkpoint
-from pipeline.train.export import export_model
-from pipeline.train.finetune import find_initial, stage_initial, staged_model
-from pipeline.train.loop import Trainer, chunk_loss
-from pipeline.train.state import initial_state
-from pipeline.train.training_plan import plan_training
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.reading.loader import Loader
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.nets.diffusers_weights import export_diffusers
+from ddpm_pipeline.nets.model_files import load_card, load_model
+from ddpm_pipeline.train.checkpoint import latest_checkpoint
+from ddpm_pipeline.train.export import export_model
+from ddpm_pipeline.train.finetune import find_initial, stage_initial, staged_model
+from ddpm_pipeline.train.loop import Trainer, chunk_loss
+from ddpm_pipeline.train.state import initial_state
+from ddpm_pipeline.train.training_plan import plan_training
 from tests.train.test_loop import run_alone
 from tests.train.tiny import tiny
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from pipeline.config.training import TrainConfig
-from pipeline.devices.preflight import GpuNeeds, GpuReport
-from pipeline.errors import UserError
-from pipeline.train import fit_cluster, fit_machine
-from pipeline.train.fit_machine import require_fit_machine
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.devices.preflight import GpuNeeds, GpuReport
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.train import fit_cluster, fit_machine
+from ddpm_pipeline.train.fit_machine import require_fit_machine
 from tests.train.tiny import tiny
 
 

@@ -11,20 +11,20 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from pipeline.config.device_kind import DeviceKind
-from pipeline.config.training import TrainConfig
-from pipeline.diffusion import NoiseSchedule
-from pipeline.errors import UserError
-from pipeline.nets import UNet
-from pipeline.store import open_store
-from pipeline.train import checkpoint_eval, rendezvous, session, worker
-from pipeline.train.checkpoint import Checkpoint, Record, TrainingDevice, load_record, save_checkpoint
-from pipeline.train.checkpoint_eval import draw_grid
-from pipeline.train.loop import Trainer
-from pipeline.train.memory import limit_device_memory
-from pipeline.train.rendezvous import refuse_mixed_kinds
-from pipeline.train.training_plan import plan_training
-from pipeline.train.worker import device_tags
+from ddpm_pipeline.config.device_kind import DeviceKind
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.nets import UNet
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.train import checkpoint_eval, rendezvous, session, worker
+from ddpm_pipeline.train.checkpoint import Checkpoint, Record, TrainingDevice, load_record, save_checkpoint
+from ddpm_pipeline.train.checkpoint_eval import draw_grid
+from ddpm_pipeline.train.loop import Trainer
+from ddpm_pipeline.train.memory import limit_device_memory
+from ddpm_pipeline.train.rendezvous import refuse_mixed_kinds
+from ddpm_pipeline.train.training_plan import plan_training
+from ddpm_pipeline.train.worker import device_tags
 from tests.train.test_loop import run_alone, trainer_of
 from tests.train.tiny import tiny
 

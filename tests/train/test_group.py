@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.config.training import TrainConfig
-from pipeline.store import open_store
-from pipeline.train import worker
-from pipeline.train.checkpoint import save_checkpoint
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.store import open_store
+from ddpm_pipeline.train import worker
+from ddpm_pipeline.train.checkpoint import save_checkpoint
 from tests.effort import long
 from tests.train.group import CPU, Outcome, run_group
 from tests.train.tiny import tiny

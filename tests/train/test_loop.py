@@ -9,21 +9,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.training import OptimizerConfig, TrainConfig, WorkerConfig
-from pipeline.data.index import load_index
-from pipeline.data.reading.loader import Loader
-from pipeline.diffusion import NoiseSchedule
-from pipeline.errors import UserError
-from pipeline.nets.flops import sample_flops
-from pipeline.train import session
-from pipeline.train.checkpoint import latest_checkpoint
-from pipeline.train.finetune import stage_initial
-from pipeline.train.loop import NonFiniteError, Trainer, chunk_loss, micro_batches, train_step
-from pipeline.train.run_logger import RunLogger
-from pipeline.train.state import TrainState, initial_state, learning_rate
-from pipeline.train.step_metrics import StepMetrics
-from pipeline.train.training_plan import plan_training
-from pipeline.train.worker import TrainTask, train_local
+from ddpm_pipeline.config.training import OptimizerConfig, TrainConfig, WorkerConfig
+from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.reading.loader import Loader
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.nets.flops import sample_flops
+from ddpm_pipeline.train import session
+from ddpm_pipeline.train.checkpoint import latest_checkpoint
+from ddpm_pipeline.train.finetune import stage_initial
+from ddpm_pipeline.train.loop import NonFiniteError, Trainer, chunk_loss, micro_batches, train_step
+from ddpm_pipeline.train.run_logger import RunLogger
+from ddpm_pipeline.train.state import TrainState, initial_state, learning_rate
+from ddpm_pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.train.training_plan import plan_training
+from ddpm_pipeline.train.worker import TrainTask, train_local
 from tests.effort import examples, long
 from tests.train.tiny import tiny
 

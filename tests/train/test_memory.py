@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.net import UNetConfig
-from pipeline.config.training import TrainConfig, WorkerConfig
-from pipeline.errors import UserError
-from pipeline.nets import DropoutKeys, UNet, parameter_count
-from pipeline.nets.flops import sample_flops
-from pipeline.train import loop, memory
-from pipeline.train.memory import (
+from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.training import TrainConfig, WorkerConfig
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.nets import DropoutKeys, UNet, parameter_count
+from ddpm_pipeline.nets.flops import sample_flops
+from ddpm_pipeline.train import loop, memory
+from ddpm_pipeline.train.memory import (
     activation_bytes,
     fitting_samples,
     largest_micro_batch,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.tracking import TrackConfig
-from pipeline.devices.nvml import visible_gpus
-from pipeline.tracking.spool import SPOOL_VARIABLE
-from pipeline.tracking.system_metrics import gpu_metrics
-from pipeline.train.run_logger import log_node_metrics
+from ddpm_pipeline.config.tracking import TrackConfig
+from ddpm_pipeline.devices.nvml import visible_gpus
+from ddpm_pipeline.tracking.spool import SPOOL_VARIABLE
+from ddpm_pipeline.tracking.system_metrics import gpu_metrics
+from ddpm_pipeline.train.run_logger import log_node_metrics
 from tests.devices.fake_nvml import FakeCard, install
 
 NOWHERE = "http://127.0.0.1:9"

@@ -7,10 +7,10 @@ from typing import cast
 import pytest
 import torch
 
-from pipeline.data.reading.loader import Batch, Loader, resilient_batches
-from pipeline.errors import DamageError
-from pipeline.retry import RetryPolicy
-from pipeline.store import StoreUnreachable
+from ddpm_pipeline.data.reading.loader import Batch, Loader, resilient_batches
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.retry import RetryPolicy
+from ddpm_pipeline.store import StoreUnreachable
 
 
 @dataclass

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.runner import JobArguments, settings_of
-from pipeline.config.training import TrainConfig
-from pipeline.diffusion import NoiseSchedule
-from pipeline.nets import UNet, parameter_count
-from pipeline.train.state import learning_rate
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.diffusion import NoiseSchedule
+from ddpm_pipeline.jobs.runner import JobArguments, settings_of
+from ddpm_pipeline.nets import UNet, parameter_count
+from ddpm_pipeline.train.state import learning_rate
 
 DDPM_NET = {
     "base_channels": 128,

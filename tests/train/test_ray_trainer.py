@@ -9,10 +9,10 @@ import pytest
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from pipeline.errors import UserError
-from pipeline.train import ray_trainer
-from pipeline.train.ray_trainer import stall_reason
-from pipeline.train.worker import WorkerGroupStartError
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.train import ray_trainer
+from ddpm_pipeline.train.ray_trainer import stall_reason
+from ddpm_pipeline.train.worker import WorkerGroupStartError
 from tests.train.tiny import tiny
 
 

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from infra.local import LocalStack, environment
-from infra.local.processes import kill
-from infra.local.stack_state import read_state
-from pipeline.config.data import PackConfig
-from pipeline.config.training import TrainConfig
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.tracking import find_run, resolve, tracking_client
-from pipeline.train.checkpoint import finished_steps, latest_checkpoint
-from pipeline.train.training_plan import TrainPlan, plan_training
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.infra.local import LocalStack, environment
+from ddpm_pipeline.infra.local.processes import kill
+from ddpm_pipeline.infra.local.stack_state import read_state
+from ddpm_pipeline.tracking import find_run, resolve, tracking_client
+from ddpm_pipeline.train.checkpoint import finished_steps, latest_checkpoint
+from ddpm_pipeline.train.training_plan import TrainPlan, plan_training
 from tests.chronicle import PROPERTY, Chronicle
 from tests.commands import ddpm
 from tests.driving import Driver, ended_after, ray_workers

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import UserError
-from pipeline.train import rendezvous
-from pipeline.train.rendezvous import interface_of, open_store_at, use_interface
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.train import rendezvous
+from ddpm_pipeline.train.rendezvous import interface_of, open_store_at, use_interface
 
 V4, V6, LINK = socket.AF_INET, socket.AF_INET6, getattr(socket, "AF_PACKET", -1)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.training import TrainConfig
-from pipeline.data.reading.order import GlobalOrder
-from pipeline.data.reading.shard_access import FileAccess
-from pipeline.store import FileStore
-from pipeline.train.checkpoint import latest_checkpoint, save_checkpoint
-from pipeline.train.training_plan import plan_training
-from pipeline.train.worker import TrainTask, train_local
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.reading.order import GlobalOrder
+from ddpm_pipeline.data.reading.shard_access import FileAccess
+from ddpm_pipeline.store import FileStore
+from ddpm_pipeline.train.checkpoint import latest_checkpoint, save_checkpoint
+from ddpm_pipeline.train.training_plan import plan_training
+from ddpm_pipeline.train.worker import TrainTask, train_local
 from tests.train.tiny import tiny
 
 STORE = ("read", "read_range", "open", "stat", "write", "upload", "download", "list", "delete")

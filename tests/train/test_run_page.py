@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from infra.local import LocalStack
-from jobs.train import run
-from pipeline.config.data import PackConfig
-from pipeline.config.training import TrainConfig
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.errors import UserError
-from pipeline.tracking import download, find_run, resolve, set_alias, tracking_client
-from pipeline.tracking.spool import SPOOL_VARIABLE
-from pipeline.train.training_plan import plan_training
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.jobs.train import run
+from ddpm_pipeline.tracking import download, find_run, resolve, set_alias, tracking_client
+from ddpm_pipeline.tracking.spool import SPOOL_VARIABLE
+from ddpm_pipeline.train.training_plan import plan_training
 from tests.train.tiny import tiny
 
 if TYPE_CHECKING:

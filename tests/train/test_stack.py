@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infra.local import LocalStack
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.pack_dataset import pack
-from pipeline.store import open_store
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.store import open_store
 from tests.commands import ddpm
 from tests.train.tiny import tiny
 

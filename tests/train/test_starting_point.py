@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.errors import DamageError, JobError
-from pipeline.store import FileStore
-from pipeline.train import worker
-from pipeline.train.checkpoint import (
+from ddpm_pipeline.errors import DamageError, JobError
+from ddpm_pipeline.store import FileStore
+from ddpm_pipeline.train import worker
+from ddpm_pipeline.train.checkpoint import (
     STATE,
     Checkpoint,
     latest_checkpoint,
@@ -19,7 +19,7 @@ from pipeline.train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from pipeline.train.worker import TrainTask, WorkerContext, _check_identity, _starting_point
+from ddpm_pipeline.train.worker import TrainTask, WorkerContext, _check_identity, _starting_point
 from tests.train.tiny import tiny
 
 TENSORS = {"net/weight": torch.zeros(2)}

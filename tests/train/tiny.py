@@ -1,6 +1,6 @@
 """Settings of a training small enough for a test: 8x8 digits, some thousand parameters."""
 
-from pipeline.config.training import TrainConfig
+from ddpm_pipeline.config.training import TrainConfig
 
 
 def tiny(data: str, runs: str, /, **changes: object) -> TrainConfig:

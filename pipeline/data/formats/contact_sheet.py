@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.data.formats.images import to_pillow
-from pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.images import to_pillow
+from ddpm_pipeline.data.formats.npy import Pixels
 
 CELL_PIXELS = 64
 """Images whose edge is at most half of this are enlarged."""

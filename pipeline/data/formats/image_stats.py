@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import Count, Exact
-from pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import Count, Exact
+from ddpm_pipeline.data.formats.npy import Pixels
 
 _LEVELS = np.arange(256, dtype=np.int64)
 

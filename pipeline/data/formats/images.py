@@ -16,11 +16,11 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from pipeline.data.formats import npy
-from pipeline.data.formats.color_profiles import to_srgb
-from pipeline.data.formats.npy import Pixels
-from pipeline.data.formats.png import MAGIC, decode_png, header_shape, may_have_orientation, png_problem
-from pipeline.errors import DamageError
+from ddpm_pipeline.data.formats import npy
+from ddpm_pipeline.data.formats.color_profiles import to_srgb
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.png import MAGIC, decode_png, header_shape, may_have_orientation, png_problem
+from ddpm_pipeline.errors import DamageError
 
 EXTENSIONS = (
     *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "jif", "webp", "npy", "gif", "bmp", "dib", "tif", "tiff"),

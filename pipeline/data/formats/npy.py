@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import DamageError
+from ddpm_pipeline.errors import DamageError
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.npy import Pixels
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _NONE, _SUB, _UP = range(3)

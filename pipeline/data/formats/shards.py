@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from pipeline.data.formats.tar import BLOCK, Member, Reader, read_members
-from pipeline.errors import DamageError
+from ddpm_pipeline.data.formats.tar import BLOCK, Member, Reader, read_members
+from ddpm_pipeline.errors import DamageError
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 GZIP_MAGIC = b"\x1f\x8b"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from pipeline.errors import DamageError
+from ddpm_pipeline.errors import DamageError
 
 BLOCK = 512
 MAX_MEMBER_BYTES = 1 << 30  # one sample's file; more is damage or an attack

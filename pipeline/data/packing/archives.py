@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from pipeline.data.formats.tar import TarEntry, list_members
-from pipeline.data.packing.source_files import (
+from ddpm_pipeline.data.formats.tar import TarEntry, list_members
+from ddpm_pipeline.data.packing.source_files import (
     MAX_FILE_BYTES,
     FileName,
     Files,
@@ -26,7 +26,7 @@ from pipeline.data.packing.source_files import (
     is_counted_hidden,
     is_hidden,
 )
-from pipeline.errors import DamageError, DiskFull, UserError
+from ddpm_pipeline.errors import DamageError, DiskFull, UserError
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 MAX_NESTED = 2

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.formats.npy import Pixels
-from pipeline.data.packing.folder_layout import split_word
-from pipeline.errors import DamageError
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.packing.folder_layout import split_word
+from ddpm_pipeline.errors import DamageError
 
 MAX_ARRAY_BYTES = 1 << 32
 """Size limit of an array: it is held in memory."""

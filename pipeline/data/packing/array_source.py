@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from pipeline.config.data import PackConfig
-from pipeline.data.formats.npy import encode_npy
-from pipeline.data.packing.array_formats import (
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.formats.npy import encode_npy
+from ddpm_pipeline.data.packing.array_formats import (
     ImageArray,
     read_cifar_binary,
     read_cifar_pickle,
@@ -20,11 +20,11 @@ from pipeline.data.packing.array_formats import (
     read_npz,
     read_pickle,
 )
-from pipeline.data.packing.folder_layout import choose_split, split_word
-from pipeline.data.packing.labels import describe_classes, to_class_numbers
-from pipeline.data.packing.source_files import Files
-from pipeline.data.packing.sources import Item, Source
-from pipeline.errors import DamageError, UserError
+from ddpm_pipeline.data.packing.folder_layout import choose_split, split_word
+from ddpm_pipeline.data.packing.labels import describe_classes, to_class_numbers
+from ddpm_pipeline.data.packing.source_files import Files
+from ddpm_pipeline.data.packing.sources import Item, Source
+from ddpm_pipeline.errors import DamageError, UserError
 
 T = TypeVar("T")
 _IDX = re.compile(r"(.*?)(images|labels)([-.]idx([13])-ubyte)(?:\.gz)?")

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from pydantic_core import from_json
 
-from pipeline.data.index import (
+from ddpm_pipeline.data.index import (
     PLAN_KEY,
     Index,
     MemberTable,
@@ -19,12 +19,12 @@ from pipeline.data.index import (
     read_table,
     remedy,
 )
-from pipeline.data.location import SUFFIXES, Location, require_matches
-from pipeline.data.packing.scan_shard import ScanOptions, index_shard
-from pipeline.errors import DamageError, UserError
-from pipeline.parallel import ParallelMap, thread_map
-from pipeline.progress import Progress
-from pipeline.store import ObjectInfo, ObjectMissing, Store, open_store
+from ddpm_pipeline.data.location import SUFFIXES, Location, require_matches
+from ddpm_pipeline.data.packing.scan_shard import ScanOptions, index_shard
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.parallel import ParallelMap, thread_map
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import ObjectInfo, ObjectMissing, Store, open_store
 
 Scan = tuple[ShardEntry, MemberTable]
 OTHER_ARCHIVES = (".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".tzst", ".tbz2", ".txz", ".zip")

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from pipeline.data.packing.source_files import FileName
-from pipeline.errors import UserError
+from ddpm_pipeline.data.packing.source_files import FileName
+from ddpm_pipeline.errors import UserError
 
 ATTRIBUTE_TABLES = ("list_attr_celeba.txt", "list_attr_celeba.csv")
 PARTITION_TABLES = ("list_eval_partition.txt", "list_eval_partition.csv")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import yaml
 
-from pipeline.config.plain_yaml import parse_yaml
+from ddpm_pipeline.config.plain_yaml import parse_yaml
 
 CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20

@@ -8,15 +8,15 @@ from functools import partial
 
 import numpy as np
 
-from pipeline.config.data import PackConfig
-from pipeline.data.formats.image_stats import ImageStats, image_stats
-from pipeline.data.formats.images import PixelShape
-from pipeline.data.formats.npy import Pixels, encode_npy
-from pipeline.data.formats.png import encode_png
-from pipeline.data.packing.pack_plan import ShardPlan
-from pipeline.data.packing.resize import ImageInfo, source_digest, to_pixels
-from pipeline.data.packing.sources import Source, read_item
-from pipeline.errors import DamageError
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.formats.image_stats import ImageStats, image_stats
+from ddpm_pipeline.data.formats.images import PixelShape
+from ddpm_pipeline.data.formats.npy import Pixels, encode_npy
+from ddpm_pipeline.data.formats.png import encode_png
+from ddpm_pipeline.data.packing.pack_plan import ShardPlan
+from ddpm_pipeline.data.packing.resize import ImageInfo, source_digest, to_pixels
+from ddpm_pipeline.data.packing.sources import Source, read_item
+from ddpm_pipeline.errors import DamageError
 
 MAX_TASK_IMAGES = 64
 """Images per task: milliseconds to seconds of work."""
@@ -52,7 +52,7 @@ def encode_tasks(shard: ShardPlan, infos: Sequence[ImageInfo], shape: PixelShape
 def run_encode_task(
     config: PackConfig, shape: PixelShape, source: Source, encoder: int, task: EncodeTask
 ) -> EncodedImages:
-    """Encode the images of a task; `encoder`: see pipeline.data.formats.png.
+    """Encode the images of a task; `encoder`: see ddpm_pipeline.data.formats.png.
 
     Raises DamageError naming an image that changed since it was probed.
     """

@@ -22,13 +22,13 @@ from typing import BinaryIO, TypeVar
 
 from pydantic import ValidationError
 
-from pipeline.config.base import Settings
-from pipeline.disk_errors import disk_errors_at
-from pipeline.errors import DiskFull, UserError
-from pipeline.private_files import open_private, private_folder, private_lock, read_private
-from pipeline.progress import Progress
-from pipeline.store import ObjectChanged, StoreUnreachable
-from pipeline.store.download_folder import Folder
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.disk_errors import disk_errors_at
+from ddpm_pipeline.errors import DiskFull, UserError
+from ddpm_pipeline.private_files import open_private, private_folder, private_lock, read_private
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import ObjectChanged, StoreUnreachable
+from ddpm_pipeline.store.download_folder import Folder
 
 S = TypeVar("S", bound=Settings)
 CHUNK_BYTES = 1 << 20

@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.open_source import source_paths
-from pipeline.data.packing.remote_source import is_in_s3
-from pipeline.data.packing.store_files import list_objects
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.open_source import source_paths
+from ddpm_pipeline.data.packing.remote_source import is_in_s3
+from ddpm_pipeline.data.packing.store_files import list_objects
 
 FORMAT_VERSION = 2
 """Increase it when this program packs the same files differently: every source is then read again."""

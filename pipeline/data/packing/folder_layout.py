@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import PurePosixPath
 
-from pipeline.data.packing.labels import sort_class_names
-from pipeline.errors import UserError
+from ddpm_pipeline.data.packing.labels import sort_class_names
+from ddpm_pipeline.errors import UserError
 
 _SPLIT_WORDS = {
     "train": "train training trn",

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.dataset_card import (
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.dataset_card import (
     CARD,
     MAX_CARD_BYTES,
     Card,
@@ -19,10 +19,10 @@ from pipeline.data.packing.dataset_card import (
     default_configuration,
     parse_card,
 )
-from pipeline.data.packing.fetch import FileVersion, RemoteFile
-from pipeline.data.packing.folder_layout import choose_split, split_word
-from pipeline.errors import DamageError, UserError
-from pipeline.store import StoreUnreachable
+from ddpm_pipeline.data.packing.fetch import FileVersion, RemoteFile
+from ddpm_pipeline.data.packing.folder_layout import choose_split, split_word
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.store import StoreUnreachable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileSystem

@@ -8,17 +8,17 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from pipeline.data.formats.contact_sheet import CELL_PIXELS, image_grid, in_rows, scaled
-from pipeline.data.formats.image_stats import ImageStats, image_stats
-from pipeline.data.formats.images import Pixels, PixelShape, decode_image, probe
-from pipeline.data.formats.shards import HashingReader, Parts, plain_stream, read_samples
-from pipeline.data.index import Index, load_index
-from pipeline.data.location import Location
-from pipeline.data.packing.build_index import find_shards, sidecar_class_names
-from pipeline.data.packing.scan_shard import ScanOptions, image_extension, sample_label
-from pipeline.errors import DamageError, UserError
-from pipeline.progress import Progress
-from pipeline.store import Store, open_store
+from ddpm_pipeline.data.formats.contact_sheet import CELL_PIXELS, image_grid, in_rows, scaled
+from ddpm_pipeline.data.formats.image_stats import ImageStats, image_stats
+from ddpm_pipeline.data.formats.images import Pixels, PixelShape, decode_image, probe
+from ddpm_pipeline.data.formats.shards import HashingReader, Parts, plain_stream, read_samples
+from ddpm_pipeline.data.index import Index, load_index
+from ddpm_pipeline.data.location import Location
+from ddpm_pipeline.data.packing.build_index import find_shards, sidecar_class_names
+from ddpm_pipeline.data.packing.scan_shard import ScanOptions, image_extension, sample_label
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import Store, open_store
 
 
 @dataclass(frozen=True)

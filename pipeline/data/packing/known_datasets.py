@@ -10,10 +10,10 @@ import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.data.packing.fetch import FileVersion, RemoteFile
-from pipeline.errors import UserError
-from pipeline.store import StoreUnreachable
-from pipeline.store.web_file import WebFile, WebFileInfo, without_secrets
+from ddpm_pipeline.data.packing.fetch import FileVersion, RemoteFile
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import StoreUnreachable
+from ddpm_pipeline.store.web_file import WebFile, WebFileInfo, without_secrets
 
 DEFAULT_SPLIT = "train"
 """The split of a data set named without one: what models are trained on."""

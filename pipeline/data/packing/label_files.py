@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from pipeline.data.formats.shards import split_name
-from pipeline.data.packing.celeba import attributes
-from pipeline.data.packing.labels import choose_field, flatten, is_label_field
-from pipeline.data.packing.source_files import FileName
-from pipeline.errors import DamageError, UserError
+from ddpm_pipeline.data.formats.shards import split_name
+from ddpm_pipeline.data.packing.celeba import attributes
+from ddpm_pipeline.data.packing.labels import choose_field, flatten, is_label_field
+from ddpm_pipeline.data.packing.source_files import FileName
+from ddpm_pipeline.errors import DamageError, UserError
 
 SIDECARS = ("cls", "label", "json")
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pipeline.config.bounds import MAX_CLASSES
-from pipeline.errors import UserError
+from ddpm_pipeline.config.bounds import MAX_CLASSES
+from ddpm_pipeline.errors import UserError
 
 MAX_NAME = 200
 """Longest class name in characters; longer texts are captions."""

@@ -9,16 +9,16 @@ from pathlib import Path, PurePosixPath
 
 from pydantic_core import from_json
 
-from pipeline.config.bounds import checked_name
-from pipeline.config.data import PackConfig
-from pipeline.data.formats.images import IMAGE_SUFFIXES
-from pipeline.data.location import expand, is_glob, require_matches
-from pipeline.data.packing.archives import TARS, TarFiles, require_temp_space, unpacked_bytes
-from pipeline.data.packing.array_source import open_arrays, open_npz
-from pipeline.data.packing.celeba import is_celeba_table
-from pipeline.data.packing.parquet import ParquetSource, has_image_column
-from pipeline.data.packing.remote_source import describe_remote, is_in_s3, is_remote
-from pipeline.data.packing.source_files import (
+from ddpm_pipeline.config.bounds import checked_name
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.formats.images import IMAGE_SUFFIXES
+from ddpm_pipeline.data.location import expand, is_glob, require_matches
+from ddpm_pipeline.data.packing.archives import TARS, TarFiles, require_temp_space, unpacked_bytes
+from ddpm_pipeline.data.packing.array_source import open_arrays, open_npz
+from ddpm_pipeline.data.packing.celeba import is_celeba_table
+from ddpm_pipeline.data.packing.parquet import ParquetSource, has_image_column
+from ddpm_pipeline.data.packing.remote_source import describe_remote, is_in_s3, is_remote
+from ddpm_pipeline.data.packing.source_files import (
     CombinedFiles,
     Files,
     FolderFiles,
@@ -26,10 +26,10 @@ from pipeline.data.packing.source_files import (
     ZipFiles,
     is_hidden,
 )
-from pipeline.data.packing.sources import DigitsSource, FilesSource, Source
-from pipeline.data.packing.store_files import StoreFiles
-from pipeline.errors import UserError
-from pipeline.store import file_path
+from ddpm_pipeline.data.packing.sources import DigitsSource, FilesSource, Source
+from ddpm_pipeline.data.packing.store_files import StoreFiles
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import file_path
 
 KINDS = "give a folder, zip, tar, parquet or npz, a pattern of them, an s3://, https:// or hf:// address, or `digits`"
 _REMOTE = {

@@ -22,16 +22,16 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
-from pipeline.config.data import PackConfig
-from pipeline.data.formats.image_stats import ImageStats
-from pipeline.data.formats.shards import ShardStream
-from pipeline.data.index import DATASET_CARD_KEY, PACK_REPORT_KEY, assemble_index
-from pipeline.data.location import Location
-from pipeline.data.packing.encode import EncodedImages, encode_tasks, run_encode_task
-from pipeline.data.packing.fingerprint import fingerprint
-from pipeline.data.packing.open_source import open_source
-from pipeline.data.packing.pack_plan import PackPlan, PackReport, ShardPlan, listing_digest, plan_pack
-from pipeline.data.packing.pack_state import (
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.formats.image_stats import ImageStats
+from ddpm_pipeline.data.formats.shards import ShardStream
+from ddpm_pipeline.data.index import DATASET_CARD_KEY, PACK_REPORT_KEY, assemble_index
+from ddpm_pipeline.data.location import Location
+from ddpm_pipeline.data.packing.encode import EncodedImages, encode_tasks, run_encode_task
+from ddpm_pipeline.data.packing.fingerprint import fingerprint
+from ddpm_pipeline.data.packing.open_source import open_source
+from ddpm_pipeline.data.packing.pack_plan import PackPlan, PackReport, ShardPlan, listing_digest, plan_pack
+from ddpm_pipeline.data.packing.pack_state import (
     CARD,
     SOURCE_KEY,
     PackedSource,
@@ -48,16 +48,16 @@ from pipeline.data.packing.pack_state import (
     refuse_foreign_shards,
     sha256_of,
 )
-from pipeline.data.packing.remote_source import fetch_source, is_remote
-from pipeline.data.packing.resize import ImageInfo, probe_image
-from pipeline.data.packing.scan_shard import ShardSummary, shard_entry
-from pipeline.data.packing.sources import Source, read_item
-from pipeline.disk_errors import disk_errors_at
-from pipeline.errors import DamageError, UserError
-from pipeline.parallel import ParallelMap, thread_map
-from pipeline.progress import Progress, no_progress
-from pipeline.store import FileStore, ObjectInfo, Store, open_store
-from pipeline.store.interface import TEMP_PREFIX
+from ddpm_pipeline.data.packing.remote_source import fetch_source, is_remote
+from ddpm_pipeline.data.packing.resize import ImageInfo, probe_image
+from ddpm_pipeline.data.packing.scan_shard import ShardSummary, shard_entry
+from ddpm_pipeline.data.packing.sources import Source, read_item
+from ddpm_pipeline.disk_errors import disk_errors_at
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.parallel import ParallelMap, thread_map
+from ddpm_pipeline.progress import Progress, no_progress
+from ddpm_pipeline.store import FileStore, ObjectInfo, Store, open_store
+from ddpm_pipeline.store.interface import TEMP_PREFIX
 
 __all__ = [
     "PackPlan",

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.config.bounds import MAX_CLASSES
-from pipeline.config.data import PackConfig
-from pipeline.data.formats.color_profiles import CONVERTED
-from pipeline.data.formats.images import PixelShape
-from pipeline.data.packing.resize import SMALL, ImageInfo
-from pipeline.data.packing.sources import Item, Source
-from pipeline.errors import UserError
+from ddpm_pipeline.config.bounds import MAX_CLASSES
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.formats.color_profiles import CONVERTED
+from ddpm_pipeline.data.formats.images import PixelShape
+from ddpm_pipeline.data.packing.resize import SMALL, ImageInfo
+from ddpm_pipeline.data.packing.sources import Item, Source
+from ddpm_pipeline.errors import UserError
 
 MAX_LISTED = 20
 """Problems listed in one error message."""

@@ -15,11 +15,11 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.config.base import Settings
-from pipeline.config.data import PackConfig
-from pipeline.config.json_document import parse_document
-from pipeline.data.formats.png import ENCODER
-from pipeline.data.index import (
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.data.formats.png import ENCODER
+from ddpm_pipeline.data.index import (
     MEMBER,
     PACK_REPORT_KEY,
     PLAN_KEY,
@@ -30,12 +30,12 @@ from pipeline.data.index import (
     read_table,
     table_hash,
 )
-from pipeline.data.location import SUFFIXES, Location
-from pipeline.data.packing.pack_plan import PackPlan, PackReport, ShardPlan, settings_digest
-from pipeline.data.packing.scan_shard import index_shard
-from pipeline.errors import DamageError, UserError
-from pipeline.store import ObjectInfo, ObjectMissing, Store, open_store
-from pipeline.store.prefix_claim import agree, clear_claims
+from ddpm_pipeline.data.location import SUFFIXES, Location
+from ddpm_pipeline.data.packing.pack_plan import PackPlan, PackReport, ShardPlan, settings_digest
+from ddpm_pipeline.data.packing.scan_shard import index_shard
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.store import ObjectInfo, ObjectMissing, Store, open_store
+from ddpm_pipeline.store.prefix_claim import agree, clear_claims
 
 SOURCE_KEY, CLAIMS = "pack-source.json", "claims/"
 CARD = b"""---
@@ -63,7 +63,7 @@ class PlanDocument(Settings):
     listing: Digest | None = None
     """Digest of names and labels; None in plans of earlier versions, and with held-out images."""
     encoder: Annotated[int, Field(ge=1, le=ENCODER)] = 1
-    """Version of the image compression, see pipeline.data.formats.png; 1 in plans of earlier versions."""
+    """Version of the image compression, see ddpm_pipeline.data.formats.png; 1 in plans of earlier versions."""
 
     @property
     def by_bytes(self) -> bool:
@@ -82,7 +82,7 @@ class PackedSource(Settings):
     """The source of a pack."""
 
     fingerprint: Digest | None
-    """See pipeline.data.packing.fingerprint."""
+    """See ddpm_pipeline.data.packing.fingerprint."""
     index_digest: Digest
     """Digest of the index that the pack wrote."""
 

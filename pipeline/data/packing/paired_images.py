@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from pipeline.data.formats.shards import split_name
-from pipeline.data.packing.source_files import FileName
-from pipeline.errors import UserError
+from ddpm_pipeline.data.formats.shards import split_name
+from ddpm_pipeline.data.packing.source_files import FileName
+from ddpm_pipeline.errors import UserError
 
 
 def select_one_image(

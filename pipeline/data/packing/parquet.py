@@ -10,20 +10,20 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from pipeline.config.data import PackConfig
-from pipeline.data.packing.archives import TemporaryCopies, require_temp_space
-from pipeline.data.packing.dataset_card import class_features, read_card
-from pipeline.data.packing.folder_layout import choose_split, split_word
-from pipeline.data.packing.labels import (
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.archives import TemporaryCopies, require_temp_space
+from ddpm_pipeline.data.packing.dataset_card import class_features, read_card
+from ddpm_pipeline.data.packing.folder_layout import choose_split, split_word
+from ddpm_pipeline.data.packing.labels import (
     choose_field,
     describe_classes,
     flatten,
     is_label_field,
     to_class_numbers,
 )
-from pipeline.data.packing.source_files import MAX_FILE_BYTES
-from pipeline.data.packing.sources import Item, Source
-from pipeline.errors import UserError
+from ddpm_pipeline.data.packing.source_files import MAX_FILE_BYTES
+from ddpm_pipeline.data.packing.sources import Item, Source
+from ddpm_pipeline.errors import UserError
 
 _IMAGE_COLUMNS = ("image", "img", "picture", "photo", "pixel_values", "jpg", "png", "jpeg", "webp")
 _PATH_COLUMNS = ("image", "file_name", "filename", "image_path", "img_path", "path", "file", "filepath")

@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.config.data import PackConfig
-from pipeline.data.location import Location, expand, require_matches
-from pipeline.data.packing.archives import TARS
-from pipeline.data.packing.fetch import Entry, FetchedFile, FileVersion, RemoteFile
-from pipeline.data.packing.folder_layout import split_word
-from pipeline.data.packing.hugging_face import HubDataset, select_files
-from pipeline.data.packing.known_datasets import DEFAULT_SPLIT, KNOWN_DATASETS, KnownRemote
-from pipeline.data.packing.store_files import list_objects
-from pipeline.errors import UserError
-from pipeline.private_files import cache_folder
-from pipeline.progress import Progress, no_progress
-from pipeline.store import ObjectInfo, Store, open_store
-from pipeline.store.web_file import WebFile, WebFileInfo, without_secrets
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.location import Location, expand, require_matches
+from ddpm_pipeline.data.packing.archives import TARS
+from ddpm_pipeline.data.packing.fetch import Entry, FetchedFile, FileVersion, RemoteFile
+from ddpm_pipeline.data.packing.folder_layout import split_word
+from ddpm_pipeline.data.packing.hugging_face import HubDataset, select_files
+from ddpm_pipeline.data.packing.known_datasets import DEFAULT_SPLIT, KNOWN_DATASETS, KnownRemote
+from ddpm_pipeline.data.packing.store_files import list_objects
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.private_files import cache_folder
+from ddpm_pipeline.progress import Progress, no_progress
+from ddpm_pipeline.store import ObjectInfo, Store, open_store
+from ddpm_pipeline.store.web_file import WebFile, WebFileInfo, without_secrets
 
 SCHEMES = ("s3", "http", "https", "hf")
 ARCHIVES = (*TARS, ".zip", ".parquet", ".npz")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pipeline.config.data import PackConfig
-from pipeline.data.formats.color_profiles import to_srgb
-from pipeline.data.formats.images import (
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.formats.color_profiles import to_srgb
+from ddpm_pipeline.data.formats.images import (
     MAX_PIXELS,
     Pixels,
     PixelShape,
@@ -20,8 +20,8 @@ from pipeline.data.formats.images import (
     to_array,
     upright,
 )
-from pipeline.data.formats.png import decode_png, header_shape, png_problem
-from pipeline.errors import DamageError
+from ddpm_pipeline.data.formats.png import decode_png, header_shape, png_problem
+from ddpm_pipeline.errors import DamageError
 
 _FILTERS = {
     "box": Image.Resampling.BOX,

@@ -11,13 +11,13 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from pydantic_core import from_json
 
-from pipeline.config.bounds import MAX_CLASSES
-from pipeline.data.formats.image_stats import ImageStats, image_stats
-from pipeline.data.formats.images import EXTENSIONS, PixelShape, decode_image, probe
-from pipeline.data.formats.shards import GZIP_MAGIC, HashingReader, Parts, plain_stream, read_samples
-from pipeline.data.index import MEMBER, MemberTable, ShardEntry, table_hash
-from pipeline.errors import DamageError
-from pipeline.store import ObjectInfo, ObjectMissing, Store
+from ddpm_pipeline.config.bounds import MAX_CLASSES
+from ddpm_pipeline.data.formats.image_stats import ImageStats, image_stats
+from ddpm_pipeline.data.formats.images import EXTENSIONS, PixelShape, decode_image, probe
+from ddpm_pipeline.data.formats.shards import GZIP_MAGIC, HashingReader, Parts, plain_stream, read_samples
+from ddpm_pipeline.data.index import MEMBER, MemberTable, ShardEntry, table_hash
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.store import ObjectInfo, ObjectMissing, Store
 
 MAX_SHAPES = 64
 """Shapes listed per shard, so that images of many sizes do not fill the index."""

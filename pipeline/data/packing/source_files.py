@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import NamedTuple
 
-from pipeline.errors import UserError
+from ddpm_pipeline.errors import UserError
 
 MAX_FILE_BYTES = 1 << 28
 """Size limit of an image or label file. Other files are not read."""

@@ -17,16 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.data import PackConfig
-from pipeline.data.formats.images import IMAGE_SUFFIXES
-from pipeline.data.formats.npy import encode_npy
-from pipeline.data.packing.celeba import partition
-from pipeline.data.packing.folder_layout import choose_split, class_folders, interpret_folders, split_word
-from pipeline.data.packing.label_files import class_list, sidecar_labels, with_user_errors
-from pipeline.data.packing.labels import describe_classes, sort_class_names, to_class_numbers
-from pipeline.data.packing.paired_images import select_one_image
-from pipeline.data.packing.source_files import FileName, Files
-from pipeline.errors import DamageError, UserError
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.formats.images import IMAGE_SUFFIXES
+from ddpm_pipeline.data.formats.npy import encode_npy
+from ddpm_pipeline.data.packing.celeba import partition
+from ddpm_pipeline.data.packing.folder_layout import (
+    choose_split,
+    class_folders,
+    interpret_folders,
+    split_word,
+)
+from ddpm_pipeline.data.packing.label_files import class_list, sidecar_labels, with_user_errors
+from ddpm_pipeline.data.packing.labels import describe_classes, sort_class_names, to_class_numbers
+from ddpm_pipeline.data.packing.paired_images import select_one_image
+from ddpm_pipeline.data.packing.source_files import FileName, Files
+from ddpm_pipeline.errors import DamageError, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ def reopen(config: PackConfig) -> Source:
 
 @lru_cache(maxsize=1)
 def _reopen(settings: str) -> Source:
-    from pipeline.data.packing.open_source import open_source  # imports this module
+    from ddpm_pipeline.data.packing.open_source import open_source  # imports this module
 
     return open_source(PackConfig.model_validate_json(settings))
 

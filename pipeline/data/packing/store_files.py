@@ -6,7 +6,7 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import PurePosixPath
 
-from pipeline.data.packing.source_files import (
+from ddpm_pipeline.data.packing.source_files import (
     MAX_FILE_BYTES,
     FileName,
     Files,
@@ -14,8 +14,8 @@ from pipeline.data.packing.source_files import (
     is_counted_hidden,
     is_hidden,
 )
-from pipeline.errors import UserError
-from pipeline.store import ObjectInfo, open_store
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.store import ObjectInfo, open_store
 
 
 @lru_cache(maxsize=1)

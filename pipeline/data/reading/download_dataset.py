@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from pipeline.data.index import (
+from ddpm_pipeline.data.index import (
     DATASET_CARD_KEY,
     MEMBER,
     PACK_REPORT_KEY,
@@ -24,13 +24,13 @@ from pipeline.data.index import (
     load_index,
     read_table,
 )
-from pipeline.data.location import SUFFIXES
-from pipeline.data.reading.unpack import ImageFolder, indexed_images
-from pipeline.errors import DamageError, DiskFull, UserError
-from pipeline.parallel import thread_map
-from pipeline.progress import Progress
-from pipeline.store import FileStore, ObjectMissing, Store, open_store
-from pipeline.store.download_folder import Folder
+from ddpm_pipeline.data.location import SUFFIXES
+from ddpm_pipeline.data.reading.unpack import ImageFolder, indexed_images
+from ddpm_pipeline.errors import DamageError, DiskFull, UserError
+from ddpm_pipeline.parallel import thread_map
+from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.store import FileStore, ObjectMissing, Store, open_store
+from ddpm_pipeline.store.download_folder import Folder
 
 T = TypeVar("T")
 MAX_CONCURRENT = 8

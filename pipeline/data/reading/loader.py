@@ -15,14 +15,14 @@ import torch
 import torch.utils.data
 from torch import Tensor
 
-from pipeline.config.data import DataConfig
-from pipeline.data.index import Index
-from pipeline.data.reading.order import GlobalOrder, Int64, rank_slice
-from pipeline.data.reading.samples import SampleSource
-from pipeline.data.reading.shard_cache import Prefetcher, open_cache
-from pipeline.errors import DamageError, UserError
-from pipeline.retry import OUTAGE_POLICY, Retries, RetryPolicy
-from pipeline.store import StoreUnreachable
+from ddpm_pipeline.config.data import DataConfig
+from ddpm_pipeline.data.index import Index
+from ddpm_pipeline.data.reading.order import GlobalOrder, Int64, rank_slice
+from ddpm_pipeline.data.reading.samples import SampleSource
+from ddpm_pipeline.data.reading.shard_cache import Prefetcher, open_cache
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.retry import OUTAGE_POLICY, Retries, RetryPolicy
+from ddpm_pipeline.store import StoreUnreachable
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Loader:
     def _workers(self, steps: range) -> Iterator[Batch | Exception]:
         # forkserver: a fork of a process with CUDA, gloo or gRPC threads may hang; the server imports only once.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pipeline.data.reading.loader"])
+        context.set_forkserver_preload(["ddpm_pipeline.data.reading.loader"])
         return iter(
             torch.utils.data.DataLoader(
                 self._dataset,

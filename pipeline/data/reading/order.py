@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.diffusion import noise
+from ddpm_pipeline.diffusion import noise
 
 Int64 = npt.NDArray[np.int64]
 

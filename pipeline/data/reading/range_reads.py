@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from pipeline.data.index import Index
-from pipeline.errors import DamageError
-from pipeline.store import ObjectChanged
+from ddpm_pipeline.data.index import Index
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.store import ObjectChanged
 
 MAX_CONCURRENT = 8
 GAP_BYTES = 256 << 10

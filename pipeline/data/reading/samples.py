@@ -14,16 +14,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.config.data import DataConfig
-from pipeline.data.formats.images import Pixels, PixelShape, decode_image
-from pipeline.data.index import Index, MemberTable, read_table
-from pipeline.data.reading.order import GlobalOrder, Int64
-from pipeline.data.reading.range_reads import RangeAccess
-from pipeline.data.reading.shard_access import ShardAccess
-from pipeline.data.reading.shard_cache import open_shard_access
-from pipeline.diffusion import noise
-from pipeline.errors import DamageError, UserError
-from pipeline.store import ObjectChanged
+from ddpm_pipeline.config.data import DataConfig
+from ddpm_pipeline.data.formats.images import Pixels, PixelShape, decode_image
+from ddpm_pipeline.data.index import Index, MemberTable, read_table
+from ddpm_pipeline.data.reading.order import GlobalOrder, Int64
+from ddpm_pipeline.data.reading.range_reads import RangeAccess
+from ddpm_pipeline.data.reading.shard_access import ShardAccess
+from ddpm_pipeline.data.reading.shard_cache import open_shard_access
+from ddpm_pipeline.diffusion import noise
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.store import ObjectChanged
 
 MAX_SUBSTITUTES = 1000
 """Damaged samples in a row to skip before giving up: beyond this the data set, not a sample, is broken."""

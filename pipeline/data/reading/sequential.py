@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from pipeline.data.formats.images import Pixels, decode_image
-from pipeline.data.formats.shards import HashingReader, plain_stream, read_samples
-from pipeline.data.index import Index, read_table
-from pipeline.data.reading.samples import require_one_shape
-from pipeline.data.reading.shard_access import hash_mismatch
-from pipeline.errors import DamageError
+from ddpm_pipeline.data.formats.images import Pixels, decode_image
+from ddpm_pipeline.data.formats.shards import HashingReader, plain_stream, read_samples
+from ddpm_pipeline.data.index import Index, read_table
+from ddpm_pipeline.data.reading.samples import require_one_shape
+from ddpm_pipeline.data.reading.shard_access import hash_mismatch
+from ddpm_pipeline.errors import DamageError
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import BinaryIO, Protocol, cast
 
-from pipeline.data.formats.shards import HashingReader, plain_stream
-from pipeline.data.index import Index, ShardEntry
-from pipeline.errors import DamageError
-from pipeline.store import ObjectChanged
+from ddpm_pipeline.data.formats.shards import HashingReader, plain_stream
+from ddpm_pipeline.data.index import Index, ShardEntry
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.store import ObjectChanged
 
 COPY_BYTES = 1 << 20
 

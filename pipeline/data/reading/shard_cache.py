@@ -23,22 +23,22 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.config.data import DataConfig
-from pipeline.data.index import Index
-from pipeline.data.reading.order import GlobalOrder, ShuffleWindow
-from pipeline.data.reading.range_reads import RangeAccess
-from pipeline.data.reading.shard_access import (
+from ddpm_pipeline.config.data import DataConfig
+from ddpm_pipeline.data.index import Index
+from ddpm_pipeline.data.reading.order import GlobalOrder, ShuffleWindow
+from ddpm_pipeline.data.reading.range_reads import RangeAccess
+from ddpm_pipeline.data.reading.shard_access import (
     DescriptorAccess,
     FileAccess,
     MemoryAccess,
     ShardAccess,
     download_shard,
 )
-from pipeline.disk_errors import disk_errors_at
-from pipeline.errors import DamageError, UserError
-from pipeline.private_files import open_private, private_lock
-from pipeline.store import FileStore
-from pipeline.telemetry.counters import increment
+from ddpm_pipeline.disk_errors import disk_errors_at
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.private_files import open_private, private_lock
+from ddpm_pipeline.store import FileStore
+from ddpm_pipeline.telemetry.counters import increment
 
 log = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.data.formats.images import EXTENSIONS
-from pipeline.data.formats.shards import plain_stream, read_samples
-from pipeline.data.index import MemberTable
-from pipeline.errors import DamageError
-from pipeline.store.download_folder import Folder
+from ddpm_pipeline.data.formats.images import EXTENSIONS
+from ddpm_pipeline.data.formats.shards import plain_stream, read_samples
+from ddpm_pipeline.data.index import MemberTable
+from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.store.download_folder import Folder
 
 MAX_IMAGES_PER_FOLDER = 10_000
 """Images per folder where they have no classes."""

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import UserError
-from pipeline.generate.gallery.cells import Cells, read_cells, source_shards
-from pipeline.generate.prefix_spec import open_generation
-from pipeline.generate.spec import Spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.progress import Progress
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.gallery.cells import Cells, read_cells, source_shards
+from ddpm_pipeline.generate.prefix_spec import open_generation
+from ddpm_pipeline.generate.spec import Spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.progress import Progress
 
 
 @dataclass(frozen=True)

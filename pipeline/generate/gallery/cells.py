@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.formats.contact_sheet import MAX_CELL_PIXELS, scaled
-from pipeline.data.formats.images import decode_image
-from pipeline.data.formats.npy import Pixels
-from pipeline.errors import DamageError, UserError
-from pipeline.generate.done_records import DoneRecord
-from pipeline.generate.plan import Shard
-from pipeline.generate.spec import Spec
-from pipeline.generate.stored_generation import Generation
-from pipeline.generate.stored_images import stored_images
-from pipeline.parallel import thread_map
-from pipeline.progress import Progress
+from ddpm_pipeline.data.formats.contact_sheet import MAX_CELL_PIXELS, scaled
+from ddpm_pipeline.data.formats.images import decode_image
+from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.generate.done_records import DoneRecord
+from ddpm_pipeline.generate.plan import Shard
+from ddpm_pipeline.generate.spec import Spec
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.generate.stored_images import stored_images
+from ddpm_pipeline.parallel import thread_map
+from ddpm_pipeline.progress import Progress
 
 _READERS = 4
 NO_LABEL = -1
@@ -145,6 +145,6 @@ def _read_shard(
             whole.append(decoded)
     if not with_small:
         return labels, None
-    from pipeline.features.training_neighbours import small_pixels  # imports torch
+    from ddpm_pipeline.features.training_neighbours import small_pixels  # imports torch
 
     return labels, small_pixels(np.stack(whole))

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pipeline.config.base import Settings
-from pipeline.config.bounds import Sha256
-from pipeline.config.evaluation import EvaluateConfig
-from pipeline.config.json_document import parse_document
-from pipeline.data.formats.contact_sheet import MAX_CELL_PIXELS
-from pipeline.data.index import Index, load_index
-from pipeline.errors import UserError
-from pipeline.generate.class_names import class_name
-from pipeline.generate.completeness import check_complete
-from pipeline.generate.gallery.beside import Beside, open_beside, read_beside
-from pipeline.generate.gallery.cells import Cells, read_cells, source_shards
-from pipeline.generate.gallery.pages import (
+from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import Sha256
+from ddpm_pipeline.config.evaluation import EvaluateConfig
+from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.data.formats.contact_sheet import MAX_CELL_PIXELS
+from ddpm_pipeline.data.index import Index, load_index
+from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.generate.class_names import class_name
+from ddpm_pipeline.generate.completeness import check_complete
+from ddpm_pipeline.generate.gallery.beside import Beside, open_beside, read_beside
+from ddpm_pipeline.generate.gallery.cells import Cells, read_cells, source_shards
+from ddpm_pipeline.generate.gallery.pages import (
     INDEX_KEY,
     PER_PAGE,
     About,
@@ -40,16 +40,16 @@ from pipeline.generate.gallery.pages import (
     make_tile,
     render_gallery_page,
 )
-from pipeline.generate.gallery.sheets import COLUMNS, Sheet, make_sheet
-from pipeline.generate.prefix_spec import open_generation
-from pipeline.generate.spec import Spec, pretty
-from pipeline.generate.stored_generation import Generation
-from pipeline.parallel import thread_map
-from pipeline.progress import Progress, no_progress
-from pipeline.store import FileStore, ObjectMissing, Store, open_store
+from ddpm_pipeline.generate.gallery.sheets import COLUMNS, Sheet, make_sheet
+from ddpm_pipeline.generate.prefix_spec import open_generation
+from ddpm_pipeline.generate.spec import Spec, pretty
+from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.parallel import thread_map
+from ddpm_pipeline.progress import Progress, no_progress
+from ddpm_pipeline.store import FileStore, ObjectMissing, Store, open_store
 
 if TYPE_CHECKING:
-    from pipeline.features.training_neighbours import TrainingNeighbours
+    from ddpm_pipeline.features.training_neighbours import TrainingNeighbours
 
 GALLERY_KEY = "gallery.json"
 MAX_IMAGES = 50_000
@@ -142,8 +142,8 @@ class _Reference:
 
     @classmethod
     def open(cls, spec: Spec, data: str, model: str | None) -> _Reference:
-        from pipeline.features.training_neighbours import require_training_data  # imports torch
-        from pipeline.generate.model_source import find_model_of
+        from ddpm_pipeline.features.training_neighbours import require_training_data  # imports torch
+        from ddpm_pipeline.generate.model_source import find_model_of
 
         card = find_model_of(spec, model).card
         index = load_index(data)
@@ -156,7 +156,7 @@ class _Reference:
         return f"A near copy: nearer than {share} of the real images are to their nearest real neighbor."
 
     def neighbours(self, cells: Cells, progress: Progress) -> TrainingNeighbours:
-        from pipeline.features.training_neighbours import training_neighbours
+        from ddpm_pipeline.features.training_neighbours import training_neighbours
 
         assert cells.small is not None
         return training_neighbours(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.formats.contact_sheet import CELL_PIXELS, MAX_CELL_PIXELS
-from pipeline.generate.class_names import class_name
-from pipeline.generate.gallery.cells import NO_LABEL, Cells
-from pipeline.generate.gallery.sheets import COLUMNS, SCALED_QUALITY, Sheet
-from pipeline.generate.redraw import common_words, network_call, own_words
-from pipeline.generate.spec import Spec
-from pipeline.html_page import render_page
+from ddpm_pipeline.data.formats.contact_sheet import CELL_PIXELS, MAX_CELL_PIXELS
+from ddpm_pipeline.generate.class_names import class_name
+from ddpm_pipeline.generate.gallery.cells import NO_LABEL, Cells
+from ddpm_pipeline.generate.gallery.sheets import COLUMNS, SCALED_QUALITY, Sheet
+from ddpm_pipeline.generate.redraw import common_words, network_call, own_words
+from ddpm_pipeline.generate.spec import Spec
+from ddpm_pipeline.html_page import render_page
 
 PER_PAGE = 256
 INDEX_KEY = "index.html"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.formats.images import to_pillow
-from pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.images import to_pillow
+from ddpm_pipeline.data.formats.npy import Pixels
 
 COLUMNS = 16
 SCALED_QUALITY = 90
