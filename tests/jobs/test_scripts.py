@@ -133,14 +133,13 @@ def test_a_job_that_has_ended_is_left_alone(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "train-1 has ended already: SUCCEEDED\n"
 
 
-@pytest.mark.parametrize(
-    "module", ["cli", "train"]
-)  # version 0.1 submitted `python -m ddpm_pipeline.jobs.train`
+# Version 0.1 submitted `python -m jobs.train`.
+@pytest.mark.parametrize("module", ["ddpm_pipeline.jobs.cli", "jobs.train"])
 def test_the_script_ends_the_driver_of_this_job_and_no_other_process(tmp_path: Path, module: str) -> None:
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs/__init__.py").touch()
-    (tmp_path / f"jobs/{module}.py").write_text("import time; print(1, flush=True); time.sleep(60)")
-    words = [sys.executable, "-m", f"jobs.{module}"]
+    file = tmp_path / f"{module.replace('.', '/')}.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("import time; print(1, flush=True); time.sleep(60)")
+    words = [sys.executable, "-m", module]
 
     def start(words: list[str], name: str) -> subprocess.Popen[bytes]:
         variables = {"DDPM_SUBMITTED_AS": name, "PYTHONPATH": str(tmp_path)}
@@ -150,7 +149,7 @@ def test_the_script_ends_the_driver_of_this_job_and_no_other_process(tmp_path: P
         return process
 
     name = f"train-{tmp_path.name}"
-    worker = [sys.executable, "-c", f"import ddpm_pipeline.jobs.{module}"]
+    worker = [sys.executable, "-c", f"import {module}"]
     processes = [start(words, name), start(words, f"{name}-r2"), start(worker, name)]
     try:
         script = stop._SCRIPT  # pyright: ignore[reportPrivateUsage]
