@@ -19,7 +19,10 @@ sbom() {
     mkdir -p build
     # shellcheck disable=SC2086  (one argument per file)
     cat $locks >build/requirements.txt
-    $tools/bin/cyclonedx-py requirements build/requirements.txt --pyproject pyproject.toml --output-reproducible --validate \
+    # pyproject.toml leaves the version to the package
+    version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' pipeline/__init__.py)
+    sed "s/^dynamic = .*/version = \"$version\"/" pyproject.toml >build/pyproject.toml
+    $tools/bin/cyclonedx-py requirements build/requirements.txt --pyproject build/pyproject.toml --output-reproducible --validate \
         --output-file build/sbom.cdx.json
     echo "sbom     build/sbom.cdx.json"
 }

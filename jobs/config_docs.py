@@ -14,11 +14,11 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.load import BASE, ROOT_VARIABLE
 from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.installation import checkout
 from ddpm_pipeline.jobs.runner import DONE, SECTIONS, presets
 from ddpm_pipeline.telemetry.terminal import echo
 
 Schema = dict[str, Any]
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 SCHEMA_FILE = "ddpm.schema.json"
 _MODE: JsonSchemaMode = "validation"
 _SECTION_OF_MODEL = {model.__name__: name for name, model in SECTIONS.items()}
@@ -42,9 +42,15 @@ For completion and checking in an editor that speaks yaml-language-server (VS Co
 
 def main() -> int:
     """Rewrite both files."""
-    (DOCS / "schema").mkdir(exist_ok=True)
-    (DOCS / "configuration.md").write_text(configuration_page(), encoding="utf-8")
-    (DOCS / "schema" / "settings.json").write_text(schema_text(), encoding="utf-8")
+    repository = checkout()
+    if repository is None:
+        sys.exit(
+            "error: the documents are in a checkout of the repository only; for the schema: ddpm schema FOLDER"
+        )
+    docs = repository / "docs"
+    (docs / "schema").mkdir(exist_ok=True)
+    (docs / "configuration.md").write_text(configuration_page(), encoding="utf-8")
+    (docs / "schema" / "settings.json").write_text(schema_text(), encoding="utf-8")
     return DONE
 
 

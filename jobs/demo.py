@@ -90,7 +90,7 @@ def _print_where_to_look(call: JobArguments, seconds: float) -> None:
     echo(
         f"  few steps       ddpm distill {PRESET}-fast   (a student that samples with 2 evaluations, not 40)"
     )
-    echo("  stop it all     make down")
+    echo("  stop it all     ddpm down")
 
 
 def _headline(number: int, title: str) -> None:

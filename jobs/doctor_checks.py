@@ -3,6 +3,7 @@
 import email.utils
 import os
 import re
+import shlex
 import shutil
 import socket
 import stat
@@ -21,14 +22,13 @@ from packaging.requirements import Requirement
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.infra.local import check_ray
 from ddpm_pipeline.infra.local.service import get
+from ddpm_pipeline.installation import DISTRIBUTION, LOCKS, checkout, declared_requirements
 from ddpm_pipeline.jobs.cluster_address import ask, dashboard_address
 from ddpm_pipeline.jobs.doctor_findings import Finding, refused
 from ddpm_pipeline.jobs.doctor_gpus import check_cluster_gpus, check_gpus
 from ddpm_pipeline.store import open_store
 from ddpm_pipeline.tracking import require_server, server_version
 
-_HOME = Path(__file__).resolve().parents[1]
-LOCKS = (_HOME / "requirements.lock", _HOME / "requirements-torch.lock")
 MAX_SKEW_SECONDS = 60.0  # S3 refuses signatures 15 minutes off; charts and leases suffer long before
 MIN_FREE_BYTES = 2 * 2**30
 MAX_USED_SHARE = 0.95  # Ray gives no more work to a node whose disk is fuller
@@ -48,8 +48,14 @@ def read_pins(lock: Path) -> list[Requirement]:
 
 
 def check_packages(locks: Sequence[Path] = LOCKS) -> Finding:
-    """Installed packages against the locks; jobs and cluster must agree on them to agree on bits."""
+    """Installed packages against what the program requires, and against the locks: jobs and cluster must agree on them
+    to agree on bits. A wheel's environment may differ from the locks, which is a remark and no problem.
+    """
     python, names = ".".join(map(str, sys.version_info[:3])), " and ".join(lock.name for lock in locks)
+    unfit = [fault for line in declared_requirements() or [] if (fault := _unmet(Requirement(line)))]
+    if unfit:
+        remedy = "make install" if checkout() else f"pip install --upgrade {DISTRIBUTION}"
+        return Finding("packages", False, _some(unfit), f"{remedy}, which installs what the program requires")
     if not all(lock.exists() for lock in locks):
         return Finding("packages", True, f"Python {python}; not compared: no {names} beside the program")
     wanted = [pin for lock in locks for pin in read_pins(lock)]
@@ -57,9 +63,13 @@ def check_packages(locks: Sequence[Path] = LOCKS) -> Finding:
     wrong = [fault for pin in here if (fault := _difference(pin))]
     if not wrong:
         return Finding("packages", True, f"Python {python}; all {len(here)} as {names} pin them")
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    remedy = f"make install (infra/install.sh runtime), which installs what {names} pin"
-    return Finding("packages", False, "; ".join(wrong[:3]) + more, remedy)
+    if checkout():
+        remedy = f"make install (infra/install.sh runtime), which installs what {names} pin"
+        return Finding("packages", False, _some(wrong), remedy)
+    found = f"Python {python}; not as {names} pin them: {_some(wrong)}"
+    options = " ".join(f"-r {shlex.quote(str(lock))}" for lock in locks)
+    remedy = f"nothing, or for the tested versions, and equal bits where they are used: pip install --no-deps {options}"
+    return Finding("packages", True, found, remedy)
 
 
 def check_credentials(environ: Environ = os.environ) -> Finding:
@@ -220,13 +230,38 @@ def all_checks(write: bool = False) -> Iterator[Callable[[], Finding | list[Find
 def _difference(pin: Requirement) -> str | None:
     """How an installed package differs from its pin; None when it does not."""
     wanted = next(iter(pin.specifier)).version
-    try:
-        found = metadata.version(pin.name).partition("+")[
-            0
-        ]  # a build's own label, such as +cpu, is no version
-    except metadata.PackageNotFoundError:
+    found = _version(pin.name)
+    if found is None:
         return f"{pin.name} {wanted} is missing"
     return None if found == wanted else f"{pin.name} is {found}, pinned is {wanted}"
+
+
+def _unmet(need: Requirement) -> str | None:
+    """How an installed package fails a requirement; None when it does not, or when it is not needed here."""
+    if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+        return None
+    found = _version(need.name)
+    if found is None:
+        return f"{need.name} is missing"
+    return (
+        None
+        if need.specifier.contains(found, prereleases=True)
+        else f"{need.name} is {found}, needed is {need.specifier}"
+    )
+
+
+def _version(package: str) -> str | None:
+    """The installed version without its build's label, such as +cpu; None where it is not installed."""
+    try:
+        return metadata.version(package).partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _some(faults: Sequence[str]) -> str:
+    """The first three, and the number of the others."""
+    more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return "; ".join(faults[:3]) + more
 
 
 def _date_of(url: str) -> float | None:

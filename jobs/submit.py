@@ -1,8 +1,8 @@
 """Submitting a job to a Ray cluster, and following it from here.
 
-What travels is the program itself (the modules of three packages) and the settings, resolved here, so that the
-cluster needs neither this folder nor these files. A job is named by what determines its result and by its
-destination: submitting the same twice joins the first.
+What travels is the program itself, of this version, and the settings, resolved here, so that the cluster needs neither
+this folder nor these files. Where its nodes have another version installed, a line says so. A job is named by what
+determines its result and by its destination: submitting the same twice joins the first.
 
 Whether the cluster has the software that the job needs is checked before it is submitted. Ray and Python are
 reported by the head, the packages by a small job, `versions-SESSION`, which runs once in a cluster's life and whose
@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from ddpm_pipeline import __version__
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.data import PackConfig
 from ddpm_pipeline.config.distill_job import DistillConfig
@@ -34,6 +35,7 @@ from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.errors import DamageError, UserError
 from ddpm_pipeline.features.reference_set import data_root
 from ddpm_pipeline.generate.model_source import resolve_model
+from ddpm_pipeline.installation import DISTRIBUTION, declared_requirements
 from ddpm_pipeline.jobs.cluster_address import ask
 from ddpm_pipeline.jobs.progress_bar import MODE_VARIABLE
 from ddpm_pipeline.jobs.ray_jobs import follow, job_client
@@ -54,7 +56,6 @@ PREFIX_FLAG = "--prefix"
 """Before the generation that `evaluate` measures."""
 NAME_DIGITS = 12
 PLACE_DIGITS = 6
-DISTRIBUTION = "ddpm-pipeline"
 SAME_BITS = ("torch", "numpy", "pillow")
 """Packages whose version decides how numbers are rounded or images encoded: must be equal here and on the cluster."""
 _MARK = "::versions "
@@ -230,6 +231,11 @@ def require_compatible_cluster(client: JobSubmissionClient) -> None:
         raise UserError(
             f"{client.get_address()}: {fault}; rebuild the cluster's image from this version's lock"
         )
+    theirs = packages.get(DISTRIBUTION)
+    if theirs not in (None, __version__):
+        echo(
+            f"note     the cluster has {DISTRIBUTION} {theirs}; the job runs {__version__}, which is sent along"
+        )
 
 
 def package_faults(theirs: dict[str, str | None]) -> list[str]:
@@ -247,8 +253,14 @@ def package_faults(theirs: dict[str, str | None]) -> list[str]:
 
 
 def requirements() -> list[Requirement]:
-    """What the program itself requires on this platform, without extras."""
-    declared = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+    """What the program itself requires on this platform, without extras. UserError where it is not installed."""
+    lines = declared_requirements()
+    if lines is None:
+        raise UserError(
+            f"{DISTRIBUTION}: is not installed here, its folder is on PYTHONPATH only, so that its requirements are "
+            "unknown; pip install it, then submit"
+        )
+    declared = [Requirement(line) for line in lines]
     return [
         Requirement(f"{need.name}{need.specifier or SpecifierSet()}")
         for need in declared
@@ -266,7 +278,8 @@ def _packages(client: JobSubmissionClient, session: str) -> dict[str, str | None
     active = [name for name in names_of(known, base) if not known[name].is_terminal()]
     name = active[0] if active else next_name(known, base)
     if not active:
-        start_script(client, name, _PROBE, [json.dumps([need.name for need in requirements()])])
+        names = [DISTRIBUTION, *(need.name for need in requirements())]
+        start_script(client, name, _PROBE, [json.dumps(names)])
     status = wait_for(client, name, _PROBE_SECONDS)
     found = printed_by(client, name, _MARK)
     if status != JobStatus.SUCCEEDED or found is None:

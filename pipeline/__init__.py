@@ -2,3 +2,5 @@
 
 The sub-packages are layers; each imports only what stands below it (see docs/architecture.md).
 """
+
+__version__ = "0.1.0"

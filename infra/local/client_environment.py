@@ -34,7 +34,7 @@ def environment(root: Path) -> dict[str, str]:
     """
     state = read_state(own_root(root))
     if state is None:
-        raise UserError(f"no local stack under {root}: start it with `make up`")
+        raise UserError(f"no local stack under {root}: start it with `ddpm up`")
     return client_variables(root.resolve(), state)
 
 

@@ -129,7 +129,7 @@ def check_cluster(url: str, token: str | None) -> None:
     silent = not service.listens(url)
     if silent or (service.get(f"{url}/api/gcs_healthz") is None and service.get(url) is None):
         raise Outage(
-            f"Ray's dashboard at {url} does not answer: start the stack (make up) or correct RAY_JOB_ADDRESS"
+            f"Ray's dashboard at {url} does not answer: start the stack (ddpm up) or correct RAY_JOB_ADDRESS"
         )
     raise UserError(
         f"Ray at {url} refuses this token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its file"

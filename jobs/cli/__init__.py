@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
+from ddpm_pipeline import __version__
 from ddpm_pipeline.jobs.cli import cluster, datasets, machine, models, nightly_runs, sampling
 from ddpm_pipeline.jobs.runner import DONE, REFUSED, handle_errors, use_running_stack
 from ddpm_pipeline.telemetry.logs import FORM_VARIABLE, JSON
+from ddpm_pipeline.telemetry.terminal import echo
 
 app = typer.Typer(
     name="ddpm",
@@ -21,11 +23,21 @@ for _part in (datasets, models, sampling, nightly_runs, cluster, machine):
     app.add_typer(_part.app)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        echo(f"{app.info.name} {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     log_json: Annotated[
         bool,
         typer.Option("--log-json", help=f"Log and report progress as JSON lines ({FORM_VARIABLE}={JSON})."),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
     """Options of every command; they precede its name."""

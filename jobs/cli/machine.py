@@ -110,5 +110,15 @@ def schema(
     end(lambda: write_schema(folder))
 
 
+@app.command(rich_help_panel=MACHINE, epilog=examples("ddpm files ./deploy"))
+def files(
+    folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+) -> None:
+    """Write the files to deploy with: Kubernetes manifests, Docker files, dashboards, S3 policies, systemd units."""
+    from ddpm_pipeline.jobs.deployment_files import write_files
+
+    end(lambda: write_files(folder))
+
+
 def _print_line(line: str) -> None:
     echo(line)

@@ -65,8 +65,9 @@ def link_model(run_id: str, version: ModelVersion, *, uri: str | None = None) ->
 
 
 def source_tags(directory: Path | None = None) -> dict[str, str]:
-    """Tags for the user who started the program, the git commit, and whether files differed from it (no commit outside
-    a repository). A submitted copy of the code knows neither: the submitter passes them in $DDPM_SOURCE_TAGS.
+    """Tags for the user who started the program, the git commit, and whether files differed from it (no commit where
+    the program is installed outside its repository). A submitted copy of the code knows neither: the submitter passes
+    them in $DDPM_SOURCE_TAGS.
     """
     submitted = os.environ.get(SOURCE_VARIABLE)
     if submitted:
@@ -87,7 +88,9 @@ def source_tags(directory: Path | None = None) -> dict[str, str]:
             return None
         return result.stdout.strip() if result.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
+    # An environment inside somebody's repository is not part of it: git must know the file itself.
+    own = git("ls-files", "--error-unmatch", Path(__file__).name) if directory is None else "."
+    commit = git("rev-parse", "HEAD") if own else None
     if not commit:
         return tags
     changed = git("status", "--porcelain", "--untracked-files=no")

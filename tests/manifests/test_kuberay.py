@@ -5,7 +5,6 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+import ddpm_pipeline
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.config.nights import NightlyConfig
 from ddpm_pipeline.config.training import TrainConfig
@@ -132,7 +132,7 @@ def test_with_a_read_only_root_every_place_that_is_written_is_a_volume(variant: 
 
 @everywhere
 def test_images_are_of_this_version_and_never_of_none(variant: str) -> None:
-    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    version = ddpm_pipeline.__version__
     kind = "cuda" if variant in GPUS_A_POD else "cpu"
     for where, template in pods(variant):
         for container in containers(template):
