@@ -74,14 +74,20 @@ def index(
     end(lambda: run(uri, label_field, pixels, fresh, image, skip_unreadable, dest))
 
 
-@app.command(rich_help_panel=DATA, epilog=examples("ddpm inspect s3://ddpm/data/digits --sheet digits.png"))
+@app.command(
+    rich_help_panel=DATA,
+    epilog=examples(
+        "ddpm inspect s3://ddpm/data/digits --sheet digits.png", "ddpm inspect look/000000000000.png"
+    ),
+)
 def inspect(
-    uri: Annotated[str, typer.Argument(help="Prefix or brace pattern of shards.")],
+    uri: Annotated[str, typer.Argument(help="Prefix or brace pattern of shards; or a .png or .webp file.")],
     sheet: Annotated[Path, typer.Option(help="File for a contact sheet.")] = Path("inspection.png"),
     label_field: LabelField = None,
     json: AsJson = False,
 ) -> None:
-    """Print what a data set contains, and what is damaged in it."""
+    """Print what a data set contains and what is damaged in it; of an image, whether it says that a model made it."""
     from ddpm_pipeline.jobs.dataset import inspect_dataset
+    from ddpm_pipeline.jobs.image_origin import inspect_image, is_image
 
-    end(lambda: inspect_dataset(uri, sheet, label_field, json))
+    end(lambda: inspect_image(uri, json) if is_image(uri) else inspect_dataset(uri, sheet, label_field, json))

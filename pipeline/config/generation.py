@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ddpm_pipeline.config.base import Settings, refuse_idle
-from ddpm_pipeline.config.bounds import MAX_IMAGES, MAX_IMAGES_A_SHARD, MAX_SHARDS
+from ddpm_pipeline.config.bounds import MAX_IMAGES, MAX_IMAGES_A_SHARD, MAX_SHARDS, Sha256
 from ddpm_pipeline.config.cost import CostConfig
 from ddpm_pipeline.config.device_kind import Matmul
 from ddpm_pipeline.config.diffusion import SamplerConfig
@@ -69,6 +69,9 @@ class SpecSettings(Settings):
     """The reverse process: kind, steps, guidance."""
     image_format: Literal["png", "webp", "npy"] = "png"
     """png and webp are lossless; npy is the plain array (height, width, channels) of uint8."""
+    provenance: bool | None = None
+    """Mark each PNG and WebP as synthetic, in XMP, with the digest of its generation and its index; npy has no place
+    for a mark. Changes bytes, not pixels. None = yes, unless the prefix holds a generation without marks already."""
     shard_size: int = Field(default=1000, ge=1, le=MAX_IMAGES_A_SHARD)
     """Images per shard. A failure costs at most a shard, so a shard should take a few minutes at most."""
     batch_size: int = Field(default=64, ge=1, le=MAX_IMAGES_A_SHARD)
@@ -170,10 +173,17 @@ class SampleConfig(Settings):
     """Compile the network with torch.compile, as for a generation."""
     image_format: Literal["png", "webp", "npy"] = "png"
     """Encoding of the images, as for a generation."""
+    provenance: bool = True
+    """Mark the images as synthetic, as for a generation."""
+    spec_digest: Sha256 | None = None
+    """Digest of the generation that the marks name, to draw its images byte for byte. None = the digest of a
+    generation with these settings."""
 
     @model_validator(mode="after")
     def _has_no_idle_setting(self) -> Self:
         _refuse_idle_matmul(self)
+        if not self.provenance:
+            refuse_idle(self, ("spec_digest",), "without provenance")
         if self.device == "cuda":
             refuse_idle(self, ("cpu_threads",), "on a GPU")
         elif self.device == "cpu":

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from ddpm_pipeline.cluster import NodeReport, grows
-from ddpm_pipeline.config.device_kind import DeviceKind
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.features.networks import network_exists, open_network
 from ddpm_pipeline.features.trust import require_trusted_network
@@ -39,7 +38,7 @@ from ddpm_pipeline.generate.ray_pool import (
 )
 from ddpm_pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
 from ddpm_pipeline.generate.shard_writer import comparable_training_data
-from ddpm_pipeline.generate.spec import read_spec, require_extension
+from ddpm_pipeline.generate.spec import Spec, read_spec, require_extension
 from ddpm_pipeline.generate.stored_generation import Generation
 from ddpm_pipeline.progress import Progress, no_progress
 from ddpm_pipeline.store import open_store, retry_during_outage
@@ -102,8 +101,7 @@ def generate(
     model, spec = resolve_model(config)
     generation = Generation(open_store(config.output), spec)
     generation.store.require_container()
-    if spec.device == "cuda":
-        generation = with_kind(generation, _stored_kind(generation))
+    generation = _like(generation, read_spec(generation.store), config)
     is_new = check_prefix(generation) is None
     proof = Completeness() if is_new else check_complete(generation)
     if proof.complete:
@@ -135,7 +133,7 @@ def generate(
                 "drained", config.output, spec.digest, spec.count, generation.num_shards, 0, 0, 0.0
             )
         if is_new:
-            generation = _claim(generation, nodes, workers.gpus_setting)
+            generation = _claim(generation, nodes, config, workers.gpus_setting)
         if spec.device == "cuda":
             if not grows():
                 require_some(generation.spec.device_kind, nodes, workers.gpus_setting)
@@ -146,17 +144,23 @@ def generate(
         return GenerationJob(config, generation, model, reporter, stop, began, nodes).run()
 
 
-def _stored_kind(generation: Generation) -> DeviceKind | None:
-    """The kind of GPU that the generation at the prefix was begun on; None where there is none."""
-    existing = read_spec(generation.store)
-    return None if existing is None else existing.device_kind
+def _like(generation: Generation, existing: Spec | None, config: GenerateConfig) -> Generation:
+    """The generation on the kind of GPU, and with the marks or none, with which `existing` was begun."""
+    if existing is None:
+        return generation
+    if config.provenance is None:
+        spec = generation.spec.model_copy(update={"provenance": existing.provenance})
+        generation = Generation(generation.store, spec)
+    return with_kind(generation, existing.device_kind)
 
 
-def _claim(generation: Generation, nodes: Sequence[NodeReport], setting: str) -> Generation:
-    """Claim the empty prefix, on most GPUs' kind; the same generation on the kind of the job that was first."""
+def _claim(
+    generation: Generation, nodes: Sequence[NodeReport], config: GenerateConfig, setting: str
+) -> Generation:
+    """Claim the empty prefix, on most GPUs' kind; the same generation as the job that was first began it."""
     kind = most_common_kind(nodes, setting) if generation.spec.device == "cuda" else None
     claimed = claim_prefix(with_kind(generation, kind)).spec
-    generation = with_kind(generation, claimed.device_kind)
+    generation = _like(generation, claimed, config)
     require_extension(generation.uri, claimed, generation.spec)
     return generation
 

@@ -1,12 +1,13 @@
 """Encodes sampled images to the members of a shard. Needs no torch: beside a GPU other processes do it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ddpm_pipeline.data.formats.image_stats import ImageStats, image_stats
 from ddpm_pipeline.data.formats.images import ImageFormat, encode_image
 from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.provenance import synthetic_mark
 
 Member = tuple[str, dict[str, bytes]]
 
@@ -25,6 +26,8 @@ class SampledImages:
     digest: str
     """Of the spec."""
     image_format: ImageFormat
+    provenance: bool = False
+    """Whether the images are marked as synthetic."""
 
     def parts(self, number: int) -> list["SampledImages"]:
         """The images in order, in at most `number` parts of about the same size."""
@@ -34,7 +37,7 @@ class SampledImages:
     def _part(self, begin: int, end: int) -> "SampledImages":
         labels = None if self.labels is None else self.labels[begin:end]
         first, pixels = self.first + begin, self.pixels[begin:end]
-        return SampledImages(first, pixels, labels, self.seed, self.digest, self.image_format)
+        return replace(self, first=first, pixels=pixels, labels=labels)
 
 
 class EncodedImages(NamedTuple):
@@ -50,9 +53,10 @@ def encode(images: SampledImages) -> EncodedImages:
     for place, pixels in enumerate(images.pixels):
         index = images.first + place
         label = None if images.labels is None else images.labels[place]
+        mark = synthetic_mark(images.digest, index) if images.provenance else None
         facts = {"index": index, "seed": images.seed, "class": label, "spec": images.digest}
         files = {
-            images.image_format: encode_image(pixels, images.image_format),
+            images.image_format: encode_image(pixels, images.image_format, mark),
             "json": json.dumps(facts, separators=(",", ":")).encode(),
         }
         members.append((f"{index:012d}", files))

@@ -68,7 +68,8 @@ def publish_manifest(
     except ObjectMissing:
         require_newest(generation, facts)  # a larger generation has deleted this one's last shard
         raise
-    sheet = encode_image(image_grid(grid_rows(images), row_labels(images, facts.class_names)), "png")
+    grid = image_grid(grid_rows(images), row_labels(images, facts.class_names))
+    sheet = encode_image(grid, "png", spec.mark())
     report = render_report(manifest, cost_of_generation(manifest, facts.price), sheet, images)
     for _ in range(_ATTEMPTS):
         require_newest(generation, facts)

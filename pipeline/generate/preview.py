@@ -10,6 +10,7 @@ from ddpm_pipeline.config.generation import SampleConfig, SpecSettings
 from ddpm_pipeline.data.formats.contact_sheet import image_grid, in_rows, labelled_rows
 from ddpm_pipeline.data.formats.images import encode_image
 from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.provenance import synthetic_mark
 from ddpm_pipeline.diffusion.samplers import SamplerStep
 from ddpm_pipeline.disk_errors import disk_errors_at
 from ddpm_pipeline.generate.class_labels import classes_of, index_tensor
@@ -53,13 +54,13 @@ def draw(config: SampleConfig, progress: Progress = no_progress) -> SampleResult
         for index, image in zip(part.tolist(), engine.images(part, on_step), strict=True):
             if wanted is None or index in wanted:
                 images[index] = image
-    return _write(config, images, _sheet(spec, images, model.card.class_names))
+    return _write(config, spec, images, _sheet(spec, images, model.card.class_names))
 
 
 def _spec_of(config: SampleConfig, model: ResolvedModel) -> Spec:
     """The spec of a generation that makes the same images."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = config.model_dump(exclude={"output", "only", "device"}) | {
+    chosen = config.model_dump(exclude={"output", "only", "device", "spec_digest"}) | {
         "batch_size": min(config.batch_size, config.count),
         "shard_size": config.count,
         "cpu_threads": config.cpu_threads or torch.get_num_threads(),
@@ -74,17 +75,22 @@ def _spec_of(config: SampleConfig, model: ResolvedModel) -> Spec:
     )
 
 
-def _write(config: SampleConfig, images: dict[int, Pixels], sheet: Pixels) -> SampleResult:
+def _write(config: SampleConfig, spec: Spec, images: dict[int, Pixels], sheet: Pixels) -> SampleResult:
     folder = Path(config.output)
+    digest = config.spec_digest or spec.digest
+
+    def mark(index: int | None = None) -> bytes | None:
+        return synthetic_mark(digest, index) if config.provenance else None
+
     paths: list[Path] = []
     with disk_errors_at(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for index, image in images.items():
             path = folder / f"{index:012d}.{config.image_format}"
-            path.write_bytes(encode_image(image, config.image_format))
+            path.write_bytes(encode_image(image, config.image_format, mark(index)))
             paths.append(path)
         grid = folder / "grid.png"
-        grid.write_bytes(encode_image(sheet, "png"))
+        grid.write_bytes(encode_image(sheet, "png", mark()))
     return SampleResult(tuple(paths), grid)
 
 

@@ -53,6 +53,7 @@ def common_words(spec: Spec, model: str | None = None) -> str:
         words["compile"] = "true"
     if spec.image_format != "png":
         words["image_format"] = spec.image_format
+    words |= {"provenance": "false"} if spec.provenance is None else {"spec_digest": spec.digest}
     return _joined("ddpm", "sample", **words)
 
 

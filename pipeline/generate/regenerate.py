@@ -129,7 +129,7 @@ def _compare(generation: Generation, engine: Engine, samples: Samples) -> Compar
     differences: list[tuple[int, str]] = []
     for index in samples.indexes:
         data, image = stored.get(f"{index:012d}"), images[index - batch.first]
-        if data is not None and data != encode_image(image, spec.image_format):
+        if data is not None and data != encode_image(image, spec.image_format, spec.mark(index)):
             differences.append((index, _difference(spec, data, image)))
     reason = None
     if differences and record is not None:

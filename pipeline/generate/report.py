@@ -78,6 +78,7 @@ def _read_images(generation: Generation, indexes: list[int]) -> Iterator[tuple[i
 def render_report(manifest: Manifest, cost: Cost, sheet: bytes, images: Images) -> bytes:
     """The page as bytes. `sheet` is the contact sheet's PNG."""
     spec, class_names = manifest.spec, manifest.class_names
+    mark = spec.mark()
     version = "" if spec.model.version is None else f" version {spec.model.version}"
     return render_page(
         "report.html",
@@ -91,7 +92,7 @@ def render_report(manifest: Manifest, cost: Cost, sheet: bytes, images: Images) 
             for label, count in (manifest.statistics.classes or {}).items()
         ],
         class_grids=[
-            (class_name(label, class_names), encode_image(image_grid([row]), "png"))
+            (class_name(label, class_names), encode_image(image_grid([row]), "png", mark))
             for label, row in images.items()
             if label is not None and row
         ],

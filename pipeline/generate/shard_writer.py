@@ -216,7 +216,15 @@ class ShardWriter:
         spec, features = self.generation.spec, None
         labels = labels_of(spec, batch.samples)
         labels = None if labels is None else labels[: batch.keep]
-        sampled = SampledImages(batch.first, images, labels, spec.seed, self._digest, spec.image_format)
+        sampled = SampledImages(
+            batch.first,
+            images,
+            labels,
+            spec.seed,
+            self._digest,
+            spec.image_format,
+            spec.provenance is not None,
+        )
         encoding = self._encoders.submit(sampled)
         if self.features is not None:
             classes = None if labels is None else np.array(labels)

@@ -22,6 +22,7 @@ from ddpm_pipeline.config.diffusion import SamplerConfig, check_together
 from ddpm_pipeline.config.generation import ClassChoice, SpecSettings, check_plan
 from ddpm_pipeline.config.json_document import parse_document
 from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.data.formats.provenance import synthetic_mark
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.generate.layout import SPEC_KEY
 from ddpm_pipeline.store import ObjectMissing, Store
@@ -88,6 +89,9 @@ class Spec(Settings):
     """Samples requested so far. Not part of the digest, because it may be raised."""
     image_format: Literal["png", "webp", "npy"]
     """Encoding of a sample."""
+    provenance: Literal["xmp"] | None = Field(default=None, exclude_if=lambda form: form is None)
+    """How images are marked as synthetic: `xmp` in PNG and WebP. None in specs of versions that had no marks: their
+    documents and digests stay as they were."""
     shard_size: int = Field(ge=1, le=MAX_IMAGES_A_SHARD)
     """Samples in a full shard."""
     batch_size: int = Field(ge=1, le=MAX_IMAGES_A_SHARD)
@@ -126,6 +130,10 @@ class Spec(Settings):
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of an image."""
         return (self.size, self.size, self.channels)
+
+    def mark(self, index: int | None = None) -> bytes | None:
+        """The mark of sample `index`, or of an image of several samples; None if images have none."""
+        return None if self.provenance is None else synthetic_mark(self.digest, index)
 
     @property
     def digest(self) -> str:
@@ -178,6 +186,7 @@ def make_spec(
         first_index=settings.first_index,
         count=settings.count,
         image_format=settings.image_format,
+        provenance=None if settings.provenance is False else "xmp",
         shard_size=settings.shard_size,
         batch_size=settings.batch_size,
         dtype=settings.dtype,

@@ -14,6 +14,7 @@ from pydantic_core import from_json
 from ddpm_pipeline.data.formats.image_stats import image_stats, is_constant
 from ddpm_pipeline.data.formats.images import decode_image
 from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.provenance import has_mark, synthetic_mark
 from ddpm_pipeline.data.formats.shards import read_shard
 from ddpm_pipeline.errors import DamageError
 from ddpm_pipeline.generate.class_labels import labels_of
@@ -267,7 +268,8 @@ def _check_samples(spec: Spec, data: bytes, findings: _ShardFindings) -> list[Pi
                 "class": labels[place] if labels is not None and place < unit.count else None,
                 "spec": digest,
             }
-            image = _check_sample(spec, key, files, expected, findings)
+            mark = synthetic_mark(digest, unit.first + place) if spec.provenance is not None else None
+            image = _check_sample(spec, key, files, expected, mark, findings)
             if image is not None:
                 images.append(image)
     except DamageError as error:
@@ -286,6 +288,7 @@ def _check_sample(
     key: str,
     files: dict[str, bytes],
     expected: dict[str, int | str | None],
+    mark: bytes | None,
     findings: _ShardFindings,
 ) -> Pixels | None:
     if set(files) != {spec.image_format, "json"}:
@@ -297,6 +300,8 @@ def _check_sample(
         found = f"no JSON ({error})"
     if found != expected:
         findings.add(f"its json says {found}, the plan says {expected}", key)
+    if mark is not None and spec.image_format != "npy" and not has_mark(files[spec.image_format], mark):
+        findings.add("has not the mark of a synthetic image of this generation", key)
     try:
         image = decode_image(files[spec.image_format], spec.image_shape)
     except DamageError as error:

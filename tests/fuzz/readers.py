@@ -6,6 +6,7 @@ NAMES = (
     "idx",
     "CIFAR batch",
     "npz",
+    "image mark",
     "metadata.csv",
     "metadata.parquet",
     "CelebA table",

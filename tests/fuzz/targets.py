@@ -26,7 +26,9 @@ from ddpm_pipeline.config.data import PackConfig
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.config.load import load_settings
 from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.formats.images import encode_image
 from ddpm_pipeline.data.formats.npy import decode_npy, encode_npy
+from ddpm_pipeline.data.formats.provenance import read_mark, synthetic_mark
 from ddpm_pipeline.data.index import load_index
 from ddpm_pipeline.data.packing.dataset_card import (
     class_features,
@@ -84,6 +86,7 @@ def all_targets() -> Generator[dict[str, Target]]:
         made = [
             *_data_targets(Path(folder) / "data"),
             *_array_targets(Path(folder) / "arrays"),
+            _mark_target(),
             *_label_targets(Path(folder) / "labels"),
             *_generation_targets(Path(folder) / "generation"),
             *_training_targets(Path(folder) / "training"),
@@ -109,6 +112,11 @@ def _data_targets(folder: Path) -> Iterator[Target]:
         return load_index(store.uri)
 
     yield Target("index", read_index, store.read("index.json"), is_json=True)
+
+
+def _mark_target() -> Target:
+    marked = encode_image(np.zeros((4, 4, 3), np.uint8), "png", synthetic_mark("0" * 64, 3))
+    return Target("image mark", read_mark, marked, is_json=False)
 
 
 def _array_targets(folder: Path) -> Iterator[Target]:

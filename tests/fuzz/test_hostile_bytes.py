@@ -18,7 +18,17 @@ from tests.fuzz.targets import Target, all_targets
 
 MOST_BYTES = 64 * 2**20
 TEXT = ("metadata.csv", "CelebA table", "data set card", "settings")
-BINARY = ("tar", "npy", "idx", "CIFAR batch", "npz", "metadata.parquet", "checkpoint state", *TEXT)
+BINARY = (
+    "tar",
+    "npy",
+    "idx",
+    "CIFAR batch",
+    "npz",
+    "image mark",
+    "metadata.parquet",
+    "checkpoint state",
+    *TEXT,
+)
 CORPUS = Path(__file__).parent / "corpus"
 
 patient = settings(

@@ -20,6 +20,7 @@ from ddpm_pipeline.data.formats import npy
 from ddpm_pipeline.data.formats.color_profiles import to_srgb
 from ddpm_pipeline.data.formats.npy import Pixels
 from ddpm_pipeline.data.formats.png import MAGIC, decode_png, header_shape, may_have_orientation, png_problem
+from ddpm_pipeline.data.formats.provenance import with_png_mark
 from ddpm_pipeline.errors import DamageError
 
 EXTENSIONS = (
@@ -122,17 +123,23 @@ def probe(data: bytes) -> PixelShape:
         return PixelShape(shape.channels, shape.width, shape.height) if turned else shape
 
 
-def encode_image(pixels: Pixels, image_format: ImageFormat) -> bytes:
-    """One image uint8 (height, width, channels) as bytes that decode to it exactly.
+def encode_image(pixels: Pixels, image_format: ImageFormat, xmp: bytes | None = None) -> bytes:
+    """One image uint8 (height, width, channels) as bytes that decode to it exactly, with the mark `xmp` if given.
 
-    PNG and WebP hold 1 or 3 channels, npy any number.
+    PNG and WebP hold 1 or 3 channels, npy any number, but no mark.
     """
     if image_format == "npy":
         return npy.encode_npy(pixels)
     buffer = io.BytesIO()
     options: dict[str, Any] = {"lossless": True, "method": 4} if image_format == "webp" else {}
+    if xmp is not None and image_format == "webp":
+        options["xmp"] = xmp
     to_pillow(pixels).save(buffer, image_format, **options)
-    return buffer.getvalue()
+    return (
+        with_png_mark(buffer.getvalue(), xmp)
+        if xmp is not None and image_format == "png"
+        else buffer.getvalue()
+    )
 
 
 def decode_image(data: bytes, shape: ArrayShape) -> Pixels:

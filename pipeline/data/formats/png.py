@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.png_chunks import HEADER_BYTES, MAGIC, png_chunk
 
-MAGIC = b"\x89PNG\r\n\x1a\n"
 _NONE, _SUB, _UP = range(3)
 _COLOR_TYPES = {1: 0, 3: 2}  # channels to PNG's color type
 _MODES = {1: ("L", "L"), 3: ("RGB", "RGB;L")}
@@ -26,7 +26,7 @@ _MODES = {1: ("L", "L"), 3: ("RGB", "RGB;L")}
 # Chunks that do not affect pixel values, or that Pillow ignores. A color profile (iCCP) does affect them.
 _HARMLESS = frozenset(b"gAMA cHRM sRGB sBIT bKGD pHYs tIME tEXt zTXt iTXt".split())
 _ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
-_BODY = len(MAGIC) + 25  # after the header chunk
+_PLAIN_XMP = b"iTXtXML:com.adobe.xmp\0\0"  # not compressed
 _END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
 _BEST_LEVEL = b"\x78\xda"
 """First bytes of the stream of a packed file. Most writers use another level, so they are recognized early."""
@@ -56,7 +56,7 @@ def encode_png(pixels: Pixels, encoder: int = ENCODER) -> bytes:
             _filtered_lines(kind, by_filter[kind]), zlib.Z_FILTERED if kind else zlib.Z_DEFAULT_STRATEGY
         )
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOR_TYPES[channels], 0, 0, 0)
-    return MAGIC + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _END
+    return MAGIC + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", body) + _END
 
 
 def _filtered_lines(kind: int, filtered: Pixels) -> bytes:
@@ -133,7 +133,7 @@ def _decode_by_pillow(stream: bytes, channels: int, height: int, width: int) -> 
 def _image_stream(data: bytes) -> bytes | None:
     """The compressed lines of a file without other relevant chunks; None if it has any, or is incomplete."""
     parts: list[bytes] = []
-    place, end = _BODY, len(data)
+    place, end = HEADER_BYTES, len(data)
     while place + 12 <= end:
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
         if kind == b"IDAT":
@@ -155,7 +155,7 @@ def _head(channels: int, height: int, width: int) -> bytes:
 
 def header_shape(data: bytes) -> tuple[int, int, int] | None:
     """(channels, height, width) from a PNG's header; None if it is no PNG. 0 channels for an unknown type."""
-    if not data.startswith(MAGIC) or data[12:16] != b"IHDR" or len(data) < _BODY:
+    if not data.startswith(MAGIC) or data[12:16] != b"IHDR" or len(data) < HEADER_BYTES:
         return None
     width, height, _, kind = struct.unpack(">IIBB", data[16:26])
     # Palettes count as color. Transparency is no channel: it is composited on a background.
@@ -163,8 +163,15 @@ def header_shape(data: bytes) -> tuple[int, int, int] | None:
 
 
 def may_have_orientation(data: bytes) -> bool:
-    """Whether a PNG may contain an orientation. False positives are possible but rare."""
-    return any(mark in data for mark in _ORIENTATION_MARKS)
+    """Whether a PNG may contain an orientation. False positives are possible but rare.
+
+    XMP right after the header, as in the samples of a generation, is searched for one.
+    """
+    begin = 0
+    if data.startswith(_PLAIN_XMP, HEADER_BYTES + 4):
+        end = HEADER_BYTES + 12 + int.from_bytes(data[HEADER_BYTES : HEADER_BYTES + 4], "big")
+        begin = end if data.find(b"Orientation", HEADER_BYTES, end) < 0 else 0
+    return any(data.find(mark, begin) >= 0 for mark in _ORIENTATION_MARKS)
 
 
 def png_problem(data: bytes) -> str | None:
@@ -182,7 +189,3 @@ def png_problem(data: bytes) -> str | None:
                 return None
         place = end
     return "it is truncated" if place > len(data) else None
-
-
-def _chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
