@@ -1,0 +1,114 @@
+"""The installed wheel does everything outside a checkout: in an environment of its own, which nothing writes to."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ddpm_pipeline
+from ddpm_pipeline.infra.local import LocalStack
+from tests.built_wheel import build_wheel
+from tests.driving import ended_after
+
+pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(1200)]
+SMALL = (
+    "steps=60",
+    "optimizer.warmup_steps=10",
+    "log_every_steps=20",
+    "checkpoint.every_steps=20",
+    "grid.every_steps=20",
+    "grid.count=4",
+)
+
+
+class Installed:
+    """An environment with the wheel, on top of this one's other packages, and an empty folder to work in."""
+
+    def __init__(self, environment: Path, folder: Path, environ: dict[str, str]) -> None:
+        self.program = environment / "bin/ddpm"
+        (self.packages,) = environment.glob("lib/python*/site-packages")
+        self.folder = folder
+        self.environ = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
+
+    def ddpm(self, *words: str) -> str:
+        """What the command prints, which must succeed."""
+        done = subprocess.run(
+            [str(self.program), *words],
+            cwd=self.folder,
+            env=self.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def contents(self) -> dict[str, tuple[int, int]]:
+        """Every file and folder of site-packages, with its size and its time of change."""
+        found = {path: path.stat() for path in self.packages.rglob("*")}
+        return {str(path): (about.st_size, about.st_mtime_ns) for path, about in found.items()}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]) -> Iterator[Installed]:
+    base = tmp_path_factory.mktemp("wheel")
+    wheel, environment, work = build_wheel(base), base / "environment", base / "empty"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(environment / "bin/python"),
+        "--disable-pip-version-check",
+    ]
+    subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", str(wheel)], check=True)
+    work.mkdir()
+    found = Installed(environment, work, bare_environ)
+    # Paths in such a file are searched, but not for files of its kind: what is installed here as editable stays unseen.
+    dependencies = Path(pytest.__file__).parents[1]
+    (found.packages / "dependencies.pth").write_text(f"{dependencies}\n")
+    for path in [found.packages, *found.packages.rglob("*")]:
+        path.chmod(path.stat().st_mode & ~0o222)  # root may write all the same: `contents` tells
+    with ended_after(LocalStack(work / ".local", environ=bare_environ)):
+        yield found
+    for path in [found.packages, *found.packages.rglob("*")]:
+        path.chmod(path.stat().st_mode | 0o200)
+
+
+def test_the_program_is_the_wheels(installed: Installed) -> None:
+    python = installed.program.with_name("python")
+    asked = "import ddpm_pipeline as p; from ddpm_pipeline.installation import checkout; print(p.__file__, checkout())"
+    words = [str(python), "-c", asked]
+    said = subprocess.run(
+        words, cwd=installed.folder, env=installed.environ, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    assert said.split() == [str(installed.packages / "ddpm_pipeline/__init__.py"), "None"]
+    assert installed.ddpm("--version") == f"ddpm {ddpm_pipeline.__version__}\n"
+
+
+def test_from_a_stack_to_verified_samples_in_an_empty_folder_with_packages_that_stay_as_installed(
+    installed: Installed,
+) -> None:
+    before = installed.contents()
+    assert "ray is ready" in installed.ddpm("up")
+    assert "packages" in installed.ddpm("doctor", "--write")
+    assert "packed: 1797 images" in installed.ddpm("pack", "demo")
+    # A driver of the local stack sends its workers nothing: they have the wheel. A submitted job brings the program.
+    assert "demo/1" in installed.ddpm("train", "demo", *SMALL)
+    assert "complete" in installed.ddpm(
+        "submit", "generate", "demo", "count=40", "shard_size=20", "batch_size=20"
+    )
+    assert "sound and complete" in installed.ddpm("verify", "s3://ddpm/samples/demo", "--regenerate", "2")
+    assert "kubectl" in installed.ddpm("files", "deploy")
+    assert "ddpm.schema.json" in installed.ddpm("schema")
+    assert "ray" in installed.ddpm("down")
+    assert installed.contents() == before
+    made = {path.name for path in installed.folder.iterdir()}
+    assert made == {".local", "deploy", "ddpm.schema.json"}
+    assert not os.path.exists(installed.folder / "deploy/pyproject.toml")
