@@ -6,6 +6,7 @@ Started again with the same settings it resumes from the last checkpoint, and do
 """
 
 from ddpm_pipeline.config.distill_job import DistillConfig
+from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.jobs.progress_bar import progress_of
 from ddpm_pipeline.jobs.runner import JobArguments, run_job
 from ddpm_pipeline.jobs.train import run as train
@@ -27,11 +28,16 @@ def run_call(call: JobArguments, local: bool = False) -> int:
 
 def run(config: DistillConfig, progress: Progress, local: bool = False) -> int:
     """Distill, and print how it ended. Raises UserError before any work starts."""
+    with progress_of("verify pairs", "shards") as verifying:
+        training = plan(config, verifying)
+    return train(training, progress, local)
+
+
+def plan(config: DistillConfig, verifying: Progress) -> TrainConfig:
+    """The training of the student. UserError for a teacher or pairs that cannot be used; `verifying` counts shards."""
     from ddpm_pipeline.distill.plan_distillation import plan_distillation
 
-    with progress_of("verify pairs", "shards") as verifying:
-        training = plan_distillation(config, verifying)
-    return train(training, progress, local)
+    return plan_distillation(config, verifying)
 
 
 def estimate_distillation(config: DistillConfig) -> TrainingEstimate:

@@ -4,7 +4,10 @@ The metrics are printed and stored beside the prefix, as `<prefix>.evaluation.js
 contains nothing but itself.
 """
 
+from __future__ import annotations
+
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ddpm_pipeline.config.evaluation import EvaluateConfig
 from ddpm_pipeline.config.generation import GenerateConfig
@@ -13,6 +16,9 @@ from ddpm_pipeline.jobs.ray_map import measuring_workers
 from ddpm_pipeline.jobs.runner import DONE, JobArguments, run_job, settings_of
 from ddpm_pipeline.progress import Progress
 from ddpm_pipeline.telemetry.terminal import echo, echo_json
+
+if TYPE_CHECKING:
+    from ddpm_pipeline.evaluate.document import Evaluation
 
 
 def run_call(call: JobArguments, prefix: str | None = None, against: str | None = None) -> int:
@@ -33,17 +39,14 @@ def run(
 ) -> int:
     """Evaluate, log, print. UserError where `against` was evaluated under other conditions, or never."""
     from ddpm_pipeline.evaluate.document import evaluation_uri, load_evaluation, require_comparable, table
-    from ddpm_pipeline.evaluate.evaluation_runs import try_to_log
-    from ddpm_pipeline.evaluate.measure import evaluate_generation
 
     other = None if against is None else load_evaluation(against)
     if against is not None and other is None:
         raise UserError(f"--against: {against} has no evaluation; run: ddpm evaluate --prefix {against}")
-    workers = partial(measuring_workers, config, "evaluate")
-    evaluation = evaluate_generation(config, output, progress, workers)
+    evaluation = measure(config, output, progress)
     if other is not None:
         require_comparable(evaluation, other)
-    logged = try_to_log(evaluation, config.track)
+    logged = log_evaluation(config, evaluation)
     if as_json:
         echo_json(evaluation.model_dump(mode="json"))
         return DONE
@@ -52,6 +55,20 @@ def run(
     if logged is not None:
         echo(f"mlflow     {logged}")
     return DONE
+
+
+def measure(config: EvaluateConfig, output: str, progress: Progress) -> Evaluation:
+    """Evaluate the complete generation at a prefix, where the settings say, and store the document beside it."""
+    from ddpm_pipeline.evaluate.measure import evaluate_generation
+
+    return evaluate_generation(config, output, progress, partial(measuring_workers, config, "evaluate"))
+
+
+def log_evaluation(config: EvaluateConfig, evaluation: Evaluation) -> str | None:
+    """Log it in MLflow: a line that says where, or why not; None where tracking is off."""
+    from ddpm_pipeline.evaluate.evaluation_runs import try_to_log
+
+    return try_to_log(evaluation, config.track)
 
 
 def output_of(call: JobArguments) -> str:

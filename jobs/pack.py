@@ -1,14 +1,20 @@
 """The packing job: images to shards and their index."""
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from ddpm_pipeline.config.data import PackConfig
 from ddpm_pipeline.data.packing.known_datasets import KNOWN_DATASETS
 from ddpm_pipeline.data.packing.open_source import require_source
-from ddpm_pipeline.data.packing.pack_dataset import PackReport, held_out_uri, local_parallel_map, pack
+from ddpm_pipeline.data.packing.pack_dataset import (
+    OpenProgress,
+    PackReport,
+    held_out_uri,
+    local_parallel_map,
+    pack,
+)
 from ddpm_pipeline.data.packing.pack_state import read_destination
 from ddpm_pipeline.jobs.progress_bar import progress_of
 from ddpm_pipeline.jobs.ray_map import ray_map_for
@@ -55,8 +61,8 @@ def list_datasets() -> int:
 
 
 def pack_images(config: PackConfig, progress: Progress, as_json: bool = False) -> int:
-    """Pack, unless it is done already. Raises UserError before anything is written."""
-    report = pack(config, progress, _spread, partial(progress_of, "fetch", "bytes"))
+    """Pack, unless it is done already, and print what there is."""
+    report = pack_on_cluster(config, progress, partial(progress_of, "fetch", "bytes"))
     if as_json:
         echo_json({"dest": config.dest, **asdict(report)})
         return DONE
@@ -65,6 +71,16 @@ def pack_images(config: PackConfig, progress: Progress, as_json: bool = False) -
         _print_report(report.held_out, held_out_uri(config.dest))
     echo(f"next     ddpm train data.uri={config.dest} …   (or a preset that names it)")
     return DONE
+
+
+def pack_on_cluster(
+    config: PackConfig, progress: Progress, fetch_progress: OpenProgress = nullcontext
+) -> PackReport:
+    """Pack, unless it is done already: on the cluster that RAY_ADDRESS names, or here for few images.
+
+    Raises UserError before anything is written.
+    """
+    return pack(config, progress, _spread, fetch_progress)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ddpm_pipeline.config.data import PackConfig
 from ddpm_pipeline.config.distill_job import DistillConfig
 from ddpm_pipeline.config.evaluation import EvaluateConfig, FeaturesConfig, PromoteConfig, TuneConfig
 from ddpm_pipeline.config.generation import GenerateConfig, SampleConfig
-from ddpm_pipeline.config.load import load_settings
+from ddpm_pipeline.config.load import changed_settings, load_settings
 from ddpm_pipeline.config.nights import NightlyConfig
 from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.disk_errors import disk_error
@@ -113,6 +113,18 @@ def settings_of(model: type[S], section: str, call: JobArguments) -> S:
     """The resolved settings of a call: preset, then --config files, then overrides."""
     layers = [*([preset_file(call.preset)] if call.preset else []), *call.files]
     return load_settings(model, section, layers, call.overrides, sections=tuple(SECTIONS), presets=presets())
+
+
+def given_settings(
+    model: type[S], section: str, given: S | str | Path | None, values: Mapping[str, object]
+) -> S:
+    """Settings as callers in Python give them: an object, the name of a preset or the path of a settings file, or
+    nothing, and single values that win. Raises UserError as the command line does.
+    """
+    if isinstance(given, Settings):
+        return changed_settings(given, section, values) if values else given
+    layers = [preset_file(given)] if isinstance(given, str) else [] if given is None else [given]
+    return load_settings(model, section, layers, sections=tuple(SECTIONS), presets=presets(), values=values)
 
 
 def preset_uses_gpus(call: JobArguments) -> bool:

@@ -30,6 +30,16 @@ def run_call(call: JobArguments, local: bool = False) -> int:
 
 def run(config: TrainConfig, progress: Progress, local: bool = False) -> int:
     """Train, and print how it ended. Raises UserError before any work starts."""
+    result = train(config, progress, local)
+    echo(*summary(config, result))
+    return STOPPED if result.status == "stopped" else DONE
+
+
+def train(config: TrainConfig, progress: Progress, local: bool = False) -> TrainingResult:
+    """Train on the cluster that RAY_ADDRESS names, or in this process; SIGTERM or Ctrl-C saves a checkpoint and ends.
+
+    Raises UserError before any work starts.
+    """
     stop = threading.Event()
     name = os.environ.get(SUBMITTED)
     driver = TrainingDriver(
@@ -40,9 +50,7 @@ def run(config: TrainConfig, progress: Progress, local: bool = False) -> int:
         run_gate=partial(_run_gate, config.workers.gpus_per_worker > 0),
         tags={"ray.submission_id": name} if name and not local else {},
     )
-    result = driver.train(config)
-    echo(*summary(config, result))
-    return STOPPED if result.status == "stopped" else DONE
+    return driver.train(config)
 
 
 def summary(config: TrainConfig, result: TrainingResult) -> list[str]:

@@ -28,10 +28,7 @@ def run(
         report = verify(prefix, progress)
     if num_regenerate:
         with progress_of("regenerate", "samples") as progress:
-            if report.spec.device == "cuda":
-                _regenerate_on_gpu(report, num_regenerate, model, progress)
-            else:
-                regenerate(report, num_regenerate, model, progress=progress)
+            regenerate_where_possible(report, num_regenerate, model, progress)
     if discard and discard_damaged(report):
         report.notes.append(f"the records of {len(report.damaged):,} damaged shards are deleted")
     if as_json:
@@ -42,8 +39,15 @@ def run(
     return FAILED if not report.ok else REFUSED if report.not_judged else DONE
 
 
-def _regenerate_on_gpu(report: VerifyReport, count: int, model: str | None, progress: Progress) -> None:
-    """On a worker of the recorded kind, in the cluster that RAY_ADDRESS names: this machine may have no GPU."""
+def regenerate_where_possible(
+    report: VerifyReport, count: int, model: str | None, progress: Progress
+) -> None:
+    """Sample some images again and add the comparison to the report: here, or for a generation on GPUs on a worker of
+    the recorded kind, in the cluster that RAY_ADDRESS names, as this machine may have no GPU.
+    """
+    if report.spec.device != "cuda":
+        regenerate(report, count, model, progress=progress)
+        return
     from ddpm_pipeline.jobs.ray_session import ray_cluster
 
     with ray_cluster():

@@ -35,8 +35,9 @@ def load_settings(
     *,
     sections: Sequence[str] = (),
     presets: Mapping[str, Path] | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> S:
-    """Merge `section` of each file, apply the overrides, validate.
+    """Merge `section` of each file, apply the overrides and `values` (by dotted name or nested), validate.
 
     A file that says `base: NAME` is laid over the preset of that name.
     `{root}` in any text stands for $DDPM_ROOT, where this installation keeps data, runs and outputs.
@@ -48,6 +49,20 @@ def load_settings(
         tree = _merged(tree, _section(content, file, section, {section, *sections}))
     for word in overrides:
         tree = _merged(tree, _override(word, model))
+    for name, value in (values or {}).items():
+        tree = _merged(tree, _nested(name, _plain(value)))
+    return _validated(model, section, tree)
+
+
+def changed_settings(settings: S, section: str, values: Mapping[str, Any]) -> S:
+    """The settings with other values, by dotted name or nested. Raises UserError as `load_settings` does."""
+    tree = settings.model_dump()
+    for name, value in values.items():
+        tree = _merged(tree, _nested(name, _plain(value)))
+    return _validated(type(settings), section, tree)
+
+
+def _validated(model: type[S], section: str, tree: Tree) -> S:
     try:
         plain = model.model_validate(tree).model_dump()  # with the defaults, which may speak of {root} too
         return model.model_validate(_with_root(plain))
@@ -123,10 +138,23 @@ def _override(word: str, model: type[BaseModel]) -> Tree:
         raise UserError(
             f"'{word}': not a setting; write key=value, for example {next(setting_names(model))}=…"
         )
-    value = _value(text, list(_kinds(model, name.split("."))))
+    return _nested(name, _value(text, list(_kinds(model, name.split(".")))))
+
+
+def _nested(name: str, value: Any) -> Tree:
+    """A value under its dotted name."""
     for part in reversed(name.split(".")):
         value = {part: value}
     return cast(Tree, value)
+
+
+def _plain(value: Any) -> Any:
+    """A value with the groups of settings in it as mappings."""
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in cast(Mapping[str, Any], value).items()}
+    return str(value) if isinstance(value, Path) else value
 
 
 def _value(text: str, kinds: Sequence[Any]) -> Any:

@@ -5,7 +5,7 @@ generations, with done-records. Reads no image: `ddpm_pipeline.generate.verifica
 import re
 from dataclasses import dataclass, field
 
-from ddpm_pipeline.errors import DamageError
+from ddpm_pipeline.errors import DamageError, UserError
 from ddpm_pipeline.generate.layout import CONTACT_KEY, MANIFEST_KEY, REPORT_KEY
 from ddpm_pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
 from ddpm_pipeline.generate.stored_generation import Generation, PrefixListing
@@ -39,6 +39,20 @@ class Completeness:
         self.num_faults += 1
         if len(self.faults) < MAX_FAULTS:
             self.faults.append(f"{key}: {what}")
+
+
+def require_complete(generation: Generation) -> Manifest:
+    """The manifest of a complete generation. UserError, with what to do, for one that is not or no longer complete."""
+    found, uri, count = check_complete(generation), generation.uri, generation.spec.count
+    if found.faults:
+        raise UserError(
+            f"{uri}: is no longer complete ({found.faults[0]}); ddpm verify {uri} says what to do"
+        )
+    if found.manifest is None:
+        raise UserError(
+            f"{uri}: is not complete; the same ddpm generate command (count={count}) makes what is missing"
+        )
+    return found.manifest
 
 
 def check_complete(generation: Generation) -> Completeness:

@@ -14,7 +14,7 @@ from ddpm_pipeline.data.reading.download_dataset import Download, RemoteObject, 
 from ddpm_pipeline.data.reading.unpack import ImageFolder
 from ddpm_pipeline.errors import DamageError, UserError
 from ddpm_pipeline.generate.class_labels import labels_of
-from ddpm_pipeline.generate.completeness import check_complete
+from ddpm_pipeline.generate.completeness import require_complete
 from ddpm_pipeline.generate.done_records import DoneRecord, check_record
 from ddpm_pipeline.generate.layout import CONTACT_KEY, MANIFEST_KEY, REPORT_KEY, SPEC_KEY
 from ddpm_pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
@@ -37,7 +37,7 @@ def download_generation(
     """
     store, spec, uri = generation.store, generation.spec, generation.uri
     root = local_folder(destination, store)
-    manifest = _require_complete(generation)
+    manifest = require_complete(generation)
     _require_same(root, spec)
     folder = Folder(root)
     images = image_folder(root, f"the generation {spec.digest}", manifest.class_names) if unpack else None
@@ -60,19 +60,6 @@ def download_generation(
     for key in local.listing().superseded:  # tails of a smaller count that was downloaded before
         local.store.delete(key)
     return manifest, download
-
-
-def _require_complete(generation: Generation) -> Manifest:
-    found, uri, count = check_complete(generation), generation.uri, generation.spec.count
-    if found.faults:
-        raise UserError(
-            f"{uri}: is no longer complete ({found.faults[0]}); ddpm verify {uri} says what to do"
-        )
-    if found.manifest is None:
-        raise UserError(
-            f"{uri}: is not complete; the same ddpm generate command (count={count}) makes what is missing"
-        )
-    return found.manifest
 
 
 def _require_same(root: Path, spec: Spec) -> None:

@@ -7,9 +7,24 @@ such as `\\x1b`.
 
 import json
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from ddpm_pipeline.telemetry.redaction import redact
+
+_quiet = ContextVar("quiet", default=False)
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """`echo` prints only errors in this block: for callers in Python, who are given the facts as objects."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
 
 
 def one_line(text: str) -> str:
@@ -29,6 +44,8 @@ def echo(*lines: str, error: bool = False) -> None:
 
     One write for all of them, so that threads do not mix their lines.
     """
+    if _quiet.get() and not error:
+        return
     text = "".join(one_line(redact(line)) + "\n" for line in lines)
     print(text, end="", file=sys.stderr if error else sys.stdout, flush=True)
 

@@ -46,7 +46,7 @@ def loaded(code: str, *arguments: str, folder: Path) -> set[str]:
 
 
 def test_document_modules_import_nothing_that_computes(tmp_path: Path) -> None:
-    modules = ", ".join(f"pipeline.{name}" for name in DOCUMENTS)
+    modules = ", ".join(f"ddpm_pipeline.{name}" for name in DOCUMENTS)
     code = f'import sys, {modules}; print("LOADED", *{{n.partition(".")[0] for n in sys.modules}})'
     assert loaded(code, folder=tmp_path) & {*COMPUTE, "ray", "boto3"} == set()
 
