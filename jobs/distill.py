@@ -5,13 +5,19 @@
 Started again with the same settings it resumes from the last checkpoint, and does nothing once it is done.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from ddpm_pipeline.config.distill_job import DistillConfig
 from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.jobs.progress_bar import progress_of
 from ddpm_pipeline.jobs.runner import JobArguments, run_job
 from ddpm_pipeline.jobs.train import run as train
 from ddpm_pipeline.progress import Progress
-from ddpm_pipeline.train.dry_run import TrainingEstimate, estimate
+
+if TYPE_CHECKING:
+    from ddpm_pipeline.train.dry_run import TrainingEstimate
 
 
 def run_call(call: JobArguments, local: bool = False) -> int:
@@ -43,5 +49,6 @@ def plan(config: DistillConfig, verifying: Progress) -> TrainConfig:
 def estimate_distillation(config: DistillConfig) -> TrainingEstimate:
     """What the training of the student will need. Raises UserError for a teacher that cannot be used."""
     from ddpm_pipeline.distill.plan_distillation import training_to_estimate
+    from ddpm_pipeline.train.dry_run import estimate
 
     return estimate(training_to_estimate(config))

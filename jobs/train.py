@@ -5,11 +5,14 @@
 Started again with the same settings it resumes from the last checkpoint, and does nothing once it is done.
 """
 
+from __future__ import annotations
+
 import os
 import threading
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ddpm_pipeline.config.evaluation import GateConfig
 from ddpm_pipeline.config.training import TrainConfig
@@ -19,8 +22,10 @@ from ddpm_pipeline.jobs.runner import DONE, STOPPED, JobArguments, run_job
 from ddpm_pipeline.progress import Progress
 from ddpm_pipeline.telemetry.terminal import echo
 from ddpm_pipeline.tracking import ModelVersion
-from ddpm_pipeline.train.dry_run import estimate
-from ddpm_pipeline.train.training_driver import TrainingDriver, TrainingResult
+
+if TYPE_CHECKING:
+    from ddpm_pipeline.train.dry_run import TrainingEstimate
+    from ddpm_pipeline.train.training_driver import TrainingResult
 
 
 def run_call(call: JobArguments, local: bool = False) -> int:
@@ -40,6 +45,8 @@ def train(config: TrainConfig, progress: Progress, local: bool = False) -> Train
 
     Raises UserError before any work starts.
     """
+    from ddpm_pipeline.train.training_driver import TrainingDriver  # imports torch
+
     stop = threading.Event()
     name = os.environ.get(SUBMITTED)
     driver = TrainingDriver(
@@ -51,6 +58,13 @@ def train(config: TrainConfig, progress: Progress, local: bool = False) -> Train
         tags={"ray.submission_id": name} if name and not local else {},
     )
     return driver.train(config)
+
+
+def estimate(config: TrainConfig) -> TrainingEstimate:
+    """What a training will need, for `--dry-run`."""
+    from ddpm_pipeline.train.dry_run import estimate as estimate_training
+
+    return estimate_training(config)
 
 
 def summary(config: TrainConfig, result: TrainingResult) -> list[str]:

@@ -58,6 +58,12 @@ def test_help_and_status_import_neither_ray_nor_what_computes(tmp_path: Path) ->
     assert loaded(COMMANDS, commands, folder=tmp_path) & {*COMPUTE, "ray", "boto3"} == set()
 
 
+def test_settings_are_refused_before_anything_that_computes_is_imported(tmp_path: Path) -> None:
+    jobs = ("train", "distill", "generate", "sample", "evaluate", "promote", "nightly")
+    commands = json.dumps([[job, "digits", "no_such_setting=1"] for job in jobs])
+    assert loaded(COMMANDS, commands, folder=tmp_path) & {*COMPUTE, "ray"} == set()
+
+
 def test_a_gallery_without_training_data_needs_no_torch(tmp_path: Path) -> None:
     uri = f"file://{tmp_path}/out"
     fill(settings(tiny_model(tmp_path / "model"), uri, count=12))

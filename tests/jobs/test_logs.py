@@ -77,10 +77,10 @@ def test_progress_and_records_are_lines_of_json(capsys: pytest.CaptureFixture[st
     with progress_of("generate", "images") as report:
         report(5, 10)
         report(10, 10, "complete")
-    logging.getLogger("pipeline.anything").warning("away")
+    logging.getLogger("ddpm_pipeline.anything").warning("away")
     lines = [json.loads(text) for text in capsys.readouterr().err.splitlines()]
     assert [(entry.get("done"), entry.get("total")) for entry in lines] == [(5, 10), (10, 10), (None, None)]
-    assert lines[-1]["logger"] == "pipeline.anything"
+    assert lines[-1]["logger"] == "ddpm_pipeline.anything"
 
 
 def test_a_second_piece_of_work_is_timed_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
