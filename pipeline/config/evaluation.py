@@ -225,6 +225,11 @@ class GateConfig(Settings):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Confidence level of the intervals."""
 
+    @property
+    def names_baseline(self) -> bool:
+        """Whether the gate compares with a model that it names, and so can judge the first version of a name."""
+        return self.baseline is not None and self.baseline.model is not None
+
     @model_validator(mode="after")
     def _can_measure_cost(self) -> Self:
         for name, better in COST_METRICS.items():

@@ -113,8 +113,7 @@ def _is_champion(challenger: ModelVersion, champion: ModelVersion | None) -> boo
 
 def _needs_baseline(gate: GateConfig, champion: ModelVersion) -> bool:
     """Whether a champion was never compared with the model that the gate names: the first of a name is not."""
-    names_model = gate.baseline is not None and gate.baseline.model is not None
-    return names_model and champion.tags.get(VERDICT_TAG) != "promoted"
+    return gate.names_baseline and champion.tags.get(VERDICT_TAG) != "promoted"
 
 
 def read_champion(name: str, alias: str) -> tuple[ModelVersion | None, AliasHistory]:

@@ -183,9 +183,10 @@ class TrainingDriver:
 def publish(
     plan: TrainPlan, run: Run, checkpoint: Checkpoint, run_gate: RunGate
 ) -> tuple[ModelVersion, str | None]:
-    """Register the averaged weights as the challenger, and as the champion where there is none.
+    """Register the averaged weights as the challenger. Where there is no champion, they are that too.
 
-    Where there is one, the gate decides, if the settings name one; what it said is returned beside the version.
+    The gate decides, if the settings name one, where there is a champion and where the gate itself names the model to
+    compare with; what it said is returned beside the version.
     """
     name, step = plan.config.name, checkpoint.record.step
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as folder:
@@ -201,14 +202,15 @@ def publish(
             checkpoint_uri=checkpoint_uri(plan.store, step),
         )
     set_alias(name, CHALLENGER, version.version)
-    champion, gate = LoggedAlias(name, CHAMPION), None
-    if champion.reconcile().version is None:
+    champion, gate, said = LoggedAlias(name, CHAMPION), plan.config.gate, None
+    is_first = champion.reconcile().version is None
+    if gate is not None and (gate.names_baseline or not is_first):
+        said = run_gate(gate, version)
+    elif is_first:
         with suppress(MoveConflictError):  # another first model came first
             champion.move(None, version.version, "first")
-    elif plan.config.gate is not None:
-        gate = run_gate(plan.config.gate, version)
     describe(run.run_id, _description(plan, run, version))
-    return resolve(version.reference), gate
+    return resolve(version.reference), said
 
 
 def _worker_range(workers: WorkerConfig) -> str:
