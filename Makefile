@@ -39,15 +39,20 @@ distclean: clean ## also remove .venv
 lint: install-dev ## style, types, layer contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(NICE) $(BIN)/pyright
 	$(BIN)/lint-imports
 
-test: install-dev ## all checks: lint beside the fast tests, then the tests on the real stack (LONG=1: also repetitions, variants and what takes minutes)
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint test-fast
+# The tests on the stack leave much of the cores idle while they wait; the others run meanwhile, and give way to them.
+test: install-dev ## all checks: lint, the fast tests and those on the real stack, side by side (LONG=1: also repetitions, variants and what takes minutes)
+ifdef LONG
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line lint test-fast
 	@$(MAKE) --no-print-directory test-stack
+else
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=line test-stack test-fast lint NICE='nice -n 15'
+endif
 
 test-fast: install-dev ## the tests that need no servers (LONG=1: all of them)
-	$(BIN)/pytest -m 'not stack' --numprocesses logical --maxprocesses 4 --dist worksteal $(if $(LONG),--long)
+	$(NICE) $(BIN)/pytest -m 'not stack' --numprocesses logical --maxprocesses 4 --dist worksteal $(if $(LONG),--long)
 
 test-stack: install-dev ## the tests on the real stack (LONG=1: all of them)
 	$(BIN)/pytest -m stack --durations=15 $(if $(LONG),--long,--numprocesses 2 --dist loadfile --no-loadscope-reorder)

@@ -33,13 +33,14 @@ from torch._ops import OpOverload  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
+import ddpm_pipeline  # noqa: E402
 from ddpm_pipeline.kernels.tiling import Tiling  # noqa: E402
 from tests.cuda.simulated_graph import Recording, forbid_while_capturing, recording  # noqa: E402
 
 aten = torch.ops.aten
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 CUDA = torch.device("cuda", 0)
-ROOT = Path(__file__).parents[2]
+PACKAGE = f"{Path(ddpm_pipeline.__file__).parent}/"
 OWN_FOLDER = str(Path(__file__).parent)
 
 NO_KERNEL = {
@@ -129,8 +130,8 @@ def _asked_at(lines: bool = True) -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and len(found) < 2:
         file = frame.f_code.co_filename
-        if file.startswith(f"{ROOT}/pipeline/"):
-            name = file.removeprefix(f"{ROOT}/")
+        if file.startswith(PACKAGE):
+            name = file.removeprefix(PACKAGE)
             if not lines:
                 return name
             found.append(f"{name}:{frame.f_lineno}")

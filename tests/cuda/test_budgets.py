@@ -15,11 +15,9 @@ from tests.effort import is_long, long
 
 QUICK = [
     "training step, digits",
-    "training step, ddpm-cifar10, bfloat16",
     "sampler step, digits, float32, ancestral",
-    "sampler step, ddpm-cifar10, bfloat16, dpm++2m",
 ]
-"""Steps that are counted without --long: each kind of step, precision and sampler once."""
+"""Steps that are counted without --long: each kind of step once."""
 BUDGETS: dict[str, dict[str, float]] = json.loads(Path(__file__).with_name("budgets.json").read_text())
 
 pytestmark = NEEDS_THE_DEVICE

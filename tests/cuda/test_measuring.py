@@ -7,7 +7,7 @@ import pytest
 
 from tests.cuda.running import NEEDS_THE_DEVICE, run
 
-pytestmark = NEEDS_THE_DEVICE
+pytestmark = [*NEEDS_THE_DEVICE, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -32,18 +32,15 @@ from ddpm_pipeline.tracking.spool import SPOOL_VARIABLE
 from ddpm_pipeline.train import dry_run
 from tests.commands import ddpm
 from tests.docs.lines import REPOSITORY, Shown, shown
-from tests.effort import is_long
 from tests.traces import left_behind, own_secrets, secrets_in
 
-pytestmark = [pytest.mark.stack, pytest.mark.first, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(600)]
 CANARIES = {
     "MLFLOW_TRACKING_USERNAME": "canary-user",
     "MLFLOW_TRACKING_PASSWORD": "canary-4f1d7c-password",
     "HF_TOKEN": "canary-9b2e6a-token",
     "PIPELINE_API_KEY": "canary-77aa01-key",
 }
-SMALLER = ("net.base_channels=16", "net.norm_groups=8", "global_batch=64")
-"""Added to trainings without --long. Nothing that is looked at here depends on it."""
 MUST_BE_METERED = {
     "train": {"ddpm_images_per_second", "ddpm_step", "ddpm_step_seconds", "ddpm_data_wait_share"},
     "generate": {"ddpm_images_per_second", "ddpm_images_done", "ddpm_shards_done"},
@@ -99,8 +96,7 @@ def run_here(command: Shown) -> tuple[int, str]:
     with io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as output:
         with redirect_stdout(output), redirect_stderr(output):
             use_running_stack()
-            smaller = SMALLER if command.words[0] == "train" and not is_long() else ()
-            code = ddpm(*command.words, *smaller)
+            code = ddpm(*command.words)
         output.seek(0)
         return code, output.read()
 

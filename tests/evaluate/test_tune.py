@@ -130,6 +130,7 @@ def test_table_plot_and_preset_are_stored_and_a_generation_accepts_the_preset(
 
 
 @pytest.mark.stack
+@pytest.mark.long
 def test_the_cluster_gives_the_metrics_of_this_process(
     digits: str, model: Path, tmp_path: Path, stack: LocalStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:

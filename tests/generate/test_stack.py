@@ -81,6 +81,7 @@ def test_the_command_fills_a_prefix_and_then_has_nothing_to_do(
     assert contents(open_store(prefix)) == before
 
 
+@pytest.mark.long
 def test_one_and_three_workers_and_none_make_the_same_bytes(model: Path, prefix: str) -> None:
     fill(settings(model, f"{prefix}/none", count=47))
     expected = contents(open_store(f"{prefix}/none"))

@@ -105,6 +105,7 @@ def test_nothing_listens_beyond_loopback(healed: LocalStack) -> None:
 
 
 @pytest.mark.stack
+@pytest.mark.long
 def test_killed_services_come_back_with_their_data_on_their_ports(
     healed: LocalStack, pointed: dict[str, str]
 ) -> None:

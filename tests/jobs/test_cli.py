@@ -92,6 +92,7 @@ def test_every_job_prints_the_settings_of_a_file_as_json(
     section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDPM_ROOT", f"file://{tmp_path}/root")
+    monkeypatch.setattr("ddpm_pipeline.train.dry_run.BUDGET_SECONDS", 0.3)
     words = command_of(section)
     assert words in ALL
     file = tmp_path / "settings.yaml"

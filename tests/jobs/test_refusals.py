@@ -61,7 +61,10 @@ def test_a_contact_sheet_that_cannot_be_written_is_refused_before_reading(root: 
     assert "is no kind of image" in refused("inspect", NOWHERE, "--sheet", "sheet.pgn")
 
 
-def test_a_dry_run_prints_settings_that_can_be_given_back(root: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_settings_that_can_be_given_back(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ddpm_pipeline.train.dry_run.BUDGET_SECONDS", 0.3)
     first = CliRunner().invoke(app, ["train", "digits", "seed=7", "--dry-run"])
     assert first.exit_code == 0
     file = tmp_path / "again.yaml"

@@ -69,6 +69,7 @@ def test_a_training_ends_before_any_worker_is_started(
     assert [entry.key for entry in open_store(f"{prefix}/runs").list("")] == []
 
 
+@pytest.mark.long
 def test_a_generation_ends_before_any_worker_is_started(
     node: Node,
     prefix: str,

@@ -34,7 +34,7 @@ from tests.train.tiny import tiny
 pytestmark = [pytest.mark.stack, pytest.mark.first, pytest.mark.timeout(900)]
 
 HEALTH_CHECK_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
-STEPS = 800 if is_long() else 400
+STEPS = 800 if is_long() else 280
 OUTAGE_SECONDS = 15.0  # longer than the store's own retries, and in all less than a step's time-out
 
 
