@@ -89,6 +89,8 @@ def summary(result: GenerationResult) -> list[str]:
         )
     if result.efficiency is not None:
         lines.append(f"gpu      {result.efficiency}")
+    if result.signature is not None:
+        lines.append(f"signed   {result.signature}")
     if result.cost is not None:
         lines.append(f"cost     {result.cost.text()}")
     if result.status in ("drained", "failed"):

@@ -2,11 +2,13 @@
 
 import dataclasses
 
+from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.generate.regenerate import regenerate
 from ddpm_pipeline.generate.verification import VerifyReport, discard_damaged, verify
 from ddpm_pipeline.jobs.progress_bar import progress_of
 from ddpm_pipeline.jobs.runner import DONE, FAILED, REFUSED, use_running_stack
 from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.signatures import PublicKey
 from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 _SHOWN = 50
@@ -18,14 +20,20 @@ def run(
     model: str | None = None,
     as_json: bool = False,
     discard: bool = False,
+    key: str | None = None,
+    signed_for: str | None = None,
 ) -> int:
-    """Verify and print the report; with `discard`, delete the records of damaged shards.
+    """Verify and print the report; with `discard`, delete the records of damaged shards; with `key`, check the
+    signature.
 
     Exit code 2 if nothing is wrong, but samples could not be judged here, which another kind of worker can do.
     """
+    public = None if key is None else PublicKey.read(key)
+    if public is None and signed_for is not None:
+        raise UserError("--signed-for: has no effect without --key; add the public key")
     use_running_stack()
     with progress_of("verify", "shards") as progress:
-        report = verify(prefix, progress)
+        report = verify(prefix, progress, public, signed_for)
     if num_regenerate:
         with progress_of("regenerate", "samples") as progress:
             regenerate_where_possible(report, num_regenerate, model, progress)
@@ -66,6 +74,8 @@ def lines(report: VerifyReport, discarded: bool = False) -> list[str]:
         f"checked  {report.samples_checked:,} of {report.spec.count:,} samples in {report.shards_checked:,} shards, "
         f"{report.seconds:.1f} s",
     ]
+    if report.signed_by is not None and report.ok:
+        out.append(f"signed   by key {report.signed_by}")
     if report.regenerated:
         out.append(f"remade   {report.regenerated:,} samples and compared their bytes")
     if report.not_judged:

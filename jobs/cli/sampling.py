@@ -46,6 +46,7 @@ def generate(
     epilog=examples(
         "ddpm verify s3://ddpm/samples/digits --regenerate 16",
         "ddpm verify s3://ddpm/samples/of-a-folder --regenerate 16 --model ./cifar10",
+        "ddpm verify s3://ddpm/samples/digits --key signing.pem.pub",
     ),
 )
 def verify(
@@ -61,12 +62,19 @@ def verify(
             help="Delete the records of damaged shards: the same generate command makes them again."
         ),
     ] = False,
+    key: Annotated[
+        str | None,
+        typer.Option(help="Public key, a file or its line: what it has not signed is a problem."),
+    ] = None,
+    signed_for: Annotated[
+        str | None, typer.Option(help="Of a copy: the prefix at which the original was signed.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Recount, rehash and decode every object of a generation."""
     from ddpm_pipeline.jobs.verify import run
 
-    end(lambda: run(prefix, regenerate, model, json, discard_damaged))
+    end(lambda: run(prefix, regenerate, model, json, discard_damaged, key, signed_for))
 
 
 @app.command(

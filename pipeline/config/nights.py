@@ -32,6 +32,9 @@ class NightlyConfig(Settings):
     """How a night is evaluated."""
     drift: DriftConfig = DriftConfig()
     """When an alert is sent."""
+    require_signed: str | None = None
+    """Public key, its file or the line that `ddpm keys show` prints: nights use only a model whose promotion by the
+    gate is signed with it. None = any model."""
     keep_nights: int | None = Field(default=30, ge=1)
     """Number of nights whose samples are kept; older samples are deleted, except those that latest.json names. Records
     stay. None = all."""

@@ -20,6 +20,7 @@ from ddpm_pipeline.errors import JobError, UserError
 from ddpm_pipeline.evaluate.gate import Decision, Judgement, SampledModel, judge, verdict
 from ddpm_pipeline.evaluate.measure import model_features, require_unseen_noise
 from ddpm_pipeline.evaluate.sampling_cost import BatchTimes, SamplingCost, evaluations_of, sampling_cost
+from ddpm_pipeline.evaluate.signed_decision import SIGNATURE_TAG, sign_decision
 from ddpm_pipeline.features.feature_set import FeatureSet
 from ddpm_pipeline.features.networks import open_network
 from ddpm_pipeline.features.reference_set import data_root, load_reference
@@ -28,6 +29,8 @@ from ddpm_pipeline.generate.model_source import find_model
 from ddpm_pipeline.generate.spec import make_spec
 from ddpm_pipeline.parallel import HERE, MapWorkers, OpenWorkers, in_process
 from ddpm_pipeline.progress import Progress, no_progress
+from ddpm_pipeline.signatures import SigningKey
+from ddpm_pipeline.telemetry.redaction import redact
 from ddpm_pipeline.tracking import (
     AliasHistory,
     LoggedAlias,
@@ -74,6 +77,7 @@ def promote(
     so as the first of its name and the settings name another model to compare it with.
     MoveConflictError when another decision moved the alias first.
     """
+    SigningKey.configured()  # a key that cannot be used is refused before any work
     challenger = resolve(f"{config.model}@{config.challenger}")
     champion, log = read_champion(config.model, config.champion)
     if _is_champion(challenger, champion) and not _needs_baseline(config.gate, challenger):
@@ -230,15 +234,18 @@ def record(
     `seen_number`: number of the alias's newest move when `champion` was read. MoveConflictError, with the alias
     untouched, when it was moved since, be it away and back.
     """
-    text = json.dumps(decision.model_dump(mode="json", exclude_defaults=True), separators=(",", ":"))
+    text = redact(json.dumps(decision.model_dump(mode="json", exclude_defaults=True), separators=(",", ":")))
     if len(text) > _TAG_LIMIT:
         raise UserError(
             f"gate.rules: the decision takes {len(text)} characters, a tag holds {_TAG_LIMIT}; set fewer rules"
         )
+    signer, signature = SigningKey.configured(), dict[str, str]()
+    if signer is not None:
+        signature[SIGNATURE_TAG] = sign_decision(signer, challenger, decision.verdict, text)
     if decision.verdict != "promoted":
-        set_version_tags(challenger, {VERDICT_TAG: decision.verdict, DECISION_TAG: text})
+        set_version_tags(challenger, {VERDICT_TAG: decision.verdict, DECISION_TAG: text} | signature)
         return
-    set_version_tags(challenger, {DECISION_TAG: text})
+    set_version_tags(challenger, {DECISION_TAG: text} | signature)
     if _is_champion(challenger, champion):  # only its comparison with the baseline was missing
         set_version_tags(challenger, {VERDICT_TAG: decision.verdict})
         return

@@ -16,7 +16,14 @@ from ddpm_pipeline.errors import DamageError, UserError
 from ddpm_pipeline.generate.class_labels import labels_of
 from ddpm_pipeline.generate.completeness import require_complete
 from ddpm_pipeline.generate.done_records import DoneRecord, check_record
-from ddpm_pipeline.generate.layout import CONTACT_KEY, MANIFEST_KEY, REPORT_KEY, SPEC_KEY
+from ddpm_pipeline.generate.layout import (
+    CONTACT_KEY,
+    MANIFEST_KEY,
+    REPORT_KEY,
+    SIGNATURE_KEY,
+    SPEC_KEY,
+    SUMS_KEY,
+)
 from ddpm_pipeline.generate.manifest import Manifest, ManifestShard, read_entries, read_manifest
 from ddpm_pipeline.generate.plan import Shard, shard
 from ddpm_pipeline.generate.prefix_spec import find_generation
@@ -54,6 +61,8 @@ def download_generation(
         download.process_all(partial(_fetch_shard, download, spec), enumerate(read_entries(snapshot)), again)
         download.copy_document(CONTACT_KEY)
         download.copy_document(REPORT_KEY)
+        download.copy_document(SUMS_KEY)
+        download.copy_document(SIGNATURE_KEY)
         with snapshot.open(MANIFEST_KEY) as file, folder.new(MANIFEST_KEY) as out:
             shutil.copyfileobj(file, out)
     local = Generation(FileStore(root), spec)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from ddpm_pipeline.cluster import NodeReport, grows
 from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.features.networks import network_exists, open_network
 from ddpm_pipeline.features.trust import require_trusted_network
 from ddpm_pipeline.generate.completeness import Completeness, check_complete
@@ -19,6 +20,7 @@ from ddpm_pipeline.generate.finalize import ModelFacts, Superseded, clean_up, pu
 from ddpm_pipeline.generate.generation_run import require_tracking
 from ddpm_pipeline.generate.guards import check_guards
 from ddpm_pipeline.generate.job_reporter import JobCounts, JobReporter, Status
+from ddpm_pipeline.generate.layout import SIGNATURE_KEY
 from ddpm_pipeline.generate.model_source import ResolvedModel, resolve_model
 from ddpm_pipeline.generate.pool_kinds import (
     ask_pool,
@@ -38,9 +40,11 @@ from ddpm_pipeline.generate.ray_pool import (
 )
 from ddpm_pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
 from ddpm_pipeline.generate.shard_writer import comparable_training_data
+from ddpm_pipeline.generate.signed_manifest import check_signature
 from ddpm_pipeline.generate.spec import Spec, read_spec, require_extension
 from ddpm_pipeline.generate.stored_generation import Generation
 from ddpm_pipeline.progress import Progress, no_progress
+from ddpm_pipeline.signatures import SigningKey
 from ddpm_pipeline.store import open_store, retry_during_outage
 
 _log = logging.getLogger(__name__)
@@ -74,6 +78,8 @@ class GenerationResult:
     """Other jobs of the same generation that were running when this one started, and shared the work."""
     efficiency: Efficiency | None = None
     """How well GPUs were used; None on CPUs."""
+    signature: str | None = None
+    """How a complete generation is signed, or why not; None where no key is configured."""
     cost: Cost | None = None
     """Cost of the finished shards, by their done-records; None where none was read."""
 
@@ -98,6 +104,7 @@ def generate(
     """
     began = time.monotonic()
     stop = stop or threading.Event()
+    signer = SigningKey.configured()
     model, spec = resolve_model(config)
     generation = Generation(open_store(config.output), spec)
     generation.store.require_container()
@@ -107,6 +114,7 @@ def generate(
     if proof.complete:
         raise_count(generation)
         clean_up(generation, proof)
+        signature = None if signer is None else _state_of_signature(generation, signer)
         progress(spec.count, spec.count, "already complete")
         return GenerationResult(
             "already complete",
@@ -118,6 +126,7 @@ def generate(
             0,
             0.0,
             cost=None if proof.manifest is None else cost_of_generation(proof.manifest, config.cost),
+            signature=signature,
         )
     for fault in proof.faults:
         _log.warning("%s contradicts the manifest, which is written again", fault)
@@ -141,7 +150,21 @@ def generate(
         # Another job may have raised the count since the first check.
         require_extension(generation.uri, raise_count(generation).spec, generation.spec)
         reporter = JobReporter(config, generation, progress, began)
-        return GenerationJob(config, generation, model, reporter, stop, began, nodes).run()
+        return GenerationJob(config, generation, model, reporter, stop, began, nodes, signer).run()
+
+
+def _state_of_signature(generation: Generation, signer: SigningKey) -> str:
+    """How a generation that was complete before this job is signed. UserError where its signature does not hold.
+
+    It is not signed here: nobody has looked at its bytes since.
+    """
+    found = check_signature(generation, signer.public)
+    if not found.problems:
+        return f"by key {signer.public.key_id}"
+    key, what = found.problems[0]
+    if generation.store.stat(SIGNATURE_KEY) is None:
+        return f"none: it was complete before; `ddpm sign {generation.uri}` checks and signs it"
+    raise UserError(f"{generation.uri}/{key}: {what}; see ddpm verify {generation.uri} --key")
 
 
 def _like(generation: Generation, existing: Spec | None, config: GenerateConfig) -> Generation:
@@ -193,6 +216,7 @@ class GenerationJob:
         stop: threading.Event,
         began: float,
         nodes: Sequence[NodeReport] = (),
+        signer: SigningKey | None = None,
     ) -> None:
         """`began`: time.monotonic() at the job's start; `nodes`: what those with GPUs have answered."""
         self._config = config
@@ -205,7 +229,7 @@ class GenerationJob:
         self._records = RecordAggregate()
         self._efficiency_calculator = EfficiencyCalculator(generation.spec, model.card)
         self._facts = ModelFacts(
-            model.card.class_names, self._efficiency_calculator.evaluations_per_image, config.cost
+            model.card.class_names, self._efficiency_calculator.evaluations_per_image, config.cost, signer
         )
         self._guard: str | None = None
         self._superseded: str | None = None
@@ -342,7 +366,7 @@ class GenerationJob:
         return self._guard if status == "stopped by a guard" else None if status == "complete" else status
 
     def _result(self, status: Status) -> GenerationResult:
-        generation, counts = self._generation, self._counts
+        generation, counts, signer = self._generation, self._counts, self._facts.signer
         return GenerationResult(
             status=status,
             output=self._config.output,
@@ -358,6 +382,7 @@ class GenerationJob:
             concurrent_jobs=self._reporter.concurrent_jobs,
             efficiency=self._efficiency(),
             cost=self._cost(),
+            signature=f"by key {signer.public.key_id}" if signer and status == "complete" else None,
         )
 
     def _efficiency(self) -> Efficiency | None:

@@ -1,4 +1,4 @@
-"""The end of a generation: report, contact sheet, manifest, then deletion of what it supersedes.
+"""The end of a generation: report, contact sheet, signature, manifest, then deletion of what it supersedes.
 
 A driver may be suspended between any two requests, while other jobs go on. So it reads again what it has written, and
 deletes only what belongs to smaller counts, which no later job needs.
@@ -19,12 +19,15 @@ from ddpm_pipeline.generate.manifest import (
     Manifest,
     make_entries,
     make_manifest,
+    manifest_sha256,
     read_manifest,
     write_manifest,
 )
 from ddpm_pipeline.generate.prefix_spec import raise_count
 from ddpm_pipeline.generate.report import grid_rows, load_images, render_report, row_labels
+from ddpm_pipeline.generate.signed_manifest import is_signed, write_signature
 from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.signatures import SigningKey
 from ddpm_pipeline.store import ObjectMissing, StoreUnreachable
 from ddpm_pipeline.store.prefix_claim import clear_claims
 
@@ -41,6 +44,8 @@ class ModelFacts:
     """Evaluations of its network for an image."""
     price: CostConfig = field(default_factory=CostConfig)
     """Price of device time, for the report."""
+    signer: SigningKey | None = None
+    """Signs the manifest; None = it is not signed."""
 
 
 class Superseded(Exception):  # noqa: N818 - not an error of this job
@@ -56,7 +61,7 @@ class Superseded(Exception):  # noqa: N818 - not an error of this job
 def publish_manifest(
     generation: Generation, aggregate: RecordAggregate, facts: ModelFacts
 ) -> tuple[Manifest, bytes, bytes]:
-    """Write report, contact sheet and, last, the manifest; then delete what it supersedes.
+    """Write report, contact sheet, signature and, last, the manifest; then delete what it supersedes.
 
     `aggregate` holds all done-records. Returns the manifest, the contact sheet's PNG and the report's HTML. Raises
     Superseded.
@@ -76,9 +81,13 @@ def publish_manifest(
         # The report is first because it holds the count, should this job die before the others are written.
         store.write(REPORT_KEY, report)
         store.write(CONTACT_KEY, sheet)
+        if facts.signer is not None:
+            signed = manifest_sha256(manifest, make_entries(spec, aggregate))
+            documents = {REPORT_KEY: report, CONTACT_KEY: sheet}
+            write_signature(generation, signed, aggregate, documents, facts.signer)
         write_manifest(store, manifest, make_entries(spec, aggregate))
         require_newest(generation, facts)
-        if _is_published(generation):
+        if _is_published(generation, facts.signer):
             delete_superseded(generation)
             return manifest, sheet, report
     raise StoreUnreachable(f"{store.uri}: another job keeps replacing the manifest; try again in a minute")
@@ -104,14 +113,16 @@ def require_newest(generation: Generation, facts: ModelFacts) -> None:
     raise Superseded(larger, published=True)
 
 
-def _is_published(generation: Generation) -> bool:
-    """Whether the manifest is still that of this count: a job that was suspended may have replaced it."""
+def _is_published(generation: Generation, signer: SigningKey | None) -> bool:
+    """Whether the manifest is still that of this count, and signed: a job that was suspended may have replaced it."""
     try:
         manifest = read_manifest(generation.store)
     except DamageError:
         return False
     spec = generation.spec
-    return manifest is not None and (manifest.spec_digest, manifest.count) == (spec.digest, spec.count)
+    if manifest is None or (manifest.spec_digest, manifest.count) != (spec.digest, spec.count):
+        return False
+    return signer is None or is_signed(generation.store, signer.public)
 
 
 def delete_superseded(generation: Generation) -> None:

@@ -4,6 +4,7 @@ One JSON document in a fixed layout, so that it can be read as a stream: first t
 line per shard. A million shards take 160 MB.
 """
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -142,11 +143,23 @@ def write_manifest(store: Store, manifest: Manifest, entries: Iterable[ManifestS
     with tempfile.TemporaryDirectory(prefix="ddpm-manifest-") as scratch:
         path = Path(scratch) / MANIFEST_KEY
         with path.open("wb") as file:
-            file.write(pretty(manifest.model_dump(mode="json")).removesuffix(b"\n}\n") + b",\n" + _SHARDS)
-            for place, entry in enumerate(entries):
-                file.write((b",\n" if place else b"") + b"    " + canonical(entry.model_dump(mode="json")))
-            file.write(b"\n" + _END)
+            file.writelines(_parts(manifest, entries))
         store.upload(MANIFEST_KEY, path)
+
+
+def manifest_sha256(manifest: Manifest, entries: Iterable[ManifestShard]) -> str:
+    """Hex digest of the object that `write_manifest` writes."""
+    digest = hashlib.sha256()
+    for part in _parts(manifest, entries):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(manifest: Manifest, entries: Iterable[ManifestShard]) -> Iterator[bytes]:
+    yield pretty(manifest.model_dump(mode="json")).removesuffix(b"\n}\n") + b",\n" + _SHARDS
+    for place, entry in enumerate(entries):
+        yield (b",\n" if place else b"") + b"    " + canonical(entry.model_dump(mode="json"))
+    yield b"\n" + _END
 
 
 def read_manifest(store: Store) -> Manifest | None:

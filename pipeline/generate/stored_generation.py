@@ -128,8 +128,12 @@ class Generation:
 
     def read_record(self, unit: Shard) -> DoneRecord:
         """The done-record of a shard. ObjectMissing; DamageError when it is no record, or one of another shard."""
+        return self.parse_record(unit, self.store.read(unit.done_key))
+
+    def parse_record(self, unit: Shard, data: bytes) -> DoneRecord:
+        """The bytes of a shard's done-record. DamageError as for `read_record`."""
         where = f"{self.uri}/{unit.done_key}"
-        record = parse_document(DoneRecord, self.store.read(unit.done_key), where, "a done-record")
+        record = parse_document(DoneRecord, data, where, "a done-record")
         check_record(record, self.spec, unit, where)
         return record
 

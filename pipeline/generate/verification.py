@@ -28,19 +28,23 @@ from ddpm_pipeline.generate.layout import (
     MANIFEST_KEY,
     REPORT_KEY,
     SHARD_PREFIX,
+    SIGNATURE_KEY,
     SPEC_KEY,
+    SUMS_KEY,
 )
 from ddpm_pipeline.generate.manifest import Manifest, make_entries, make_manifest, read_entries, read_manifest
 from ddpm_pipeline.generate.plan import Shard
 from ddpm_pipeline.generate.prefix_spec import open_generation
+from ddpm_pipeline.generate.signed_manifest import check_signature, sha256_of
 from ddpm_pipeline.generate.spec import Spec
 from ddpm_pipeline.generate.stored_generation import Generation, PrefixListing
 from ddpm_pipeline.progress import Progress, no_progress
+from ddpm_pipeline.signatures import PublicKey
 from ddpm_pipeline.store import ObjectMissing, Store, open_store
 
 MAX_PROBLEMS = 1000
 _READERS = 4
-_TOP_LEVEL = {SPEC_KEY, MANIFEST_KEY, CONTACT_KEY, REPORT_KEY}
+_TOP_LEVEL = {SPEC_KEY, MANIFEST_KEY, CONTACT_KEY, REPORT_KEY, SIGNATURE_KEY, SUMS_KEY}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class VerifyReport:
     """Shards whose content is wrong, even if their size is right."""
     foreign: list[str] = field(default_factory=list[str])
     """Keys that belong to no generation; the first MAX_PROBLEMS of them."""
+    signed_by: str | None = None
+    """Id of the key that the signature was checked with; None if it was not checked."""
     notes: list[str] = field(default_factory=list[str])
     """Remarks that are no problems."""
     seconds: float = 0.0
@@ -112,6 +118,10 @@ class _ShardFindings:
 
     unit: Shard
     record: DoneRecord | None = None
+    record_sha256: str | None = None
+    """Of the stored record."""
+    object_sha256: str | None = None
+    """Of the stored shard."""
     problems: list[Problem] = field(default_factory=list[Problem])
     samples: int = 0
     pixel_hashes: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
@@ -120,11 +130,24 @@ class _ShardFindings:
         self.problems.append(Problem(self.unit.key + (f" sample {sample}" if sample else ""), what))
 
 
-def verify(uri: str, progress: Progress = no_progress) -> VerifyReport:
-    """Count, hash and decode everything under an output prefix. UserError where there is no generation."""
+def verify(
+    uri: str,
+    progress: Progress = no_progress,
+    key: PublicKey | None = None,
+    signed_for: str | None = None,
+) -> VerifyReport:
+    """Count, hash and decode everything under an output prefix. UserError where there is no generation.
+
+    With `key`, what it has not signed is a problem; see `check_signature` for `signed_for`.
+    """
     began = time.monotonic()
     generation = open_generation(uri)
     report = VerifyReport(uri, generation.spec)
+    signed = None if key is None else check_signature(generation, key, signed_for)
+    for place, what in () if signed is None else signed.problems:
+        report.add(place, what)
+    report.signed_by = None if key is None else key.key_id
+    sums = None if signed is None or not signed.sums else dict(signed.sums)
     manifest = _read_manifest(generation, report)
     listing = generation.listing()
     check_listing(generation, listing, report)
@@ -132,6 +155,7 @@ def verify(uri: str, progress: Progress = no_progress) -> VerifyReport:
     pixel_hashes: list[npt.NDArray[np.uint64]] = []
     done = listing.done()
     for findings in _check_shards(generation, done):
+        _compare_signed(findings, sums)
         for problem in findings.problems:
             report.add(problem.object, problem.what)
         if findings.problems:
@@ -147,8 +171,30 @@ def verify(uri: str, progress: Progress = no_progress) -> VerifyReport:
         report.add(SHARD_PREFIX, f"{report.duplicates} images have the same pixels as another one")
     if manifest is not None:
         _check_manifest(generation, manifest, aggregate, report)
+    if sums is not None:
+        _check_signed_rest(generation.store, sums, report)
     report.seconds = time.monotonic() - began
     return report
+
+
+def _compare_signed(findings: _ShardFindings, sums: dict[str, str] | None) -> None:
+    """Add objects that are not those that were signed; takes what was compared out of `sums`."""
+    if sums is None:
+        return
+    unit = findings.unit
+    for key, found in ((unit.key, findings.object_sha256), (unit.done_key, findings.record_sha256)):
+        if sums.pop(key, None) != found and found is not None:
+            findings.problems.append(Problem(key, "is not the one that was signed"))
+
+
+def _check_signed_rest(store: Store, sums: dict[str, str], report: VerifyReport) -> None:
+    """Compare the signed objects that are no shards: contact sheet and report. What is missing was signed, too."""
+    for key, sha256 in sums.items():
+        try:
+            if sha256_of(store, key) != sha256:
+                report.add(key, "is not the one that was signed")
+        except ObjectMissing:
+            report.add(key, "is missing, though it was signed")
 
 
 def discard_damaged(report: VerifyReport) -> int:
@@ -175,6 +221,8 @@ def _read_manifest(generation: Generation, report: VerifyReport) -> Manifest | N
     if manifest.spec_digest != spec.digest:
         report.add(MANIFEST_KEY, f"spec_digest is {manifest.spec_digest}, {SPEC_KEY} has {spec.digest}")
         return None
+    if report.signed_by is not None and manifest.spec != spec and manifest.count == spec.count:
+        report.add(SPEC_KEY, f"is not the spec of {MANIFEST_KEY}, which is signed")
     report.complete = manifest.count == spec.count
     if not report.complete:
         report.notes.append(
@@ -236,7 +284,9 @@ def check_shard(generation: Generation, unit: Shard) -> _ShardFindings:
     """Compare one shard with its record and the plan, sample by sample."""
     findings = _ShardFindings(unit)
     try:
-        record = generation.read_record(unit)
+        document = generation.store.read(unit.done_key)
+        findings.record_sha256 = hashlib.sha256(document).hexdigest()
+        record = generation.parse_record(unit, document)
         data = generation.store.read(unit.key)
     except (DamageError, ObjectMissing) as error:
         findings.add(str(error))
@@ -244,7 +294,7 @@ def check_shard(generation: Generation, unit: Shard) -> _ShardFindings:
     findings.record = record
     if len(data) != record.bytes:
         findings.add(f"has {len(data)} bytes, its record says {record.bytes}")
-    sha256 = hashlib.sha256(data).hexdigest()
+    findings.object_sha256 = sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != record.sha256:
         findings.add(f"sha256 is {sha256}, its record says {record.sha256}")
     images = _check_samples(generation.spec, data, findings)

@@ -16,6 +16,7 @@ from typing import Literal
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.config.nights import NightlyConfig
 from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.signed_decision import require_signed
 from ddpm_pipeline.features.networks import open_network
 from ddpm_pipeline.features.reference_set import data_root
 from ddpm_pipeline.features.trust import require_trusted_network
@@ -40,9 +41,11 @@ from ddpm_pipeline.nightly.webhook import send
 from ddpm_pipeline.parallel import OpenWorkers, in_process
 from ddpm_pipeline.private_files import open_private, state_folder
 from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.signatures import PublicKey
 from ddpm_pipeline.store import ObjectMissing, Store, open_store
 from ddpm_pipeline.telemetry.redaction import redact
 from ddpm_pipeline.telemetry.terminal import echo
+from ddpm_pipeline.tracking import resolve
 
 NightOutcome = Literal["done", "drifted", "failed", "drained"]
 """`drifted`: complete, and unlike the nights before. `drained`: stopped by a signal, to be continued."""
@@ -74,6 +77,7 @@ def run_nights(
         require_trusted_network(
             registered_name(config.generate.model), network, data, open_network(network, data)
         )
+        _require_signed(config, config.generate.model)
         by_clock = first is None and last is None
         nights = _Nights(
             config, store, today, previous if by_clock else None, generate, open_workers, progress
@@ -99,6 +103,18 @@ def newest_date(store: Store, today: dt.date) -> dt.date | None:
                 error=True,
             )
     return max(dates, default=None)
+
+
+def _require_signed(config: NightlyConfig, model: str) -> None:
+    """UserError unless the settings accept any model, or the promotion of this one is signed with their key."""
+    if config.require_signed is None:
+        return
+    key = PublicKey.read(config.require_signed)
+    if registered_name(model) is None:
+        raise UserError(
+            f"model: {model} is in no registry, so no promotion of it is signed (require_signed); name one that is"
+        )
+    require_signed(resolve(model), key)
 
 
 @dataclass(frozen=True)
@@ -130,6 +146,7 @@ class _Nights:
             echo(f"{date}: is on record, but {fault}; making what is missing", error=True)
         if night is None or fault is not None:
             settings = night_settings(config, date, night)
+            _require_signed(config, settings.model)
             result = self.generate(settings, self.progress)
             if result.status not in ("complete", "already complete", "superseded"):
                 reason = result.reason or dict(list(result.failed.items())[:3])

@@ -9,7 +9,7 @@ MASK = "[redacted]"
 
 _SECRET_NAME = re.compile(
     r"(?i)(^|[_\-.\s/])(password|passwd|passphrase|secret|token|credentials?|authorization"
-    r"|api[_\-]?key|access[_\-]?key([_\-]?id)?|private[_\-]?key|session[_\-]?key)s?$"
+    r"|api[_\-]?key|access[_\-]?key([_\-]?id)?|private[_\-]?key|signing[_\-]?key|session[_\-]?key)s?$"
 )
 _SECRET_TEXT = (
     # user:password@ in an address, up to the last @: passwords with / or @ in them are met unencoded. A colon before a
