@@ -16,9 +16,9 @@ from benchmarks.common import add_output_options, compare, machine, publish, tak
 from benchmarks.generate import shard_maker
 from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from ddpm_pipeline.config.generation import GenerateConfig, GuardConfig
-from ddpm_pipeline.config.load import read_yaml
 from ddpm_pipeline.config.model_card import DistillationInfo, ImageShape, ModelCard
 from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.settings_files import read_yaml
 from ddpm_pipeline.jobs.runner import preset_file
 from ddpm_pipeline.nets import parameter_count
 from ddpm_pipeline.nets.model_files import save_model

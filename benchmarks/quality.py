@@ -33,7 +33,7 @@ from benchmarks.trainers import (
     use_peers,
 )
 from ddpm_pipeline.config.evaluation import FeaturesConfig
-from ddpm_pipeline.config.load import read_yaml
+from ddpm_pipeline.config.settings_files import read_yaml
 from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.diffusion.image_scaling import from_uint8
 from ddpm_pipeline.features.classifier import Classifier, accuracy, split_rows, train_classifier

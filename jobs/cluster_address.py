@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from ddpm_pipeline.config.base import Settings
-from ddpm_pipeline.config.load import read_yaml
+from ddpm_pipeline.config.settings_files import read_yaml
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.infra.local.client_environment import environment
 from ddpm_pipeline.infra.local.service import get

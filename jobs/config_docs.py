@@ -12,7 +12,8 @@ from typing import Any
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from ddpm_pipeline.config.base import Settings
-from ddpm_pipeline.config.load import BASE, ROOT_VARIABLE
+from ddpm_pipeline.config.load import ROOT_VARIABLE
+from ddpm_pipeline.config.settings_files import BASE, CONFIG_VERSION, VERSION_KEY
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.installation import checkout
 from ddpm_pipeline.jobs.runner import DONE, SECTIONS, presets
@@ -27,9 +28,18 @@ _OPENING = f"""# Configuration
 *Written by `make docs` from the models in `pipeline/config`; a test compares.*
 
 Every job reads its settings from one section of a settings file. The layers, later ones winning: the defaults
-below, a preset (its first word on the command line, or `{BASE}: NAME` in a file), `--config FILE` (may be repeated),
-`key=value` words with dots for groups (`optimizer.lr=1e-4`). `--dry-run` prints what comes of it, in a form that
-`--config` reads. `{{root}}` in any text stands for `${ROOT_VARIABLE}`.
+below, a preset (its first word on the command line), `--config FILE` (may be repeated), `key=value` words with dots for
+groups (`optimizer.lr=1e-4`). `--dry-run` prints what comes of it, in a form that `--config` reads.
+`ddpm config diff A B` compares two presets or files.
+
+A file may be laid over others: `{BASE}: digits` over a preset, `{BASE}: team.yaml` over a file beside it,
+`{BASE}: [digits, team.yaml]` over both, the later one winning. `{VERSION_KEY}: {CONFIG_VERSION}` says which form of
+settings it is written in; a program that reads another one refuses it. A renamed setting is read for one more version,
+with a warning that names file, line and what to write.
+
+In a setting, `{{root}}` stands for `${ROOT_VARIABLE}` and `{{env:NAME}}` for the variable `NAME`, which must be set.
+Nothing else is taken from the environment: `$NAME` stays as it is. Names of secrets are refused, because runs and jobs
+store their settings.
 
 For completion and checking in an editor that speaks yaml-language-server (VS Code, Neovim, JetBrains), run
 `ddpm schema` beside your file and begin it with
@@ -76,13 +86,22 @@ def settings_schema() -> Schema:
     """JSON schema (draft 2020-12) of a settings file: every section, nothing required, for layers may be partial."""
     sections, shared = _schemas()
     first_lines = {name: model.__doc__ or "" for name, model in SECTIONS.items()}
-    base = {"enum": list(presets()), "description": "Preset that this file is laid over."}
+    one = {"anyOf": [{"enum": list(presets())}, {"type": "string", "pattern": r"\.ya?ml$"}]}
+    base = {
+        "anyOf": [one, {"type": "array", "items": one}],
+        "description": "Presets, or files by their paths from this one, that this file is laid over; later ones win.",
+    }
+    version = {
+        "const": CONFIG_VERSION,
+        "description": "The form of settings files that this one is written in.",
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Settings of the diffusion pipeline",
         "type": "object",
         "additionalProperties": False,
         "properties": {
+            VERSION_KEY: version,
             BASE: base,
             **{name: {**sections[name], "description": first_lines[name]} for name in SECTIONS},
         },

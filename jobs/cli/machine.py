@@ -11,6 +11,8 @@ from ddpm_pipeline.jobs.runner import DONE, LOCAL
 from ddpm_pipeline.telemetry.terminal import echo
 
 app = typer.Typer()
+config_app = typer.Typer(help="Settings files.", no_args_is_help=True)
+app.add_typer(config_app, name="config", rich_help_panel=MACHINE)
 
 
 @app.command(rich_help_panel=MACHINE, epilog=examples("ddpm demo", "ddpm demo --store file"))
@@ -108,6 +110,20 @@ def schema(
     from ddpm_pipeline.jobs.config_docs import write_schema
 
     end(lambda: write_schema(folder))
+
+
+@config_app.command(
+    "diff", epilog=examples("ddpm config diff digits demo", "ddpm config diff digits photos.yaml")
+)
+def config_diff(
+    a: Annotated[str, typer.Argument(help="A preset, or a .yaml file.", show_default=False)],
+    b: Annotated[str, typer.Argument(help="Another one.", show_default=False)],
+    json: AsJson = False,
+) -> None:
+    """Print the settings in which two presets or files differ, bases and defaults included; exit code 1 if any."""
+    from ddpm_pipeline.jobs.config_diff import diff
+
+    end(lambda: diff(a, b, json))
 
 
 @app.command(rich_help_panel=MACHINE, epilog=examples("ddpm files ./deploy"))

@@ -6,7 +6,8 @@ pipeline and presets are nothing but such files. Later files win over earlier on
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
@@ -18,13 +19,14 @@ from typing_extensions import TypeAliasType
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.json_document import field_of
 from ddpm_pipeline.config.plain_yaml import parse_yaml
+from ddpm_pipeline.config.settings_files import HEAD, Tree, with_bases, with_new_names
 from ddpm_pipeline.errors import UserError
 
 S = TypeVar("S", bound=Settings)
-Tree = dict[str, Any]
 ROOT_VARIABLE = "DDPM_ROOT"
-BASE = "base"
 ROOT = "{root}"
+_VARIABLE = re.compile(r"\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+_SECRET = re.compile(r"secret|password|passwd|token|key|credential", re.IGNORECASE)
 
 
 def load_settings(
@@ -39,19 +41,35 @@ def load_settings(
 ) -> S:
     """Merge `section` of each file, apply the overrides and `values` (by dotted name or nested), validate.
 
-    A file that says `base: NAME` is laid over the preset of that name.
-    `{root}` in any text stands for $DDPM_ROOT, where this installation keeps data, runs and outputs.
+    A file that says `base:` is laid over the presets or files that this names, later ones winning.
+    `{root}` in any text stands for $DDPM_ROOT, where this installation keeps data, runs and outputs, and `{env:NAME}`
+    for the variable NAME; nothing else in a setting is taken from the environment.
     `sections` are the section names a file may hold besides `section`.
     Raises UserError naming the setting, what is wrong with it, and the nearest known name for a mistyped one.
     """
-    tree: Tree = {}
-    for content, file in _with_bases(files, presets or {}):
-        tree = _merged(tree, _section(content, file, section, {section, *sections}))
+    tree = merged_files(model, section, files, sections=sections, presets=presets or {})
+    said: Tree = {}
     for word in overrides:
-        tree = _merged(tree, _override(word, model))
+        said = _merged(said, _override(word, model))
     for name, value in (values or {}).items():
-        tree = _merged(tree, _nested(name, _plain(value)))
-    return _validated(model, section, tree)
+        said = _merged(said, _nested(name, _plain(value)))
+    return _validated(model, section, _merged(tree, with_new_names(said, model.renamed, section)))
+
+
+def merged_files(
+    model: type[S],
+    section: str,
+    files: Sequence[Path],
+    *,
+    sections: Sequence[str],
+    presets: Mapping[str, Path],
+) -> Tree:
+    """What files with their bases say in a section, not yet validated. Raises UserError as `load_settings` does."""
+    tree: Tree = {}
+    for content, file in with_bases(files, presets):
+        said = _section(content, file, section, {section, *sections})
+        tree = _merged(tree, with_new_names(said, model.renamed, section, file))
+    return tree
 
 
 def changed_settings(settings: S, section: str, values: Mapping[str, Any]) -> S:
@@ -63,27 +81,12 @@ def changed_settings(settings: S, section: str, values: Mapping[str, Any]) -> S:
 
 
 def _validated(model: type[S], section: str, tree: Tree) -> S:
+    tree = _replaced(tree, _with_variables)
     try:
         plain = model.model_validate(tree).model_dump()  # with the defaults, which may speak of {root} too
-        return model.model_validate(_with_root(plain))
+        return model.model_validate(_replaced(plain, _with_root))
     except ValidationError as error:
         raise UserError(_one_line(error, model, section)) from None
-
-
-def read_yaml(file: Path) -> Tree:
-    """The mapping a YAML file holds. Raises UserError for a file that is absent or is no such mapping."""
-    try:
-        content = parse_yaml(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number of miles
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{file}: not valid YAML ({reason}); correct the file") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds a {type(content).__name__}; a mapping of sections is expected")
-    return cast(Tree, content)
 
 
 def setting_names(model: type[BaseModel]) -> Iterator[str]:
@@ -110,21 +113,9 @@ def _groups(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _groups(part)
 
 
-def _with_bases(files: Iterable[Path], presets: Mapping[str, Path]) -> Iterator[tuple[Tree, Path]]:
-    """The content of each file, the preset it is based on first."""
-    for file in files:
-        content = read_yaml(file)
-        base = content.get(BASE)
-        if base is not None:
-            if not isinstance(base, str) or base not in presets or presets[base] == file:
-                raise UserError(f"{file}: base '{base}' is no preset; known are {', '.join(sorted(presets))}")
-            yield from _with_bases([presets[base]], presets)
-        yield content, file
-
-
 def _section(content: Tree, file: Path, section: str, known: set[str]) -> Tree:
     for name in content:
-        if name not in known | {BASE}:
+        if name not in {*known, *HEAD}:
             raise UserError(f"{file}: unknown section '{name}'; {_suggestion(str(name), sorted(known))}")
     part = content.get(section) or {}
     if not isinstance(part, dict):
@@ -165,7 +156,8 @@ def _value(text: str, kinds: Sequence[Any]) -> Any:
     lists_of_text = [_holds_text(kind) for kind in kinds if kind is not type(None)]
     try:
         all_text = bool(lists_of_text) and all(lists_of_text) and text != "null"
-        return text if ROOT in text else parse_yaml(text, all_text=all_text)
+        stands_for = ROOT in text or _VARIABLE.search(text)
+        return text if stands_for else parse_yaml(text, all_text=all_text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text  # plain text with YAML's signs in it; refused below where a number belongs
 
@@ -212,19 +204,42 @@ def _merged(low: Tree, high: Tree) -> Tree:
     return out
 
 
-def _with_root(value: Any) -> Any:
+def _replaced(value: Any, replace: Callable[[str], str]) -> Any:
+    """A value with every text in it replaced."""
     if isinstance(value, Mapping):
-        return {key: _with_root(part) for key, part in cast(Mapping[str, Any], value).items()}
+        return {key: _replaced(part, replace) for key, part in cast(Mapping[str, Any], value).items()}
     if isinstance(value, list):
-        return [_with_root(part) for part in cast(list[Any], value)]
-    if isinstance(value, str) and ROOT in value:
-        root = os.environ.get(ROOT_VARIABLE)
-        if not root:
-            raise UserError(
-                f"{ROOT_VARIABLE}: not set, but '{value}' needs it; start the local stack with `ddpm up`, "
-                f"or export {ROOT_VARIABLE}=s3://your-bucket"
-            )
-        return value.replace(ROOT, root.rstrip("/"))
+        return [_replaced(part, replace) for part in cast(list[Any], value)]
+    return replace(value) if isinstance(value, str) else value
+
+
+def _with_root(text: str) -> str:
+    return text.replace(ROOT, _root(text)) if ROOT in text else text
+
+
+def _with_variables(text: str) -> str:
+    return _VARIABLE.sub(lambda found: _variable(found[1], text), text)
+
+
+def _root(text: str) -> str:
+    root = os.environ.get(ROOT_VARIABLE)
+    if not root:
+        raise UserError(
+            f"{ROOT_VARIABLE}: not set, but '{text}' needs it; start the local stack with `ddpm up`, "
+            f"or export {ROOT_VARIABLE}=s3://your-bucket"
+        )
+    return root.rstrip("/")
+
+
+def _variable(name: str, text: str) -> str:
+    if _SECRET.search(name):
+        raise UserError(
+            f"'{text}': {name} looks like a secret, which runs and jobs would store with the settings; leave it to the "
+            "environment of the program that needs it"
+        )
+    value = os.environ.get(name)
+    if value is None:
+        raise UserError(f"{name}: not set, but '{text}' needs it; export {name}=…")
     return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import yaml
@@ -57,6 +57,24 @@ def parse_yaml(text: str, *, all_text: bool = False) -> Any:
         if _written_out(node, {}, set()) > MAX_VALUES:
             raise yaml.YAMLError(f"stands for more than {MAX_VALUES} values")
         return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def line_of(text: str, path: Sequence[str]) -> int | None:
+    """The line, from 1, in which a document writes the key at a path of keys; None where it has no such key (or has it
+    by a merge). The document is one that `parse_yaml` reads.
+    """
+    loader = _Loader(text)
+    try:
+        node, line = loader.get_single_node(), None
+        for part in path:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            found = [(key, value) for key, value in pairs if key.value == part]
+            if not found:
+                return None
+            line, node = found[0][0].start_mark.line + 1, found[0][1]
+        return line
     finally:
         loader.dispose()
 
