@@ -21,8 +21,8 @@ from ddpm_pipeline.config.net import UNetConfig
 from ddpm_pipeline.config.settings_files import read_yaml
 from ddpm_pipeline.jobs.runner import preset_file
 from ddpm_pipeline.nets import parameter_count
+from ddpm_pipeline.nets.build import seeded_init
 from ddpm_pipeline.nets.model_files import save_model
-from ddpm_pipeline.nets.unet import seeded_init
 
 TEACHER = SamplerConfig(kind="dpm++2m", num_steps=20, guidance_scale=1.25)
 STUDENT_STEPS = (1, 2, 4)

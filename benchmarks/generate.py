@@ -38,9 +38,10 @@ from ddpm_pipeline.generate.plan import shard
 from ddpm_pipeline.generate.shard_writer import ShardWriter
 from ddpm_pipeline.generate.spec import Spec, make_spec
 from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.nets.build import seeded_init
 from ddpm_pipeline.nets.diffusers_weights import export_diffusers
 from ddpm_pipeline.nets.model_files import build_model, save_model
-from ddpm_pipeline.nets.unet import UNet, seeded_init
+from ddpm_pipeline.nets.unet import UNet
 from ddpm_pipeline.store import open_store
 
 Facts = dict[str, float]

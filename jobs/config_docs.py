@@ -127,8 +127,15 @@ def _schemas() -> tuple[dict[str, Schema], dict[str, Schema]]:
 
 
 def _partial(schema: Schema) -> Schema:
-    """A group of which a layer may give any part."""
-    return {key: value for key, value in schema.items() if key != "required"}
+    """A group of which a layer may give any part, so that a part may be one of several forms of a group alike."""
+    partial = {key: value for key, value in schema.items() if key != "required"}
+    fields: dict[str, Schema] = partial.get("properties", {})
+    forms = {name: {"anyOf": field["oneOf"]} for name, field in fields.items() if "oneOf" in field}
+    rest = {
+        name: {key: value for key, value in field.items() if name not in forms or key != "oneOf"}
+        for name, field in fields.items()
+    }
+    return partial | {"properties": {name: field | forms.get(name, {}) for name, field in rest.items()}}
 
 
 def _table(schema: Schema, shared: Mapping[str, Schema]) -> str:
@@ -169,7 +176,8 @@ def _types(field: Mapping[str, Any]) -> Iterator[str]:
     elif field.get("type") == "array":
         yield f"list of {' or '.join(_types(field.get('items', {})))}"
     elif field.get("type") == "object":
-        yield f"mapping to {' or '.join(_types(field.get('additionalProperties') or {}))}"
+        values = field.get("additionalProperties")
+        yield f"mapping to {' or '.join(_types(values))}" if isinstance(values, dict) else "mapping"
     elif field.get("type") != "null":
         yield field.get("type", "anything") + _bounds(field)
 

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 from ddpm_pipeline.config.model_card import ImageShape, ModelCard
+from ddpm_pipeline.config.net import kind_of
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.generate.model_source import find_model
 from ddpm_pipeline.jobs.runner import DONE
 from ddpm_pipeline.nets.diffusers_weights import export_diffusers, import_diffusers
 from ddpm_pipeline.nets.model_files import build_model, save_model
+from ddpm_pipeline.nets.unet import UNet
 from ddpm_pipeline.telemetry.terminal import echo
 
 FORMATS = ("diffusers",)
@@ -24,6 +26,10 @@ def export_model(model: str, folder: Path, form: str) -> int:
     found = find_model(model)
     net = build_model(found.card, found.weights, "cpu", where=model)
     card = found.card
+    if not isinstance(net, UNet):
+        raise UserError(
+            f"{model}: diffusers has no form for a network of kind {kind_of(card.net)}; only for unet"
+        )
     export_diffusers(folder, net, card.schedule, card.objective, card.distillation)
     echo(f"exported {model} to {folder}")
     echo(

@@ -11,6 +11,7 @@ from ddpm_pipeline.cluster.gpus import (
     require_fit_workers,
     unfit_message,
 )
+from ddpm_pipeline.cluster.plugins import require_plugins_on_nodes
 from ddpm_pipeline.cluster.ray_errors import cause_of, reason_line
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "grows",
     "reason_line",
     "require_fit_workers",
+    "require_plugins_on_nodes",
     "unfit_message",
 ]

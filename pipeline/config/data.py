@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.plugins import SOURCES, Choice, PluginIdentity, WithPlugin, with_identity
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 
 
-class PackConfig(Settings):
+PLUGIN_SOURCE = "plugin:"
+"""How `source` names another package's image source: `plugin:NAME` or `plugin:module:object`."""
+
+
+class PackConfig(WithPlugin):
     """How images become shards."""
+
+    PLUGIN_GROUP: ClassVar[str] = SOURCES
 
     source: str
     """Where the images are: `digits` (scikit-learn's 8x8 digits); `cifar10`, `cifar100`, `mnist`, `fashion-mnist` or
     `celeba` (fetched; the training split unless `split` says otherwise); the path of a folder, a zip, a tar (also
     compressed), a parquet file, an npz, or a folder or pattern (`train-{00..09}.tar`, `*.parquet`) of such;
     `s3://bucket/prefix`; the s3:// or http(s):// address of an archive; or `hf://datasets/OWNER/NAME[/CONFIG]`.
-    docs/data.md has a table of layouts."""
+    docs/data.md has a table of layouts. `plugin:NAME`: another package's source, by its entry point in
+    `ddpm_pipeline.sources` or as `module:object`."""
 
     fetch_bytes: Annotated[int, Field(ge=1)] = 200_000_000_000
     """Most bytes that a source elsewhere (s3, http, hf) may have; larger ones are refused, before anything is fetched
@@ -90,6 +99,41 @@ class PackConfig(Settings):
 
     num_threads: Annotated[int, Field(ge=1, le=256)] = 4
     """Images and shards worked on at a time. Changes no byte of the result."""
+
+    source_settings: dict[str, Any] | None = None
+    """Settings of another package's source."""
+
+    plugin: PluginIdentity | None = None
+    """Its package and version; filled in where it is left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _identified(cls, data: Any) -> Any:
+        """`source` as the kind of a plug-in, as the other groups have it."""
+        if not isinstance(data, Mapping):
+            return data
+        fields = dict(cast(Mapping[str, Any], data))
+        source = fields.get("source")
+        if not isinstance(source, str) or not source.startswith(PLUGIN_SOURCE):
+            for name in ("source_settings", "plugin"):
+                if fields.get(name) is not None:
+                    raise ValueError(f"{name} has no effect without source={PLUGIN_SOURCE}NAME; leave it out")
+            return fields
+        plain = {"kind": source.removeprefix(PLUGIN_SOURCE), "settings": fields.get("source_settings")}
+        chosen = with_identity(SOURCES, plain | {"plugin": fields.get("plugin")}, "")
+        return fields | {"source_settings": chosen["settings"], "plugin": chosen["plugin"]}
+
+    @property
+    def choice(self) -> Choice:
+        """The plug-in, if `source` names one."""
+        return Choice(self.source.removeprefix(PLUGIN_SOURCE), self.plugin, self.source_settings)
+
+    @model_serializer(mode="wrap")
+    def _documented(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the fields of a plug-in where there is none: packs keep the fingerprints that they had before."""
+        plain: dict[str, Any] = handler(self)
+        absent = {"source_settings", "plugin"} if self.plugin is None else set[str]()
+        return {name: value for name, value in plain.items() if name not in absent}
 
 
 class DataConfig(Settings):

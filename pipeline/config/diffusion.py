@@ -1,28 +1,57 @@
 """Settings of the forward process, of what the network learns, and of the reverse process."""
 
 import itertools
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 
 from ddpm_pipeline.config.base import Settings, refuse_idle
-from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.net import NetConfig
+from ddpm_pipeline.config.plugins import (
+    OWN,
+    SAMPLERS,
+    SCHEDULES,
+    PluginIdentity,
+    SamplerPlugin,
+    WithPlugin,
+    require_plugin,
+    with_identity,
+)
 from ddpm_pipeline.errors import UserError
 
-ScheduleKind = Literal["linear", "scaled-linear", "cosine", "sigmoid", "given"]
+
+def _kinds_of(group: str) -> WithJsonSchema:
+    """For editors: our own kinds, or the name of another package's."""
+    return WithJsonSchema({"anyOf": [{"enum": [*OWN[group]]}, {"type": "string"}]})
+
+
+ScheduleKind = Annotated[str, Field(min_length=1, max_length=250), _kinds_of(SCHEDULES)]
 Target = Literal["eps", "x0", "v"]
 Weighting = Literal["uniform", "min-snr"]
 Variance = Literal["fixed-small", "fixed-large", "learned"]
-SamplerKind = Literal["ancestral", "ddim", "dpm++2m", "heun", "consistency"]
+SamplerKind = Annotated[str, Field(min_length=1, max_length=250), _kinds_of(SAMPLERS)]
 Spacing = Literal["trailing", "leading", "karras"]
 
 
-class ScheduleConfig(Settings):
+def _without_absent(document: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Without fields that are None: documents keep the bytes and digests that they had before there were these."""
+    return {name: value for name, value in document.items() if value is not None or name not in names}
+
+
+class ScheduleConfig(WithPlugin):
     """How fast the forward process turns an image into noise: the betas."""
+
+    PLUGIN_GROUP: ClassVar[str] = SCHEDULES
 
     kind: ScheduleKind = "linear"
     """Family of the schedule. "linear" is DDPM's, "cosine" improved DDPM's; "given" takes `betas` as they
-    are."""
+    are. Another package's is named by its entry point in `ddpm_pipeline.schedules`, or as `module:object`."""
     num_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     """T, the number of forward steps; 1000 in nearly all published work. For "given", the length of
     `betas`."""
@@ -44,6 +73,15 @@ class ScheduleConfig(Settings):
     """The betas of a "given" schedule, first step first."""
     zero_terminal_snr: bool = False
     """Rescale so that x_T holds no trace of the image (Lin et al. 2023). Needs target "x0" or "v"."""
+    settings: dict[str, Any] | None = None
+    """Settings of another package's schedule."""
+    plugin: PluginIdentity | None = None
+    """Its package and version; filled in where it is left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _identified(cls, data: Any) -> Any:
+        return with_identity(SCHEDULES, data, "linear")
 
     @model_validator(mode="after")
     def _only_settings_that_act(self) -> Self:
@@ -74,6 +112,10 @@ class ScheduleConfig(Settings):
             raise ValueError("zero_terminal_snr needs num_steps of at least 2")
         return self
 
+    @model_serializer(mode="wrap")
+    def _documented(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_absent(handler(self), "settings", "plugin")
+
 
 class ObjectiveConfig(Settings):
     """What the network predicts and how its errors are weighed."""
@@ -99,12 +141,15 @@ class ObjectiveConfig(Settings):
         return self
 
 
-class SamplerConfig(Settings):
+class SamplerConfig(WithPlugin):
     """How noise becomes an image: the reverse process."""
+
+    PLUGIN_GROUP: ClassVar[str] = SAMPLERS
 
     kind: SamplerKind = "ancestral"
     """"ancestral" is DDPM's chain; "ddim", "dpm++2m" and "heun" need far fewer steps; "consistency" needs one
-    to four, and a distilled model (`ddpm distill`)."""
+    to four, and a distilled model (`ddpm distill`). Another package's is named by its entry point in
+    `ddpm_pipeline.samplers`, or as `module:object`."""
     num_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     """Steps from noise to image. "heun" evaluates the network twice a step but the last."""
     spacing: Spacing = "trailing"
@@ -125,6 +170,15 @@ class SamplerConfig(Settings):
     guidance_interval: tuple[float, float] | None = None
     """Noise levels sigma = sqrt((1-abar)/abar), lowest and highest, between which guidance acts; None is
     always."""
+    settings: dict[str, Any] | None = None
+    """Settings of another package's sampler."""
+    plugin: PluginIdentity | None = None
+    """Its package and version; filled in where it is left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _identified(cls, data: Any) -> Any:
+        return with_identity(SAMPLERS, data, "ancestral")
 
     @model_validator(mode="after")
     def _only_settings_that_act(self) -> Self:
@@ -165,18 +219,32 @@ class SamplerConfig(Settings):
 
     @model_serializer(mode="wrap")
     def _documented(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `timesteps` where there are none: specs keep the digests that they had before there was the field."""
-        document: dict[str, Any] = handler(self)
-        if self.timesteps is None:
-            document.pop("timesteps", None)
-        return document
+        return _without_absent(handler(self), "timesteps", "settings", "plugin")
+
+    @property
+    def definition(self) -> SamplerPlugin:
+        """What its package says of it. UserError unless that is installed, in the version recorded here."""
+        found = require_plugin(self, "sampler.kind").plugin
+        if not isinstance(found, SamplerPlugin):
+            raise UserError(f"sampler.kind {self.kind!r}: is registered as no SamplerPlugin; register one")
+        return found
+
+    @property
+    def levels(self) -> list[int]:
+        """The level of each call of the network, of `num_steps` levels and the clean image after them."""
+        return list(self.definition.levels(self.num_steps, self.options))
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether one initial noise has many images."""
+        return self.eta > 0 if self.kind == "ddim" else self.definition.draws_noise
 
 
 def check_together(
     schedule: ScheduleConfig,
     objective: ObjectiveConfig,
     sampler: SamplerConfig | None = None,
-    net: UNetConfig | None = None,
+    net: NetConfig | None = None,
     *,
     distilled: bool = False,
 ) -> None:
@@ -197,7 +265,7 @@ def check_together(
         _check_distilled(sampler, distilled)
 
 
-def _check_net(net: UNetConfig, objective: ObjectiveConfig, sampler: SamplerConfig | None) -> None:
+def _check_net(net: NetConfig, objective: ObjectiveConfig, sampler: SamplerConfig | None) -> None:
     expected = net.in_channels * (2 if objective.variance == "learned" else 1)
     if net.out_channels != expected:
         raise UserError(

@@ -37,7 +37,7 @@ class DistillConfig(TrainingSettings):
     def _consistent(self) -> Self:
         if (self.data is None) == (self.pairs is None):
             raise ValueError("name the images to learn with: data, or pairs, and not both")
-        if self.sampler.kind not in DETERMINISTIC or self.sampler.eta > 0:
+        if self.sampler.draws_noise:
             raise ValueError(
                 f'sampler of kind "{self.sampler.kind}" draws noise, so one noise has many images; use '
                 f"{', '.join(DETERMINISTIC)} with eta 0"

@@ -28,5 +28,7 @@ def first_fault(error: ValidationError) -> str:
 
 
 def field_of(place: tuple[int | str, ...]) -> str:
-    """A location reported by pydantic, in the notation of settings: `a.b.0`."""
-    return ".".join(str(part) for part in place if part != "[key]")
+    """A location reported by pydantic, in the notation of settings: `a.b.0`. In brackets stand a mapping's key, and the
+    form of a network.
+    """
+    return ".".join(str(part) for part in place if not str(part).startswith("["))

@@ -90,8 +90,8 @@ def _validated(model: type[S], section: str, tree: Tree) -> S:
 
 
 def setting_names(model: type[BaseModel]) -> Iterator[str]:
-    """Every setting of a model as a dotted name, groups before their members."""
-    return (name for name, _ in described_settings(model))
+    """Every setting of a model as a dotted name, once, groups before their members."""
+    return iter(dict.fromkeys(name for name, _ in described_settings(model)))
 
 
 def described_settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.bounds import MAX_CLASSES, Count, Key, Name, Sha256
 from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
-from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.net import Net, NetConfig
 
 _Levels = Annotated[tuple[float, ...], Field(max_length=4096)]
 
@@ -113,7 +113,7 @@ class ModelCard(Settings):
     format: Literal[1] = 1
     """Version of the file format."""
 
-    net: UNetConfig
+    net: Net
     """The network's architecture."""
 
     schedule: ScheduleConfig
@@ -145,7 +145,7 @@ class ModelCard(Settings):
     def _no_more_names_than_classes(
         cls, names: tuple[str, ...] | None, info: ValidationInfo
     ) -> tuple[str, ...] | None:
-        net: UNetConfig | None = info.data.get("net")  # absent if it failed validation itself
+        net: NetConfig | None = info.data.get("net")  # absent if it failed validation itself
         classes = None if net is None else net.num_classes
         if names is not None and classes is not None and len(names) > classes:
             raise ValueError(f"{len(names)} names for a network of {classes} classes")

@@ -2,11 +2,15 @@
 
 import hashlib
 import json
-from typing import Annotated, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.plugins import NETWORKS, PluginIdentity, WithPlugin, with_identity
+
+UNET = "unet"
 
 
 class UNetConfig(Settings):
@@ -91,8 +95,7 @@ class UNetConfig(Settings):
 
     def digest(self) -> str:
         """SHA-256 over the canonical JSON of all fields, as 64 hexadecimal digits."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _digest(self)
 
     @classmethod
     def ddpm_cifar10(cls) -> Self:
@@ -114,6 +117,14 @@ class UNetConfig(Settings):
                 "time_freq_shift": 1,
             }
         )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_kind(cls, data: Any) -> Any:
+        """`kind: unet` may be said, and is not stored: networks were U-Nets before there were others."""
+        if isinstance(data, Mapping) and data.get("kind") == UNET:
+            return {name: value for name, value in cast(Mapping[str, Any], data).items() if name != "kind"}
+        return data
 
     @field_validator("attention_resolutions")
     @classmethod
@@ -167,3 +178,87 @@ class UNetConfig(Settings):
                 f"out_channels must be in_channels ({self.in_channels}) or, to learn the variance, twice that"
             )
         return self
+
+
+class PluginNetConfig(WithPlugin):
+    """A network of another package, over square images. What the pipeline has to know of it stands here; the rest are
+    its own settings."""
+
+    PLUGIN_GROUP: ClassVar[str] = NETWORKS
+
+    kind: str = Field(min_length=1, max_length=250)
+    """Its entry point in `ddpm_pipeline.networks`, or `module:object`. Without it, or as "unet", the network is a
+    U-Net."""
+    image_size: Annotated[int, Field(ge=1, le=8192)] = 32
+    """Height and width in pixels."""
+    in_channels: Annotated[int, Field(ge=1, le=4096)] = 3
+    """Channels of the image."""
+    out_channels: Annotated[int, Field(ge=1, le=4096)] = 3
+    """Channels of the prediction: those of the image, or twice as many when the variance is learned too."""
+    num_classes: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Number of class labels the network is told; None is unconditional."""
+    null_class: bool = False
+    """Learn one more embedding, label `num_classes`, for "no class": what classifier-free guidance needs."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Above 0 the network is given the keys that its dropout draws from."""
+    settings: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """The plug-in's own settings."""
+    plugin: PluginIdentity | None = None
+    """Package and version; filled in where it is left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _identified(cls, data: Any) -> Any:
+        return with_identity(NETWORKS, data, UNET)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.null_class and self.num_classes is None:
+            raise ValueError("null_class has no effect without num_classes; leave it out")
+        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
+            raise ValueError(
+                f"out_channels must be in_channels ({self.in_channels}) or, to learn the variance, twice that"
+            )
+        return self
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the class embedding: the classes, and "no class" where it is learned; 0 if unconditional."""
+        return 0 if self.num_classes is None else self.num_classes + int(self.null_class)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no class", or None where the network has none."""
+        return self.num_classes if self.null_class else None
+
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON of all fields, as 64 hexadecimal digits."""
+        return _digest(self)
+
+
+NetConfig = UNetConfig | PluginNetConfig
+"""The settings of a network: of the U-Net, or of another package's."""
+
+
+def _form_of(value: Any) -> str:
+    """Which of the two classes raw settings are for."""
+    if isinstance(value, Mapping):
+        return "[unet]" if cast(Mapping[str, Any], value).get("kind", UNET) in (UNET, None) else "[plugin]"
+    return "[plugin]" if isinstance(value, PluginNetConfig) else "[unet]"
+
+
+Net = Annotated[
+    Annotated[UNetConfig, Tag("[unet]")] | Annotated[PluginNetConfig, Tag("[plugin]")],
+    Discriminator(_form_of),
+]
+"""The type of a field that holds a `NetConfig`."""
+
+
+def kind_of(net: NetConfig) -> str:
+    """The kind of a network."""
+    return UNET if isinstance(net, UNetConfig) else net.kind
+
+
+def _digest(settings: Settings) -> str:
+    canonical = json.dumps(settings.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -12,7 +12,8 @@ from ddpm_pipeline.config.device_kind import Matmul
 from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from ddpm_pipeline.config.distillation import DistillationConfig
 from ddpm_pipeline.config.evaluation import GateConfig
-from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.net import Net
+from ddpm_pipeline.config.plugins import without_versions
 from ddpm_pipeline.config.tracking import TrackConfig, filed_under
 
 _EXPERIMENT = "training"
@@ -250,7 +251,8 @@ class TrainConfig(TrainingSettings):
     """A training run."""
 
     data: DataConfig
-    net: UNetConfig
+    net: Net
+    """The network: a U-Net, or with `kind` another package's."""
     schedule: ScheduleConfig = ScheduleConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     init_from: str | None = None
@@ -307,8 +309,18 @@ class TrainConfig(TrainingSettings):
 
     def digest(self, data_digest: str, init_sha256: str | None = None) -> str:
         """Name of the training: 12 hex digits of the SHA-256 of its identity."""
-        text = json.dumps(self.identity(data_digest, init_sha256), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return _short_digest(self.identity(data_digest, init_sha256))
+
+    def folder_digest(self, data_digest: str, init_sha256: str | None = None) -> str:
+        """Name of its checkpoints' place: `digest`, but the same for all versions of a plug-in, so that another version
+        finds the training and refuses it.
+        """
+        return _short_digest(without_versions(self.identity(data_digest, init_sha256)))
+
+
+def _short_digest(fields: dict[str, Any]) -> str:
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 _OPERATION = {

@@ -3,7 +3,8 @@
 from ddpm_pipeline.diffusion.image_scaling import from_uint8, to_uint8
 from ddpm_pipeline.diffusion.noise import Stream
 from ddpm_pipeline.diffusion.objective import LossTerms, training_loss
-from ddpm_pipeline.diffusion.samplers import SamplerStep, sample
+from ddpm_pipeline.diffusion.sampler_protocol import SamplerStep
+from ddpm_pipeline.diffusion.samplers import sample
 from ddpm_pipeline.diffusion.schedule import NoiseSchedule
 
 __all__ = [

@@ -7,12 +7,12 @@ from ddpm_pipeline.diffusion.timesteps import make_grid
 
 def network_calls(sampler: SamplerConfig) -> int:
     """Calls of the network for a batch. One call evaluates it with and without the class where guidance acts."""
-    return len(_levels(sampler))
+    return len(sampler.levels)
 
 
 def network_evaluations(schedule: NoiseSchedule, sampler: SamplerConfig) -> int:
     """Evaluations of the network for an image; guidance doubles those at the levels where it acts."""
-    levels = _levels(sampler)
+    levels = sampler.levels
     if sampler.guidance_scale == 1.0:
         return len(levels)
     interval = sampler.guidance_interval
@@ -20,9 +20,3 @@ def network_evaluations(schedule: NoiseSchedule, sampler: SamplerConfig) -> int:
         return 2 * len(levels)
     grid = make_grid(schedule, sampler)
     return len(levels) + sum(interval[0] <= grid.sigma(k) <= interval[1] for k in levels)
-
-
-def _levels(sampler: SamplerConfig) -> list[int]:
-    """The level of each call, those of heun's second calls at the end."""
-    steps = range(sampler.num_steps)
-    return [*steps, *steps[1:]] if sampler.kind == "heun" else [*steps]  # heun looks at the next level too

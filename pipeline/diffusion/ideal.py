@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_pipeline.diffusion.samplers import Denoise, Denoised
+from ddpm_pipeline.diffusion.sampler_protocol import Denoise, Denoised
 from ddpm_pipeline.diffusion.schedule import NoiseSchedule
 from ddpm_pipeline.diffusion.timesteps import SamplingGrid
 

@@ -6,52 +6,28 @@ added on leaving the k-th visited level (k = 0, 1, ...) is that of step k + 1.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, Variance
+from ddpm_pipeline.config.plugins import SAMPLERS, is_own
 from ddpm_pipeline.devices import divided
+from ddpm_pipeline.diffusion.checked_sampler import run_checked
 from ddpm_pipeline.diffusion.guidance import guided_output
 from ddpm_pipeline.diffusion.noise import Stream, normal
 from ddpm_pipeline.diffusion.objective import Net, split_output
+from ddpm_pipeline.diffusion.sampler_protocol import (
+    Denoise,
+    Denoised,
+    NoiseOf,
+    OnStep,
+    Sampler,
+    estimate_at,
+)
 from ddpm_pipeline.diffusion.schedule import NoiseSchedule
 from ddpm_pipeline.diffusion.targets import eps_of, x0_of
 from ddpm_pipeline.diffusion.timesteps import SamplingGrid, make_grid
-
-
-class Denoised(NamedTuple):
-    """What a network makes of x at one level. All (B, C, H, W)."""
-
-    x0: Tensor
-    eps: Tensor
-    fraction: Tensor | None = None
-    """Where the variance is learned: the place of the log variance between the posterior's (0) and beta's
-    (1)."""
-
-
-class SamplerStep(NamedTuple):
-    """What a callback sees before step k of `num_steps`: x at this level and the image the network sees in
-    it."""
-
-    k: int
-    num_steps: int
-    timestep: float
-    alpha_bar: float
-    x: Tensor
-    x0: Tensor
-
-
-class Denoise(Protocol):
-    """The estimate at x (B, C, H, W) of level k of the grid in use."""
-
-    def __call__(self, x: Tensor, k: int, /) -> Denoised: ...
-
-
-NoiseOf = Callable[[int], Tensor]
-OnStep = Callable[[SamplerStep], None]
 
 
 def ancestral(
@@ -68,7 +44,7 @@ def ancestral(
     noise(k): standard normal like x for the step that leaves level k; not called at the last.
     """
     for k in range(len(grid)):
-        estimate = _estimate(denoise, x, k, grid, on_step)
+        estimate = estimate_at(denoise, x, k, grid, on_step)
         now, after = grid.alpha_bars[k], grid.alpha_bars[k + 1]
         keep = now / after
         beta = 1 - keep
@@ -93,7 +69,7 @@ def ddim(
     if eta > 0 and noise is None:
         raise ValueError("noise is needed where eta is above 0")
     for k in range(len(grid)):
-        estimate = _estimate(denoise, x, k, grid, on_step)
+        estimate = estimate_at(denoise, x, k, grid, on_step)
         now, after = grid.alpha_bars[k], grid.alpha_bars[k + 1]
         std = eta * math.sqrt((1 - after) / (1 - now)) * math.sqrt(1 - now / after)
         # Where all noise is fresh, rounding could leave the rest an ulp below zero.
@@ -117,7 +93,7 @@ def dpm_solver_pp_2m(
     previous: Tensor | None = None
     previous_h = 0.0
     for k in range(len(grid)):
-        x0 = _estimate(denoise, x, k, grid, on_step).x0
+        x0 = estimate_at(denoise, x, k, grid, on_step).x0
         (_, s_now), (a_after, s_after) = grid.coefficients(k), grid.coefficients(k + 1)
         h = _half_log_snr(grid, k + 1) - _half_log_snr(grid, k)
         data = x0
@@ -143,7 +119,7 @@ def heun(denoise: Denoise, x: Tensor, grid: SamplingGrid, on_step: OnStep | None
     scaled = divided(x, grid.coefficients(0)[0])
     for k in range(len(grid)):
         sigma, sigma_after = grid.sigma(k), grid.sigma(k + 1)
-        x0 = _estimate(denoise, scaled * grid.coefficients(k)[0], k, grid, on_step).x0
+        x0 = estimate_at(denoise, scaled * grid.coefficients(k)[0], k, grid, on_step).x0
         slope = divided(scaled - x0, sigma)
         euler = scaled + (sigma_after - sigma) * slope
         if k + 1 == len(grid):
@@ -163,7 +139,7 @@ def consistency(
     noise(k): standard normal like x for the step that leaves level k; not called at the last.
     """
     for k in range(len(grid)):
-        x0 = _estimate(denoise, x, k, grid, on_step).x0
+        x0 = estimate_at(denoise, x, k, grid, on_step).x0
         if k + 1 == len(grid):
             return x0
         a_after, s_after = grid.coefficients(k + 1)
@@ -271,22 +247,70 @@ def _sampled(
     sampler: SamplerConfig,
     on_step: OnStep | None,
 ) -> Tensor:
-    if sampler.kind == "ancestral":
-        return ancestral(denoise, x, grid, noise, sampler.variance, on_step)
-    if sampler.kind == "ddim":
-        return ddim(denoise, x, grid, noise, sampler.eta, on_step)
-    if sampler.kind == "dpm++2m":
-        return dpm_solver_pp_2m(denoise, x, grid, on_step)
-    if sampler.kind == "consistency":
-        return consistency(denoise, x, grid, noise, on_step)
+    run: Sampler = sampler.definition.load()
+    if is_own(SAMPLERS, sampler.kind):
+        return run(denoise, x, grid, noise, sampler, on_step)
+    return run_checked(run, denoise, x, grid, noise, sampler, on_step)
+
+
+def run_ancestral(
+    denoise: Denoise,
+    x: Tensor,
+    grid: SamplingGrid,
+    noise: NoiseOf,
+    settings: SamplerConfig,
+    on_step: OnStep | None,
+) -> Tensor:
+    """`ancestral` as a `Sampler`."""
+    return ancestral(denoise, x, grid, noise, settings.variance, on_step)
+
+
+def run_ddim(
+    denoise: Denoise,
+    x: Tensor,
+    grid: SamplingGrid,
+    noise: NoiseOf,
+    settings: SamplerConfig,
+    on_step: OnStep | None,
+) -> Tensor:
+    """`ddim` as a `Sampler`."""
+    return ddim(denoise, x, grid, noise, settings.eta, on_step)
+
+
+def run_dpm_solver_pp_2m(
+    denoise: Denoise,
+    x: Tensor,
+    grid: SamplingGrid,
+    noise: NoiseOf,
+    settings: SamplerConfig,
+    on_step: OnStep | None,
+) -> Tensor:
+    """`dpm_solver_pp_2m` as a `Sampler`."""
+    return dpm_solver_pp_2m(denoise, x, grid, on_step)
+
+
+def run_heun(
+    denoise: Denoise,
+    x: Tensor,
+    grid: SamplingGrid,
+    noise: NoiseOf,
+    settings: SamplerConfig,
+    on_step: OnStep | None,
+) -> Tensor:
+    """`heun` as a `Sampler`."""
     return heun(denoise, x, grid, on_step)
 
 
-def _estimate(denoise: Denoise, x: Tensor, k: int, grid: SamplingGrid, on_step: OnStep | None) -> Denoised:
-    estimate = denoise(x, k)
-    if on_step is not None:
-        on_step(SamplerStep(k, len(grid), grid.timesteps[k], grid.alpha_bars[k], x, estimate.x0))
-    return estimate
+def run_consistency(
+    denoise: Denoise,
+    x: Tensor,
+    grid: SamplingGrid,
+    noise: NoiseOf,
+    settings: SamplerConfig,
+    on_step: OnStep | None,
+) -> Tensor:
+    """`consistency` as a `Sampler`."""
+    return consistency(denoise, x, grid, noise, on_step)
 
 
 def _reverse_std(variance: Variance, small: float, beta: float, estimate: Denoised) -> Tensor | float:

@@ -8,12 +8,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from ddpm_pipeline.config.diffusion import ScheduleConfig
+from ddpm_pipeline.config.plugins import require_plugin
 from ddpm_pipeline.errors import UserError
 
 CPU = torch.device("cpu")
@@ -109,24 +110,24 @@ class NoiseSchedule:
         Raises: UserError if its numbers leave a step without noise, as a very steep sigmoid does.
         """
         try:
-            schedule = cls._of_kind(config)
+            schedule = cls._made(config)
             return schedule.with_zero_terminal_snr() if config.zero_terminal_snr else schedule
         except ValueError as error:
             raise UserError(f'schedule of kind "{config.kind}": {error}; choose gentler settings') from error
 
     @classmethod
-    def _of_kind(cls, config: ScheduleConfig) -> Self:
-        T = config.num_steps
-        if config.kind == "linear":
-            return cls.linear(T, config.beta_start, config.beta_end)
-        if config.kind == "scaled-linear":
-            return cls.scaled_linear(T, config.beta_start, config.beta_end)
-        if config.kind == "cosine":
-            return cls.cosine(T, config.cosine_offset, config.max_beta)
-        if config.kind == "sigmoid":
-            ends = (config.sigmoid_start, config.sigmoid_end, config.sigmoid_temperature)
-            return cls.sigmoid(T, *ends, config.max_beta)
-        return cls.given(config.betas)
+    def _made(cls, config: ScheduleConfig) -> Self:
+        make: MakeSchedule = require_plugin(config, "schedule.kind").plugin.load()
+        made: object = make(config.num_steps, config.options)
+        # By its tables, not by its class: code stored beside models of version 0.1.0 has this class under another name.
+        betas, alpha_bars = getattr(made, "betas", None), getattr(made, "alpha_bars", None)
+        if (
+            not isinstance(betas, Tensor)
+            or not isinstance(alpha_bars, Tensor)
+            or len(betas) != config.num_steps
+        ):
+            raise ValueError(f"its package made no NoiseSchedule of {config.num_steps} steps")
+        return cls(betas, alpha_bars)
 
     def with_zero_terminal_snr(self) -> Self:
         """Shift and scale sqrt(abar) so that its last entry is 0 and its first stays (Lin et al. 2023,
@@ -321,6 +322,41 @@ class NoiseSchedule:
         if t.device.type == "cpu" and t.numel() and (int(t.min()) < 0 or int(t.max()) >= self.T):
             raise ValueError(f"t must lie in 0..{self.T - 1}")
         return t
+
+
+class MakeSchedule(Protocol):
+    """What a kind of schedule does, ours or another package's: a schedule of `num_steps` steps, a function of its
+    arguments alone. `NoiseSchedule.given` and `NoiseSchedule.from_alpha_bars` make one of a table. ValueError names
+    what the settings leave impossible. settings: of the plug-in's own class (of our kinds, the `ScheduleConfig`).
+    """
+
+    def __call__(self, num_steps: int, settings: Any, /) -> NoiseSchedule: ...
+
+
+def make_linear(num_steps: int, settings: ScheduleConfig) -> NoiseSchedule:
+    """`NoiseSchedule.linear` as a kind."""
+    return NoiseSchedule.linear(num_steps, settings.beta_start, settings.beta_end)
+
+
+def make_scaled_linear(num_steps: int, settings: ScheduleConfig) -> NoiseSchedule:
+    """`NoiseSchedule.scaled_linear` as a kind."""
+    return NoiseSchedule.scaled_linear(num_steps, settings.beta_start, settings.beta_end)
+
+
+def make_cosine(num_steps: int, settings: ScheduleConfig) -> NoiseSchedule:
+    """`NoiseSchedule.cosine` as a kind."""
+    return NoiseSchedule.cosine(num_steps, settings.cosine_offset, settings.max_beta)
+
+
+def make_sigmoid(num_steps: int, settings: ScheduleConfig) -> NoiseSchedule:
+    """`NoiseSchedule.sigmoid` as a kind."""
+    ends = (settings.sigmoid_start, settings.sigmoid_end, settings.sigmoid_temperature)
+    return NoiseSchedule.sigmoid(num_steps, *ends, settings.max_beta)
+
+
+def make_given(num_steps: int, settings: ScheduleConfig) -> NoiseSchedule:
+    """The betas of the settings, as they are."""
+    return NoiseSchedule.given(settings.betas)
 
 
 def _check_steps(T: int) -> None:

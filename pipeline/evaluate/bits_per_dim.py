@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_pipeline.config.evaluation import LikelihoodConfig
 from ddpm_pipeline.config.model_card import ModelCard
@@ -15,13 +15,12 @@ from ddpm_pipeline.diffusion import NoiseSchedule, from_uint8
 from ddpm_pipeline.diffusion.likelihood import bits_per_dim
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.evaluate.document import Metric
-from ddpm_pipeline.nets import UNet
 from ddpm_pipeline.parallel import HERE, MapWorkers
 from ddpm_pipeline.progress import Progress, no_progress
 
 
 def held_out_bits(
-    net: UNet,
+    net: nn.Module,
     card: ModelCard,
     index: Index,
     config: LikelihoodConfig,
@@ -56,7 +55,13 @@ class _BatchBound:
     """The bound of one batch. Travels to workers with the network and the images."""
 
     def __init__(
-        self, net: UNet, card: ModelCard, pixels: Tensor, labels: Tensor | None, seed: int, gpu: str | None
+        self,
+        net: nn.Module,
+        card: ModelCard,
+        pixels: Tensor,
+        labels: Tensor | None,
+        seed: int,
+        gpu: str | None,
     ) -> None:
         self._net, self._card, self._pixels, self._labels = net, card, pixels, labels
         self._seed, self._gpu = seed, gpu

@@ -14,6 +14,7 @@ from ddpm_pipeline.config.diffusion import SamplerConfig, check_together
 from ddpm_pipeline.config.evaluation import TuneConfig
 from ddpm_pipeline.config.generation import SpecSettings
 from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.diffusion.evaluations import network_calls
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.evaluate.document import Metric
 from ddpm_pipeline.evaluate.measure import model_features
@@ -106,7 +107,7 @@ def candidate_samplers(config: TuneConfig, model: ResolvedModel) -> list[Sampler
 
 def evaluations(sampler: SamplerConfig) -> int:
     """Evaluations of the network for an image; guidance doubles them."""
-    once = 2 * sampler.num_steps - 1 if sampler.kind == "heun" else sampler.num_steps
+    once = network_calls(sampler)
     return once * (1 if sampler.guidance_scale == 1.0 else 2)
 
 

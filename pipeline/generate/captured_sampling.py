@@ -111,5 +111,7 @@ class _Graph:
 
 
 def can_capture(sampler: SamplerConfig, device: torch.device, compiled: bool) -> bool:
-    """Whether a sampling is worth a graph. `compiled`: torch.compile compiles the network."""
-    return device.type == "cuda" and not compiled and network_calls(sampler) <= MOST_CALLS
+    """Whether a sampling is worth a graph, and may run in one. `compiled`: torch.compile compiles the network."""
+    if device.type != "cuda" or compiled or network_calls(sampler) > MOST_CALLS:
+        return False
+    return sampler.definition.capturable

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from ddpm_pipeline.cluster import NodeReport, grows
+from ddpm_pipeline.cluster import NodeReport, grows, require_plugins_on_nodes
 from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.plugins import require_plugins
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.features.networks import network_exists, open_network
 from ddpm_pipeline.features.trust import require_trusted_network
@@ -106,6 +107,7 @@ def generate(
     stop = stop or threading.Event()
     signer = SigningKey.configured()
     model, spec = resolve_model(config)
+    require_plugins(model.card, spec, config)
     generation = Generation(open_store(config.output), spec)
     generation.store.require_container()
     generation = _like(generation, read_spec(generation.store), config)
@@ -135,6 +137,7 @@ def generate(
     stop = stop or threading.Event()
     with cluster():
         require_pool_resources(config)
+        require_plugins_on_nodes(config.cpus_per_worker, config.gpus_per_worker, model.card, spec, config)
         workers = workers_of(config)
         nodes = ask_pool(workers, generation.spec.device_kind, stop)
         if spec.device == "cuda" and not nodes and stop.is_set():

@@ -13,7 +13,8 @@ from ddpm_pipeline.config.model_card import ModelCard
 from ddpm_pipeline.data.formats.npy import Pixels
 from ddpm_pipeline.devices import driver_version, is_out_of_memory, set_up_arithmetic
 from ddpm_pipeline.diffusion.image_scaling import nearest_levels
-from ddpm_pipeline.diffusion.samplers import OnStep, sample
+from ddpm_pipeline.diffusion.sampler_protocol import OnStep
+from ddpm_pipeline.diffusion.samplers import sample
 from ddpm_pipeline.diffusion.schedule import NoiseSchedule
 from ddpm_pipeline.generate.captured_sampling import CapturedSampling, can_capture
 from ddpm_pipeline.generate.class_labels import classes_of

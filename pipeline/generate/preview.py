@@ -11,7 +11,7 @@ from ddpm_pipeline.data.formats.contact_sheet import image_grid, in_rows, labell
 from ddpm_pipeline.data.formats.images import encode_image
 from ddpm_pipeline.data.formats.npy import Pixels
 from ddpm_pipeline.data.formats.provenance import synthetic_mark
-from ddpm_pipeline.diffusion.samplers import SamplerStep
+from ddpm_pipeline.diffusion.sampler_protocol import SamplerStep
 from ddpm_pipeline.disk_errors import disk_errors_at
 from ddpm_pipeline.generate.class_labels import classes_of, index_tensor
 from ddpm_pipeline.generate.class_names import class_name

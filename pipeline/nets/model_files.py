@@ -14,12 +14,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_pipeline.config.json_document import first_fault
 from ddpm_pipeline.config.model_card import ModelCard
 from ddpm_pipeline.errors import DamageError, UserError
-from ddpm_pipeline.nets.unet import UNet
+from ddpm_pipeline.nets.build import build_net
 
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "model.json"
@@ -57,7 +57,7 @@ def load_card(directory: Path) -> ModelCard:
         raise UserError(f"{path}: not a model card ({first_fault(error)}); export the model again") from None
 
 
-def load_model(directory: Path, device: str | torch.device = "cpu") -> tuple[UNet, ModelCard]:
+def load_model(directory: Path, device: str | torch.device = "cpu") -> tuple[nn.Module, ModelCard]:
     """The network with its weights, in eval mode on `device`, and its card.
 
     UserError when a file is missing; DamageError when the weights are not those of the card or do not fit it.
@@ -81,7 +81,7 @@ def read_model(directory: Path) -> tuple[ModelCard, bytes]:
     return card, data
 
 
-def build_model(card: ModelCard, data: bytes, device: str | torch.device = "cpu", *, where: str) -> UNet:
+def build_model(card: ModelCard, data: bytes, device: str | torch.device = "cpu", *, where: str) -> nn.Module:
     """The network of a card with the weights `data` (the bytes of a weights file that came from `where`)."""
     _check(card, data, where)
     return _built(card, data, device, where)
@@ -94,11 +94,11 @@ def _check(card: ModelCard, data: bytes, where: str) -> None:
         raise DamageError(f"{where}: its sha256 is {sha256}, but {CARD_FILE} says {expected}")
 
 
-def _built(card: ModelCard, data: bytes, device: str | torch.device, where: str) -> UNet:
+def _built(card: ModelCard, data: bytes, device: str | torch.device, where: str) -> nn.Module:
     _require_room(card, len(data), where)
     # The initial weights are discarded: restore the generator's state.
     with torch.random.fork_rng(devices=[]):
-        net = UNet(card.net)
+        net = build_net(card.net)
     try:
         net.load_state_dict(load_tensors(data))
     except (RuntimeError, SafetensorError) as error:
@@ -110,7 +110,7 @@ def _built(card: ModelCard, data: bytes, device: str | torch.device, where: str)
 def _require_room(card: ModelCard, size_bytes: int, where: str) -> None:
     """Raise DamageError before allocating a network that these weights cannot fill."""
     with torch.device("meta"):
-        values = [*UNet(card.net).state_dict().values()]
+        values = [*build_net(card.net).state_dict().values()]
     wanted = sum(value.numel() * value.element_size() for value in values)
     if wanted > MAX_EXPANSION * size_bytes:
         raise DamageError(

@@ -44,7 +44,7 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """`net(x, t, class_labels=None, dropout=None)`: noisy images and timesteps to the prediction.
 
-    Parameters are drawn from torch's global generator; `seeded_init` makes them a function of a seed. The
+    Parameters are drawn from torch's global generator; `nets.seeded_init` makes them a function of a seed. The
     last convolution, every residual block's second and every attention's projection start at zero, so a fresh
     network predicts zero. Computes in the precision of its weights or of the surrounding autocast, norms in
     float32; runs fastest as `net.to(memory_format=torch.channels_last)`.
@@ -83,6 +83,16 @@ class UNet(nn.Module):
     def null_label(self) -> int | None:
         """The label that means "no class", or None where the network has none."""
         return self.config.null_label
+
+    def blocks(self) -> list[nn.Module]:
+        """What FSDP collects together: stages and changes of resolution."""
+        found: list[nn.Module] = []
+        for module in self.modules():
+            if isinstance(module, Stage):
+                found.append(module)
+            elif isinstance(module, Level) and module.resample is not None:
+                found.append(module.resample)
+        return found
 
     def forward(
         self,
@@ -209,22 +219,9 @@ class UNet(nn.Module):
             nn.init.zeros_(end.weight)
 
 
-def seeded_init(config: UNetConfig, seed: int) -> UNet:
-    """A fresh network whose weights are a function of (config, seed); torch's global generator is left as it
-    was.
-
-    Raises: ValueError naming seed outside 0..2^63-1.
-    """
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must lie in 0..2^63-1, not {seed}")
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        return UNet(config)
-
-
-def parameter_count(net: nn.Module) -> int:
-    """Number of parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in net.parameters())
+def build(net: UNetConfig, settings: UNetConfig) -> UNet:
+    """The U-Net as a kind of network: its settings are those of the group `net`."""
+    return UNet(settings)
 
 
 def _is_single(t: Tensor | int) -> bool:

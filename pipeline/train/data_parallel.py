@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_pipeline.config.training import WorkerConfig
-from ddpm_pipeline.nets.unet import Level, Stage, UNet
+from ddpm_pipeline.nets.build import blocks_of
 
 
 def divides_state(workers: WorkerConfig, world: int) -> bool:
@@ -31,7 +31,7 @@ def divides_state(workers: WorkerConfig, world: int) -> bool:
     return workers.sharding == "fsdp" and world > 1
 
 
-def shard(net: UNet, workers: WorkerConfig, device: torch.device) -> None:
+def shard(net: nn.Module, workers: WorkerConfig, device: torch.device) -> None:
     """Leave this worker its part of each parameter of `net`, on `device`. A collective call.
 
     Block by block, so that no device ever holds the whole. The arithmetic stays that of DDP: weights are collected in
@@ -39,24 +39,13 @@ def shard(net: UNet, workers: WorkerConfig, device: torch.device) -> None:
     """
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype(workers), cast_forward_inputs=False)
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)  # pyright: ignore[reportArgumentType]
-    for block in [*blocks(net), net]:  # the network itself: stem, head and embeddings
+    for block in [*blocks_of(net), net]:  # the network itself: stem, head and embeddings
         divided = fully_shard(block, mesh=mesh, mp_policy=policy)
         if device.type == "cpu":
             divided.set_force_sum_reduction_for_comms(True)  # gloo has no average
 
 
-def blocks(net: UNet) -> list[nn.Module]:
-    """The parts of the network whose weights are collected together."""
-    found: list[nn.Module] = []
-    for module in net.modules():
-        if isinstance(module, Stage):
-            found.append(module)
-        elif isinstance(module, Level) and module.resample is not None:
-            found.append(module.resample)
-    return found
-
-
-def wrap(net: UNet, workers: WorkerConfig, device: torch.device, world: int) -> nn.Module:
+def wrap(net: nn.Module, workers: WorkerConfig, device: torch.device, world: int) -> nn.Module:
     """The network as the training calls it: for DDP wrapped, otherwise itself.
 
     static_graph stays off: it saves a search for unused parameters that DDP does not make here, and nothing else.
@@ -133,7 +122,7 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 @contextmanager
-def exchanged_weights(net: UNet, weights: Mapping[str, Tensor]) -> Generator[None]:
+def exchanged_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> Generator[None]:
     """Within it a divided network computes with `weights`, divided like its own, which lie there meanwhile.
 
     No copy is made, and all workers must compute the same with it, in evaluation mode.
@@ -150,7 +139,7 @@ def exchanged_weights(net: UNet, weights: Mapping[str, Tensor]) -> Generator[Non
 
 
 @torch.no_grad()
-def _exchange(net: UNet, weights: Mapping[str, Tensor]) -> None:
+def _exchange(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, parameter in net.named_parameters():
         one, other = _part(parameter), _part(weights[name])
         kept = one.clone()

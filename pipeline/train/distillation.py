@@ -9,7 +9,6 @@ from ddpm_pipeline.data.reading.loader import Batch
 from ddpm_pipeline.diffusion import LossTerms, NoiseSchedule
 from ddpm_pipeline.diffusion.consistency import Teacher, consistency_loss
 from ddpm_pipeline.diffusion.noise import Stream, normal, uniform
-from ddpm_pipeline.nets import UNet
 from ddpm_pipeline.nets.flops import sample_flops
 from ddpm_pipeline.train.data_parallel import divides_state, shard
 
@@ -28,7 +27,7 @@ def training_flops(config: TrainConfig) -> int:
 
 
 def make_teacher(
-    config: TrainConfig, objective: ObjectiveConfig, net: UNet, device: torch.device, world: int
+    config: TrainConfig, objective: ObjectiveConfig, net: nn.Module, device: torch.device, world: int
 ) -> Teacher | None:
     """The teacher on this worker's device, and None in a training without one.
 
@@ -44,7 +43,7 @@ def make_teacher(
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks this form
     if config.compile:
         net.compile()
-    return Teacher(net, objective, config.distillation.sampler, net.null_label)
+    return Teacher(net, objective, config.distillation.sampler, config.net.null_label)
 
 
 def distillation_loss(

@@ -18,7 +18,7 @@ from ddpm_pipeline.devices import set_up_arithmetic
 from ddpm_pipeline.devices.peak_flops import device_peak_flops
 from ddpm_pipeline.diffusion import NoiseSchedule
 from ddpm_pipeline.errors import UserError
-from ddpm_pipeline.nets import UNet, parameter_count
+from ddpm_pipeline.nets import UNetConfig, build_net, parameter_count
 from ddpm_pipeline.train.distillation import make_teacher, training_flops
 from ddpm_pipeline.train.loop import Trainer, chunk_loss, train_step
 from ddpm_pipeline.train.memory import (
@@ -139,7 +139,7 @@ def estimate(config: TrainConfig) -> TrainingEstimate:
         f"activations of {size}": size * activation_bytes(config.net, config.precision),
     }
     with torch.device("meta"):
-        parameters = parameter_count(UNet(config.net))
+        parameters = parameter_count(build_net(config.net))
     # without the GPU, bfloat16 would be emulated and the timing meaningless
     probed = config if gpu or not config.workers.gpus_per_worker else _plain(config)
     flops = training_flops(config)
@@ -271,8 +271,8 @@ def probed_size(config: TrainConfig, device: torch.device, flops: int) -> int:
     allow.
     """
     size = config.net.image_size
-    if device.type == "cuda":
-        return size
+    if device.type == "cuda" or not isinstance(config.net, UNetConfig):
+        return size  # another package's network may have weights for its size
     coarsest = 2 ** (len(config.net.multipliers) - 1)
     emulated = device.type == "cpu" and config.precision == "bfloat16"
     most = LARGEST_HALF_ON_CPU if emulated else LARGEST_SAMPLE_FLOPS
@@ -364,6 +364,7 @@ def _batch(config: TrainConfig, count: int, size: int) -> Batch:
 def _flops_at(config: TrainConfig, size: int) -> int:
     """Operations of a sample of this edge, with attention at the same levels as in the full size."""
     net = config.net
+    assert isinstance(net, UNetConfig)  # others are measured in full size
     shrink = net.image_size // size
     resolutions = tuple(resolution // shrink for resolution in net.attention_resolutions)
     smaller = net.model_copy(update={"image_size": size, "attention_resolutions": resolutions})

@@ -10,13 +10,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.diffusion import ObjectiveConfig
 from ddpm_pipeline.config.json_document import parse_document
 from ddpm_pipeline.config.model_card import ImageShape, ModelCard, WeightsInfo
 from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.errors import DamageError, UserError
-from ddpm_pipeline.nets import UNet
 from ddpm_pipeline.nets.diffusers_weights import import_diffusers
 from ddpm_pipeline.nets.model_files import CARD_FILE, WEIGHTS_FILE, build_model, read_model, save_model
 from ddpm_pipeline.store import Store, retry_during_outage
@@ -74,7 +75,7 @@ def stage_initial(store: Store, initial: InitialWeights) -> None:
     store.write(FOLDER + CARD_FILE, initial.card.model_dump_json(indent=2).encode())
 
 
-def staged_model(store: Store, sha256: str) -> tuple[ModelCard, UNet]:
+def staged_model(store: Store, sha256: str) -> tuple[ModelCard, nn.Module]:
     """The staged model on the CPU. Raises DamageError when its weights are not those of the identity."""
     data = retry_during_outage(lambda: store.read(FOLDER + CARD_FILE))
     card = parse_document(ModelCard, data, f"{store.uri}/{FOLDER}{CARD_FILE}", "a model card")
@@ -138,4 +139,9 @@ def require_same(config: TrainConfig, initial: InitialWeights) -> None:
 def _differences(own: Settings, other: Settings) -> list[tuple[str, object, object]]:
     """(field, ours, theirs) wherever two groups of the same settings differ."""
     ours, theirs = own.model_dump(), other.model_dump()
-    return [(field, ours[field], theirs[field]) for field in ours if ours[field] != theirs[field]]
+    fields = [*ours, *(field for field in theirs if field not in ours)]
+    return [
+        (field, ours.get(field), theirs.get(field))
+        for field in fields
+        if ours.get(field) != theirs.get(field)
+    ]

@@ -2,7 +2,7 @@
 
 import threading
 
-from ddpm_pipeline.cluster import Workers, grows, require_fit_workers
+from ddpm_pipeline.cluster import Workers, grows, require_fit_workers, require_plugins_on_nodes
 from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.train.fit_machine import GPUS_SETTING
 
@@ -12,8 +12,9 @@ _NEW_NODE_SECONDS = 900.0
 
 
 def require_fit_cluster(config: TrainConfig, stop: threading.Event) -> None:
-    """UserError if a GPU of some kind of node that workers may be placed on cannot do the work."""
+    """UserError if some node that workers may be placed on lacks a plug-in, or its GPU cannot do the work."""
     asked = config.workers
+    require_plugins_on_nodes(asked.cpus_per_worker, asked.gpus_per_worker, config)
     workers = Workers(
         asked.cpus_per_worker,
         asked.gpus_per_worker,

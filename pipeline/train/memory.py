@@ -16,16 +16,17 @@ from typing import Literal
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.net import NetConfig
 from ddpm_pipeline.config.training import TrainConfig, WorkerConfig
 from ddpm_pipeline.devices import is_out_of_memory
 from ddpm_pipeline.errors import UserError
-from ddpm_pipeline.nets import UNet, parameter_count
-from ddpm_pipeline.nets.flops import on_meta
-from ddpm_pipeline.train.data_parallel import blocks, divides_state
+from ddpm_pipeline.nets import build_net, parameter_count
+from ddpm_pipeline.nets.build import blocks_of
+from ddpm_pipeline.nets.flops import given_conditions, on_meta
+from ddpm_pipeline.train.data_parallel import divides_state
 
 FLOAT32_BYTES = 4
 Precision = Literal["float32", "bfloat16"]
@@ -62,7 +63,7 @@ def state_memory(config: TrainConfig, world: int | None = None) -> Memory:
     """Memory of the training's state, independent of the batch, in a group of `world` workers; None = of all."""
     world = config.workers.most if world is None else world
     with torch.device("meta"):
-        net = UNet(config.net)
+        net = build_net(config.net)
     one = parameter_count(net) * FLOAT32_BYTES
     averages = len(config.ema.widths) if config.ema.kind == "power" else 1
     networks = 1 if config.distillation is None else 2
@@ -72,18 +73,18 @@ def state_memory(config: TrainConfig, world: int | None = None) -> Memory:
     return Memory(networks * part, part, 2 * part, averages * part, _collected(net, config.precision))
 
 
-def _collected(net: UNet, precision: Precision) -> int:
+def _collected(net: nn.Module, precision: Precision) -> int:
     """Whole weights of stem, head and two blocks, one of which is collected in advance, and the gradient of one.
 
     Autocast keeps a copy of each weight in its own precision from the forward to the backward pass.
     """
-    sizes = [parameter_count(block) * FLOAT32_BYTES for block in blocks(net)]
+    sizes = [parameter_count(block) * FLOAT32_BYTES for block in blocks_of(net)] or [0]
     total = parameter_count(net) * FLOAT32_BYTES
     copies = total // 2 if precision == "bfloat16" else 0
     return total - sum(sizes) + 3 * max(sizes) + copies
 
 
-def activation_bytes(net: UNetConfig, precision: Precision) -> int:
+def activation_bytes(net: NetConfig, precision: Precision) -> int:
     """Bytes that the forward pass of one sample saves for the backward pass: every saved tensor once.
 
     Attention counts as if it saved its matrix, which fused kernels do not: 8% too much for DDPM's CIFAR-10 network.
@@ -100,7 +101,7 @@ def activation_bytes(net: UNetConfig, precision: Precision) -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        network(x, t, class_labels=labels, dropout=dropout).float().square().mean()
+        network(x, t, **given_conditions(labels, dropout)).float().square().mean()
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddpm_pipeline.config.training import EMAConfig, OptimizerConfig, TrainConfig
 from ddpm_pipeline.data.reading.loader import Batch
 from ddpm_pipeline.errors import DamageError
-from ddpm_pipeline.nets import ConstantEMA, PowerEMA, UNet, WeightAverage, seeded_init
+from ddpm_pipeline.nets import ConstantEMA, PowerEMA, WeightAverage, seeded_init
 from ddpm_pipeline.train.data_parallel import divides_state, exchanged_weights, is_divided, part_of, shard
 
 FOLDERS = ("net/", "ema/", "optimizer/")
@@ -40,7 +40,7 @@ class UnreadStep:
 class TrainState:
     """Network, its averages, the optimiser, and the count of finished steps."""
 
-    net: UNet
+    net: nn.Module
     ema: WeightAverage
     """The averages; the first of them is what samples, eval/loss and the exported model are of."""
     optimizer: torch.optim.Optimizer
@@ -96,7 +96,7 @@ class TrainState:
         )
         self.step = step
 
-    def averaged(self) -> UNet:
+    def averaged(self) -> nn.Module:
         """A network of its own with the first average's weights, for sampling; this one is left as it is."""
         self._require_read()
         net = copy.deepcopy(self.net)
@@ -108,7 +108,7 @@ class TrainState:
             raise RuntimeError("the newest step is not in the averages: call Trainer.finish_step first")
 
     @contextmanager
-    def average(self) -> Generator[UNet]:
+    def average(self) -> Generator[nn.Module]:
         """A network with the first average's weights, for sampling: a copy, or, where several workers have parts of it,
         the network itself with other weights meanwhile. Then all workers must call this and compute the same.
         """

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml
 
 from ddpm_pipeline.config.evaluation import GateConfig
 from ddpm_pipeline.config.training import TrainConfig, WorkerConfig
 from ddpm_pipeline.errors import JobError
-from ddpm_pipeline.nets import UNet, parameter_count
+from ddpm_pipeline.nets import build_net, parameter_count
 from ddpm_pipeline.progress import Progress
 from ddpm_pipeline.telemetry.terminal import echo
 from ddpm_pipeline.tracking import (
@@ -226,7 +227,7 @@ def run_params(plan: TrainPlan) -> dict[str, str | float]:
     config = plan.config
     return {
         "data": config.data.uri,
-        "network_parameters": parameter_count(UNet(config.net)),
+        "network_parameters": _parameters(config),
         "steps": config.steps,
         "global_batch": config.global_batch,
         "workers": _worker_range(config.workers),
@@ -239,6 +240,11 @@ def run_params(plan: TrainPlan) -> dict[str, str | float]:
             }
         ),
     }
+
+
+def _parameters(config: TrainConfig) -> int:
+    with torch.device("meta"):
+        return parameter_count(build_net(config.net))
 
 
 def _taught_by(plan: TrainPlan) -> dict[str, str | float]:

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 from ddpm_pipeline.config.bounds import checked_name
 from ddpm_pipeline.config.diffusion import check_together
+from ddpm_pipeline.config.plugins import require_plugins
 from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.data.index import Index, load_index
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.store import Store, open_store
 from ddpm_pipeline.train.checkpoint import finished_steps
 from ddpm_pipeline.train.finetune import InitialWeights, find_initial
+from ddpm_pipeline.train.plugin_record import require_recorded_plugins
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,19 @@ class TrainPlan:
 
 def plan_training(config: TrainConfig) -> TrainPlan:
     """Check settings against data and store. Raises UserError for the first mistake."""
+    require_plugins(config)
     distilled = config.distillation is not None
     check_together(config.schedule, config.objective, config.grid.sampler, config.net, distilled=distilled)
     index = load_index(config.data.uri)
     _check_images(config, index)
     _check_classes(config, index)
     initial = find_initial(config)
-    identity = config.digest(index.digest, initial.sha256 if initial is not None else None)
-    store = open_store(f"{config.runs.rstrip('/')}/{config.name}-{identity}")
+    initial_sha256 = None if initial is None else initial.sha256
+    identity = config.digest(index.digest, initial_sha256)
+    folder = config.folder_digest(index.digest, initial_sha256)
+    store = open_store(f"{config.runs.rstrip('/')}/{config.name}-{folder}")
     store.require_container()
+    require_recorded_plugins(store, config)
     steps = finished_steps(store)
     newest = steps[-1] if steps else 0
     if newest > config.steps:

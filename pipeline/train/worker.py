@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ddpm_pipeline.config.device_kind import DeviceKind
 from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.config.plugins import require_plugins
 from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.data.index import load_index
 from ddpm_pipeline.data.reading.loader import Batch, Loader
 from ddpm_pipeline.devices import read_device_kind, set_up_arithmetic
 from ddpm_pipeline.diffusion import NoiseSchedule
 from ddpm_pipeline.errors import DamageError, JobError
-from ddpm_pipeline.nets import UNet
 from ddpm_pipeline.progress import Progress
 from ddpm_pipeline.store import ObjectMissing, Store, open_store, retry_during_outage
 from ddpm_pipeline.telemetry.logs import name_process
@@ -33,6 +34,7 @@ from ddpm_pipeline.train.distillation import make_teacher
 from ddpm_pipeline.train.finetune import staged_model
 from ddpm_pipeline.train.loop import Trainer, chunk_loss
 from ddpm_pipeline.train.memory import limit_device_memory, out_of_memory_in_one_line, with_micro_batch
+from ddpm_pipeline.train.plugin_record import record_plugins
 from ddpm_pipeline.train.run_logger import RunLogger, log_node_metrics
 from ddpm_pipeline.train.session import Driver, Session
 from ddpm_pipeline.train.state import FOLDERS, TrainState, initial_state
@@ -93,6 +95,7 @@ def train_worker(task: TrainTask, context: WorkerContext, driver: Driver | None)
     Raises DamageError for data that differs from what the driver read, NonFiniteError for a diverged training.
     """
     name_process(run=task.config.name, rank=context.rank)
+    require_plugins(task.config)
     limit_device_memory(task.config.workers, context.device)
     config = with_micro_batch(task.config, context.world, context.device)
     with out_of_memory_in_one_line(config, context.world):
@@ -102,6 +105,8 @@ def train_worker(task: TrainTask, context: WorkerContext, driver: Driver | None)
 def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver: Driver | None) -> None:
     """The same with a micro-batch."""
     store = open_store(task.run_uri)
+    if context.rank == 0:
+        retry_during_outage(lambda: record_plugins(store, config))
     checkpoint = _starting_point(store, context)
     _check_identity(task, checkpoint)
     begins = checkpoint is None
@@ -153,7 +158,7 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
         Session(trainer, state, run_logger, writer, driver).run(loader, tensors)
 
 
-def _initial_model(task: TrainTask, store: Store) -> tuple[ModelCard, UNet] | None:
+def _initial_model(task: TrainTask, store: Store) -> tuple[ModelCard, nn.Module] | None:
     """The model that the training starts from, or that teaches."""
     return None if task.initial_sha256 is None else staged_model(store, task.initial_sha256)
 

@@ -32,7 +32,7 @@ from ddpm_pipeline.data.formats.shards import read_shard
 from ddpm_pipeline.data.reading.loader import Batch
 from ddpm_pipeline.diffusion import NoiseSchedule
 from ddpm_pipeline.diffusion.likelihood import bits_per_dim
-from ddpm_pipeline.diffusion.samplers import SamplerStep
+from ddpm_pipeline.diffusion.sampler_protocol import SamplerStep
 from ddpm_pipeline.diffusion.timesteps import make_grid
 from ddpm_pipeline.generate.captured_sampling import CapturedSampling, can_capture
 from ddpm_pipeline.generate.engine import Engine

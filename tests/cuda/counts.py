@@ -23,7 +23,7 @@ import torch  # isort: skip
 from ddpm_pipeline.data.reading.loader import Batch
 from ddpm_pipeline.diffusion import NoiseSchedule, sample
 from ddpm_pipeline.generate.engine import _LowPrecision
-from ddpm_pipeline.nets.unet import seeded_init
+from ddpm_pipeline.nets.build import seeded_init
 from ddpm_pipeline.train.loop import Trainer
 from ddpm_pipeline.train.state import initial_state
 from ddpm_pipeline.train.step_metrics import StepMetrics

@@ -22,8 +22,8 @@ from ddpm_pipeline.generate.plan import shards
 from ddpm_pipeline.generate.shard_writer import ShardWriter
 from ddpm_pipeline.generate.spec import Spec, write_spec
 from ddpm_pipeline.generate.stored_generation import Generation
+from ddpm_pipeline.nets.build import seeded_init
 from ddpm_pipeline.nets.model_files import build_model, save_model
-from ddpm_pipeline.nets.unet import seeded_init
 from ddpm_pipeline.store import Store, open_store
 
 _MEASURED = re.compile(rb'<section id="measured">.*?</section>', re.DOTALL)

@@ -29,8 +29,8 @@ from ddpm_pipeline.generate.plan import shards
 from ddpm_pipeline.generate.regenerate import regenerate
 from ddpm_pipeline.generate.verification import verify
 from ddpm_pipeline.nets import DropoutKeys, UNet
+from ddpm_pipeline.nets.build import seeded_init
 from ddpm_pipeline.nets.dropout import keyed_dropout
-from ddpm_pipeline.nets.unet import seeded_init
 from ddpm_pipeline.store import open_store
 from ddpm_pipeline.train.checkpoint import latest_checkpoint
 from ddpm_pipeline.train.training_plan import plan_training

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.data import PLUGIN_SOURCE, PackConfig
 from ddpm_pipeline.data.packing.open_source import source_paths
 from ddpm_pipeline.data.packing.remote_source import is_in_s3
 from ddpm_pipeline.data.packing.store_files import list_objects
@@ -32,8 +32,8 @@ def fingerprint(config: PackConfig) -> str:
 
 
 def _lines(source: str) -> Iterator[bytes]:
-    if source == "digits":
-        return
+    if source == "digits" or source.startswith(PLUGIN_SOURCE):
+        return  # a plug-in's identity and settings are among the settings
     if is_in_s3(source):
         for info in list_objects(source):
             yield b"%s\0%d %s\n" % (os.fsencode(info.key), info.size_bytes, info.etag.encode())

@@ -6,11 +6,21 @@ import glob
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import cast
 
 from pydantic_core import from_json
 
 from ddpm_pipeline.config.bounds import checked_name
 from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.plugins import (
+    SOURCES,
+    PluginIdentity,
+    Registered,
+    find_plugin,
+    is_own,
+    require_plugin,
+    require_plugins,
+)
 from ddpm_pipeline.data.formats.images import IMAGE_SUFFIXES
 from ddpm_pipeline.data.location import expand, is_glob, require_matches
 from ddpm_pipeline.data.packing.archives import TARS, TarFiles, require_temp_space, unpacked_bytes
@@ -26,7 +36,8 @@ from ddpm_pipeline.data.packing.source_files import (
     ZipFiles,
     is_hidden,
 )
-from ddpm_pipeline.data.packing.sources import DigitsSource, FilesSource, Source
+from ddpm_pipeline.data.packing.source_plugin import OpenSource
+from ddpm_pipeline.data.packing.sources import FilesSource, Source
 from ddpm_pipeline.data.packing.store_files import StoreFiles
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.store import file_path
@@ -47,8 +58,10 @@ def open_source(config: PackConfig) -> Source:
     What lies elsewhere must have been fetched (`fetch_source`), but for image files in S3. A source is pickled as its
     settings and opened again once per process.
     """
-    if config.source == "digits":
-        source = DigitsSource()
+    if is_own(SOURCES, config.source):
+        source = _opener(find_plugin(SOURCES, config.source))(config, config)
+    elif config.plugin is not None:
+        source = _open_plugin(config, config.plugin)
     elif is_in_s3(config.source):
         files = StoreFiles(config.source)
         source = open_arrays(config, files) or FilesSource(files, config)
@@ -65,11 +78,28 @@ def open_source(config: PackConfig) -> Source:
 
 def require_source(config: PackConfig) -> str:
     """What is known of a source without opening it. Raises UserError for a missing one."""
-    if config.source != "digits":
+    require_plugins(config)
+    if config.plugin is None and not is_own(SOURCES, config.source):
         if is_remote(config.source):
             return describe_remote(config)
         source_paths(config.source)
     return "exists"
+
+
+def _open_plugin(config: PackConfig, plugin: PluginIdentity) -> Source:
+    found = require_plugin(config, "source")
+    source = cast(object, _opener(found)(config, config.options))
+    if not isinstance(source, Source):
+        raise UserError(f"source: {config.source}: {plugin} opened a {type(source).__name__}, not a Source")
+    source.notes = (*source.notes, f"source: {plugin} ({plugin.object})")
+    source.self_contained = (
+        False  # what it reads is not known here, so it is read again to see whether it changed
+    )
+    return source
+
+
+def _opener(found: Registered) -> OpenSource:
+    return found.plugin.load()
 
 
 def source_paths(source: str) -> list[Path]:

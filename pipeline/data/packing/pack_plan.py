@@ -32,6 +32,7 @@ _ALWAYS_DIGESTED = {
 _NEVER_DIGESTED = {
     *("source", "dest", "num_threads", "on_unreadable", "on_small", "held_out"),
     *("labels", "label_column", "image_column", "split", "image_root", "fetch_bytes", "fetch_dir"),
+    *("source_settings", "plugin"),
 }
 """Settings whose effect shows in the images and labels themselves."""
 

@@ -1,0 +1,57 @@
+"""The check of a cluster's nodes for the plug-ins of a job, before work is placed there."""
+
+from typing import Any
+
+import ray
+from pydantic import BaseModel
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ddpm_pipeline.config.plugins import identities, require_plugins
+from ddpm_pipeline.errors import UserError
+
+_ANSWER_SECONDS = 60.0
+
+
+def require_plugins_on_nodes(cpus: float, gpus: float, *documents: BaseModel) -> None:
+    """UserError, in one line, for a node with room for a worker that lacks a plug-in of the documents.
+
+    Every node is asked, but not waited for longer than a minute: workers check it too. Nothing is asked of a cluster
+    where no plug-in is used.
+    """
+    if not identities(*documents):
+        return
+    nodes = [node for node in ray.nodes() if node["Alive"] and _has_room(node["Resources"], cpus, gpus)]
+    task: Any = ray.remote(_fault)
+    asked = {
+        task.options(
+            name="plug-ins",
+            num_cpus=0,
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True),
+        ).remote(documents): node
+        for node in nodes
+    }
+    done, slow = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS) if asked else ([], [])
+    for reference in slow:
+        ray.cancel(reference)
+    for reference in done:
+        try:
+            fault: str | None = ray.get(reference)
+        except RayError:
+            continue  # the node was lost meanwhile
+        if fault is not None:
+            raise UserError(f"{fault} (on node {asked[reference]['NodeManagerAddress']})")
+
+
+def _has_room(resources: dict[str, float], cpus: float, gpus: float) -> bool:
+    return resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= gpus
+
+
+def _fault(documents: tuple[BaseModel, ...]) -> str | None:
+    """What is missing here, in one line."""
+    try:
+        require_plugins(*documents)
+    except UserError as error:
+        return str(error)
+    return None
