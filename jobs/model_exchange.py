@@ -1,11 +1,14 @@
 """Models to and from other software, as folders on this machine."""
 
+import shlex
 from pathlib import Path
 
 from ddpm_pipeline.config.model_card import ImageShape, ModelCard
 from ddpm_pipeline.config.net import kind_of
 from ddpm_pipeline.errors import UserError
-from ddpm_pipeline.generate.model_source import find_model
+from ddpm_pipeline.generate.loaded_model import load_model
+from ddpm_pipeline.generate.model_source import find_model, registered_name
+from ddpm_pipeline.jobs.progress_bar import progress_of
 from ddpm_pipeline.jobs.runner import DONE
 from ddpm_pipeline.nets.diffusers_weights import export_diffusers, import_diffusers
 from ddpm_pipeline.nets.model_files import build_model, save_model
@@ -56,6 +59,34 @@ def import_model(source: Path, folder: Path) -> int:
     save_model(folder, imported.net.state_dict(), card)
     echo(f"imported {source} to {folder}")
     echo(f"next     ddpm sample model={folder.resolve()}")
+    return DONE
+
+
+def publish_model(
+    model: str, folder: Path, title: str | None, licence: str | None, samples: str | None
+) -> int:
+    """Write `model` as a folder in the layout of a Hugging Face model repository, and print how to upload it.
+
+    Raises UserError before anything is written for samples of another model.
+    """
+    from ddpm_pipeline.evaluate.model_publication import publish
+
+    _require_empty(folder)
+    with progress_of("preview", "images") as progress:
+        made = publish(
+            load_model(model),
+            folder,
+            title=title or registered_name(model) or Path(model).resolve().name,
+            licence=licence,
+            samples=samples,
+            progress=progress,
+        )
+    echo(f"written  {folder}: README.md, preview.png, weights as safetensors")
+    if made.without_diffusers is not None:
+        echo(f"note     without a diffusers pipeline: {made.without_diffusers}")
+    if licence is None:
+        echo("note     README.md names no license; --license adds one")
+    echo(f"next     read README.md, then: hf upload OWNER/NAME {shlex.quote(str(folder))}")
     return DONE
 
 

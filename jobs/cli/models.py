@@ -110,6 +110,33 @@ def export_model(
     end(lambda: export_model(model, folder, form))
 
 
+@app.command(
+    rich_help_panel=MODELS,
+    epilog=examples(
+        "ddpm publish digits@champion ./digits-hub --license apache-2.0",
+        "ddpm publish digits@champion ./digits-hub --samples s3://ddpm/samples/digits",
+    ),
+)
+def publish(
+    model: Annotated[str, typer.Argument(help="name@alias, name/version, or a model folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    samples: Annotated[
+        str | None,
+        typer.Option(
+            help="A complete generation of this model, whose contact sheet and metrics the card shows."
+        ),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Identifier of the license for the card's head.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the card; default: the model's name.")] = None,
+) -> None:
+    """Write a model in the layout of a Hugging Face repository: card, preview, safetensors. Uploads nothing."""
+    from ddpm_pipeline.jobs.model_exchange import publish_model
+
+    end(lambda: publish_model(model, folder, title, license, samples))
+
+
 @app.command("import", rich_help_panel=MODELS, epilog=examples("ddpm import ./ddpm-cifar10-32 ./cifar10"))
 def import_model(
     source: Annotated[Path, typer.Argument(help="A diffusers directory: config JSON and safetensors.")],

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from ddpm_pipeline.config.diffusion import SamplerConfig
 from ddpm_pipeline.config.generation import ClassChoice, SpecSettings
@@ -22,7 +23,6 @@ from ddpm_pipeline.generate.model_source import ResolvedModel, find_model
 from ddpm_pipeline.generate.plan import SampleBatch, batches, shards
 from ddpm_pipeline.generate.spec import Spec, make_spec
 from ddpm_pipeline.nets.model_files import build_model
-from ddpm_pipeline.nets.unet import UNet
 from ddpm_pipeline.progress import Progress, no_progress
 
 
@@ -33,7 +33,7 @@ class LoadedModel:
         """`reference` is the name by which the model was found, for messages."""
         self.card: ModelCard = model.card
         """Architecture, diffusion process, image shape and origin."""
-        self.net: UNet = build_model(model.card, model.weights, device, where=reference)
+        self.net: nn.Module = build_model(model.card, model.weights, device, where=reference)
         """The network, in eval mode."""
         self.reference = reference if model.version is None else f"{model.name}/{model.version}"
         """`name/version`, or the folder."""

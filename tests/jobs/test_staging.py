@@ -62,9 +62,11 @@ def test_what_travels_is_the_whole_program_with_its_presets_and_templates(tmp_pa
     copy = stage_program(tmp_path)
     assert copy == tmp_path / "ddpm_pipeline"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".py", ".yaml", ".html", ".css", ".js"}
+    assert {path.suffix for path in files} == {".py", ".yaml", ".html", ".css", ".js", ".md"}
     assert {path.parent.name for path in files if path.suffix == ".yaml"} == {"presets"}
-    assert {path.parent.name for path in files if path.suffix in (".html", ".css", ".js")} == {"templates"}
+    assert {path.parent.name for path in files if path.suffix in (".html", ".css", ".js", ".md")} == {
+        "templates"
+    }
     assert sum(path.stat().st_size for path in files) < 2_000_000
     for part in ("pipeline", "jobs", "infra"):
         modules = (REPOSITORY / part).rglob("*.py")
