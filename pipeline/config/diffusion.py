@@ -147,8 +147,8 @@ class SamplerConfig(WithPlugin):
     PLUGIN_GROUP: ClassVar[str] = SAMPLERS
 
     kind: SamplerKind = "ancestral"
-    """"ancestral" is DDPM's chain; "ddim", "dpm++2m" and "heun" need far fewer steps; "consistency" needs one
-    to four, and a distilled model (`ddpm distill`). Another package's is named by its entry point in
+    """"ancestral" is DDPM's chain; "ddim", "dpm++2m", "dpm++3m", "unipc" and "heun" need far fewer steps;
+    "consistency" one to four, and a distilled model (`ddpm distill`). Another package's is named by its entry point in
     `ddpm_pipeline.samplers`, or as `module:object`."""
     num_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     """Steps from noise to image. "heun" evaluates the network twice a step but the last."""

@@ -10,7 +10,7 @@ from ddpm_pipeline.config.distillation import ConsistencyLossConfig, Distillatio
 from ddpm_pipeline.config.model_card import ModelCard, PairsInfo
 from ddpm_pipeline.config.training import GridConfig, TrainConfig, TrainingSettings
 
-DETERMINISTIC = ("ddim", "dpm++2m", "heun")
+DETERMINISTIC = ("ddim", "dpm++2m", "dpm++3m", "unipc", "heun")
 
 
 class DistillConfig(TrainingSettings):

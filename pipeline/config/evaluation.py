@@ -117,7 +117,7 @@ class TuneConfig(Settings):
     """`name@alias`, `name/version` or a folder."""
     evaluate: EvaluateConfig
     """How samples are evaluated."""
-    kinds: tuple[SamplerKind, ...] = ("ddim", "dpm++2m", "heun")
+    kinds: tuple[SamplerKind, ...] = ("ddim", "dpm++2m", "dpm++3m", "unipc", "heun")
     """Samplers to try."""
     steps: tuple[int, ...] = (5, 10, 20, 50)
     """Numbers of steps to try."""

@@ -40,6 +40,8 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "ancestral": f"{_HERE}:ANCESTRAL",
         "ddim": f"{_HERE}:DDIM",
         "dpm++2m": f"{_HERE}:DPM_SOLVER_PP_2M",
+        "dpm++3m": f"{_HERE}:DPM_SOLVER_PP_3M",
+        "unipc": f"{_HERE}:UNIPC",
         "heun": f"{_HERE}:HEUN",
         "consistency": f"{_HERE}:CONSISTENCY",
     },

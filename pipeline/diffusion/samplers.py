@@ -95,7 +95,7 @@ def dpm_solver_pp_2m(
     for k in range(len(grid)):
         x0 = estimate_at(denoise, x, k, grid, on_step).x0
         (_, s_now), (a_after, s_after) = grid.coefficients(k), grid.coefficients(k + 1)
-        h = _half_log_snr(grid, k + 1) - _half_log_snr(grid, k)
+        h = grid.half_log_snr(k + 1) - grid.half_log_snr(k)
         data = x0
         # A schedule of one step has one sigma, however many "karras" asks for: then there is nothing to extrapolate.
         if previous is not None and previous_h > 0 and k + 1 < len(grid):
@@ -321,11 +321,3 @@ def _reverse_std(variance: Variance, small: float, beta: float, estimate: Denois
     if estimate.fraction is None:
         raise ValueError('variance "learned" needs a network that predicts it')
     return torch.exp(0.5 * (estimate.fraction * math.log(beta) + (1 - estimate.fraction) * math.log(small)))
-
-
-def _half_log_snr(grid: SamplingGrid, k: int) -> float:
-    """lambda = log(a / s) at level k: -inf without signal, inf at the clean image."""
-    signal = grid.alpha_bars[k]
-    if signal in (0.0, 1.0):
-        return math.inf if signal else -math.inf
-    return 0.5 * (math.log(signal) - math.log1p(-signal))

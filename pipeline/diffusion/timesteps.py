@@ -31,6 +31,13 @@ class SamplingGrid:
         signal = self.alpha_bars[k]
         return math.inf if signal == 0 else math.sqrt((1 - signal) / signal)
 
+    def half_log_snr(self, k: int) -> float:
+        """lambda = log(a / s) at level k: -inf without signal, inf at the clean image."""
+        signal = self.alpha_bars[k]
+        if signal in (0.0, 1.0):
+            return math.inf if signal else -math.inf
+        return 0.5 * (math.log(signal) - math.log1p(-signal))
+
     def coefficients(self, k: int) -> tuple[float, float]:
         """(a, s) of x = a x0 + s eps at level k: sqrt(abar) and sqrt(1 - abar)."""
         return math.sqrt(self.alpha_bars[k]), math.sqrt(1 - self.alpha_bars[k])

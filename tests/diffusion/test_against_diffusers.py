@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, Target
@@ -144,21 +150,44 @@ def test_diffusers_ddim_steps_past_its_own_list_where_we_follow_it() -> None:
     assert grid.alpha_bars[1:-1] == tuple(SCHEDULE.alpha_bars[t].item() for t in visited[1:])
 
 
+@pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize(("num_steps", "target", "spacing"), cases(("trailing",), ("karras",)))
-def test_dpm_solver_is_dpm_solver(num_steps: int, target: Target, spacing: str) -> None:
-    """Diffusers rounds the timesteps of Karras' levels; the network here is told ours in both cases."""
-    scheduler = exact_tables(
-        DPMSolverMultistepScheduler(
-            beta_start=1e-4,
-            beta_end=0.02,
-            prediction_type=PREDICTIONS[target],
-            timestep_spacing="trailing",
-            use_karras_sigmas=spacing == "karras",
-            final_sigmas_type="zero",
-        )
+def test_dpm_solver_is_dpm_solver(num_steps: int, target: Target, spacing: str, order: int) -> None:
+    scheduler = DPMSolverMultistepScheduler(
+        solver_order=order,
+        lower_order_final=False,  # but for the last step, which has no other
+        beta_start=1e-4,
+        beta_end=0.02,
+        prediction_type=PREDICTIONS[target],
+        timestep_spacing="trailing",
+        use_karras_sigmas=spacing == "karras",
+        final_sigmas_type="zero",
     )
+    require_same_as_multistep(scheduler, f"dpm++{order}m", num_steps, target, spacing)
+
+
+@pytest.mark.parametrize(("num_steps", "target", "spacing"), cases(("trailing",), ("karras",)))
+def test_unipc_is_unipc(num_steps: int, target: Target, spacing: str) -> None:
+    scheduler = UniPCMultistepScheduler(
+        solver_order=3,
+        beta_start=1e-4,
+        beta_end=0.02,
+        prediction_type=PREDICTIONS[target],
+        timestep_spacing="trailing",
+        use_karras_sigmas=spacing == "karras",
+        final_sigmas_type="zero",
+    )
+    require_same_as_multistep(scheduler, "unipc", num_steps, target, spacing)
+
+
+def require_same_as_multistep(
+    scheduler: Any, kind: str, num_steps: int, target: Target, spacing: str
+) -> None:
+    """Diffusers rounds the timesteps of Karras' levels; the network here is told ours in both cases."""
+    exact_tables(scheduler)
     scheduler.set_timesteps(num_steps)
-    sampler = SamplerConfig(kind="dpm++2m", num_steps=num_steps, spacing=spacing, clip_x0=False)
+    settings = {"kind": kind, "num_steps": num_steps, "spacing": spacing, "clip_x0": False}
+    sampler = SamplerConfig.model_validate(settings)
     grid, net = make_grid(SCHEDULE, sampler), toy(target)
     exact = torch.tensor([grid.sigma(k) for k in range(num_steps + 1)], dtype=torch.float64)
     # Differences of neighbouring log sigmas are all a step knows: at 1000 steps float32 leaves them three digits.

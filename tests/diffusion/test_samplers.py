@@ -31,6 +31,8 @@ SAMPLERS = [
     SamplerConfig(kind="ddim", num_steps=7, eta=1.0, spacing="leading"),
     SamplerConfig(kind="dpm++2m", num_steps=7),
     SamplerConfig(kind="dpm++2m", num_steps=7, spacing="karras"),
+    SamplerConfig(kind="dpm++3m", num_steps=7),
+    SamplerConfig(kind="unipc", num_steps=7),
     SamplerConfig(kind="heun", num_steps=7, spacing="karras"),
     SamplerConfig(kind="consistency", num_steps=7),
 ]
@@ -81,7 +83,7 @@ def test_the_callback_sees_every_level_and_image(sampler: SamplerConfig) -> None
     assert [step.k for step in seen] == list(range(7))
     assert [step.timestep for step in seen] == list(grid.timesteps)
     assert all(step.num_steps == 7 and step.x.shape == step.x0.shape == image.shape for step in seen)
-    if sampler.kind != "dpm++2m":
+    if sampler.kind not in ("dpm++2m", "dpm++3m", "unipc"):
         assert torch.allclose(seen[-1].x0, image, atol=1e-5)
     assert float(seen[0].x.std()) == pytest.approx(1, abs=0.2)
 
@@ -121,7 +123,15 @@ def test_clipping_rederives_the_noise() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"kind": "ddim"}, {"kind": "ddim", "eta": 1.0}, {"kind": "dpm++2m"}]
+    "settings",
+    [
+        {},
+        {"kind": "ddim"},
+        {"kind": "ddim", "eta": 1.0},
+        {"kind": "dpm++2m"},
+        {"kind": "dpm++3m"},
+        {"kind": "unipc"},
+    ],
 )
 @pytest.mark.parametrize("num_steps", [1, 10, long(333)])
 @pytest.mark.parametrize("target", ["x0", "v"])
