@@ -1,9 +1,10 @@
 """This package's own kinds, as `Plugin` objects: what pyproject.toml registers under the groups of `plugins`.
 
-Their settings are fields of the groups that choose them (`sampler.eta`, `schedule.beta_end`), older than plug-ins, so
-their code gets those groups as its settings.
+The settings of networks, samplers, schedules and sources are fields of the groups that choose them (`sampler.eta`,
+`schedule.beta_end`), older than plug-ins, so their code gets those groups as its settings.
 """
 
+from ddpm_pipeline.config.mirrors import TensorBoardSettings, TrackioSettings
 from ddpm_pipeline.config.plugins import Plugin, SamplerPlugin, at_two_levels
 
 UNET = Plugin("ddpm_pipeline.nets.unet:build")
@@ -26,3 +27,6 @@ SIGMOID = Plugin(f"{_OF_SCHEDULES}:make_sigmoid")
 GIVEN = Plugin(f"{_OF_SCHEDULES}:make_given")
 
 DIGITS = Plugin("ddpm_pipeline.data.packing.source_plugin:open_digits")
+
+TENSORBOARD = Plugin("ddpm_pipeline.tracking.tensorboard_mirror:open_tensorboard", TensorBoardSettings)
+TRACKIO = Plugin("ddpm_pipeline.tracking.trackio_mirror:open_trackio", TrackioSettings)

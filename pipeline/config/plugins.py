@@ -55,7 +55,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
     FEATURES: {},
     METRICS: {},
     SOURCES: {"digits": f"{_HERE}:DIGITS"},
-    LOGGERS: {},
+    LOGGERS: {"tensorboard": f"{_HERE}:TENSORBOARD", "trackio": f"{_HERE}:TRACKIO"},
 }
 """Kinds of this package, as its pyproject.toml registers them. Their names belong to no other package."""
 
@@ -172,11 +172,9 @@ class WithPlugin(Settings):
         UserError unless the plug-in is installed in the version recorded here.
         """
         found = require_plugin(self)
-        return (
-            self
-            if found.identity is None
-            else found.plugin.settings.model_validate(self.choice.settings or {})
-        )
+        if found.identity is None and found.plugin.settings is NoSettings:
+            return self
+        return found.plugin.settings.model_validate(self.choice.settings or {})
 
 
 def is_own(group: str, kind: str) -> bool:
@@ -277,10 +275,7 @@ def with_identity(group: str, data: Any, default: str) -> Any:
     if not isinstance(kind, str):
         return fields
     if is_own(group, kind):
-        for name in ("plugin", "settings"):
-            if fields.get(name) is not None:
-                raise ValueError(f"{name} has no effect for kind {kind!r}; leave it out")
-        return fields
+        return _own(group, kind, fields)
     recorded = fields.get("plugin")
     if recorded is not None:
         recorded = PluginIdentity.model_validate(recorded)
@@ -294,6 +289,18 @@ def with_identity(group: str, data: Any, default: str) -> Any:
         fields["plugin"] = found.identity
         fields["settings"] = checked_settings(found.plugin, kind, fields.get("settings"))
     return fields
+
+
+def _own(group: str, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The same for one of our kinds. Most have their settings in the group that chooses them."""
+    given = fields.get("settings")
+    plugin = None if given is None else find_plugin(group, kind).plugin
+    idle = "plugin" if fields.get("plugin") is not None else None
+    if plugin is not None and plugin.settings is NoSettings:
+        idle = "settings"
+    if idle is not None:
+        raise ValueError(f"{idle} has no effect for kind {kind!r}; leave it out")
+    return fields if plugin is None else fields | {"settings": checked_settings(plugin, kind, given)}
 
 
 def checked_settings(plugin: Plugin, kind: str, given: Any) -> dict[str, Any]:

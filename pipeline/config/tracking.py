@@ -1,10 +1,30 @@
 """Settings of experiment tracking: where runs are filed and how their metrics travel."""
 
-from typing import cast
+from typing import Annotated, Any, ClassVar, Self, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.plugins import LOGGERS, PluginIdentity, WithPlugin, with_identity
+
+
+class MirrorConfig(WithPlugin):
+    """A run logger that is told what MLflow is told. `kind` alone may be written as its text."""
+
+    PLUGIN_GROUP: ClassVar[str] = LOGGERS
+
+    kind: str = Field(min_length=1, max_length=250)
+    """tensorboard or trackio, each an extra of this package, or another package's, by its entry point in
+    `ddpm_pipeline.loggers` or as `module:object`."""
+    settings: dict[str, Any] | None = None
+    """Its settings: of tensorboard `folder`, of trackio `project`."""
+    plugin: PluginIdentity | None = None
+    """Its package and version; filled in where it is left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _identified(cls, data: Any) -> Any:
+        return with_identity(LOGGERS, {"kind": data} if isinstance(data, str) else data, "")
 
 
 class TrackConfig(Settings):
@@ -31,6 +51,17 @@ class TrackConfig(Settings):
     """How long a finishing job waits for the tracking server; what is left then stays in the spool for a
     replay.
     """
+
+    mirrors: Annotated[tuple[MirrorConfig, ...], Field(max_length=8)] = ()
+    """Run loggers that get the run's metrics and images beside MLflow, such as [tensorboard]. MLflow alone registers
+    models. They run where rank 0 of a training, or the driver of a generation, runs."""
+
+    @model_validator(mode="after")
+    def _mirrors_differ(self) -> Self:
+        kinds = [mirror.kind for mirror in self.mirrors]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"mirrors names one twice ({', '.join(kinds)}); name each once")
+        return self
 
 
 def filed_under(experiment: str) -> BeforeValidator:

@@ -59,6 +59,8 @@ class GenerationRun:
             self._run.run_id,
             send_interval_seconds=track.send_interval_seconds,
             heartbeat_seconds=track.heartbeat_seconds,
+            name=self._run.name,
+            mirrors=track.mirrors,
         )
 
     @property

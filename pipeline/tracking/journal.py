@@ -18,6 +18,7 @@ import os
 import threading
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pydantic import Field
 
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.config.tracking import MirrorConfig
 from ddpm_pipeline.errors import DamageError, UserError
 from ddpm_pipeline.private_files import open_private, private_folder, read_private, require_own
 from ddpm_pipeline.store import atomic_file
@@ -59,6 +61,10 @@ class SpoolIdentity(Settings):
     run_id: str = Field(pattern=RUN_ID)
     tracking_uri: str = Field(max_length=2000)
     """Where the run was opened: for messages, never connected to."""
+    name: str = Field(default="", max_length=1000)
+    """The run's name, for its mirrors."""
+    mirrors: tuple[MirrorConfig, ...] = ()
+    """Run loggers that follow the journal."""
 
 
 class Journal:
@@ -116,19 +122,35 @@ class Journal:
                 entries.append(JournalEntry(self._parsed(line, stream.tell()), line, stream.tell()))
         return entries
 
-    def offset(self) -> int:
-        """Bytes delivered so far; 0 if unknown: delivering twice is harmless, skipping is not."""
+    def offset(self, follower: str = "") -> int:
+        """Bytes delivered so far to MLflow, or to a follower; 0 if unknown: delivering twice is harmless, skipping is
+        not.
+        """
         try:
-            saved = json.loads((self.directory / "offset.json").read_text())["offset"]
+            saved = json.loads(self._offset_file(follower).read_text())["offset"]
         except (OSError, ValueError, KeyError, TypeError):
             return 0
         return saved if isinstance(saved, int) and 0 <= saved <= os.fstat(self._fd).st_size else 0
 
-    def save_offset(self, offset: int) -> None:
-        """Record atomically that everything before `offset` is delivered."""
-        partial = self.directory / ".offset.json"
+    def save_offset(self, offset: int, follower: str = "") -> None:
+        """Record atomically that everything before `offset` is delivered to MLflow, or to a follower."""
+        file = self._offset_file(follower)
+        partial = file.with_name(f".{file.name}")
         partial.write_text(json.dumps({"offset": offset}))
-        partial.replace(self.directory / "offset.json")
+        partial.replace(file)
+
+    def follow(self, follower: str) -> None:
+        """From now on the journal is delivered once this one, too, has everything."""
+        if not self._offset_file(follower).exists():
+            self.save_offset(0, follower)
+
+    def lowest_offset(self) -> int:
+        """Bytes delivered so far to MLflow and to each follower."""
+        names = [file.stem.removeprefix("offset-") for file in self.directory.glob("offset-*.json")]
+        return min([self.offset(), *(self.offset(name) for name in names)])
+
+    def _offset_file(self, follower: str) -> Path:
+        return self.directory / (f"offset-{follower}.json" if follower else "offset.json")
 
     def dead_letter(self, record: dict[str, Any], reason: str) -> None:
         """Move a record that the server rejects to refused.jsonl, so that it neither blocks others nor is lost."""
@@ -169,7 +191,7 @@ class Journal:
 
     def undelivered(self) -> int:
         """Number of undelivered points and files, including those in memory."""
-        count, offset = len(self._pending), self.offset()
+        count, offset = len(self._pending), self.lowest_offset()
         while entries := self.read(offset, 1000):
             count += sum(_weight(entry.record) for entry in entries)
             offset = entries[-1].end
@@ -178,7 +200,7 @@ class Journal:
     def undelivered_lines(self) -> bytes:
         """The undelivered point records as JSON lines, for a checkpoint (files are not included)."""
         parts: list[bytes] = []
-        offset = self.offset()
+        offset = self.lowest_offset()
         while entries := self.read(offset, 1000):
             parts += [entry.line for entry in entries if isinstance(entry.record, PointRecord)]
             offset = entries[-1].end
@@ -233,7 +255,9 @@ class Journal:
         return size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
 
 
-def write_identity(directory: Path, run_id: str, uri: str) -> None:
+def write_identity(
+    directory: Path, run_id: str, uri: str, name: str = "", mirrors: Sequence[MirrorConfig] = ()
+) -> None:
     """Record the run that `directory` belongs to; UserError when it already belongs to another run."""
     known = read_identity(directory)
     if known is not None and known.run_id != run_id:
@@ -241,7 +265,10 @@ def write_identity(directory: Path, run_id: str, uri: str) -> None:
     private_folder(directory)
     # Synced like the points: after a power cut they must still have an owner.
     with atomic_file(directory / "run.json") as file:
-        file.write(json.dumps({"run_id": run_id, "tracking_uri": uri}).encode())
+        plain: dict[str, Any] = {"run_id": run_id, "tracking_uri": uri}
+        if mirrors:  # else as versions without mirrors wrote it
+            plain |= {"name": name, "mirrors": [mirror.model_dump(mode="json") for mirror in mirrors]}
+        file.write(json.dumps(plain).encode())
 
 
 def read_identity(directory: Path) -> SpoolIdentity | None:

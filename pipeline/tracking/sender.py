@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_POINTS = 1000  # the server's limit for one batch
-_MAX_FILE_BYTES = 1 << 30
+MAX_FILE_BYTES = 1 << 30
 _PREVIEW_PIXELS = 256
 _IMAGE_NAME = re.compile(r"(?:^|/)(?P<key>[^/+%]+)[+%]step[+%](?P<step>-?\d+)[+%]timestamp[+%].*\.png$")
 _TEXT_SUFFIXES = frozenset(
@@ -165,7 +165,7 @@ class Sender:
     def _send_file(self, record: ImageRecord | ArtifactRecord) -> None:
         local = self._journal.files / record.f
         try:
-            data = read_private(local, _MAX_FILE_BYTES)
+            data = read_private(local, MAX_FILE_BYTES)
         except FileNotFoundError:
             log.warning("run %s: %s is missing; its record is skipped", self._run_id, local)
             return
@@ -193,7 +193,7 @@ class Sender:
             return
         unique = uuid.uuid5(uuid.NAMESPACE_URL, f"{self._run_id}/{key}/{step}")
         stem = f"{key}+step+{step}+timestamp+{record.t}+{unique}"
-        png, preview = _encode(data, record.f)
+        png, preview = encode_image(data, record.f)
         self._upload({f"{stem}+compressed.webp": preview, f"{stem}.png": png}, "images")
         self._client.set_tag(self._run_id, "mlflow.loggedImages", "True")
         self._known_images().add((key, step))
@@ -227,7 +227,7 @@ def _file_of(record: Record | None) -> str | None:
     return record.f if isinstance(record, (ImageRecord, ArtifactRecord)) else None
 
 
-def _encode(data: bytes, name: str) -> tuple[bytes, bytes]:
+def encode_image(data: bytes, name: str) -> tuple[bytes, bytes]:
     """(PNG, small WebP preview) of a stored image: a PNG, or a raw uint8 array as .npy."""
     from PIL import Image
 

@@ -12,18 +12,20 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm_pipeline.config.tracking import MirrorConfig
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.private_files import private_folder, require_own, state_folder
 from ddpm_pipeline.retry import RetryPolicy, call_with_retries
 from ddpm_pipeline.telemetry.redaction import redact
 from ddpm_pipeline.tracking.connect import brief, is_denied, is_outage, tracking_client, tracking_uri
 from ddpm_pipeline.tracking.journal import Journal, SpoolIdentity, read_identity, write_identity
+from ddpm_pipeline.tracking.mirror import MirroredRun, feeds_of
 from ddpm_pipeline.tracking.sender import Sender
 from ddpm_pipeline.tracking.spool_records import MAX_NAME, MAX_TAG, RUN_ID, parse_point
 
@@ -54,17 +56,21 @@ class Spool:
         *,
         send_interval_seconds: float = 2.0,
         heartbeat_seconds: float = 60.0,
+        name: str = "",
+        mirrors: Sequence[MirrorConfig] = (),
     ) -> None:
+        """`name`: of the run, for the `mirrors`, which get the points and images too."""
         self.run_id = run_id
         self.directory = directory
         address = tracking_uri(uri)
         self._journal = Journal(directory)  # first: an open journal keeps the directory from being removed
         try:
-            write_identity(directory, run_id, address)
+            write_identity(directory, run_id, address, name, mirrors)
         except BaseException:
             self._journal.close()
             raise
         self._sender = Sender(self._journal, tracking_client(address), run_id)
+        self._feeds = feeds_of(self._journal, mirrors, MirroredRun(run_id, name))
         self._interval = send_interval_seconds
         self._heartbeat = heartbeat_seconds
         self._next_heartbeat = 0.0
@@ -165,6 +171,8 @@ class Spool:
             )  # read before the round, which then sees all that came before close()
             failures = 0 if self._deliver_all() else failures + 1
             if closing and (failures == 0 or time.monotonic() >= self._deadline):
+                for feed in self._feeds:
+                    feed.close()
                 self._journal.release()
                 return
 
@@ -180,8 +188,11 @@ class Spool:
         try:
             self._journal.sync()
             if not self._journal.claim():
-                self._sender.forget_offset()
+                for follower in (self._sender, *self._feeds):
+                    follower.forget_offset()
                 return True  # another process delivers this directory; if it dies, this one takes over
+            for feed in self._feeds:  # first: MLflow's files are removed once it has them
+                feed.deliver()
             while self._sender.send_next() and time.monotonic() < self._deadline:
                 pass
             if time.monotonic() >= self._next_heartbeat:
@@ -253,6 +264,9 @@ def replay(directory: Path, timeout_seconds: float = 60.0, uri: str | None = Non
         if not journal.claim():
             raise SpoolInUseError(f"{directory}: a running process is delivering it; wait for it or end it")
         sender = Sender(journal, tracking_client(address), identity.run_id)
+        for feed in feeds_of(journal, identity.mirrors, MirroredRun(identity.run_id, identity.name)):
+            feed.deliver()
+            feed.close()
         try:
             _send_all(sender, timeout_seconds)
         except UserError:

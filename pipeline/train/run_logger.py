@@ -31,7 +31,10 @@ class RunLogger:
     survives this process.
     """
 
-    def __init__(self, tracking_uri: str | None, run_id: str | None, config: TrackConfig) -> None:
+    def __init__(
+        self, tracking_uri: str | None, run_id: str | None, config: TrackConfig, name: str = ""
+    ) -> None:
+        """`name`: of the run, for its mirrors."""
         self._close_seconds = config.close_timeout_seconds
         self._spool: Spool | None = None
         if run_id is not None:
@@ -41,6 +44,8 @@ class RunLogger:
                 run_id,
                 send_interval_seconds=config.send_interval_seconds,
                 heartbeat_seconds=config.heartbeat_seconds,
+                name=name,
+                mirrors=config.mirrors,
             )
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:

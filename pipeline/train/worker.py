@@ -141,7 +141,7 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
         on_gpus=context.device.type == "cuda",
     )
     with (
-        RunLogger(task.tracking_uri, run_id, config.track) as run_logger,
+        RunLogger(task.tracking_uri, run_id, config.track, config.name) as run_logger,
         node_metrics,
         closing(_loader(task, context)) as loader,
     ):
