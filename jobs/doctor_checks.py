@@ -27,6 +27,7 @@ from ddpm_pipeline.jobs.cluster_address import ask, dashboard_address
 from ddpm_pipeline.jobs.doctor_findings import Finding, refused
 from ddpm_pipeline.jobs.doctor_gpus import check_cluster_gpus, check_gpus
 from ddpm_pipeline.store import open_store
+from ddpm_pipeline.store.conditional_writes import heeds_conditions
 from ddpm_pipeline.tracking import require_server, server_version
 
 MAX_SKEW_SECONDS = 60.0  # S3 refuses signatures 15 minutes off; charts and leases suffer long before
@@ -104,11 +105,17 @@ def check_bucket(environ: Environ = os.environ, write: bool = False) -> Finding:
         store.write(key, text)
         same = store.read(key) == text
         store.delete(key)
+        heeds = heeds_conditions(store, "doctor/")
     except UserError as error:
         return refused("bucket", error)
     if not same:
         return Finding("bucket", False, f"{root}: reads back other bytes than written", "repair the store")
-    return Finding("bucket", True, f"{root} can be listed, written, read and deleted from")
+    how = "If-None-Match" if heeds else "consensus of the jobs"
+    return Finding(
+        "bucket",
+        True,
+        f"{root} can be listed, written, read and deleted from; empty prefixes are claimed by {how}",
+    )
 
 
 def check_mlflow(environ: Environ = os.environ) -> Finding:

@@ -1,9 +1,10 @@
 """The spec of a prefix: claimed by one job, its count only ever raised.
 
-Jobs that find a prefix empty at the same time agree on one spec by plain objects under `claims/`; see
-`ddpm_pipeline.store.prefix_claim`. Its count is the largest that anything at the prefix proves, whatever `spec.json`
-says at the moment: not every store has a conditional write, so a driver that was suspended between reading and writing
-may replace a newer `spec.json` or `manifest.json` with an older one. Done-records cannot be lost that way. Each has a
+Jobs that find a prefix empty at the same time agree on one spec, by a conditional write or by plain objects under
+`claims/`; see `ddpm_pipeline.store.prefix_claim`. Its count is the largest that anything at the prefix proves, whatever
+`spec.json` says at the moment: not every store has a conditional write, so a driver that was suspended between reading
+and writing may replace a newer `spec.json` or `manifest.json` with an older one. Done-records cannot be lost that way.
+Each has a
 key of its own, which names the count it belongs to, and only a job of a larger count deletes it. So the largest count
 among the records never decreases, and whoever writes reads it again afterwards.
 """
@@ -22,7 +23,7 @@ from ddpm_pipeline.generate.manifest import read_manifest
 from ddpm_pipeline.generate.plan import end_of
 from ddpm_pipeline.generate.spec import Spec, canonical, read_spec, require_extension, write_spec
 from ddpm_pipeline.generate.stored_generation import Generation
-from ddpm_pipeline.store import ObjectMissing, Store, open_store
+from ddpm_pipeline.store import ABSENT, ObjectMissing, Store, open_store
 from ddpm_pipeline.store.consensus import Ballot
 from ddpm_pipeline.store.prefix_claim import PrefixBallots
 
@@ -92,7 +93,7 @@ def claim_prefix(requested: Generation) -> Generation:
         store,
         CLAIM_PREFIX,
         lambda: read_spec(store),
-        lambda spec: write_spec(store, spec),
+        lambda spec: write_spec(store, spec, replaces=ABSENT),
         _encode_ballot,
         _decode_ballot,
     )

@@ -272,9 +272,9 @@ def read_spec(store: Store) -> Spec | None:
     return parse_document(Spec, data, f"{store.uri}/{SPEC_KEY}", "a spec")
 
 
-def write_spec(store: Store, spec: Spec) -> None:
-    """Make `spec` the one that owns a prefix."""
-    store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")))
+def write_spec(store: Store, spec: Spec, *, replaces: str | None = None) -> None:
+    """Make `spec` the one that owns a prefix; `replaces` as in `Store.write`."""
+    store.write(SPEC_KEY, pretty(spec.model_dump(mode="json")), replaces=replaces)
 
 
 def require_extension(uri: str, existing: Spec, spec: Spec) -> None:

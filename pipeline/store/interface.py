@@ -56,6 +56,11 @@ class Store(ABC):
 
     uri: str
 
+    @property
+    def service(self) -> str | None:
+        """The service and bucket behind it, for what is remembered of them; None for a directory."""
+        return None
+
     @abstractmethod
     def read(self, key: str) -> bytes:
         """All bytes of an object. Raises ObjectMissing."""

@@ -1,7 +1,8 @@
 """Claiming a prefix: of several jobs that find it empty at the same time, one writes its value, and all use that.
 
-A conditional write would do it in one request, but not every S3 service honors the condition: JuiceFS's gateway accepts
-`If-None-Match: *` and overwrites anyway. So the jobs run `ddpm_pipeline.store.consensus` over plain objects.
+Where a service heeds `If-None-Match: *`, the first conditional write wins. Not every one does: JuiceFS's gateway
+accepts it and overwrites anyway, and a directory has no such thing. There the jobs run `ddpm_pipeline.store.consensus`
+over plain objects. It is also used while ballots of others are there: an earlier version of the program always uses it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from pydantic import Field
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.json_document import parse_document
 from ddpm_pipeline.store import consensus
+from ddpm_pipeline.store.conditional_writes import heeds_conditions
 from ddpm_pipeline.store.consensus import Ballot
-from ddpm_pipeline.store.interface import ObjectMissing, Store, StoreUnreachable
+from ddpm_pipeline.store.interface import ObjectChanged, ObjectMissing, Store, StoreUnreachable
 
 V = TypeVar("V")
 _Round = Annotated[int, Field(ge=0, lt=2**53)]
@@ -42,7 +44,8 @@ class PrefixBallots(Generic[V]):
     read: Callable[[], V | None]
     """Returns the chosen value, or None while there is none."""
     write: Callable[[V], object]
-    """Records the chosen value."""
+    """Records the chosen value where none is recorded; see the argument `replaces` of `Store.write`. May raise
+    ObjectChanged."""
     encode: Callable[[Ballot[V]], bytes]
     """A ballot as the content of its object."""
     decode: Callable[[bytes, str], Ballot[V]]
@@ -54,8 +57,12 @@ class PrefixBallots(Generic[V]):
         Every job that returns gets the same, and `read` finds it by then. Raises StoreUnreachable in the unlikely case
         that jobs keep outbidding each other.
         """
+        if heeds_conditions(self.store, self.prefix) and not self.other_ballots(job):
+            self.decide(proposal)
+            return self._recorded()
         try:
-            return consensus.reach_consensus(self, job, proposal)
+            consensus.reach_consensus(self, job, proposal)
+            return self._recorded()
         except consensus.NoConsensus:
             raise StoreUnreachable(
                 f"{self.store.uri}: other jobs keep claiming this prefix; try again in a minute"
@@ -88,8 +95,15 @@ class PrefixBallots(Generic[V]):
         return self.read()
 
     def decide(self, value: V) -> None:
-        """Record `value` as chosen."""
-        self.write(value)
+        """Record `value` as chosen, unless another job has been faster."""
+        with suppress(ObjectChanged):
+            self.write(value)
+
+    def _recorded(self) -> V:
+        found = self.read()
+        if found is None:
+            raise StoreUnreachable(f"{self.store.uri}: what was agreed on was deleted just now; try again")
+        return found
 
     def _key(self, job: str, number: int) -> str:
         return f"{self.prefix}{job}.{number:04d}.json"

@@ -1,6 +1,7 @@
 """`s3://`: any S3-compatible service through boto3.
 
-It uses no bulk delete, which some gateways reject, and relies on no conditional PUT, which some ignore.
+It uses no bulk delete, which some gateways reject, and relies on no conditional PUT, which some ignore, unless
+`ddpm_pipeline.store.conditional_writes` has tried it.
 """
 
 from __future__ import annotations
@@ -83,6 +84,10 @@ class S3Store(Store):
         self.bucket, self.policy = bucket, policy
         self._base = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self.uri = f"s3://{bucket}/{self._base}".rstrip("/")
+
+    @property
+    def service(self) -> str | None:
+        return f"{endpoint()}/{self.bucket}"
 
     def read(self, key: str) -> bytes:
         """An object that is replaced while it is read is read again. The tag is checked too: JuiceFS's gateway can

@@ -17,6 +17,7 @@ from ddpm_pipeline.store import FileStore, ObjectInfo, ObjectMissing, Store, con
 from ddpm_pipeline.store.prefix_claim import clear_claims
 from tests.effort import is_long
 from tests.generate.tiny import plan_of, settings, tiny_model
+from tests.s3_servers import SERVERS, open_place
 from tests.turns import Died, Turns
 
 JOBS = 3
@@ -134,12 +135,12 @@ def test_claims_of_dead_jobs_are_not_foreign_and_are_deleted(specs: list[Spec], 
         claim_prefix(Generation(store, specs[0]))
 
 
-@pytest.mark.parametrize("kind", ["file", pytest.param("gateway", marks=pytest.mark.stack)])
+@pytest.mark.parametrize("kind", ["file", *SERVERS, pytest.param("gateway", marks=pytest.mark.stack)])
 def test_of_different_jobs_at_an_empty_prefix_one_wins_and_the_others_are_refused(
     kind: str, specs: list[Spec], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    base = f"file://{tmp_path}" if kind == "file" else request.getfixturevalue("prefix")
-    for turn in range(5):
+    base = f"file://{tmp_path}" if kind == "file" else open_place(kind, request).uri
+    for turn in range(5 if kind in ("file", "gateway") or is_long() else 2):
         store: Store = open_store(f"{base}/{turn}")
         start = threading.Barrier(JOBS)
 

@@ -34,7 +34,7 @@ from ddpm_pipeline.data.location import SUFFIXES, Location
 from ddpm_pipeline.data.packing.pack_plan import PackPlan, PackReport, ShardPlan, settings_digest
 from ddpm_pipeline.data.packing.scan_shard import index_shard
 from ddpm_pipeline.errors import DamageError, UserError
-from ddpm_pipeline.store import ObjectInfo, ObjectMissing, Store, open_store
+from ddpm_pipeline.store import ABSENT, ObjectInfo, ObjectMissing, Store, open_store
 from ddpm_pipeline.store.prefix_claim import agree, clear_claims
 
 SOURCE_KEY, CLAIMS = "pack-source.json", "claims/"
@@ -131,7 +131,7 @@ def begin_pack(store: Store, plan: PackPlan) -> PlanDocument:
         CLAIMS,
         document.model_dump_json(exclude_none=True),
         read,
-        lambda text: store.write(PLAN_KEY, text.encode() + b"\n"),
+        lambda text: store.write(PLAN_KEY, text.encode() + b"\n", replaces=ABSENT),
     )
     stored = PlanDocument.model_validate_json(agreed)
     if stored.digest != plan.digest:
