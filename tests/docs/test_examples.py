@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import ImageFont
+import torch
+from PIL import Image, ImageFont
 
 from ddpm_pipeline.config.data import PackConfig
 from ddpm_pipeline.config.training import TrainConfig
@@ -32,13 +33,46 @@ def test_plain_webdataset_reads_every_sample_of_a_generation(
     assert capsys.readouterr().out == "class 0: 8\nclass 1: 8\nclass 2: 7\n"
 
 
-def test_the_training_loop_repeats_itself_to_the_last_bit(tmp_path: Path) -> None:
-    train = runpy.run_path(str(EXAMPLES / "training_loop.py"))["train"]
-    loss, images = train(tmp_path, 3)
-    again, same = train(tmp_path, 3)
-    assert 0 < loss == again
+def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """All cells of an example in percent format, run in a folder; what they have defined."""
+    file = EXAMPLES / name
+    assert file.read_text().startswith("# %% [markdown]\n# # ")
+    monkeypatch.chdir(folder)
+    return runpy.run_path(str(file))
+
+
+def test_the_training_loop_learns_and_repeats_itself_to_the_last_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run("training_loop.py", tmp_path, monkeypatch)
+    history, images = found["history"], found["images"]
+    assert sum(history[-20:]) < 0.5 * sum(history[:20])
     assert images.shape == (8, 1, 8, 8)
-    assert images.equal(same)
+    torch.manual_seed(0)
+    net = found["UNet"](found["net"].config)
+    again = found["losses"](net, found["ConstantEMA"](net), found["schedule"], seed=0)
+    assert [next(again) for _ in range(3)] == history[:3]
+
+
+def test_a_network_of_ones_own_learns_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run("own_network.py", tmp_path, monkeypatch)
+    history, images = found["history"], found["images"]
+    assert sum(history[-20:]) < 0.8 * sum(history[:20])
+    assert (images.shape, images.dtype) == ((16, 1, 8, 8), torch.uint8)
+
+
+def test_a_look_at_a_generation_counts_averages_and_shows_its_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(settings(tiny_model(tmp_path / "model"), f"file://{tmp_path}/out", count=23))
+    monkeypatch.setenv("PREFIX", f"file://{tmp_path}/out")
+    run("look_at_generation.py", tmp_path, monkeypatch)
+    said = capsys.readouterr().out
+    assert "23 images of (4, 4, 1), sampled by ddim" in said
+    for name, count in (("nought", 8), ("one", 8), ("two", 7)):
+        assert f"{name}: {count} images, mean level " in said
+    with Image.open(tmp_path / "classes.png") as picture:
+        assert picture.width > 2 * picture.height  # three rows of nine
 
 
 @pytest.fixture
