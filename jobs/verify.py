@@ -28,12 +28,9 @@ def run(
 
     Exit code 2 if nothing is wrong, but samples could not be judged here, which another kind of worker can do.
     """
-    public = None if key is None else PublicKey.read(key)
-    if public is None and signed_for is not None:
-        raise UserError("--signed-for: has no effect without --key; add the public key")
     use_running_stack()
     with progress_of("verify", "shards") as progress:
-        report = verify(prefix, progress, public, signed_for)
+        report = examine(prefix, progress, key, signed_for)
     if num_regenerate:
         with progress_of("regenerate", "samples") as progress:
             regenerate_where_possible(report, num_regenerate, model, progress)
@@ -45,6 +42,16 @@ def run(
     else:
         echo(*lines(report, discarded=discard))
     return FAILED if not report.ok else REFUSED if report.not_judged else DONE
+
+
+def examine(
+    prefix: str, progress: Progress, key: str | None = None, signed_for: str | None = None
+) -> VerifyReport:
+    """Verify every object and, with the public key in the file `key`, the signature."""
+    public = None if key is None else PublicKey.read(key)
+    if public is None and signed_for is not None:
+        raise UserError("--signed-for: has no effect without --key; add the public key")
+    return verify(prefix, progress, public, signed_for)
 
 
 def regenerate_where_possible(

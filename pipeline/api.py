@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ddpm_pipeline import __version__
 from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.diffusion import SamplerConfig
 from ddpm_pipeline.config.distill_job import DistillConfig
 from ddpm_pipeline.config.evaluation import EvaluateConfig, PromoteConfig
 from ddpm_pipeline.config.generation import GenerateConfig
@@ -49,6 +50,7 @@ __all__ = [
     "PackConfig",
     "Progress",
     "PromoteConfig",
+    "SamplerConfig",
     "TrainConfig",
     "UserError",
     "__version__",
@@ -146,19 +148,24 @@ def generate(
 
 
 def verify(
-    prefix: str, *, regenerate: int = 0, model: str | None = None, progress: Progress = no_progress
+    prefix: str,
+    *,
+    regenerate: int = 0,
+    model: str | None = None,
+    key: str | None = None,
+    signed_for: str | None = None,
+    progress: Progress = no_progress,
 ) -> VerifyReport:
     """Recount, rehash and decode every object of a generation; the report's `ok` is the verdict.
 
-    `regenerate` samples that many images again and compares bytes; `model` is the folder of an unregistered network.
-    `progress` counts shards, then images that are sampled again.
+    `regenerate` samples that many images again and compares bytes; `model` is the folder of an unregistered network;
+    `key` and `signed_for` are those of `ddpm verify`. `progress` counts shards, then images that are sampled again.
     """
     use_running_stack()
-    from ddpm_pipeline.generate.verification import verify as run
-    from ddpm_pipeline.jobs.verify import regenerate_where_possible
+    from ddpm_pipeline.jobs.verify import examine, regenerate_where_possible
 
     with quiet():
-        report = run(prefix, progress)
+        report = examine(prefix, progress, key, signed_for)
         if regenerate:
             regenerate_where_possible(report, regenerate, model, progress)
     return report

@@ -6,6 +6,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+import ddpm_pipeline
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -16,9 +18,9 @@ def tracked_files(*folders: str) -> list[str]:
     return [path for path in listed.split("\0") if (REPOSITORY / path).is_file()]
 
 
-def build_wheel(folder: Path) -> Path:
+def build_wheel(folder: Path, version: str | None = None) -> Path:
     """A wheel in `folder`, as `python -m build` makes it: from the unpacked source distribution, with this Python's
-    setuptools.
+    setuptools. `version` is one to claim instead of the program's own.
     """
     tree = folder / "tree"
     for path in tracked_files(
@@ -32,6 +34,9 @@ def build_wheel(folder: Path) -> Path:
         ("pipeline/infra", "../infra"),
     ):
         (tree / link).symlink_to(target)
+    if version is not None:
+        module = tree / "pipeline/__init__.py"
+        module.write_text(module.read_text().replace(ddpm_pipeline.__version__, version))
     source = _build("sdist", tree, folder)
     with tarfile.open(source) as archive:
         archive.extractall(folder, filter="data")

@@ -1,5 +1,6 @@
 """The wheel: it holds the package and what the package needs, and nothing else."""
 
+import os
 import re
 import tomllib
 import zipfile
@@ -65,6 +66,16 @@ def test_the_lists_of_the_packages_files_are_one() -> None:
     packaged = project["package-data"]["ddpm_pipeline"]
     assert len(packaged) == len(set(packaged))
     assert {*staging.DATA, *deployment_files.DATA, "py.typed", "schema/*.json"} == set(packaged)
+
+
+def test_in_an_image_the_package_finds_the_locks_where_the_dockerfile_puts_them() -> None:
+    docker = (REPOSITORY / "infra/docker/Dockerfile").read_text()
+    assert "COPY requirements.lock requirements-torch.lock /opt/ddpm/\n" in docker
+    assert "COPY pipeline /opt/ddpm/ddpm_pipeline\n" in docker
+    for lock in ("requirements.lock", "requirements-torch.lock"):
+        link = REPOSITORY / "pipeline/locks" / lock
+        place = Path("/opt/ddpm/ddpm_pipeline/locks") / link.readlink()
+        assert os.path.normpath(place) == f"/opt/ddpm/{lock}"
 
 
 def test_the_citation_names_the_version() -> None:

@@ -3,17 +3,20 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 import ddpm_pipeline
 from ddpm_pipeline.infra.local import LocalStack
-from tests.built_wheel import build_wheel
+from ddpm_pipeline.jobs.runner import PROGRAM
+from tests.built_wheel import REPOSITORY, build_wheel
 from tests.driving import ended_after
 
 pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(1200)]
+VERSION = "9.8.7"
+"""What the wheel says it is, to tell it from the checkout."""
 SMALL = (
     "steps=60",
     "optimizer.warmup_steps=10",
@@ -33,12 +36,12 @@ class Installed:
         self.folder = folder
         self.environ = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
 
-    def ddpm(self, *words: str) -> str:
-        """What the command prints, which must succeed."""
+    def ddpm(self, *words: str, program: Sequence[str] = (), **variables: str) -> str:
+        """What the command prints, which must succeed. `program` is another `ddpm` than the installed one."""
         done = subprocess.run(
-            [str(self.program), *words],
+            [*(program or [str(self.program)]), *words],
             cwd=self.folder,
-            env=self.environ,
+            env={**self.environ, **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -57,7 +60,7 @@ class Installed:
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]) -> Iterator[Installed]:
     base = tmp_path_factory.mktemp("wheel")
-    wheel, environment, work = build_wheel(base), base / "environment", base / "empty"
+    wheel, environment, work = build_wheel(base, VERSION), base / "environment", base / "empty"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     pip = [
         sys.executable,
@@ -89,7 +92,7 @@ def test_the_program_is_the_wheels(installed: Installed) -> None:
         words, cwd=installed.folder, env=installed.environ, stdout=subprocess.PIPE, text=True, check=True
     ).stdout
     assert said.split() == [str(installed.packages / "ddpm_pipeline/__init__.py"), "None"]
-    assert installed.ddpm("--version") == f"ddpm {ddpm_pipeline.__version__}\n"
+    assert installed.ddpm("--version") == f"ddpm {VERSION}\n"
 
 
 def test_from_a_stack_to_verified_samples_in_an_empty_folder_with_packages_that_stay_as_installed(
@@ -104,6 +107,12 @@ def test_from_a_stack_to_verified_samples_in_an_empty_folder_with_packages_that_
     assert "complete" in installed.ddpm(
         "submit", "generate", "demo", "count=40", "shard_size=20", "batch_size=20"
     )
+    # The same from a checkout, whose program travels to nodes that have the wheel.
+    checkout = {"program": [sys.executable, *PROGRAM], "PYTHONPATH": str(REPOSITORY)}
+    more = ("generate", "demo", "count=60", "shard_size=20", "batch_size=20")
+    said = installed.ddpm("submit", *more, **checkout)
+    assert f"has ddpm-pipeline {VERSION}; the job runs {ddpm_pipeline.__version__}" in said
+    assert "60 images" in said
     assert "sound and complete" in installed.ddpm("verify", "s3://ddpm/samples/demo", "--regenerate", "2")
     assert "kubectl" in installed.ddpm("files", "deploy")
     assert "ddpm.schema.json" in installed.ddpm("schema")
