@@ -43,12 +43,20 @@ def run_call(call: JobArguments) -> int:
 
 def with_dataset(call: JobArguments) -> JobArguments:
     """The call with a data set's name as its source; without --config files, also with the settings that suit it."""
-    name = call.preset
-    if name is None or name in presets() or name not in KNOWN_DATASETS:
+    suited = dataset_settings(call.preset)
+    if suited is None:
         return call
-    suited = {} if call.files else {"dest": f"{{root}}/data/{name}", **KNOWN_DATASETS[name].settings}
-    words = tuple(f"{key}={value}" for key, value in {"source": name, **suited}.items())
+    if call.files:
+        suited = {"source": suited["source"]}
+    words = tuple(f"{key}={value}" for key, value in suited.items())
     return replace(call, preset=None, overrides=(*words, *call.overrides))
+
+
+def dataset_settings(name: str | None) -> dict[str, object] | None:
+    """The settings that suit a well-known data set; None for any other name, and for that of a preset."""
+    if name is None or name in presets() or name not in KNOWN_DATASETS:
+        return None
+    return {"source": name, "dest": f"{{root}}/data/{name}", **KNOWN_DATASETS[name].settings}
 
 
 def list_datasets() -> int:

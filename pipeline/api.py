@@ -73,14 +73,11 @@ def pack(
 
     `progress` counts images.
     """
-    from ddpm_pipeline.jobs.pack import pack_on_cluster, with_dataset
-
     use_running_stack()
-    if isinstance(settings, str):
-        call = with_dataset(JobArguments(preset=settings))
-        if call.preset is None:  # a data set: the words that the command takes for it
-            suited = dict(word.split("=", 1) for word in call.overrides)
-            settings, values = None, {**suited, **values}
+    from ddpm_pipeline.jobs.pack import dataset_settings, pack_on_cluster
+
+    if isinstance(settings, str) and (suited := dataset_settings(settings)) is not None:
+        settings, values = None, {**suited, **values}
     with quiet():
         return pack_on_cluster(given_settings(PackConfig, "pack", settings, values), progress)
 

@@ -15,7 +15,8 @@ from ddpm_pipeline.config.data import PackConfig
 from ddpm_pipeline.config.diffusion import SamplerConfig
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.config.training import TrainConfig
-from ddpm_pipeline.jobs.runner import given_settings
+from ddpm_pipeline.data.packing.known_datasets import KNOWN_DATASETS
+from ddpm_pipeline.jobs.runner import JobArguments, given_settings, settings_of
 from tests.docs.lines import REPOSITORY, fences
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model
 
@@ -224,3 +225,15 @@ def test_the_calls_of_the_documentation_are_understood(
     assert (first.steps, first.optimizer.lr) == (500, 1e-4)
     assert (third.name, third.steps) == ("photos", 500)
     assert (packed.image_size, packed.dest, packed.channels) == (16, "file:///tmp/digits-16", 1)
+
+
+def test_a_data_set_is_packed_by_its_name_as_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddpm_pipeline.jobs import pack
+
+    monkeypatch.setenv("DDPM_ROOT", "s3://here")
+    asked: list[PackConfig] = []
+    monkeypatch.setattr(pack, "pack_on_cluster", lambda config, *_: asked.append(config))
+    for name in KNOWN_DATASETS:
+        api.pack(name, shard_size=7)
+        call = pack.with_dataset(JobArguments(preset=name, overrides=("shard_size=7",)))
+        assert asked.pop() == settings_of(PackConfig, "pack", call)

@@ -43,7 +43,7 @@ class KnownDataset:
     citation: str
     files: tuple[KnownFile, ...]
     splits: tuple[str, ...] = ("train", "test")
-    settings: dict[str, str] = field(default_factory=dict[str, str])
+    settings: dict[str, object] = field(default_factory=dict[str, object])
     """Settings that `ddpm pack NAME` starts from."""
 
     def files_of(self, split: str) -> list[KnownFile]:
@@ -109,7 +109,7 @@ KNOWN_DATASETS: dict[str, KnownDataset] = {
             "https://ossci-datasets.s3.amazonaws.com/mnist",
             "https://storage.googleapis.com/cvdf-datasets/mnist",
         ),
-        settings={"channels": "1"},
+        settings={"channels": 1},
     ),
     "fashion-mnist": KnownDataset(
         "Fashion-MNIST",
@@ -126,7 +126,7 @@ KNOWN_DATASETS: dict[str, KnownDataset] = {
             },
             "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
         ),
-        settings={"channels": "1"},
+        settings={"channels": 1},
     ),
     "celeba": KnownDataset(
         "CelebA, aligned and cropped",
