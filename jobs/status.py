@@ -5,23 +5,33 @@ import dataclasses
 from ddpm_pipeline.generate import generation_status as status
 from ddpm_pipeline.generate.generation_status import GenerationStatus
 from ddpm_pipeline.infra.local import LocalStack, sign_in
+from ddpm_pipeline.jobs.overview import disk_of, jobs_of_cluster, nights_of_root, overview_lines, versions
 from ddpm_pipeline.jobs.progress_bar import clock
 from ddpm_pipeline.jobs.runner import DONE, FAILED, LOCAL, use_running_stack
 from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 
 def stack_status(as_json: bool) -> int:
-    """Print one line per service; exit code 1 if one that should run does not."""
+    """Print a line for each service, then jobs, nights, disk and versions; exit code 1 if a service that should run
+    does not.
+    """
     rows = LocalStack(LOCAL).status()
+    facts = {
+        "jobs": jobs_of_cluster(),
+        "nights": nights_of_root(),
+        "disk": disk_of(LOCAL),
+        "versions": versions(),
+    }
     if as_json:
-        facts = [{"service": r.service, "state": r.state, "url": r.url, "pid": r.pid} for r in rows]
-        echo_json(facts)
+        services = [{"service": r.service, "state": r.state, "url": r.url, "pid": r.pid} for r in rows]
+        echo_json({"services": services, **facts})
     else:
         for row in rows:
             echo(
                 f"{row.service:<8} {row.state:<14} {row.pid or '-':<8} {row.url:<28} {row.log or ''}".rstrip()
             )
         echo(*sign_in(LOCAL))
+        echo(*overview_lines(facts))
     healthy = all(row.state in ("running", "external") for row in rows)
     if not healthy and not as_json:
         echo("next     ddpm up")

@@ -56,10 +56,27 @@ def status(
     prefix: Annotated[str | None, typer.Argument(help="Output prefix; without it, the local stack.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Print the state of the local stack, or the progress of the generation at PREFIX."""
+    """Print services, jobs, nights, disk and versions at a glance; or the progress of the generation at PREFIX."""
     from ddpm_pipeline.jobs.status import generation_status, stack_status
 
     end(lambda: stack_status(json) if prefix is None else generation_status(prefix, json))
+
+
+@app.command(rich_help_panel=MACHINE, epilog=examples("ddpm dashboard", "ddpm dashboard --open"))
+def dashboard(
+    open_: Annotated[
+        bool, typer.Option("--open", help="Also open the pages in this machine's browser.")
+    ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", "-k", help="Address of its dashboard, or its name in clusters.yaml."),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Print the addresses of Ray's dashboard and MLflow, and where their token and password are."""
+    from ddpm_pipeline.jobs.dashboard import dashboard as run
+
+    end(lambda: run(cluster, open_, json))
 
 
 @app.command(rich_help_panel=MACHINE, epilog=examples("ddpm doctor", "ddpm doctor --write --json"))
