@@ -25,6 +25,10 @@ from ddpm_pipeline.errors import UserError
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TIMEOUT_SECONDS = 30.0
+LOOK_SECONDS = 600
+"""For a look at the pods of a job that failed."""
+QUEUE_ANNOTATION, KUEUE_LABEL = "ddpm/queue", "kueue.x-k8s.io/queue-name"
+"""The pattern names its queue by the annotation: with the label Kueue would start the pattern itself."""
 _FIRST_MINUTE = 26_297_280  # 2020: a job name may end in digits of its own
 
 
@@ -88,16 +92,34 @@ def scheduled_time(cron_job_pod: str, now: datetime) -> datetime:
 
 
 def dated(pattern: Mapping[str, Any], prefix: str, night: datetime) -> dict[str, Any]:
-    """The pattern as a job of its own: named by its date, such as ddpm-nightly-20260131, and not suspended."""
+    """The pattern as a job of its own: named by its date, such as ddpm-nightly-20260131, and not suspended.
+
+    Its cluster is deleted when it is over, and the job itself after the pattern's `ttlSecondsAfterFinished`. Where the
+    pattern names a queue of Kueue's, the job is put there, suspended and with the pattern's own way of ending.
+    """
+    queue = pattern["metadata"].get("annotations", {}).get(QUEUE_ANNOTATION)
+    labels = {**pattern["metadata"].get("labels", {}), **({KUEUE_LABEL: queue} if queue else {})}
+    spec = {**pattern["spec"], "suspend": bool(queue)}
+    if not queue:
+        spec.pop("shutdownAfterJobFinishes", None)
+        spec["deletionStrategy"] = {"deletionRules": _deletion_rules(spec.pop("ttlSecondsAfterFinished", 0))}
     return {
         "apiVersion": pattern["apiVersion"],
         "kind": pattern["kind"],
-        "metadata": {
-            "name": f"{prefix}-{night:%Y%m%d}",
-            "labels": dict(pattern["metadata"].get("labels", {})),
-        },
-        "spec": {**pattern["spec"], "suspend": False},
+        "metadata": {"name": f"{prefix}-{night:%Y%m%d}", "labels": labels},
+        "spec": spec,
     }
+
+
+def _deletion_rules(log_seconds: int) -> list[dict[str, Any]]:
+    """The cluster goes at once, or, after a failure, when there was time to look at it; the job with its log later."""
+    ended = ({"jobStatus": "SUCCEEDED"}, {"jobDeploymentStatus": "Failed"})
+    after = {"DeleteCluster": (0, LOOK_SECONDS), "DeleteSelf": (log_seconds, max(LOOK_SECONDS, log_seconds))}
+    return [
+        {"policy": policy, "condition": {**condition, "ttlSeconds": seconds}}
+        for policy, times in after.items()
+        for condition, seconds in zip(ended, times, strict=True)
+    ]
 
 
 def launch(api: Api, pattern: str, prefix: str, environ: Mapping[str, str] = os.environ) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 Object = dict[str, Any]
-KNOWN = {"apiVersion", "kind", "namespace", "labels", "resources", "images", "patches"}
+KNOWN = {"apiVersion", "kind", "namespace", "labels", "resources", "images", "patches", "components"}
 
 
 def render(folder: Path) -> list[Object]:
@@ -21,14 +21,12 @@ def render(folder: Path) -> list[Object]:
     if unknown:
         raise ValueError(f"{folder}: {sorted(unknown)} is not known to this renderer")
     objects = [found for entry in told["resources"] for found in _resource(folder / entry)]
-    for one in told.get("patches", []):
-        operations = yaml.safe_load(one["patch"] if "patch" in one else (folder / one["path"]).read_text())
-        targets = [found for found in objects if _is_target(found, one["target"])]
-        if not targets:
-            raise ValueError(f"{folder}: no object for patch {one['target']}")
-        for found in targets:
-            for operation in operations:
-                _apply(found, copy.deepcopy(operation))
+    for entry in told.get("components", []):
+        component = yaml.safe_load((folder / entry / "kustomization.yaml").read_text())
+        if set(component) != {"apiVersion", "kind", "patches"}:
+            raise ValueError(f"{folder / entry}: a component that does more than patch is not known here")
+        _patch(objects, component["patches"], folder / entry)
+    _patch(objects, told.get("patches", []), folder)
     for found in objects:
         _set_labels(found, told.get("labels", []))
         if "namespace" in told:
@@ -36,6 +34,17 @@ def render(folder: Path) -> list[Object]:
         for image in told.get("images", []):
             _set_image(found, image)
     return objects
+
+
+def _patch(objects: list[Object], patches: list[dict[str, Any]], folder: Path) -> None:
+    for one in patches:
+        operations = yaml.safe_load(one["patch"] if "patch" in one else (folder / one["path"]).read_text())
+        targets = [found for found in objects if _is_target(found, one["target"])]
+        if not targets:
+            raise ValueError(f"{folder}: no object for patch {one['target']}")
+        for found in targets:
+            for operation in operations:
+                _apply(found, copy.deepcopy(operation))
 
 
 def _resource(path: Path) -> Iterator[Object]:
@@ -63,7 +72,7 @@ def _is_target(found: Object, target: dict[str, str]) -> bool:
 
 
 def _apply(found: Object, operation: dict[str, Any]) -> None:
-    """One JSON patch operation (RFC 6902): add or replace."""
+    """One JSON patch operation (RFC 6902): add, remove or replace."""
     *way, last = [part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]]
     place: Any = found
     for part in way:
@@ -72,6 +81,8 @@ def _apply(found: Object, operation: dict[str, Any]) -> None:
     if operation["op"] == "replace":
         place[key]  # must be there already
         place[key] = operation["value"]
+    elif operation["op"] == "remove":
+        del place[key]
     elif operation["op"] == "add" and isinstance(place, dict):
         place[key] = operation["value"]
     else:

@@ -20,6 +20,7 @@ VARIANTS = {
     "gpu": "overlays/gpu",
     "gpu-node": "overlays/gpu-node",
     "spot": "overlays/spot",
+    "kueue": "overlays/kueue",
 }
 KUBERNETES = "1.33"
 
@@ -56,6 +57,19 @@ def pods(variant: str) -> Iterator[tuple[str, Object]]:
                 yield f"{where} {group['groupName']}", group["template"]
             if "submitterPodTemplate" in spec:
                 yield f"{where} submitter", spec["submitterPodTemplate"]
+
+
+def rules_of(job: Object) -> dict[tuple[str, str], int]:
+    """Seconds after which a job's deletion rules act, by policy and the status that they wait for."""
+    rules = job["spec"]["deletionStrategy"]["deletionRules"]
+    found: dict[tuple[str, str], int] = {}
+    for rule in rules:
+        condition = dict(rule["condition"])
+        seconds = condition.pop("ttlSeconds")
+        (status,) = condition.values()
+        found[rule["policy"], status] = seconds
+    assert len(found) == len(rules)
+    return found
 
 
 def validate(found: Object) -> None:

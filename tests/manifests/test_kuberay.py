@@ -5,6 +5,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,20 @@ import ddpm_pipeline
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.config.nights import NightlyConfig
 from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.infra.kuberay import night
 from ddpm_pipeline.jobs.runner import PROGRAM, JobArguments, settings_of
 from tests.manifests.kustomize import Object
-from tests.manifests.objects import KUBERAY, VARIANTS, label, named, pods, rendered, validate, validate_pod
+from tests.manifests.objects import (
+    KUBERAY,
+    VARIANTS,
+    label,
+    named,
+    pods,
+    rendered,
+    rules_of,
+    validate,
+    validate_pod,
+)
 
 REPOSITORY = KUBERAY.parents[1]
 everywhere = pytest.mark.parametrize("variant", VARIANTS)
@@ -163,7 +175,7 @@ def test_every_cluster_asks_for_a_token_scales_by_version_2_and_keeps_its_state_
     assert len(clusters(variant)) == 4
     for where, cluster in clusters(variant):
         assert cluster["authOptions"] == {"mode": "token"}, where
-        assert cluster["enableInTreeAutoscaling"] is True, where
+        assert cluster["enableInTreeAutoscaling"] is not (variant == "kueue" and "RayJob" in where), where
         assert cluster["autoscalerOptions"]["version"] == "v2", where
         assert cluster["rayVersion"] == ray, where
         groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
@@ -278,13 +290,91 @@ def test_a_budget_guards_the_head_of_each_kind_of_job_and_no_other_pod() -> None
         assert chosen == [f"RayJob/ddpm-{component} head"]
 
 
-def test_jobs_end_give_their_machines_back_and_start_again_by_themselves() -> None:
+@everywhere
+def test_jobs_end_give_their_machines_back_and_start_again_by_themselves(variant: str) -> None:
     for name in ("train", "generate", "nightly"):
-        spec = named("base", "RayJob", f"ddpm-{name}")["spec"]
-        assert spec["shutdownAfterJobFinishes"] is True
+        job = named(variant, "RayJob", f"ddpm-{name}")
+        spec = job["spec"]
         assert spec["backoffLimit"] >= 1
         assert spec["activeDeadlineSeconds"] > 0
-        assert spec["ttlSecondsAfterFinished"] > 0
+        # KubeRay's own rules, which no schema states
+        assert ("deletionStrategy" in spec) != spec.get("shutdownAfterJobFinishes", False)
+        assert not spec.get("suspend") or spec["shutdownAfterJobFinishes"] is True
+        assert ("ttlSecondsAfterFinished" in spec) == spec.get("shutdownAfterJobFinishes", False)
+        if "deletionStrategy" in spec:
+            rules = rules_of(job)
+            assert rules["DeleteCluster", "SUCCEEDED"] == 0
+            assert 0 < rules["DeleteCluster", "Failed"] <= 3600
+            assert rules["DeleteSelf", "SUCCEEDED"] >= rules["DeleteCluster", "SUCCEEDED"]
+            assert "DeleteWorkers" not in {policy for policy, _ in rules}  # not with an autoscaler
+
+
+def test_in_a_queue_jobs_are_suspended_do_not_scale_and_the_nights_pattern_is_in_none() -> None:
+    for name in ("train", "generate"):
+        job = named("kueue", "RayJob", f"ddpm-{name}")
+        assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "ddpm"
+        assert job["spec"]["suspend"] is True
+    pattern = named("kueue", "RayJob", "ddpm-nightly")
+    assert "kueue.x-k8s.io/queue-name" not in pattern["metadata"]["labels"]
+    copy_of_it = night.dated(pattern, "ddpm-nightly", datetime(2026, 1, 31, tzinfo=UTC))
+    assert copy_of_it["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "ddpm"
+    assert (copy_of_it["spec"]["suspend"], copy_of_it["spec"]["shutdownAfterJobFinishes"]) == (True, True)
+    assert "deletionStrategy" not in copy_of_it["spec"]
+    validate(copy_of_it)
+    for where, cluster in clusters("kueue"):
+        if where.startswith("RayJob"):
+            assert cluster["enableInTreeAutoscaling"] is False, where
+            for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+                variables = group["template"]["spec"]["containers"][0]["env"]
+                assert {"name": "DDPM_CLUSTER_GROWS", "value": ""} in variables, where
+            (workers,) = cluster["workerGroupSpecs"]
+            assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"], where
+
+
+VALUES = {
+    "registry.example/ddpm:0.1.0-cuda": "r.example:5000/ours:9",
+    "s3://your-bucket": "s3://ours",
+    "region: eu-central-1": "region: us-west-2",
+    "111122223333": "999988887777",
+    "min-workers: 2": "min-workers: 3",
+    "max-workers: 8 ": "max-workers: 5 ",
+    'worker-cpu: "7"': 'worker-cpu: "15"',
+    "48Gi": "96Gi",
+    "count: 100000,": "count: 77,",
+}
+
+
+@pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="kubectl, which copies the values, is not installed"
+)
+def test_one_file_of_values_reaches_every_place(tmp_path: Path) -> None:
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    ours = tmp_path / "kuberay/overlays/ours"
+    shutil.copytree(KUBERAY / "overlays/site", ours)
+    text = (ours / "site.yaml").read_text()
+    for before, after in VALUES.items():
+        assert before in text
+        text = text.replace(before, after)
+    (ours / "site.yaml").write_text(text)
+    told = subprocess.run(["kubectl", "kustomize", str(ours)], capture_output=True, text=True, check=True)
+    found = {label(o): o for o in yaml.safe_load_all(told.stdout)}
+    assert "ConfigMap/ddpm-site" not in found
+    assert found.keys() == {label(o) for o in rendered("gpu")}
+    for one in found.values():
+        validate(one)
+    images = set(re.findall(r"image: (.*)", told.stdout))
+    assert {image for image in images if not image.startswith("redis:")} == {"r.example:5000/ours:9"}
+    services = found["ConfigMap/ddpm-services"]["data"]
+    assert (services["DDPM_ROOT"], services["AWS_REGION"]) == ("s3://ours", "us-west-2")
+    assert "count: 77," in found["ConfigMap/ddpm-settings"]["data"]["generate.yaml"]
+    for role in ("trainer", "generator", "nightly"):
+        arn = found[f"ServiceAccount/ddpm-{role}"]["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
+        assert arn == f"arn:aws:iam::999988887777:role/ddpm-{role}"
+    for name in ("train", "generate", "nightly"):
+        (group,) = found[f"RayJob/ddpm-{name}"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (3, 3, 5)
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert (limits["cpu"], limits["memory"]) == ("15", "96Gi")
 
 
 def test_the_night_starts_once_in_time_and_by_an_account_that_can_do_nothing_else() -> None:

@@ -16,7 +16,7 @@ from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.infra.kuberay import drain, night
 from ddpm_pipeline.infra.local import LocalStack
 from ddpm_pipeline.infra.local.ports import choose
-from tests.manifests.objects import named, validate
+from tests.manifests.objects import named, rules_of, validate
 
 DUE = datetime(2026, 1, 31, 1, 0, tzinfo=UTC)
 JOB_NAME = f"ddpm-nightly-{int(DUE.timestamp()) // 60}"
@@ -82,7 +82,16 @@ def test_the_night_gets_a_dated_valid_copy_that_is_not_suspended(
     assert made["spec"]["suspend"] is False
     pattern = jobs["ddpm-nightly"]
     assert pattern["spec"]["suspend"] is True
-    assert {**made["spec"], "suspend": True} == pattern["spec"]
+    ending = {"suspend", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "deletionStrategy"}
+    work, same = ({k: v for k, v in job["spec"].items() if k not in ending} for job in (made, pattern))
+    assert work == same
+    assert "shutdownAfterJobFinishes" not in made["spec"]  # KubeRay refuses it beside rules
+    assert rules_of(made) == {
+        ("DeleteCluster", "SUCCEEDED"): 0,
+        ("DeleteCluster", "Failed"): 600,
+        ("DeleteSelf", "SUCCEEDED"): 604_800,
+        ("DeleteSelf", "Failed"): 604_800,
+    }
 
 
 def test_a_second_start_on_the_same_night_changes_nothing(api: tuple[night.Api, dict[str, Any]]) -> None:
