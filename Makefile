@@ -6,7 +6,7 @@ BIN := .venv/bin
 STORE_OPTION := $(if $(STORE),--store $(STORE))
 
 .DEFAULT_GOAL := help
-.PHONY: help run install install-dev test test-fast test-stack lint up status down clean distclean lock docs bench chaos fuzz gpu-test
+.PHONY: help run install install-dev test test-fast test-stack lint up status down clean distclean lock wheel docs bench chaos fuzz gpu-test
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -72,6 +72,11 @@ fuzz: install-dev ## feed every reader of stored bytes with what a fuzzer thinks
 
 lock: install-dev ## write the lock files anew, with hashes (UPGRADE=1: newest versions; asks the package index)
 	@infra/lock.sh $(if $(UPGRADE),--upgrade)
+
+wheel: install ## the package as dist/*.whl (what an earlier build left in build/lib would get into it)
+	@rm -rf build/lib build/bdist.*
+	@$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
 
 docs: install ## write the reference pages and images anew, then build the site: build/site (links are checked)
 	@$(BIN)/python -m ddpm_pipeline.jobs.config_docs
