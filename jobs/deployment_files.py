@@ -25,6 +25,7 @@ DATA = (
     "infra/grafana/alerts.yaml",
     "infra/grafana/dashboard.json",
     "infra/kuberay/base/*.yaml",
+    "infra/kuberay/components/*/*.yaml",
     "infra/kuberay/overlays/*/*.yaml",
     "infra/policies/README.md",
     "infra/policies/*.json",
