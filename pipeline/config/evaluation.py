@@ -1,11 +1,12 @@
 """Settings of evaluation: the feature network, the metrics, the sampler search, the gate."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.base import Settings, refuse_idle
 from ddpm_pipeline.config.diffusion import SamplerConfig, SamplerKind
+from ddpm_pipeline.config.plugins import FEATURES, METRICS, PluginIdentity, WithPlugin, with_identity
 from ddpm_pipeline.config.tracking import TrackConfig, filed_under
 
 
@@ -43,9 +44,14 @@ class FeaturesConfig(Settings):
     """A classifier with a lower held-out accuracy is refused: its features would say little about the images."""
 
 
-class FeatureNetworkConfig(Settings):
+class FeatureNetworkConfig(WithPlugin):
     """The network that maps images to features."""
 
+    PLUGIN_GROUP: ClassVar[str] = FEATURES
+
+    kind: str = Field(default="file", min_length=1, max_length=250, exclude_if=lambda kind: kind == "file")
+    """"file": the network at `uri`. Otherwise another package's, by its entry point in `ddpm_pipeline.features` or as
+    `module:object`."""
     uri: str | None = None
     """`…/classifier.json` of `ddpm features train`, or a TorchScript file (`.pt`, `.ts`). None = the classifier
     beside the reference data."""
@@ -58,6 +64,39 @@ class FeatureNetworkConfig(Settings):
     """Images are scaled to this edge first (bilinear, anti-aliased). None = not scaled."""
     rgb: bool = False
     """Repeat the channel of a gray image three times first."""
+    settings: dict[str, Any] | None = Field(default=None, exclude_if=lambda settings: settings is None)
+    """Settings of another package's network."""
+    plugin: PluginIdentity | None = Field(default=None, exclude_if=lambda plugin: plugin is None)
+    """Its package and version; filled in where it is left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _identified(cls, data: Any) -> Any:
+        return with_identity(FEATURES, data, "file")
+
+    @model_validator(mode="after")
+    def _only_settings_that_act(self) -> Self:
+        if self.kind != "file":
+            refuse_idle(self, ("uri", "sha256", "input", "size", "rgb"), f"for kind {self.kind!r}")
+        return self
+
+
+class MetricConfig(WithPlugin):
+    """A metric of another package. `kind` alone may be written as its text."""
+
+    PLUGIN_GROUP: ClassVar[str] = METRICS
+
+    kind: str = Field(min_length=1, max_length=120)
+    """Its entry point in `ddpm_pipeline.metrics`, or `module:object`; also the metric's name."""
+    settings: dict[str, Any] | None = None
+    """Its settings."""
+    plugin: PluginIdentity | None = None
+    """Its package and version; filled in where it is left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _identified(cls, data: Any) -> Any:
+        return with_identity(METRICS, {"kind": data} if isinstance(data, str) else data, "")
 
 
 class LikelihoodConfig(Settings):
@@ -105,6 +144,10 @@ class EvaluateConfig(Settings):
     records_only: bool = False
     """Use the feature sums in the done-records, which a generation with `features` writes, and read no samples: fast
     for any size, but only the Fréchet distance and the class accuracy."""
+    metrics: tuple[MetricConfig, ...] = Field(
+        default=(), max_length=32, exclude_if=lambda metrics: not metrics
+    )
+    """Metrics of other packages, beside ours. They are among the conditions under which evaluations are compared."""
     track: Annotated[TrackConfig | None, filed_under("evaluation")] = TrackConfig(experiment="evaluation")
     """Where evaluations are logged, if MLFLOW_TRACKING_URI names a server: a run for each generation and set of
     conditions. They are stored beside the generation in any case. None = not logged."""

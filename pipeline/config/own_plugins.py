@@ -26,7 +26,17 @@ COSINE = Plugin(f"{_OF_SCHEDULES}:make_cosine")
 SIGMOID = Plugin(f"{_OF_SCHEDULES}:make_sigmoid")
 GIVEN = Plugin(f"{_OF_SCHEDULES}:make_given")
 
+FEATURE_FILE = Plugin("ddpm_pipeline.features.networks:open_file")
 DIGITS = Plugin("ddpm_pipeline.data.packing.source_plugin:open_digits")
 
-TENSORBOARD = Plugin("ddpm_pipeline.tracking.tensorboard_mirror:open_tensorboard", TensorBoardSettings)
-TRACKIO = Plugin("ddpm_pipeline.tracking.trackio_mirror:open_trackio", TrackioSettings)
+_OF_LOGGERS = "ddpm_pipeline.tracking"
+TENSORBOARD = Plugin(
+    f"{_OF_LOGGERS}.tensorboard_mirror:open_tensorboard",
+    TensorBoardSettings,
+    needs=("tensorboardX", "ddpm-pipeline[tensorboard]"),
+)
+TRACKIO = Plugin(
+    f"{_OF_LOGGERS}.trackio_mirror:open_trackio",
+    TrackioSettings,
+    needs=("trackio", "ddpm-pipeline[trackio]"),
+)

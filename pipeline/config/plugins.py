@@ -11,6 +11,7 @@ used. What it computes is promised per version of its package: documents hold it
 import difflib
 import importlib
 import importlib.metadata
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,7 +53,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "sigmoid": f"{_HERE}:SIGMOID",
         "given": f"{_HERE}:GIVEN",
     },
-    FEATURES: {},
+    FEATURES: {"file": f"{_HERE}:FEATURE_FILE"},
     METRICS: {},
     SOURCES: {"digits": f"{_HERE}:DIGITS"},
     LOGGERS: {"tensorboard": f"{_HERE}:TENSORBOARD", "trackio": f"{_HERE}:TRACKIO"},
@@ -84,6 +85,8 @@ class Plugin:
     for each group."""
     settings: type[Settings] = NoSettings
     """Class of its settings, which a document holds as `settings`. Its module needs no torch."""
+    needs: tuple[str, str] | None = None
+    """A module that the code imports and that may be missing, and what pip installs to have it."""
 
     def load(self) -> Any:
         """The function. UserError in one line if it cannot be imported."""
@@ -343,6 +346,9 @@ def require_installed(group: str, kind: str, recorded: PluginIdentity | None, wh
             f"else; install {recorded.requirement if recorded else 'the version before'}"
             + ("" if recorded is None or found.identity is None else _moved(recorded, found.identity))
         )
+    needs = found.plugin.needs
+    if needs is not None and importlib.util.find_spec(needs[0]) is None:
+        raise UserError(f"{place}: {kind!r} needs {needs[0]}, which is missing; pip install '{needs[1]}'")
     return found
 
 
@@ -351,23 +357,26 @@ def _moved(recorded: PluginIdentity, found: PluginIdentity) -> str:
     return f" ({recorded.object}, not {found.object})" if recorded.object != found.object else ""
 
 
-def plugins_in(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, WithPlugin]]:
-    """Every choice of another package's plug-in within settings or a document, with its dotted place."""
-    if isinstance(settings, WithPlugin) and settings.choice.plugin is not None:
+def choices_in(settings: BaseModel, prefix: str = "") -> Iterator[tuple[str, WithPlugin]]:
+    """Every choice of a kind within settings or a document, with its dotted place."""
+    if isinstance(settings, WithPlugin):
         yield f"{prefix}kind", settings
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         for number, part in enumerate(cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)):
             if isinstance(part, BaseModel):
                 place = f"{prefix}{name}." + (f"{number}." if isinstance(value, tuple) else "")
-                yield from plugins_in(part, place)
+                yield from choices_in(part, place)
 
 
 def require_plugins(*documents: BaseModel) -> None:
     """UserError, in one line, unless every plug-in that the documents name is installed in the version they name."""
     for document in documents:
-        for place, choice in plugins_in(document):
-            require_plugin(choice, place)
+        for place, choice in choices_in(document):
+            if (
+                choice.choice.plugin is not None or choice.PLUGIN_GROUP == LOGGERS
+            ):  # of ours, these may need others
+                require_plugin(choice, place)
 
 
 def identities(*documents: BaseModel) -> tuple[PluginIdentity, ...]:
@@ -375,7 +384,7 @@ def identities(*documents: BaseModel) -> tuple[PluginIdentity, ...]:
     found = {
         str(i): i
         for document in documents
-        for _, choice in plugins_in(document)
+        for _, choice in choices_in(document)
         if (i := choice.choice.plugin)
     }
     return tuple(found[name] for name in sorted(found))

@@ -1,12 +1,13 @@
 """From the features of samples and reference to metrics, each with the number of images behind it."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_pipeline.config.evaluation import EvaluateConfig
+from ddpm_pipeline.config.evaluation import EvaluateConfig, MetricConfig
+from ddpm_pipeline.config.plugins import require_plugin
 from ddpm_pipeline.diffusion.noise import Stream, permutation
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.evaluate.document import Metric
@@ -44,7 +45,22 @@ def compute_metrics(samples: FeatureSet, reference: FeatureSet, config: Evaluate
         if samples.labels is not None:
             accuracy = class_accuracy(samples.logits, samples.labels)
             out["class_accuracy"] = Metric(value=accuracy, n=len(samples), n_reference=0)
+    out |= {metric.kind: _of_plugin(metric, samples, reference) for metric in config.metrics}
     return dict(sorted(out.items()))
+
+
+class MeasureMetric(Protocol):
+    """What a metric of another package does: a number from the features of samples and reference, a function of its
+    arguments alone. `FeatureSet` has vectors, logits, labels and thumbnails. settings: of the plug-in's own class.
+    """
+
+    def __call__(self, samples: FeatureSet, reference: FeatureSet, settings: Any, /) -> float: ...
+
+
+def _of_plugin(metric: MetricConfig, samples: FeatureSet, reference: FeatureSet) -> Metric:
+    measure: MeasureMetric = require_plugin(metric, "evaluate.metrics").plugin.load()
+    value = float(measure(samples, reference, metric.options))
+    return Metric(value=value, n=len(samples), n_reference=len(reference))
 
 
 def halves(count: int, config: EvaluateConfig) -> Iterator[Halves]:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.evaluation import FeatureNetworkConfig
 from ddpm_pipeline.config.json_document import parse_document
+from ddpm_pipeline.config.plugins import PluginIdentity, require_plugin
 from ddpm_pipeline.devices import divided
 from ddpm_pipeline.diffusion.image_scaling import from_uint8
 from ddpm_pipeline.errors import DamageError, UserError
@@ -62,6 +63,55 @@ class FeatureNetwork(Protocol):
     def __call__(self, images: Tensor) -> Features:
         """Features of images uint8 (B, C, H, W)."""
         ...
+
+
+class OpenFeatures(Protocol):
+    """What a kind of feature network does, ours or another package's: opens a network.
+
+    Its features are a function of the image alone, on one kind of device. reference: the reference data set's folder.
+    gpu: the name of the GPU to run on, None for the CPU; a process without it may open the network, to know its
+    identity. settings: of the plug-in's own class (of `file`, the `FeatureNetworkConfig`).
+    """
+
+    def __call__(self, settings: Any, reference: str, gpu: str | None, /) -> FeatureNetwork: ...
+
+
+@dataclass(frozen=True)
+class PluginNetwork:
+    """Another package's feature network: its package, version and settings are part of its identity."""
+
+    network: FeatureNetwork
+    package: PluginIdentity
+    config: FeatureNetworkConfig
+
+    @property
+    def identity(self) -> str:
+        """Digest of package, settings and the network's own identity."""
+        return self._with(self.network.identity)
+
+    @property
+    def digest(self) -> str:
+        """The same of the network's own digest."""
+        return self._with(self.network.digest)
+
+    @property
+    def label(self) -> str:
+        """With the package's name and version."""
+        return f"{self.network.label} of {self.package}"
+
+    def __call__(self, images: Tensor) -> Features:
+        """Features of images uint8 (B, C, H, W)."""
+        features = self.network(images)
+        if features.vectors.ndim != 2 or len(features.vectors) != len(images):
+            raise UserError(
+                f"network.kind {self.config.kind!r}: {self.package} returned {tuple(features.vectors.shape)} for "
+                f"{len(images)} images, not one vector for each"
+            )
+        return features
+
+    def _with(self, own: str) -> str:
+        document = [self.package.model_dump(mode="json"), self.config.settings, own]
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 class ClassifierCard(Settings):
@@ -203,7 +253,9 @@ def save_classifier(store: Store, net: Classifier, card: ClassifierCard) -> Clas
 
 
 def network_uri(config: FeatureNetworkConfig, reference: str) -> str:
-    """URI of the network in the settings; by default beside the reference data."""
+    """URI of the network in the settings; by default beside the reference data. Another package's is named by kind."""
+    if config.plugin is not None:
+        return f"plugin:{config.kind}"
     return config.uri or f"{features_folder(reference)}/{CARD_KEY}"
 
 
@@ -213,6 +265,14 @@ def open_network(config: FeatureNetworkConfig, reference: str, gpu: str | None =
     `gpu` names the GPU of this process, if the network is to run there: its features are of another identity. A process
     without that GPU may open the network to know its identity, but not run it.
     """
+    found = require_plugin(config, "network.kind")
+    open_features: OpenFeatures = found.plugin.load()
+    network = open_features(config.options, reference, gpu)
+    return network if found.identity is None else PluginNetwork(network, found.identity, config)
+
+
+def open_file(config: FeatureNetworkConfig, reference: str, gpu: str | None) -> FeatureNetwork:
+    """The network at the settings' `uri` as a kind of feature network."""
     uri = network_uri(config, reference)
     folder, _, name = uri.rpartition("/")
     store = open_store(folder)
@@ -238,7 +298,9 @@ def open_network(config: FeatureNetworkConfig, reference: str, gpu: str | None =
 
 
 def network_exists(config: FeatureNetworkConfig) -> bool:
-    """Whether the file at the settings' uri exists."""
+    """Whether the file at the settings' uri exists; a plug-in has none."""
+    if config.plugin is not None:
+        return True
     folder, _, name = (config.uri or "").rpartition("/")
     return bool(name) and open_store(folder).stat(name) is not None
 

@@ -48,6 +48,8 @@ def trust_current(model: str, config: EvaluateConfig, workers: MapWorkers = HERE
 
 def trusted_network_uri(config: FeatureNetworkConfig, reference: str) -> str:
     """The URI under which a feature network is trusted: the same however the settings spell it."""
+    if config.plugin is not None:
+        return network_uri(config, reference)
     folder, _, name = network_uri(config, reference).rpartition("/")
     return f"{open_store(folder).uri}/{name}"
 

@@ -16,7 +16,6 @@ from typing import Any
 from PIL import Image
 
 from ddpm_pipeline.config.mirrors import TensorBoardSettings
-from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.private_files import state_folder
 from ddpm_pipeline.tracking.mirror import MirroredRun
 
@@ -67,13 +66,7 @@ class TensorBoardMirror:
 
 
 def open_tensorboard(run: MirroredRun, settings: TensorBoardSettings) -> TensorBoardMirror:
-    """The mirror in the folder of this run. UserError without tensorboardX."""
-    try:
-        import tensorboardX  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError:
-        raise UserError(
-            "track.mirrors: tensorboard needs tensorboardX; pip install 'ddpm-pipeline[tensorboard]'"
-        ) from None
+    """The mirror in the folder of this run."""
     return TensorBoardMirror(run_folder(run, settings))
 
 

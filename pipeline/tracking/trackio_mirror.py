@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ddpm_pipeline.config.mirrors import TrackioSettings
-from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.tracking.mirror import MirroredRun
 
 
@@ -60,9 +59,7 @@ class TrackioMirror:
 
 
 def open_trackio(run: MirroredRun, settings: TrackioSettings) -> TrackioMirror:
-    """The mirror in this user's database. UserError without Trackio."""
-    try:
-        from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("track.mirrors: trackio is missing; pip install 'ddpm-pipeline[trackio]'") from None
+    """The mirror in this user's database."""
+    from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
+
     return TrackioMirror(SQLiteStorage, settings.project, run)

@@ -35,6 +35,20 @@ class ScheduleSettings(Settings):
     """Beta of the last step."""
 
 
+class FeatureSettings(Settings):
+    """Of the means."""
+
+    cells: Annotated[int, Field(ge=1)] = 2
+    """Cells along an edge, each a number of the vector."""
+
+
+class LoggerSettings(Settings):
+    """Of the lines."""
+
+    file: str
+    """Where they are appended."""
+
+
 NETWORK = Plugin("tiny_dit.network:build", NetworkSettings)
 SAMPLER = SamplerPlugin("tiny_dit.samplers:second_order", draws_noise=False, capturable=True)
 CARELESS = SamplerPlugin("tiny_dit.samplers:careless")
@@ -42,4 +56,7 @@ MISCOUNTED = SamplerPlugin(
     "tiny_dit.samplers:second_order", levels=lambda num_steps, settings: range(2 * num_steps)
 )
 SCHEDULE = Plugin("tiny_dit.schedules:quadratic", ScheduleSettings)
+FEATURES = Plugin("tiny_dit.features:open_means", FeatureSettings)
+METRIC = Plugin("tiny_dit.features:brightness")
+LOGGER = Plugin("tiny_dit.lines:open_lines", LoggerSettings)
 SOURCE = Plugin("tiny_dit.blobs:open_blobs", SourceSettings)
