@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ddpm_pipeline.config.model_card import ModelCard
 from ddpm_pipeline.data.formats.npy import Pixels
 from ddpm_pipeline.devices import driver_version, is_out_of_memory, set_up_arithmetic
+from ddpm_pipeline.devices.emulated_precision import warn_if_emulated
 from ddpm_pipeline.diffusion.image_scaling import nearest_levels
 from ddpm_pipeline.diffusion.sampler_protocol import OnStep
 from ddpm_pipeline.diffusion.samplers import sample
@@ -37,6 +38,7 @@ class Engine:
         self._schedule = NoiseSchedule.from_config(card.schedule)
         self._device = torch.device(spec.device)
         self._copier = HostCopier()
+        warn_if_emulated(DTYPES[spec.dtype], self._device)
         # Convolutions run in this layout without rearranging memory.
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks this form
         self._net = _LowPrecision(net, spec) if spec.dtype != "float32" else net

@@ -16,6 +16,7 @@ from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.data.index import load_index
 from ddpm_pipeline.data.reading.loader import Batch, Loader
 from ddpm_pipeline.devices import read_device_kind, set_up_arithmetic
+from ddpm_pipeline.devices.emulated_precision import warn_if_emulated
 from ddpm_pipeline.diffusion import NoiseSchedule
 from ddpm_pipeline.errors import DamageError, JobError
 from ddpm_pipeline.progress import Progress
@@ -97,6 +98,8 @@ def train_worker(task: TrainTask, context: WorkerContext, driver: Driver | None)
     name_process(run=task.config.name, rank=context.rank)
     require_plugins(task.config)
     limit_device_memory(task.config.workers, context.device)
+    if task.config.precision == "bfloat16" and context.rank == 0:
+        warn_if_emulated(torch.bfloat16, context.device)
     config = with_micro_batch(task.config, context.world, context.device)
     with out_of_memory_in_one_line(config, context.world):
         _train(task, config, context, driver)
