@@ -110,6 +110,22 @@ class LikelihoodConfig(Settings):
     """Images per evaluation of the network."""
 
 
+class MembershipConfig(Settings):
+    """Membership inference: whether a model's losses tell its training images from held-out ones."""
+
+    members: str
+    """The packed data set that the model was trained on; any other is refused."""
+    held_out: str
+    """A packed data set of images of the same kind that the model has not seen, such as the `-held-out` part of a
+    pack; the training data is refused."""
+    count: int = Field(default=500, ge=20)
+    """Images of each, from the first. Shards hold them in random order."""
+    num_timesteps: int = Field(default=8, ge=1, le=1000)
+    """Network evaluations of an image, at timesteps spread over the schedule's first half."""
+    batch_size: int = Field(default=125, ge=1)
+    """Images per evaluation of the network."""
+
+
 class EvaluateConfig(Settings):
     """Evaluation of a set of images against a reference data set."""
 
@@ -141,6 +157,10 @@ class EvaluateConfig(Settings):
     and a CPU, are not compared: they round differently."""
     likelihood: LikelihoodConfig | None = None
     """Held-out data for `bits_per_dim`, which needs a registered model. None = not computed."""
+    membership: MembershipConfig | None = Field(
+        default=None, exclude_if=lambda membership: membership is None
+    )
+    """Also measure membership inference of the registered model that made the samples. None = not."""
     records_only: bool = False
     """Use the feature sums in the done-records, which a generation with `features` writes, and read no samples: fast
     for any size, but only the Fréchet distance and the class accuracy."""
@@ -192,10 +212,12 @@ GateMetric = Literal[
     "near_copies",
     "class_accuracy",
     "inception_score",
+    "membership_auc",
     "evaluations_per_image",
     "images_per_device_second",
 ]
 """Metrics that the gate can compare."""
+MEMBERSHIP = "membership_auc"
 COST_METRICS: dict[GateMetric, Literal["lower", "higher"]] = {
     "evaluations_per_image": "lower",
     "images_per_device_second": "higher",
@@ -249,9 +271,9 @@ class GateConfig(Settings):
     evaluate: EvaluateConfig
     """How samples are evaluated."""
     rules: dict[GateMetric, Rule] = Field(default_factory=_default_rules)
-    """Rules by metric: frechet, kernel, precision, recall, near_copies, class_accuracy, inception_score; and of cost:
-    evaluations_per_image, images_per_device_second. A rule for a metric that the models do not have, such as the
-    accuracy of a model without classes, is skipped."""
+    """Rules by metric: frechet, kernel, precision, recall, near_copies, class_accuracy, inception_score; of privacy:
+    membership_auc, which needs evaluate.membership; and of cost: evaluations_per_image, images_per_device_second. A
+    rule for a metric that the models do not have, such as the accuracy of a model without classes, is skipped."""
     baseline: BaselineConfig | None = None
     """Another model to compare the challenger with, or another sampler for the champion. None = the champion, with
     `sampler`."""
@@ -272,6 +294,12 @@ class GateConfig(Settings):
     def names_baseline(self) -> bool:
         """Whether the gate compares with a model that it names, and so can judge the first version of a name."""
         return self.baseline is not None and self.baseline.model is not None
+
+    @model_validator(mode="after")
+    def _can_measure_membership(self) -> Self:
+        if MEMBERSHIP in self.rules and self.evaluate.membership is None:
+            raise ValueError(f"rules.{MEMBERSHIP} needs evaluate.membership; set it, or leave the rule out")
+        return self
 
     @model_validator(mode="after")
     def _can_measure_cost(self) -> Self:

@@ -13,10 +13,11 @@ from pydantic import Field
 
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.bounds import Name
-from ddpm_pipeline.config.evaluation import COST_METRICS, GateConfig, Rule
+from ddpm_pipeline.config.evaluation import COST_METRICS, MEMBERSHIP, GateConfig, Rule
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.evaluate.bootstrap import Array, BootstrapEstimate, Statistic, draws, statistics
 from ddpm_pipeline.evaluate.measure import describe_sampler
+from ddpm_pipeline.evaluate.membership import MembershipLosses, membership_auc, membership_draws
 from ddpm_pipeline.evaluate.sampling_cost import BatchTimes, SamplingCost, batch_weights
 from ddpm_pipeline.features.feature_set import FeatureSet
 
@@ -32,6 +33,8 @@ class SampledModel:
     evaluations_per_image: int
     times: BatchTimes
     """Of its full batches."""
+    membership: MembershipLosses | None = None
+    """Its losses, where a rule asks for membership inference."""
 
 
 class Judgement(Settings):
@@ -99,12 +102,11 @@ def judge(
 
     UserError for unequal conditions, or when no rule applies.
     """
-    cost = {name: rule for name, rule in config.rules.items() if name in COST_METRICS}
-    judgements = _judge_cost(challenger, champion, config)
-    if len(cost) < len(config.rules):
-        quality = config.model_copy(
-            update={"rules": {name: rule for name, rule in config.rules.items() if name not in cost}}
-        )
+    others = {*COST_METRICS, MEMBERSHIP}
+    rules = {name: rule for name, rule in config.rules.items() if name not in others}
+    judgements = _judge_cost(challenger, champion, config) | _judge_membership(challenger, champion, config)
+    if rules:
+        quality = config.model_copy(update={"rules": rules})
         judgements |= apply_rules(challenger.features, champion.features, real, quality)
     return {name: judgements[name] for name in config.rules if name in judgements}
 
@@ -120,6 +122,17 @@ def _judge_cost(challenger: SampledModel, champion: SampledModel, config: GateCo
             weights = batch_weights(len(challenger.times), config)
             judgements[name] = _apply(config, rule, speeds[0], speeds[1], weights)
     return judgements
+
+
+def _judge_membership(
+    challenger: SampledModel, champion: SampledModel, config: GateConfig
+) -> dict[str, Judgement]:
+    """The rule of membership inference. Both models are resampled together: their losses are of the same images."""
+    rule, ours, theirs = config.rules.get(MEMBERSHIP), challenger.membership, champion.membership
+    if rule is None or ours is None or theirs is None:
+        return {}
+    weights = list(membership_draws(ours, config.resamples, config.seed))
+    return {MEMBERSHIP: _apply(config, rule, membership_auc(ours), membership_auc(theirs), weights)}
 
 
 def _constant(value: float) -> Statistic:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from ddpm_pipeline.config.diffusion import SamplerConfig
-from ddpm_pipeline.config.evaluation import EvaluateConfig, LikelihoodConfig
+from ddpm_pipeline.config.evaluation import EvaluateConfig, LikelihoodConfig, MembershipConfig
 from ddpm_pipeline.config.generation import SpecSettings
 from ddpm_pipeline.config.model_card import ModelCard
 from ddpm_pipeline.data.formats.images import decode_image
@@ -19,6 +19,7 @@ from ddpm_pipeline.devices.measuring import measuring_device
 from ddpm_pipeline.errors import DamageError, UserError
 from ddpm_pipeline.evaluate.bits_per_dim import held_out_bits
 from ddpm_pipeline.evaluate.document import Evaluation, EvaluationConditions, Metric, save_evaluation
+from ddpm_pipeline.evaluate.membership import MembershipLosses, membership_losses, membership_metrics
 from ddpm_pipeline.evaluate.metrics import compute_metrics
 from ddpm_pipeline.features.distances import frechet_distance
 from ddpm_pipeline.features.exact_sums import Sums, sums_of
@@ -40,8 +41,8 @@ from ddpm_pipeline.generate.model_source import ResolvedModel, find_model
 from ddpm_pipeline.generate.spec import Spec, make_spec
 from ddpm_pipeline.generate.stored_generation import Generation
 from ddpm_pipeline.nets.model_files import build_model
-from ddpm_pipeline.parallel import MapWorkers, OpenWorkers, in_process
-from ddpm_pipeline.progress import Progress
+from ddpm_pipeline.parallel import HERE, MapWorkers, OpenWorkers, in_process
+from ddpm_pipeline.progress import Progress, no_progress
 from ddpm_pipeline.store import open_store
 
 _CHANGES_NO_METRIC = {
@@ -94,7 +95,10 @@ def evaluate_generation(
             count, metrics = len(samples), compute_metrics(samples, reference, config)
         if config.likelihood is not None:
             metrics["bits_per_dim"] = _bits_per_dim(config, config.likelihood, manifest, progress, workers)
-    gpu = workers.gpu if config.likelihood is not None else extractors.gpu
+        if config.membership is not None:
+            metrics |= _membership(config, config.membership, manifest, progress, workers)
+    of_model = config.likelihood is not None or config.membership is not None
+    gpu = workers.gpu if of_model else extractors.gpu
     evaluation = Evaluation(
         subject=output,
         model=manifest.spec.model.reference,
@@ -237,6 +241,39 @@ def describe_sampler(sampler: SamplerConfig) -> str:
     """For people: `ddim, 50 steps, guidance 2`."""
     guidance = f", guidance {sampler.guidance_scale:g}" if sampler.guidance_scale != 1 else ""
     return f"{sampler.kind}, {sampler.num_steps} steps{guidance}"
+
+
+def _membership(
+    config: EvaluateConfig,
+    membership: MembershipConfig,
+    manifest: Manifest,
+    progress: Progress,
+    workers: MapWorkers,
+) -> dict[str, Metric]:
+    """membership_auc of the model that made a generation."""
+    reference = manifest.spec.model.reference
+    if reference is None:
+        raise UserError(
+            "membership: needs a registered model, and the model of this generation is not registered; leave it out"
+        )
+    losses = losses_of_model(find_model(reference), membership, config.seed, progress, workers)
+    return membership_metrics(losses, config.seed)
+
+
+def losses_of_model(
+    model: ResolvedModel,
+    membership: MembershipConfig,
+    seed: int,
+    progress: Progress = no_progress,
+    workers: MapWorkers = HERE,
+) -> MembershipLosses:
+    """Losses of a model on its training and on held-out images. UserError for a distilled model."""
+    if model.card.distillation is not None:
+        raise UserError(
+            f"membership: {model.name} is distilled, and a model of few steps has no such loss; leave it out"
+        )
+    net = build_model(model.card, model.weights, where=model.name)
+    return membership_losses(net, model.card, membership, seed, progress, workers)
 
 
 def _bits_per_dim(

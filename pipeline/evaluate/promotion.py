@@ -13,12 +13,13 @@ from functools import partial
 from typing import NamedTuple
 
 from ddpm_pipeline.config.diffusion import SamplerConfig
-from ddpm_pipeline.config.evaluation import GateConfig, PromoteConfig
+from ddpm_pipeline.config.evaluation import MEMBERSHIP, GateConfig, PromoteConfig
 from ddpm_pipeline.config.generation import SpecSettings
 from ddpm_pipeline.data.index import load_index
 from ddpm_pipeline.errors import JobError, UserError
 from ddpm_pipeline.evaluate.gate import Decision, Judgement, SampledModel, judge, verdict
-from ddpm_pipeline.evaluate.measure import model_features, require_unseen_noise
+from ddpm_pipeline.evaluate.measure import losses_of_model, model_features, require_unseen_noise
+from ddpm_pipeline.evaluate.membership import MembershipLosses
 from ddpm_pipeline.evaluate.sampling_cost import BatchTimes, SamplingCost, evaluations_of, sampling_cost
 from ddpm_pipeline.evaluate.signed_decision import SIGNATURE_TAG, sign_decision
 from ddpm_pipeline.features.feature_set import FeatureSet
@@ -63,6 +64,7 @@ class _Drawn(NamedTuple):
     """`FeatureSet.to_bytes`."""
     evaluations_per_image: int
     times: BatchTimes
+    membership: MembershipLosses | None
 
 
 def promote(
@@ -158,7 +160,7 @@ def decide(
         models: list[SampledModel] = []
         for side, drawn in zip(sides, workers.map(partial(_draw, gate, workers.gpu), sides), strict=True):
             features = FeatureSet.from_bytes(drawn.features, side.reference)
-            models.append(SampledModel(features, drawn.evaluations_per_image, drawn.times))
+            models.append(SampledModel(features, drawn.evaluations_per_image, drawn.times, drawn.membership))
             progress(len(models), 2, side.reference)
         costs = [
             sampling_cost(side.sampler, model.evaluations_per_image, model.times, gate)
@@ -346,6 +348,14 @@ def _draw(gate: GateConfig, gpu: str | None, side: Side) -> _Drawn:
     """Samples of a side, as their features, with what they cost."""
     model, settings, times = find_model(side.reference), _settings(gate, side), BatchTimes()
     features = model_features(model, settings, gate.evaluate, gpu, times.add)
+    membership = None
+    if MEMBERSHIP in gate.rules and gate.evaluate.membership is not None:
+        membership = losses_of_model(
+            model, gate.evaluate.membership, gate.seed, workers=MapWorkers(HERE.map, gpu)
+        )
     return _Drawn(
-        features.to_bytes(), evaluations_of(model.card, side.sampler), times.steady(settings.batch_size)
+        features.to_bytes(),
+        evaluations_of(model.card, side.sampler),
+        times.steady(settings.batch_size),
+        membership,
     )
