@@ -12,6 +12,7 @@ from ddpm_pipeline.config.tracking import TrackConfig
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.evaluate.document import Evaluation, table
 from ddpm_pipeline.tracking import (
+    MeasuredOn,
     Run,
     Spool,
     TrackingError,
@@ -20,6 +21,7 @@ from ddpm_pipeline.tracking import (
     open_run,
     resolve,
     source_tags,
+    tell_model_metrics,
 )
 
 
@@ -31,8 +33,9 @@ def log_evaluation(evaluation: Evaluation, config: TrackConfig) -> Run | None:
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         return None
     run = _open(evaluation, config)
-    if evaluation.model is not None:
-        link_model(run.run_id, resolve(evaluation.model))
+    version = None if evaluation.model is None else resolve(evaluation.model)
+    if version is not None:
+        link_model(run.run_id, version)
     step = evaluation.terms.count
     points = {f"quality/{name}": metric.value for name, metric in evaluation.metrics.items()}
     points |= {f"samples/{name}": float(metric.n) for name, metric in evaluation.metrics.items()}
@@ -44,6 +47,12 @@ def log_evaluation(evaluation: Evaluation, config: TrackConfig) -> Run | None:
             "evaluation.json", (json.dumps(evaluation.model_dump(mode="json"), indent=2) + "\n").encode()
         )
         num_left = spool.close(config.close_timeout_seconds)
+    if version is not None and version.model_id is not None and not num_left:
+        names = [f"quality/{name}" for name in evaluation.metrics]
+        data = MeasuredOn(
+            evaluation.reference.rstrip("/").rsplit("/", 1)[-1], evaluation.terms.reference_digest
+        )
+        tell_model_metrics(run.run_id, version.model_id, names, step, data)
     finish(
         run.run_id,
         "FAILED" if num_left else "FINISHED",

@@ -35,9 +35,11 @@ from ddpm_pipeline.telemetry.redaction import redact
 from ddpm_pipeline.tracking import (
     AliasHistory,
     LoggedAlias,
+    MeasuredOn,
     ModelVersion,
     Move,
     MoveConflictError,
+    log_model_metrics,
     resolve,
     set_version_tags,
     versions,
@@ -236,6 +238,7 @@ def record(
     `seen_number`: number of the alias's newest move when `champion` was read. MoveConflictError, with the alias
     untouched, when it was moved since, be it away and back.
     """
+    _log_judgements(decision, challenger)
     text = redact(json.dumps(decision.model_dump(mode="json", exclude_defaults=True), separators=(",", ":")))
     if len(text) > _TAG_LIMIT:
         raise UserError(
@@ -261,6 +264,23 @@ def record(
             set_version_tags(challenger, {VERDICT_TAG: "not promoted: another decision came first"})
         raise
     set_version_tags(challenger, _promotion_tags(move))
+
+
+def _log_judgements(decision: Decision, challenger: ModelVersion) -> None:
+    """The challenger's metrics on its page, and on its training's, as `gate/frechet`."""
+    if challenger.model_id is None or not challenger.run_id or not decision.judgements:
+        return
+    values = {f"gate/{name}": judgement.challenger for name, judgement in decision.judgements.items()}
+    reference = decision.settings.evaluate.reference.rstrip("/").rsplit("/", 1)[-1]
+    step = challenger.tags.get("step", "")
+    log_model_metrics(
+        challenger.run_id,
+        challenger.model_id,
+        values,
+        int(step) if step.isascii() and step.isdecimal() else 0,
+        decision.decided_at,
+        MeasuredOn(reference, decision.reference_digest),
+    )
 
 
 def tag_promotion(champion: ModelVersion, alias: str) -> None:

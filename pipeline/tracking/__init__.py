@@ -16,6 +16,7 @@ from ddpm_pipeline.tracking.connect import (
     tracking_uri,
 )
 from ddpm_pipeline.tracking.lineage import link_model, log_dataset, source_tags
+from ddpm_pipeline.tracking.model_metrics import MeasuredOn, log_model_metrics, tell_model_metrics
 from ddpm_pipeline.tracking.pinned_digests import Trusted, require_trusted, trust, trusted
 from ddpm_pipeline.tracking.registry import (
     ModelVersion,
@@ -45,6 +46,7 @@ __all__ = [
     "AliasHistory",
     "ClosedRun",
     "LoggedAlias",
+    "MeasuredOn",
     "ModelVersion",
     "Move",
     "MoveConflictError",
@@ -65,6 +67,7 @@ __all__ = [
     "link_model",
     "log_dataset",
     "log_model",
+    "log_model_metrics",
     "open_run",
     "protected_model_sources",
     "redact",
@@ -82,6 +85,7 @@ __all__ = [
     "spool_folder",
     "spool_of",
     "sweep_spools",
+    "tell_model_metrics",
     "tracking_client",
     "tracking_uri",
     "trust",

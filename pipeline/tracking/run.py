@@ -77,6 +77,8 @@ def open_run(
 ) -> Run:
     """Open the run that `key` identifies: resume the unfinished one, or create a new one.
 
+    Where the run `parent_run_id` is in the same experiment, the page shows the new one below it.
+
     With `reopen_finished` a finished run is resumed too, for example when a generation is extended.
 
     Safe to repeat after a crash at any point: missing parts are added, existing params stay as first written, and the
@@ -92,7 +94,8 @@ def open_run(
     def attempt() -> Run:
         experiment_id = _experiment_id(client, experiment)
         found = _search(client, experiment_id, key, unfinished_only=not reopen_finished)
-        all_tags = _run_tags(key, tags, description, color, parent_run_id)
+        parent = parent_run_id if _is_in(client, parent_run_id, experiment_id) else None
+        all_tags = _run_tags(key, tags, description, color, parent)
         if found is None:
             made = client.create_run(experiment_id, tags=all_tags, run_name=redact(name))
         else:
@@ -217,6 +220,20 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
             f"experiment {name!r}: was deleted on the server; restore it there or choose another name"
         )
     return found.experiment_id
+
+
+def _is_in(client: "MlflowClient", run_id: str | None, experiment_id: str) -> bool:
+    """Whether a run is one of this experiment's: below one of another, MLflow would show it nowhere."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return False
+    try:
+        return client.get_run(run_id).info.experiment_id == experiment_id
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False  # deleted since
 
 
 def _search(

@@ -20,7 +20,7 @@ from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.errors import DamageError
 from ddpm_pipeline.nets.model_files import save_model
 from ddpm_pipeline.store import ObjectMissing
-from ddpm_pipeline.tracking import log_model
+from ddpm_pipeline.tracking import MeasuredOn, log_model, tell_model_metrics
 from ddpm_pipeline.train.checkpoint import Checkpoint, finished_steps, load_checkpoint
 from ddpm_pipeline.train.finetune import InitialWeights
 from ddpm_pipeline.train.state import initial_state
@@ -28,6 +28,8 @@ from ddpm_pipeline.train.training_plan import TrainPlan
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0
+MODEL_METRICS = ("eval/loss", "train/loss", "perf/images_per_s")
+"""Metrics of a training that its models' pages show."""
 
 
 def export_model(plan: TrainPlan, checkpoint: Checkpoint, run_id: str | None, folder: Path) -> ModelCard:
@@ -95,6 +97,11 @@ def logged_name(name: str, step: int) -> str:
     return f"{name}-ema-{step:07d}"
 
 
+def trained_on(plan: TrainPlan) -> MeasuredOn:
+    """The training's data, as the run page names it."""
+    return MeasuredOn(plan.config.name, plan.index.digest)
+
+
 class ModelLog:
     """Context manager that logs every `checkpoint.log_model_every`-th checkpoint as a model, in a thread of the driver.
 
@@ -150,10 +157,11 @@ class ModelLog:
         with tempfile.TemporaryDirectory(prefix="ddpm-model-") as folder:
             export_model(plan, checkpoint, self._run_id, Path(folder))
             tags = {"step": str(step), "data": plan.index.digest, "identity": plan.identity}
-            log_model(
+            model_id = log_model(
                 Path(folder),
                 self._run_id,
                 tags,
                 logged_name=logged_name(plan.config.name, step),
                 step=step,
             )
+            tell_model_metrics(self._run_id, model_id, MODEL_METRICS, step, trained_on(plan))

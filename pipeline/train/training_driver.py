@@ -37,10 +37,11 @@ from ddpm_pipeline.tracking import (
     set_alias,
     set_tags,
     source_tags,
+    tell_model_metrics,
     versions,
 )
 from ddpm_pipeline.train.checkpoint import Checkpoint, checkpoint_uri, latest_checkpoint
-from ddpm_pipeline.train.export import ModelLog, export_model, logged_name
+from ddpm_pipeline.train.export import MODEL_METRICS, ModelLog, export_model, logged_name, trained_on
 from ddpm_pipeline.train.finetune import stage_initial
 from ddpm_pipeline.train.fit_machine import require_fit_machine
 from ddpm_pipeline.train.run_logger import FINAL_GRID
@@ -173,6 +174,7 @@ class TrainingDriver:
             tags={"ddpm.checkpoints": plan.store.uri, **source_tags(), **_ray_tags(), **self.tags},
             config_yaml=yaml.safe_dump({"train": config.model_dump(mode="json")}, sort_keys=False),
             color=config.track.color,
+            parent_run_id=_parent(plan),
         )
         _link_initial(plan, run)
         log_dataset(
@@ -202,6 +204,8 @@ def publish(
             step=step,
             checkpoint_uri=checkpoint_uri(plan.store, step),
         )
+    if version.model_id is not None:
+        tell_model_metrics(run.run_id, version.model_id, MODEL_METRICS, step, trained_on(plan))
     set_alias(name, CHALLENGER, version.version)
     champion, gate, said = LoggedAlias(name, CHAMPION), plan.config.gate, None
     is_first = champion.reconcile().version is None
@@ -240,6 +244,12 @@ def run_params(plan: TrainPlan) -> dict[str, str | float]:
             }
         ),
     }
+
+
+def _parent(plan: TrainPlan) -> str | None:
+    """The run that trained the model which this one starts from, or learns from."""
+    version = None if plan.initial is None else plan.initial.version
+    return None if version is None else version.run_id or None
 
 
 def _parameters(config: TrainConfig) -> int:

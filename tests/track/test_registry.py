@@ -4,6 +4,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,18 @@ from ddpm_pipeline.errors import DamageError, UserError
 from ddpm_pipeline.nets.model_files import load_model, save_model
 from ddpm_pipeline.nets.unet import UNet
 from ddpm_pipeline.tracking import (
+    MeasuredOn,
     Run,
     download,
     link_model,
+    log_model_metrics,
+    open_run,
     protected_model_sources,
     register,
     resolve,
     set_alias,
+    tell_model_metrics,
+    tracking_client,
     versions,
 )
 from ddpm_pipeline.tracking.registry import file_sha256
@@ -285,10 +291,17 @@ def test_the_package_holds_no_pickle_no_path_of_this_machine_and_no_secret(
         "MLmodel",
         "artifacts/model/model.json",
         "artifacts/model/model.safetensors",
+        "input_example.json",
         "pyfunc_model.py",
         "python_env.yaml",
         "requirements.txt",
+        "serving_input_example.json",
     ]
+    assert (
+        (folder / "requirements.txt")
+        .read_text()
+        .startswith(f"ddpm-pipeline=={metadata.version('ddpm-pipeline')}\n")
+    )
     for file in ("MLmodel", "python_env.yaml", "requirements.txt"):
         text = (folder / file).read_text()
         assert str(tmp_path) not in text
@@ -323,5 +336,62 @@ def test_mlflow_itself_can_load_the_model_and_draw_the_same_images(
     np.testing.assert_array_equal(images, to_uint8(expected).permute(0, 2, 3, 1).numpy())
     second = loaded.predict(pd.DataFrame([{"seed": 3, "count": 1, "class": 5, "steps": 4, "first_index": 1}]))
     np.testing.assert_allclose(second[0].astype(int), images[1].astype(int), atol=1)
-    with pytest.raises(ValueError, match="colour: unknown; known are seed"):
+    with pytest.raises(mlflow.MlflowException, match=r"Model is missing inputs.*seed"):
         loaded.predict({"colour": 1})
+    with pytest.raises(ValueError, match="colour: unknown; known are seed"):
+        loaded.unwrap_python_model().predict(None, {"colour": 1})
+    assert loaded.input_example == {"seed": 0, "count": 4}
+    signature = loaded.metadata.signature
+    assert [(field.name, field.required) for field in signature.inputs][:3] == [
+        ("seed", True),
+        ("count", False),
+        ("class", False),
+    ]
+    assert signature.outputs.inputs[0].shape == (-1, 8, 8, 1)
+
+
+def test_a_model_shows_what_was_measured_of_it_and_on_what(
+    server: str, name: str, new_run: NewRun, client: "MlflowClient", tmp_path: Path
+) -> None:
+    run = new_run()
+    version = register(name, _export(tmp_path / "a"), run.run_id, {}, uri=server)
+    assert version.model_id is not None
+    for step, loss in ((4, 0.5), (8, 0.25), (12, 0.125)):
+        client.log_metric(run.run_id, "eval/loss", loss, timestamp=1000 + step, step=step)
+    data = MeasuredOn("digits", "0123456789abcdef")
+    for _ in range(2):  # repeated after a crash
+        tell_model_metrics(run.run_id, version.model_id, ["eval/loss", "none"], 8, data, uri=server)
+        log_model_metrics(
+            run.run_id,
+            version.model_id,
+            {"gate/frechet": 3.5, "gate/kernel": float("nan")},
+            8,
+            2.0,
+            data,
+            uri=server,
+        )
+    told = client.get_logged_model(version.model_id).metrics or []
+    assert sorted((m.key, m.value, m.step, m.dataset_name, m.dataset_digest) for m in told) == [
+        ("eval/loss", 0.25, 8, "digits", "0123456789abcdef"),
+        ("gate/frechet", 3.5, 8, "digits", "0123456789abcdef"),
+    ]
+    assert [p.step for p in client.get_metric_history(run.run_id, "eval/loss")] == [4, 8, 12]
+    assert client.get_run(run.run_id).data.metrics["gate/frechet"] == 3.5
+
+
+def test_a_run_stands_below_the_run_of_the_model_it_starts_from(server: str, new_run: NewRun) -> None:
+    parent = new_run()
+    child = new_run("child", parent_run_id=parent.run_id)
+    lost = new_run("lost", parent_run_id="0" * 32)
+    elsewhere = open_run(
+        f"other-{uuid.uuid4().hex[:8]}",
+        "child",
+        key="child",
+        params={},
+        tags={},
+        config_yaml="",
+        parent_run_id=parent.run_id,
+        uri=server,
+    )
+    found = [tracking_client(server).get_run(run.run_id).data.tags for run in (child, elsewhere, lost)]
+    assert [tags.get("mlflow.parentRunId") for tags in found] == [parent.run_id, None, None]
