@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_pipeline.config.diffusion import SamplerConfig
-from ddpm_pipeline.diffusion.sampler_protocol import Denoise, NoiseOf, OnStep, estimate_at
+from ddpm_pipeline.diffusion.sampler_protocol import Denoise, OnStep, as_sampler, estimate_at
 from ddpm_pipeline.diffusion.timesteps import SamplingGrid
 
 ORDER = 3
@@ -138,25 +137,5 @@ def _remembered(past: list[_Estimate], now: _Estimate) -> list[_Estimate]:
     return [now, *others][:ORDER]
 
 
-def run_dpm_solver_pp_3m(
-    denoise: Denoise,
-    x: Tensor,
-    grid: SamplingGrid,
-    noise: NoiseOf,
-    settings: SamplerConfig,
-    on_step: OnStep | None,
-) -> Tensor:
-    """`dpm_solver_pp_3m` as a `Sampler`."""
-    return dpm_solver_pp_3m(denoise, x, grid, on_step)
-
-
-def run_unipc(
-    denoise: Denoise,
-    x: Tensor,
-    grid: SamplingGrid,
-    noise: NoiseOf,
-    settings: SamplerConfig,
-    on_step: OnStep | None,
-) -> Tensor:
-    """`unipc` as a `Sampler`."""
-    return unipc(denoise, x, grid, on_step)
+run_dpm_solver_pp_3m = as_sampler(dpm_solver_pp_3m)
+run_unipc = as_sampler(unipc)

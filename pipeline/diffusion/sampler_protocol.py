@@ -67,6 +67,31 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
+class Solver(Protocol):
+    """A deterministic sampler without settings of its own; arguments as those of `Sampler`."""
+
+    def __call__(
+        self, denoise: Denoise, x: Tensor, grid: SamplingGrid, on_step: OnStep | None = None, /
+    ) -> Tensor: ...
+
+
+def as_sampler(solver: Solver) -> Sampler:
+    """A solver as a `Sampler`, which draws no noise."""
+
+    def run(
+        denoise: Denoise,
+        x: Tensor,
+        grid: SamplingGrid,
+        noise: NoiseOf,
+        settings: Any,
+        on_step: OnStep | None,
+        /,
+    ) -> Tensor:
+        return solver(denoise, x, grid, on_step)
+
+    return run
+
+
 def estimate_at(denoise: Denoise, x: Tensor, k: int, grid: SamplingGrid, on_step: OnStep | None) -> Denoised:
     """The estimate at x of level k, of which `on_step` is told; for the first look at a level."""
     estimate = denoise(x, k)

@@ -23,6 +23,7 @@ from ddpm_pipeline.diffusion.sampler_protocol import (
     NoiseOf,
     OnStep,
     Sampler,
+    as_sampler,
     estimate_at,
 )
 from ddpm_pipeline.diffusion.schedule import NoiseSchedule
@@ -277,30 +278,6 @@ def run_ddim(
     return ddim(denoise, x, grid, noise, settings.eta, on_step)
 
 
-def run_dpm_solver_pp_2m(
-    denoise: Denoise,
-    x: Tensor,
-    grid: SamplingGrid,
-    noise: NoiseOf,
-    settings: SamplerConfig,
-    on_step: OnStep | None,
-) -> Tensor:
-    """`dpm_solver_pp_2m` as a `Sampler`."""
-    return dpm_solver_pp_2m(denoise, x, grid, on_step)
-
-
-def run_heun(
-    denoise: Denoise,
-    x: Tensor,
-    grid: SamplingGrid,
-    noise: NoiseOf,
-    settings: SamplerConfig,
-    on_step: OnStep | None,
-) -> Tensor:
-    """`heun` as a `Sampler`."""
-    return heun(denoise, x, grid, on_step)
-
-
 def run_consistency(
     denoise: Denoise,
     x: Tensor,
@@ -311,6 +288,10 @@ def run_consistency(
 ) -> Tensor:
     """`consistency` as a `Sampler`."""
     return consistency(denoise, x, grid, noise, on_step)
+
+
+run_dpm_solver_pp_2m = as_sampler(dpm_solver_pp_2m)
+run_heun = as_sampler(heun)
 
 
 def _reverse_std(variance: Variance, small: float, beta: float, estimate: Denoised) -> Tensor | float:

@@ -14,10 +14,10 @@ from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.features.networks import network_exists, open_network
 from ddpm_pipeline.features.trust import require_trusted_network
 from ddpm_pipeline.generate.completeness import Completeness, check_complete
-from ddpm_pipeline.generate.cost import Cost, cost_of_generation, cost_of_records
 from ddpm_pipeline.generate.done_records import RecordAggregate, short_tag
 from ddpm_pipeline.generate.efficiency import Efficiency, EfficiencyCalculator
 from ddpm_pipeline.generate.finalize import ModelFacts, Superseded, clean_up, publish_manifest, require_newest
+from ddpm_pipeline.generate.generation_cost import Cost, cost_of_generation, cost_of_records
 from ddpm_pipeline.generate.generation_run import require_tracking
 from ddpm_pipeline.generate.guards import check_guards
 from ddpm_pipeline.generate.job_reporter import JobCounts, JobReporter, Status

@@ -19,8 +19,8 @@ from ddpm_pipeline.devices import is_out_of_memory
 from ddpm_pipeline.diffusion import NoiseSchedule
 from ddpm_pipeline.diffusion.evaluations import network_evaluations
 from ddpm_pipeline.errors import DamageError, UserError
-from ddpm_pipeline.generate.cost import PER_IMAGES, amount
 from ddpm_pipeline.generate.engine import Engine, set_up_torch
+from ddpm_pipeline.generate.generation_cost import PER_IMAGES, amount
 from ddpm_pipeline.generate.guards import GuardTripped
 from ddpm_pipeline.generate.launched_images import LaunchedImages
 from ddpm_pipeline.generate.model_source import ResolvedModel, find_model, registered_name

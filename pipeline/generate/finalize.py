@@ -11,8 +11,8 @@ from ddpm_pipeline.data.formats.contact_sheet import image_grid
 from ddpm_pipeline.data.formats.images import encode_image
 from ddpm_pipeline.errors import DamageError
 from ddpm_pipeline.generate.completeness import Completeness, check_complete
-from ddpm_pipeline.generate.cost import cost_of_generation
 from ddpm_pipeline.generate.done_records import RecordAggregate
+from ddpm_pipeline.generate.generation_cost import cost_of_generation
 from ddpm_pipeline.generate.heartbeat import clear_heartbeats
 from ddpm_pipeline.generate.layout import CLAIM_PREFIX, CONTACT_KEY, JOBS_PREFIX, REPORT_KEY
 from ddpm_pipeline.generate.manifest import (

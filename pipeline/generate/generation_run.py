@@ -6,8 +6,8 @@ import yaml
 
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.errors import UserError
-from ddpm_pipeline.generate.cost import Cost
 from ddpm_pipeline.generate.efficiency import Efficiency
+from ddpm_pipeline.generate.generation_cost import Cost
 from ddpm_pipeline.generate.layout import CONTACT_KEY, REPORT_KEY
 from ddpm_pipeline.generate.manifest import Manifest
 from ddpm_pipeline.generate.spec import Spec, pretty

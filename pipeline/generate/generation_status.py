@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ddpm_pipeline.generate.completeness import Completeness, check_complete
-from ddpm_pipeline.generate.cost import Cost, cost_of_generation
 from ddpm_pipeline.generate.done_records import DoneRecord
+from ddpm_pipeline.generate.generation_cost import Cost, cost_of_generation
 from ddpm_pipeline.generate.heartbeat import Heartbeat, read_heartbeats
 from ddpm_pipeline.generate.prefix_spec import open_generation
 from ddpm_pipeline.generate.spec import Spec

@@ -9,8 +9,8 @@ from typing import Literal
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.generate import heartbeat
 from ddpm_pipeline.generate.coordinator import ShardProgress
-from ddpm_pipeline.generate.cost import Cost
 from ddpm_pipeline.generate.efficiency import Efficiency
+from ddpm_pipeline.generate.generation_cost import Cost
 from ddpm_pipeline.generate.generation_run import GenerationRun
 from ddpm_pipeline.generate.heartbeat import Heartbeat
 from ddpm_pipeline.generate.manifest import Manifest

@@ -13,7 +13,7 @@ from ddpm_pipeline.data.formats.npy import Pixels
 from ddpm_pipeline.data.formats.shards import read_shard
 from ddpm_pipeline.generate.class_labels import classes_of
 from ddpm_pipeline.generate.class_names import class_name
-from ddpm_pipeline.generate.cost import Cost
+from ddpm_pipeline.generate.generation_cost import Cost
 from ddpm_pipeline.generate.manifest import Manifest
 from ddpm_pipeline.generate.plan import Shard, locate
 from ddpm_pipeline.generate.spec import Spec, pretty

@@ -17,7 +17,7 @@ from ddpm_pipeline.config.json_document import parse_document
 from ddpm_pipeline.config.nights import DriftConfig
 from ddpm_pipeline.errors import DamageError, JobError, UserError
 from ddpm_pipeline.evaluate.document import Evaluation
-from ddpm_pipeline.generate.cost import Cost
+from ddpm_pipeline.generate.generation_cost import Cost
 from ddpm_pipeline.store import ObjectMissing, Store
 
 _log = logging.getLogger(__name__)

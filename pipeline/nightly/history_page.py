@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ddpm_pipeline.generate.cost import Cost, amount
+from ddpm_pipeline.generate.generation_cost import Cost, amount
 from ddpm_pipeline.html_page import render_page
 from ddpm_pipeline.nightly.history import Night
 from ddpm_pipeline.nightly.line_chart import Chart, Day, Unit, line_chart

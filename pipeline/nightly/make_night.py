@@ -11,7 +11,7 @@ from ddpm_pipeline.evaluate.measure import evaluate_generation
 from ddpm_pipeline.features.reference_set import data_root
 from ddpm_pipeline.features.shard_sums import network_for_sums
 from ddpm_pipeline.generate.completeness import check_complete
-from ddpm_pipeline.generate.cost import cost_of_generation
+from ddpm_pipeline.generate.generation_cost import cost_of_generation
 from ddpm_pipeline.generate.layout import SPEC_KEY
 from ddpm_pipeline.generate.manifest import Manifest, read_manifest
 from ddpm_pipeline.generate.spec import read_spec

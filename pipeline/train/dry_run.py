@@ -19,7 +19,6 @@ from ddpm_pipeline.devices.peak_flops import device_peak_flops
 from ddpm_pipeline.diffusion import NoiseSchedule
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.nets import UNetConfig, build_net, parameter_count
-from ddpm_pipeline.train.distillation import make_teacher, training_flops
 from ddpm_pipeline.train.loop import Trainer, chunk_loss, train_step
 from ddpm_pipeline.train.memory import (
     activation_bytes,
@@ -32,6 +31,7 @@ from ddpm_pipeline.train.memory import (
 )
 from ddpm_pipeline.train.state import TrainState, initial_state
 from ddpm_pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.train.teacher import make_teacher, training_flops
 
 LARGEST_SAMPLE_FLOPS = 1e11
 """Of an image measured on a CPU: a second or two of one core."""

@@ -24,9 +24,9 @@ from ddpm_pipeline.errors import JobError
 from ddpm_pipeline.nets import DropoutKeys
 from ddpm_pipeline.train.data_parallel import put_together, without_exchange
 from ddpm_pipeline.train.device_batches import device_batches
-from ddpm_pipeline.train.distillation import distillation_loss
 from ddpm_pipeline.train.state import TrainState, UnreadStep, learning_rate
 from ddpm_pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.train.teacher import distillation_loss
 
 log = logging.getLogger(__name__)
 

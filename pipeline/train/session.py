@@ -16,12 +16,12 @@ from ddpm_pipeline.telemetry.prometheus import JobMetrics
 from ddpm_pipeline.train.checkpoint import CheckpointWriter
 from ddpm_pipeline.train.checkpoint_eval import FixedEvaluation, draw_grid
 from ddpm_pipeline.train.data_parallel import gathered, is_divided
-from ddpm_pipeline.train.distillation import training_flops
 from ddpm_pipeline.train.loop import Trainer
 from ddpm_pipeline.train.memory import largest_micro_batch
 from ddpm_pipeline.train.run_logger import RunLogger
 from ddpm_pipeline.train.state import TrainState, learning_rate
 from ddpm_pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.train.teacher import training_flops
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,6 @@ from ddpm_pipeline.train.checkpoint import (
     load_checkpoint,
 )
 from ddpm_pipeline.train.data_parallel import is_divided, wrap
-from ddpm_pipeline.train.distillation import make_teacher
 from ddpm_pipeline.train.finetune import staged_model
 from ddpm_pipeline.train.loop import Trainer, chunk_loss
 from ddpm_pipeline.train.memory import limit_device_memory, out_of_memory_in_one_line, with_micro_batch
@@ -39,6 +38,7 @@ from ddpm_pipeline.train.plugin_record import record_plugins
 from ddpm_pipeline.train.run_logger import RunLogger, log_node_metrics
 from ddpm_pipeline.train.session import Driver, Session
 from ddpm_pipeline.train.state import FOLDERS, TrainState, initial_state
+from ddpm_pipeline.train.teacher import make_teacher
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from ddpm_pipeline.evaluate.document import (
     require_comparable,
     table,
 )
-from ddpm_pipeline.generate.cost import Cost
+from ddpm_pipeline.generate.generation_cost import Cost
 from ddpm_pipeline.nightly.history import (
     Night,
     advance_latest,

@@ -10,9 +10,9 @@ from ddpm_pipeline.config.cost import CostConfig
 from ddpm_pipeline.config.diffusion import SamplerConfig
 from ddpm_pipeline.diffusion import NoiseSchedule
 from ddpm_pipeline.diffusion.timesteps import make_grid
-from ddpm_pipeline.generate.cost import Cost, cost_of_generation, cost_of_records
 from ddpm_pipeline.generate.done_records import GpuUse, RecordAggregate
 from ddpm_pipeline.generate.driver import generate
+from ddpm_pipeline.generate.generation_cost import Cost, cost_of_generation, cost_of_records
 from ddpm_pipeline.generate.manifest import Manifest, make_manifest, read_manifest
 from ddpm_pipeline.generate.plan import shard
 from ddpm_pipeline.jobs.generate import summary

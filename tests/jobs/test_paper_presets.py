@@ -31,6 +31,7 @@ TRAINING = (
     "workers.num_workers=1",
     "workers.gpus_per_worker=0",
     "workers.cpus_per_worker=1",
+    f"log_every_steps={STEPS}",
     f"checkpoint.every_steps={STEPS}",
     f"grid.every_steps={STEPS}",
     "grid.count=1",
