@@ -122,6 +122,9 @@ class WorkerConfig(Settings):
     gradient to 8 bits, and names another training."""
     max_failures: int = Field(default=3, ge=0)
     """Lost worker groups that are replaced before the job gives up."""
+    collective_seconds: int = Field(default=1800, ge=60)
+    """Longest wait of a worker for the others in one call; then the group is lost and replaced. It must exceed five
+    minutes, for which a loader waits for a store that is down, and the time in which rank 0 evaluates and draws."""
     micro_batch: int | None = Field(default=None, ge=1)
     """Samples a forward pass; the rest of a worker's share is accumulated. None = as many as a worker's memory holds by
     estimate: of its device, or of its cores' part of the machine. Another size rounds sums otherwise, so weights are

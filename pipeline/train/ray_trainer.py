@@ -10,6 +10,8 @@ import tempfile
 import threading
 import time
 import uuid
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -36,6 +38,7 @@ from ddpm_pipeline.store import StoreUnreachable
 from ddpm_pipeline.telemetry.logs import set_up_logging
 from ddpm_pipeline.telemetry.stall import StallDetector
 from ddpm_pipeline.train.loop import NonFiniteError
+from ddpm_pipeline.train.rank_watch import Heard, RankMark, RankMarker, awaited_ranks
 from ddpm_pipeline.train.rendezvous import Rendezvous
 from ddpm_pipeline.train.worker import (
     TrainTask,
@@ -70,6 +73,21 @@ class TrainCoordinator:
         self._stop = False
         self._failure: Exception | None = None
         self._polled_at = -math.inf
+        self._heard: dict[int, Heard] = {}
+        self._world = 0
+
+    def begin_group(self, world: int) -> None:
+        """Rank 0: a new group of this size trains."""
+        self._heard.clear()
+        self._world = world
+
+    def mark(self, mark: RankMark) -> None:
+        """Every rank of a group, every few seconds: what it is doing."""
+        self._heard[mark.rank] = Heard(mark, time.monotonic())
+
+    def awaited_ranks(self) -> str | None:
+        """The ranks that the others wait for, in one line, if any."""
+        return awaited_ranks(self._heard, self._world)
 
     def report(self, step: int, note: str) -> None:
         """Rank 0: finished steps and a short text."""
@@ -181,7 +199,11 @@ def _trainer(task: TrainTask, coordinator: Any, scratch: str) -> TorchTrainer:
     return TorchTrainer(
         _on_worker,
         train_loop_config={"task": task, "coordinator": coordinator},
-        torch_config=Rendezvous(matmul=task.config.matmul, deterministic=task.config.deterministic),
+        torch_config=Rendezvous(
+            timeout_s=workers.collective_seconds,
+            matmul=task.config.matmul,
+            deterministic=task.config.deterministic,
+        ),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             elastic_resize_monitor_interval_s=workers.resize_seconds,
@@ -253,7 +275,12 @@ def _on_worker(payload: dict[str, Any]) -> None:
     try:
         if rank == 0:
             log.info("training with %d workers", worker.world)
-        train_worker(task, worker, _RemoteDriver(coordinator) if rank == 0 else None)
+            ray.get(coordinator.begin_group.remote(worker.world))
+        mark = RankMark(rank, ray.util.get_node_ip_address(), task.finished_steps)
+        with RankMarker(mark, coordinator.mark.remote) if worker.world > 1 else nullcontext() as marker:
+            train_worker(
+                task, replace(worker, marker=marker), _RemoteDriver(coordinator) if rank == 0 else None
+            )
     except (UserError, DamageError, NonFiniteError) as error:
         if not isinstance(error, StoreUnreachable):  # another group may reach the store
             ray.get(coordinator.fail.remote(error))
@@ -264,13 +291,24 @@ def _on_worker(payload: dict[str, Any]) -> None:
             place = f"node {ray.util.get_node_ip_address()}"
             ray.get(coordinator.fail.remote(UserError(f"{place}: {fact_of(error)}; {remedy}")))
             raise
+        awaited = _awaited(coordinator)
         log.error(
-            "rank %d failed (%s: %s); another group continues if max_failures allows",
+            "rank %d failed (%s: %s)%s; another group continues if max_failures allows",
             rank,
             type(error).__name__,
             reason_line(error),
+            f"; {awaited}" if awaited else "",
         )
         raise
+
+
+def _awaited(coordinator: Any) -> str | None:
+    """The ranks that the others wait for; None also where the coordinator does not answer."""
+    try:
+        found: str | None = ray.get(coordinator.awaited_ranks.remote(), timeout=5)
+    except (ray.exceptions.RayError, TimeoutError):
+        return None
+    return found
 
 
 class _RemoteDriver:
@@ -345,12 +383,18 @@ class _ProgressWatch:
             silence: float | None = ray.get(self._coordinator.silence_seconds.remote(), timeout=5)
         except (ray.exceptions.RayError, TimeoutError):
             silence = None
-        log.warning(stall_reason(stalled, self._step, silence))
+        log.warning(stall_reason(stalled, self._step, silence, _awaited(self._coordinator)))
 
 
-def stall_reason(stalled_seconds: float, step: int | None, silence_seconds: float | None) -> str:
-    """A line for a training without progress; `silence_seconds`: since rank 0 last polled, None where unknown."""
-    if silence_seconds is None:
+def stall_reason(
+    stalled_seconds: float, step: int | None, silence_seconds: float | None, awaited: str | None = None
+) -> str:
+    """A line for a training without progress. `silence_seconds`: since rank 0 last polled, None where unknown;
+    `awaited`: which ranks the others wait for, where that is known.
+    """
+    if awaited is not None:
+        what = awaited
+    elif silence_seconds is None:
         what = "the cluster does not respond"
     elif silence_seconds < HEARTBEAT_SECONDS:
         what = "workers are alive; they are waiting for the store or each other, or their steps are long"

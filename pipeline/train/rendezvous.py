@@ -63,7 +63,13 @@ class _Backend(_TorchBackend):
         place = worker_group.execute_single(0, _listen, world=world)
         joins = [
             worker_group.execute_single_async(
-                rank, _join, world_rank=rank, world=world, place=place, backend="nccl" if gpus else "gloo"
+                rank,
+                _join,
+                world_rank=rank,
+                world=world,
+                place=place,
+                backend="nccl" if gpus else "gloo",
+                collective_seconds=backend_config.timeout_s,
             )
             for rank in range(world)
         ]
@@ -161,8 +167,11 @@ def open_store_at(address: str, world: int) -> tuple[tuple[str, int], TCPStore]:
     return place, store
 
 
-def _join(world_rank: int, world: int, place: tuple[str, int], backend: str) -> None:
-    """On every worker: become rank `world_rank` of the group whose store is at `place`."""
+def _join(world_rank: int, world: int, place: tuple[str, int], backend: str, collective_seconds: int) -> None:
+    """On every worker: become rank `world_rank` of the group whose store is at `place`.
+
+    A rank waits for the others in a collective call for `collective_seconds`, then it fails.
+    """
     limit = timedelta(seconds=JOIN_SECONDS)
     try:
         if world_rank == 0:
@@ -174,7 +183,7 @@ def _join(world_rank: int, world: int, place: tuple[str, int], backend: str) -> 
             store=store,
             rank=world_rank,
             world_size=world,
-            timeout=timedelta(seconds=TorchConfig.timeout_s),
+            timeout=timedelta(seconds=collective_seconds),
         )
     except (dist.DistError, RuntimeError) as error:
         here = f"{ray.util.get_node_ip_address()}, {os.environ[INTERFACE_VARIABLES[0]]}"

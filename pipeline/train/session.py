@@ -18,6 +18,7 @@ from ddpm_pipeline.train.checkpoint_eval import FixedEvaluation, draw_grid
 from ddpm_pipeline.train.data_parallel import gathered, is_divided
 from ddpm_pipeline.train.loop import Trainer
 from ddpm_pipeline.train.memory import largest_micro_batch
+from ddpm_pipeline.train.rank_watch import RankMarker
 from ddpm_pipeline.train.run_logger import RunLogger
 from ddpm_pipeline.train.state import TrainState, learning_rate
 from ddpm_pipeline.train.step_metrics import StepMetrics
@@ -63,10 +64,11 @@ class Session:
         run_logger: RunLogger,
         writer: CheckpointWriter,
         driver: Driver | None,
+        marker: RankMarker | None = None,
     ) -> None:
-        """`driver`: given on rank 0, which draws, saves and reports; None on the others."""
+        """`driver`: given on rank 0, which draws, saves and reports; None on the others. `marker`: given in a group."""
         self._trainer, self._state, self._run_logger, self._writer = trainer, state, run_logger, writer
-        self._driver = driver
+        self._driver, self._marker = driver, marker
         self._evaluates = driver is not None or is_divided(state.net)
         self._window = StepMetrics(trainer.schedule.T, trainer.device)
         self._vote = StopVote()
@@ -89,6 +91,9 @@ class Session:
         if state.step == 0:
             self._draw()
         batches = resilient_batches(loader, state.step, config.steps)
+        if self._marker is not None:
+            self._marker.finished(state.step)
+            batches = self._marker.of_data(batches)
         with closing(self._trainer.steps(state, batches, self._window)) as steps:
             self._take(steps)
         self._writer.wait()
@@ -98,6 +103,8 @@ class Session:
         config, state = self._trainer.config, self._state
         for step in steps:
             name_process(step=step)
+            if self._marker is not None:
+                self._marker.finished(step)
             last = step == config.steps
             stopping = self._vote.decide(self._driver is not None and self._driver.should_stop()) and not last
             window_ends = last or step % config.log_every_steps == 0

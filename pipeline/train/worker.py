@@ -35,6 +35,7 @@ from ddpm_pipeline.train.finetune import staged_model
 from ddpm_pipeline.train.loop import Trainer, chunk_loss
 from ddpm_pipeline.train.memory import limit_device_memory, out_of_memory_in_one_line, with_micro_batch
 from ddpm_pipeline.train.plugin_record import record_plugins
+from ddpm_pipeline.train.rank_watch import RankMarker
 from ddpm_pipeline.train.run_logger import RunLogger, log_node_metrics
 from ddpm_pipeline.train.session import Driver, Session
 from ddpm_pipeline.train.state import FOLDERS, TrainState, initial_state
@@ -76,6 +77,8 @@ class WorkerContext:
     device: torch.device
     node: str | None = None
     """Name of the node, on the one worker per node that reads its load; None on the others."""
+    marker: RankMarker | None = None
+    """Tells the driver what this rank is doing; None without a group."""
 
 
 class WorkerGroupStartError(JobError):
@@ -158,7 +161,7 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
         )
         tensors = checkpoint.tensors if checkpoint is not None else {}
         run_logger.restore(tensors)
-        Session(trainer, state, run_logger, writer, driver).run(loader, tensors)
+        Session(trainer, state, run_logger, writer, driver, context.marker).run(loader, tensors)
 
 
 def _initial_model(task: TrainTask, store: Store) -> tuple[ModelCard, nn.Module] | None:

@@ -103,6 +103,11 @@ def test_a_stalled_training_logs_what_it_may_be_waiting_for(silence: float | Non
     assert "\n" not in line
 
 
+def test_a_stalled_training_names_the_rank_that_the_others_wait_for() -> None:
+    line = stall_reason(61.0, 240, 1.0, "the others wait for rank 1 (node n1), computing after step 240")
+    assert line.endswith("(last step 240): the others wait for rank 1 (node n1), computing after step 240")
+
+
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
@@ -124,7 +129,9 @@ def test_an_unfit_worker_tells_the_driver_instead_of_asking_for_another_group(
 ) -> None:
     told: list[Exception] = []
     coordinator: Any = SimpleNamespace(
-        failure=SimpleNamespace(remote=lambda: None), fail=SimpleNamespace(remote=told.append)
+        failure=SimpleNamespace(remote=lambda: None),
+        fail=SimpleNamespace(remote=told.append),
+        mark=SimpleNamespace(remote=lambda mark: None),
     )
     context = SimpleNamespace(
         get_world_rank=lambda: 1, get_world_size=lambda: 2, get_node_rank=lambda: 0, get_local_rank=lambda: 1
@@ -141,7 +148,7 @@ def test_an_unfit_worker_tells_the_driver_instead_of_asking_for_another_group(
     monkeypatch.setattr(ray_trainer, "get_device", lambda: "cpu")
     monkeypatch.setattr(ray_trainer, "set_up_logging", lambda: None)
     monkeypatch.setattr(ray_trainer, "train_worker", fail)
-    task = SimpleNamespace(config=tiny("file:///nowhere", "file:///nowhere"))
+    task = SimpleNamespace(config=tiny("file:///nowhere", "file:///nowhere"), finished_steps=0)
     with pytest.raises(RuntimeError, match="no kernel image"):
         ray_trainer._on_worker({"task": task, "coordinator": coordinator})
     (error,) = told
