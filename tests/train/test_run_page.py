@@ -1,19 +1,24 @@
 """The run page of a real training: charts, grids, data set, models, origin, end; and of one that is fine-tuned."""
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.mirrors import TensorBoardSettings
 from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.data.packing.pack_dataset import pack
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.infra.local import LocalStack
 from ddpm_pipeline.jobs.train import run
 from ddpm_pipeline.tracking import download, find_run, resolve, set_alias, tracking_client
+from ddpm_pipeline.tracking.mirror import MirroredRun
 from ddpm_pipeline.tracking.spool import SPOOL_VARIABLE
+from ddpm_pipeline.tracking.tensorboard_mirror import read_events, run_folder
+from ddpm_pipeline.train.export import MODEL_METRICS
 from ddpm_pipeline.train.training_plan import plan_training
 from tests.train.tiny import tiny
 
@@ -55,7 +60,12 @@ def config_of(data: str, prefix: str, **changes: object) -> TrainConfig:
         "steps": 60,
         "checkpoint": {"every_steps": 20, "log_model_every": 2},
         "grid": {"every_steps": 30, "count": 10, "sampler": {"kind": "ddim", "num_steps": 2}},
-        "track": {"experiment": "pages", "send_interval_seconds": 0.2, "system_metrics_seconds": 1.0},
+        "track": {
+            "experiment": "pages",
+            "send_interval_seconds": 0.2,
+            "system_metrics_seconds": 1.0,
+            "mirrors": ["tensorboard"],
+        },
     }
     return tiny(data, f"{prefix}/runs", **settings | changes)
 
@@ -98,6 +108,15 @@ def test_the_run_page_shows_what_a_person_looks_for(data: str, prefix: str) -> N
     assert named == {f"{config.name}-ema-0000040": 40, f"{config.name}-ema-0000060": 60}
     assert (version.model_id, 60) in shown
     assert version.run_id == run_id
+    last = next(p for p in client.get_metric_history(run_id, "eval/loss") if p.step == 60)
+    assert version.model_id is not None
+    told = {m.key: m for m in client.get_logged_model(version.model_id).metrics or []}
+    assert told.keys() == set(MODEL_METRICS)
+    assert (told["eval/loss"].value, told["eval/loss"].step) == (last.value, 60)
+    assert told["eval/loss"].dataset_name == config.name
+    events = list(read_events(run_folder(MirroredRun(run_id, config.name), TensorBoardSettings())))
+    mirrored = Counter((v.tag, e.step) for e in events for v in e.summary.value if v.tag == "eval/loss")
+    assert mirrored == {("eval/loss", step): 1 for step in (20, 40, 60)}
 
 
 @pytest.mark.long
@@ -110,7 +129,7 @@ def test_a_fine_tuned_model_leads_back_to_its_parent(data: str, prefix: str, tmp
     run = trained(child)
     assert run.data.tags["ddpm.init_from"] == run.data.tags["ddpm.model"] == f"{parent.name}/1"
     assert run.data.tags["ddpm.init_sha256"] == version.sha256
-    assert run.data.tags["ddpm.training_run"] == version.run_id
+    assert run.data.tags["ddpm.training_run"] == run.data.tags["mlflow.parentRunId"] == version.run_id
     assert [model.model_id for model in run.inputs.model_inputs] == [version.model_id]
     folder = download(version, tmp_path / "parent")
     same = child.model_copy(update={"init_from": str(folder)})
