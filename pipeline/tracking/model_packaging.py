@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm_pipeline import __version__
 from ddpm_pipeline.config.model_card import ModelCard
 from ddpm_pipeline.config.plugins import identities
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 CODE_FILE = Path(__file__).with_name("pyfunc_model.py")
 MODEL_FOLDER = "model"
-_REQUIREMENTS = ("ddpm-pipeline", "mlflow", "torch", "safetensors", "numpy", "pydantic")
+_REQUIREMENTS = ("mlflow", "torch", "safetensors", "numpy", "pydantic")
 EXAMPLE = {"seed": 0, "count": 4}
 """A request, which MLflow shows and serves with the model."""
 
@@ -80,4 +81,5 @@ def _pinned() -> list[str]:
     """
     from importlib.metadata import version
 
-    return [f"{name}=={version(name).split('+')[0]}" for name in _REQUIREMENTS]
+    ours = f"ddpm-pipeline=={__version__}"  # of the code that runs, which may not be installed
+    return [ours, *(f"{name}=={version(name).split('+')[0]}" for name in _REQUIREMENTS)]

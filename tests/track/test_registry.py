@@ -4,7 +4,6 @@ import os
 import threading
 import uuid
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddpm_pipeline import __version__
 from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from ddpm_pipeline.config.model_card import ImageShape, ModelCard
 from ddpm_pipeline.config.net import UNetConfig
@@ -297,11 +297,7 @@ def test_the_package_holds_no_pickle_no_path_of_this_machine_and_no_secret(
         "requirements.txt",
         "serving_input_example.json",
     ]
-    assert (
-        (folder / "requirements.txt")
-        .read_text()
-        .startswith(f"ddpm-pipeline=={metadata.version('ddpm-pipeline')}\n")
-    )
+    assert (folder / "requirements.txt").read_text().startswith(f"ddpm-pipeline=={__version__}\n")
     for file in ("MLmodel", "python_env.yaml", "requirements.txt"):
         text = (folder / file).read_text()
         assert str(tmp_path) not in text
