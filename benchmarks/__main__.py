@@ -28,6 +28,7 @@ COMMANDS: dict[str, list[str]] = {
     "generate": [],
     "few_steps": [],
     "listings": [],
+    "startup": [],
     "quality": [
         *("--peers", "{work}/trainers", "--work", "{work}/quality", "--minutes", "60"),
         *("--recipes", "ours", "diffusers", "denoising_diffusion"),
