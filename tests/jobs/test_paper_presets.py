@@ -41,7 +41,6 @@ GENERATION = (
     "count=2",
     "shard_size=2",
     "batch_size=2",
-    "sampler.kind=dpm++2m",
     "sampler.num_steps=2",
     "num_workers=1",
     "gpus_per_worker=0",
