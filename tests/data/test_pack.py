@@ -6,6 +6,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -311,11 +312,13 @@ def test_a_job_stopped_at_any_write_goes_on_to_the_same_bytes(
         dest = (tmp_path / f"again-{stop}").as_uri()
         left = [stop]
 
-        def write(self: FileStore, key: str, data: bytes, left: list[int] = left) -> object:
+        def write(
+            self: FileStore, key: str, data: bytes, left: list[int] = left, **conditions: Any
+        ) -> object:
             if left[0] == 0:
                 raise KeyboardInterrupt
             left[0] -= 1
-            return real(self, key, data)
+            return real(self, key, data, **conditions)
 
         def upload(self: FileStore, key: str, path: Path, left: list[int] = left) -> object:
             if left[0] == 0:
