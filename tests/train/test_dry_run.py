@@ -15,7 +15,7 @@ from ddpm_pipeline.diffusion import NoiseSchedule
 from ddpm_pipeline.jobs.cli import app
 from ddpm_pipeline.jobs.runner import JobArguments, settings_of
 from ddpm_pipeline.nets.flops import sample_flops
-from ddpm_pipeline.train import distillation, dry_run
+from ddpm_pipeline.train import dry_run, teacher
 from ddpm_pipeline.train.dry_run import NotMeasuredError, Pace, estimate, measure_pace, probed_size
 from ddpm_pipeline.train.loop import Trainer
 from ddpm_pipeline.train.state import initial_state
@@ -38,7 +38,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDPM_ROOT", f"file://{tmp_path}/root")
     monkeypatch.setattr(dry_run, "BUDGET_SECONDS", 0.3)
-    monkeypatch.setattr(distillation, "sample_flops", operations)
+    monkeypatch.setattr(teacher, "sample_flops", operations)
 
 
 def preset(name: str, *words: str) -> TrainConfig:

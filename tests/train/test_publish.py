@@ -26,6 +26,8 @@ def alias(monkeypatch: pytest.MonkeyPatch) -> Mock:
         "register": lambda *_, **__: version,
         "set_alias": Mock(),
         "describe": Mock(),
+        "tell_model_metrics": Mock(),
+        "trained_on": Mock(),
         "resolve": lambda _: version,
     }.items():
         monkeypatch.setattr(training_driver, name, value)
