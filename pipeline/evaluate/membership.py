@@ -6,7 +6,6 @@ where losses tell nothing, 1 where the model has memorized. Stronger attacks exi
 privacy.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from ddpm_pipeline.config.evaluation import MembershipConfig
 from ddpm_pipeline.config.model_card import ModelCard
-from ddpm_pipeline.data.index import Index, load_index
-from ddpm_pipeline.data.reading.sequential import read_sequential
+from ddpm_pipeline.data.index import load_index
 from ddpm_pipeline.devices.measuring import measuring_device
 from ddpm_pipeline.diffusion import NoiseSchedule, from_uint8
 from ddpm_pipeline.diffusion.noise import Stream, normal
@@ -25,6 +23,7 @@ from ddpm_pipeline.diffusion.objective import training_loss
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.evaluate.bootstrap import Array, BootstrapEstimate, Statistic, draws
 from ddpm_pipeline.evaluate.document import Metric
+from ddpm_pipeline.evaluate.model_images import ModelImages, first_images
 from ddpm_pipeline.parallel import HERE, MapWorkers
 from ddpm_pipeline.progress import Progress, no_progress
 
@@ -60,15 +59,15 @@ def membership_losses(
     losses: list[Array] = []
     first = 0  # names of the images, which with the seed decide their noise
     for field, index in (("members", members), ("held_out", others)):
-        pixels, labels = _images(field, index, card, config.count)
-        loss_of = _BatchLoss(net, card, pixels, labels, seed, first, config.num_timesteps, workers.gpu)
-        parts = torch.arange(len(pixels)).split(config.batch_size)
+        images = first_images(f"membership.{field}", index, card, config.count)
+        loss_of = _BatchLoss(net, card, images, seed, first, config.num_timesteps, workers.gpu)
+        parts = torch.arange(len(images.pixels)).split(config.batch_size)
         found: list[Tensor] = []
         for rows, batch in zip(parts, workers.map(loss_of, parts), strict=True):
             found.append(batch)
             progress(first + int(rows[-1]) + 1, 2 * config.count, "membership")
         losses.append(torch.cat(found).numpy())
-        first += len(pixels)
+        first += len(images.pixels)
     return MembershipLosses(*losses)
 
 
@@ -109,20 +108,6 @@ def attack_timesteps(num_steps: int, number: int) -> list[int]:
     return [int((k + 0.5) * num_steps / 2 / number) for k in range(number)]
 
 
-def _images(field: str, index: Index, card: ModelCard, count: int) -> tuple[Tensor, Tensor | None]:
-    """Pixels uint8 (N, C, H, W) and labels int64 (N,) of the first images."""
-    expected = (card.image.channels, card.image.size, card.image.size)
-    shape = index.image
-    if shape is None or (shape.channels, shape.height, shape.width) != expected:
-        raise UserError(f"membership.{field}: {index.uri} has no images of the model's shape {expected}")
-    if card.net.num_classes is not None and not index.labelled:
-        raise UserError(f"membership.{field}: {index.uri} has no labels, which the model needs")
-    samples = list(itertools.islice(read_sequential(index), count))
-    pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]).transpose(0, 3, 1, 2).copy())
-    labels = torch.tensor([sample.label for sample in samples]) if card.net.num_classes is not None else None
-    return pixels, labels
-
-
 class _BatchLoss:
     """The mean loss of each image of a batch. Travels to workers with the network and the images."""
 
@@ -130,24 +115,23 @@ class _BatchLoss:
         self,
         net: nn.Module,
         card: ModelCard,
-        pixels: Tensor,
-        labels: Tensor | None,
+        images: ModelImages,
         seed: int,
         first: int,
         num_timesteps: int,
         gpu: str | None,
     ) -> None:
-        self._net, self._card, self._pixels, self._labels = net, card, pixels, labels
+        self._net, self._card, self._images = net, card, images
         self._seed, self._first, self._gpu = seed, first, gpu
         self._timesteps: Sequence[int] = attack_timesteps(card.schedule.num_steps, num_timesteps)
 
     @torch.no_grad()
     def __call__(self, rows: Tensor) -> Tensor:
         """Losses float64 (B,) of the images `rows` int64 (B,)."""
-        device = measuring_device(self._gpu)
+        device, (pixels, all_labels) = measuring_device(self._gpu), self._images
         net, schedule = self._net.to(device), NoiseSchedule.from_config(self._card.schedule).to(device)
-        x0 = from_uint8(self._pixels[rows].to(device))
-        labels = None if self._labels is None else self._labels[rows].to(device)
+        x0 = from_uint8(pixels[rows].to(device))
+        labels = None if all_labels is None else all_labels[rows].to(device)
         names, total = (rows + self._first).to(device), torch.zeros(len(rows), dtype=torch.float64)
         for step, timestep in enumerate(self._timesteps):
             t = torch.full((len(rows),), timestep, dtype=torch.int64, device=device)
