@@ -25,9 +25,11 @@ from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig
 from ddpm_pipeline.data.formats.contact_sheet import image_grid, in_rows
 from ddpm_pipeline.diffusion import NoiseSchedule, SamplerStep, Stream, from_uint8, sample, to_uint8
 from ddpm_pipeline.diffusion.ideal import Mixture, three_blobs
+from ddpm_pipeline.diffusion.multistep import dpm_solver_pp_2m
 from ddpm_pipeline.diffusion.noise import normal
 from ddpm_pipeline.diffusion.objective import Net
-from ddpm_pipeline.diffusion.samplers import Denoise, ddim, dpm_solver_pp_2m, heun
+from ddpm_pipeline.diffusion.sampler_protocol import Denoise
+from ddpm_pipeline.diffusion.samplers import ddim, heun
 from ddpm_pipeline.diffusion.timesteps import SamplingGrid, grid_at, karras_grid, trailing_timesteps
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.jobs.progress_bar import progress_of

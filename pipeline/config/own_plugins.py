@@ -12,8 +12,8 @@ UNET = Plugin("ddpm_pipeline.nets.unet:build")
 _OF_SAMPLERS = "ddpm_pipeline.diffusion.samplers"
 ANCESTRAL = SamplerPlugin(f"{_OF_SAMPLERS}:run_ancestral", capturable=True)
 DDIM = SamplerPlugin(f"{_OF_SAMPLERS}:run_ddim", capturable=True)
-DPM_SOLVER_PP_2M = SamplerPlugin(f"{_OF_SAMPLERS}:run_dpm_solver_pp_2m", draws_noise=False, capturable=True)
 _OF_MULTISTEP = "ddpm_pipeline.diffusion.multistep"
+DPM_SOLVER_PP_2M = SamplerPlugin(f"{_OF_MULTISTEP}:run_dpm_solver_pp_2m", draws_noise=False, capturable=True)
 DPM_SOLVER_PP_3M = SamplerPlugin(f"{_OF_MULTISTEP}:run_dpm_solver_pp_3m", draws_noise=False, capturable=True)
 UNIPC = SamplerPlugin(f"{_OF_MULTISTEP}:run_unipc", draws_noise=False, capturable=True)
 HEUN = SamplerPlugin(f"{_OF_SAMPLERS}:run_heun", draws_noise=False, levels=at_two_levels, capturable=True)

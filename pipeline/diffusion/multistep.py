@@ -1,7 +1,8 @@
-"""Multistep solvers of third order in the half log signal-to-noise ratio, lambda = log(a / s).
+"""Multistep solvers, of second and third order in the half log signal-to-noise ratio, lambda = log(a / s).
 
 Each evaluates the network once a step and reuses the estimates of the steps before. The first steps have fewer of
-those and so a lower order; the last step ends at lambda = inf, where the estimate itself is the answer.
+those and so a lower order; the last step ends at lambda = inf, where extrapolation has no meaning and the estimate
+itself is the answer.
 """
 
 import math
@@ -23,6 +24,29 @@ class _Estimate(NamedTuple):
     log_snr: float
 
 
+def dpm_solver_pp_2m(
+    denoise: Denoise, x: Tensor, grid: SamplingGrid, on_step: OnStep | None = None
+) -> Tensor:
+    """DPM-Solver++(2M), data prediction (Lu et al. 2022, algorithm 2); first and last step are of first
+    order.
+
+    h is the increase of lambda, D = x0 extrapolated over half a step from this and the previous estimate.
+    """
+    previous: Tensor | None = None
+    previous_h = 0.0
+    for k in range(len(grid)):
+        data = x0 = estimate_at(denoise, x, k, grid, on_step).x0
+        h = grid.half_log_snr(k + 1) - grid.half_log_snr(k)
+        # A schedule of one step has one sigma, however many "karras" asks for: then there is nothing to extrapolate.
+        if previous is not None and previous_h > 0 and k + 1 < len(grid):
+            # 1 / (2r), r = h_previous / h; zero after a level without signal, whose h is infinite.
+            extrapolate = h / (2 * previous_h)
+            data = (1 + extrapolate) * x0 - extrapolate * previous
+        x = _first_order(x, grid, k + 1, data)
+        previous, previous_h = x0, h
+    return x
+
+
 def dpm_solver_pp_3m(
     denoise: Denoise, x: Tensor, grid: SamplingGrid, on_step: OnStep | None = None
 ) -> Tensor:
@@ -33,27 +57,23 @@ def dpm_solver_pp_3m(
     past: list[_Estimate] = []
     for k in range(len(grid)):
         now = _Estimate(estimate_at(denoise, x, k, grid, on_step).x0, grid.half_log_snr(k))
-        (_, s_now), (a_after, s_after) = grid.coefficients(k), grid.coefficients(k + 1)
         h = grid.half_log_snr(k + 1) - now.log_snr
-        step = (s_after / s_now) * x - a_after * math.expm1(-h) * now.x0
-        if k + 1 < len(grid) and math.isfinite(h) and h > 0:
-            step = step + a_after * _higher_orders(now, past, h)
-        x = step
+        x = _first_order(x, grid, k + 1, now.x0)
+        if past and h > 0 and k + 1 < len(grid):
+            x = x + grid.coefficients(k + 1)[0] * _higher_orders(now, past, h)
         past = _remembered(past, now)
     return x
 
 
-def _higher_orders(now: _Estimate, past: list[_Estimate], h: float) -> Tensor | float:
-    """What the differences of earlier estimates add to a step of first order over h."""
-    slopes = [_slope(now, past[0])] if past else []
-    if not slopes:
-        return 0.0
+def _higher_orders(now: _Estimate, past: list[_Estimate], h: float) -> Tensor:
+    """What the differences of one or more earlier estimates add to a step of first order over h."""
+    slope = _slope(now, past[0])
     if len(past) == 1:
         # Lu et al.'s 2M takes half of the first phi function's argument: the same to second order.
-        return -math.expm1(-h) * 0.5 * h * slopes[0]
+        return -math.expm1(-h) * 0.5 * h * slope
+    first = h * slope
     r0, r1 = (now.log_snr - past[0].log_snr) / h, (past[0].log_snr - past[1].log_snr) / h
-    first, second = h * slopes[0], h * _slope(past[0], past[1])
-    curve = (first - second) / (r0 + r1)
+    curve = (first - h * _slope(past[0], past[1])) / (r0 + r1)
     phi_2 = math.expm1(-h) / h + 1
     phi_3 = (math.expm1(-h) + h) / h**2 - 0.5
     return phi_2 * (first + r0 * curve) - phi_3 * curve
@@ -137,5 +157,6 @@ def _remembered(past: list[_Estimate], now: _Estimate) -> list[_Estimate]:
     return [now, *others][:ORDER]
 
 
+run_dpm_solver_pp_2m = as_sampler(dpm_solver_pp_2m)
 run_dpm_solver_pp_3m = as_sampler(dpm_solver_pp_3m)
 run_unipc = as_sampler(unipc)

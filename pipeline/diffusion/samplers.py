@@ -81,33 +81,6 @@ def ddim(
     return x
 
 
-def dpm_solver_pp_2m(
-    denoise: Denoise, x: Tensor, grid: SamplingGrid, on_step: OnStep | None = None
-) -> Tensor:
-    """DPM-Solver++(2M), data prediction (Lu et al. 2022, algorithm 2); first and last step are of first
-    order.
-
-    lambda = log(a / s), h its increase, D = x0 extrapolated over half a step from this and the previous
-    estimate. The last step ends at lambda = inf, where extrapolation has no meaning and the estimate itself
-    is the answer.
-    """
-    previous: Tensor | None = None
-    previous_h = 0.0
-    for k in range(len(grid)):
-        x0 = estimate_at(denoise, x, k, grid, on_step).x0
-        (_, s_now), (a_after, s_after) = grid.coefficients(k), grid.coefficients(k + 1)
-        h = grid.half_log_snr(k + 1) - grid.half_log_snr(k)
-        data = x0
-        # A schedule of one step has one sigma, however many "karras" asks for: then there is nothing to extrapolate.
-        if previous is not None and previous_h > 0 and k + 1 < len(grid):
-            # 1 / (2r), r = h_previous / h; zero after a level without signal, whose h is infinite.
-            extrapolate = h / (2 * previous_h)
-            data = (1 + extrapolate) * x0 - extrapolate * previous
-        x = (s_after / s_now) * x - a_after * math.expm1(-h) * data
-        previous, previous_h = x0, h
-    return x
-
-
 def heun(denoise: Denoise, x: Tensor, grid: SamplingGrid, on_step: OnStep | None = None) -> Tensor:
     """Heun's second-order method on dx/dsigma = (x - D) / sigma (Karras et al. 2022, algorithm 1 without
     churn).
@@ -290,7 +263,6 @@ def run_consistency(
     return consistency(denoise, x, grid, noise, on_step)
 
 
-run_dpm_solver_pp_2m = as_sampler(dpm_solver_pp_2m)
 run_heun = as_sampler(heun)
 
 

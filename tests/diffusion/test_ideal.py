@@ -10,9 +10,9 @@ import torch
 from ddpm_pipeline.config.diffusion import SamplerConfig, ScheduleConfig
 from ddpm_pipeline.diffusion import NoiseSchedule, sample
 from ddpm_pipeline.diffusion.ideal import Mixture, three_blobs
-from ddpm_pipeline.diffusion.multistep import dpm_solver_pp_3m, unipc
+from ddpm_pipeline.diffusion.multistep import dpm_solver_pp_2m, dpm_solver_pp_3m, unipc
 from ddpm_pipeline.diffusion.noise import Stream, normal
-from ddpm_pipeline.diffusion.samplers import ddim, dpm_solver_pp_2m, heun
+from ddpm_pipeline.diffusion.samplers import ddim, heun
 from ddpm_pipeline.diffusion.timesteps import karras_grid
 from tests.effort import is_long, long
 
