@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ddpm_pipeline import __version__
-from ddpm_pipeline.jobs.cli import cluster, datasets, machine, models, nightly_runs, sampling, signing
+from ddpm_pipeline.jobs.cli import cluster, datasets, keys, machine, models, nightly_runs, sampling
 from ddpm_pipeline.jobs.runner import DONE, REFUSED, handle_errors, use_running_stack
 from ddpm_pipeline.telemetry.logs import FORM_VARIABLE, JSON
 from ddpm_pipeline.telemetry.terminal import echo
@@ -19,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for _part in (datasets, models, sampling, signing, nightly_runs, cluster, machine):
+for _part in (datasets, models, sampling, keys, nightly_runs, cluster, machine):
     app.add_typer(_part.app)
 
 

@@ -11,7 +11,7 @@ from ddpm_pipeline.cluster.gpus import (
     require_fit_workers,
     unfit_message,
 )
-from ddpm_pipeline.cluster.plugins import require_plugins_on_nodes
+from ddpm_pipeline.cluster.node_plugins import require_plugins_on_nodes
 from ddpm_pipeline.cluster.ray_errors import cause_of, reason_line
 
 __all__ = [
