@@ -5,6 +5,7 @@ the schedulers our float64 table and compare what is left: the steps.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -153,38 +154,31 @@ def test_diffusers_ddim_steps_past_its_own_list_where_we_follow_it() -> None:
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize(("num_steps", "target", "spacing"), cases(("trailing",), ("karras",)))
 def test_dpm_solver_is_dpm_solver(num_steps: int, target: Target, spacing: str, order: int) -> None:
-    scheduler = DPMSolverMultistepScheduler(
-        solver_order=order,
-        lower_order_final=False,  # but for the last step, which has no other
-        beta_start=1e-4,
-        beta_end=0.02,
-        prediction_type=PREDICTIONS[target],
-        timestep_spacing="trailing",
-        use_karras_sigmas=spacing == "karras",
-        final_sigmas_type="zero",
-    )
-    require_same_as_multistep(scheduler, f"dpm++{order}m", num_steps, target, spacing)
+    # No lower order but for the last step, which has no other.
+    make = partial(DPMSolverMultistepScheduler, solver_order=order, lower_order_final=False)
+    require_same_as_multistep(make, f"dpm++{order}m", num_steps, target, spacing)
 
 
 @pytest.mark.parametrize(("num_steps", "target", "spacing"), cases(("trailing",), ("karras",)))
 def test_unipc_is_unipc(num_steps: int, target: Target, spacing: str) -> None:
-    scheduler = UniPCMultistepScheduler(
-        solver_order=3,
-        beta_start=1e-4,
-        beta_end=0.02,
-        prediction_type=PREDICTIONS[target],
-        timestep_spacing="trailing",
-        use_karras_sigmas=spacing == "karras",
-        final_sigmas_type="zero",
-    )
-    require_same_as_multistep(scheduler, "unipc", num_steps, target, spacing)
+    make = partial(UniPCMultistepScheduler, solver_order=3)
+    require_same_as_multistep(make, "unipc", num_steps, target, spacing)
 
 
 def require_same_as_multistep(
-    scheduler: Any, kind: str, num_steps: int, target: Target, spacing: str
+    make: Callable[..., Any], kind: str, num_steps: int, target: Target, spacing: str
 ) -> None:
     """Diffusers rounds the timesteps of Karras' levels; the network here is told ours in both cases."""
-    exact_tables(scheduler)
+    scheduler = exact_tables(
+        make(
+            beta_start=1e-4,
+            beta_end=0.02,
+            prediction_type=PREDICTIONS[target],
+            timestep_spacing="trailing",
+            use_karras_sigmas=spacing == "karras",
+            final_sigmas_type="zero",
+        )
+    )
     scheduler.set_timesteps(num_steps)
     settings = {"kind": kind, "num_steps": num_steps, "spacing": spacing, "clip_x0": False}
     sampler = SamplerConfig.model_validate(settings)

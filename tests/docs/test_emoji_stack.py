@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,8 @@ import pytest
 from ddpm_pipeline.infra.local import LocalStack
 from tests.docs.lines import REPOSITORY
 
-FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-LIST = Path("/usr/share/unicode/emoji/emoji-test.txt")
 SCRIPT = REPOSITORY / "examples/emoji/run.sh"
+RENDER = runpy.run_path(str(SCRIPT.with_name("render.py")))
 TRIAL = (
     "steps=4",
     "global_batch=16",
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
-        not (FONT.is_file() and LIST.is_file()),
+        not (RENDER["FONT"].is_file() and RENDER["LIST"].is_file()),
         reason="needs the Debian packages fonts-noto-color-emoji and unicode-data",
     ),
 ]

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ddpm_pipeline.config.evaluation import EvaluateConfig
+from ddpm_pipeline.config.evaluation import EvaluateConfig, GateConfig
+from ddpm_pipeline.evaluate.gate import Decision
 from ddpm_pipeline.features.feature_set import FeatureSet
 
 NETWORK = "n" * 64
@@ -27,6 +28,25 @@ def measured(
     thumbnails = rng.integers(0, 256, (count, 16), dtype=np.uint8)
     hashes = rng.integers(0, 2**63, count).astype(np.uint64)
     return FeatureSet(network, vectors(count, seed=seed, shift=shift), logits, labels, thumbnails, hashes)
+
+
+def decision(challenger: int, champion: int | None, verdict: str = "promoted") -> Decision:
+    """What the gate decided on version `challenger` of digits; it judged nothing."""
+    return Decision.model_validate(
+        {
+            "verdict": verdict,
+            "reason": "it is better",
+            "challenger": f"digits/{challenger}",
+            "champion": None if champion is None else f"digits/{champion}",
+            "count": 1,
+            "reference_digest": "",
+            "reference_count": 1,
+            "network": "",
+            "settings": GateConfig(evaluate=EvaluateConfig(reference="r")),
+            "judgements": {},
+            "decided_at": 0,
+        }
+    )
 
 
 def config(**changes: object) -> EvaluateConfig:

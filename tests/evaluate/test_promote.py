@@ -6,13 +6,12 @@ from typing import Any, NoReturn
 import pytest
 
 import ddpm_pipeline.jobs.promote
-from ddpm_pipeline.config.evaluation import EvaluateConfig, GateConfig
 from ddpm_pipeline.evaluate import promotion
-from ddpm_pipeline.evaluate.gate import Decision
 from ddpm_pipeline.evaluate.promotion import read_champion, record
 from ddpm_pipeline.jobs.promote import rollback
 from ddpm_pipeline.jobs.runner import handle_errors
 from ddpm_pipeline.tracking import ModelVersion, MoveConflictError, alias_log
+from tests.evaluate.made import decision
 from tests.track.one_model import Registry, Stepped
 from tests.turns import Died
 
@@ -60,21 +59,9 @@ def _ask(client: Any, name: str, *args: object) -> Any:
 
 def promoted(models: Models, challenger: int, champion: int | None, seen_number: int = 0) -> None:
     """A gate that began after move `seen_number` and let `challenger` pass against `champion` writes its decision."""
-    decision = Decision(
-        verdict="promoted",
-        reason="it is better",
-        challenger=f"digits/{challenger}",
-        champion=None if champion is None else f"digits/{champion}",
-        count=1,
-        reference_digest="",
-        reference_count=1,
-        network="",
-        settings=GateConfig(evaluate=EvaluateConfig(reference="r")),
-        judgements={},
-        decided_at=0,
-    )
     seen = None if champion is None else models.resolve(f"digits/{champion}")
-    record(decision, models.resolve(f"digits/{challenger}"), seen, "champion", seen_number)
+    made = decision(challenger, champion)
+    record(made, models.resolve(f"digits/{challenger}"), seen, "champion", seen_number)
 
 
 def test_a_challenger_compared_with_an_earlier_champion_is_not_promoted(models: Models) -> None:

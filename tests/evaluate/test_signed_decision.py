@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_pipeline.config.evaluation import EvaluateConfig, GateConfig
+from ddpm_pipeline.config.evaluation import EvaluateConfig
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.config.nights import NightlyConfig
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.evaluate import promotion
-from ddpm_pipeline.evaluate.gate import Decision
 from ddpm_pipeline.evaluate.signed_decision import SIGNATURE_TAG, require_signed
 from ddpm_pipeline.nightly import run_nights
 from ddpm_pipeline.signatures import SigningKey
 from ddpm_pipeline.tracking import ModelVersion
+from tests.evaluate.made import decision
 from tests.evaluate.test_promote import Models, connect
 
 WEIGHTS = "cd" * 32
@@ -43,20 +43,8 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Models:
 
 def decided(models: Models, number: int, verdict: str = "promoted") -> ModelVersion:
     """Version `number` with the decision of the gate on record."""
-    decision = Decision(
-        verdict=verdict,  # type: ignore[arg-type]
-        reason="it is better",
-        challenger=f"digits/{number}",
-        champion="digits/2",
-        count=1,
-        reference_digest="",
-        reference_count=1,
-        network="",
-        settings=GateConfig(evaluate=EvaluateConfig(reference="r")),
-        judgements={},
-        decided_at=0,
-    )
-    promotion.record(decision, models.resolve(f"digits/{number}"), models.resolve("digits/2"), "champion", 0)
+    made = decision(number, 2, verdict)
+    promotion.record(made, models.resolve(f"digits/{number}"), models.resolve("digits/2"), "champion", 0)
     return models.resolve(f"digits/{number}")
 
 
