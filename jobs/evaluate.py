@@ -1,7 +1,7 @@
 """Evaluation of a finished generation: `ddpm evaluate digits --prefix s3://bucket/samples/digits`.
 
-The metrics are printed and stored beside the prefix, as `<prefix>.evaluation.json`, never inside it: a generation
-contains nothing but itself.
+The metrics are printed and stored beside the prefix, as `<prefix>.evaluation.json` and
+`<prefix>.neighbours.png`, never inside it: a generation contains nothing but itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ def run(
     against: str | None = None,
 ) -> int:
     """Evaluate, log, print. UserError where `against` was evaluated under other conditions, or never."""
-    from ddpm_pipeline.evaluate.document import evaluation_uri, load_evaluation, require_comparable, table
+    from ddpm_pipeline.evaluate.document import (
+        evaluation_uri,
+        load_evaluation,
+        neighbours_uri,
+        require_comparable,
+        table,
+    )
 
     other = None if against is None else load_evaluation(against)
     if against is not None and other is None:
@@ -52,6 +58,8 @@ def run(
         return DONE
     echo(*table(evaluation, other))
     echo(f"stored     {evaluation_uri(output)}")
+    if evaluation.neighbours_sha256 is not None:
+        echo(f"picture    {neighbours_uri(output)}")
     if logged is not None:
         echo(f"mlflow     {logged}")
     return DONE

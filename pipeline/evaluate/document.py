@@ -1,14 +1,15 @@
 """The evaluation document: metrics, the conditions under which two may be compared, and where it is stored."""
 
+import hashlib
 import json
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ddpm_pipeline.config.base import Settings
-from ddpm_pipeline.config.bounds import Name
+from ddpm_pipeline.config.bounds import Name, Sha256
 from ddpm_pipeline.config.json_document import parse_document
-from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.errors import DamageError, UserError
 from ddpm_pipeline.store import ObjectMissing, open_store
 
 
@@ -63,6 +64,8 @@ class Evaluation(Settings):
     """What must be equal in evaluations that are compared."""
     metrics: dict[Annotated[str, Field(max_length=128)], Metric] = Field(max_length=128)
     """By name."""
+    neighbours_sha256: Sha256 | None = Field(default=None, exclude_if=lambda digest: digest is None)
+    """Of the picture of samples beside their nearest reference images; left out where none was drawn."""
     made_at: float = Field(ge=0, lt=1e11)
     """Seconds since 1970 (UTC)."""
 
@@ -93,6 +96,40 @@ def evaluation_location(output: str) -> tuple[str, str]:
 def evaluation_uri(output: str) -> str:
     """URI of the evaluation of a generation."""
     return "/".join(evaluation_location(output))
+
+
+def neighbours_location(output: str) -> tuple[str, str]:
+    """Store URI and key of the picture of an evaluation: beside its document."""
+    parent, _, name = output.rstrip("/").rpartition("/")
+    return parent, f"{name}.neighbours.png"
+
+
+def neighbours_uri(output: str) -> str:
+    """URI of the picture of an evaluation."""
+    return "/".join(neighbours_location(output))
+
+
+def save_neighbours(output: str, picture: bytes) -> str:
+    """Write the picture of an evaluation, before the document that names it. Returns the sha256."""
+    parent, key = neighbours_location(output)
+    open_store(parent).write(key, picture)
+    return hashlib.sha256(picture).hexdigest()
+
+
+def load_neighbours(evaluation: Evaluation) -> bytes | None:
+    """The picture of an evaluation; None where none was drawn. DamageError unless it is the one the document names."""
+    if evaluation.neighbours_sha256 is None:
+        return None
+    parent, key = neighbours_location(evaluation.subject)
+    try:
+        picture = open_store(parent).read(key)
+    except ObjectMissing:
+        picture = b""
+    if hashlib.sha256(picture).hexdigest() != evaluation.neighbours_sha256:
+        raise DamageError(
+            f"{parent}/{key}: missing, or of another evaluation; run: ddpm evaluate --prefix {evaluation.subject}"
+        )
+    return picture
 
 
 def save_evaluation(evaluation: Evaluation) -> None:

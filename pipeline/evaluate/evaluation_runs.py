@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from ddpm_pipeline.config.tracking import TrackConfig
-from ddpm_pipeline.errors import UserError
-from ddpm_pipeline.evaluate.document import Evaluation, table
+from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.evaluate.document import Evaluation, load_neighbours, table
 from ddpm_pipeline.tracking import (
     MeasuredOn,
     Run,
@@ -26,12 +26,14 @@ from ddpm_pipeline.tracking import (
 
 
 def log_evaluation(evaluation: Evaluation, config: TrackConfig) -> Run | None:
-    """Log the metrics, each with its N, and their conditions; None where no MLflow is configured.
+    """Log the metrics, each with its N, their conditions and the picture; None where no MLflow is configured.
 
-    Logging the same evaluation again reopens the same run. UserError or TrackingError where the server does not answer.
+    Logging the same evaluation again reopens the same run. UserError or TrackingError where the server does not answer,
+    DamageError where the picture is not the evaluation's.
     """
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         return None
+    picture = load_neighbours(evaluation)
     run = _open(evaluation, config)
     version = None if evaluation.model is None else resolve(evaluation.model)
     if version is not None:
@@ -46,6 +48,8 @@ def log_evaluation(evaluation: Evaluation, config: TrackConfig) -> Run | None:
         spool.artifact(
             "evaluation.json", (json.dumps(evaluation.model_dump(mode="json"), indent=2) + "\n").encode()
         )
+        if picture is not None:
+            spool.artifact("neighbours.png", picture)
         num_left = spool.close(config.close_timeout_seconds)
     if version is not None and version.model_id is not None and not num_left:
         names = [f"quality/{name}" for name in evaluation.metrics]
@@ -69,7 +73,7 @@ def try_to_log(evaluation: Evaluation, config: TrackConfig | None) -> str | None
         return None
     try:
         run = log_evaluation(evaluation, config)
-    except (UserError, TrackingError) as error:
+    except (UserError, DamageError, TrackingError) as error:
         return f"not logged: {error}"
     return None if run is None else f"logged at {run.url}"
 

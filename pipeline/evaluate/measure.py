@@ -12,15 +12,23 @@ from ddpm_pipeline.config.diffusion import SamplerConfig
 from ddpm_pipeline.config.evaluation import EvaluateConfig, LikelihoodConfig, MembershipConfig
 from ddpm_pipeline.config.generation import SpecSettings
 from ddpm_pipeline.config.model_card import ModelCard
-from ddpm_pipeline.data.formats.images import decode_image
+from ddpm_pipeline.data.formats.images import decode_image, encode_image
 from ddpm_pipeline.data.formats.shards import read_shard
 from ddpm_pipeline.data.index import load_index
 from ddpm_pipeline.devices.measuring import measuring_device
 from ddpm_pipeline.errors import DamageError, UserError
 from ddpm_pipeline.evaluate.bits_per_dim import held_out_bits
-from ddpm_pipeline.evaluate.document import Evaluation, EvaluationConditions, Metric, save_evaluation
+from ddpm_pipeline.evaluate.document import (
+    Evaluation,
+    EvaluationConditions,
+    Metric,
+    save_evaluation,
+    save_neighbours,
+)
 from ddpm_pipeline.evaluate.membership import MembershipLosses, membership_losses, membership_metrics
 from ddpm_pipeline.evaluate.metrics import compute_metrics
+from ddpm_pipeline.evaluate.nearest_reference import NearestReference, nearest_reference
+from ddpm_pipeline.evaluate.neighbours_picture import draw_neighbours
 from ddpm_pipeline.features.distances import frechet_distance
 from ddpm_pipeline.features.exact_sums import Sums, sums_of
 from ddpm_pipeline.features.feature_set import (
@@ -64,7 +72,7 @@ def evaluate_generation(
     open_workers: OpenWorkers = in_process,
     trusted_by: str | None = None,
 ) -> Evaluation:
-    """Measure the generation at `output` and save the evaluation beside it.
+    """Measure the generation at `output`, and save the evaluation and its picture beside it.
 
     UserError when the generation is not complete, and where the reference or the feature network is not the one that
     the registered model `trusted_by`, if one is named, is judged by.
@@ -88,11 +96,14 @@ def evaluate_generation(
         extractors = MapWorkers(workers.map) if config.records_only else workers
         reference = load_reference(index, config.network, config.batch_size, extractors)
         require_trusted_reference(trusted_by, index, config.network, data, reference, extractors.gpu)
+        picture: bytes | None = None
         if config.records_only:
             count, metrics = metrics_from_records(manifest, output, reference)
         else:
             samples = generation_features(manifest, output, config, workers, progress)
-            count, metrics = len(samples), compute_metrics(samples, reference, config)
+            nearest = nearest_reference(samples, reference, config)
+            count, metrics = len(samples), compute_metrics(samples, reference, config, nearest)
+            picture = neighbours_png(manifest.spec, samples, reference, nearest)
         if config.likelihood is not None:
             metrics["bits_per_dim"] = _bits_per_dim(config, config.likelihood, manifest, progress, workers)
         if config.membership is not None:
@@ -109,6 +120,7 @@ def evaluate_generation(
         network_label=network.label,
         terms=conditions_of(config, count, reference, index.digest, gpu),
         metrics=metrics,
+        neighbours_sha256=None if picture is None else save_neighbours(output, picture),
         made_at=time.time(),
     )
     save_evaluation(evaluation)
@@ -145,6 +157,16 @@ def _shard_images(
     for _, files in read_shard(data, entry.key):
         label = json.loads(files["json"])["class"]
         yield decode_image(files[spec.image_format], (spec.size, spec.size, spec.channels)), label
+
+
+def neighbours_png(
+    spec: Spec, samples: FeatureSet, reference: FeatureSet, nearest: NearestReference
+) -> bytes | None:
+    """The picture of samples beside their nearest reference images; None for images that are neither gray nor color."""
+    if spec.channels not in (1, 3):
+        return None
+    picture = draw_neighbours(samples, reference, nearest, spec.channels, spec.first_index)
+    return encode_image(picture, "png", spec.mark())
 
 
 def metrics_from_records(

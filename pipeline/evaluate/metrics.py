@@ -11,12 +11,12 @@ from ddpm_pipeline.config.plugins import require_plugin
 from ddpm_pipeline.diffusion.noise import Stream, permutation
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.evaluate.document import Metric
+from ddpm_pipeline.evaluate.nearest_reference import NearestReference, nearest_reference
 from ddpm_pipeline.features.distances import (
     class_accuracy,
     frechet_distance,
     inception_score,
     kernel_distance,
-    nearest_distances,
     precision_recall,
 )
 from ddpm_pipeline.features.exact_sums import sums_of
@@ -32,14 +32,21 @@ class Halves(NamedTuple):
     b: Rows
 
 
-def compute_metrics(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig) -> dict[str, Metric]:
-    """Every metric that the two sets admit. UserError for sets of different networks or image sizes."""
+def compute_metrics(
+    samples: FeatureSet,
+    reference: FeatureSet,
+    config: EvaluateConfig,
+    nearest: NearestReference | None = None,
+) -> dict[str, Metric]:
+    """Every metric that the two sets admit. UserError for sets of different networks or image sizes.
+
+    `nearest` is what `nearest_reference` finds for the same arguments, where the caller has it already.
+    """
     if samples.network != reference.network:
         raise UserError("network: samples and reference have features of different networks; evaluate again")
-    if samples.thumbnails.shape[1] != reference.thumbnails.shape[1]:
-        raise UserError("reference: its images have another shape than the samples; name the right data set")
+    nearest = nearest or nearest_reference(samples, reference, config)
     out = _distances(samples, reference, config) | _pairwise(samples, reference, config)
-    out |= _near_duplicates(samples, reference, config)
+    out |= _near_duplicates(samples, reference, nearest)
     if samples.logits is not None:
         out["inception_score"] = Metric(value=inception_score(samples.logits), n=len(samples), n_reference=0)
         if samples.labels is not None:
@@ -120,17 +127,18 @@ def _pairwise(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig
     return out
 
 
-def _near_duplicates(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig) -> dict[str, Metric]:
+def _near_duplicates(
+    samples: FeatureSet, reference: FeatureSet, nearest: NearestReference
+) -> dict[str, Metric]:
     """How close samples are to reference images, compared with how close real images are to each other."""
-    x = samples.thumbnails[: config.max_images].astype(np.float32)
-    y = reference.thumbnails[: config.max_images].astype(np.float32)
-    sizes: dict[str, Any] = {"n": len(x), "n_reference": len(y)}
-    to_real, between_real = nearest_distances(x, y), nearest_distances(y, y, same=True)
-    limit = float(np.quantile(between_real, config.copy_quantile))
+    to_real, between_real, limit = nearest.distances, nearest.between_real, nearest.limit
+    sizes: dict[str, Any] = {"n": len(to_real), "n_reference": len(between_real)}
     every: dict[str, Any] = {"n": len(samples), "n_reference": len(reference)}
     return {
         "near_copies": Metric(value=float((to_real < limit).mean()), **sizes),
-        "near_copies_real": Metric(value=float((between_real < limit).mean()), n=0, n_reference=len(y)),
+        "near_copies_real": Metric(
+            value=float((between_real < limit).mean()), n=0, n_reference=len(between_real)
+        ),
         "nearest_ratio": Metric(value=float(np.median(to_real) / np.median(between_real)), **sizes),
         "exact_copies": Metric(
             value=float(np.isin(samples.pixel_hashes, reference.pixel_hashes).sum()), **every

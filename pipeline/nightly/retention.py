@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ddpm_pipeline.config.nights import NightlyConfig
 from ddpm_pipeline.errors import DamageError
-from ddpm_pipeline.evaluate.document import evaluation_location
+from ddpm_pipeline.evaluate.document import evaluation_location, neighbours_location
 from ddpm_pipeline.generate.heartbeat import read_heartbeats
 from ddpm_pipeline.generate.layout import (
     CLAIM_PREFIX,
@@ -95,8 +95,8 @@ def _delete(output: str, store: Store, night: Night) -> None:
             samples.delete(info.key)
         else:
             num_left += 1
-    parent, name = evaluation_location(prefix)
-    open_store(parent).delete(name)
+    for parent, name in (evaluation_location(prefix), neighbours_location(prefix)):
+        open_store(parent).delete(name)
     write_night(store, night.model_copy(update={"deleted": True}))
     echo(
         f"{night.date}: samples deleted by retention"

@@ -147,6 +147,7 @@ def test_a_job_killed_at_any_step_ends_the_same_when_repeated(
     assert {key.partition("/")[0] for key in objects(config)} == {
         "date=2026-03-01",
         "date=2026-03-01.evaluation.json",
+        "date=2026-03-01.neighbours.png",
         "history",
         "index.html",
         "latest.json",

@@ -114,6 +114,7 @@ def test_an_evaluator_writes_figures_beside_samples_and_no_sample(aws: pytest.Mo
     become("evaluator", aws)
     samples = open_store("s3://ddpm/samples")
     samples.write("digits.evaluation.json", b"{}")
+    samples.write("digits.neighbours.png", b"drawn")
     assert refuses(partial(samples.write, "digits/shards/000000.tar", b"forged"))
     assert refuses(partial(samples.delete, "digits/object"))
 
