@@ -32,8 +32,9 @@ from ddpm_pipeline.config.generation import GenerateConfig, GuardConfig
 from ddpm_pipeline.config.model_card import ImageShape, ModelCard
 from ddpm_pipeline.config.net import UNetConfig
 from ddpm_pipeline.generate.done_records import DoneRecord
+from ddpm_pipeline.generate.encoders import Encoders
 from ddpm_pipeline.generate.engine import Engine, set_up_torch
-from ddpm_pipeline.generate.model_source import find_model
+from ddpm_pipeline.generate.model_source import ResolvedModel, find_model
 from ddpm_pipeline.generate.plan import shard
 from ddpm_pipeline.generate.shard_writer import ShardWriter
 from ddpm_pipeline.generate.spec import Spec, make_spec
@@ -44,6 +45,7 @@ from ddpm_pipeline.nets.model_files import build_model, save_model
 from ddpm_pipeline.nets.unet import UNet
 from ddpm_pipeline.store import open_store
 
+CPU = torch.device("cpu")
 Facts = dict[str, float]
 MODES: dict[str, dict[str, object]] = {
     "shards": {},
@@ -89,7 +91,7 @@ def measure(folder: Path, told: argparse.Namespace) -> dict[str, object]:
     found |= machine("diffusers", "ray")
     contenders: dict[str, Callable[[], object]] = {
         "forward": partial(_forward, net, told.batch, told.steps),
-        "diffusers": _diffusers(folder, net, model.card, told.batch, told.steps),
+        "diffusers": diffusers_sampling(folder, model, told.batch, told.steps),
     }
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")
     for name, mode in MODES.items():
@@ -119,18 +121,11 @@ def measure(folder: Path, told: argparse.Namespace) -> dict[str, object]:
 
 
 def _config(folder: Path, steps: int, batch: int, channels: int) -> GenerateConfig:
-    net_config = UNetConfig(
+    net = UNetConfig(
         base_channels=channels, multipliers=(1, 2, 2), attention_resolutions=(16,), image_size=32
     )
-    card = ModelCard(
-        net=net_config,
-        schedule=ScheduleConfig(),
-        objective=ObjectiveConfig(),
-        image=ImageShape(channels=3, size=32),
-    )
-    save_model(folder / "model", seeded_init(net_config, 0).state_dict(), card)
     return GenerateConfig(
-        model=str(folder / "model"),
+        model=str(save_random_model(folder / "model", net)),
         output=f"file://{folder}/out",
         count=8 * 2 * batch,
         shard_size=2 * batch,
@@ -140,6 +135,18 @@ def _config(folder: Path, steps: int, batch: int, channels: int) -> GenerateConf
         num_workers=1,
         track=None,
     )
+
+
+def save_random_model(folder: Path, net: UNetConfig) -> Path:
+    """Write a model of random weights; its folder."""
+    card = ModelCard(
+        net=net,
+        schedule=ScheduleConfig(),
+        objective=ObjectiveConfig(),
+        image=ImageShape(channels=net.in_channels, size=net.image_size),
+    )
+    save_model(folder, seeded_init(net, 0).state_dict(), card)
+    return folder
 
 
 def _forward(net: UNet, batch: int, steps: int) -> int:
@@ -152,13 +159,15 @@ def _forward(net: UNet, batch: int, steps: int) -> int:
     return batch
 
 
-def shard_maker(config: GenerateConfig) -> Callable[[], int]:
-    """Making a whole shard: sampled, encoded, packed, stored."""
+def shard_maker(config: GenerateConfig, encoders: Encoders | None = None) -> Callable[[], int]:
+    """Making a whole shard: sampled, encoded, packed, stored. `encoders` is by default a thread."""
     model = find_model(config.model)
     spec = make_spec(config, model.card)
     set_up_torch(spec)
-    engine = Engine(spec, build_model(model.card, model.weights, where="benchmark"), model.card)
-    writer = ShardWriter(engine, open_store(config.output), config.guards)
+    net = build_model(model.card, model.weights, where="benchmark").to(spec.device)
+    writer = ShardWriter(
+        Engine(spec, net, model.card), open_store(config.output), config.guards, encoders=encoders
+    )
     unit = shard(spec, 0)
 
     def run() -> int:
@@ -187,9 +196,19 @@ def _elsewhere(folder: Path, config: GenerateConfig) -> float:
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def _diffusers(folder: Path, net: UNet, card: ModelCard, batch: int, steps: int) -> Callable[[], int]:
+def diffusers_sampling(
+    folder: Path,
+    model: ResolvedModel,
+    batch: int,
+    steps: int,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[], int]:
+    """Sampling a batch of the same model by DDIMPipeline."""
+    card = model.card
+    net = build_model(card, model.weights, where="benchmark")
     export_diffusers(folder / "diffusers", net, card.schedule, card.objective)
-    unet = UNet2DModel.from_pretrained(folder / "diffusers" / "unet").eval()
+    unet = UNet2DModel.from_pretrained(folder / "diffusers" / "unet").eval().to(device, dtype)
     scheduler = DDIMScheduler.from_pretrained(folder / "diffusers" / "scheduler", timestep_spacing="trailing")
     pipeline = DDIMPipeline(unet=unet, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,12 @@ from ddpm_pipeline.diffusion.image_scaling import from_uint8, to_uint8
 from ddpm_pipeline.diffusion.samplers import sample
 from ddpm_pipeline.nets.diffusers_config import net_to_diffusers
 from ddpm_pipeline.store import open_store
+from ddpm_pipeline.train.captured_gradients import captured_gradients
 from ddpm_pipeline.train.loop import Trainer
 from ddpm_pipeline.train.state import initial_state
 from ddpm_pipeline.train.step_metrics import StepMetrics
 
+CPU = torch.device("cpu")
 PEERS = ("accelerate==1.15.0", "denoising-diffusion-pytorch==2.3.4", "ema-pytorch==0.8.3", "einops>=0.8")
 SAMPLING_STEPS = 50
 """Of the peers' DDIM samplers; ours takes fewer."""
@@ -68,21 +70,31 @@ class Setting:
     steps: int
     """Steps of the whole training, which schedules of the learning rate need to know."""
     seed: int
+    device: torch.device = CPU
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the peers; ours is in its settings."""
 
 
 class Ours:
     """ddpm_pipeline.train's own loop, alone in this process."""
 
-    def __init__(self, config: TrainConfig, sampler: SamplerConfig) -> None:
+    def __init__(self, config: TrainConfig, sampler: SamplerConfig, device: torch.device = CPU) -> None:
         """Trains and samples on the packed data set that `config` names."""
-        self._config, self._sampler = config, sampler
+        self._config, self._sampler, self._device = config, sampler, device
         self.loader = Loader(config.data, load_index(config.data.uri), config.seed, config.global_batch)
-        self.state = initial_state(config, torch.device("cpu"))
+        self.state = initial_state(config, device)
         if config.compile:
             self.state.net.compile()
-        schedule = NoiseSchedule.from_config(config.schedule)
-        self.trainer = Trainer(config, schedule, self.state.net, torch.device("cpu"), 1)
-        self.window = StepMetrics(schedule.T, torch.device("cpu"))
+        schedule = NoiseSchedule.from_config(config.schedule).to(device)
+        self.trainer = Trainer(
+            config,
+            schedule,
+            self.state.net,
+            device,
+            world=1,
+            captured=captured_gradients(config, self.state.net, device, world=1),
+        )
+        self.window = StepMetrics(schedule.T, device)
         self._steps = self.trainer.steps(self.state, self.loader.batches(0, config.steps), self.window)
 
     def steps(self, count: int) -> None:
@@ -102,6 +114,7 @@ class Ours:
                 shape,
                 config.seed,
                 objective=config.objective,
+                device=self._device,
             )
             for part in index.split(200)
         ]
@@ -118,12 +131,16 @@ class Diffusers:
         from diffusers.optimization import get_scheduler
         from diffusers.training_utils import EMAModel
 
+        _forget_precision()
         torch.manual_seed(setting.seed)
         self._net, self._size = their_network(setting.net), setting.net.image_size
-        self._accelerator: Any = Accelerator(cpu=True)
+        self._accelerator: Any = Accelerator(
+            cpu=setting.device.type == "cpu", mixed_precision=_accelerate_precision(setting)
+        )
         self._ema: Any = EMAModel(
             self._net.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75
         )
+        self._ema.to(setting.device)
         self._noise_scheduler: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
         optimizer = torch.optim.AdamW(
             self._net.parameters(), lr=lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
@@ -138,9 +155,12 @@ class Diffusers:
     def steps(self, count: int) -> None:
         accelerator, scheduler = self._accelerator, self._noise_scheduler
         self._model.train()
-        for clean in islice(self._batches, count):
-            noise = torch.randn(clean.shape)
-            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),)).long()
+        for batch in islice(self._batches, count):
+            clean = batch.to(accelerator.device)
+            noise = torch.randn(clean.shape, device=clean.device)
+            timesteps = torch.randint(
+                0, scheduler.config.num_train_timesteps, (len(clean),), device=clean.device
+            ).long()
             noisy = scheduler.add_noise(clean, noise, timesteps)
             with accelerator.accumulate(self._model):
                 output = self._model(noisy, timesteps).sample
@@ -181,6 +201,7 @@ class DenoisingDiffusion:
         with torchvision_stood_in():
             from denoising_diffusion_pytorch import denoising_diffusion_pytorch as package
 
+        _forget_precision()
         torch.manual_seed(setting.seed)
         process = package.GaussianDiffusion(
             Adapted(setting.net), image_size=setting.net.image_size, sampling_timesteps=SAMPLING_STEPS
@@ -192,6 +213,7 @@ class DenoisingDiffusion:
         self._trainer: Any = package.Trainer(
             process, "", train_batch_size=setting.batch, train_lr=lr, train_num_steps=0,
             save_and_sample_every=10**9, results_folder=self._folder.name, calculate_fid=False,
+            amp=setting.precision != "float32", mixed_precision_type="bf16",
         )  # fmt: skip
         self._trainer.dl = _endless(setting, images)
 
@@ -265,11 +287,29 @@ def torchvision_stood_in() -> Generator[None]:
 
 def _endless(setting: Setting, images: Tensor) -> Iterator[Tensor]:
     loader = DataLoader(
-        TensorDataset(images), batch_size=setting.batch, shuffle=True, drop_last=True
-    )  # of equal batches, as ours are
+        TensorDataset(images),
+        batch_size=setting.batch,
+        shuffle=True,
+        drop_last=True,  # of equal batches, as ours are
+        pin_memory=setting.device.type == "cuda",
+    )
     while True:
         for (batch,) in loader:
             yield batch
+
+
+def _forget_precision() -> None:
+    """Let the next Accelerator choose its precision, which accelerate keeps for the whole process.
+
+    One without autocast stays as it is; make those before the others.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+
+
+def _accelerate_precision(setting: Setting) -> str:
+    return "no" if setting.precision == "float32" else "bf16"
 
 
 def _parts(count: int, most: int = 200) -> list[int]:

@@ -1,6 +1,5 @@
 """A whole sampling of a batch as one CUDA graph: the host launches it at once instead of each of its kernels."""
 
-import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm_pipeline.config.diffusion import SamplerConfig
+from ddpm_pipeline.devices.cuda_graph import CapturedWork, capture
 from ddpm_pipeline.diffusion.evaluations import network_calls
 from ddpm_pipeline.generate.launched_images import to_device
 
@@ -17,8 +17,6 @@ MOST_CALLS = 64
 
 Sampling = Callable[[Tensor, Tensor | None], Tensor]
 """From indexes int64 (B,) and labels int64 (B,), or None, both on the device, to images float32 (B, C, H, W)."""
-
-log = logging.getLogger(__name__)
 
 
 class CapturedSampling:
@@ -67,47 +65,30 @@ class CapturedSampling:
         return True
 
     def _capture(self, index: Tensor, labels: Tensor | None) -> "_Graph | None":
-        """None, after a warning, where it fails. For lack of memory, too: there may be enough without a graph."""
-        try:
-            return self._captured(index, labels)
-        except RuntimeError as error:
-            # An error within the capture is followed by one of its end, which does not say why.
-            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-            reason = f"{type(first).__name__}: {' '.join(str(first).split())[:300]}"
-        log.warning("images are sampled without a CUDA graph, which may take longer: %s", reason)
-        self._may_capture = False
-        torch.cuda.empty_cache()  # outside the handler: the exception's traceback held the memory
-        return None
-
-    def _captured(self, index: Tensor, labels: Tensor | None) -> "_Graph":
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
         fixed_index = torch.zeros_like(index, device=self._device)
         fixed_labels = None if labels is None else torch.zeros_like(labels, device=self._device)
-        # torch.cuda.graph leaves its stream the current one if the capture fails; the outer block does not. Other
-        # threads may use CUDA meanwhile.
-        with (
-            torch.cuda.stream(stream),
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-        ):
-            images = self._sampling(fixed_index, fixed_labels)
-        return _Graph(graph, fixed_index, fixed_labels, images)
+        work = capture(
+            lambda: self._sampling(fixed_index, fixed_labels),
+            self._device,
+            "images are sampled without a CUDA graph, which may take longer",
+        )
+        self._may_capture = work is not None
+        return None if work is None else _Graph(work, fixed_index, fixed_labels)
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """A captured sampling. Its tensors stay where they are: the kernels of the graph know their addresses."""
+    """A captured sampling with its inputs."""
 
-    graph: torch.cuda.CUDAGraph
+    work: CapturedWork[Tensor]
     index: Tensor
     labels: Tensor | None
-    images: Tensor
 
     def replay(self, index: Tensor, labels: Tensor | None) -> Tensor:
         for target, values in ((self.index, index), (self.labels, labels)):
             if target is not None and values is not None:
                 target.copy_(values.pin_memory(), non_blocking=True)
-        self.graph.replay()
-        return self.images
+        return self.work.replay()
 
 
 def can_capture(sampler: SamplerConfig, device: torch.device, compiled: bool) -> bool:

@@ -50,6 +50,8 @@ class _Tracked:
 
     def __init__(self, net: nn.Module, tracks: tuple[str, ...]) -> None:
         self._tracks = tracks
+        self._net: nn.Module | None = None
+        self._parameters: list[nn.Parameter] = []
         parameters = dict(net.named_parameters())
         # float32 whatever the network is in: (1 - decay) of a half-precision weight would round away.
         self._averages = {
@@ -65,7 +67,9 @@ class _Tracked:
     def _move(self, net: nn.Module, track: str, towards: float) -> None:
         """average += towards * (parameter - average), all parameters in a few fused kernels."""
         averages = self._averages[track]
-        current = [p.detach().to(torch.float32) for _, p in net.named_parameters()]
+        if self._net is not net:  # a walk through its modules would take a millisecond of each step
+            self._net, self._parameters = net, list(net.parameters())
+        current = [p.detach().to(torch.float32) for p in self._parameters]
         _lerp_all(list(averages.values()), current, towards)
 
     def weights(self, track: str | None = None) -> dict[str, Tensor]:

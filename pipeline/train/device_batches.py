@@ -61,7 +61,7 @@ class _Copier:
             raise found
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(found.ready)
-        for tensor in _tensors(found.batch):
+        for tensor in found.batch.tensors().values():
             tensor.record_stream(stream)  # its memory belongs to the copying stream
         return replace(found.batch, wait_seconds=time.perf_counter() - began)
 
@@ -99,14 +99,7 @@ def _copied(batch: Batch, device: torch.device, stream: torch.cuda.Stream) -> _C
         return tensor.pin_memory().to(device, non_blocking=True)
 
     with torch.cuda.stream(stream):
-        names = ("positions", "images", "labels", "rows")
-        found = {name: getattr(batch, name) for name in names}
-        there = replace(batch, **{name: moved(value) for name, value in found.items() if value is not None})
+        there = batch.map(moved)
         ready = torch.cuda.Event()
         ready.record(stream)
     return _Copied(there, ready)
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    every = (batch.positions, batch.images, batch.labels, batch.rows)
-    return [tensor for tensor in every if tensor is not None]

@@ -7,7 +7,7 @@ and without.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -19,7 +19,8 @@ from ddpm_pipeline.devices.peak_flops import device_peak_flops
 from ddpm_pipeline.diffusion import NoiseSchedule
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.nets import UNetConfig, build_net, parameter_count
-from ddpm_pipeline.train.loop import Trainer, chunk_loss, train_step
+from ddpm_pipeline.train.captured_gradients import WARM_STEPS, captured_gradients
+from ddpm_pipeline.train.loop import Trainer, find_gradients, train_step
 from ddpm_pipeline.train.memory import (
     activation_bytes,
     fitting_samples,
@@ -302,7 +303,9 @@ def _measure(config: TrainConfig, device: torch.device, flops: int) -> Pace:
     _step(trainer, state, _batch(config, 1, size))  # the first one allocates and selects kernels
     count = _measured_samples(trainer, _batch(config, 1, size))
     batch = _batch(config, count, size)
-    _pass(trainer, batch)
+    trainer = replace(trainer, captured=captured_gradients(config, state.net, device, config.workers.most))
+    for _ in range(1 if trainer.captured is None else WARM_STEPS + 1):
+        _pass(trainer, batch)
     passes, steps = [_pass(trainer, batch)], [_step(trainer, state, batch)]
     while time.monotonic() < deadline and len(steps) < 10:
         passes.append(_pass(trainer, batch))
@@ -331,8 +334,7 @@ def _measured_samples(trainer: Trainer, one: Batch) -> int:
 def _pass(trainer: Trainer, batch: Batch) -> float:
     """Seconds of a forward and backward pass; the gradient is discarded."""
     began = _now(trainer.device)
-    terms, _ = chunk_loss(trainer, batch)
-    terms.per_sample.sum().backward()
+    find_gradients(trainer, batch)
     seconds = _now(trainer.device) - began
     trainer.network.zero_grad(set_to_none=True)
     return seconds

@@ -10,6 +10,7 @@ import math
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from ddpm_pipeline.diffusion.consistency import Teacher
 from ddpm_pipeline.diffusion.noise import Stream, normal, randint, uniform
 from ddpm_pipeline.errors import JobError
 from ddpm_pipeline.nets import DropoutKeys
+from ddpm_pipeline.train.captured_gradients import CapturedGradients
 from ddpm_pipeline.train.data_parallel import put_together, without_exchange
 from ddpm_pipeline.train.device_batches import device_batches
 from ddpm_pipeline.train.state import TrainState, UnreadStep, learning_rate
@@ -52,6 +54,8 @@ class Trainer:
     workers that divide a network among them need each other in every pass."""
     teacher: Teacher | None = None
     """Of a student; None for a training from images."""
+    captured: CapturedGradients | None = None
+    """Replays the forward and backward passes as a CUDA graph; None where they are launched kernel by kernel."""
 
     def split(self, batch: Batch) -> list[Batch]:
         """This worker's share in micro-batches."""
@@ -110,21 +114,36 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch, window: StepMe
     """
     config = trainer.config
     window.open_step()
-    chunks = trainer.split(batch)
-    for i, chunk in enumerate(chunks):
-        with without_exchange(trainer.network, unless=i == len(chunks) - 1):
-            terms, t = chunk_loss(trainer, chunk)
-            # DDP takes the mean over workers; this makes it the mean over the global batch (7a)
-            (terms.per_sample.sum() * (trainer.world / config.global_batch)).backward()
-            window.add(terms.per_sample, t)
+    for per_sample, t in find_gradients(trainer, batch):
+        window.add(per_sample, t)
     trainer.finish_step(state, window)  # of the step before, whose weights are still there
     clip = config.optimizer.clip_norm or math.inf
-    norm = put_together(nn.utils.clip_grad_norm_(state.net.parameters(), clip, foreach=True))
+    norm = put_together(nn.utils.clip_grad_norm_(state.parameters, clip, foreach=True))
     _update(state, norm, learning_rate(config.optimizer, state.step, config.steps))  # 7b. update the weights
     state.unread = _unread(state.step, batch, norm)
     if state.unread.copied is None:
         trainer.finish_step(state, window)
     return norm
+
+
+def find_gradients(trainer: Trainer, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Give the parameters the gradients of this worker's share. Returns losses (n,) and timesteps (n,) of each
+    micro-batch, which the next call may write over."""
+    if trainer.captured is not None:
+        return trainer.captured(batch, partial(_launch_passes, trainer))
+    return _launch_passes(trainer, batch)
+
+
+def _launch_passes(trainer: Trainer, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    chunks = trainer.split(batch)
+    losses: list[tuple[Tensor, Tensor]] = []
+    for i, chunk in enumerate(chunks):
+        with without_exchange(trainer.network, unless=i == len(chunks) - 1):
+            terms, t = chunk_loss(trainer, chunk)
+            # DDP takes the mean over workers; this makes it the mean over the global batch (7a)
+            (terms.per_sample.sum() * (trainer.world / trainer.config.global_batch)).backward()
+        losses.append((terms.per_sample.detach(), t))
+    return losses
 
 
 def _update(state: TrainState, norm: Tensor, rate: float) -> None:

@@ -17,7 +17,7 @@ from ddpm_pipeline.train.checkpoint import CheckpointWriter
 from ddpm_pipeline.train.checkpoint_eval import FixedEvaluation, draw_grid
 from ddpm_pipeline.train.data_parallel import gathered, is_divided
 from ddpm_pipeline.train.loop import Trainer
-from ddpm_pipeline.train.memory import largest_micro_batch
+from ddpm_pipeline.train.memory import largest_micro_batch, worker_memory_bytes
 from ddpm_pipeline.train.rank_watch import RankMarker
 from ddpm_pipeline.train.run_logger import RunLogger
 from ddpm_pipeline.train.state import TrainState, learning_rate
@@ -151,15 +151,22 @@ class Session:
     def _draw(self) -> None:
         if not self._evaluates:
             return
+        self._make_room()
         grid = draw_grid(self._trainer, self._state)
         if self._driver is not None:
             self._run_logger.image(GRID, self._state.step, grid)
             if self._state.step == self._trainer.config.steps:
                 self._run_logger.final_image(grid)
 
+    def _make_room(self) -> None:
+        trainer = self._trainer
+        if trainer.captured is not None:
+            trainer.captured.make_room(worker_memory_bytes(trainer.config.workers, trainer.device))
+
     def _save(self, window: Mapping[str, Tensor], evaluate: bool) -> None:
         if not self._evaluates:
             return
+        self._make_room()
         loss = self._evaluation.loss(self._state) if evaluate and self._evaluation is not None else None
         if loss is not None and self._driver is not None:
             self._run_logger.metrics(self._state.step, {EVAL_LOSS: loss})

@@ -22,6 +22,7 @@ from ddpm_pipeline.errors import DamageError, JobError
 from ddpm_pipeline.progress import Progress
 from ddpm_pipeline.store import ObjectMissing, Store, open_store, retry_during_outage
 from ddpm_pipeline.telemetry.logs import name_process
+from ddpm_pipeline.train.captured_gradients import captured_gradients
 from ddpm_pipeline.train.checkpoint import (
     MAX_LISTINGS,
     Checkpoint,
@@ -136,6 +137,7 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
         teacher=None
         if initial is None
         else make_teacher(config, initial[0].objective, initial[1], context.device, context.world),
+        captured=captured_gradients(config, state.net, context.device, context.world),
     )
     run_id = task.run_id if context.rank == 0 else None
     node_metrics = log_node_metrics(

@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from ddpm_pipeline.generate.plan import shards
 from ddpm_pipeline.generate.shard_writer import ShardWriter
 from ddpm_pipeline.nets.model_files import build_model
 from ddpm_pipeline.store import open_store
+from ddpm_pipeline.train.captured_gradients import CapturedGradients
 from ddpm_pipeline.train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
 from ddpm_pipeline.train.device_batches import device_batches
 from ddpm_pipeline.train.loop import NonFiniteError, Trainer
@@ -72,6 +74,23 @@ def a_training_on_a_gpu_takes_the_steps_of_the_cpu_and_skips_the_same_one() -> N
     for name, tensor in expected.tensors().items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
     assert float(found["optimizer/stem.weight/step"]) == 5
+
+
+def a_training_by_a_cuda_graph_has_the_bits_of_one_without() -> None:
+    for changes in ({}, {"precision": "bfloat16"}, {"workers": {"gpus_per_worker": 1, "micro_batch": 3}}):
+        with simulated_device():
+            trainer, plain, _ = _begun(GPU, **changes)
+            list(trainer.steps(plain, _batches(8), StepMetrics(trainer.schedule.T, GPU)))
+            trainer, state, window = _begun(GPU, **changes)
+            captured = CapturedGradients(state.net, GPU)
+            trainer = replace(trainer, captured=captured)
+            launches: list[int] = []
+            for _ in trainer.steps(state, _batches(8), window):
+                launches.append(counts.kernels.total())
+            assert captured.is_captured
+            assert launches[-1] - launches[-2] < (launches[1] - launches[0]) / 4, launches
+            for name, tensor in plain.tensors().items():
+                assert torch.equal(_on_host(tensor), _on_host(state.tensors()[name])), (name, changes)
 
 
 def too_many_skipped_steps_are_named_as_on_the_cpu() -> None:
@@ -412,7 +431,7 @@ def _warnings() -> Iterator[list[str]]:
     told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("ddpm_pipeline.generate.captured_sampling")
+    logger = logging.getLogger("ddpm_pipeline.devices.cuda_graph")
     logger.addHandler(handler)
     try:
         yield told

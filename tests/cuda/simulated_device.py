@@ -491,6 +491,7 @@ _CUDA_INTERFACE: dict[str, Any] = {
     "is_available": lambda: True,
     "is_bf16_supported": lambda including_emulation=True: True,
     "max_memory_allocated": lambda device=None: 0,
+    "memory_reserved": lambda device=None: 0,
     "stream": lambda stream: contextlib.nullcontext(),
     "synchronize": lambda device=None: counts.wait("device synchronize"),
 }

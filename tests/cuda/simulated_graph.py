@@ -6,6 +6,7 @@ For `tests.cuda.simulated_device`, whose counts it does not know.
 import contextlib
 import threading
 from collections.abc import Callable, Generator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 _thread = threading.local()
+_of_backward = SimpleNamespace(recording=None)
+"""Backward passes run in a thread of autograd's."""
 
 
 class Recording:
@@ -32,11 +35,11 @@ class Recording:
     @contextlib.contextmanager
     def capturing(self) -> Generator[None]:
         """Capture this thread's operations. Afterwards their results hold no numbers: nothing has run yet."""
-        _thread.recording = self
+        _thread.recording = _of_backward.recording = self
         try:
             yield
         finally:
-            _thread.recording = None
+            _thread.recording = _of_backward.recording = None
             with _disable_current_modes():
                 for tensor in self._made:
                     tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
@@ -51,8 +54,10 @@ class Recording:
 
 
 def recording() -> Recording | None:
-    """The capture of this thread, if there is one."""
-    return getattr(_thread, "recording", None)
+    """The capture of this thread, or of the one that called `backward`, if there is one."""
+    own = getattr(_thread, "recording", None)
+    in_backward = torch._C._current_graph_task_id() != -1
+    return _of_backward.recording if own is None and in_backward else own
 
 
 def forbid_while_capturing(what: str) -> None:

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Generator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from ddpm_pipeline.nets import DropoutKeys, UNet
 from ddpm_pipeline.nets.build import seeded_init
 from ddpm_pipeline.nets.dropout import keyed_dropout
 from ddpm_pipeline.store import open_store
+from ddpm_pipeline.train import worker
 from ddpm_pipeline.train.checkpoint import latest_checkpoint
 from ddpm_pipeline.train.training_plan import plan_training
 from ddpm_pipeline.train.worker import TrainTask, WorkerContext, train_worker
@@ -48,6 +50,21 @@ def training_twice_ends_in_the_same_bits(device: torch.device, folder: Path) -> 
     data = _packed(folder)
     one, two = (trained(_config(data, folder / name, device), device) for name in ("one", "two"))
     require_equal_tensors(one, two)
+
+
+def training_by_a_cuda_graph_has_the_bits_of_one_without(device: torch.device, folder: Path) -> None:
+    """A GPU launches the first steps kernel by kernel, and replays the others."""
+    data = _packed(folder)
+    for number, changes in enumerate(({}, {"precision": "bfloat16"}, {"workers": {"micro_batch": 5}})):
+        workers = _workers(device) | changes.get("workers", {})
+        runs = (
+            _config(data, folder / f"{number}-{name}", device, **(changes | {"workers": workers}))
+            for name in ("captured", "launched")
+        )
+        captured = trained(next(runs), device)
+        with mock.patch.object(worker, "captured_gradients", return_value=None):
+            launched = trained(next(runs), device)
+        require_equal_tensors(captured, launched)
 
 
 def training_in_bfloat16_twice_ends_in_the_same_bits(device: torch.device, folder: Path) -> None:
@@ -75,7 +92,7 @@ def shards_made_twice_are_the_same_bytes(device: torch.device, folder: Path) -> 
     """Objects of two generations with one spec."""
     made: list[dict[str, bytes]] = []
     for name in ("one", "two"):
-        with _sampling(folder, name, device) as config:
+        with sampling(folder, name, device) as config:
             writer = writer_of(config)
             for unit in shards(writer.generation.spec):
                 writer.write(unit)
@@ -87,7 +104,7 @@ def shards_made_twice_are_the_same_bytes(device: torch.device, folder: Path) -> 
 
 def stored_samples_can_be_sampled_again(device: torch.device, folder: Path) -> None:
     """`ddpm verify --regenerate` finds no difference."""
-    with _sampling(folder, "out", device) as config:
+    with sampling(folder, "out", device) as config:
         fill(config)
         report = verify(config.output)
         regenerate(report, 7, model=config.model)
@@ -98,7 +115,7 @@ def stored_samples_can_be_sampled_again(device: torch.device, folder: Path) -> N
 def images_are_the_same_in_the_micro_batch_of_their_record(device: torch.device, folder: Path) -> None:
     """What a worker made after it had halved its micro-batch, another makes that begins with the half."""
     index = torch.arange(4)
-    with _sampling(folder, "out", device) as config:
+    with sampling(folder, "out", device) as config:
         engines = [writer_of(config).engine for _ in range(2)]
         whole = engines[0].images(index)
         for engine in engines:
@@ -110,7 +127,7 @@ def images_are_the_same_in_the_micro_batch_of_their_record(device: torch.device,
 
 def captured_sampling_gives_the_same_bits_as_eager(device: torch.device, folder: Path) -> None:
     """A GPU launches the first batch kernel by kernel, captures the second as a CUDA graph, and replays the others."""
-    with _sampling(folder, "out", device) as config:
+    with sampling(folder, "out", device) as config:
         for sampler in ({"kind": "dpm++2m", "num_steps": 5}, {"kind": "ancestral", "num_steps": 20}):
             for dtype in ("float32", "bfloat16"):
                 chosen = GenerateConfig.model_validate(
@@ -145,7 +162,7 @@ def named_random_numbers_have_the_bits_of_the_cpu(device: torch.device, folder: 
 
 
 def convolutions_and_products_are_full_float32(device: torch.device, folder: Path) -> None:
-    """Within a millionth of float64, forward and backward; TF32's inputs have an error of a two-thousandth."""
+    """Nearer to float64 than a hundred-thousandth, forward and backward; TF32 is not, by twenty times."""
     set_up_arithmetic("ieee", deterministic=True)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 64, 16, 16, generator=generator, dtype=torch.float64)
@@ -157,7 +174,7 @@ def convolutions_and_products_are_full_float32(device: torch.device, folder: Pat
     ]
     for exact, found in zip(*results, strict=True):
         difference = (found.double() - exact).norm() / exact.norm()
-        assert float(difference) < 1e-6
+        assert float(difference) < 1e-5
 
 
 def a_network_computes_what_it_computes_in_float64(device: torch.device, folder: Path) -> None:
@@ -194,6 +211,7 @@ PROMISES: tuple[Promise, ...] = (
     stored_samples_can_be_sampled_again,
     training_twice_ends_in_the_same_bits,
     training_in_bfloat16_twice_ends_in_the_same_bits,
+    training_by_a_cuda_graph_has_the_bits_of_one_without,
     a_training_killed_at_a_random_step_ends_in_the_same_bits,
 )
 
@@ -300,7 +318,7 @@ def _config(data: str, runs: Path, device: torch.device, **changes: object) -> T
 
 
 @contextlib.contextmanager
-def _sampling(folder: Path, output: str, device: torch.device) -> Generator[GenerateConfig]:
+def sampling(folder: Path, output: str, device: torch.device) -> Generator[GenerateConfig]:
     """Settings of a small generation on the device, with this process set up for it as a worker's is."""
     (folder / output).mkdir()
     model = folder / "model"

@@ -133,7 +133,7 @@ def test_a_lack_of_memory_is_one_line_that_names_a_smaller_size(monkeypatch: pyt
     def full(*_: object) -> None:
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
-    monkeypatch.setattr(dry_run, "chunk_loss", full)
+    monkeypatch.setattr(dry_run, "find_gradients", full)
     lines = estimate(preset("digits", "workers.num_workers=1", "workers.micro_batch=8")).lines()
     assert lines[-1].startswith(
         "duration    not measured: train.workers.micro_batch: 8 samples at a time do not fit"

@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,20 @@ class Batch:
     """Samples at the end that only fill a micro-batch to the size of the others; they count for nothing."""
     rows: Tensor | None = None
     """int64 (n,): numbers of the samples in the data set, where the loader was asked for them."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those there are, by name."""
+        every = {
+            "positions": self.positions,
+            "images": self.images,
+            "labels": self.labels,
+            "rows": self.rows,
+        }
+        return {name: tensor for name, tensor in every.items() if tensor is not None}
+
+    def map(self, made_of: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with another tensor in place of each."""
+        return replace(self, **{name: made_of(tensor) for name, tensor in self.tensors().items()})  # pyright: ignore[reportArgumentType]
 
 
 class Loader:
