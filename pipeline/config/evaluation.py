@@ -204,7 +204,7 @@ class TuneConfig(Settings):
     """Candidates tried at a time on the Ray cluster, one core each. 0 = in this process."""
 
 
-GateMetric = Literal[
+GATE_METRICS = (
     "frechet",
     "kernel",
     "precision",
@@ -215,10 +215,10 @@ GateMetric = Literal[
     "membership_auc",
     "evaluations_per_image",
     "images_per_device_second",
-]
-"""Metrics that the gate can compare."""
+)
+"""Our metrics that the gate can compare. Those of other packages have the names of their entry points."""
 MEMBERSHIP = "membership_auc"
-COST_METRICS: dict[GateMetric, Literal["lower", "higher"]] = {
+COST_METRICS: dict[str, Literal["lower", "higher"]] = {
     "evaluations_per_image": "lower",
     "images_per_device_second": "higher",
 }
@@ -241,7 +241,7 @@ class Rule(Settings):
     """Accepted loss, in the unit of the metric."""
 
 
-def _default_rules() -> dict[GateMetric, Rule]:
+def _default_rules() -> dict[str, Rule]:
     return {
         "frechet": Rule(better="lower", must="improve"),
         "class_accuracy": Rule(better="higher", tolerance=0.01),
@@ -270,10 +270,11 @@ class GateConfig(Settings):
 
     evaluate: EvaluateConfig
     """How samples are evaluated."""
-    rules: dict[GateMetric, Rule] = Field(default_factory=_default_rules)
+    rules: dict[str, Rule] = Field(default_factory=_default_rules)
     """Rules by metric: frechet, kernel, precision, recall, near_copies, class_accuracy, inception_score; of privacy:
-    membership_auc, which needs evaluate.membership; and of cost: evaluations_per_image, images_per_device_second. A
-    rule for a metric that the models do not have, such as the accuracy of a model without classes, is skipped."""
+    membership_auc, which needs evaluate.membership; of cost: evaluations_per_image, images_per_device_second; and those
+    of other packages that evaluate.metrics names. A rule for a metric that the models do not have, such as the accuracy
+    of a model without classes, is skipped."""
     baseline: BaselineConfig | None = None
     """Another model to compare the challenger with, or another sampler for the champion. None = the champion, with
     `sampler`."""
@@ -294,6 +295,16 @@ class GateConfig(Settings):
     def names_baseline(self) -> bool:
         """Whether the gate compares with a model that it names, and so can judge the first version of a name."""
         return self.baseline is not None and self.baseline.model is not None
+
+    @model_validator(mode="after")
+    def _knows_metrics(self) -> Self:
+        known = [*GATE_METRICS, *(metric.kind for metric in self.evaluate.metrics)]
+        for name in self.rules:
+            if name not in known:
+                raise ValueError(
+                    f"rules.{name}: unknown; known are {', '.join(known)}, and what evaluate.metrics names"
+                )
+        return self
 
     @model_validator(mode="after")
     def _can_measure_membership(self) -> Self:

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddpm_pipeline.config.evaluation import EvaluateConfig
+from ddpm_pipeline.config.evaluation import EvaluateConfig, MetricConfig
 from ddpm_pipeline.diffusion.noise import Stream, randint
+from ddpm_pipeline.evaluate.metrics import measure_by_plugin
 from ddpm_pipeline.features.distances import (
     Array,
     GaussianMoments,
@@ -72,7 +73,7 @@ def statistics(samples: FeatureSet, real: FeatureSet, config: EvaluateConfig) ->
         out["inception_score"] = _inception_score(samples.logits)
     if samples.logits is not None and samples.labels is not None:
         out["class_accuracy"] = _share(samples.logits.argmax(1) == samples.labels)
-    return out
+    return out | {metric.kind: _of_plugin(metric, samples, real) for metric in config.metrics}
 
 
 def draws(count: int, resamples: int, seed: int) -> Iterator[Array]:
@@ -90,6 +91,16 @@ def weighted_moments(vectors: Array, weights: Array) -> GaussianMoments:
     mean = weights @ vectors / total
     centered = vectors - mean
     return GaussianMoments(int(total), mean, (centered * weights[:, None]).T @ centered / (total - 1))
+
+
+def _of_plugin(metric: MetricConfig, samples: FeatureSet, real: FeatureSet) -> Statistic:
+    """Another package's metric knows no weights: it gets each sample as often as it was drawn."""
+
+    def statistic(weights: Array) -> float:
+        rows = np.repeat(np.arange(len(samples)), weights.astype(np.int64))
+        return measure_by_plugin(metric, samples.part(rows), real)
+
+    return statistic
 
 
 def _share(hits: npt.NDArray[np.bool_]) -> Statistic:

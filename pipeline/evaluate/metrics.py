@@ -64,9 +64,14 @@ class MeasureMetric(Protocol):
     def __call__(self, samples: FeatureSet, reference: FeatureSet, settings: Any, /) -> float: ...
 
 
-def _of_plugin(metric: MetricConfig, samples: FeatureSet, reference: FeatureSet) -> Metric:
+def measure_by_plugin(metric: MetricConfig, samples: FeatureSet, reference: FeatureSet) -> float:
+    """The value of another package's metric. UserError where the package is missing, or is another version."""
     measure: MeasureMetric = require_plugin(metric, "evaluate.metrics").plugin.load()
-    value = float(measure(samples, reference, metric.options))
+    return float(measure(samples, reference, metric.options))
+
+
+def _of_plugin(metric: MetricConfig, samples: FeatureSet, reference: FeatureSet) -> Metric:
+    value = measure_by_plugin(metric, samples, reference)
     return Metric(value=value, n=len(samples), n_reference=len(reference))
 
 

@@ -1,4 +1,4 @@
-"""CPU, memory and GPU readings of a node, logged through the spool."""
+"""Processor, memory, disk, network and GPU readings of a node, logged through the spool."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import psutil
 
 from ddpm_pipeline.tracking.spool import Spool
 
 if TYPE_CHECKING:
+    from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+
     from ddpm_pipeline.devices.nvml import Gpu
 
 log = logging.getLogger(__name__)
@@ -50,28 +52,36 @@ class SystemSampler:
         self._thread.join(5.0)
 
     def _read_until_closed(self) -> None:
-        process = psutil.Process()
+        process, monitors = psutil.Process(), _monitors()
         psutil.cpu_percent()  # the first call only starts the interval that the next one measures
         process.cpu_percent()
         while not self._stop.wait(self._interval):
             try:
-                self._spool.metrics(int(time.time() - self._started), self._readings(process))
+                self._spool.metrics(int(time.time() - self._started), self._readings(process, monitors))
             except psutil.Error as error:
                 log.warning("system metrics of %s: one reading failed (%s)", self._node, error)
 
-    def _readings(self, process: psutil.Process) -> dict[str, float]:
-        memory = psutil.virtual_memory()
-        prefix = f"system/{self._node}"
-        return {
-            f"{prefix}/cpu_utilization_percentage": psutil.cpu_percent(),
-            f"{prefix}/process_cpu_percentage": process.cpu_percent(),
-            f"{prefix}/system_memory_usage_percentage": memory.percent,
-            f"{prefix}/process_memory_megabytes": process.memory_info().rss / 1e6,
-        } | {
-            f"{prefix}/gpu_{number}_{name}": value
-            for number, gpu in enumerate(self._gpus)
-            for name, value in gpu_metrics(gpu).items()
-        }
+    def _readings(self, process: psutil.Process, monitors: Sequence[BaseMetricsMonitor]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for monitor in monitors:
+            monitor.collect_metrics()
+            found |= cast(dict[str, float], monitor.aggregate_metrics())
+            monitor.clear_metrics()
+        found["process_cpu_percentage"] = process.cpu_percent()
+        found["process_memory_megabytes"] = process.memory_info().rss / 1e6
+        for number, gpu in enumerate(self._gpus):
+            found |= {f"gpu_{number}_{name}": value for name, value in gpu_metrics(gpu).items()}
+        return {f"system/{self._node}/{name}": value for name, value in found.items()}
+
+
+def _monitors() -> list[BaseMetricsMonitor]:
+    """MLflow's own, of processor, memory, disk and network. Its monitor of GPUs reads all of a node, and no part of
+    one, so ours are read by `devices.nvml`."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    return [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
 
 
 def gpu_metrics(gpu: Gpu) -> dict[str, float]:

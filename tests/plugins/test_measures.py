@@ -1,16 +1,18 @@
 """Feature networks, metrics and run loggers of another package."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ddpm_pipeline.config.data import PackConfig
-from ddpm_pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig
+from ddpm_pipeline.config.evaluation import EvaluateConfig, FeatureNetworkConfig, GateConfig
 from ddpm_pipeline.config.tracking import MirrorConfig
 from ddpm_pipeline.data.index import load_index
 from ddpm_pipeline.data.packing.pack_dataset import pack
 from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.evaluate.gate import apply_rules
 from ddpm_pipeline.evaluate.metrics import compute_metrics
 from ddpm_pipeline.features.networks import open_network
 from ddpm_pipeline.features.reference_set import load_reference
@@ -38,6 +40,30 @@ def test_its_features_and_metric_are_measured(install: Install, tmp_path: Path) 
     metric = compute_metrics(other, one, config)["brightness"]
     assert metric.n == 40
     assert metric.value == pytest.approx(float(np.mean(other.vectors) - np.mean(one.vectors)))
+
+
+def test_the_gate_judges_its_metric_with_a_confidence_interval(install: Install, tmp_path: Path) -> None:
+    network = MEANS({"kind": "means", "settings": {"cells": 4}})
+    real = load_reference(load_index(packed(tmp_path, 40)), network, 16)
+    brighter = replace(real, vectors=real.vectors + np.linspace(0, 20, len(real), dtype=np.float32)[:, None])
+    evaluate = {"reference": "r", "network": network, "metrics": ["brightness"]}
+    rules = {"brightness": {"better": "lower", "must": "improve"}}
+    config = GateConfig.model_validate({"evaluate": evaluate, "rules": rules, "count": 40})
+    judgement = apply_rules(real, brighter, real, config)["brightness"]
+    assert judgement.champion == pytest.approx(10, rel=1e-3)
+    assert judgement.challenger == pytest.approx(0, abs=1e-3)
+    low, high = judgement.improvement_interval
+    assert 6 < low < 10 < high < 14
+    assert judgement.passed
+
+
+def test_a_rule_for_a_metric_that_nobody_measures_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"rules\.brightness: unknown; known are frechet, .*, and what evaluate.metrics"
+    ):
+        GateConfig.model_validate(
+            {"evaluate": {"reference": "r"}, "rules": {"brightness": {"better": "lower"}}}
+        )
 
 
 def test_another_version_or_setting_is_another_feature_network(install: Install) -> None:

@@ -43,8 +43,14 @@ def test_load_and_memory_of_the_node_go_to_a_spool_even_while_mlflow_is_away(spo
         for name in (
             "cpu_utilization_percentage",
             "process_cpu_percentage",
-            "system_memory_usage_percentage",
             "process_memory_megabytes",
+            "system_memory_usage_percentage",
+            "system_memory_usage_megabytes",
+            "disk_usage_percentage",
+            "disk_usage_megabytes",
+            "disk_available_megabytes",
+            "network_receive_megabytes",
+            "network_transmit_megabytes",
         )
     }
     assert 0 < read["system/node1/system_memory_usage_percentage"] <= 100
