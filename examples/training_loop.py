@@ -31,7 +31,7 @@ pack(PackConfig(source="digits", dest=uri, channels=1))  # scikit-learn's digits
 def losses(net: torch.nn.Module, average: ConstantEMA, schedule: NoiseSchedule, seed: int) -> Iterator[float]:
     """Train without end on the digits; the loss of each step."""
     loader = Loader(DataConfig(uri=uri), load_index(uri), seed, global_batch=32)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     for batch in loader.batches(0, 1_000_000):
         x0, names = from_uint8(batch.images), batch.positions
         t = randint(seed, Stream.TRAIN_TIMESTEP, names, schedule.T)
@@ -46,8 +46,8 @@ def losses(net: torch.nn.Module, average: ConstantEMA, schedule: NoiseSchedule, 
 
 # %%
 torch.manual_seed(0)  # for the first weights
-gray = {"in_channels": 1, "out_channels": 1, "attention_resolutions": ()}
-net = UNet(UNetConfig(image_size=8, base_channels=32, multipliers=(1, 2), num_res_blocks=1, **gray))
+gray = {"in_channels": 1, "out_channels": 1, "attention_resolutions": (), "norm_groups": 8}
+net = UNet(UNetConfig(image_size=8, base_channels=16, multipliers=(1, 2), num_res_blocks=1, **gray))
 average, schedule, history = ConstantEMA(net), NoiseSchedule.cosine(), list[float]()
 for step, loss in enumerate(losses(net, average, schedule, seed=0), 1):
     history.append(loss)

@@ -17,6 +17,7 @@ from ddpm_pipeline.infra.local import LocalStack
 from ddpm_pipeline.jobs.runner import JobArguments
 from ddpm_pipeline.tracking import resolve, set_alias, versions
 from tests.commands import ddpm
+from tests.effort import is_long
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
@@ -28,12 +29,13 @@ def preset(stack: LocalStack, prefix: str, tmp_path: Path, monkeypatch: pytest.M
     pack(PackConfig(source="digits", dest=f"{prefix}/data", channels=1), lambda done, total: None)
     file = tmp_path / "small.yaml"
     net = {
-        "base_channels": 16,
+        "base_channels": 16 if is_long() else 8,
         "multipliers": [1, 2],
         "num_res_blocks": 1,
         "attention_resolutions": [],
         "norm_groups": 8,
     }
+    count = 300 if is_long() else 200
     content = {
         "base": "digits",
         "train": {
@@ -41,14 +43,14 @@ def preset(stack: LocalStack, prefix: str, tmp_path: Path, monkeypatch: pytest.M
             "runs": f"{prefix}/runs",
             "data": {"uri": f"{prefix}/data"},
             "net": net,
-            "global_batch": 64,
+            "global_batch": 64 if is_long() else 32,
             "optimizer": {"lr": 2e-3, "warmup_steps": 20},
             "ema": {"decay": 0.98},
             "grid": {"count": 10},
             "workers": {"num_workers": 1},
         },
-        "features": {"data": f"{prefix}/data", "steps": 200, "channels": 16, "min_accuracy": 0.9},
-        "promote": {"model": "gated", "gate": {"evaluate": {"reference": f"{prefix}/data"}, "count": 300}},
+        "features": {"data": f"{prefix}/data", "steps": 100, "channels": 16, "min_accuracy": 0.9},
+        "promote": {"model": "gated", "gate": {"evaluate": {"reference": f"{prefix}/data"}, "count": count}},
     }
     file.write_text(yaml.safe_dump(content))
     return file
@@ -112,7 +114,7 @@ def test_a_training_ends_with_the_gate(preset: Path, capsys: pytest.CaptureFixtu
     train(preset, 40)
     assert "gate     not run: network.uri" in capsys.readouterr().out
     assert ddpm_pipeline.jobs.features.run_call(JobArguments(files=(preset,))) == 0
-    train(preset, 200)
+    train(preset, 120)
     assert "gate     promoted" in capsys.readouterr().out
     assert resolve("judged@champion").version == 3
     assert ddpm("rollback", "judged") == 0

@@ -58,9 +58,9 @@ def test_a_cluster_packs_the_same_bytes_as_one_machine(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = folder(tmp_path / "pictures", {"cat": 70, "dog": 90})
+    source = folder(tmp_path / "pictures", {"cat": 12, "dog": 18})
     config = PackConfig(source=str(source), dest=f"{prefix}/far", shard_size=10, held_out=0.2)
-    monkeypatch.setattr(pack_job, "ENOUGH_IMAGES", 100)
+    monkeypatch.setattr(pack_job, "ENOUGH_IMAGES", 20)
     assert pack_job.pack_images(config, quiet) == 0
     assert "worker processes" in capsys.readouterr().out
     monkeypatch.delenv("RAY_ADDRESS")

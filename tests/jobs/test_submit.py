@@ -10,6 +10,7 @@ from ddpm_pipeline.data.index import load_index
 from ddpm_pipeline.data.packing.pack_dataset import pack
 from ddpm_pipeline.infra.local import LocalStack
 from ddpm_pipeline.train.training_plan import plan_training
+from tests.data.making import folder
 from tests.generate.tiny import plan_of, settings, tiny_model
 from tests.train.tiny import tiny
 
@@ -17,16 +18,16 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
 
 
 def test_a_submitted_pack_is_followed_to_its_end_and_its_exit_code_is_that_of_the_job(
-    stack: LocalStack, prefix: str, capfd: pytest.CaptureFixture[str]
+    stack: LocalStack, prefix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from ddpm_pipeline.jobs.submit import submit
 
-    config = PackConfig(source="digits", dest=f"{prefix}/data", channels=1)
+    config = PackConfig(source=str(folder(tmp_path, {"cat": 5, "dog": 4})), dest=f"{prefix}/data")
     assert submit("pack", config, detach=True) == 0
     name = capfd.readouterr().out.split()[1]
     assert submit("pack", config) == 0  # the same settings: joins the running job
     assert f"joined   job {name}" in capfd.readouterr().out
-    assert load_index(f"{prefix}/data").num_samples == 1797
+    assert load_index(f"{prefix}/data").num_samples == 9
     assert submit("pack", PackConfig(source=f"{prefix}/absent", dest=f"{prefix}/none", channels=1)) == 2
     assert "/absent" in capfd.readouterr().out
 

@@ -1,6 +1,8 @@
 """What MLflow is told is told to TensorBoard and Trackio too: each step once, whatever dies in between."""
 
 import importlib.util
+import runpy
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -81,8 +83,11 @@ def _fail(*_: object) -> None:
     raise OSError("no space left")
 
 
-def test_a_killed_training_that_goes_on_leaves_no_step_twice(tmp_path: Path) -> None:
-    life = (
+def test_a_killed_training_that_goes_on_leaves_no_step_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life = tmp_path / "life.py"
+    life.write_text(
         "import os, sys; from pathlib import Path; from ddpm_pipeline.config.tracking import MirrorConfig\n"
         "from ddpm_pipeline.tracking.journal import Journal\n"
         "from ddpm_pipeline.tracking.mirror import MirroredRun, MirrorFeed\n"
@@ -96,8 +101,11 @@ def test_a_killed_training_that_goes_on_leaves_no_step_twice(tmp_path: Path) -> 
         "        journal.save_offset = lambda *_: os.kill(os.getpid(), 9)\n"
         "    feed.deliver()\n"
     )
-    for start, kill in ((0, 5), (3, 99)):  # goes on from its last checkpoint, some steps back
-        subprocess.run([sys.executable, "-c", life, str(tmp_path), str(start), str(kill)], check=False)
+    first = subprocess.run([sys.executable, life, str(tmp_path), "0", "5"], check=False)
+    assert first.returncode == -signal.SIGKILL
+    # goes on from its last checkpoint, some steps back
+    monkeypatch.setattr(sys, "argv", [str(life), str(tmp_path), "3", "99"])
+    runpy.run_path(str(life))
     steps = [step for _, step, _ in logged(tmp_path / "events")]
     assert steps == list(range(10))
 

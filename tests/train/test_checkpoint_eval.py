@@ -57,23 +57,23 @@ def test_the_evaluation_is_a_function_of_the_averaged_weights_alone(digits: str,
 
 
 def test_a_fresh_network_that_says_nothing_misses_the_noise_by_its_variance(digits: str, runs: str) -> None:
-    config = tiny(digits, runs)
+    config = tiny(digits, runs, checkpoint={"eval_samples": 256})
     assert evaluated(config, initial_state(config, CPU)) == pytest.approx(1.0, abs=0.02)
 
 
 def test_the_evaluation_falls_while_training_and_is_the_same_after_a_stop(digits: str, runs: str) -> None:
-    config = tiny(digits, f"{runs}/a", steps=48, global_batch=64)
+    config = tiny(digits, f"{runs}/a", steps=32, global_batch=32)
     run_alone(config)
     losses = [loss for loss in records_of(config).values() if loss is not None]
     assert losses == sorted(losses, reverse=True)
-    stopped = tiny(digits, f"{runs}/b", steps=48, global_batch=64)
-    run_alone(stopped, stop_at=29)
+    stopped = tiny(digits, f"{runs}/b", steps=32, global_batch=32)
+    run_alone(stopped, stop_at=19)
     run_alone(stopped)
     kept = records_of(config)
     again = records_of(stopped)
     # the checkpoint of the stop stands between two marks, where an undisturbed training has none
     assert {step: again[step] for step in kept if step in again} == {s: kept[s] for s in kept if s in again}
-    assert again[48] == kept[48]
+    assert again[32] == kept[32]
 
 
 def test_a_checkpoint_of_a_stop_between_two_marks_is_not_ranked(digits: str, runs: str) -> None:

@@ -34,7 +34,8 @@ from tests.train.tiny import tiny
 pytestmark = [pytest.mark.stack, pytest.mark.first, pytest.mark.timeout(900)]
 
 HEALTH_CHECK_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
-STEPS = 800 if is_long() else 280
+STEPS, MARK_STEPS, GRID_STEPS = (800, 40, 240) if is_long() else (160, 20, 120)
+POLL_SECONDS = 0.4  # each look is a listing of the checkpoints
 OUTAGE_SECONDS = 15.0  # longer than the store's own retries, and in all less than a step's time-out
 
 
@@ -110,8 +111,8 @@ def config_of(uri: str, prefix: str, name: str, **changes: object) -> TrainConfi
         "name": name,
         "steps": STEPS,
         "log_every_steps": 20,
-        "checkpoint": {"every_steps": 40},
-        "grid": {"every_steps": 240, "count": 10, "sampler": {"kind": "ddim", "num_steps": 2}},
+        "checkpoint": {"every_steps": MARK_STEPS, "eval_samples": 32},
+        "grid": {"every_steps": GRID_STEPS, "count": 10, "sampler": {"kind": "ddim", "num_steps": 2}},
         "workers": {"num_workers": 2},
         "track": {"experiment": f"tests-{name}", "send_interval_seconds": 0.2},
     }
@@ -155,7 +156,7 @@ class Job(Driver):
         while not condition():
             assert self.process.poll() is None, self.said[-5000:]
             assert time.monotonic() < deadline, self.said[-5000:]
-            time.sleep(0.1)
+            time.sleep(POLL_SECONDS)
 
     def ends(self, code: int = 0) -> str:
         assert self.process.wait(200) == code, self.said[-5000:]

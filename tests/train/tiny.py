@@ -29,7 +29,7 @@ def tiny(data: str, runs: str, /, **changes: object) -> TrainConfig:
         "global_batch": 14,
         "steps": 24,
         "log_every_steps": 4,
-        "checkpoint": {"every_steps": 8},
+        "checkpoint": {"every_steps": 8, "eval_samples": 64},
         "grid": {"every_steps": 100, "count": 10, "sampler": {"kind": "ddim", "num_steps": 2}},
     }
     return TrainConfig.model_validate(settings | changes)
