@@ -10,7 +10,6 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ddpm_pipeline.config.net import NetConfig, UNetConfig
+from ddpm_pipeline.config.net import NetConfig
 from ddpm_pipeline.config.training import TrainConfig, WorkerConfig
 from ddpm_pipeline.devices import is_out_of_memory
 from ddpm_pipeline.errors import UserError
@@ -37,6 +36,8 @@ MACHINE_SHARE = 0.5
 """Of a machine's memory; the rest is for the system, caches, loader processes and Ray's object store."""
 OVERHEAD = 1.5
 """Peak memory of a pass relative to what it saves for the backward pass: gradients of activations, workspaces."""
+_saved: dict[tuple[str, Precision], int] = {}
+"""What `activation_bytes` has counted, by the network's digest and precision."""
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -90,13 +91,10 @@ def activation_bytes(net: NetConfig, precision: Precision) -> int:
 
     Attention counts as if it saved its matrix, which fused kernels do not: 8% too much for DDPM's CIFAR-10 network.
     """
-    return _of_unet(net, precision) if isinstance(net, UNetConfig) else _saved_bytes(net, precision)
-
-
-@lru_cache(maxsize=16)
-def _of_unet(net: UNetConfig, precision: Precision) -> int:
-    """Counted once in a process, which may train the same network several times."""
-    return _saved_bytes(net, precision)
+    key = (net.digest(), precision)
+    if key not in _saved:  # a process may train the same network several times
+        _saved[key] = _saved_bytes(net, precision)
+    return _saved[key]
 
 
 def _saved_bytes(net: NetConfig, precision: Precision) -> int:
