@@ -21,16 +21,16 @@ from ddpm_pipeline.store import open_store
 from tests.data.making import batches, by_position, digits, random_image, small_set
 
 
-def test_every_world_size_sees_the_same_samples(any_uri: str) -> None:
-    index = small_set(any_uri)
+def test_every_world_size_sees_the_same_samples(either_uri: str) -> None:
+    index = small_set(either_uri)
     one = by_position(batches(index, 3, 20, flip=True, crop=6))
     assert sorted(one) == list(range(3 * 7, 20 * 7))
     for world in range(2, 6):
         assert by_position(batches(index, 3, 20, world=world, flip=True, crop=6)) == one
 
 
-def test_every_number_of_loader_processes_gives_the_same_batches(any_uri: str) -> None:
-    index = small_set(any_uri)
+def test_every_number_of_loader_processes_gives_the_same_batches(either_uri: str) -> None:
+    index = small_set(either_uri)
     one = by_position(batches(index, 0, 12, flip=True))
     for workers in range(1, 4):
         assert by_position(batches(index, 0, 12, flip=True, num_workers=workers)) == one
