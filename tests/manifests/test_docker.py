@@ -171,6 +171,12 @@ def test_mlflow_stands_behind_its_users_and_knows_its_own_names() -> None:
     assert SERVICES["ray"]["environment"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
 
 
+def test_the_database_is_opened_with_the_driver_that_the_image_has() -> None:
+    """SQLAlchemy's default is another one since 2.1."""
+    assert "--backend-store-uri postgresql+psycopg2://" in SERVICES["mlflow"]["command"][-1]
+    assert "\npsycopg2-binary==" in (DOCKER / "mlflow.lock").read_text()
+
+
 def test_who_runs_jobs_or_answers_people_holds_no_key_to_everything() -> None:
     keys = {name: set(service.get("secrets", [])) for name, service in SERVICES.items()}
     assert keys["ray"] == {"aws-ray", "mlflow-ray", "ray-token"}
