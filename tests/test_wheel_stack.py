@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ddpm_pipeline
-from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.infra.local import LocalStack, environment
 from ddpm_pipeline.jobs.runner import PROGRAM
 from tests.built_wheel import REPOSITORY, build_wheel
 from tests.driving import ended_after
@@ -25,6 +25,14 @@ SMALL = (
     "grid.every_steps=20",
     "grid.count=4",
 )
+
+PREDICTION = """
+import mlflow
+model = mlflow.pyfunc.load_model("models:/demo@champion")
+images = model.predict({"seed": 3, "count": 2, "class": 5, "steps": 4})
+print(images.shape, images.dtype)
+"""
+"""Of someone who has the model's address and what it declares, and no checkout."""
 
 
 class Installed:
@@ -50,6 +58,18 @@ class Installed:
         )
         assert done.returncode == 0, done.stdout
         return done.stdout
+
+    def python(self, code: str) -> str:
+        """What a program of a user prints, in this environment and on this folder's stack."""
+        stack = environment(self.folder / ".local")
+        return subprocess.run(
+            [str(self.program.with_name("python")), "-c", code],
+            cwd=self.folder,
+            env={**self.environ, **stack},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
 
     def contents(self) -> dict[str, tuple[int, int]]:
         """Every file and folder of site-packages, with its size and its time of change."""
@@ -104,6 +124,7 @@ def test_from_a_stack_to_verified_samples_in_an_empty_folder_with_packages_that_
     assert "packed: 1797 images" in installed.ddpm("pack", "demo")
     # A driver of the local stack sends its workers nothing: they have the wheel. A submitted job brings the program.
     assert "demo/1" in installed.ddpm("train", "demo", *SMALL)
+    assert installed.python(PREDICTION) == "(2, 8, 8, 1) uint8\n"
     assert "complete" in installed.ddpm(
         "submit", "generate", "demo", "count=40", "shard_size=20", "batch_size=20"
     )
