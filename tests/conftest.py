@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -37,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tell modules of tests how thorough to be: they choose numbers of examples while they are imported."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's background job ignores Ctrl-C, and so would every program that the tests start and interrupt.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ[LONG_VARIABLE] = "1" if config.getoption("--long") else "0"
 
 

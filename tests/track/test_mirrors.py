@@ -107,7 +107,7 @@ def test_a_killed_training_that_goes_on_leaves_no_step_twice(
     monkeypatch.setattr(sys, "argv", [str(life), str(tmp_path), "3", "99"])
     runpy.run_path(str(life))
     steps = [step for _, step, _ in logged(tmp_path / "events")]
-    assert steps == list(range(10))
+    assert sorted(steps) == list(range(10))  # in two files, which may be of one second
 
 
 def test_a_torn_record_ends_its_file_and_hides_no_other(tmp_path: Path) -> None:

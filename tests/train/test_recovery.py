@@ -167,6 +167,7 @@ class Job(Driver):
         return {process.pid for process in ray_workers(self._cluster, "RayTrainWorker")}
 
     def kill_a_worker(self, chance: random.Random) -> None:
+        self.wait_until(lambda: bool(self.workers()))
         chance.choice(ray_workers(self._cluster, "RayTrainWorker")).kill()
 
     def kill_the_driver(self) -> None:
@@ -178,7 +179,9 @@ class Job(Driver):
         assert state is not None
         kill(state.services["ray"].identity)
         assert self.process.wait(120) == 1, self.said[-5000:]
-        assert "failed: the Ray cluster was lost while training" in self.said
+        # the second where the head dies while the job joins the cluster, for the first time or after a lost group
+        reasons = ("failed: the Ray cluster was lost while training", "failed: Ray's dashboard at")
+        assert any(reason in self.said for reason in reasons), self.said[-5000:]
 
 
 def ema_of(plan: TrainPlan) -> dict[str, torch.Tensor]:
