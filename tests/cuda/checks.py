@@ -143,7 +143,7 @@ def too_many_skipped_steps_are_named_as_on_the_cpu() -> None:
 def a_training_waits_at_points_only_and_goes_on_in_the_same_bits_after_a_stop() -> None:
     with tempfile.TemporaryDirectory() as folder, simulated_device():
         data = (Path(folder) / "data").as_uri()
-        pack(PackConfig(source="digits", dest=data, channels=1, shard_size=300), None)
+        pack(PackConfig(source="digits", dest=data, channels=1, shard_size=300, held_out=0.7), None)
         counts.reset()
         whole = _run_alone(data, Path(folder) / "a")
         in_steps = [site for site in counts.waits if "loop.py" in site and "session.py" not in site]

@@ -54,6 +54,7 @@ def test_the_training_loop_learns_and_repeats_itself_to_the_last_bit(
     assert [next(again) for _ in range(3)] == history[:3]
 
 
+@pytest.mark.long
 def test_a_network_of_ones_own_learns_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run("own_network.py", tmp_path, monkeypatch)
     history, images = found["history"], found["images"]

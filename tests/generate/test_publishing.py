@@ -221,6 +221,7 @@ print(result.status, result.reason)
 """
 
 
+@pytest.mark.long
 def test_a_stopped_process_that_goes_on_gives_way_to_what_was_published_meanwhile(
     configs: dict[int, GenerateConfig], at_once: dict[int, dict[str, bytes]], tmp_path: Path
 ) -> None:

@@ -51,9 +51,9 @@ def names() -> Iterator[tuple[Tensor, int, int, int]]:
 
 
 def check_normals() -> None:
-    most = 3072 if is_long() else 512
-    counts = (1, 2, 3, 4, 5, 75, 192, 1024, 1025, most)
-    for (index, key0, key1, step), count in zip(names(), counts, strict=True):
+    counts = (1, 2, 3, 4, 5, 75, 192, 1024, 1025, 3072 if is_long() else 512)
+    cases = list(zip(names(), counts, strict=True))
+    for (index, key0, key1, step), count in cases if is_long() else cases[1::2]:
         wanted = noise._normal(index, None, key0, key1, step, count)
         mine = launch_normal(index, None, key0, key1, step, count)
         assert torch.equal(mine.view(torch.int32), wanted.view(torch.int32)), (index, step, count)

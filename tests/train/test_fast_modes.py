@@ -124,6 +124,7 @@ def test_a_training_in_bfloat16_learns_and_goes_on_in_the_same_bits(digits: str,
     assert whole["net/stem.weight"].dtype == torch.float32
 
 
+@pytest.mark.long
 def test_a_training_whose_micro_batches_come_out_uneven_compiles_one_graph(
     digits: str, runs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
