@@ -14,7 +14,6 @@ from ddpm_pipeline.data.index import load_index
 from ddpm_pipeline.data.reading.loader import Loader
 from tests.data.making import digits
 from tests.effort import long
-from tests.train.group import FOR_EVERY_RANK
 
 BATCH = 7
 STEPS = 1797 // BATCH + 2  # past the end of the epoch, which lies inside a batch
@@ -55,7 +54,7 @@ def test_several_ranks_train_on_1797_samples_with_batch_7_to_the_end_and_as_one_
 ) -> None:
     digits(uri)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*FOR_EVERY_RANK, "tests.data.test_ddp"])
+    context.set_forkserver_preload(["tests.data.test_ddp"])
     answers: SimpleQueue[tuple[int, list[float]]] = context.SimpleQueue()
     meeting = (tmp_path / "meeting").as_uri()
     ranks = [

@@ -23,8 +23,6 @@ from ddpm_pipeline.train.training_plan import plan_training
 from ddpm_pipeline.train.worker import TrainTask, WorkerContext, train_worker
 
 CPU = torch.device("cpu")
-FOR_EVERY_RANK = ["ddpm_pipeline.train.worker", "torch._dynamo"]
-"""Modules that ranks need, imported once by the process they are forked from; optimizers and DDP import the second."""
 PATIENCE_SECONDS = 100
 """After which a rank that has not ended is killed; an exchange between ranks is given up only later."""
 
@@ -58,7 +56,7 @@ def run_group(
     notes = folder / uuid.uuid4().hex[:8]
     notes.mkdir()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(FOR_EVERY_RANK)
+    context.set_forkserver_preload(["ddpm_pipeline.train.worker"])
     members = [
         context.Process(
             target=_member,
