@@ -69,7 +69,7 @@ class CapturedGradients:
     def _capture(self, batch: Batch, passes: Passes) -> None:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._device)
-        inputs = batch.map(torch.clone)
+        inputs = batch.map(lambda tensor: tensor.to(self._device, copy=True))
         work = capture(
             lambda: passes(inputs),
             self._device,

@@ -50,7 +50,7 @@ from ddpm_pipeline.store import open_store
 from ddpm_pipeline.train.captured_gradients import CapturedGradients
 from ddpm_pipeline.train.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
 from ddpm_pipeline.train.device_batches import device_batches
-from ddpm_pipeline.train.loop import NonFiniteError, Trainer
+from ddpm_pipeline.train.loop import NonFiniteError, Trainer, find_gradients
 from ddpm_pipeline.train.state import TrainState, initial_state
 from ddpm_pipeline.train.step_metrics import StepMetrics
 from ddpm_pipeline.train.training_plan import plan_training
@@ -92,6 +92,20 @@ def a_training_by_a_cuda_graph_has_the_bits_of_one_without() -> None:
             eager, replayed = totals[2] - totals[1], totals[5] - totals[4]
             assert replayed < 40 < eager / 10, (eager, replayed)
             _require_equal(expected, found)
+
+
+def passes_of_batches_on_the_host_are_captured_too() -> None:
+    """A dry run's are."""
+    with simulated_device():
+        trainer, state, _ = _begun(GPU)
+        captured = CapturedGradients(state.net, GPU)
+        trainer = replace(trainer, captured=captured)
+        for batch in _batches(5):
+            losses = find_gradients(trainer, batch)
+            state.optimizer.zero_grad()
+        assert captured.is_captured
+        expected = find_gradients(replace(trainer, captured=None), batch)
+        assert torch.equal(_on_host(losses[0][0]), _on_host(expected[0][0]))
 
 
 def a_training_gives_up_its_graph_where_memory_is_short_and_captures_another() -> None:
