@@ -87,6 +87,18 @@ def put_between(page: Path, start: str, end: str, text: str) -> None:
     page.write_text(f"{head}{start}\n{text}\n{end}{tail}")
 
 
+def parser_of(name: str, description: str | None, parts: Sequence[str]) -> argparse.ArgumentParser:
+    """Of `python -m benchmarks.NAME`, which measures `parts` beside peers: --parts and --peers."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--peers", type=Path, help="folder made by: python -m benchmarks.trainers FOLDER")
+    return parser
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """--json and --out, the same for every benchmark."""
     parser.add_argument("--json", action="store_true", help="print one JSON object of named numbers")

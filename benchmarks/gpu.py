@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import Seconds, add_output_options, machine, publish, ratio_of, take_turns
+from benchmarks.common import Seconds, add_output_options, machine, parser_of, publish, ratio_of, take_turns
 from benchmarks.generate import diffusers_sampling, save_random_model, shard_maker
 from benchmarks.trainers import (
     Contender,
@@ -78,13 +78,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 
 def main() -> int:
     """Run the parts asked for and publish their numbers."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--peers", type=Path, help="folder made by: python -m benchmarks.trainers FOLDER")
+    parser = parser_of("gpu", __doc__, PARTS)
     parser.add_argument("--batch", type=int, default=128, help="images in a training step")
     parser.add_argument("--steps", type=int, default=10, help="training steps in a turn")
     parser.add_argument("--sampled", type=int, default=500, help="images in a batch of a generation")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import Seconds, add_output_options, compare, machine, publish, take_turns
+from benchmarks.common import Seconds, add_output_options, compare, machine, parser_of, publish, take_turns
 from benchmarks.launchers import measure_launchers
 from benchmarks.trainers import (
     Contender,
@@ -40,13 +40,7 @@ NUM_IMAGES = 512
 
 def main() -> int:
     """Run the parts asked for and publish their numbers."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--peers", type=Path, help="folder made by: python -m benchmarks.trainers FOLDER")
+    parser = parser_of("train", __doc__, PARTS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=12)
