@@ -1,6 +1,7 @@
 """MLflow on PostgreSQL, as a team runs it: both servers are killed while a training logs to them."""
 
 import importlib.util
+import json
 import os
 import pwd
 import signal
@@ -15,11 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
 from ddpm_pipeline.infra.tracking.access import user_line
 from ddpm_pipeline.infra.tracking.app import USERS_VARIABLE
 from ddpm_pipeline.jobs.runner import PROGRAM
+from tests.train.tiny import tiny
 
 PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 PASSWORD = "a long password of a test"
@@ -152,33 +155,20 @@ def mlflow(database: PostgreSQL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def settings(folder: Path) -> Path:
-    tree = {
-        "pack": {"source": "digits", "dest": f"file://{folder}/data", "channels": 1, "shard_size": 600},
-        "train": {
-            "name": "tiny",
-            "runs": f"file://{folder}/runs",
-            "data": {"uri": f"file://{folder}/data"},
-            "net": {
-                "image_size": 8,
-                "in_channels": 1,
-                "out_channels": 1,
-                "base_channels": 8,
-                "multipliers": [1],
-                "num_res_blocks": 1,
-                "attention_resolutions": [],
-                "norm_groups": 4,
-            },
-            "schedule": {"kind": "cosine", "num_steps": 50},
-            "global_batch": 16,
-            "steps": STEPS,
-            "log_every_steps": WINDOW,
-            "checkpoint": {"every_steps": 500},
-            "grid": {"every_steps": 1000, "count": 4, "sampler": {"kind": "ddim", "num_steps": 2}},
-        },
-    }
-    (folder / "runs").mkdir()
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    """Of a training on the digits, which are packed here."""
+    data, runs = f"file://{folder}/data", folder / "runs"
+    pack(PackConfig(source="digits", dest=data, channels=1, shard_size=600), None)
+    runs.mkdir()
+    training = tiny(
+        data,
+        runs.as_uri(),
+        steps=STEPS,
+        log_every_steps=WINDOW,
+        checkpoint={"every_steps": 500},
+        grid={"every_steps": 1000, "count": 4, "sampler": {"kind": "ddim", "num_steps": 2}},
+    )
+    path = folder / "tiny.json"
+    path.write_text(json.dumps({"train": training.model_dump(mode="json", exclude_unset=True)}))
     return path
 
 
@@ -188,7 +178,6 @@ def test_every_point_is_there_once_and_the_model_is_registered_though_both_serve
     from mlflow import MlflowClient
 
     given = ["--config", str(settings(tmp_path))]
-    subprocess.run([sys.executable, *PROGRAM, "pack", *given], check=True, stdout=subprocess.DEVNULL)
     client = MlflowClient(mlflow.clients["MLFLOW_TRACKING_URI"])
 
     def steps() -> list[int]:
