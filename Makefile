@@ -51,6 +51,9 @@ else
 	@$(MAKE) --no-print-directory --jobs=3 --output-sync=line test-stack test-fast lint NICE='nice -n 15'
 endif
 
+# The tests start Python hundreds of times, which takes longer where nothing compiled is kept.
+test test-fast test-stack: export PYTHONDONTWRITEBYTECODE =
+
 test-fast: install-dev ## the tests that need no servers (LONG=1: all of them)
 	$(NICE) $(BIN)/pytest -m 'not stack' --numprocesses logical --maxprocesses 4 --dist worksteal $(if $(LONG),--long)
 
