@@ -12,7 +12,7 @@ from ddpm_pipeline.config.diffusion import SamplerConfig
 from ddpm_pipeline.config.evaluation import FeatureNetworkConfig
 from ddpm_pipeline.config.tracking import TrackConfig, filed_under
 
-ClassChoice = Literal["auto", "balanced"] | list[int | str] | dict[int | str, float] | None
+ClassChoice = Literal["auto", "balanced", "data"] | list[int | str] | dict[int | str, float] | None
 
 
 def check_plan(first_index: int, count: int, shard_size: int, batch_size: int) -> None:
@@ -44,8 +44,8 @@ class GuardConfig(Settings):
     max_saturated_fraction: float = Field(default=0.5, ge=0, le=1)
     """Largest fraction of images whose values are all 0 or 255."""
     max_mean_drift: float = Field(default=0.75, gt=0)
-    """Largest distance of a channel's mean from the training data's, in the training data's standard
-    deviations. Checked if the model's card has those statistics and the generation has all classes evenly."""
+    """Largest distance of a channel's mean from the training data's, in the training data's standard deviations.
+    Checked if the model's card has those statistics and classes are even or as in the training data."""
 
 
 class SpecSettings(Settings):
@@ -63,8 +63,9 @@ class SpecSettings(Settings):
     """Index of the first image; a second prefix can continue where another ended."""
     classes: ClassChoice = "auto"
     """Classes of the images. `balanced`: every class in turn; a list of labels or names: those in turn; a
-    mapping from label or name to weight: drawn at random by (seed, index); None: sampling without classes.
-    `auto` is balanced for a network with classes and None for one without."""
+    mapping from label or name to weight: drawn at random by (seed, index); `data`: drawn so, each class as often as it
+    occurs in the training data; None: sampling without classes. `auto` is balanced for a network with classes and None
+    for one without."""
     sampler: SamplerConfig = SamplerConfig()
     """The reverse process: kind, steps, guidance."""
     image_format: Literal["png", "webp", "npy"] = "png"

@@ -34,6 +34,11 @@ class TrainingData(Settings):
     channel_std: _Levels | None = None
     """Standard deviation of each channel over the training set, in uint8 levels; None: not measured."""
 
+    class_counts: Annotated[tuple[Count, ...], Field(max_length=MAX_CLASSES)] | None = Field(
+        default=None, exclude_if=lambda counts: counts is None
+    )
+    """Training images of each class; None without classes, and in cards of versions that did not count them."""
+
 
 class WeightsInfo(Settings):
     """Which weights of a training run lie in `model.safetensors`."""

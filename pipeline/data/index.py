@@ -336,6 +336,16 @@ def read_table(index: Index, shard: int, store: Store | None = None) -> MemberTa
     return np.frombuffer(data, MEMBER)
 
 
+def label_counts(index: Index) -> tuple[int, ...] | None:
+    """Samples of each class, from the member tables; None without labels. Raises DamageError for a damaged table."""
+    if index.num_classes is None:
+        return None
+    total = np.zeros(index.num_classes, np.int64)
+    for shard in range(len(index.shards)):
+        total += np.bincount(read_table(index, shard)["label"], minlength=index.num_classes)
+    return tuple(total.tolist())
+
+
 def table_hash(table: MemberTable) -> str:
     """SHA-256 of a member table's bytes."""
     return hashlib.sha256(np.ascontiguousarray(table, MEMBER).tobytes()).hexdigest()

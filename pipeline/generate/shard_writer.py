@@ -28,7 +28,7 @@ from ddpm_pipeline.generate.gpu_meter import GpuMeter
 from ddpm_pipeline.generate.guards import GuardTripped, check_guards
 from ddpm_pipeline.generate.launched_images import LaunchedImages
 from ddpm_pipeline.generate.plan import SampleBatch, Shard, batches
-from ddpm_pipeline.generate.spec import Spec, canonical
+from ddpm_pipeline.generate.spec import Spec, canonical, classes_of_training
 from ddpm_pipeline.generate.stored_generation import Generation
 from ddpm_pipeline.store import ABSENT, ObjectChanged, Store, StoreUnreachable, retry_during_outage
 
@@ -239,8 +239,8 @@ def class_counts(spec: Spec, unit: Shard) -> dict[int, int] | None:
 
 
 def comparable_training_data(spec: Spec, data: TrainingData) -> TrainingData | None:
-    """The training data's statistics, if the generation has all classes evenly or none; else None: not comparable."""
-    uneven = spec.classes is not None and (
-        spec.classes.weights is not None or spec.classes.labels != tuple(range(len(spec.classes.labels)))
-    )
-    return None if uneven else data
+    """The training data's statistics, if the generation has all classes evenly, as often as the data, or none; else
+    None: not comparable."""
+    plan = spec.classes
+    even = plan is None or (plan.weights is None and plan.labels == tuple(range(len(plan.labels))))
+    return data if even or plan == classes_of_training(data) else None

@@ -21,7 +21,7 @@ from ddpm_pipeline.config.device_kind import DeviceKind, Matmul
 from ddpm_pipeline.config.diffusion import SamplerConfig, check_together
 from ddpm_pipeline.config.generation import ClassChoice, SpecSettings, check_plan
 from ddpm_pipeline.config.json_document import parse_document
-from ddpm_pipeline.config.model_card import ModelCard
+from ddpm_pipeline.config.model_card import ModelCard, TrainingData
 from ddpm_pipeline.data.formats.provenance import synthetic_mark
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.generate.layout import SPEC_KEY
@@ -238,6 +238,14 @@ def resolve_classes(choice: ClassChoice, card: ModelCard) -> ClassPlan | None:
         return None
     if known is None:
         raise UserError("classes: the network has no classes; leave the setting out")
+    if choice == "data":
+        plan = classes_of_training(card.data)
+        if plan is None:
+            raise UserError(
+                "classes: the model's card does not count the training images of each class; "
+                'give weights, such as {cat: 2, dog: 1}, or use "balanced"'
+            )
+        return plan
     if isinstance(choice, str):
         return ClassPlan(labels=tuple(range(known)), weights=None)
     if not choice:
@@ -251,6 +259,15 @@ def resolve_classes(choice: ClassChoice, card: ModelCard) -> ClassPlan | None:
         raise UserError("classes: a class is named twice; give each one weight")
     if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
         raise UserError("classes: weights must be finite, not negative, and not all zero; correct them")
+    return ClassPlan(labels=labels, weights=weights)
+
+
+def classes_of_training(data: TrainingData) -> ClassPlan | None:
+    """Each class as often as it occurs in the training data; None if that is not known."""
+    found = [(label, float(count)) for label, count in enumerate(data.class_counts or ()) if count]
+    if not found:
+        return None
+    labels, weights = zip(*found, strict=True)
     return ClassPlan(labels=labels, weights=weights)
 
 

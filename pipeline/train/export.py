@@ -17,6 +17,7 @@ from ddpm_pipeline.config.model_card import (
     WeightsInfo,
 )
 from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.index import label_counts
 from ddpm_pipeline.errors import DamageError
 from ddpm_pipeline.nets.model_files import save_model
 from ddpm_pipeline.store import ObjectMissing
@@ -56,6 +57,7 @@ def _card(plan: TrainPlan, kind: str, step: int, run_id: str | None) -> ModelCar
             digest=index.digest,
             channel_mean=None if index.channel_mean is None else tuple(index.channel_mean),
             channel_std=None if index.channel_std is None else tuple(index.channel_std),
+            class_counts=None if config.net.num_classes is None else label_counts(index),
         ),
         weights=WeightsInfo(kind=kind),
         training=TrainingInfo(

@@ -11,7 +11,7 @@ from ddpm_pipeline.config.diffusion import SamplerConfig
 from ddpm_pipeline.config.distill_job import DistillConfig
 from ddpm_pipeline.config.model_card import ModelCard
 from ddpm_pipeline.config.training import TrainConfig
-from ddpm_pipeline.data.index import load_index
+from ddpm_pipeline.data.index import load_index, read_table
 from ddpm_pipeline.data.reading.loader import Loader
 from ddpm_pipeline.diffusion import NoiseSchedule, sample, to_uint8
 from ddpm_pipeline.distill.plan_distillation import plan_distillation
@@ -125,6 +125,12 @@ def test_the_card_names_teacher_guidance_method_and_steps(student: Path, teacher
     assert info.sampler == SamplerConfig.model_validate(TEACHING)
     assert (info.method, info.steps, info.pairs) == ("consistency distillation", 12, None)
     assert card.data == load_card(teacher).data
+
+
+def test_a_trained_models_card_counts_the_images_of_each_class(teacher: Path, digits: str) -> None:
+    index = load_index(digits)
+    labels = np.concatenate([read_table(index, shard)["label"] for shard in range(len(index.shards))])
+    assert load_card(teacher).data.class_counts == tuple(int((labels == label).sum()) for label in range(10))
 
 
 def test_the_run_page_names_teacher_and_method_within_the_limit_of_its_table(

@@ -9,10 +9,12 @@ from pydantic import ValidationError
 
 from ddpm_pipeline.config.diffusion import SamplerConfig
 from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.config.model_card import TrainingData
 from ddpm_pipeline.errors import DamageError, UserError
 from ddpm_pipeline.generate.layout import SPEC_KEY
 from ddpm_pipeline.generate.model_source import find_model, resolve_model
 from ddpm_pipeline.generate.prefix_spec import check_prefix, raise_count
+from ddpm_pipeline.generate.shard_writer import comparable_training_data
 from ddpm_pipeline.generate.spec import make_spec, pretty, read_spec, resolve_classes, write_spec
 from ddpm_pipeline.generate.stored_generation import Generation
 from ddpm_pipeline.nets.model_files import load_card, load_model
@@ -141,6 +143,26 @@ def test_classes_are_found_by_name_and_by_label(model: Path) -> None:
     auto = resolve_classes("auto", card)
     assert auto == resolve_classes("balanced", card)
     assert resolve_classes("auto", tiny_card(classes=False)) is None
+
+
+def test_classes_as_in_the_data_are_weighted_by_their_numbers_of_training_images(model: Path) -> None:
+    card = tiny_card(data=TrainingData(class_counts=(3, 0, 9)))
+    drawn = resolve_classes("data", card)
+    assert drawn == resolve_classes({0: 3, 2: 9}, card)
+    with pytest.raises(UserError, match="does not count the training images of each class"):
+        resolve_classes("data", load_card(model))
+
+
+def test_guards_compare_with_the_training_data_where_classes_are_as_in_it_or_even(model: Path) -> None:
+    data = TrainingData(class_counts=(3, 0, 9))
+    for classes, is_comparable in (
+        ({0: 3, 2: 9}, True),
+        ("auto", True),
+        ({0: 1, 2: 9}, False),
+        ([0, 2], False),
+    ):
+        spec, _ = plan_of(config(model, classes=classes))
+        assert (comparable_training_data(spec, data) is data) == is_comparable
 
 
 @pytest.mark.parametrize(
