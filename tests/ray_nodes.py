@@ -1,15 +1,19 @@
 """More Ray nodes on this machine, each on a loopback address of its own: what a test can lose like a machine."""
 
+# pyright: reportPrivateUsage=false
+
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_pipeline.errors import UserError
-from ddpm_pipeline.infra.local import LocalStack, ports, processes, ray, service
+from ddpm_pipeline.infra.local import LocalStack, environment, ports, processes, ray, service
 from ddpm_pipeline.infra.local.service import Service
-from ddpm_pipeline.infra.local.stack_state import locked, read_state
+from ddpm_pipeline.infra.local.stack_state import State, locked, read_state
 
 _PREFIX = "ray-node-"
 
@@ -30,16 +34,11 @@ def add_node(stack: LocalStack, num_cpus: int = 1, num_gpus: int = 0) -> Node:
     `num_gpus`: what it declares, whether the machine has them or not.
     """
     with locked(stack.root):
-        state = read_state(stack.root)
-        heads = [one for one in stack._services(state) if one.name == "ray"] if state else []
-        if state is None or not heads or "ray" not in state.services:
-            raise UserError(f"no Ray head of this stack runs under {stack.root}: start it first")
+        state, head = _head(stack)
         number = next(n for n in range(1, 250) if f"{_PREFIX}{n}" not in state.services)
         name, address = f"{_PREFIX}{number}", f"127.0.0.{number + 1}"
         chosen = ports.choose(ray.node_port_names(name), taken=state.ports.values())
-        node = _node_service(
-            stack.root, name, address, {**state.ports, **chosen}, num_cpus, num_gpus, heads[0]
-        )
+        node = _node_service(stack.root, name, address, {**state.ports, **chosen}, num_cpus, num_gpus, head)
         stack._ensure(node, None, None)
         identity = (read_state(stack.root) or state).services[name].identity
         return Node(name, address, identity)
@@ -50,6 +49,29 @@ def remove_node(stack: LocalStack, node: Node, *, suddenly: bool = False) -> Non
     with locked(stack.root):
         (processes.kill if suddenly else processes.end)(node.identity)
         stack._forget(node.name)
+
+
+def give_notice(stack: LocalStack, node: Node, seconds: int) -> None:
+    """Give a node notice, as a cloud does to a spot machine: Ray is told that it will be taken away in `seconds`.
+
+    It stays until then, or until nothing runs there any more; `remove_node` takes it away.
+    """
+    state, head = _head(stack)
+    (node_id,) = _nodes_at(node.address, head)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+    command += [f"--address=127.0.0.1:{state.ports['ray']}", f"--node-id={node_id}"]
+    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot machine"]
+    command += [f"--deadline-remaining-seconds={seconds}"]
+    subprocess.run(command, env=os.environ | environment(stack.root), check=True)
+
+
+def _head(stack: LocalStack) -> tuple[State, Service]:
+    """What runs under the stack's root, and its Ray head."""
+    state = read_state(stack.root)
+    heads = [one for one in stack._services(state) if one.name == "ray"] if state else []
+    if state is None or not heads or "ray" not in state.services:
+        raise UserError(f"no Ray head of this stack runs under {stack.root}: start it first")
+    return state, heads[0]
 
 
 def _node_service(

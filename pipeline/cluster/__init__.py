@@ -1,5 +1,6 @@
 """What jobs ask of a Ray cluster before they place work on it, and how they report Ray's errors."""
 
+from ddpm_pipeline.cluster.draining import draining_nodes
 from ddpm_pipeline.cluster.gpus import (
     GROWS_VARIABLE,
     TYPE_LABEL,
@@ -22,6 +23,7 @@ __all__ = [
     "ask_nodes",
     "cause_of",
     "check_every_gpu",
+    "draining_nodes",
     "grows",
     "reason_line",
     "require_fit_workers",

@@ -28,6 +28,8 @@ class RankMark:
     """The last step that it finished."""
     awaits_data: bool = False
     """Whether it waits for the data of the next one."""
+    node_id: str = ""
+    """Ray's id of its node."""
 
 
 class RankMarker(AbstractContextManager["RankMarker"]):

@@ -10,8 +10,7 @@ import tempfile
 import threading
 import time
 import uuid
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -30,7 +29,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ddpm_pipeline.cluster import cause_of, reason_line
+from ddpm_pipeline.cluster import cause_of, draining_nodes, reason_line
 from ddpm_pipeline.devices.remedies import fact_of, unfit_remedy
 from ddpm_pipeline.errors import DamageError, JobError, UserError
 from ddpm_pipeline.progress import Progress
@@ -61,14 +60,24 @@ HEARTBEAT_SECONDS = 10.0
 """Rank 0 polls the coordinator at least this often while it is alive."""
 
 
+@dataclass(frozen=True)
+class DriverNode:
+    """Where the driver runs."""
+
+    id: str
+    address: str
+
+
 @ray.remote(num_cpus=0)
 class TrainCoordinator:
-    """Ray actor between driver and workers: progress of rank 0, the request to stop, and the fatal error of any rank.
+    """Ray actor between driver and workers: progress of rank 0, requests to stop, and the fatal error of any rank.
 
     Runs on the driver's node and ends with the driver.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, node: DriverNode) -> None:
+        self._node = node
+        self._drained: tuple[str, ...] = ()
         self._last_report: tuple[int, str] | None = None
         self._stop = False
         self._failure: Exception | None = None
@@ -79,6 +88,7 @@ class TrainCoordinator:
     def begin_group(self, world: int) -> None:
         """Rank 0: a new group of this size trains."""
         self._heard.clear()
+        self._drained = ()
         self._world = world
 
     def mark(self, mark: RankMark) -> None:
@@ -94,9 +104,20 @@ class TrainCoordinator:
         self._last_report = (step, note)
 
     def stop_requested(self) -> bool:
-        """Rank 0, every half second: whether to stop."""
+        """Rank 0, every half second: whether to save a checkpoint and end.
+
+        The driver asks for it, or Ray drains a node that the group needs: it will be taken away.
+        """
         self._polled_at = time.monotonic()
-        return self._stop
+        if not self._drained:
+            needed = {self._node.id: self._node.address}
+            needed |= {one.mark.node_id: one.mark.node for one in self._heard.values()}
+            self._drained = tuple(sorted({needed[node] for node in draining_nodes() if node in needed}))
+        return self._stop or bool(self._drained)
+
+    def drained(self) -> tuple[str, ...]:
+        """Driver: addresses of the drained nodes for which the last group was asked to end."""
+        return self._drained
 
     def silence_seconds(self) -> float:
         """Driver: time since rank 0 of any group last polled; infinite before the first poll."""
@@ -126,10 +147,10 @@ def train_on_cluster(task: TrainTask, progress: Progress, stop: threading.Event)
     often than `workers.max_failures` or the cluster is gone. On WorkerGroupStartError the caller should leave the
     cluster, join it again and call this again.
     """
-    node = ray.get_runtime_context().get_node_id()
+    node = DriverNode(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
     coordinator: Any = TrainCoordinator.options(
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-    ).remote()
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)
+    ).remote(node)
     os.environ.setdefault(START_TIMEOUT_VARIABLE, START_TIMEOUT_SECONDS)
     with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as scratch:
         try:
@@ -144,13 +165,14 @@ def train_on_cluster(task: TrainTask, progress: Progress, stop: threading.Event)
 
 
 def _fit(task: TrainTask, coordinator: Any, scratch: str, stop: threading.Event) -> None:
-    """Train to the end, waiting for free resources if need be: a lost node may come back.
+    """Train to the end: with another group where a node is drained, and waiting for free resources if need be.
 
     Raises WorkerGroupStartError where the job should start over.
     """
-    for start in range(1, MAX_STARTS + 1):
+    start = 1
+    while True:
         try:
-            return _run(_trainer(task, coordinator, scratch))
+            step = _run(_trainer(task, coordinator, scratch))
         except ControllerError as error:
             reason = cause_of(error.controller_failure)
             if isinstance(reason, UserError | UnreachableError):
@@ -164,22 +186,41 @@ def _fit(task: TrainTask, coordinator: Any, scratch: str, stop: threading.Event)
                 ) from None
             if start == MAX_STARTS:
                 raise
+            start += 1
+            if not stop.is_set():
+                log.warning("no free resources for all workers; retrying, %d of %d", start, MAX_STARTS)
+        else:
+            if step is None or step >= task.config.steps:
+                return
+            if not stop.is_set():
+                _leave_drained(coordinator, step)
+            start = 1
         if stop.is_set():
-            return None
-        log.warning("no free resources for all workers; retrying, %d of %d", start + 1, MAX_STARTS)
-    return None
+            return
 
 
-def _run(trainer: TorchTrainer) -> None:
+def _leave_drained(coordinator: Any, step: int) -> None:
+    """Say why a group has ended at `step`. JobError where the driver's own node is the one that is drained."""
+    drained: tuple[str, ...] = ray.get(coordinator.drained.remote())
+    what = f"Ray drains node {', '.join(drained)}: the workers saved a checkpoint at step {step} and ended"
+    if ray.get_runtime_context().get_node_id() in draining_nodes():
+        raise JobError(
+            f"{what}, and this job runs there itself; run the same command on another node to resume"
+        )
+    log.warning("%s; others go on from there, on other nodes", what)
+
+
+def _run(trainer: TorchTrainer) -> int | None:
     """`trainer.fit()` in a thread: in the main thread Ray would replace the job's signal handler.
 
-    Ray's would end on Ctrl-C without a checkpoint, and keep the controller.
+    Ray's would end on Ctrl-C without a checkpoint, and keep the controller. Returns what rank 0 does.
     """
     errors: list[Exception] = []
+    steps: list[int | None] = []
 
     def fit() -> None:
         try:
-            trainer.fit()
+            steps.append(trainer.fit().return_value)
         except Exception as error:  # noqa: BLE001  (raised below, in the main thread)
             errors.append(error)
 
@@ -189,6 +230,7 @@ def _run(trainer: TorchTrainer) -> None:
         thread.join(POLL_SECONDS)
     if errors:
         raise errors.pop()
+    return steps.pop()
 
 
 def _trainer(task: TrainTask, coordinator: Any, scratch: str) -> TorchTrainer:
@@ -255,12 +297,12 @@ def _workers_failure(error: TrainingFailedError, max_failures: int) -> str:
     return f"{what} ({reason}); run the same command to resume from the last checkpoint"
 
 
-def _on_worker(payload: dict[str, Any]) -> None:
-    """The body of a Ray Train worker."""
+def _on_worker(payload: dict[str, Any]) -> int | None:
+    """The body of a Ray Train worker. Returns the step of the last checkpoint; None if it has not begun to train."""
     task: TrainTask = payload["task"]
     coordinator: Any = payload["coordinator"]
     if _failure(coordinator) is not None:
-        return  # this group replaces one that had a fatal error
+        return None  # this group replaces one that had a fatal error
     context = ray.train.get_context()
     rank = context.get_world_rank()
     set_up_logging()
@@ -276,11 +318,11 @@ def _on_worker(payload: dict[str, Any]) -> None:
         if rank == 0:
             log.info("training with %d workers", worker.world)
             ray.get(coordinator.begin_group.remote(worker.world))
-        mark = RankMark(rank, ray.util.get_node_ip_address(), task.finished_steps)
-        with RankMarker(mark, coordinator.mark.remote) if worker.world > 1 else nullcontext() as marker:
-            train_worker(
-                task, replace(worker, marker=marker), _RemoteDriver(coordinator) if rank == 0 else None
-            )
+        node_id = ray.get_runtime_context().get_node_id()
+        mark = RankMark(rank, ray.util.get_node_ip_address(), task.finished_steps, node_id=node_id)
+        with RankMarker(mark, coordinator.mark.remote) as marker:
+            driver = _RemoteDriver(coordinator) if rank == 0 else None
+            return train_worker(task, replace(worker, marker=marker), driver)
     except (UserError, DamageError, NonFiniteError) as error:
         if not isinstance(error, StoreUnreachable):  # another group may reach the store
             ray.get(coordinator.fail.remote(error))

@@ -66,7 +66,7 @@ class Session:
         driver: Driver | None,
         marker: RankMarker | None = None,
     ) -> None:
-        """`driver`: given on rank 0, which draws, saves and reports; None on the others. `marker`: given in a group."""
+        """`driver`: given on rank 0, which draws, saves and reports; None on the others. `marker`: given under Ray."""
         self._trainer, self._state, self._run_logger, self._writer = trainer, state, run_logger, writer
         self._driver, self._marker = driver, marker
         self._evaluates = driver is not None or is_divided(state.net)

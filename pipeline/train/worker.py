@@ -79,7 +79,7 @@ class WorkerContext:
     node: str | None = None
     """Name of the node, on the one worker per node that reads its load; None on the others."""
     marker: RankMarker | None = None
-    """Tells the driver what this rank is doing; None without a group."""
+    """Tells the driver what this rank is doing; None without Ray."""
 
 
 class WorkerGroupStartError(JobError):
@@ -94,10 +94,11 @@ class UnreachableError(WorkerGroupStartError):
     """The workers of a group could not join: one of them died meanwhile, or the network between nodes is wrong."""
 
 
-def train_worker(task: TrainTask, context: WorkerContext, driver: Driver | None) -> None:
+def train_worker(task: TrainTask, context: WorkerContext, driver: Driver | None) -> int:
     """Train from the last whole checkpoint to the last step, or until `driver`, given on rank 0, requests a stop.
 
-    Raises DamageError for data that differs from what the driver read, NonFiniteError for a diverged training.
+    Returns the step of the checkpoint that it ends with. Raises DamageError for data that differs from what the driver
+    read, NonFiniteError for a diverged training.
     """
     name_process(run=task.config.name, rank=context.rank)
     require_plugins(task.config)
@@ -106,10 +107,10 @@ def train_worker(task: TrainTask, context: WorkerContext, driver: Driver | None)
         warn_if_emulated(torch.bfloat16, context.device)
     config = with_micro_batch(task.config, context.world, context.device)
     with out_of_memory_in_one_line(config, context.world):
-        _train(task, config, context, driver)
+        return _train(task, config, context, driver)
 
 
-def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver: Driver | None) -> None:
+def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver: Driver | None) -> int:
     """The same with a micro-batch."""
     store = open_store(task.run_uri)
     if context.rank == 0:
@@ -164,6 +165,7 @@ def _train(task: TrainTask, config: TrainConfig, context: WorkerContext, driver:
         tensors = checkpoint.tensors if checkpoint is not None else {}
         run_logger.restore(tensors)
         Session(trainer, state, run_logger, writer, driver, context.marker).run(loader, tensors)
+    return state.step
 
 
 def _initial_model(task: TrainTask, store: Store) -> tuple[ModelCard, nn.Module] | None:

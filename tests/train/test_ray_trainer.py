@@ -1,5 +1,7 @@
 """What the driver does when Ray cannot start a group of workers, and what it logs when training stalls."""
 
+# pyright: reportPrivateUsage=false
+
 import logging
 import threading
 from types import SimpleNamespace
@@ -9,17 +11,22 @@ import pytest
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from ddpm_pipeline.errors import UserError
+from ddpm_pipeline.errors import JobError, UserError
 from ddpm_pipeline.train import ray_trainer
+from ddpm_pipeline.train.rank_watch import RankMark
 from ddpm_pipeline.train.ray_trainer import stall_reason
 from ddpm_pipeline.train.worker import WorkerGroupStartError
 from tests.train.tiny import tiny
 
 
+def _same(value: object) -> object:
+    return value
+
+
 class Fits:
     """Trainers that end one after the other as they are told to."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *ends: Exception | None) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *ends: Exception | int | None) -> None:
         self._ends = list(ends)
         self.begun = 0
         self.threads: list[threading.Thread] = []
@@ -28,16 +35,19 @@ class Fits:
     def _trainer(self, *_: object) -> "Fits":
         return self
 
-    def fit(self) -> None:
+    def fit(self) -> SimpleNamespace:
         self.begun += 1
         self.threads.append(threading.current_thread())
         end = self._ends.pop(0)
-        if end is not None:
+        if isinstance(end, Exception):
             raise end
+        return SimpleNamespace(return_value=end)
 
 
 def fit(stop: threading.Event | None = None) -> None:
-    ray_trainer._fit(tiny("file:///nowhere", "file:///nowhere"), None, "", stop or threading.Event())  # type: ignore[arg-type]
+    task: Any = SimpleNamespace(config=tiny("file:///nowhere", "file:///nowhere", steps=24))
+    coordinator = SimpleNamespace(drained=SimpleNamespace(remote=lambda: ("10.0.0.2",)))
+    ray_trainer._fit(task, coordinator, "", stop or threading.Event())
 
 
 NO_RESOURCES = ControllerError(WorkerGroupStartupTimeoutError(2))
@@ -92,6 +102,60 @@ def test_a_request_to_stop_is_heeded_while_no_group_trains(
     assert fits.begun == 1
 
 
+@pytest.fixture
+def on_node_n1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process runs on a Ray node of that id."""
+    context = SimpleNamespace(get_node_id=lambda: "n1")
+    monkeypatch.setattr(ray_trainer.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray_trainer.ray, "get", _same)
+
+
+@pytest.mark.usefixtures("on_node_n1")
+def test_a_group_that_left_a_drained_node_is_followed_by_another(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray_trainer, "MAX_STARTS", 2)
+    monkeypatch.setattr(ray_trainer, "draining_nodes", lambda: ["n2"])
+    fits = Fits(monkeypatch, NO_RESOURCES, 7, NO_RESOURCES, 9, 24)  # the bound holds for each group anew
+    with caplog.at_level(logging.WARNING):
+        fit()
+    assert fits.begun == 5
+    assert (
+        "Ray drains node 10.0.0.2: the workers saved a checkpoint at step 7 and ended; others go on from there"
+    ) in caplog.text
+
+
+@pytest.mark.usefixtures("on_node_n1")
+def test_a_job_whose_own_node_is_drained_ends_once_its_workers_have_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_trainer, "draining_nodes", lambda: ["n1"])
+    fits = Fits(monkeypatch, 7)
+    with pytest.raises(JobError, match=r"step 7 and ended, and this job runs there itself; run the same"):
+        fit()
+    assert fits.begun == 1
+
+
+def test_a_group_is_asked_to_end_while_ray_drains_a_node_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draining = ["n9"]
+    monkeypatch.setattr(ray_trainer, "draining_nodes", lambda: draining)
+    actor: Any = ray_trainer.TrainCoordinator
+    coordinator: Any = actor.__ray_metadata__.modified_class(ray_trainer.DriverNode("n0", "10.0.0.1"))
+    coordinator.begin_group(2)
+    coordinator.mark(RankMark(1, "10.0.0.2", 0, node_id="n2"))
+    assert not coordinator.stop_requested()
+    draining.append("n2")
+    assert coordinator.stop_requested()
+    assert coordinator.drained() == ("10.0.0.2",)
+    coordinator.begin_group(2)
+    coordinator.mark(RankMark(1, "10.0.0.3", 0, node_id="n3"))
+    assert not coordinator.stop_requested()
+    draining.append("n0")  # the driver's
+    assert coordinator.stop_requested()
+
+
 @pytest.mark.parametrize(
     ("silence", "what"),
     [(1.0, "workers are alive"), (float("inf"), "no workers running"), (None, "does not respond")],
@@ -124,6 +188,7 @@ def test_a_machine_that_is_not_set_up_for_the_work_is_not_tried_again(
     assert fits.begun == 1
 
 
+@pytest.mark.usefixtures("on_node_n1")
 def test_an_unfit_worker_tells_the_driver_instead_of_asking_for_another_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -131,7 +196,7 @@ def test_an_unfit_worker_tells_the_driver_instead_of_asking_for_another_group(
     coordinator: Any = SimpleNamespace(
         failure=SimpleNamespace(remote=lambda: None),
         fail=SimpleNamespace(remote=told.append),
-        mark=SimpleNamespace(remote=lambda mark: None),
+        mark=SimpleNamespace(remote=_same),
     )
     context = SimpleNamespace(
         get_world_rank=lambda: 1, get_world_size=lambda: 2, get_node_rank=lambda: 0, get_local_rank=lambda: 1
@@ -142,7 +207,6 @@ def test_an_unfit_worker_tells_the_driver_instead_of_asking_for_another_group(
             "CUDA error: no kernel image is available for execution on the device\nCompile with"
         )
 
-    monkeypatch.setattr(ray_trainer.ray, "get", lambda found: found)
     monkeypatch.setattr(ray_trainer.ray.util, "get_node_ip_address", lambda: "10.0.0.3")
     monkeypatch.setattr(ray_trainer.ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray_trainer, "get_device", lambda: "cpu")

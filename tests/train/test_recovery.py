@@ -3,13 +3,16 @@
 import json
 import os
 import random
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -18,7 +21,9 @@ from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.data.packing.pack_dataset import pack
 from ddpm_pipeline.infra.local import LocalStack, environment
 from ddpm_pipeline.infra.local.processes import kill
+from ddpm_pipeline.infra.local.ray import temp_dir
 from ddpm_pipeline.infra.local.stack_state import read_state
+from ddpm_pipeline.telemetry.logs import FORM_VARIABLE
 from ddpm_pipeline.tracking import find_run, resolve, tracking_client
 from ddpm_pipeline.train.checkpoint import finished_steps, latest_checkpoint
 from ddpm_pipeline.train.training_plan import TrainPlan, plan_training
@@ -26,7 +31,7 @@ from tests.chronicle import PROPERTY, Chronicle
 from tests.commands import ddpm
 from tests.driving import Driver, ended_after, ray_workers
 from tests.effort import is_long
-from tests.ray_nodes import Node, add_node, remove_node
+from tests.ray_nodes import Node, add_node, give_notice, remove_node
 from tests.relay import Relay
 from tests.train.group import Outcome, run_group
 from tests.train.tiny import tiny
@@ -132,7 +137,12 @@ class Job(Driver):
     """`ddpm train` on the cluster of this module, through relays where they are given."""
 
     def __init__(
-        self, config: TrainConfig, folder: Path, cluster: LocalStack, relays: Relays | None = None
+        self,
+        config: TrainConfig,
+        folder: Path,
+        cluster: LocalStack,
+        relays: Relays | None = None,
+        more: Mapping[str, str] | None = None,
     ) -> None:
         self.plan = plan_training(config)
         self._cluster = cluster
@@ -141,7 +151,7 @@ class Job(Driver):
         variables[HEALTH_CHECK_VARIABLE] = "0.2"
         if relays is not None:
             variables |= {"AWS_ENDPOINT_URL": relays.s3.uri, "MLFLOW_TRACKING_URI": relays.mlflow.uri}
-        super().__init__("train", config, folder, variables)
+        super().__init__("train", config, folder, variables | dict(more or {}))
 
     def wait_for_step(self, step: int) -> None:
         """Until a checkpoint of at least this step is there."""
@@ -165,6 +175,15 @@ class Job(Driver):
     def workers(self) -> set[int]:
         """Processes that train now, or are about to."""
         return {process.pid for process in ray_workers(self._cluster, "RayTrainWorker")}
+
+    def steps_taken(self) -> Counter[int]:
+        """How often each step was taken, by the lines that rank 0 logs: one a step if the settings say so."""
+        files = temp_dir(self._cluster.root).glob("session_2*/logs/worker-*.err")
+        # a set: Ray writes each line of a worker twice
+        lines = {line for file in files for line in file.read_text(errors="replace").splitlines()}
+        records = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        own = [one for one in records if one.get("run") == self.plan.config.name]
+        return Counter(one["step"] for one in own if one["message"].startswith("loss "))
 
     def kill_a_worker(self, chance: random.Random) -> None:
         self.wait_until(lambda: bool(self.workers()))
@@ -319,6 +338,71 @@ def test_an_elastic_group_shrinks_with_a_lost_node_and_grows_with_one_that_comes
     steps, values = zip(*expected_series(calm, "train/loss"), strict=True)
     assert tuple(step for step, _ in series) == steps
     assert [value for _, value in series] == pytest.approx(values, abs=1e-4)
+
+
+DRAINED = re.compile(r"Ray drains node (\S+): the workers saved a checkpoint at step (\d+) and ended")
+NOTICE_SECONDS = 30
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("elastic", [False, True])
+def test_a_drained_node_costs_no_step(
+    elastic: bool,
+    data: str,
+    prefix: str,
+    tmp_path: Path,
+    cluster: LocalStack,
+    node: list[Node],
+    calm: Outcome,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Workers go on elsewhere, or fewer of them, from the step before the node was left."""
+    if not elastic:
+        node.append(add_node(cluster, 1))
+    config = config_of(
+        data,
+        prefix,
+        f"drained-{elastic}".lower(),
+        workers={"num_workers": [1, 2] if elastic else 2, "max_failures": 0},
+        checkpoint={"every_steps": STEPS},
+        log_every_steps=1,
+    )
+    job = Job(config, tmp_path, cluster, more={FORM_VARIABLE: "json"})
+    job.wait_until(lambda: job.steps_taken().total() >= 5)
+    workers = ray_workers(cluster, "RayTrainWorker")
+    for worker in workers:  # or they would be done before Ray knows
+        worker.suspend()
+    leaving = next(one for one in node if trains_on(cluster, one))
+    give_notice(cluster, leaving, NOTICE_SECONDS)
+    for worker in workers:
+        worker.resume()
+    noticed = time.monotonic()
+    job.wait_until(lambda: 0 < job.step() < STEPS)
+    saved, took = job.step(), time.monotonic() - noticed
+    job.wait_until(lambda: time.monotonic() - noticed > NOTICE_SECONDS)
+    remove_node(cluster, leaving, suddenly=True)
+    node.remove(leaving)
+    said = job.ends()
+    taken = job.steps_taken()
+    repeated = taken.total() - len(taken)
+    record_property(
+        PROPERTY, [f"checkpoint at step {saved} {took:.1f} s after the notice; {repeated} steps repeated"]
+    )
+    assert set(taken) == set(range(1, STEPS + 1))
+    assert repeated == 0
+    assert DRAINED.findall(said) == [(leaving.address, str(saved))]
+    if elastic:
+        assert ema_of(job.plan)
+    else:
+        expected = calm.checkpoint
+        assert expected is not None
+        assert all(torch.equal(expected.tensors[name], value) for name, value in ema_of(job.plan).items())
+
+
+def trains_on(cluster: LocalStack, node: Node) -> bool:
+    """Whether a worker of a training stands on this node."""
+    family = psutil.Process(node.identity.pid).children(recursive=True)
+    return any(worker in family for worker in ray_workers(cluster, "RayTrainWorker"))
 
 
 @pytest.mark.long
