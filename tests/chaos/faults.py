@@ -17,12 +17,13 @@ from ddpm_pipeline.infra.local.processes import kill
 from ddpm_pipeline.infra.local.stack_state import read_state
 from tests.chaos.works import Work
 from tests.driving import ray_workers
-from tests.ray_nodes import Node, add_node, remove_node
+from tests.ray_nodes import Node, add_node, give_notice, remove_node
 from tests.relay import Mode, Relay
 
 FREEZE_SECONDS = 20.0
 TROUBLE_SECONDS = 8.0
 HOUR_SECONDS = 3600.0
+NOTICE_SECONDS = 15
 
 
 @dataclass
@@ -64,6 +65,15 @@ def kill_node(scene: Scene, work: Work, chance: random.Random) -> None:
     """A raylet and everything on its node at once; a new node joins."""
     lost = scene.nodes.pop(chance.randrange(len(scene.nodes)))
     remove_node(scene.stack, lost, suddenly=True)
+    scene.nodes.append(add_node(scene.stack, 1))
+
+
+def drain_node(scene: Scene, work: Work, chance: random.Random) -> None:
+    """Notice to a node, as a spot machine gets, 15 s before it is lost; a new node joins."""
+    leaving = scene.nodes.pop(chance.randrange(len(scene.nodes)))
+    give_notice(scene.stack, leaving, NOTICE_SECONDS)
+    time.sleep(NOTICE_SECONDS)
+    remove_node(scene.stack, leaving, suddenly=True)
     scene.nodes.append(add_node(scene.stack, 1))
 
 
@@ -178,6 +188,7 @@ FAULTS = (
     Fault(ask_driver_to_end, ALL),
     Fault(start_second_driver, ALL),
     Fault(kill_node, ON_RAY),
+    Fault(drain_node, ON_RAY),
     Fault(kill_head, ON_RAY),
     Fault(kill_gateway, STORED),
     Fault(kill_mlflow, TRACKED),

@@ -10,7 +10,7 @@ from tests.chaos.rounds import Arena
 pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(600)]
 
 # a generation without MLflow and with a second driver; a training with a worker killed and its network cut
-ROUNDS = {"generation": (78, 1), "training": (24, 1)}
+ROUNDS = {"generation": (321, 1), "training": (360, 1)}
 
 
 def test_attacked_jobs_end_as_undisturbed_ones_do(stack: LocalStack, tmp_path: Path) -> None:
