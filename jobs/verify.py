@@ -6,6 +6,7 @@ from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.generate.regenerate import regenerate
 from ddpm_pipeline.generate.verification import VerifyReport, discard_damaged, verify
 from ddpm_pipeline.jobs.progress_bar import progress_of
+from ddpm_pipeline.jobs.ray_map import ray_workers
 from ddpm_pipeline.jobs.runner import DONE, FAILED, REFUSED, use_running_stack
 from ddpm_pipeline.progress import Progress
 from ddpm_pipeline.signatures import PublicKey
@@ -22,6 +23,7 @@ def run(
     discard: bool = False,
     key: str | None = None,
     signed_for: str | None = None,
+    num_workers: int = 0,
 ) -> int:
     """Verify and print the report; with `discard`, delete the records of damaged shards; with `key`, check the
     signature.
@@ -30,7 +32,7 @@ def run(
     """
     use_running_stack()
     with progress_of("verify", "shards") as progress:
-        report = examine(prefix, progress, key, signed_for)
+        report = examine(prefix, progress, key, signed_for, num_workers)
     if num_regenerate:
         with progress_of("regenerate", "samples") as progress:
             regenerate_where_possible(report, num_regenerate, model, progress)
@@ -45,13 +47,21 @@ def run(
 
 
 def examine(
-    prefix: str, progress: Progress, key: str | None = None, signed_for: str | None = None
+    prefix: str,
+    progress: Progress,
+    key: str | None = None,
+    signed_for: str | None = None,
+    num_workers: int = 0,
 ) -> VerifyReport:
-    """Verify every object and, with the public key in the file `key`, the signature."""
+    """Verify every object and, with the public key in the file `key`, the signature; in `num_workers` Ray tasks at a
+    time, or here."""
     public = None if key is None else PublicKey.read(key)
     if public is None and signed_for is not None:
         raise UserError("--signed-for: has no effect without --key; add the public key")
-    return verify(prefix, progress, public, signed_for)
+    if num_workers == 0:
+        return verify(prefix, progress, public, signed_for)
+    with ray_workers(num_workers, "verify") as shard_map:
+        return verify(prefix, progress, public, signed_for, shard_map)
 
 
 def regenerate_where_possible(

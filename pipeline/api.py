@@ -151,18 +151,20 @@ def verify(
     model: str | None = None,
     key: str | None = None,
     signed_for: str | None = None,
+    num_workers: int = 0,
     progress: Progress = no_progress,
 ) -> VerifyReport:
     """Recount, rehash and decode every object of a generation; the report's `ok` is the verdict.
 
     `regenerate` samples that many images again and compares bytes; `model` is the folder of an unregistered network;
-    `key` and `signed_for` are those of `ddpm verify`. `progress` counts shards, then images that are sampled again.
+    `key`, `signed_for` and `num_workers` are those of `ddpm verify`. `progress` counts shards, then images that are
+    sampled again.
     """
     use_running_stack()
     from ddpm_pipeline.jobs.verify import examine, regenerate_where_possible
 
     with quiet():
-        report = examine(prefix, progress, key, signed_for)
+        report = examine(prefix, progress, key, signed_for, num_workers)
         if regenerate:
             regenerate_where_possible(report, regenerate, model, progress)
     return report

@@ -47,6 +47,7 @@ def generate(
         "ddpm verify s3://ddpm/samples/digits --regenerate 16",
         "ddpm verify s3://ddpm/samples/of-a-folder --regenerate 16 --model ./cifar10",
         "ddpm verify s3://ddpm/samples/digits --key signing.pem.pub",
+        "ddpm verify s3://ddpm/samples/digits --num-workers 64",
     ),
 )
 def verify(
@@ -69,12 +70,15 @@ def verify(
     signed_for: Annotated[
         str | None, typer.Option(help="Of a copy: the prefix at which the original was signed.")
     ] = None,
+    num_workers: Annotated[
+        int, typer.Option(min=0, help="Check so many shards at a time as Ray tasks; 0 = in this process.")
+    ] = 0,
     json: AsJson = False,
 ) -> None:
     """Recount, rehash and decode every object of a generation."""
     from ddpm_pipeline.jobs.verify import run
 
-    end(lambda: run(prefix, regenerate, model, json, discard_damaged, key, signed_for))
+    end(lambda: run(prefix, regenerate, model, json, discard_damaged, key, signed_for, num_workers))
 
 
 @app.command(

@@ -3,9 +3,7 @@
 import hashlib
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +36,7 @@ from ddpm_pipeline.generate.prefix_spec import open_generation
 from ddpm_pipeline.generate.signed_manifest import check_signature, sha256_of
 from ddpm_pipeline.generate.spec import Spec
 from ddpm_pipeline.generate.stored_generation import Generation, PrefixListing
+from ddpm_pipeline.parallel import ParallelMap, thread_map
 from ddpm_pipeline.progress import Progress, no_progress
 from ddpm_pipeline.signatures import PublicKey
 from ddpm_pipeline.store import ObjectMissing, Store, open_store
@@ -113,7 +112,7 @@ class VerifyReport:
 
 
 @dataclass
-class _ShardFindings:
+class ShardFindings:
     """Result of checking one shard. `pixel_hashes` are 64-bit hashes of its images' pixels."""
 
     unit: Shard
@@ -135,10 +134,12 @@ def verify(
     progress: Progress = no_progress,
     key: PublicKey | None = None,
     signed_for: str | None = None,
+    shard_map: ParallelMap | None = None,
 ) -> VerifyReport:
     """Count, hash and decode everything under an output prefix. UserError where there is no generation.
 
-    With `key`, what it has not signed is a problem; see `check_signature` for `signed_for`.
+    With `key`, what it has not signed is a problem; see `check_signature` for `signed_for`. `shard_map` checks shards;
+    by default threads do.
     """
     began = time.monotonic()
     generation = open_generation(uri)
@@ -154,7 +155,8 @@ def verify(
     aggregate = RecordAggregate()
     pixel_hashes: list[npt.NDArray[np.uint64]] = []
     done = listing.done()
-    for findings in _check_shards(generation, done):
+    check = ShardCheck(uri, generation.spec)
+    for findings in (shard_map or thread_map(_READERS))(check, map(generation.shard, done)):
         _compare_signed(findings, sums)
         for problem in findings.problems:
             report.add(problem.object, problem.what)
@@ -177,7 +179,7 @@ def verify(
     return report
 
 
-def _compare_signed(findings: _ShardFindings, sums: dict[str, str] | None) -> None:
+def _compare_signed(findings: ShardFindings, sums: dict[str, str] | None) -> None:
     """Add objects that are not those that were signed; takes what was compared out of `sums`."""
     if sums is None:
         return
@@ -267,22 +269,21 @@ def _foreign_keys(store: Store) -> Iterator[str]:
             return
 
 
-def _check_shards(generation: Generation, numbers: list[int]) -> Iterator[_ShardFindings]:
-    """Findings in order, with a few shards in memory at a time."""
-    remaining = iter(numbers)
-    with ThreadPoolExecutor(_READERS) as pool:
-        window: list[Future[_ShardFindings]] = []
-        for number in islice(remaining, 2 * _READERS):
-            window.append(pool.submit(check_shard, generation, generation.shard(number)))
-        while window:
-            yield window.pop(0).result()
-            for number in islice(remaining, 1):
-                window.append(pool.submit(check_shard, generation, generation.shard(number)))
+@dataclass(frozen=True)
+class ShardCheck:
+    """Checks shards of a generation, in whichever process it is called."""
+
+    output: str
+    spec: Spec
+
+    def __call__(self, unit: Shard) -> ShardFindings:
+        """Compare one shard with its record and the plan, sample by sample."""
+        return check_shard(Generation(open_store(self.output), self.spec), unit)
 
 
-def check_shard(generation: Generation, unit: Shard) -> _ShardFindings:
+def check_shard(generation: Generation, unit: Shard) -> ShardFindings:
     """Compare one shard with its record and the plan, sample by sample."""
-    findings = _ShardFindings(unit)
+    findings = ShardFindings(unit)
     try:
         document = generation.store.read(unit.done_key)
         findings.record_sha256 = hashlib.sha256(document).hexdigest()
@@ -303,7 +304,7 @@ def check_shard(generation: Generation, unit: Shard) -> _ShardFindings:
     return findings
 
 
-def _check_samples(spec: Spec, data: bytes, findings: _ShardFindings) -> list[Pixels]:
+def _check_samples(spec: Spec, data: bytes, findings: ShardFindings) -> list[Pixels]:
     unit, images = findings.unit, list[Pixels]()
     labels = labels_of(spec, unit.samples)
     digest = spec.digest
@@ -339,7 +340,7 @@ def _check_sample(
     files: dict[str, bytes],
     expected: dict[str, int | str | None],
     mark: bytes | None,
-    findings: _ShardFindings,
+    findings: ShardFindings,
 ) -> Pixels | None:
     if set(files) != {spec.image_format, "json"}:
         findings.add(f"holds {sorted(files)}, not {spec.image_format} and json", key)

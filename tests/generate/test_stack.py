@@ -82,6 +82,18 @@ def test_the_command_fills_a_prefix_and_then_has_nothing_to_do(
 
 
 @pytest.mark.long
+def test_a_cluster_verifies_what_this_machine_verifies(
+    model: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(settings(model, prefix, count=47))
+    assert ddpm("verify", prefix, "--num-workers=2") == 0
+    assert "47 of 47 samples in 5 shards" in capsys.readouterr().out
+    open_store(prefix).write("shards/000002.tar", b"no tar")
+    assert ddpm("verify", prefix, "--num-workers=2") == 1
+    assert "shards/000002.tar" in capsys.readouterr().out
+
+
+@pytest.mark.long
 def test_one_and_three_workers_and_none_make_the_same_bytes(model: Path, prefix: str) -> None:
     fill(settings(model, f"{prefix}/none", count=47))
     expected = contents(open_store(f"{prefix}/none"))

@@ -1,8 +1,10 @@
 """Verification finds each kind of damage and names the object; a sound generation passes."""
 
 import json
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from typer.testing import CliRunner
@@ -18,6 +20,8 @@ from tests.commands import ddpm
 from tests.effort import is_long
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model
 
+T = TypeVar("T")
+R = TypeVar("R")
 SHARD = "shards/000001.tar"
 RECORD = "done/000001.json"
 
@@ -44,6 +48,21 @@ def test_a_sound_generation_passes_and_everything_is_counted(uri: str) -> None:
     assert report.ok, report.problems
     assert (report.shards_checked, report.samples_checked, report.duplicates) == (3, 23, 0)
     assert seen[-1] == (3, 3)
+
+
+def in_other_processes(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """A parallel map all of whose arguments and results are pickled, as between processes."""
+    for item in items:
+        yield pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(work))(pickle.loads(pickle.dumps(item)))))
+
+
+def test_shards_checked_in_other_processes_give_the_same_report(uri: str) -> None:
+    store = open_store(uri)
+    store.write(SHARD, store.read(SHARD)[:700])
+    here, there = verify(uri), verify(uri, shard_map=in_other_processes)
+    assert not here.ok
+    here.seconds = there.seconds = 0.0
+    assert there == here
 
 
 def test_thousands_of_samples_are_exactly_as_many(tmp_path: Path) -> None:
