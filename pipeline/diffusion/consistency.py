@@ -57,27 +57,30 @@ def consistency_loss(
     x0: Tensor,
     t: Tensor,
     noise: Tensor,
-    divisor: Tensor,
+    divisor: Tensor | None,
     class_labels: Tensor | None = None,
     dropout: object | None = None,
 ) -> LossTerms:
     """Distance between the student's images at timesteps t, int64 (B,), and at r = t - ceil((t + 1) / divisor).
 
     x0: float (B, C, H, W) in [-1, 1]; noise: like x0; divisor: int64 (B,). Where it is 1, r is the clean image and x0
-    the target. Both evaluations of the student share their dropout masks. The squared error is one of v.
+    the target; None means 1 everywhere, and saves the evaluations that only the target needs. Both evaluations of the
+    student share their dropout masks. The squared error is one of v.
     """
     a, s = schedule.coefficients(t, x0)
     x_t = a * x0 + s * noise
-    r = earlier(t, divisor)
     image = _image(objective, net, x_t, t, a, s, class_labels, dropout)
-    with torch.no_grad():
-        a_r, s_r = _coefficients(schedule, r, x0)
-        x_r = a_r * x0 + s_r * noise
-        if config.follow == "teacher":
-            x_r = torch.where(_rows(r < 0, x0), x0, teacher.step(schedule, x_t, t, r, class_labels))
-        target = _image(objective, net, x_r, r.clamp(min=0), a_r, s_r, class_labels, dropout)
-        if teacher.sampler.clip_x0:
-            target = target.clamp(-1, 1)
+    target = x0
+    if divisor is not None:
+        with torch.no_grad():
+            r = earlier(t, divisor)
+            a_r, s_r = _coefficients(schedule, r, x0)
+            x_r = a_r * x0 + s_r * noise
+            if config.follow == "teacher":
+                x_r = torch.where(_rows(r < 0, x0), x0, teacher.step(schedule, x_t, t, r, class_labels))
+            target = _image(objective, net, x_r, r.clamp(min=0), a_r, s_r, class_labels, dropout)
+            if teacher.sampler.clip_x0:
+                target = target.clamp(-1, 1)
     error = ((image - target) / s).square().flatten(1)
     c = config.huber * error.shape[1] ** 0.5
     distance = (error.sum(1) + c**2).sqrt() - c

@@ -16,11 +16,12 @@ from ddpm_pipeline.train.data_parallel import divides_state, shard
 def training_flops(config: TrainConfig) -> int:
     """Operations that a step takes for one image: a forward and a backward pass, which counts as two.
 
-    A student is evaluated at the earlier level too, and its teacher, with guidance twice.
+    A student is evaluated at the earlier level too, and its teacher, with guidance twice; neither where it learns from
+    pairs alone.
     """
     flops = sample_flops(config.net)
     settings = config.distillation
-    if settings is None:
+    if settings is None or settings.pair_share == 1:
         return flops
     teacher = 0 if settings.loss.follow == "noise" else 1 if settings.sampler.guidance_scale == 1 else 2
     return flops * (4 + teacher) // 3
@@ -66,14 +67,14 @@ def distillation_loss(
     assert settings is not None  # as there is a teacher
     divisors = settings.loss.divisors
     stage = min(batch.step * len(divisors) // config.steps, len(divisors) - 1)
-    divisor = torch.full_like(t, divisors[stage])
+    divisor: Tensor | None = torch.full_like(t, divisors[stage])
     if settings.pairs is not None and batch.rows is not None:
         positions = batch.positions.to(t.device)
         paired = uniform(config.seed, Stream.TRAIN_PAIR, positions) < settings.pair_share
         index = settings.pairs.first_index + batch.rows.to(t.device)
         own = normal(settings.pairs.seed, Stream.SAMPLE_NOISE, index, tuple(x0.shape[1:]))
         noise = torch.where(paired.reshape(-1, 1, 1, 1), own, noise)
-        divisor = torch.where(paired, 1, divisor)
+        divisor = None if settings.pair_share == 1 else torch.where(paired, 1, divisor)
     return consistency_loss(
         schedule,
         settings.loss,

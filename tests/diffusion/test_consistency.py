@@ -85,6 +85,24 @@ def test_the_student_that_follows_noise_is_compared_with_the_image_itself_at_div
     assert terms.squared_error.tolist() == pytest.approx([0.01] * 3, rel=1e-3)
 
 
+def test_without_divisors_the_image_is_the_target_and_nothing_else_is_evaluated() -> None:
+    t = torch.tensor([3, 500, 999])
+    x0, noise = torch.rand(3, 1, 2, 2) * 2 - 1, torch.randn(3, 1, 2, 2)
+    config = ConsistencyLossConfig()
+    calls: list[int] = []
+
+    def student(x: Tensor, at: Tensor, **_: object) -> Tensor:
+        calls.append(len(x))
+        return 0.3 * x
+
+    teacher = Teacher(student, V, UNGUIDED, None)
+    ones = consistency_loss(SCHEDULE, config, V, student, teacher, x0, t, noise, torch.ones_like(t))
+    assert len(calls) == 3  # the student twice, and the teacher
+    alone = consistency_loss(SCHEDULE, config, V, student, teacher, x0, t, noise, None)
+    assert len(calls) == 4
+    assert torch.equal(alone.per_sample, ones.per_sample)
+
+
 def test_no_gradient_flows_through_the_later_level_or_the_teacher() -> None:
     weight, later = torch.tensor(0.9, requires_grad=True), torch.tensor(0.8, requires_grad=True)
     calls: list[int] = []
