@@ -16,7 +16,7 @@ from ddpm_pipeline.config.generation import GenerateConfig, SampleConfig
 from ddpm_pipeline.jobs.ray_session import on_stop_signal, ray_cluster
 from ddpm_pipeline.jobs.runner import DONE, FAILED, STOPPED
 from ddpm_pipeline.progress import Progress
-from ddpm_pipeline.telemetry.terminal import echo
+from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 if TYPE_CHECKING:
     from ddpm_pipeline.generate.driver import GenerationResult
@@ -30,9 +30,12 @@ _EXIT_CODES: dict[str, int] = {
 }
 
 
-def run(config: GenerateConfig, progress: Progress) -> int:
+def run(config: GenerateConfig, progress: Progress, as_json: bool = False) -> int:
     """Generate and print how it ended."""
     result = generate(config, progress)
+    if as_json:
+        echo_json(as_document(result))
+        return _EXIT_CODES.get(result.status, FAILED)
     echo(*summary(result))
     for key, error in list(result.failed.items())[:20]:
         echo(f"failed   {key}: {error}", error=True)
@@ -73,6 +76,13 @@ def generate(config: GenerateConfig, progress: Progress) -> GenerationResult:
     return run_generation(config, progress, stop=stop, cluster=cluster)
 
 
+def as_document(result: GenerationResult) -> dict[str, object]:
+    """How a generation ended, for `--json`."""
+    measured = {name: getattr(result, name) for name in ("efficiency", "cost")}
+    figures = {name: found and found.metrics() for name, found in measured.items()}
+    return {**vars(result), "images_per_second": result.images_per_second, **figures}
+
+
 def summary(result: GenerationResult) -> list[str]:
     """How a generation ended, one fact per line."""
     what = f"{result.count:,} images in {result.num_shards:,} shards"
@@ -87,6 +97,8 @@ def summary(result: GenerationResult) -> list[str]:
             f"made     {result.images_made:,} images in {result.shards_made:,} shards now, "
             f"{result.images_per_second:,.1f} images/s"
         )
+    if result.concurrent_jobs or result.shards_made_twice:
+        lines.append(f"twice    {result.shards_made_twice:,} shards, which another job finished first")
     if result.efficiency is not None:
         lines.append(f"gpu      {result.efficiency}")
     if result.signature is not None:

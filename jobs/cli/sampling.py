@@ -1,5 +1,6 @@
 """Commands that make, check and evaluate samples."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -36,7 +37,8 @@ def generate(
     from ddpm_pipeline.jobs.generate import estimate, run
 
     def work(call: JobArguments) -> int:
-        return run_job("generate", GenerateConfig, run, call, unit="images", estimate=estimate)
+        made = partial(run, as_json=call.as_json)
+        return run_job("generate", GenerateConfig, made, call, unit="images", estimate=estimate)
 
     end_job(work, words, config, dry_run, json)
 

@@ -1,6 +1,7 @@
 """The coordinator: a small actor that tracks shards in progress, counts attempts and tells workers when to stop.
 
-It holds nothing that must survive: losing it costs the live view of shards in progress and the attempt counts.
+It holds nothing that must survive: losing it costs the live view of shards in progress, the attempt counts and, until
+the driver's next look at other jobs, which shards are theirs.
 """
 
 import time
@@ -16,6 +17,8 @@ class ShardAssignment:
     """Times this shard has been begun, including this one."""
     stop_in_seconds: float | None = None
     """Time left to finish the shard; None unless the job is draining."""
+    elsewhere: bool = False
+    """Another job has the shard, or has made it: it is not to be begun."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,23 @@ class ShardProgress:
 
 
 class Coordinator:
-    """Tracks shards in progress, attempts and the deadline of a drain."""
+    """Tracks shards in progress, attempts, shards of other jobs and the deadline of a drain."""
 
     def __init__(self) -> None:
         self._in_progress: dict[int, ShardProgress] = {}
         self._attempts: Counter[int] = Counter()
+        self._left: frozenset[int] = frozenset()
         self._stop_at: float | None = None
 
     def begin(self, shard: int, worker: str) -> ShardAssignment:
-        """Assign a shard to a worker, unless the job is draining. Counts attempts, those of dead workers too."""
+        """Assign a shard to a worker, unless the job is draining or another job has the shard.
+
+        Counts attempts, those of dead workers too.
+        """
         if self._stop_at is not None:
             return ShardAssignment(self._attempts[shard], self._seconds_left())
+        if shard in self._left:
+            return ShardAssignment(self._attempts[shard], elsewhere=True)
         self._attempts[shard] += 1
         self._in_progress[shard] = ShardProgress(shard, worker, time.time(), 0)
         return ShardAssignment(self._attempts[shard], self._seconds_left())
@@ -54,6 +63,10 @@ class Coordinator:
     def end(self, shard: int) -> None:
         """Forget a shard: its worker has finished it or given it up."""
         self._in_progress.pop(shard, None)
+
+    def leave(self, shards: frozenset[int]) -> None:
+        """Assign none of these from now on, in place of those of the last call: they are other jobs'."""
+        self._left = shards
 
     def drain(self, seconds: float) -> None:
         """Begin no more shards; those in progress must end within `seconds`."""

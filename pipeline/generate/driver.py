@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,14 @@ from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.features.networks import network_exists, open_network
 from ddpm_pipeline.features.trust import require_trusted_network
 from ddpm_pipeline.generate.completeness import Completeness, check_complete
+from ddpm_pipeline.generate.coordinator import ShardProgress
 from ddpm_pipeline.generate.done_records import RecordAggregate, short_tag
 from ddpm_pipeline.generate.efficiency import Efficiency, EfficiencyCalculator
 from ddpm_pipeline.generate.finalize import ModelFacts, Superseded, clean_up, publish_manifest, require_newest
 from ddpm_pipeline.generate.generation_cost import Cost, cost_of_generation, cost_of_records
 from ddpm_pipeline.generate.generation_run import require_tracking
 from ddpm_pipeline.generate.guards import check_guards
+from ddpm_pipeline.generate.heartbeat import EVERY_SECONDS
 from ddpm_pipeline.generate.job_reporter import JobCounts, JobReporter, Status
 from ddpm_pipeline.generate.layout import SIGNATURE_KEY
 from ddpm_pipeline.generate.model_source import ResolvedModel, resolve_model
@@ -41,12 +44,13 @@ from ddpm_pipeline.generate.ray_pool import (
 )
 from ddpm_pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
 from ddpm_pipeline.generate.shard_writer import comparable_training_data
+from ddpm_pipeline.generate.sharing import Handout, OtherJobs
 from ddpm_pipeline.generate.signed_manifest import check_signature
 from ddpm_pipeline.generate.spec import Spec, read_spec, require_extension
 from ddpm_pipeline.generate.stored_generation import Generation
 from ddpm_pipeline.progress import Progress, no_progress
 from ddpm_pipeline.signatures import SigningKey
-from ddpm_pipeline.store import open_store, retry_during_outage
+from ddpm_pipeline.store import StoreUnreachable, open_store, retry_during_outage
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +80,9 @@ class GenerationResult:
     """The guard's message, or which job superseded this one."""
     run_url: str | None = None
     concurrent_jobs: tuple[str, ...] = ()
-    """Other jobs of the same generation that were running when this one started, and shared the work."""
+    """Other jobs of the same generation that were running at the same time, and shared the work."""
+    shards_made_twice: int = 0
+    """Shards that another job finished while this one sampled them: its work on them was for nothing."""
     efficiency: Efficiency | None = None
     """How well GPUs were used; None on CPUs."""
     signature: str | None = None
@@ -207,6 +213,11 @@ def with_feature_network(config: GenerateConfig, registered: str | None) -> Gene
     return config
 
 
+def pause(stop: threading.Event, seconds: float) -> bool:
+    """Wait; whether the job is to stop."""
+    return stop.wait(seconds)
+
+
 class GenerationJob:
     """Hands out missing shards until none is left, then publishes the manifest."""
 
@@ -238,6 +249,9 @@ class GenerationJob:
         self._superseded: str | None = None
         self._nodes = nodes
         self._unfit: dict[str, str] = {}
+        self._others = OtherJobs(generation, reporter.job)
+        self._tally: Counter[str] = Counter()  # outcomes of a round, by status
+        self._images_elsewhere = 0  # that other jobs had made when the missing shards were counted
 
     def run(self) -> GenerationResult:
         """Work until the generation is complete, or the job is drained, superseded, stopped, or out of attempts."""
@@ -257,15 +271,24 @@ class GenerationJob:
         attempts = 0
         while attempts < self._config.max_attempts:
             retry_during_outage(lambda: require_newest(self._generation, self._facts))
+            self._look_at_others()  # first, so that what they finish meanwhile is not missing
             missing = retry_during_outage(self._missing)
             if not missing:
                 return retry_during_outage(self._publish)
+            held = self._others.held()
+            free = [number for number in missing if number not in held]
+            if not free:
+                if not self._wait_for_others(missing):
+                    return "drained"
+                continue
             pool = pool or self._start_pool()
-            num_unfit = len(self._unfit)
-            if not self._try_each(pool, missing):
+            num_unfit, self._tally = len(self._unfit), Counter()
+            if not self._try_each(pool, free):
                 return "drained" if self._guard is None else "stopped by a guard"
+            shared = bool(held) or self._tally["elsewhere"] > 0
             if len(self._unfit) == num_unfit:
-                attempts += 1
+                # A round that only leaves shards to other jobs is no attempt at them.
+                attempts += self._tally["failed"] > 0 or not shared
             elif not self._has_fit_nodes():
                 return "failed"
             else:  # what the unfit workers gave back was not attempted; the next ones are placed elsewhere
@@ -299,6 +322,11 @@ class GenerationJob:
         missing = self._generation.listing(objects=False).missing() or self._unusable()
         done = self._generation.spec.count - sum(self._generation.shard(number).count for number in missing)
         self._counts.images_before = done - self._counts.images_made
+        known = set(missing) if self._counts.errors else set[int]()
+        self._counts.errors = {
+            number: text for number, text in self._counts.errors.items() if number in known
+        }
+        self._counts.images_elsewhere, self._images_elsewhere = 0, self._others.images_made()
         return missing
 
     def _unusable(self) -> list[int]:
@@ -316,16 +344,26 @@ class GenerationJob:
             self._records = RecordAggregate()  # sums cannot be subtracted, so all records are read again
         return sorted(number for number, _ in unusable)
 
-    def _try_each(self, pool: WorkerPool, missing: list[int]) -> bool:
-        """Try each missing shard once. False if the job is to end: drained, or stopped by a guard."""
-        outcomes = OutcomeStream(self._config, pool, missing)
+    def _try_each(self, pool: WorkerPool, free: list[int]) -> bool:
+        """Try each of the missing shards that no other job has once.
+
+        False if the job is to end: drained, or stopped by a guard.
+        """
+        workers = self._config.max_workers or self._config.num_workers
+        handout = Handout(self._generation, self._others, free, workers)
+        self._exchange(pool, handout, [])
+        outcomes = OutcomeStream(self._config, pool, handout.numbers, handout.remaining)
         deadline: float | None = None
         try:
             while (arrived := outcomes.poll(TICK_SECONDS)) is not None:
                 for outcome in arrived:
                     self._take(outcome)
                 in_progress = pool.in_progress()
-                self._reporter.report(self._counts, in_progress, self._efficiency(), self._cost())
+                handout.begin(outcome.shard for outcome in arrived)
+                handout.begin(unit.shard for unit in in_progress)
+                self._report(in_progress)
+                if handout.is_due():
+                    self._exchange(pool, handout, in_progress)
                 if self._guard is not None:
                     pool.drain(0)
                     return False
@@ -338,12 +376,48 @@ class GenerationJob:
             outcomes.close()
         return deadline is None
 
+    def _exchange(self, pool: WorkerPool, handout: Handout, in_progress: Sequence[ShardProgress]) -> None:
+        """Tell other jobs what this one has in hand and hands out next, and leave to them what is theirs."""
+        try:
+            handout.look()
+            announced = [] if self._stop.is_set() else handout.announce()
+            self._reporter.write_heartbeat("running", self._counts, in_progress, announced)
+            if self._others.live():
+                handout.look()  # again: one may have announced the same meanwhile
+        except StoreUnreachable as error:
+            _log.warning("other jobs are not seen: %s", error)
+        self._counts.images_elsewhere = self._others.images_made() - self._images_elsewhere
+        pool.leave(handout.left)
+
+    def _look_at_others(self) -> None:
+        try:
+            self._others.look()
+        except StoreUnreachable as error:
+            _log.warning("other jobs are not seen: %s", error)
+
+    def _wait_for_others(self, missing: list[int]) -> bool:
+        """Wait until other jobs, which have all missing shards, have finished or given up one. False to end the job."""
+        while self._others.held().issuperset(missing):
+            self._reporter.write_heartbeat("running", self._counts)
+            self._report([], waits_for=len(missing))
+            if pause(self._stop, EVERY_SECONDS):
+                return False
+            self._look_at_others()
+            self._counts.images_elsewhere = self._others.images_made() - self._images_elsewhere
+        return True
+
+    def _report(self, in_progress: Sequence[ShardProgress], waits_for: int = 0) -> None:
+        others = [beat.label for beat in self._others.live()]
+        self._reporter.report(self._counts, in_progress, self._efficiency(), self._cost(), others, waits_for)
+
     def _take(self, outcome: Outcome) -> None:
         counts, number = self._counts, outcome.shard
         self._reporter.count(outcome)
+        self._tally[outcome.status] += 1
+        counts.made_twice += outcome.made_twice
         if outcome.status == "done" and outcome.record is not None:
             counts.errors.pop(number, None)
-            if number not in counts.made:
+            if outcome.record_tag is not None and number not in counts.made:
                 counts.made.add(number)
                 counts.images_made += outcome.record.count
             self._records.add(number, outcome.record, short_tag(outcome.record_tag))
@@ -382,7 +456,8 @@ class GenerationJob:
             failed={generation.shard(number).key: text for number, text in sorted(counts.errors.items())},
             reason=self._guard or self._superseded or (self._reason(status) if self._unfit else None),
             run_url=self._reporter.run_url,
-            concurrent_jobs=self._reporter.concurrent_jobs,
+            concurrent_jobs=tuple(self._others.met.values()),
+            shards_made_twice=counts.made_twice,
             efficiency=self._efficiency(),
             cost=self._cost(),
             signature=f"by key {signer.public.key_id}" if signer and status == "complete" else None,

@@ -74,6 +74,7 @@ class GenerationRun:
         images_per_second: float,
         failed: int,
         in_progress: int,
+        made_twice: int = 0,
         efficiency: Efficiency | None = None,
         cost: Cost | None = None,
     ) -> None:
@@ -85,6 +86,7 @@ class GenerationRun:
             "progress/images": float(images_done),
             "progress/share": images_done / self._spec.count,
             "progress/failed_shards": float(failed),
+            "progress/shards_made_twice": float(made_twice),
             "perf/images_per_s": images_per_second,
             "perf/shards_under_way": float(in_progress),
         }

@@ -1,4 +1,6 @@
-"""Heartbeats: each job's progress, stored beside its output; deleted when the generation is complete."""
+"""Heartbeats: each job's progress and the shards it has, stored beside its output; deleted when the generation is
+complete.
+"""
 
 import logging
 import socket
@@ -17,11 +19,12 @@ from ddpm_pipeline.generate.coordinator import ShardProgress
 from ddpm_pipeline.generate.layout import JOBS_PREFIX
 from ddpm_pipeline.generate.plan import shard
 from ddpm_pipeline.generate.spec import Spec, canonical
-from ddpm_pipeline.store import ObjectMissing, Store
+from ddpm_pipeline.store import ObjectMissing, Store, StoreUnreachable
 
 _log = logging.getLogger(__name__)
-EVERY_SECONDS = 10.0
+EVERY_SECONDS = 2.0
 STALE_AFTER_SECONDS = 60.0
+MAX_ANNOUNCED = 10_000
 
 
 class ShardInProgress(Settings):
@@ -60,6 +63,13 @@ class Heartbeat(Settings):
     """Shards that its workers are sampling."""
     failed: dict[Name, Text]
     """Failed shards, with their last error; some may be retried."""
+    announced: Annotated[tuple[Name, ...], Field(max_length=MAX_ANNOUNCED)] = ()
+    """Shards that the job hands out next. None in heartbeats of earlier versions."""
+
+    @property
+    def label(self) -> str:
+        """The job by its start and its host."""
+        return f"the job of {time.strftime('%F %T', time.gmtime(self.began_at))}Z on {self.host}"
 
     @property
     def alive(self) -> bool:
@@ -81,6 +91,7 @@ def make_heartbeat(
     images_made: int,
     in_progress: Sequence[ShardProgress],
     failed: dict[str, str],
+    announced: Sequence[int] = (),
 ) -> Heartbeat:
     """The heartbeat of a job now."""
     now = time.time()
@@ -104,6 +115,7 @@ def make_heartbeat(
         images_per_second=images_made / max(1e-9, now - began_at),
         under_way=tuple(units),
         failed=failed,
+        announced=tuple(shard(spec, number).name for number in announced),
     )
 
 
@@ -114,7 +126,15 @@ def write_heartbeat(store: Store, beat: Heartbeat) -> None:
 
 def read_heartbeats(store: Store) -> list[Heartbeat]:
     """Heartbeats of all jobs at the prefix, oldest first. Malformed ones are skipped with a warning."""
-    return [beat for _, beat in _read_all(store) if beat is not None]
+    return [beat for _, beat in _read_all(store) if isinstance(beat, Heartbeat)]
+
+
+def read_heartbeats_by_key(store: Store) -> dict[str, Heartbeat | None]:
+    """As `read_heartbeats`, by the keys of the objects: what one says of its job need not be true.
+
+    None for those that could not be read this time.
+    """
+    return {key: beat if isinstance(beat, Heartbeat) else None for key, beat in _read_all(store)}
 
 
 def clear_heartbeats(store: Store) -> None:
@@ -126,7 +146,7 @@ def clear_heartbeats(store: Store) -> None:
 def clear_ended(store: Store) -> None:
     """Delete the heartbeats of ended jobs, and malformed ones."""
     for key, beat in _read_all(store):
-        if beat is None or not beat.alive:
+        if beat is None or (isinstance(beat, Heartbeat) and not beat.alive):
             store.delete(key)
 
 
@@ -135,7 +155,8 @@ def delete_heartbeat(store: Store, job: str) -> None:
     store.delete(f"{JOBS_PREFIX}{job}.json")
 
 
-def _read_all(store: Store) -> Iterator[tuple[str, Heartbeat | None]]:
+def _read_all(store: Store) -> Iterator[tuple[str, Heartbeat | StoreUnreachable | None]]:
+    """Heartbeats by key; None for a malformed one, the error for one that is just being replaced."""
     for info in list(store.list(JOBS_PREFIX)):
         try:
             yield (
@@ -144,6 +165,8 @@ def _read_all(store: Store) -> Iterator[tuple[str, Heartbeat | None]]:
             )
         except ObjectMissing:
             continue  # its job has just deleted it
+        except StoreUnreachable as error:
+            yield info.key, error
         except DamageError as error:
             _log.warning("skipped: %s", error)
             yield info.key, None

@@ -12,7 +12,6 @@ from ddpm_pipeline.generate.coordinator import ShardProgress
 from ddpm_pipeline.generate.efficiency import Efficiency
 from ddpm_pipeline.generate.generation_cost import Cost
 from ddpm_pipeline.generate.generation_run import GenerationRun
-from ddpm_pipeline.generate.heartbeat import Heartbeat
 from ddpm_pipeline.generate.manifest import Manifest
 from ddpm_pipeline.generate.sample_worker import Outcome
 from ddpm_pipeline.generate.stored_generation import Generation
@@ -36,7 +35,11 @@ class JobCounts:
     images_made: int = 0
     """Images in those shards."""
     images_before: int = 0
-    """Images in shards that were done before this job, or by other jobs."""
+    """Images in shards that were done before this job, or by other jobs, when that was last counted."""
+    images_elsewhere: int = 0
+    """Images in shards that other jobs have finished since, as their heartbeats say."""
+    made_twice: int = 0
+    """Shards that another job finished while this one sampled them."""
     errors: dict[int, str] = field(default_factory=dict[int, str])
     """The last error of each failed shard, by number; some may be retried."""
 
@@ -64,11 +67,9 @@ class JobReporter:
         self._progress = progress
         self._began = began
         self._began_at = time.time()
-        self._job = heartbeat.new_job_id()
-        self._next_heartbeat = 0.0
+        self.job = heartbeat.new_job_id()
+        """Names the job in its heartbeat."""
         self._stall, self._last_progress = StallDetector(), (-1, 0)
-        self.concurrent_jobs: tuple[str, ...] = ()
-        """Other jobs that were running at the prefix when this one started."""
 
     @property
     def run_url(self) -> str | None:
@@ -76,17 +77,16 @@ class JobReporter:
         return self._run.url
 
     def start(self, counts: JobCounts) -> None:
-        """Note which other jobs are running, and write the first heartbeat."""
+        """Delete the heartbeats of jobs that have ended, and write the first one."""
         heartbeat.clear_ended(self._generation.store)
-        others = heartbeat.read_heartbeats(self._generation.store)
-        self.concurrent_jobs = tuple(_describe(other) for other in others if other.alive)
-        self._write_heartbeat("running", counts, [])
+        self.write_heartbeat("running", counts)
 
     def count(self, outcome: Outcome) -> None:
         """Count an outcome in the job's metrics."""
         if outcome.status == "done" and outcome.record is not None:
             self._metrics.add("ddpm_shards_done")
             self._metrics.add("ddpm_shards_retried", int(outcome.record.times.attempt > 1))
+            self._metrics.add("ddpm_shards_made_twice", int(outcome.made_twice))
         elif outcome.status == "failed":
             self._metrics.add("ddpm_shards_failed")
 
@@ -96,18 +96,22 @@ class JobReporter:
         in_progress: Sequence[ShardProgress],
         efficiency: Efficiency | None = None,
         cost: Cost | None = None,
+        others: Sequence[str] = (),
+        waits_for: int = 0,
     ) -> None:
         """Report progress; call it about twice a second.
 
-        `efficiency`: of the shards that GPUs have finished; `cost`: of the shards whose records are known.
+        `efficiency`: of the shards that GPUs have finished; `cost`: of the shards whose records are known; `others`:
+        jobs that share the work; `waits_for`: shards of theirs without which there is nothing left to do.
         """
         total = self._generation.spec.count
         images = counts.images_made + counts.images_in_progress(in_progress)
-        done = min(total, counts.images_before + images)
+        done = min(total, counts.images_before + counts.images_elsewhere + images)
         rate = images / max(1e-9, time.monotonic() - self._began)
         failed = len(counts.errors)
+        sharing = f"waiting for {waits_for} shards of" if waits_for else "shared with"
         notes = [f"{len(in_progress)} shards in progress"] + [f"{failed} failed"] * bool(failed)
-        notes += [f"shared with {' and '.join(self.concurrent_jobs)}"] * bool(self.concurrent_jobs)
+        notes += [f"{sharing} {' and '.join(others)}"] * bool(others)
         self._progress(done, total, ", ".join(notes))
         self._metrics.gauge("ddpm_images_done", done)
         self._metrics.gauge("ddpm_images_per_second", rate)
@@ -119,11 +123,8 @@ class JobReporter:
                 if value is not None:
                     self._metrics.gauge(gauge, value)
         self._metrics.add_counted()
-        self._run.progress(done, rate, failed, len(in_progress), efficiency, cost)
-        self._warn_if_stalled((images, failed), in_progress)
-        if time.monotonic() >= self._next_heartbeat:
-            self._next_heartbeat = time.monotonic() + heartbeat.EVERY_SECONDS
-            self._write_heartbeat("running", counts, in_progress)
+        self._run.progress(done, rate, failed, len(in_progress), counts.made_twice, efficiency, cost)
+        self._warn_if_stalled((done, failed), in_progress, others if waits_for else ())
 
     def complete(
         self,
@@ -141,27 +142,34 @@ class JobReporter:
         """Write the last heartbeat, or delete it if the job was superseded, and close the MLflow run."""
         try:
             if status == "superseded":
-                retry_during_outage(lambda: heartbeat.delete_heartbeat(self._generation.store, self._job))
+                retry_during_outage(lambda: heartbeat.delete_heartbeat(self._generation.store, self.job))
             elif status != "complete":
-                self._write_heartbeat(status, counts, [])
+                self.write_heartbeat(status, counts)
         finally:
             if status == "superseded":
                 self._run.leave()
             else:
                 self._run.end(status == "complete", killed=status == "drained", reason=reason)
 
-    def _warn_if_stalled(self, progress: tuple[int, int], in_progress: Sequence[ShardProgress]) -> None:
+    def _warn_if_stalled(
+        self, progress: tuple[int, int], in_progress: Sequence[ShardProgress], awaited: Sequence[str]
+    ) -> None:
         if progress != self._last_progress:
             self._last_progress = progress
             self._stall.progress()
         elif (seconds := self._stall.due()) is not None:
-            _log.warning("%s", stall_reason(self._generation, seconds, in_progress))
+            _log.warning("%s", stall_reason(self._generation, seconds, in_progress, awaited))
 
-    def _write_heartbeat(
-        self, status: Status | Literal["running"], counts: JobCounts, in_progress: Sequence[ShardProgress]
+    def write_heartbeat(
+        self,
+        status: Status | Literal["running"],
+        counts: JobCounts,
+        in_progress: Sequence[ShardProgress] = (),
+        announced: Sequence[int] = (),
     ) -> None:
+        """Tell other jobs, and `ddpm status`, what this one has done, has in hand and hands out next."""
         beat = heartbeat.make_heartbeat(
-            self._job,
+            self.job,
             self._generation.spec,
             status,
             began_at=self._began_at,
@@ -170,6 +178,7 @@ class JobReporter:
             failed={
                 self._generation.shard(number).name: text for number, text in sorted(counts.errors.items())
             },
+            announced=announced,
         )
         try:
             heartbeat.write_heartbeat(self._generation.store, beat)
@@ -178,14 +187,16 @@ class JobReporter:
             _log.warning("no heartbeat: %s", error)
 
 
-def _describe(beat: Heartbeat) -> str:
-    """A job by its start and its host."""
-    return f"the job of {time.strftime('%F %T', time.gmtime(beat.began_at))}Z on {beat.host}"
-
-
-def stall_reason(generation: Generation, seconds: float, in_progress: Sequence[ShardProgress]) -> str:
-    """One line on what a job without progress may be waiting for."""
-    if in_progress:
+def stall_reason(
+    generation: Generation,
+    seconds: float,
+    in_progress: Sequence[ShardProgress],
+    awaited: Sequence[str] = (),
+) -> str:
+    """One line on what a job without progress may be waiting for; `awaited`: other jobs that it waits for."""
+    if awaited:
+        what = f"the last shards are those of {' and '.join(awaited)}"
+    elif in_progress:
         oldest = min(in_progress, key=lambda unit: unit.began_at)
         name, age = generation.shard(oldest.shard).name, max(0.0, time.time() - oldest.began_at)
         what = (

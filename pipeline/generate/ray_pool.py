@@ -3,7 +3,7 @@
 import logging
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +62,13 @@ class WorkerPool:
         except (RayActorError, GetTimeoutError):
             return []
 
+    def leave(self, shards: frozenset[int]) -> None:
+        """Begin none of these from now on: they are other jobs'. In place of those of the last call."""
+        try:
+            ray.get(self.coordinator.leave.remote(shards), timeout=5)
+        except (RayActorError, GetTimeoutError):
+            return  # workers find out by themselves what is done
+
     def drain(self, seconds: float) -> None:
         """Tell every worker to end within `seconds`."""
         self.coordinator.drain.remote(seconds)
@@ -78,13 +85,21 @@ def start_pool(config: SampleWorkerConfig, weights: bytes, selector: dict[str, s
 class OutcomeStream:
     """Outcomes of attempts at the shards `numbers`, in order of arrival, from a thread of its own.
 
-    The caller polls, so it can watch the clock and signals however long a shard takes.
+    The caller polls, so it can watch the clock and signals however long a shard takes. `remaining`, called in that
+    thread, says which shards of a wave are still to be handed out when it begins.
     """
 
-    def __init__(self, config: GenerateConfig, pool: WorkerPool, numbers: list[int]) -> None:
+    def __init__(
+        self,
+        config: GenerateConfig,
+        pool: WorkerPool,
+        numbers: list[int],
+        remaining: Callable[[list[int]], list[int]] = list,
+    ) -> None:
         self._config = config
         self._pool = pool
         self._numbers = numbers
+        self._remaining = remaining
         self._queue: queue.Queue[Outcome | BaseException | None] = queue.Queue()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._pump, name="outcomes", daemon=True)
@@ -121,7 +136,9 @@ class OutcomeStream:
     def _pump(self) -> None:
         try:
             for start in range(0, len(self._numbers), WAVE_SHARDS):
-                wave = self._numbers[start : start + WAVE_SHARDS]
+                wave = self._remaining(self._numbers[start : start + WAVE_SHARDS])
+                if not wave:
+                    continue
                 with closing(_wave(self._config, self._pool, wave)) as outcomes:
                     for outcome in outcomes:
                         self._queue.put(outcome)

@@ -30,7 +30,7 @@ from ddpm_pipeline.generate.engine import Engine, set_up_torch
 from ddpm_pipeline.generate.gpu_meter import GpuMeter
 from ddpm_pipeline.generate.guards import GuardTripped
 from ddpm_pipeline.generate.plan import shard
-from ddpm_pipeline.generate.shard_writer import ShardCancelled, ShardWriter
+from ddpm_pipeline.generate.shard_writer import ShardCancelled, ShardWriter, StoredRecord
 from ddpm_pipeline.generate.spec import Spec
 from ddpm_pipeline.nets.model_files import build_model
 from ddpm_pipeline.retry import RetryPolicy
@@ -51,19 +51,33 @@ class Outcome(Settings):
 
     shard: int
     """Number of the shard."""
-    status: Literal["done", "failed", "guard", "abandoned", "unfit"]
+    status: Literal["done", "failed", "guard", "abandoned", "unfit", "elsewhere"]
     """`guard`: worthless images; `abandoned`: the job is draining; `unfit`: the worker's GPU is of another kind than
-    the generation's, so the shard has not been attempted."""
+    the generation's, so the shard has not been attempted; `elsewhere`: left to another job."""
     record: DoneRecord | None = None
     """The done-record, if `done`."""
     record_tag: str | None = None
-    """The tag that the store gave the record; None if another job has written it."""
+    """The tag that the store gave the record; None if another attempt has written it."""
+    made_twice: bool = False
+    """Whether another attempt finished the shard while this one sampled it."""
     error: str | None = None
     """The error in one line, if any."""
     worker: str
     """Host and process."""
     node: str | None = None
     """Ray's id of the worker's node, if `unfit`."""
+
+    @classmethod
+    def done(cls, number: int, stored: StoredRecord, worker: str) -> "Outcome":
+        """The outcome of an attempt that left, or found, a record."""
+        return cls(
+            shard=number,
+            status="done",
+            record=stored.record,
+            record_tag=stored.etag,
+            made_twice=stored.made_twice,
+            worker=worker,
+        )
 
 
 @dataclass(frozen=True)
@@ -149,12 +163,14 @@ class SampleWorker:
             assignment = report.begin(self.name)
             if assignment.stop_in_seconds is not None:
                 return Outcome(shard=number, status="abandoned", worker=self.name)
+            if assignment.elsewhere:
+                return Outcome(shard=number, status="elsewhere", worker=self.name)
             if assignment.attempt > DEATHS_PER_ATTEMPT * self.config.max_attempts:
                 died = f"begun {assignment.attempt - 1} times; its workers died"
                 return Outcome(shard=number, status="failed", error=died, worker=self.name)
             unit = shard(self.config.spec, number)
-            record, tag = self._writer.write(unit, assignment.attempt, report.should_stop, report.images)
-            return Outcome(shard=number, status="done", record=record, record_tag=tag, worker=self.name)
+            stored = self._writer.write(unit, assignment.attempt, report.should_stop, report.images)
+            return Outcome.done(number, stored, self.name)
         except ShardCancelled:
             return Outcome(shard=number, status="abandoned", worker=self.name)
         except GuardTripped as error:

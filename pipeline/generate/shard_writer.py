@@ -48,6 +48,8 @@ class StoredRecord(NamedTuple):
 
     record: DoneRecord
     etag: str | None
+    made_twice: bool = False
+    """Whether it was found after the shard had been sampled: another attempt finished first."""
 
 
 class ShardCancelled(Exception):  # noqa: N818 - requested, not an error
@@ -182,7 +184,7 @@ class ShardWriter:
             if found is not None:
                 existing = retry_during_outage(lambda: self.generation.intact_record(unit))
                 if existing is not None:
-                    return StoredRecord(existing, None)
+                    return StoredRecord(existing, None, made_twice=True)
             record_tag = ABSENT if found is None else found.etag
             try:
                 written = retry_during_outage(partial(store.write, unit.key, data, replaces=object_tag))

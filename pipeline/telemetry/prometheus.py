@@ -35,6 +35,9 @@ METRICS: dict[str, MetricSpec] = {
     "ddpm_shards_done": MetricSpec("counter", "Shards a generation finished."),
     "ddpm_shards_failed": MetricSpec("counter", "Attempts at a shard that failed."),
     "ddpm_shards_retried": MetricSpec("counter", "Shards that were finished after the first attempt."),
+    "ddpm_shards_made_twice": MetricSpec(
+        "counter", "Shards that another job finished while this one sampled them."
+    ),
     "ddpm_store_retries": MetricSpec("counter", "Retried calls of the object store."),
     "ddpm_cache_hits": MetricSpec("counter", "Shards found in the machine's cache."),
     "ddpm_cache_misses": MetricSpec("counter", "Shards downloaded into the cache."),

@@ -15,11 +15,14 @@ import pytest
 import torch
 
 import ddpm_pipeline.generate.driver as driver_module
+import ddpm_pipeline.generate.sharing as sharing
 from ddpm_pipeline.config.generation import GenerateConfig
+from ddpm_pipeline.diffusion.sampler_protocol import OnStep
 from ddpm_pipeline.errors import UserError
-from ddpm_pipeline.generate.coordinator import ShardProgress
+from ddpm_pipeline.generate.coordinator import Coordinator, ShardProgress
 from ddpm_pipeline.generate.driver import GenerationResult, generate
 from ddpm_pipeline.generate.engine import Engine
+from ddpm_pipeline.generate.launched_images import LaunchedImages
 from ddpm_pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
 from ddpm_pipeline.generate.shard_writer import ShardWriter
 from ddpm_pipeline.generate.stored_generation import Generation
@@ -82,7 +85,7 @@ class MemoryStore(FileStore):
         self._before("delete", key)
         self.objects.pop(key, None)
 
-    def require_container(self) -> None:
+    def require_container(self, wait_seconds: float | None = None) -> None:
         """It is there."""
 
 
@@ -134,7 +137,7 @@ class Driver:
             assert self._go.wait(_PATIENCE_SECONDS)
 
     def _run(self) -> None:
-        _here.store = self.store
+        here.store = self.store
         try:
             self.result = generate(self._config)
         except UserError as error:
@@ -145,51 +148,81 @@ class Driver:
             self._still.set()
 
 
-class _Here(threading.local):
+class Here(threading.local):
+    """What belongs to the thread of a driver."""
+
     store: Store | None = None
+    job: object = None
 
 
-_here = _Here()
+here = Here()
 
 
 def _store(uri: str) -> Store:
-    return _here.store or open_store(uri)
+    return here.store or open_store(uri)
+
+
+class _Remembering(Engine):
+    """Samples the same images once."""
+
+    def launch(self, index: torch.Tensor, on_step: OnStep | None = None) -> LaunchedImages:
+        return self._launch(tuple(index.tolist()))
+
+    @functools.cache  # noqa: B019 - both live as long as the tests
+    def _launch(self, index: tuple[int, ...]) -> LaunchedImages:
+        return super().launch(torch.tensor(index))
 
 
 _engines: dict[str, Engine] = {}
 
 
-class _Pool:
+class Pool:
+    """What stands for the workers: a writer and a coordinator."""
+
     def __init__(self, config: SampleWorkerConfig, weights: bytes, selector: dict[str, str]) -> None:
         if config.spec.digest not in _engines:
             net = build_model(config.card, weights, where="test")
-            engine = Engine(config.spec, net, config.card)
-            launch = functools.cache(lambda index: Engine.launch(engine, torch.tensor(index)))
-            engine.launch = lambda index: launch(tuple(index.tolist()))
-            _engines[config.spec.digest] = engine
+            _engines[config.spec.digest] = _Remembering(config.spec, net, config.card)
         self.writer = ShardWriter(_engines[config.spec.digest], _store(config.output), config.guards)
         self.writer.generation = Generation(self.writer.generation.store, config.spec)
+        self.coordinator = Coordinator()
 
     def in_progress(self) -> list[ShardProgress]:
-        return []
+        return self.coordinator.in_progress()
+
+    def leave(self, shards: frozenset[int]) -> None:
+        self.coordinator.leave(shards)
 
     def drain(self, seconds: float) -> None:
         """Nothing is in progress."""
 
 
 class _Stream:
-    def __init__(self, config: GenerateConfig, pool: _Pool, numbers: list[int]) -> None:
-        self._pool, self._numbers = pool, numbers[:]
+    def __init__(
+        self,
+        config: GenerateConfig,
+        pool: Pool,
+        numbers: list[int],
+        remaining: Callable[[list[int]], list[int]],
+    ) -> None:
+        self._pool, self._numbers = pool, remaining(numbers)
 
     def poll(self, seconds: float) -> list[Outcome] | None:
         if not self._numbers:
             return None
-        number = self._numbers.pop(0)
-        record, tag = self._pool.writer.write(self._pool.writer.generation.shard(number))
-        return [Outcome(shard=number, status="done", record=record, record_tag=tag, worker="here")]
+        number, pool = self._numbers.pop(0), self._pool
+        if pool.coordinator.begin(number, "here").elsewhere:
+            return [Outcome(shard=number, status="elsewhere", worker="here")]
+        stored = pool.writer.write(pool.writer.generation.shard(number))
+        pool.coordinator.end(number)
+        return [Outcome.done(number, stored, "here")]
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _accept(config: GenerateConfig) -> None:
+    """There is room for any worker."""
 
 
 @contextmanager
@@ -197,9 +230,10 @@ def without_cluster() -> Generator[None]:
     """`generate` makes its shards in the thread that calls it, with the store of its Driver if there is one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver_module, "open_store", _store)
-        patch.setattr(driver_module, "require_pool_resources", lambda config: None)
-        patch.setattr(driver_module, "start_pool", _Pool)
+        patch.setattr(driver_module, "require_pool_resources", _accept)
+        patch.setattr(driver_module, "start_pool", Pool)
         patch.setattr(driver_module, "OutcomeStream", _Stream)
+        patch.setattr(sharing, "CLAIM_SECONDS", 0.0)  # who stands still here is not waited for
         yield
 
 

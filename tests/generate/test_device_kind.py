@@ -1,5 +1,7 @@
 """Bits are promised for a kind of device: the spec names it, and another kind refuses."""
 
+# pyright: reportUnknownLambdaType=false, reportPrivateUsage=false
+
 import dataclasses
 import json
 import logging
@@ -242,11 +244,16 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> UnfitWorkers:
         def in_progress(self) -> list[Any]:
             return []
 
+        def leave(self, shards: frozenset[int]) -> None:
+            assert not shards
+
         def drain(self, seconds: float) -> None:
             """Nothing is in progress."""
 
     class Stream:
-        def __init__(self, config: GenerateConfig, pool: FakePool, numbers: list[int]) -> None:
+        def __init__(
+            self, config: GenerateConfig, pool: FakePool, numbers: list[int], remaining: object
+        ) -> None:
             found.selectors.append(pool.selector)
             found.rounds.append(numbers)
             self._outcomes: list[Outcome] | None = []
@@ -263,10 +270,8 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> UnfitWorkers:
                         )
                     )
                     continue
-                record, tag = writer.write(writer.generation.shard(number))
-                self._outcomes.append(
-                    Outcome(shard=number, status="done", record=record, record_tag=tag, worker="w:0")
-                )
+                stored = writer.write(writer.generation.shard(number))
+                self._outcomes.append(Outcome.done(number, stored, "w:0"))
 
         def poll(self, seconds: float) -> list[Outcome] | None:
             outcomes, self._outcomes = self._outcomes, None

@@ -142,7 +142,6 @@ def test_a_second_job_joins_the_first_and_says_so(
             time.sleep(0.01)
         second = generate(config, cluster=nullcontext)
         assert first.result().status == second.status == "complete"
-    assert first.result().concurrent_jobs == ()
     assert len(second.concurrent_jobs) == 1
     assert "shared   with the job of " in "\n".join(summary(second))
     assert contents(store) == contents(open_store(f"{prefix}/alone"))
