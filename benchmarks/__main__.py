@@ -28,6 +28,7 @@ COMMANDS: dict[str, list[str]] = {
     "generate": [],
     "few_steps": [],
     "listings": [],
+    "scale": [],
     "startup": [],
     "quality": [
         *("--peers", "{work}/trainers", "--work", "{work}/quality", "--minutes", "60"),
@@ -78,8 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise UserError(f"{name}: no such benchmark; there are {', '.join(COMMANDS)}")
         _run(name, told.work, told.again)
-    verdicts = judge(json.loads(BARS.read_text()), measured(told.work))
-    write_page(verdicts)
+    found = measured(told.work)
+    verdicts = judge(json.loads(BARS.read_text()), found)
+    write_page(verdicts, found)
     fallen = [verdict for verdict in verdicts if verdict.fell]
     for verdict in fallen:
         print(
@@ -134,8 +136,8 @@ def judge(bars: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str
     return verdicts
 
 
-def write_page(verdicts: Sequence[Verdict]) -> None:
-    """Put the table between its marks, and the plot beside it."""
+def write_page(verdicts: Sequence[Verdict], found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the table and the machines between their marks, and the plot beside them."""
     lines = ["| benchmark | number | measured | half spread | asked | reached |", "|" + " --- |" * 6]
     for v in verdicts:
         sign = "≥" if v.at_least else "≤"
@@ -143,8 +145,17 @@ def write_page(verdicts: Sequence[Verdict]) -> None:
         reached = "" if v.asked is None else ("yes" if v.reaches else "**no**")
         name = v.name.replace("_", " ")
         lines.append(f"| {v.benchmark} | {name} | {v.value:.3g} | {v.spread:.2g} | {asked} | {reached} |")
-    put_between(PAGE, START, END, "\n".join(lines))
+    put_between(PAGE, START, END, "\n".join([*lines, "", *machines(found)]))
     draw(verdicts)
+
+
+def machines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which benchmarks were measured on which machine, a line each."""
+    names: dict[str, list[str]] = {}
+    for benchmark, numbers in found.items():
+        facts = "{processor}, {cores} cores, {vectors}, Python {python}, torch {version_torch}"
+        names.setdefault(facts.format_map(numbers), []).append(benchmark)
+    return [f"{', '.join(benchmarks)}: {facts}." for facts, benchmarks in names.items()]
 
 
 def draw(verdicts: Sequence[Verdict]) -> None:

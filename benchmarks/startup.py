@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__)
     add_output_options(parser)
     told = parser.parse_args()
-    results: dict[str, object] = {"machine": machine()}
+    results: dict[str, object] = {**machine()}
     with tempfile.TemporaryDirectory(prefix="ddpm-startup-") as folder, stack_in(Path(folder)):
         run(folder, "pack", "digits")
         for job, words in JOBS.items():

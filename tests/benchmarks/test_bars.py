@@ -11,6 +11,8 @@ BAR = {
     "train": {"ours_over_theirs": {"asked": 1.1, "recorded": 1.2}, "wait": {"asked": 0.01, "recorded": 0.001}}
 }
 
+MACHINE = {"processor": "A", "cores": 2, "vectors": "AVX2", "python": "3.11.9", "version_torch": "2.13.0"}
+
 
 def judged(median: float, spread: float = 0.02, wait: float = 0.001) -> list[bench.Verdict]:
     bars = {"train": {**BAR["train"], "wait": {**BAR["train"]["wait"], "at_least": False, "slack": 0.009}}}
@@ -54,12 +56,14 @@ def test_the_table_replaces_the_one_before_and_leaves_the_page(
     page.write_text(f"# Benchmarks\n\n{bench.START}\nold\n{bench.END}\n\n## Loader\n")
     monkeypatch.setattr(bench, "PAGE", page)
     monkeypatch.setattr(bench, "PLOT", tmp_path / "plot.svg")
-    bench.write_page(judged(1.05))
+    bench.write_page(judged(1.05), {"train": MACHINE, "pack": MACHINE, "loader": MACHINE | {"cores": 4}})
     text = page.read_text()
     assert "old" not in text
     assert text.startswith("# Benchmarks\n")
     assert text.endswith("\n\n## Loader\n")
     assert "| train | ours over theirs | 1.05 | 0.02 | ≥ 1.1 | **no** |" in text
+    assert "train, pack: A, 2 cores, AVX2, Python 3.11.9, torch 2.13.0." in text
+    assert "loader: A, 4 cores, AVX2, Python 3.11.9, torch 2.13.0." in text
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
 
 
