@@ -207,7 +207,7 @@ def _leave_drained(coordinator: Any, step: int) -> None:
         raise JobError(
             f"{what}, and this job runs there itself; run the same command on another node to resume"
         )
-    log.warning("%s; others go on from there, on other nodes", what)
+    log.warning("%s; others go on from there", what)
 
 
 def _run(trainer: TorchTrainer) -> int | None:
