@@ -193,6 +193,18 @@ def test_a_listing_that_cannot_be_read_is_asked_for_again_and_then_told(server: 
         list(S3Store("bucket", policy=QUICK).list())
 
 
+def test_half_an_answer_for_a_json_object_is_an_outage_if_s3_gave_it(server: Server) -> None:
+    """As JuiceFS's gateway answers for an object that is just being replaced."""
+    half = {"Content-Type": "application/json"}
+    store = S3Store("bucket", policy=QUICK)
+    server.answer = Answer(200, b"{}", half)
+    with pytest.raises(UserError, match="not as an S3 service does"):
+        store.read("jobs/x.json")
+    server.answer = Answer(200, b"{}", {**half, "x-amz-request-id": "1"})
+    with pytest.raises(StoreUnreachable, match=r"s3://bucket/jobs/x\.json.*; try again later"):
+        store.read("jobs/x.json")
+
+
 def test_an_object_replaced_at_a_service_that_ignores_conditions_is_noticed(server: Server) -> None:
     server.answer = Answer(206, b"12345", {"ETag": '"new"', "Content-Range": "bytes 0-4/5"})
     store = S3Store("bucket", policy=QUICK)
