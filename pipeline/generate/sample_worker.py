@@ -42,6 +42,7 @@ PAUSES = RetryPolicy(first_pause_seconds=1.0, longest_pause_seconds=30.0)
 # A worker that dies may have been preempted, which says nothing about its shard. Only a shard that was begun far more
 # often than it may fail is taken for the cause.
 DEATHS_PER_ATTEMPT = 5
+_LEVELS = {"done": logging.INFO, "abandoned": logging.INFO, "elsewhere": logging.DEBUG}
 log = logging.getLogger(__name__)
 Rows = dict[str, npt.NDArray[Any]]
 
@@ -145,7 +146,7 @@ class SampleWorker:
             return Outcome(shard=number, status="unfit", error=self._unfit, worker=self.name, node=node)
         with located(shard=number):
             outcome = self._try_shard(number)
-            level = logging.INFO if outcome.status in ("done", "abandoned") else logging.WARNING
+            level = _LEVELS.get(outcome.status, logging.WARNING)
             log.log(level, "shard %d: %s", number, outcome.error or outcome.status)
         self._metrics.add_counted()
         if outcome.status == "failed":
