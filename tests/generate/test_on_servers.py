@@ -10,8 +10,7 @@ from ddpm_pipeline.signatures import SigningKey
 from ddpm_pipeline.store import ObjectInfo, open_store
 from ddpm_pipeline.store.s3_store import S3Store
 from tests.effort import is_long
-from tests.generate import inprocess
-from tests.generate.inprocess import Killed, without_cluster
+from tests.generate.inprocess import Killed, here, without_cluster
 from tests.generate.tiny import contents, settings, tiny_model
 from tests.s3_servers import SERVERS, open_place
 
@@ -52,11 +51,11 @@ def test_a_generation_whose_driver_dies_anywhere_ends_in_the_same_bytes(
     base, model = open_place(server, request).uri, tiny_model(tmp_path / "model")
     key = SigningKey.create(tmp_path / "signing.pem")
     monkeypatch.setenv("DDPM_SIGNING_KEY_FILE", str(tmp_path / "signing.pem"))
-    monkeypatch.setattr(inprocess._here, "store", None, raising=False)
+    monkeypatch.setattr(here, "store", None, raising=False)
 
     def run(name: str, left: int = 0) -> Dying:
         store = dying(f"{base}/{name}", left)
-        monkeypatch.setattr(inprocess._here, "store", store)
+        monkeypatch.setattr(here, "store", store)
         generate(settings(model, store.uri, count=15))
         return store
 
