@@ -111,13 +111,13 @@ class OtherJobs:
         for beat in self.live():
             mine = self._announced if self._job < beat.job else frozenset[str]()
             names |= {unit.shard for unit in beat.under_way} | (set(beat.announced) - mine)
-        numbers = {number: name for name in names if (number := shard_number(name)) is not None}
         total = self._generation.num_shards
+        found = ((shard_number(name), name) for name in names)
         # A tail of another count is another shard.
         return {
             number
-            for number, name in numbers.items()
-            if number < total and self._generation.shard(number).name == name
+            for number, name in found
+            if number is not None and number < total and self._generation.shard(number).name == name
         }
 
 

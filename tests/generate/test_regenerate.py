@@ -52,7 +52,7 @@ def crowded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str
     write_spec(writer.generation.store, writer.generation.spec)
     records = RecordAggregate()
     for unit in writer.generation.shards():
-        record, tag = writer.write(unit)
+        record, tag, _ = writer.write(unit)
         records.add(unit.number, record, short_tag(tag))
     publish_manifest(writer.generation, records, ModelFacts(writer.engine.card.class_names))
 

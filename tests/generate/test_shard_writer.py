@@ -67,7 +67,7 @@ def test_a_shard_reads_through_plain_webdataset(model: Path, tmp_path: Path) -> 
 def test_the_record_says_what_the_object_is(model: Path, tmp_path: Path) -> None:
     writer = writer_of(settings(model, f"file://{tmp_path}/out", count=10))
     unit = shard(writer.generation.spec, 0)
-    made, _ = writer.write(unit, attempt=2)
+    made = writer.write(unit, attempt=2).record
     assert made == writer.generation.read_record(unit)
     assert (made.count, made.times.attempt, made.classes) == (10, 2, {0: 4, 1: 3, 2: 3})
     assert made.tally.images == 10

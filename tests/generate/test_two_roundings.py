@@ -128,7 +128,7 @@ def test_no_manifest_contradicts_an_object(
     writers.hook(writers.a, key, lambda: writers.b.write(first), ignores)
     records = RecordAggregate()
     for unit in (first, second):
-        record, tag = writers.a.write(unit)
+        record, tag, _ = writers.a.write(unit)
         records.add(unit.number, record, short_tag(tag))
     again = writers.finish(records)
     report = verify(output)
@@ -146,7 +146,7 @@ def test_a_record_that_replaced_the_right_one_after_the_driver_heard_of_it_is_fo
     reported: list[Any] = []
     writers.hook(writers.b, first.done_key, lambda: reported.append(writers.a.write(first)), ignores=True)
     writers.b.write(first)
-    (record, tag), records = reported[0], RecordAggregate()
+    (record, tag, _), records = reported[0], RecordAggregate()
     records.add(0, record, short_tag(tag))
     records.add(1, *with_tag(writers.a.write(second)))
     assert [
