@@ -3,7 +3,6 @@ chosen before Triton is imported."""
 
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,22 +22,13 @@ CHECKS = [
 pytestmark = needs_triton
 
 
-@cache
-def run_checks() -> tuple[list[str], str]:
-    """The checks that passed, in order, and the error output of the one that did not."""
+@pytest.mark.timeout(900)  # under load
+def test_kernels_compute_what_their_references_define(subtests: pytest.Subtests) -> None:
+    """One test, as two could be given to two processes, and each would run all."""
     command = [sys.executable, "-m", "tests.kernels.interpreted"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.split(), done.stderr
-
-
-@pytest.mark.timeout(900)  # under load
-@pytest.mark.parametrize("check", CHECKS)
-def test_kernels_compute_what_their_references_define(check: str) -> None:
-    passed, errors = run_checks()
-    assert check in passed, errors
-
-
-@pytest.mark.timeout(900)
-def test_every_check_is_looked_at() -> None:
-    passed, errors = run_checks()
-    assert passed == CHECKS, errors
+    passed = done.stdout.split()
+    for check in CHECKS:
+        with subtests.test(check):
+            assert check in passed, done.stderr
+    assert passed == CHECKS, done.stderr  # and there is no other
