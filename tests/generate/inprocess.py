@@ -197,7 +197,9 @@ class Pool:
         """Nothing is in progress."""
 
 
-class _Stream:
+class Stream:
+    """What stands for the tasks: each shard is made when it is asked for."""
+
     def __init__(
         self,
         config: GenerateConfig,
@@ -210,12 +212,17 @@ class _Stream:
     def poll(self, seconds: float) -> list[Outcome] | None:
         if not self._numbers:
             return None
-        number, pool = self._numbers.pop(0), self._pool
-        if pool.coordinator.begin(number, "here").elsewhere:
-            return [Outcome(shard=number, status="elsewhere", worker="here")]
-        stored = pool.writer.write(pool.writer.generation.shard(number))
-        pool.coordinator.end(number)
-        return [Outcome.done(number, stored, "here")]
+        return [self._attempt(self._pool.writer, self._numbers.pop(0))]
+
+    def _attempt(
+        self, writer: ShardWriter, number: int, should_stop: Callable[[], bool] = lambda: False
+    ) -> Outcome:
+        coordinator = self._pool.coordinator
+        if coordinator.begin(number, "here").elsewhere:
+            return Outcome(shard=number, status="elsewhere", worker="here")
+        stored = writer.write(writer.generation.shard(number), should_stop=should_stop)
+        coordinator.end(number)
+        return Outcome.done(number, stored, "here")
 
     def close(self) -> None:
         """Nothing is open."""
@@ -232,7 +239,7 @@ def without_cluster() -> Generator[None]:
         patch.setattr(driver_module, "open_store", _store)
         patch.setattr(driver_module, "require_pool_resources", _accept)
         patch.setattr(driver_module, "start_pool", Pool)
-        patch.setattr(driver_module, "OutcomeStream", _Stream)
+        patch.setattr(driver_module, "OutcomeStream", Stream)
         patch.setattr(sharing, "CLAIM_SECONDS", 0.0)  # who stands still here is not waited for
         yield
 

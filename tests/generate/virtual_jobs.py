@@ -21,7 +21,7 @@ from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.generate.driver import GenerationResult, generate
 from ddpm_pipeline.generate.sample_worker import Outcome
 from ddpm_pipeline.generate.shard_writer import ShardWriter
-from tests.generate.inprocess import Killed, MemoryStore, Pool, here, without_cluster
+from tests.generate.inprocess import Killed, MemoryStore, Pool, Stream, here, without_cluster
 
 _PATIENCE_SECONDS = 60
 _BEGAN = 1_800_000_000.0
@@ -115,7 +115,7 @@ class Job:
         self.ended_at = self.world.now
 
 
-class _Stream:
+class _Stream(Stream):
     """Workers as threads of the job's world."""
 
     def __init__(
@@ -125,8 +125,8 @@ class _Stream:
         numbers: list[int],
         remaining: Callable[[list[int]], list[int]],
     ) -> None:
+        super().__init__(config, pool, numbers, remaining)
         self._job = cast(Job, here.job)
-        self._pool, self._numbers = pool, remaining(numbers)
         self._arrived: list[Outcome] = []
         self._at_work = config.num_workers
         for _ in range(config.num_workers):
@@ -136,13 +136,12 @@ class _Stream:
 
     def _work(self, writer: ShardWriter) -> None:
         while self._numbers:
-            outcome = self._attempt(writer, self._numbers.pop(0))
+            outcome = self._attempt(writer, self._numbers.pop(0), self._sampling())
             self._arrived.append(outcome)
         self._at_work -= 1
 
-    def _attempt(self, writer: ShardWriter, number: int) -> Outcome:
-        if self._pool.coordinator.begin(number, "here").elsewhere:
-            return Outcome(shard=number, status="elsewhere", worker="here")
+    def _sampling(self) -> Callable[[], bool]:
+        """Takes a shard's time when it is first called, and never stops the shard."""
         slept = False
 
         def sample() -> bool:
@@ -152,9 +151,7 @@ class _Stream:
                 self._job.sleep(self._job.seconds)
             return False
 
-        stored = writer.write(writer.generation.shard(number), should_stop=sample)
-        self._pool.coordinator.end(number)
-        return Outcome.done(number, stored, "here")
+        return sample
 
     def poll(self, seconds: float) -> list[Outcome] | None:
         self._job.sleep(seconds)
