@@ -87,13 +87,18 @@ def put_between(page: Path, start: str, end: str, text: str) -> None:
     page.write_text(f"{head}{start}\n{text}\n{end}{tail}")
 
 
-def parser_of(name: str, description: str | None, parts: Sequence[str]) -> argparse.ArgumentParser:
-    """Of `python -m benchmarks.NAME`, which measures `parts` beside peers: --parts and --peers."""
-    parser = argparse.ArgumentParser(
+def plain_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Of `python -m benchmarks.NAME`, without options; `description` is shown as it is written."""
+    return argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def parser_of(name: str, description: str | None, parts: Sequence[str]) -> argparse.ArgumentParser:
+    """The same, which measures `parts` beside peers: --parts and --peers."""
+    parser = plain_parser(name, description)
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--peers", type=Path, help="folder made by: python -m benchmarks.trainers FOLDER")
     return parser

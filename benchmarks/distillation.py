@@ -13,7 +13,6 @@ Whatever is finished is kept in --work; the same command goes on where it was st
 classifier, others with different --seeds may run beside it.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -22,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from benchmarks.common import add_output_options, machine, publish
+from benchmarks.common import add_output_options, machine, plain_parser, publish
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.data import PackConfig
 from ddpm_pipeline.config.diffusion import SamplerConfig
@@ -81,11 +80,7 @@ METRICS = ("class_accuracy", "frechet_ratio", "near_copies", "precision", "recal
 
 def main() -> int:
     """Run what is missing, print what is there."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.distillation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser("distillation", __doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for finished trainings")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))

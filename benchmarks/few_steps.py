@@ -6,13 +6,12 @@ networks with random weights, whose images are as dear as any: that of the prese
 images. The teacher and the students take turns in one process.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import add_output_options, compare, machine, publish, take_turns
+from benchmarks.common import add_output_options, compare, machine, plain_parser, publish, take_turns
 from benchmarks.generate import shard_maker
 from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from ddpm_pipeline.config.generation import GenerateConfig, GuardConfig
@@ -32,11 +31,7 @@ SHARD = {"digits": 125, "colour": 8}
 
 def main() -> int:
     """Measure both networks and publish the numbers."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.few_steps",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser("few_steps", __doc__)
     parser.add_argument("--rounds", type=int, default=5)
     add_output_options(parser)
     told = parser.parse_args()

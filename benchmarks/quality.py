@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import add_output_options, machine, publish
+from benchmarks.common import add_output_options, machine, plain_parser, publish
 from benchmarks.trainers import (
     Contender,
     DenoisingDiffusion,
@@ -57,11 +57,7 @@ class Digits:
 
 def main() -> int:
     """Run what is missing, print what is there."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser("quality", __doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for finished trainings")
     parser.add_argument("--peers", type=Path, help="folder made by: python -m benchmarks.trainers FOLDER")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))

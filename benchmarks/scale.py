@@ -13,7 +13,6 @@ Lists are of 1,000 keys, so few shards need no more of them than fewer do: `benc
 Prices are those of S3 Standard in us-east-1, as published in 2026: dollars for 1,000 requests.
 """
 
-import argparse
 import logging
 import os
 import tempfile
@@ -28,7 +27,7 @@ import boto3
 from botocore.httpsession import URLLib3Session
 from moto.server import ThreadedMotoServer
 
-from benchmarks.common import add_output_options, machine, publish
+from benchmarks.common import add_output_options, machine, plain_parser, publish
 from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from ddpm_pipeline.config.generation import GenerateConfig, GuardConfig
 from ddpm_pipeline.config.model_card import ImageShape, ModelCard
@@ -80,11 +79,7 @@ class RequestCounter:
 
 def main() -> None:
     """Count, project and publish."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scale",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser("scale", __doc__)
     parser.add_argument("--shards", nargs=2, type=int, default=(100, 200), metavar=("FEW", "MORE"))
     parser.add_argument("--projected", type=int, default=1_000_000)
     add_output_options(parser)
