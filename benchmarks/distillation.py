@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.common import add_output_options, machine, plain_parser, publish
+from benchmarks.generate import open_writer
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.data import PackConfig
 from ddpm_pipeline.config.diffusion import SamplerConfig
@@ -37,16 +38,10 @@ from ddpm_pipeline.evaluate.metrics import compute_metrics
 from ddpm_pipeline.features.reference_set import load_reference
 from ddpm_pipeline.features.train_classifier import train_features
 from ddpm_pipeline.generate.done_records import RecordAggregate
-from ddpm_pipeline.generate.engine import Engine
 from ddpm_pipeline.generate.finalize import ModelFacts, publish_manifest
-from ddpm_pipeline.generate.model_source import find_model, resolve_model
-from ddpm_pipeline.generate.plan import shards
-from ddpm_pipeline.generate.shard_writer import ShardWriter
-from ddpm_pipeline.generate.spec import write_spec
+from ddpm_pipeline.generate.model_source import find_model
 from ddpm_pipeline.jobs.runner import JobArguments, settings_of
-from ddpm_pipeline.nets.model_files import build_model
 from ddpm_pipeline.progress import no_progress
-from ddpm_pipeline.store import open_store
 from ddpm_pipeline.train.checkpoint import latest_checkpoint
 from ddpm_pipeline.train.export import export_model
 from ddpm_pipeline.train.finetune import stage_initial
@@ -157,14 +152,10 @@ def train(config: TrainConfig, folder: Path) -> None:
 
 def generate(config: GenerateConfig) -> None:
     """A whole generation in this process; finished shards are kept."""
-    model, spec = resolve_model(config)
-    store = open_store(config.output)
-    write_spec(store, spec)
-    engine = Engine(spec, build_model(model.card, model.weights, where=config.model), model.card)
-    writer, records = ShardWriter(engine, store, config.guards), RecordAggregate()
-    for unit in shards(spec):
+    writer, records = open_writer(config), RecordAggregate()
+    for unit in writer.generation.shards():
         records.add(unit.number, writer.write(unit).record)
-    publish_manifest(writer.generation, records, ModelFacts(model.card.class_names))
+    publish_manifest(writer.generation, records, ModelFacts(writer.engine.card.class_names))
 
 
 def judge(model: Path, samplers: Mapping[str, SamplerConfig]) -> None:

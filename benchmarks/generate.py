@@ -34,10 +34,10 @@ from ddpm_pipeline.config.net import UNetConfig
 from ddpm_pipeline.generate.done_records import DoneRecord
 from ddpm_pipeline.generate.encoders import Encoders
 from ddpm_pipeline.generate.engine import Engine, set_up_torch
-from ddpm_pipeline.generate.model_source import ResolvedModel, find_model
+from ddpm_pipeline.generate.model_source import ResolvedModel, find_model, resolve_model
 from ddpm_pipeline.generate.plan import shard
 from ddpm_pipeline.generate.shard_writer import ShardWriter
-from ddpm_pipeline.generate.spec import Spec, make_spec
+from ddpm_pipeline.generate.spec import Spec, make_spec, write_spec
 from ddpm_pipeline.generate.stored_generation import Generation
 from ddpm_pipeline.nets.build import seeded_init
 from ddpm_pipeline.nets.diffusers_weights import export_diffusers
@@ -175,6 +175,15 @@ def shard_maker(config: GenerateConfig, encoders: Encoders | None = None) -> Cal
         return writer.write(unit).record.count
 
     return run
+
+
+def open_writer(config: GenerateConfig) -> ShardWriter:
+    """The writer of a generation's shards in this process; its spec is stored first."""
+    model, spec = resolve_model(config)
+    store = open_store(config.output)
+    write_spec(store, spec)
+    engine = Engine(spec, build_model(model.card, model.weights, where=config.model), model.card)
+    return ShardWriter(engine, store, config.guards)
 
 
 def _warm_up_seconds(config: GenerateConfig) -> float:

@@ -28,21 +28,16 @@ from botocore.httpsession import URLLib3Session
 from moto.server import ThreadedMotoServer
 
 from benchmarks.common import add_output_options, machine, plain_parser, publish
+from benchmarks.generate import open_writer
 from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
 from ddpm_pipeline.config.generation import GenerateConfig, GuardConfig
 from ddpm_pipeline.config.model_card import ImageShape, ModelCard
 from ddpm_pipeline.config.net import UNetConfig
 from ddpm_pipeline.generate.done_records import RecordAggregate
-from ddpm_pipeline.generate.engine import Engine
 from ddpm_pipeline.generate.finalize import ModelFacts, publish_manifest
-from ddpm_pipeline.generate.model_source import resolve_model
-from ddpm_pipeline.generate.plan import shards
-from ddpm_pipeline.generate.shard_writer import ShardWriter
-from ddpm_pipeline.generate.spec import write_spec
 from ddpm_pipeline.generate.verification import verify
 from ddpm_pipeline.nets.build import seeded_init
-from ddpm_pipeline.nets.model_files import build_model, save_model
-from ddpm_pipeline.store import open_store
+from ddpm_pipeline.nets.model_files import save_model
 
 BUCKET = "scale"
 IMAGES_PER_SHARD = 2
@@ -106,15 +101,11 @@ def main() -> None:
 def requests_of(model: Path, num_shards: int) -> dict[str, Counter[str]]:
     """Requests by phase and kind, of a generation of so many shards."""
     config = settings(model, f"s3://{BUCKET}/{num_shards}", num_shards)
-    resolved, spec = resolve_model(config)
-    store = open_store(config.output)
-    write_spec(store, spec)
-    engine = Engine(spec, build_model(resolved.card, resolved.weights, where=config.model), resolved.card)
-    writer, records = ShardWriter(engine, store, config.guards), RecordAggregate()
+    writer, records = open_writer(config), RecordAggregate()
     generation, counter = writer.generation, RequestCounter()
     with counter.counting():
         with counter.phase("make"):
-            for unit in shards(spec):
+            for unit in generation.shards():
                 written = writer.write(unit)
                 records.add(unit.number, written.record)
         with counter.phase("finish"):
