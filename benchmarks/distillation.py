@@ -1,16 +1,18 @@
 """What students are worth after equal compute: `python -m benchmarks.distillation --work FOLDER`.
 
-For each seed a teacher by the preset `digits`, 2,000 of its images as pairs, and students by the preset `digits-fast`,
-each with as many evaluations of a network in training (a backward pass counts as two):
+For each seed a teacher by the preset `digits`, 2,000 of its images as pairs, and students by the preset `digits-fast`
+(`--presets emoji-32 emoji-fast`: by those), each with as many evaluations of a network in training (a backward pass
+counts as two):
 - consistency: consistency distillation, as the preset;
 - pairs: regression on the pairs alone, which needs neither the teacher nor a second evaluation of the student;
 - both: half of the images are learned as pairs, of the teacher's images;
 - tuning: consistency tuning, which needs no teacher.
 Each is judged by 2,000 samples of another seed, for 1, 2 and 4 evaluations an image, with the metrics of
-`ddpm evaluate`; so is the teacher.
+`ddpm evaluate`, in the training data's proportions of classes; so is the teacher.
 
-Whatever is finished is kept in --work; the same command goes on where it was stopped. Once the first command has a
-classifier, others with different --seeds may run beside it.
+Trainings and samples are computed on this machine's GPU with --gpu, and otherwise in one thread. Whatever is finished
+is kept in --work; the same command goes on where it was stopped. Once the first command has a classifier, others with
+different --seeds may run beside it.
 """
 
 import json
@@ -18,6 +20,7 @@ import os
 import statistics
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +35,7 @@ from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.data.index import load_index
 from ddpm_pipeline.data.packing.pack_dataset import pack
+from ddpm_pipeline.devices.measuring import measuring_gpu
 from ddpm_pipeline.distill.plan_distillation import plan_distillation
 from ddpm_pipeline.evaluate.measure import model_features
 from ddpm_pipeline.evaluate.metrics import compute_metrics
@@ -41,6 +45,7 @@ from ddpm_pipeline.generate.done_records import RecordAggregate
 from ddpm_pipeline.generate.finalize import ModelFacts, publish_manifest
 from ddpm_pipeline.generate.model_source import find_model
 from ddpm_pipeline.jobs.runner import JobArguments, settings_of
+from ddpm_pipeline.parallel import HERE
 from ddpm_pipeline.progress import no_progress
 from ddpm_pipeline.train.checkpoint import latest_checkpoint
 from ddpm_pipeline.train.export import export_model
@@ -62,8 +67,6 @@ RECIPES: dict[str, dict[str, object]] = {
 COST = {"consistency": 6, "pairs": 3, "both": 6, "tuning": 4}
 """Evaluations of a network for an image in training: 3 are the student's forward and backward passes, 1 its target, 2
 the guided step of its teacher."""
-HERE: dict[str, object] = {"workers.num_workers": 1}
-"""One process, one thread."""
 STUDENT = {
     "1": SamplerConfig(kind="consistency", num_steps=1, timesteps=(999,)),
     "2": SamplerConfig(kind="consistency", num_steps=2, timesteps=(999, 300)),
@@ -73,65 +76,97 @@ STUDENT = {
 METRICS = ("class_accuracy", "frechet_ratio", "near_copies", "precision", "recall")
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Where and of what data students are compared."""
+
+    work: Path
+    presets: tuple[str, str]
+    """Of the teacher and of the students."""
+    gpus: int
+    """1: on this machine's GPU."""
+
+    def teacher(self, section: str, kind: type[S], **values: object) -> S:
+        """A section of the teacher's preset, with other values by dotted name."""
+        return _settings(self.presets[0], section, kind, values)
+
+    def student(self, section: str, kind: type[S], **values: object) -> S:
+        """A section of the students' preset, with other values by dotted name."""
+        return _settings(self.presets[1], section, kind, values)
+
+    @property
+    def alone(self) -> dict[str, object]:
+        """Settings of a training in this process."""
+        return {"workers.num_workers": 1, "workers.gpus_per_worker": self.gpus}
+
+
 def main() -> int:
     """Run what is missing, print what is there."""
     parser = plain_parser("distillation", __doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for finished trainings")
+    parser.add_argument(
+        "--presets", nargs=2, default=["digits", "digits-fast"], help="teacher's and students'"
+    )
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     parser.add_argument(
         "--steps", type=int, default=1200, help="of consistency distillation; others by their cost"
     )
+    parser.add_argument("--gpu", action="store_true")
     add_output_options(parser)
     told = parser.parse_args()
     work: Path = told.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     os.environ["DDPM_ROOT"] = work.as_uri()
-    pack(settings("digits", "pack", PackConfig))
-    train_features(settings("digits", "features", FeaturesConfig), no_progress)
+    comparison = Comparison(work, tuple(told.presets), int(told.gpu))
+    if not any(work.glob("data/*/index.json")):
+        pack(comparison.teacher("pack", PackConfig))
+    train_features(comparison.teacher("features", FeaturesConfig), no_progress)
     for seed in told.seeds:
-        teacher = make_teacher(work, seed)
+        teacher = make_teacher(comparison, seed)
         for recipe in told.recipes:
-            student = make_student(work, teacher, recipe, seed, told.steps)
-            judge(student, STUDENT)
-        judge(teacher, {"40": settings("digits", "generate", GenerateConfig).sampler})
+            judge(comparison, make_student(comparison, teacher, recipe, seed, told.steps), STUDENT)
+        judge(comparison, teacher, {"40": comparison.teacher("generate", GenerateConfig).sampler})
     publish(figures(work, told.steps) | machine(), told)
     return 0
 
 
-def settings(preset: str, section: str, kind: type[S], **values: object) -> S:
-    """A preset's section with other values, by dotted name."""
+def _settings(preset: str, section: str, kind: type[S], values: Mapping[str, object]) -> S:
     words = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()]
     return settings_of(kind, section, JobArguments.of([preset, *words]))
 
 
-def make_teacher(work: Path, seed: int) -> Path:
-    """A model by the preset `digits`."""
-    folder = work / f"teacher-{seed}"
+def make_teacher(comparison: Comparison, seed: int) -> Path:
+    """A model by the teacher's preset."""
+    folder = comparison.work / f"teacher-{seed}"
     if not folder.exists():
-        train(settings("digits", "train", TrainConfig, seed=seed, gate=None, **HERE), folder)
+        train(comparison.teacher("train", TrainConfig, seed=seed, gate=None, **comparison.alone), folder)
     return folder
 
 
-def make_pairs(teacher: Path) -> str:
+def make_pairs(comparison: Comparison, teacher: Path) -> str:
     """A generation by a teacher; its URI."""
     output = f"file://{teacher}-pairs"
-    where = {"model": str(teacher), "output": output, "features": None, "track": None}
-    generate(settings("digits", "generate", GenerateConfig, count=COUNT, seed=PAIRS_SEED, **where))
+    own = {"model": str(teacher), "output": output, "seed": PAIRS_SEED, "features": None, "track": None}
+    generate(comparison.teacher("generate", GenerateConfig, **_samples(comparison), **own))
     return output
 
 
-def make_student(work: Path, teacher: Path, recipe: str, seed: int, steps: int) -> Path:
-    """A student of `teacher` by the preset `digits-fast` and a recipe, for the cost of `steps` of the first recipe."""
-    folder = work / f"{recipe}-{steps}-{seed}"
+def make_student(comparison: Comparison, teacher: Path, recipe: str, seed: int, steps: int) -> Path:
+    """A student of `teacher` by a recipe, for the cost of `steps` of the first recipe."""
+    folder = comparison.work / f"{recipe}-{steps}-{seed}"
     if not folder.exists():
         own = RECIPES[recipe] | {"steps": steps * COST["consistency"] // COST[recipe]}
         if "pair_share" in own:
-            own |= {"data": None, "pairs": make_pairs(teacher)}
+            own |= {"data": None, "pairs": make_pairs(comparison, teacher)}
         names = {"name": recipe, "teacher": str(teacher), "seed": seed}
-        config = settings("digits-fast", "distill", DistillConfig, **names, **own, **HERE)
+        config = comparison.student("distill", DistillConfig, **names, **own, **comparison.alone)
         train(plan_distillation(config, no_progress), folder)
     return folder
+
+
+def _samples(comparison: Comparison) -> dict[str, object]:
+    return {"count": COUNT, "classes": "data", "gpus_per_worker": comparison.gpus}
 
 
 def train(config: TrainConfig, folder: Path) -> None:
@@ -158,18 +193,17 @@ def generate(config: GenerateConfig) -> None:
     publish_manifest(writer.generation, records, ModelFacts(writer.engine.card.class_names))
 
 
-def judge(model: Path, samplers: Mapping[str, SamplerConfig]) -> None:
+def judge(comparison: Comparison, model: Path, samplers: Mapping[str, SamplerConfig]) -> None:
     """Measure samples by each of the samplers; what has been measured stays."""
-    config = settings("digits", "evaluate", EvaluateConfig)
-    reference = load_reference(load_index(config.reference), config.network, config.batch_size)
+    config = comparison.teacher("evaluate", EvaluateConfig)
+    workers = HERE._replace(gpu=measuring_gpu() if comparison.gpus else None)
+    reference = load_reference(load_index(config.reference), config.network, config.batch_size, workers)
     for name, sampler in samplers.items():
         file = model.parent / f"{model.name}.{name}.json"
         if not file.exists():
-            wanted = settings(
-                "digits", "generate", GenerateConfig,
-                model=str(model), sampler=sampler.model_dump(), count=COUNT, seed=JUDGED_SEED,
-            )  # fmt: skip
-            samples = model_features(find_model(str(model)), wanted, config)
+            own = {"model": str(model), "sampler": sampler.model_dump(), "seed": JUDGED_SEED}
+            wanted = comparison.teacher("generate", GenerateConfig, **_samples(comparison), **own)
+            samples = model_features(find_model(str(model)), wanted, config, workers.gpu)
             metrics = compute_metrics(samples, reference, config)
             part = file.with_suffix(".part")
             part.write_text(json.dumps({metric: metrics[metric].value for metric in METRICS}))

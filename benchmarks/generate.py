@@ -161,13 +161,9 @@ def _forward(net: UNet, batch: int, steps: int) -> int:
 
 def shard_maker(config: GenerateConfig, encoders: Encoders | None = None) -> Callable[[], int]:
     """Making a whole shard: sampled, encoded, packed, stored. `encoders` is by default a thread."""
-    model = find_model(config.model)
-    spec = make_spec(config, model.card)
-    set_up_torch(spec)
-    net = build_model(model.card, model.weights, where="benchmark").to(spec.device)
-    writer = ShardWriter(
-        Engine(spec, net, model.card), open_store(config.output), config.guards, encoders=encoders
-    )
+    model, spec = resolve_model(config)
+    engine = _engine(model, spec)
+    writer = ShardWriter(engine, open_store(config.output), config.guards, encoders=encoders)
     unit = shard(spec, 0)
 
     def run() -> int:
@@ -182,8 +178,15 @@ def open_writer(config: GenerateConfig) -> ShardWriter:
     model, spec = resolve_model(config)
     store = open_store(config.output)
     write_spec(store, spec)
-    engine = Engine(spec, build_model(model.card, model.weights, where=config.model), model.card)
-    return ShardWriter(engine, store, config.guards)
+    return ShardWriter(_engine(model, spec), store, config.guards)
+
+
+def _engine(model: ResolvedModel, spec: Spec) -> Engine:
+    """On the device of the spec, with this process set up for it."""
+    set_up_torch(spec)
+    return Engine(
+        spec, build_model(model.card, model.weights, spec.device, where=spec.model.name), model.card
+    )
 
 
 def _warm_up_seconds(config: GenerateConfig) -> float:

@@ -110,10 +110,10 @@ def captured_gradients(
 ) -> CapturedGradients | None:
     """For the passes of `net`, one of `world` workers' networks; None where they cannot run in a graph.
 
-    A compiled network has graphs of its own, several workers exchange gradients meanwhile, a student's steps depend on
-    how far its training is, and another package's network may read what changes from the host.
+    A compiled network has graphs of its own, several workers exchange gradients meanwhile, and another package's
+    network may read what changes from the host.
     """
-    alone = world == 1 and not config.compile and config.distillation is None
+    alone = world == 1 and not config.compile
     if device.type != "cuda" or not alone or not isinstance(config.net, UNetConfig):
         return None
     return CapturedGradients(net, device)

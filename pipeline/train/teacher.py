@@ -65,11 +65,9 @@ def distillation_loss(
     """
     settings = config.distillation
     assert settings is not None  # as there is a teacher
-    divisors = settings.loss.divisors
-    stage = min(batch.step * len(divisors) // config.steps, len(divisors) - 1)
-    divisor: Tensor | None = torch.full_like(t, divisors[stage])
+    positions = batch.positions.to(t.device)
+    divisor: Tensor | None = _divisor(settings.loss.divisors, positions // config.global_batch, config.steps)
     if settings.pairs is not None and batch.rows is not None:
-        positions = batch.positions.to(t.device)
         paired = uniform(config.seed, Stream.TRAIN_PAIR, positions) < settings.pair_share
         index = settings.pairs.first_index + batch.rows.to(t.device)
         own = normal(settings.pairs.seed, Stream.SAMPLE_NOISE, index, tuple(x0.shape[1:]))
@@ -88,3 +86,15 @@ def distillation_loss(
         class_labels,
         dropout,
     )
+
+
+def _divisor(divisors: tuple[int, ...], step: Tensor, steps: int) -> Tensor:
+    """The divisor of each step, int64 (n,), of a training of `steps`: each takes an equal part of it.
+
+    Found on the device, so that a step captured as a CUDA graph is right for all later ones.
+    """
+    stage = step * len(divisors) // steps
+    divisor = torch.full_like(step, divisors[0])
+    for number, value in enumerate(divisors[1:], start=1):
+        divisor = torch.where(stage >= number, value, divisor)
+    return divisor

@@ -45,6 +45,7 @@ from ddpm_pipeline.generate.guards import GuardTripped
 from ddpm_pipeline.generate.launched_images import LaunchedImages
 from ddpm_pipeline.generate.plan import shards
 from ddpm_pipeline.generate.shard_writer import ShardWriter
+from ddpm_pipeline.nets.build import seeded_init
 from ddpm_pipeline.nets.model_files import build_model
 from ddpm_pipeline.store import open_store
 from ddpm_pipeline.train.captured_gradients import CapturedGradients
@@ -53,6 +54,7 @@ from ddpm_pipeline.train.device_batches import device_batches
 from ddpm_pipeline.train.loop import NonFiniteError, Trainer, find_gradients
 from ddpm_pipeline.train.state import TrainState, initial_state
 from ddpm_pipeline.train.step_metrics import StepMetrics
+from ddpm_pipeline.train.teacher import make_teacher
 from ddpm_pipeline.train.training_plan import plan_training
 from ddpm_pipeline.train.worker import TrainTask, train_local
 from tests.effort import is_long
@@ -79,7 +81,7 @@ def a_training_on_a_gpu_takes_the_steps_of_the_cpu_and_skips_the_same_one() -> N
 
 
 def a_training_by_a_cuda_graph_has_the_bits_of_one_without() -> None:
-    cases: list[dict[str, object]] = [{"precision": "bfloat16", "workers": _IN_PARTS}]
+    cases: list[dict[str, object]] = [{"precision": "bfloat16", "workers": _IN_PARTS}, _STUDENT]
     if is_long():
         cases += [{}, {"precision": "bfloat16"}, {"workers": _IN_PARTS}]
     for changes in cases:
@@ -540,11 +542,23 @@ def _begun(device: torch.device, **changes: object) -> tuple[Trainer, TrainState
     config = _config(**changes)
     state = initial_state(config, device)
     schedule = NoiseSchedule.from_config(config.schedule).to(device)
-    return Trainer(config, schedule, state.net, device, 1), state, StepMetrics(schedule.T, device)
+    teacher = make_teacher(config, config.objective, seeded_init(config.net, 1), device, world=1)
+    trainer = Trainer(config, schedule, state.net, device, 1, teacher=teacher)
+    return trainer, state, StepMetrics(schedule.T, device)
 
 
 _IN_PARTS: dict[str, object] = {"gpus_per_worker": 1, "micro_batch": 3}
 """Uneven micro-batches."""
+_STUDENT: dict[str, object] = {
+    "init_from": "absent",
+    "objective": {"target": "v"},
+    "steps": 6,
+    "distillation": {
+        "sampler": {"kind": "ddim", "num_steps": 5, "guidance_scale": 1.5},
+        "loss": {"divisors": [2, 4, 8]},
+    },
+}
+"""Learns from closer levels after each second step."""
 _Begun = tuple[Trainer, TrainState, StepMetrics]
 
 

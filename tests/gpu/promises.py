@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.config.distill_job import DistillConfig
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.data.packing.pack_dataset import pack
 from ddpm_pipeline.devices import is_out_of_memory, set_up_arithmetic
 from ddpm_pipeline.diffusion.noise import Stream, normal, randint, uniform
+from ddpm_pipeline.distill.plan_distillation import plan_distillation
 from ddpm_pipeline.generate.engine import set_up_torch
 from ddpm_pipeline.generate.plan import shards
 from ddpm_pipeline.generate.regenerate import regenerate
@@ -32,9 +34,11 @@ from ddpm_pipeline.generate.verification import verify
 from ddpm_pipeline.nets import DropoutKeys, UNet
 from ddpm_pipeline.nets.build import seeded_init
 from ddpm_pipeline.nets.dropout import keyed_dropout
+from ddpm_pipeline.progress import no_progress
 from ddpm_pipeline.store import open_store
 from ddpm_pipeline.train import worker
 from ddpm_pipeline.train.checkpoint import latest_checkpoint
+from ddpm_pipeline.train.finetune import stage_initial
 from ddpm_pipeline.train.training_plan import plan_training
 from ddpm_pipeline.train.worker import TrainTask, WorkerContext, train_worker
 from tests.generate.tiny import fill, settings, tiny_card, tiny_model, writer_of
@@ -65,6 +69,35 @@ def training_by_a_cuda_graph_has_the_bits_of_one_without(device: torch.device, f
         with mock.patch.object(worker, "captured_gradients", return_value=None):
             launched = trained(next(runs), device)
         require_equal_tensors(captured, launched)
+
+
+def distillation_by_a_cuda_graph_has_the_bits_of_one_without(device: torch.device, folder: Path) -> None:
+    """The teacher's step and the student's image at the earlier level are replayed too."""
+    data, card = _packed(folder), tiny_card(size=8)
+    net = card.net.model_copy(update={"num_classes": 10})
+    teacher = tiny_model(folder / "model", card.model_copy(update={"net": net, "class_names": None}))
+    like = _config(data, folder / "like", device)
+
+    def student(name: str) -> TrainConfig:
+        (folder / name).mkdir()
+        config = DistillConfig.model_validate(
+            {
+                "name": name,
+                "runs": f"file://{folder}/{name}",
+                "teacher": str(teacher),
+                "data": {"uri": data},
+                "sampler": {"kind": "ddim", "num_steps": 5, "guidance_scale": 1.5},
+                "loss": {"divisors": [2, 4, 8]},
+                "steps": STEPS,
+                "grid": {"every_steps": 100, "count": 10, "sampler": {"kind": "consistency", "num_steps": 2}},
+            }
+            | {field: getattr(like, field) for field in ("optimizer", "ema", "global_batch", "workers")}
+        )
+        return plan_distillation(config, no_progress)
+
+    captured = trained(student("captured"), device)
+    with mock.patch.object(worker, "captured_gradients", return_value=None):
+        require_equal_tensors(captured, trained(student("launched"), device))
 
 
 def training_in_bfloat16_twice_ends_in_the_same_bits(device: torch.device, folder: Path) -> None:
@@ -212,6 +245,7 @@ PROMISES: tuple[Promise, ...] = (
     training_twice_ends_in_the_same_bits,
     training_in_bfloat16_twice_ends_in_the_same_bits,
     training_by_a_cuda_graph_has_the_bits_of_one_without,
+    distillation_by_a_cuda_graph_has_the_bits_of_one_without,
     a_training_killed_at_a_random_step_ends_in_the_same_bits,
 )
 
@@ -264,7 +298,10 @@ class _Driver:
 def _train(config: TrainConfig, device: torch.device, on_step: Callable[[int], None]) -> None:
     set_up_arithmetic(config.matmul, deterministic=config.deterministic)
     plan = plan_training(config)
-    task = TrainTask(config, plan.identity, plan.store.uri, plan.index.digest)
+    if plan.initial is not None:
+        stage_initial(plan.store, plan.initial)
+    initial = None if plan.initial is None else plan.initial.sha256
+    task = TrainTask(config, plan.identity, plan.store.uri, plan.index.digest, initial_sha256=initial)
     train_worker(task, WorkerContext(rank=0, world=1, device=device), _Driver(on_step))
 
 
