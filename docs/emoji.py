@@ -1,11 +1,13 @@
-"""Draw the images of docs/gallery.md: samples of a model with classes, such as that of the preset emoji-32.
+"""Draw the images of docs/gallery.md: samples of a model with classes, such as that of the preset emoji-32, and of its
+few-step student.
 
-    python -m docs.emoji [MODEL] [FOLDER]
+    python -m docs.emoji [MODEL] [STUDENT] [FOLDER]
 
 Samples are those of `ddpm generate emoji-32`: the first ones by index or, of the reverse process, three of them. Each
 picture is reduced to 256 colors, so that it loads fast."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -32,17 +34,27 @@ Pixels = NDArray[np.uint8]
 _SAMPLER = SamplerConfig(kind="dpm++2m", num_steps=20, guidance_scale=1.5)
 _GUIDANCE = (1.0, 1.5, 3.0)
 _STEPS = (5, 10, 20, 50)
+_STUDENTS = {
+    "4 evaluations": SamplerConfig(kind="consistency", num_steps=4),
+    "2 evaluations": SamplerConfig(kind="consistency", num_steps=2, timesteps=(999, 300)),
+    "1 evaluation": SamplerConfig(kind="consistency", num_steps=1),
+}
 _REVERSE_SAMPLES = (2, 5, 6)
 _REVERSE_COLUMNS = 9
 
 
 def emoji_figures(
-    model: LoadedModel, out_dir: Path, progress: Callable[[int, int], None] | None = None
+    model: LoadedModel,
+    student: LoadedModel,
+    out_dir: Path,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Draw all pictures into `out_dir` (made if need be) and return their paths.
 
-    UserError for a model that guidance does not work with.
+    UserError for a model that guidance does not work with, and for a student that is none.
     """
+    if student.card.distillation is None:
+        raise UserError(f"{student.reference}: was not distilled; name a model that ddpm distill made")
     if model.card.net.num_classes is None or not model.card.net.null_class:
         raise UserError(f"{model.reference}: guidance needs a model with classes and net.null_class")
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -50,6 +62,7 @@ def emoji_figures(
         "classes": draw_classes,
         "guidance": draw_guidance,
         "steps": draw_steps,
+        "few-steps": partial(draw_few_steps, student=student),
         "reverse": draw_reverse,
     }
     paths: list[Path] = []
@@ -80,6 +93,13 @@ def draw_steps(model: LoadedModel) -> Pixels:
     """The first twelve samples at each number of steps."""
     counts = {f"{n} steps": _SAMPLER.model_copy(update={"num_steps": n}) for n in _STEPS}
     return _rows({name: _samples(model, sampler, COLUMNS) for name, sampler in counts.items()})
+
+
+def draw_few_steps(model: LoadedModel, student: LoadedModel) -> Pixels:
+    """The first twelve samples by the model, and by its student with each number of evaluations."""
+    by_student = {name: _samples(student, sampler, COLUMNS) for name, sampler in _STUDENTS.items()}
+    evaluations = _SAMPLER.num_steps * 2  # with and without the class
+    return _rows({f"teacher, {evaluations}": _samples(model, _SAMPLER, COLUMNS)} | by_student)
 
 
 def draw_reverse(model: LoadedModel) -> Pixels:
@@ -123,11 +143,14 @@ def main(
     model: Annotated[
         str, typer.Argument(help="`name@alias`, `name/version` or a folder.")
     ] = "emoji-32@champion",
+    student: Annotated[
+        str, typer.Argument(help="Its student, named like the model.")
+    ] = "emoji-fast@champion",
     folder: Annotated[Path, typer.Argument(help="Folder to write to.")] = IMAGES,
 ) -> None:
     """Draw every image."""
     with progress_of("figures", "images") as progress:
-        paths = emoji_figures(load_model(model), folder, progress)
+        paths = emoji_figures(load_model(model), load_model(student), folder, progress)
     for path in paths:
         echo(f"drew     {path}")
 
