@@ -6,7 +6,7 @@ BIN := .venv/bin
 STORE_OPTION := $(if $(STORE),--store $(STORE))
 
 .DEFAULT_GOAL := help
-.PHONY: help run install install-dev test test-fast test-stack lint up status down clean distclean lock wheel docs bench chaos fuzz gpu-test
+.PHONY: help run install install-dev test test-fast test-stack lint up status down clean distclean lock wheel docs bench chaos fuzz mutants gpu-test
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,7 +34,7 @@ clean: ## end the stack and remove its data, logs and keys (.local)
 	@rm -rf .local .pytest_cache .ruff_cache .hypothesis .import_linter_cache build
 
 distclean: clean ## also remove .venv
-	@rm -rf .venv .supply *.egg-info
+	@rm -rf .venv .supply .mutants *.egg-info
 
 lint: install-dev ## style, types, layer contracts
 	$(BIN)/ruff check .
@@ -72,6 +72,9 @@ chaos: install-dev ## attack every job with random faults (SEED=0 ROUNDS=10, or 
 fuzz: install-dev ## feed every reader of stored bytes with what a fuzzer thinks up (SECONDS=60 each)
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet 'atheris>=3,<4'
 	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
+
+mutants: install-dev ## change the code that promises rest on, place by place, and see whether its tests notice (SAMPLE=20 of each module; MODULE=generate/plan.py)
+	@$(BIN)/python -m tests.mutants $(MODULE) --sample $(or $(SAMPLE),20)
 
 lock: install-dev ## write the lock files anew, with hashes (UPGRADE=1: newest versions; asks the package index)
 	@infra/lock.sh $(if $(UPGRADE),--upgrade)
