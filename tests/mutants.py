@@ -143,7 +143,7 @@ def _mutants(clone: Path, module: str) -> Iterator[Mutant]:
             changed = _mutated(text, operator, occurrence)
             if changed is None:
                 break
-            if _executed(changed) != plain:
+            if _executed(changed) not in (plain, None):
                 yield Mutant(module, operator, occurrence)
 
 
@@ -155,9 +155,13 @@ def _mutated(text: str, operator: str, occurrence: int) -> str | None:
     return mutate_code(text, get_operator(operator)(), occurrence)
 
 
-def _executed(text: str) -> str:
-    """A module without its annotations: a change of these is none."""
-    tree = ast.parse(text)
+def _executed(text: str) -> str | None:
+    """A module without its annotations, a change of which is none. None if it is no Python: cosmic-ray takes a `*`
+    between parameters for a product."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return None
     for node in ast.walk(tree):
         if isinstance(node, ast.arg):
             node.annotation = None
