@@ -13,7 +13,6 @@ imported what is slow to import, and end at the first failure, or after LIMIT_SE
 import argparse
 import ast
 import difflib
-import itertools
 import json
 import os
 import random
@@ -129,22 +128,32 @@ def _clone(folder: Path) -> Path:
 
 
 def _sample(clone: Path, module: str, count: int, seed: int) -> list[Mutant]:
-    every = list(_mutants(clone, module))
-    drawn = random.Random(f"{seed} {module}").sample(every, min(count, len(every)))
-    print(f"{module}: {len(drawn)} of {len(every)} mutants", flush=True)
+    text = (clone / PACKAGE / module).read_text()
+    plain = _executed(text)
+    places = list(_places(text))
+    random.Random(f"{seed} {module}").shuffle(places)
+    drawn: list[Mutant] = []
+    for operator, occurrence in places:
+        changed = _mutated(text, operator, occurrence)
+        assert changed is not None
+        if _executed(changed) not in (plain, None):
+            drawn.append(Mutant(module, operator, occurrence))
+        if len(drawn) == count:
+            break
+    print(f"{module}: {len(drawn)} mutants, in {len(places)} places", flush=True)
     return drawn
 
 
-def _mutants(clone: Path, module: str) -> Iterator[Mutant]:
-    text = (clone / PACKAGE / module).read_text()
-    plain = _executed(text)
-    for operator in OPERATORS:
-        for occurrence in itertools.count():
-            changed = _mutated(text, operator, occurrence)
-            if changed is None:
-                break
-            if _executed(changed) not in (plain, None):
-                yield Mutant(module, operator, occurrence)
+def _places(text: str) -> Iterator[tuple[str, int]]:
+    """Each operator, with the number of each place where it changes the text."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator
+
+    nodes = list(ast_nodes(get_ast(text)))
+    for name in OPERATORS:
+        operator = get_operator(name)()
+        found = sum(len(list(operator.mutation_positions(node))) for node in nodes)
+        yield from ((name, occurrence) for occurrence in range(found))
 
 
 def _mutated(text: str, operator: str, occurrence: int) -> str | None:
