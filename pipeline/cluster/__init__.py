@@ -13,6 +13,7 @@ from ddpm_pipeline.cluster.gpus import (
     unfit_message,
 )
 from ddpm_pipeline.cluster.node_plugins import require_plugins_on_nodes
+from ddpm_pipeline.cluster.placement import on_node
 from ddpm_pipeline.cluster.ray_errors import cause_of, reason_line
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "check_every_gpu",
     "draining_nodes",
     "grows",
+    "on_node",
     "reason_line",
     "require_fit_workers",
     "require_plugins_on_nodes",

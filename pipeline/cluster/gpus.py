@@ -14,8 +14,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ddpm_pipeline.cluster.placement import on_node
 from ddpm_pipeline.config.device_kind import DeviceKind
 from ddpm_pipeline.devices.preflight import (
     ANSWER_SECONDS,
@@ -240,7 +240,7 @@ def _kind_of_node(node: Mapping[str, Any]) -> object:
 def _task(needs: GpuNeeds, gpus: float, node_id: str | None) -> Any:
     """Start the check on a node, or on any; the result is for `_answer`."""
     task: Any = ray.remote(_check if gpus else _check_compiler)
-    place = NodeAffinitySchedulingStrategy(node_id, soft=False) if node_id else "DEFAULT"
+    place = on_node(node_id) if node_id else "DEFAULT"
     return task.options(
         name="preflight", num_cpus=0, num_gpus=gpus, max_retries=0, scheduling_strategy=place
     ).remote(needs)

@@ -5,8 +5,8 @@ from typing import Any
 import ray
 from pydantic import BaseModel
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ddpm_pipeline.cluster.placement import on_node
 from ddpm_pipeline.config.plugins import identities, require_plugins
 from ddpm_pipeline.errors import UserError
 
@@ -28,7 +28,7 @@ def require_plugins_on_nodes(cpus: float, gpus: float, *documents: BaseModel) ->
             name="plug-ins",
             num_cpus=0,
             max_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True),
+            scheduling_strategy=on_node(node["NodeID"]),
         ).remote(documents): node
         for node in nodes
     }

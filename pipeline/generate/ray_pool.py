@@ -12,9 +12,8 @@ import numpy as np
 import ray
 import ray.data
 from ray.exceptions import GetTimeoutError, RayActorError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ddpm_pipeline.cluster import GROWS_VARIABLE, grows, reason_line
+from ddpm_pipeline.cluster import GROWS_VARIABLE, grows, on_node, reason_line
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.generate.coordinator import Coordinator, ShardProgress
@@ -76,7 +75,7 @@ class WorkerPool:
 
 def start_pool(config: SampleWorkerConfig, weights: bytes, selector: dict[str, str]) -> WorkerPool:
     """Put the weights into Ray's object store and start the coordinator on the driver's node."""
-    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    driver_node = on_node(ray.get_runtime_context().get_node_id())
     actor: Any = ray.remote(Coordinator)  # Any: Ray's types lag behind its scheduling strategies
     coordinator = actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=driver_node).remote()
     return WorkerPool(config, ray.put(weights), coordinator, selector)

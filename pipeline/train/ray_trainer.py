@@ -27,9 +27,8 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchTrainer, get_device
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ddpm_pipeline.cluster import cause_of, draining_nodes, reason_line
+from ddpm_pipeline.cluster import cause_of, draining_nodes, on_node, reason_line
 from ddpm_pipeline.devices.remedies import fact_of, unfit_remedy
 from ddpm_pipeline.errors import DamageError, JobError, UserError
 from ddpm_pipeline.progress import Progress
@@ -148,9 +147,7 @@ def train_on_cluster(task: TrainTask, progress: Progress, stop: threading.Event)
     cluster, join it again and call this again.
     """
     node = DriverNode(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
-    coordinator: Any = TrainCoordinator.options(
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)
-    ).remote(node)
+    coordinator: Any = TrainCoordinator.options(scheduling_strategy=on_node(node.id)).remote(node)
     os.environ.setdefault(START_TIMEOUT_VARIABLE, START_TIMEOUT_SECONDS)
     with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as scratch:
         try:

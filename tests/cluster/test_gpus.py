@@ -49,9 +49,7 @@ class FakeRay:
         self.seconds = 0.0
         monkeypatch.setattr(gpus, "ray", self)
         monkeypatch.setattr(gpus, "time", SimpleNamespace(monotonic=lambda: self.seconds))
-        monkeypatch.setattr(
-            gpus, "NodeAffinitySchedulingStrategy", lambda name, soft: SimpleNamespace(name=name)
-        )
+        monkeypatch.setattr(gpus, "on_node", lambda name: SimpleNamespace(name=name))
 
     def nodes(self) -> list[dict[str, Any]]:
         return self._nodes
