@@ -57,7 +57,8 @@ def emoji_figures(
         raise UserError(f"{student.reference}: was not distilled; name a model that ddpm distill made")
     if model.card.net.num_classes is None or not model.card.net.null_class:
         raise UserError(f"{model.reference}: guidance needs a model with classes and net.null_class")
-    torch.set_num_threads(1)  # as a generation has it: sums, and with them the last bits, depend on the number
+    # As a generation has it: sums, and with them the last bits, depend on the number.
+    torch.set_num_threads(1)
     out_dir.mkdir(parents=True, exist_ok=True)
     drawings: dict[str, Callable[[LoadedModel], Pixels]] = {
         "classes": draw_classes,
