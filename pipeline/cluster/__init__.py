@@ -1,20 +1,27 @@
-"""What jobs ask of a Ray cluster before they place work on it, and how they report Ray's errors."""
+"""What jobs ask of a Ray cluster before they place work on it, and how they report Ray's errors.
 
-from ddpm_pipeline.cluster.draining import draining_nodes
-from ddpm_pipeline.cluster.gpus import (
-    GROWS_VARIABLE,
-    TYPE_LABEL,
-    NodeReport,
-    Workers,
-    ask_nodes,
-    check_every_gpu,
-    grows,
-    require_fit_workers,
-    unfit_message,
-)
-from ddpm_pipeline.cluster.node_plugins import require_plugins_on_nodes
-from ddpm_pipeline.cluster.placement import on_node
-from ddpm_pipeline.cluster.ray_errors import cause_of, reason_line
+The names of `__all__` are imported when they are first used, so that an actor that computes nothing loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddpm_pipeline.cluster.draining import draining_nodes
+    from ddpm_pipeline.cluster.gpus import (
+        GROWS_VARIABLE,
+        TYPE_LABEL,
+        NodeReport,
+        Workers,
+        ask_nodes,
+        check_every_gpu,
+        grows,
+        require_fit_workers,
+        unfit_message,
+    )
+    from ddpm_pipeline.cluster.node_plugins import require_plugins_on_nodes
+    from ddpm_pipeline.cluster.placement import on_node
+    from ddpm_pipeline.cluster.ray_errors import cause_of, reason_line
 
 __all__ = [
     "GROWS_VARIABLE",
@@ -32,3 +39,17 @@ __all__ = [
     "require_plugins_on_nodes",
     "unfit_message",
 ]
+
+_MODULES = {
+    "ddpm_pipeline.cluster.draining": ("draining_nodes",),
+    "ddpm_pipeline.cluster.node_plugins": ("require_plugins_on_nodes",),
+    "ddpm_pipeline.cluster.placement": ("on_node",),
+    "ddpm_pipeline.cluster.ray_errors": ("cause_of", "reason_line"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = (module for module, names in _MODULES.items() if name in names)
+    return getattr(import_module(next(found, "ddpm_pipeline.cluster.gpus")), name)

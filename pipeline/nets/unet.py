@@ -63,7 +63,7 @@ class UNet(nn.Module):
             nn.Linear(config.base_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
         rows = config.num_embeddings
-        self.classes = nn.Embedding(rows, embedding) if rows else None
+        self.classes = _embedding(rows, embedding) if rows else None
         widths = config.level_channels
         self.stem = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         skips = [widths[0]]
@@ -222,6 +222,17 @@ class UNet(nn.Module):
 def build(net: UNetConfig, settings: UNetConfig) -> UNet:
     """The U-Net as a kind of network: its settings are those of the group `net`."""
     return UNet(settings)
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Normal numbers, as torch's own module draws them; on the meta device none.
+
+    There torch's would import its compiler to draw them: two seconds for each process that asks for a network's size.
+    """
+    weight = torch.empty(rows, width)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
 def _is_single(t: Tensor | int) -> bool:

@@ -6,24 +6,29 @@
             to parts
 
 Parts are DTensors with names and shapes of the whole, so optimizer, averages and clipping need not know. What must know
-is here: wrapping, reading a checkpoint, writing one, and computing with the averages.
+is here: wrapping, reading a checkpoint, writing one, and computing with the averages. Their modules are imported where
+a state is divided only: they take most of a second.
 """
 
+from __future__ import annotations
+
+import sys
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_pipeline.config.training import WorkerConfig
 from ddpm_pipeline.nets.build import blocks_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def divides_state(workers: WorkerConfig, world: int) -> bool:
@@ -37,6 +42,9 @@ def shard(net: nn.Module, workers: WorkerConfig, device: torch.device) -> None:
     Block by block, so that no device ever holds the whole. The arithmetic stays that of DDP: weights are collected in
     float32 and cast by autocast where they are used. Collected in bfloat16, norms would compute with rounded weights.
     """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype(workers), cast_forward_inputs=False)
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)  # pyright: ignore[reportArgumentType]
     for block in [*blocks_of(net), net]:  # the network itself: stem, head and embeddings
@@ -85,7 +93,13 @@ def without_exchange(network: nn.Module, unless: bool) -> AbstractContextManager
 
 def is_divided(net: nn.Module) -> bool:
     """Whether this worker has a part of the network only, so that every forward pass is a collective call."""
-    return isinstance(net, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # what is not imported has divided nothing
+    return fsdp is not None and isinstance(net, fsdp.FSDPModule)
+
+
+def _is_part(tensor: Tensor) -> TypeGuard[DTensor]:
+    parts = sys.modules.get("torch.distributed.tensor")
+    return parts is not None and isinstance(tensor, parts.DTensor)
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
@@ -93,8 +107,10 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 
     No communication: every worker has read the same tensor. Only the part is moved to the device.
     """
-    if not isinstance(like, DTensor):
+    if not _is_part(like):
         return whole
+    from torch.distributed.tensor import DTensor
+
     mesh = like.device_mesh
     parts, rank = whole.chunk(mesh.size()), mesh.get_local_rank()
     part = parts[rank] if rank < len(parts) else whole[:0]
@@ -105,7 +121,7 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 
 def put_together(tensor: Tensor) -> Tensor:
     """The whole of a tensor that is divided among the workers, on each of them: a collective call. Others as is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_part(tensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -117,7 +133,7 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         value = put_together(tensor)
         if keep:
-            whole[name] = value.cpu() if isinstance(tensor, DTensor) else value
+            whole[name] = value.cpu() if _is_part(tensor) else value
     return whole
 
 
@@ -127,13 +143,15 @@ def exchanged_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> Generato
 
     No copy is made, and all workers must compute the same with it, in evaluation mode.
     """
+    from torch.distributed.fsdp import FSDPModule
+
+    assert isinstance(net, FSDPModule)
     _exchange(net, weights)
     net.eval()
     try:
         yield
     finally:
         net.train()
-        assert isinstance(net, FSDPModule)
         net.reshard()  # after a forward pass alone its own weights stay collected; the blocks' do not
         _exchange(net, weights)
 
@@ -148,4 +166,4 @@ def _exchange(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _part(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_part(tensor) else tensor

@@ -6,8 +6,6 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-import torch
-
 from ddpm_pipeline.config.model_card import (
     DistillationInfo,
     ImageShape,
@@ -24,7 +22,7 @@ from ddpm_pipeline.store import ObjectMissing
 from ddpm_pipeline.tracking import MeasuredOn, log_model, tell_model_metrics
 from ddpm_pipeline.train.checkpoint import Checkpoint, finished_steps, load_checkpoint
 from ddpm_pipeline.train.finetune import InitialWeights
-from ddpm_pipeline.train.state import initial_state
+from ddpm_pipeline.train.state import averaged_network
 from ddpm_pipeline.train.training_plan import TrainPlan
 
 log = logging.getLogger(__name__)
@@ -35,11 +33,9 @@ MODEL_METRICS = ("eval/loss", "train/loss", "perf/images_per_s")
 
 def export_model(plan: TrainPlan, checkpoint: Checkpoint, run_id: str | None, folder: Path) -> ModelCard:
     """Write the averaged weights of a checkpoint (the first average, if it has several) and their card to `folder`."""
-    config = plan.config
-    state = initial_state(config, torch.device("cpu"))
-    state.load(checkpoint.record.step, checkpoint.tensors)
-    card = _card(plan, state.ema.tracks[0], checkpoint.record.step, run_id)
-    return save_model(folder, state.averaged().state_dict(), card)
+    net, average = averaged_network(plan.config, checkpoint.record.step, checkpoint.tensors)
+    card = _card(plan, average, checkpoint.record.step, run_id)
+    return save_model(folder, net.state_dict(), card)
 
 
 def _card(plan: TrainPlan, kind: str, step: int, run_id: str | None) -> ModelCard:

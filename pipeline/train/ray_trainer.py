@@ -4,13 +4,12 @@ The result does not depend on Ray: checkpoints live in our store, and a replacem
 """
 
 import logging
-import math
 import os
 import tempfile
 import threading
 import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -36,15 +35,11 @@ from ddpm_pipeline.store import StoreUnreachable
 from ddpm_pipeline.telemetry.logs import set_up_logging
 from ddpm_pipeline.telemetry.stall import StallDetector
 from ddpm_pipeline.train.loop import NonFiniteError
-from ddpm_pipeline.train.rank_watch import Heard, RankMark, RankMarker, awaited_ranks
+from ddpm_pipeline.train.rank_watch import RankMark, RankMarker
 from ddpm_pipeline.train.rendezvous import Rendezvous
-from ddpm_pipeline.train.worker import (
-    TrainTask,
-    UnreachableError,
-    WorkerContext,
-    WorkerGroupStartError,
-    train_worker,
-)
+from ddpm_pipeline.train.train_coordinator import DriverNode, TrainCoordinator
+from ddpm_pipeline.train.train_task import TrainTask, UnreachableError, WorkerGroupStartError
+from ddpm_pipeline.train.worker import WorkerContext, train_worker
 
 log = logging.getLogger(__name__)
 
@@ -55,88 +50,10 @@ START_TIMEOUT_ERROR = "WorkerGroupStartupTimeoutError"
 """Ray's error when they do not become free; the class is not public."""
 MAX_STARTS = 30
 """Attempts to find free resources: a lost node has a quarter of an hour to come back."""
+UNUSED_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+"""Classes of Ray's, which are not public. Where a later Ray has other names, their actors are started again."""
 HEARTBEAT_SECONDS = 10.0
 """Rank 0 polls the coordinator at least this often while it is alive."""
-
-
-@dataclass(frozen=True)
-class DriverNode:
-    """Where the driver runs."""
-
-    id: str
-    address: str
-
-
-@ray.remote(num_cpus=0)
-class TrainCoordinator:
-    """Ray actor between driver and workers: progress of rank 0, requests to stop, and the fatal error of any rank.
-
-    Runs on the driver's node and ends with the driver.
-    """
-
-    def __init__(self, node: DriverNode) -> None:
-        self._node = node
-        self._drained: tuple[str, ...] = ()
-        self._last_report: tuple[int, str] | None = None
-        self._stop = False
-        self._failure: Exception | None = None
-        self._polled_at = -math.inf
-        self._heard: dict[int, Heard] = {}
-        self._world = 0
-
-    def begin_group(self, world: int) -> None:
-        """Rank 0: a new group of this size trains."""
-        self._heard.clear()
-        self._drained = ()
-        self._world = world
-
-    def mark(self, mark: RankMark) -> None:
-        """Every rank of a group, every few seconds: what it is doing."""
-        self._heard[mark.rank] = Heard(mark, time.monotonic())
-
-    def awaited_ranks(self) -> str | None:
-        """The ranks that the others wait for, in one line, if any."""
-        return awaited_ranks(self._heard, self._world)
-
-    def report(self, step: int, note: str) -> None:
-        """Rank 0: finished steps and a short text."""
-        self._last_report = (step, note)
-
-    def stop_requested(self) -> bool:
-        """Rank 0, every half second: whether to save a checkpoint and end.
-
-        The driver asks for it, or Ray drains a node that the group needs: it will be taken away.
-        """
-        self._polled_at = time.monotonic()
-        if not self._drained:
-            needed = {self._node.id: self._node.address}
-            needed |= {one.mark.node_id: one.mark.node for one in self._heard.values()}
-            self._drained = tuple(sorted({needed[node] for node in draining_nodes() if node in needed}))
-        return self._stop or bool(self._drained)
-
-    def drained(self) -> tuple[str, ...]:
-        """Driver: addresses of the drained nodes for which the last group was asked to end."""
-        return self._drained
-
-    def silence_seconds(self) -> float:
-        """Driver: time since rank 0 of any group last polled; infinite before the first poll."""
-        return time.monotonic() - self._polled_at
-
-    def fail(self, error: Exception) -> None:
-        """Any rank: an error that a new group would meet again. The first one is kept."""
-        self._failure = self._failure or error
-
-    def failure(self) -> Exception | None:
-        """The fatal error, if any."""
-        return self._failure
-
-    def last_report(self) -> tuple[int, str] | None:
-        """Driver: the latest report, or None before the first."""
-        return self._last_report
-
-    def request_stop(self) -> None:
-        """Driver: save a checkpoint and end."""
-        self._stop = True
 
 
 def train_on_cluster(task: TrainTask, progress: Progress, stop: threading.Event) -> None:
@@ -235,10 +152,10 @@ def _trainer(task: TrainTask, coordinator: Any, scratch: str) -> TorchTrainer:
     resources = {"CPU": float(workers.cpus_per_worker)}
     if workers.gpus_per_worker:
         resources["GPU"] = workers.gpus_per_worker
-    return TorchTrainer(
+    return _LeanTrainer(
         _on_worker,
         train_loop_config={"task": task, "coordinator": coordinator},
-        torch_config=Rendezvous(
+        torch_config=Rendezvous(  # pyright: ignore[reportArgumentType] - Ray asks for what a BackendConfig has
             timeout_s=workers.collective_seconds,
             matmul=task.config.matmul,
             deterministic=task.config.deterministic,
@@ -259,6 +176,19 @@ def _trainer(task: TrainTask, coordinator: Any, scratch: str) -> TorchTrainer:
             failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=0),
         ),
     )
+
+
+class _LeanTrainer(TorchTrainer):
+    """Ray's trainer without two actors that it starts for others, each a process of two CPU seconds or more.
+
+    One serves Ray Data's sets to workers, which ours do not read. The other frees the resources of a group whose
+    controller has died; ours ends the job then, and its end frees them.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [
+            one for one in super()._create_default_callbacks() if type(one).__name__ not in UNUSED_CALLBACKS
+        ]
 
 
 def _failure(coordinator: Any) -> Exception | None:

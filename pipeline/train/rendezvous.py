@@ -2,53 +2,71 @@
 
 Ray Train's own setup opens that store, which has no authentication, on every interface of rank 0's node, and lets gloo
 use the address that the host name resolves to: on most Debian machines loopback, which other nodes cannot reach.
+
+Ray Train's controller reads this module too, and computes nothing: torch is imported by what runs on workers.
 """
+
+from __future__ import annotations
 
 import ipaddress
 import os
 import socket
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
 import ray.train
-import torch
-import torch.distributed as dist
-from ray.train.backend import BackendConfig
-from ray.train.torch import TorchConfig, get_device
-from ray.train.torch.config import _TorchBackend  # pyright: ignore[reportPrivateUsage]  (for its shutdown)
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from ray.exceptions import GetTimeoutError
+from ray.train.backend import Backend, BackendConfig
 
 from ddpm_pipeline.config.device_kind import DeviceKind, Matmul
-from ddpm_pipeline.devices import read_device_kind, set_up_arithmetic
 from ddpm_pipeline.errors import UserError
-from ddpm_pipeline.train.worker import UnreachableError
+from ddpm_pipeline.train.train_task import UnreachableError
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 JOIN_SECONDS = 180
 """Timeout for the workers of a group, all started, to join each other."""
+LEAVE_SECONDS = 30
+"""Timeout for them to leave each other."""
 _stores: list[TCPStore] = []
 """Rank 0's store, from `_listen` until `_join` hands it to torch."""
 
 
 @dataclass
-class Rendezvous(TorchConfig):
-    """Ray Train's settings for joining the workers of a group."""
+class Rendezvous(BackendConfig):
+    """Ray Train's settings for joining the workers of a group, in place of its TorchConfig."""
 
+    timeout_s: int
+    """A rank waits so long for the others in a collective call."""
+    backend: str | None = None
+    """Set by TorchTrainer: nccl on GPUs, gloo on CPUs."""
     matmul: Matmul = "ieee"
     deterministic: bool = True
     """As the training's settings say: NCCL reads its part of it when the workers join."""
 
     @property
-    def backend_cls(self) -> type["_Backend"]:
+    def backend_cls(self) -> type[_Backend]:
         """The class that joins them."""
         return _Backend
 
+    @property
+    def train_func_context(self) -> Any:
+        """What Ray's own setup enters around the body of a worker: the current device is the worker's."""
+        from ray.train.torch.config import TorchConfigContextManager
 
-class _Backend(_TorchBackend):
+        return TorchConfigContextManager
+
+
+class _Backend(Backend):
+    share_cuda_visible_devices = True
+
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Called in the controller once all workers run. A single worker needs no store, so nothing listens."""
         assert isinstance(backend_config, Rendezvous)
@@ -68,12 +86,17 @@ class _Backend(_TorchBackend):
                 world_rank=rank,
                 world=world,
                 place=place,
-                backend="nccl" if gpus else "gloo",
+                backend=backend_config.backend,
                 collective_seconds=backend_config.timeout_s,
             )
             for rank in range(world)
         ]
         ray.get(joins)
+
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Called in the controller before it ends the workers."""
+        with suppress(GetTimeoutError):  # a worker that hangs is ended all the same
+            ray.get(worker_group.execute_async(_leave), timeout=LEAVE_SECONDS)
 
 
 def interface_of(address: str, interfaces: Mapping[str, Sequence[Any]] | None = None) -> str | None:
@@ -122,6 +145,11 @@ def refuse_mixed_kinds(kinds: Sequence[DeviceKind | None]) -> None:
 
 def _prepare(gpus: bool, matmul: Matmul, deterministic: bool) -> DeviceKind | None:
     """On every worker, before they join and before its first CUDA call. Returns the kind of its GPU."""
+    import torch
+    from ray.train.torch import get_device
+
+    from ddpm_pipeline.devices import read_device_kind, set_up_arithmetic
+
     set_up_arithmetic(matmul, deterministic=deterministic)
     address = ray.util.get_node_ip_address()
     if gpus and not torch.cuda.is_available():
@@ -151,6 +179,8 @@ def _listen(world: int) -> tuple[str, int]:
 
 def open_store_at(address: str, world: int) -> tuple[tuple[str, int], TCPStore]:
     """A store for `world` processes that listens at `address`, and nowhere else, on a free port."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.bind((address, 0))
@@ -172,6 +202,9 @@ def _join(world_rank: int, world: int, place: tuple[str, int], backend: str, col
 
     A rank waits for the others in a collective call for `collective_seconds`, then it fails.
     """
+    import torch.distributed as dist
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
     limit = timedelta(seconds=JOIN_SECONDS)
     try:
         if world_rank == 0:
@@ -191,3 +224,11 @@ def _join(world_rank: int, world: int, place: tuple[str, int], backend: str, col
         raise UnreachableError(
             f"rank {world_rank} ({here}) could not join rank 0 at {place[0]}: {reason}"
         ) from None
+
+
+def _leave() -> None:
+    """On every worker, before its process is ended."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

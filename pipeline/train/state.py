@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddpm_pipeline.config.training import EMAConfig, OptimizerConfig, TrainConfig
 from ddpm_pipeline.data.reading.loader import Batch
 from ddpm_pipeline.errors import DamageError
-from ddpm_pipeline.nets import ConstantEMA, PowerEMA, WeightAverage, seeded_init
+from ddpm_pipeline.nets import ConstantEMA, PowerEMA, WeightAverage, build_net, seeded_init
 from ddpm_pipeline.train.data_parallel import divides_state, exchanged_weights, is_divided, part_of, shard
 
 FOLDERS = ("net/", "ema/", "optimizer/")
@@ -69,11 +69,8 @@ class TrainState:
 
     def load(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Take over a checkpoint. Raises DamageError when it is of another network."""
-        try:
+        with _fitting(step):
             self._load(step, tensors)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise DamageError(f"checkpoint {step} does not fit this network: {reason}") from error
 
     def _load(self, step: int, tensors: dict[str, Tensor]) -> None:
         parameters = dict(self.net.named_parameters())
@@ -140,6 +137,30 @@ def initial_state(
         net.to(device)
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks this form
     return TrainState(net, make_average(net, config.ema), make_optimizer(net, config.optimizer))
+
+
+def averaged_network(config: TrainConfig, step: int, tensors: dict[str, Tensor]) -> tuple[nn.Module, str]:
+    """The network of a checkpoint with its first average, on the CPU, and the name of that average.
+
+    Without the optimizer, whose first one in a process imports torch's compiler: more than a second. Raises DamageError
+    when the checkpoint is of another network.
+    """
+    net = build_net(config.net)
+    average = make_average(net, config.ema)
+    with _fitting(step):
+        net.load_state_dict(_below("net/", tensors))
+        average.load_state_dict(_below("ema/", tensors))
+    average.copy_to(net)
+    return net.eval(), average.tracks[0]
+
+
+@contextmanager
+def _fitting(step: int) -> Generator[None]:
+    try:
+        yield
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DamageError(f"checkpoint {step} does not fit this network: {reason}") from error
 
 
 def make_average(net: nn.Module, config: EMAConfig) -> WeightAverage:

@@ -45,13 +45,9 @@ from ddpm_pipeline.train.export import MODEL_METRICS, ModelLog, export_model, lo
 from ddpm_pipeline.train.finetune import stage_initial
 from ddpm_pipeline.train.fit_machine import require_fit_machine
 from ddpm_pipeline.train.run_logger import FINAL_GRID
+from ddpm_pipeline.train.train_task import TrainTask, UnreachableError, WorkerGroupStartError
 from ddpm_pipeline.train.training_plan import TrainPlan, plan_training
-from ddpm_pipeline.train.worker import (
-    TrainTask,
-    UnreachableError,
-    WorkerGroupStartError,
-    train_local,
-)
+from ddpm_pipeline.train.worker import train_local
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 MAX_STARTS = 10

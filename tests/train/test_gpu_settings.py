@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray.train.torch
 import torch
 from pydantic import ValidationError
 from torch import nn
 
+from ddpm_pipeline import devices
 from ddpm_pipeline.config.device_kind import DeviceKind
 from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.diffusion import NoiseSchedule
@@ -86,14 +88,14 @@ def test_a_worker_sets_up_arithmetic_before_its_first_cuda_call(monkeypatch: pyt
         return lambda *_, **__: calls.append(name) or answer
 
     monkeypatch.setattr(
-        rendezvous, "set_up_arithmetic", lambda matmul, deterministic: calls.append((matmul, deterministic))
+        devices, "set_up_arithmetic", lambda matmul, deterministic: calls.append((matmul, deterministic))
     )
     monkeypatch.setattr(torch.cuda, "is_available", noted("cuda", True))
     monkeypatch.setattr(rendezvous.ray.util, "get_node_ip_address", lambda: "10.77.0.3")
     monkeypatch.setattr(rendezvous, "use_interface", lambda address: None)
     monkeypatch.setattr(rendezvous.ray.train, "get_context", _Context)
-    monkeypatch.setattr(rendezvous, "get_device", lambda: torch.device("cuda", 1))
-    monkeypatch.setattr(rendezvous, "read_device_kind", noted("kind", H100))
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(devices, "read_device_kind", noted("kind", H100))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
         monkeypatch.setenv(name, "")
     kind = rendezvous._prepare(gpus=True, matmul="tf32", deterministic=False)

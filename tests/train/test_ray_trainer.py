@@ -12,10 +12,10 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from ddpm_pipeline.errors import JobError, UserError
-from ddpm_pipeline.train import ray_trainer
+from ddpm_pipeline.train import ray_trainer, train_coordinator
 from ddpm_pipeline.train.rank_watch import RankMark
 from ddpm_pipeline.train.ray_trainer import stall_reason
-from ddpm_pipeline.train.worker import WorkerGroupStartError
+from ddpm_pipeline.train.train_task import WorkerGroupStartError
 from tests.train.tiny import tiny
 
 
@@ -140,9 +140,9 @@ def test_a_group_is_asked_to_end_while_ray_drains_a_node_that_it_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     draining = ["n9"]
-    monkeypatch.setattr(ray_trainer, "draining_nodes", lambda: draining)
-    actor: Any = ray_trainer.TrainCoordinator
-    coordinator: Any = actor.__ray_metadata__.modified_class(ray_trainer.DriverNode("n0", "10.0.0.1"))
+    monkeypatch.setattr(train_coordinator, "draining_nodes", lambda: draining)
+    actor: Any = train_coordinator.TrainCoordinator
+    coordinator: Any = actor.__ray_metadata__.modified_class(train_coordinator.DriverNode("n0", "10.0.0.1"))
     coordinator.begin_group(2)
     coordinator.mark(RankMark(1, "10.0.0.2", 0, node_id="n2"))
     assert not coordinator.stop_requested()
