@@ -11,7 +11,7 @@ from pathlib import Path
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.infra.local import LocalStack, sign_in
-from ddpm_pipeline.infra.local.stack_state import StoreKind
+from ddpm_pipeline.infra.local.stack_state import StoreKind, read_state
 from ddpm_pipeline.jobs.progress_bar import clock
 from ddpm_pipeline.jobs.runner import DONE, LOCAL, JobArguments, settings_of, use_running_stack
 from ddpm_pipeline.telemetry.terminal import echo
@@ -53,7 +53,10 @@ def _pack(call: JobArguments) -> int:
 def _submit(job: str, model: type[TrainConfig] | type[GenerateConfig], call: JobArguments) -> int:
     from ddpm_pipeline.jobs.submit import submit
 
-    return submit(job, settings_of(model, job, call))
+    state = read_state(LOCAL)
+    # `up` starts Ray anew where another Python started it, unless it is the user's own
+    is_ours = state is not None and "ray" not in state.external
+    return submit(job, settings_of(model, job, call), has_our_software=is_ours)
 
 
 def _verify(call: JobArguments) -> int:

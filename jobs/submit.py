@@ -73,15 +73,24 @@ print("{_MARK}" + json.dumps(found), flush=True)
 """
 
 
-def submit(job: str, settings: Settings, detach: bool = False, flags: Sequence[str] = ()) -> int:
+def submit(
+    job: str,
+    settings: Settings,
+    detach: bool = False,
+    flags: Sequence[str] = (),
+    has_our_software: bool = False,
+) -> int:
     """Submit `ddpm JOB` with these settings and flags, and follow it. Returns the job's exit code.
 
+    `has_our_software`: the cluster was started by this program's own Python, so its packages need no job that lists
+    them, which takes as long as any job to start.
     Raises UserError when no cluster answers, or refuses our token.
     """
     client = job_client()
     settings = _portable(settings)
     content = yaml.safe_dump({job: settings.model_dump(mode="json")}, sort_keys=False)
-    require_compatible_cluster(client)
+    if not has_our_software:
+        require_compatible_cluster(client)
     base = _base_name(job, settings, flags)
     digest = _digest("\0".join([content, *flags]))
     name, running = _job_name(client, base, digest)

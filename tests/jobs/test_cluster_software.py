@@ -1,8 +1,11 @@
 """Before a job is handed over, the cluster's software is compared with what the job needs."""
 
+# pyright: reportPrivateUsage=false
+
 import json
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +13,11 @@ import pytest
 from ray.job_submission import JobStatus
 
 from ddpm_pipeline import __version__
+from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.errors import UserError
-from ddpm_pipeline.jobs import submit
+from ddpm_pipeline.infra.local.stack_state import State
+from ddpm_pipeline.jobs import demo, submit
+from ddpm_pipeline.jobs.runner import JobArguments
 from ddpm_pipeline.jobs.submit import package_faults, require_compatible_cluster, requirements
 
 HERE: dict[str, str | None] = {need.name: metadata.version(need.name) for need in requirements()}
@@ -138,3 +144,20 @@ def test_a_program_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
 def test_a_builds_label_and_a_harmless_difference_are_no_faults() -> None:
     torch = str(HERE["torch"]).partition("+")[0]
     assert package_faults({**HERE, "torch": f"{torch}+cu130", "rich": "99.0"}) == []
+
+
+@pytest.mark.parametrize(("external", "asks"), [((), False), (("ray",), True)])
+def test_the_demo_asks_only_a_cluster_that_is_not_its_own_for_its_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, external: tuple[str, ...], asks: bool
+) -> None:
+    asked: list[object] = []
+    started: list[str] = []
+    monkeypatch.setattr(submit, "job_client", lambda: Client(None))
+    monkeypatch.setattr(submit, "require_compatible_cluster", asked.append)
+    monkeypatch.setattr(submit, "_base_name", lambda *_: "train-1")
+    monkeypatch.setattr(submit, "_start", lambda _client, name, *_: started.append(name))
+    monkeypatch.setattr(submit, "follow", lambda *_: 0)
+    monkeypatch.setattr(demo, "read_state", lambda _root: State(external=external))
+    monkeypatch.setenv("DDPM_ROOT", tmp_path.as_uri())
+    assert demo._submit("train", TrainConfig, JobArguments(preset="demo")) == 0
+    assert (bool(asked), started) == (asks, ["train-1"])
