@@ -63,8 +63,8 @@ test-stack: install-dev ## the tests on the real stack (LONG=1: all of them)
 gpu-test: install-dev ## the promises on this machine's GPUs, with a report in build/gpu-report.md
 	$(BIN)/pytest tests/gpu -k cuda --durations=0
 
-bench: install-dev ## every benchmark beside its peers, judged against benchmarks/bars.json (AGAIN=1: those measured before, too)
-	@$(BIN)/python -m benchmarks $(if $(AGAIN),--again)
+bench: install-dev ## every benchmark beside its peers, judged against benchmarks/bars.json (AGAIN=1: those measured before, too; QUICK=1: smaller, in minutes, not judged)
+	@$(BIN)/python -m benchmarks $(if $(AGAIN),--again) $(if $(QUICK),--quick)
 
 chaos: install-dev ## attack every job with random faults (SEED=0 ROUNDS=10, or ROUND=3 for one again; KIND=packing for one job)
 	@$(BIN)/python -m tests.chaos --seed $(or $(SEED),0) --rounds $(or $(ROUNDS),10) --first $(or $(FIRST),0) $(if $(ROUND),--round $(ROUND)) $(if $(KIND),--kind $(KIND))

@@ -4,12 +4,16 @@ Each runs as a process of its own and leaves its numbers in .local/bench/NAME.js
 measured again until --again. Their bars (what was asked, and what was last recorded here) stand in bars.json. The
 table and the plot of docs/benchmarks.md are written from both. Exit code 1 when a number has fallen behind what was
 recorded by more than its spread.
+
+`--quick` runs the same benchmarks smaller, in minutes: it shows that they work and roughly what they give. Its numbers
+lie in .local/bench/quick, its page is .local/bench/quick/benchmarks.md, and nothing is judged by them.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +40,24 @@ COMMANDS: dict[str, list[str]] = {
     ],
 }
 """What each is called with; {work} is where peers and half-done work are kept."""
+QUICK: dict[str, list[str]] = {
+    "loader": ["--rates-only", "--samples", "1500", "--rounds", "3"],
+    "pack": ["--pictures", "400", "--rounds", "2"],
+    "train": ["--rounds", "3", "--windows", "4"],
+    "generate": ["--steps", "4", "--rounds", "2"],
+    "few_steps": ["--rounds", "1"],
+    "listings": ["--shards", "20000"],
+    "scale": ["--shards", "10", "20"],
+    "startup": ["--runs", "1"],
+    "quality": ["--steps", "20", "--seeds", "1"],
+}
+"""What is added to `COMMANDS` for a quick run; a later option overrides an earlier one."""
+QUICK_PAGE = """# A quick run of the benchmarks
+
+**This is a quick run.** It is smaller than `make bench` in every respect (fewer images, shards, steps and rounds), so
+its numbers are rough, and differ from those in docs/benchmarks.md. Nothing is judged by them.
+
+"""
 START, END = "<!-- table: written by `make bench` -->", "<!-- end of table -->"
 
 
@@ -73,13 +95,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", default=list(COMMANDS), help=f"of {', '.join(COMMANDS)}")
     parser.add_argument("--work", type=Path, default=Path(".local/bench"))
     parser.add_argument("--again", action="store_true", help="measure what has been measured before, too")
+    parser.add_argument("--quick", action="store_true", help="smaller, always anew, and not judged")
     told = parser.parse_args(argv)
-    told.work.mkdir(parents=True, exist_ok=True)
+    kept = told.work / "quick" if told.quick else told.work
+    kept.mkdir(parents=True, exist_ok=True)
     for name in told.names:
         if name not in COMMANDS:
             raise UserError(f"{name}: no such benchmark; there are {', '.join(COMMANDS)}")
-        _run(name, told.work, told.again)
-    found = measured(told.work)
+        _run(name, told.work, told.again, told.quick)
+    found = measured(kept)
+    if told.quick:
+        return _write_quick_page(kept / "benchmarks.md", found)
     verdicts = judge(json.loads(BARS.read_text()), found)
     write_page(verdicts, found)
     fallen = [verdict for verdict in verdicts if verdict.fell]
@@ -91,17 +117,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if fallen else 0
 
 
-def _run(name: str, work: Path, again: bool) -> None:
-    out = work / f"{name}.json"
-    if out.exists() and not again:
+def _run(name: str, work: Path, again: bool, quick: bool) -> None:
+    out = place(name, work, quick)
+    if out.exists() and not (again or quick):
         print(f"{name}: measured before ({out}); --again measures anew", flush=True)
         return
-    words = [word.replace("{work}", str(work)) for word in COMMANDS[name]]
+    words = words_of(name, work, quick)
     trainers = work / "trainers"
     if str(trainers) in words and not trainers.exists():
         subprocess.run([sys.executable, "-m", "benchmarks.trainers", str(trainers)], check=True)
     print(f"{name}: python -m benchmarks.{name} {' '.join(words)}", flush=True)
+    began = time.monotonic()
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *words, "--out", str(out)], check=True)
+    print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def words_of(name: str, work: Path, quick: bool = False) -> list[str]:
+    """The arguments of a benchmark. Peers are shared by quick and whole runs, half-done work is not."""
+    words = [
+        word.replace("{work}/quality", "{work}/quick/quality") if quick else word for word in COMMANDS[name]
+    ]
+    return [word.replace("{work}", str(work)) for word in words] + (QUICK[name] if quick else [])
+
+
+def place(name: str, work: Path, quick: bool) -> Path:
+    """The file of a benchmark's numbers."""
+    return (work / "quick" if quick else work) / f"{name}.json"
+
+
+def _write_quick_page(page: Path, found: Mapping[str, Mapping[str, Any]]) -> int:
+    """The numbers that have a bar, beside it, under a sentence that says what they are."""
+    bars = json.loads(BARS.read_text())
+    known = {
+        benchmark: {name: bar for name, bar in numbers.items() if name in found.get(benchmark, {})}
+        for benchmark, numbers in bars.items()
+    }
+    page.write_text(QUICK_PAGE + "\n".join([*table(judge(known, found)), "", *machines(found)]) + "\n")
+    print(f"quick run of {', '.join(found)}; see {page}")
+    return 0
 
 
 def measured(work: Path) -> dict[str, dict[str, Any]]:
@@ -138,6 +191,12 @@ def judge(bars: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str
 
 def write_page(verdicts: Sequence[Verdict], found: Mapping[str, Mapping[str, Any]]) -> None:
     """Put the table and the machines between their marks, and the plot beside them."""
+    put_between(PAGE, START, END, "\n".join([*table(verdicts), "", *machines(found)]))
+    draw(verdicts)
+
+
+def table(verdicts: Sequence[Verdict]) -> list[str]:
+    """Every number beside its bar, a line each."""
     lines = ["| benchmark | number | measured | half spread | asked | reached |", "|" + " --- |" * 6]
     for v in verdicts:
         sign = "≥" if v.at_least else "≤"
@@ -145,8 +204,7 @@ def write_page(verdicts: Sequence[Verdict], found: Mapping[str, Mapping[str, Any
         reached = "" if v.asked is None else ("yes" if v.reaches else "**no**")
         name = v.name.replace("_", " ")
         lines.append(f"| {v.benchmark} | {name} | {v.value:.3g} | {v.spread:.2g} | {asked} | {reached} |")
-    put_between(PAGE, START, END, "\n".join([*lines, "", *machines(found)]))
-    draw(verdicts)
+    return lines
 
 
 def machines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:

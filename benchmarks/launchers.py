@@ -68,15 +68,15 @@ class Relay:
 class Timed:
     """A driver as rank 0 sees it that also takes the time of every window, and waits between them."""
 
-    def __init__(self, relay: Relay, inner: Driver | None) -> None:
-        self._relay, self._inner = relay, inner
+    def __init__(self, relay: Relay, inner: Driver | None, last_step: int) -> None:
+        self._relay, self._inner, self._last_step = relay, inner, last_step
         self._out = relay.folder / f"{relay.name}.jsonl"
         self._began: tuple[float, float, float] | None = None
 
-    def tell(self, step: int, note: str) -> None:
+    def report(self, step: int, note: str) -> None:
         """The end of a window."""
         if self._inner is not None:
-            self._inner.tell(step, note)
+            self._inner.report(step, note)
         if self._began is None:
             self._relay.arrive()
         else:
@@ -84,21 +84,21 @@ class Timed:
             with self._out.open("a") as out:
                 out.write(json.dumps({"step": step, "cpu": cpu, "wall": wall, "daemons": daemons}) + "\n")
             self._relay.pass_on()
-        if step < WINDOW_STEPS * WINDOWS:
+        if step < self._last_step:
             self._relay.wait()
         self._began = _clocks()
 
-    def asks_to_stop(self) -> bool:
+    def should_stop(self) -> bool:
         """Whatever the real driver says."""
-        return self._inner is not None and self._inner.asks_to_stop()
+        return self._inner is not None and self._inner.should_stop()
 
 
-def measure_launchers(scratch: Path) -> dict[str, object]:
-    """CPU and wall time a step under Ray Train over that under torchrun."""
+def measure_launchers(scratch: Path, windows: int = WINDOWS) -> dict[str, object]:
+    """CPU and wall time a step under Ray Train over that under torchrun, in so many windows of which two warm up."""
     relay = scratch / "relay"
     relay.mkdir()
     images = torch.randint(0, 256, (512, 1, 16, 16), dtype=torch.uint8)
-    task = _task(pack_images(scratch / "launched", images), (scratch / "run").as_uri())
+    task = _task(pack_images(scratch / "launched", images), (scratch / "run").as_uri(), windows)
     with _torchrun(task, relay):
         _on_ray(task, relay)
     taken = {name: _windows(relay, name) for name in NAMES}
@@ -115,7 +115,7 @@ def measure_launchers(scratch: Path) -> dict[str, object]:
     return found
 
 
-def _task(uri: str, run_uri: str) -> TrainTask:
+def _task(uri: str, run_uri: str, windows: int) -> TrainTask:
     plain: dict[str, Any] = {
         "name": "launched",
         "data": {"uri": uri},
@@ -123,7 +123,7 @@ def _task(uri: str, run_uri: str) -> TrainTask:
             "image_size": 16, "in_channels": 1, "out_channels": 1, "base_channels": 32, "multipliers": (1, 2),
             "attention_resolutions": (8,),
         },
-        "steps": WINDOW_STEPS * WINDOWS,
+        "steps": WINDOW_STEPS * windows,
         "global_batch": 32,
         "log_every_steps": WINDOW_STEPS,
         "checkpoint": {"every_steps": WINDOW_STEPS * 10**6},
@@ -170,8 +170,12 @@ def _on_ray(task: TrainTask, relay: Path) -> None:
 
 def _timed_worker(payload: dict[str, Any], relay: Path) -> None:
     """In a worker of Ray's: the driver of the job, timed."""
-    real = ray_trainer._Remote
-    with mock.patch.object(ray_trainer, "_Remote", lambda board: Timed(Relay(relay, "ray"), real(board))):
+    real, last_step = ray_trainer._RemoteDriver, payload["task"].config.steps
+
+    def timed(coordinator: Any) -> Timed:
+        return Timed(Relay(relay, "ray"), real(coordinator), last_step)
+
+    with mock.patch.object(ray_trainer, "_RemoteDriver", timed):
         ray_trainer._on_worker(payload)
 
 
@@ -211,7 +215,7 @@ def _torchrun_worker(order: Path) -> None:
     torch.set_num_threads(config.workers.cpus_per_worker)
     torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    driver = Timed(Relay(order.parent, "torchrun"), None) if rank == 0 else None
+    driver = Timed(Relay(order.parent, "torchrun"), None, config.steps) if rank == 0 else None
     place = WorkerContext(rank, world, torch.device("cpu"))
     train_worker(TrainTask(config, "bench", told["run"], told["data"]), place, driver)
     torch.distributed.destroy_process_group()

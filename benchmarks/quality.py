@@ -64,6 +64,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="trainings of each recipe")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no training after these")
     add_output_options(parser)
     told = parser.parse_args()
@@ -73,7 +74,7 @@ def main() -> int:
     told.work.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * told.minutes
     digits = load_parts()
-    for seed in SEEDS:
+    for seed in SEEDS[: told.seeds]:
         for recipe in told.recipes:
             if kept(told, recipe, seed) is None and time.monotonic() < deadline:
                 keep(told, recipe, seed, one_run(told, digits, recipe, seed))
@@ -158,7 +159,7 @@ def figures(told: argparse.Namespace, digits: Digits) -> dict[str, object]:
     }
     means: dict[str, float] = {}
     for recipe in RECIPES:
-        runs = [run for seed in SEEDS if (run := kept(told, recipe, seed)) is not None]
+        runs = [run for seed in SEEDS[: told.seeds] if (run := kept(told, recipe, seed)) is not None]
         if runs:
             distances = [run["distance"] for run in runs]
             means[recipe] = statistics.mean(distances)

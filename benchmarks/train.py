@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import Seconds, add_output_options, compare, machine, parser_of, publish, take_turns
-from benchmarks.launchers import measure_launchers
+from benchmarks.launchers import WINDOWS, measure_launchers
 from benchmarks.trainers import (
     Contender,
     DenoisingDiffusion,
@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of ten steps, under Ray and torchrun")
     parser.add_argument(
         "--compile", action="store_true", help="also the compiled network, which takes minutes"
     )
@@ -55,7 +56,7 @@ def main() -> int:
         if {"peers", "costs"} & {*told.parts}:
             numbers |= loops(told, Path(scratch))
         if "ray" in told.parts:
-            numbers |= measure_launchers(Path(scratch))
+            numbers |= measure_launchers(Path(scratch), told.windows)
     publish(numbers, told)
     return 0
 

@@ -1,6 +1,8 @@
 """What is measured is held against what was asked and against what was recorded."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,48 @@ def test_every_bar_names_a_benchmark_that_is_run() -> None:
     bars = json.loads(bench.BARS.read_text())
     assert set(bars) <= set(bench.COMMANDS)
     assert all("recorded" in bar for numbers in bars.values() for bar in numbers.values())
+
+
+def test_every_benchmark_has_a_quick_form_that_is_smaller() -> None:
+    assert set(bench.QUICK) == set(bench.COMMANDS)
+    assert all(bench.QUICK.values())
+
+
+@pytest.mark.parametrize("name", bench.COMMANDS)
+def test_a_quick_form_is_understood(name: str, tmp_path: Path) -> None:
+    words = [*bench.words_of(name, tmp_path, quick=True), "--out", str(tmp_path / "out"), "--no-such-option"]
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *words], capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1].endswith("unrecognized arguments: --no-such-option")
+
+
+def test_a_quick_run_says_so_on_a_page_of_its_own_and_judges_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(words: list[str], check: bool) -> None:
+        asked.append(words)
+        numbers = MACHINE | {"small_pack_over_plain_cpu": 99.0}
+        Path(words[-1]).write_text(json.dumps(numbers))
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    before = bench.PAGE.read_text()
+    (tmp_path / "pack.json").write_text("{}")  # of a whole run
+    assert bench.main(["pack", "--quick", "--work", str(tmp_path)]) == 0
+    assert asked == [
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.pack",
+            *bench.QUICK["pack"],
+            "--out",
+            f"{tmp_path}/quick/pack.json",
+        ]
+    ]
+    text = (tmp_path / "quick/benchmarks.md").read_text()
+    assert text.startswith("# A quick run of the benchmarks\n\n**This is a quick run.**")
+    assert "| pack | small pack over plain cpu | 99 | 0 | ≤ 1.1 | **no** |" in text
+    assert bench.PAGE.read_text() == before
+    assert (tmp_path / "pack.json").read_text() == "{}"
