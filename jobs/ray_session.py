@@ -50,6 +50,7 @@ SHARED_VARIABLES = (
     "AWS_REGION",
     "AWS_REQUEST_CHECKSUM_CALCULATION",
     "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    "DDPM_CLUSTER_GROWS",
     "DDPM_ROOT",
     FORM_VARIABLE,
     "GLOO_SOCKET_IFNAME",
@@ -76,6 +77,8 @@ CLUSTER_REPLACED = (
 SUBMITTED = "DDPM_SUBMITTED_AS"  # the name of a job that `ddpm submit` started
 UNUSED_SERVICES = {"RAY_DATA_USAGE_DISABLED": "1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """Actors that Ray's libraries start for what this program does not use: each is a process, two CPU seconds to start."""
+PATCH_VARIABLE = "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL"
+"""Ray's own: with `minor`, nodes and drivers join with another last number of Python's version too."""
 _joined = threading.Event()
 
 
@@ -127,7 +130,7 @@ def _connection() -> Generator[None]:
             )
     except (ConnectionError, RuntimeError, RayError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"RAY_ADDRESS {address}: cannot be joined ({reason}); is the cluster up?") from None
+        raise UserError(f"RAY_ADDRESS {address}: cannot be joined ({reason}); {_remedy(reason)}") from None
     context = ray.get_runtime_context()
     store, here = context.gcs_address, context.get_node_id()
     try:
@@ -135,6 +138,16 @@ def _connection() -> Generator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+def _remedy(reason: str) -> str:
+    """What helps where Ray did not let this process join, for this reason."""
+    if "Version mismatch" in reason:
+        return (
+            "use the cluster's versions here, or, where Python differs in its last number only, set "
+            f"{PATCH_VARIABLE}=minor"
+        )
+    return "is the cluster up?"
 
 
 def require_node(address: str) -> None:
@@ -215,7 +228,7 @@ def _environment(address: str) -> Generator[dict[str, Any] | None]:
 
 
 def require_resources(num_workers: int, cpus_each: float, gpus_each: float, section: str) -> None:
-    """Refuse a request that exceeds the cluster's present size; an autoscaling one is trusted to grow."""
+    """Refuse a request that exceeds the cluster's present size; an autoscaling one is trusted to grow, in a line."""
     import ray
 
     from ddpm_pipeline.cluster import GROWS_VARIABLE, grows
@@ -223,11 +236,15 @@ def require_resources(num_workers: int, cpus_each: float, gpus_each: float, sect
     have = ray.cluster_resources()
     for kind, each in (("CPU", cpus_each), ("GPU", gpus_each)):
         need = num_workers * each
-        if need > have.get(kind, 0.0) and not grows():
-            raise UserError(
-                f"{section}.num_workers: {num_workers} workers need {need:g} {kind}s, the cluster has "
-                f"{have.get(kind, 0.0):g}; request fewer, or set {GROWS_VARIABLE}=1 if it scales by itself"
-            )
+        if need <= have.get(kind, 0.0):
+            continue
+        fault = (
+            f"{section}.num_workers: {num_workers} workers need {need:g} {kind}s, the cluster has "
+            f"{have.get(kind, 0.0):g}"
+        )
+        if not grows():
+            raise UserError(f"{fault}; request fewer, or set {GROWS_VARIABLE}=1 if it scales by itself")
+        log.warning("%s now; waiting until it has added nodes", fault)
 
 
 @contextmanager

@@ -24,24 +24,28 @@ WAVE_SHARDS = 5_000
 # One shard on the device, one being encoded and uploaded.
 SHARDS_PER_WORKER = 2
 CLOSE_SECONDS = 30.0
+log = logging.getLogger(__name__)
 _MAP_OPERATOR = "ray.data._internal.execution.operators.map_operator"
 
 
 def require_pool_resources(config: GenerateConfig) -> None:
-    """UserError unless some node of the cluster is large enough for one worker, or the cluster may add one."""
-    if grows():
-        return
+    """UserError unless some node of the cluster is large enough for one worker, or the cluster may add one, which is
+    said.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for resource, setting, wanted in (
         ("CPU", "cpus_per_worker", config.cpus_per_worker),
         ("GPU", "gpus_per_worker", config.gpus_per_worker),
     ):
         largest = max((node.get(resource, 0) for node in nodes), default=0)
-        if wanted > largest:
+        if wanted <= largest:
+            continue
+        fault = f"{setting}: a worker needs {wanted:g}, but the largest node of the cluster has {largest:g}"
+        if not grows():
             raise UserError(
-                f"{setting}: a worker needs {wanted:g}, but the largest node of the cluster has {largest:g}; "
-                f"lower it, add a node, or set {GROWS_VARIABLE}=1 if the cluster scales by itself"
+                f"{fault}; lower it, add a node, or set {GROWS_VARIABLE}=1 if the cluster scales by itself"
             )
+        log.warning("%s now; waiting until a larger one is added", fault)
 
 
 @dataclass(frozen=True)

@@ -83,11 +83,18 @@ def test_a_share_of_a_gpu_needs_a_node_that_has_one(monkeypatch: pytest.MonkeyPa
     require_pool_resources(config(gpus_per_worker=0.5))
 
 
-def test_a_cluster_that_grows_is_trusted_to_get_a_large_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_grows_is_trusted_to_get_a_large_node_and_the_job_says_that_it_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 0.0}}]
     monkeypatch.setattr(ddpm_pipeline.generate.ray_pool.ray, "nodes", lambda: nodes)
     monkeypatch.setenv("DDPM_CLUSTER_GROWS", "1")
     require_pool_resources(config(gpus_per_worker=0.5))
+    said = "a worker needs {}, but the largest node of the cluster has 0 now; waiting until a larger one is added"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"cpus_per_worker: {said.format(1)}",
+        f"gpus_per_worker: {said.format(0.5)}",
+    ]
     monkeypatch.setenv("DDPM_CLUSTER_GROWS", "")
     with pytest.raises(UserError, match="or set DDPM_CLUSTER_GROWS=1"):
         require_pool_resources(config())

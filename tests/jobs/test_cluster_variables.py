@@ -14,6 +14,7 @@ GIVEN = {
     "no_proxy": "localhost",
     "GLOO_SOCKET_IFNAME": "eth1",
     "NCCL_SOCKET_IFNAME": "eth1",
+    "DDPM_CLUSTER_GROWS": "1",
     "DDPM_START_WAIT_SECONDS": "5",
 }
 
