@@ -12,6 +12,7 @@ import psutil
 
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.infra.local.processes import ProcessIdentity
 from ddpm_pipeline.infra.local.ray import remove_temp_dir
 from ddpm_pipeline.infra.local.stack_state import read_state
 from ddpm_pipeline.jobs.runner import PROGRAM
@@ -111,16 +112,17 @@ def ray_workers(stack: LocalStack, word: str) -> list[psutil.Process]:
     """Processes on any node of the stack that Ray has named with `word` (an actor's class), oldest first."""
     state = read_state(stack.root)
     assert state is not None
-    found: list[psutil.Process] = []
-    for name, record in state.services.items():
-        if not name.startswith("ray"):
-            continue
-        try:
-            family = psutil.Process(record.identity.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            continue  # a node that was lost
-        found += [child for child in family if word in _title(child)]
-    return sorted(found, key=lambda process: process.pid)
+    nodes = [record.identity for name, record in state.services.items() if name.startswith("ray")]
+    return sorted((one for node in nodes for one in ray_workers_of(node, word)), key=lambda one: one.pid)
+
+
+def ray_workers_of(node: ProcessIdentity, word: str) -> list[psutil.Process]:
+    """Those of one node; none where it was lost."""
+    try:
+        family = psutil.Process(node.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [child for child in family if word in _title(child)]
 
 
 def _title(process: psutil.Process) -> str:

@@ -3,16 +3,16 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 import ddpm_pipeline
-from ddpm_pipeline.infra.local import LocalStack, environment
+from ddpm_pipeline.infra.local import LocalStack
 from ddpm_pipeline.jobs.runner import PROGRAM
 from tests.built_wheel import REPOSITORY, build_wheel
 from tests.driving import ended_after
+from tests.environments import Installed, install, make_environment
 
 pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(1200)]
 VERSION = "9.8.7"
@@ -35,67 +35,14 @@ print(images.shape, images.dtype)
 """Of someone who has the model's address and what it declares, and no checkout."""
 
 
-class Installed:
-    """An environment with the wheel, on top of this one's other packages, and an empty folder to work in."""
-
-    def __init__(self, environment: Path, folder: Path, environ: dict[str, str]) -> None:
-        self.program = environment / "bin/ddpm"
-        (self.packages,) = environment.glob("lib/python*/site-packages")
-        self.folder = folder
-        self.environ = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
-
-    def ddpm(self, *words: str, program: Sequence[str] = (), **variables: str) -> str:
-        """What the command prints, which must succeed. `program` is another `ddpm` than the installed one."""
-        done = subprocess.run(
-            [*(program or [str(self.program)]), *words],
-            cwd=self.folder,
-            env={**self.environ, **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
-
-    def python(self, code: str) -> str:
-        """What a program of a user prints, in this environment and on this folder's stack."""
-        stack = environment(self.folder / ".local")
-        return subprocess.run(
-            [str(self.program.with_name("python")), "-c", code],
-            cwd=self.folder,
-            env={**self.environ, **stack},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        ).stdout
-
-    def contents(self) -> dict[str, tuple[int, int]]:
-        """Every file and folder of site-packages, with its size and its time of change."""
-        found = {path: path.stat() for path in self.packages.rglob("*")}
-        return {str(path): (about.st_size, about.st_mtime_ns) for path, about in found.items()}
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory, bare_environ: dict[str, str]) -> Iterator[Installed]:
     base = tmp_path_factory.mktemp("wheel")
-    wheel, environment, work = build_wheel(base, VERSION), base / "environment", base / "empty"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(environment / "bin/python"),
-        "--disable-pip-version-check",
-    ]
-    subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", str(wheel)], check=True)
+    work = base / "empty"
     work.mkdir()
-    found = Installed(environment, work, bare_environ)
-    # Paths in such a file are searched, but not for files of its kind: what is installed here as editable stays unseen.
-    dependencies = Path(pytest.__file__).parents[1]
-    (found.packages / "dependencies.pth").write_text(f"{dependencies}\n")
+    make_environment(base / "environment")
+    install(build_wheel(base, VERSION), base / "environment")
+    found = Installed(base / "environment", work, bare_environ)
     for path in [found.packages, *found.packages.rglob("*")]:
         path.chmod(path.stat().st_mode & ~0o222)  # root may write all the same: `contents` tells
     with ended_after(LocalStack(work / ".local", environ=bare_environ)):
