@@ -8,7 +8,7 @@ counts as two):
 - both: half of the images are learned as pairs, of the teacher's images;
 - tuning: consistency tuning, which needs no teacher.
 Each is judged by 2,000 samples of another seed, for 1, 2 and 4 evaluations an image, with the metrics of
-`ddpm evaluate`, in the training data's proportions of classes; so is the teacher.
+`ddpm evaluate`; so is the teacher. Classes are even, or drawn as `--classes data` says.
 
 Trainings and samples are computed on this machine's GPU with --gpu, and otherwise in one thread. Whatever is finished
 is kept in --work; the same command goes on where it was stopped. Once the first command has a classifier, others with
@@ -83,6 +83,8 @@ class Comparison:
     work: Path
     presets: tuple[str, str]
     """Of the teacher and of the students."""
+    classes: str
+    """Of the samples, as a generation's setting."""
     gpus: int
     """1: on this machine's GPU."""
 
@@ -112,13 +114,14 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=int, default=1200, help="of consistency distillation; others by their cost"
     )
+    parser.add_argument("--classes", choices=["auto", "data"], default="auto", help="of the samples")
     parser.add_argument("--gpu", action="store_true")
     add_output_options(parser)
     told = parser.parse_args()
     work: Path = told.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     os.environ["DDPM_ROOT"] = work.as_uri()
-    comparison = Comparison(work, tuple(told.presets), int(told.gpu))
+    comparison = Comparison(work, tuple(told.presets), told.classes, int(told.gpu))
     if not any(work.glob("data/*/index.json")):
         pack(comparison.teacher("pack", PackConfig))
     train_features(comparison.teacher("features", FeaturesConfig), no_progress)
@@ -166,7 +169,7 @@ def make_student(comparison: Comparison, teacher: Path, recipe: str, seed: int, 
 
 
 def _samples(comparison: Comparison) -> dict[str, object]:
-    return {"count": COUNT, "classes": "data", "gpus_per_worker": comparison.gpus}
+    return {"count": COUNT, "classes": comparison.classes, "gpus_per_worker": comparison.gpus}
 
 
 def train(config: TrainConfig, folder: Path) -> None:
