@@ -13,15 +13,15 @@ def test_two_groups_never_work_at_once_and_every_window_is_written(tmp_path: Pat
     clashes: list[str] = []
 
     def group(name: str) -> None:
-        driver = Timed(Relay(tmp_path, name), None)
-        driver.tell(0, "")
+        driver = Timed(Relay(tmp_path, name), None, WINDOW_STEPS * WINDOWS)
+        driver.report(0, "")
         for window in range(1, WINDOWS + 1):
             if working.acquire(blocking=False):
                 time.sleep(0.002)
                 working.release()
             else:
                 clashes.append(name)
-            driver.tell(window * WINDOW_STEPS, "")
+            driver.report(window * WINDOW_STEPS, "")
 
     threads = [threading.Thread(target=group, args=(name,)) for name in NAMES]
     for thread in threads:
