@@ -80,7 +80,9 @@ def test_every_benchmark_has_a_quick_form_that_is_smaller() -> None:
     assert all(bench.QUICK.values())
 
 
-@pytest.mark.parametrize("name", bench.COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "pack" else pytest.mark.long) for name in bench.COMMANDS]
+)
 def test_a_quick_form_is_understood(name: str, tmp_path: Path) -> None:
     words = [*bench.words_of(name, tmp_path, quick=True), "--out", str(tmp_path / "out"), "--no-such-option"]
     done = subprocess.run(
