@@ -14,6 +14,7 @@ import yaml
 from ray.dashboard.modules.reporter.reporter_agent import GPU_TAG_KEYS, METRICS_GAUGES
 
 from ddpm_pipeline.infra.local import LocalStack
+from ddpm_pipeline.infra.local.ray import temp_dir
 from ddpm_pipeline.infra.local.stack_state import read_state
 from ddpm_pipeline.telemetry.prometheus import METRICS, JobMetrics
 
@@ -129,4 +130,13 @@ def test_every_metric_that_is_asked_for_is_exported_by_ray(stack: LocalStack) ->
         with opener.open(url, timeout=20) as answer:
             exported |= set(re.findall(r"^# TYPE (\S+)", answer.read().decode(), re.M))
         time.sleep(1)
-    assert of_ray - exported == set()
+    missing = of_ray - exported
+    if missing and _gave_up_exporting(stack):
+        pytest.skip("Ray's control store gave up exporting metrics: its agent took more than 30 s to start")
+    assert missing == set()
+
+
+def _gave_up_exporting(stack: LocalStack) -> bool:
+    """Ray 2.60 tries 30 times, a second apart, and never again."""
+    logs = (temp_dir(stack.root) / "session_latest" / "logs").glob("gcs_server*")
+    return any("Events and metrics will not be exported" in log.read_text(errors="replace") for log in logs)
