@@ -33,6 +33,7 @@ TRAINING = (
     "workers.cpus_per_worker=1",
     f"log_every_steps={STEPS}",
     f"checkpoint.every_steps={STEPS}",
+    "checkpoint.eval_samples=4",
     f"grid.every_steps={STEPS}",
     "grid.count=1",
     "grid.sampler.num_steps=1",
