@@ -3,8 +3,9 @@
 The names of `__all__` are imported when they are first used, so that an actor that computes nothing loads no torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ddpm_pipeline.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from ddpm_pipeline.cluster.draining import draining_nodes
@@ -40,16 +41,23 @@ __all__ = [
     "unfit_message",
 ]
 
-_MODULES = {
-    "ddpm_pipeline.cluster.draining": ("draining_nodes",),
-    "ddpm_pipeline.cluster.node_plugins": ("require_plugins_on_nodes",),
-    "ddpm_pipeline.cluster.placement": ("on_node",),
-    "ddpm_pipeline.cluster.ray_errors": ("cause_of", "reason_line"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = (module for module, names in _MODULES.items() if name in names)
-    return getattr(import_module(next(found, "ddpm_pipeline.cluster.gpus")), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ddpm_pipeline.cluster.draining": ("draining_nodes",),
+        "ddpm_pipeline.cluster.gpus": (
+            "GROWS_VARIABLE",
+            "TYPE_LABEL",
+            "NodeReport",
+            "Workers",
+            "ask_nodes",
+            "check_every_gpu",
+            "grows",
+            "require_fit_workers",
+            "unfit_message",
+        ),
+        "ddpm_pipeline.cluster.node_plugins": ("require_plugins_on_nodes",),
+        "ddpm_pipeline.cluster.placement": ("on_node",),
+        "ddpm_pipeline.cluster.ray_errors": ("cause_of", "reason_line"),
+    },
+)

@@ -3,8 +3,9 @@
 The names of `__all__` are imported when they are first used, so that an index is read without torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ddpm_pipeline.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from ddpm_pipeline.config.data import DataConfig, PackConfig
@@ -33,20 +34,16 @@ __all__ = [
     "read_sequential",
 ]
 
-_MODULES = {
-    "ddpm_pipeline.config.data": ("DataConfig", "PackConfig"),
-    "ddpm_pipeline.data.index": ("Index", "ShardEntry", "load_index"),
-    "ddpm_pipeline.data.packing.build_index": ("build_index",),
-    "ddpm_pipeline.data.packing.inspect_dataset": ("Inspection", "inspect"),
-    "ddpm_pipeline.data.packing.pack_dataset": ("pack",),
-    "ddpm_pipeline.data.packing.pack_plan": ("PackReport",),
-    "ddpm_pipeline.data.reading.loader": ("Batch", "Loader"),
-    "ddpm_pipeline.data.reading.sequential": ("SequentialSample", "read_sequential"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ddpm_pipeline.config.data": ("DataConfig", "PackConfig"),
+        "ddpm_pipeline.data.index": ("Index", "ShardEntry", "load_index"),
+        "ddpm_pipeline.data.packing.build_index": ("build_index",),
+        "ddpm_pipeline.data.packing.inspect_dataset": ("Inspection", "inspect"),
+        "ddpm_pipeline.data.packing.pack_dataset": ("pack",),
+        "ddpm_pipeline.data.packing.pack_plan": ("PackReport",),
+        "ddpm_pipeline.data.reading.loader": ("Batch", "Loader"),
+        "ddpm_pipeline.data.reading.sequential": ("SequentialSample", "read_sequential"),
+    },
+)
