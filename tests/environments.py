@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,22 @@ def install(wheel: Path, environment: Path) -> None:
     subprocess.run([*pip, *options, str(wheel)], check=True)
 
 
+def output_of(command: Sequence[str], folder: Path, environ: Mapping[str, str] | None = None) -> str:
+    """What a command, which must succeed, prints in this folder; `environ` is by default this process's."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 class Installed:
     """An environment with the wheel, on top of this one's other packages, and a folder to work in."""
 
@@ -40,18 +56,8 @@ class Installed:
 
     def ddpm(self, *words: str, program: Sequence[str] = (), **variables: str) -> str:
         """What the command prints, which must succeed. `program` is another `ddpm` than the installed one."""
-        done = subprocess.run(
-            [*(program or [str(self.program)]), *words],
-            cwd=self.folder,
-            env={**self.environ, **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+        command = [*(program or [str(self.program)]), *words]
+        return output_of(command, self.folder, {**self.environ, **variables})
 
     def python(self, code: str) -> str:
         """What a program of a user prints, in this environment and on this folder's stack."""

@@ -1,7 +1,6 @@
 """A package installed on every node: its network, sampler, schedule and images on a Ray cluster of their own."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from ddpm_pipeline.infra.local import LocalStack
 from ddpm_pipeline.jobs.runner import PROGRAM
 from tests.built_wheel import REPOSITORY
 from tests.driving import ended_after
+from tests.environments import output_of
 from tests.plugins.conftest import PACKAGE, write_metadata
 
 pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(900)]
@@ -64,17 +64,7 @@ def folder(tmp_path: Path, bare_environ: dict[str, str], monkeypatch: pytest.Mon
 
 def ddpm(folder: Path, *words: str) -> str:
     """What the command prints, which must succeed."""
-    done = subprocess.run(
-        [sys.executable, *PROGRAM, *words],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return output_of([sys.executable, *PROGRAM, *words], folder)
 
 
 def test_it_is_trained_by_two_workers_registered_and_its_samples_are_made_again(folder: Path) -> None:
