@@ -161,6 +161,9 @@ def refusal(error: boto_errors.ClientError, uri: str, bucket: str, key: str, end
         return not_s3(where, endpoint, f"{status}{_destination(error)}")
     if code in MISSING_CODES and operation in READS:
         return ObjectMissing(key, where)
+    # A write needs no object. A gateway on directories has deleted an empty one that was being written into.
+    if code == "NoSuchKey":
+        return StoreUnreachable(f"{where}: {endpoint} could not finish the request ({code}); try again later")
     if code in SECRET_CODES:
         words = _words(error) if code == "AccessDenied" else ""
         return UserError(

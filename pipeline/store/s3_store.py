@@ -158,7 +158,7 @@ class S3Store(Store):
             try:
                 return client.put_object(**where, **condition)
             except boto_errors.ClientError as error:
-                if condition and code_of(error) in MISSING_CODES:
+                if "IfMatch" in condition and code_of(error) in MISSING_CODES:
                     raise ObjectChanged(f"{self.uri}/{key}: deleted meanwhile; try again") from error
                 if not condition or status_of(error) != NOT_IMPLEMENTED:
                     raise
@@ -204,7 +204,15 @@ class S3Store(Store):
 
     def delete(self, key: str) -> None:
         name = self._name(key)
-        self._call(key, lambda client: client.delete_object(Bucket=self.bucket, Key=name))
+
+        def delete(client: S3Client) -> None:
+            try:
+                client.delete_object(Bucket=self.bucket, Key=name)
+            except boto_errors.ClientError as error:
+                if code_of(error) != "NoSuchKey":  # S3 itself gives no error for an object that is gone
+                    raise
+
+        self._call(key, delete)
 
     def _probe(self) -> None:
         self._call("", lambda client: client.list_objects_v2(Bucket=self.bucket, MaxKeys=1), PROBE_POLICY)

@@ -238,3 +238,29 @@ def test_a_service_that_knows_no_conditional_put_is_written_to_without_condition
         assert store.write("x", b"one", replaces=ABSENT).etag == "tag"
         assert store.write("x", b"two", replaces="tag").etag == "tag"
     assert conditions == ["*", None, '"tag"', None]
+
+
+def test_a_write_that_meets_the_deletion_of_its_directory_is_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """JuiceFS's gateway deletes a directory with its last object, also while another object is written into it."""
+    asked: list[str] = []
+
+    def answer(request: Request) -> Answer:
+        asked.append(request.method)
+        first = len(asked) == 1
+        return of_code(404, "NoSuchKey") if first else Answer(200, headers={"ETag": '"tag"'})
+
+    with answering(answer) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        store = S3Store("bucket", policy=QUICK)
+        for replaces in (None, ABSENT):
+            asked.clear()
+            assert store.write("x", b"one", replaces=replaces).etag == "tag"
+            assert asked == ["PUT", "PUT"]
+        asked.clear()
+        with pytest.raises(ObjectChanged, match="s3://bucket/x: deleted meanwhile"):
+            store.write("x", b"two", replaces="tag")
+        asked.clear()
+        store.delete("x")
+        assert asked == ["DELETE"]
