@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,15 +42,22 @@ class Relay:
     name: str
 
     def arrive(self) -> None:
-        """Say that this group is ready; the first turn begins when all are."""
+        """Say that this group is ready. Once all are, the first one gives itself the first turn; the others do not,
+        as they could give it again when it is over.
+        """
         (self.folder / f"{self.name}.ready").touch()
-        if all((self.folder / f"{name}.ready").exists() for name in NAMES):
-            self._give(NAMES[0])
+        if self.name == NAMES[0]:
+            self._until(lambda: all((self.folder / f"{name}.ready").exists() for name in NAMES))
+            self._give(self.name)
 
     def wait(self) -> None:
         """Until it is this group's turn. Raises TimeoutError if that never comes."""
-        turn, deadline = self.folder / "turn", time.monotonic() + PATIENCE_SECONDS
-        while not (turn.exists() and turn.read_text() == self.name):
+        turn = self.folder / "turn"
+        self._until(lambda: turn.exists() and turn.read_text() == self.name)
+
+    def _until(self, is_met: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not is_met():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.name}: the other group did not come")
             time.sleep(0.005)

@@ -5,10 +5,15 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from benchmarks.launchers import NAMES, WINDOW_STEPS, WINDOWS, Relay, Timed
 
 
-def test_two_groups_never_work_at_once_and_every_window_is_written(tmp_path: Path) -> None:
+def test_two_groups_never_work_at_once_and_every_window_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.launchers.PATIENCE_SECONDS", 30.0)
     working = threading.Semaphore(1)
     clashes: list[str] = []
 
