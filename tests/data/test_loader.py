@@ -1,6 +1,7 @@
 """The loader: the same samples whoever reads them, from wherever, and after any stop."""
 
 import gzip
+import multiprocessing
 import os
 import tarfile
 from collections.abc import Callable
@@ -198,6 +199,7 @@ def test_damage_ends_the_run_with_shard_sample_and_place(uri: str, damage: Damag
     with pytest.raises(DamageError, match=pattern) as caught:
         batches(index, 0, 9, num_workers=workers)
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children(), "the error keeps loader processes alive"
     if damage(b"\0" * 2000, 1000, 100)[-1:] == b"\0" and len(damage(b"\0" * 2000, 1000, 100)) == 2000:
         assert name in str(caught.value)
 

@@ -110,6 +110,7 @@ class Loader:
                 yield replace(result, wait_seconds=time.perf_counter() - started)
                 started = time.perf_counter()
         finally:
+            del results  # ends the loader processes: a traceback would keep them, and this frame, alive
             if prefetcher is not None:
                 prefetcher.close()
 
