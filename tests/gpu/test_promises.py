@@ -9,12 +9,15 @@ from tests.gpu.promises import PROMISES, Promise, two_workers_interrupted_end_in
 from tests.gpu.report import Result, rendered
 
 DEVICES = ("cpu", "cuda")
-# On a CPU tests/train shows the same of trainings, with more steps.
+# On a CPU tests/train shows the same of trainings, with more steps, and tests/cuda of CUDA graphs.
+SHOWN_ELSEWHERE = ("training", "distillation", "captured")
 CASES = [
     pytest.param(
         promise,
         device,
-        marks=[pytest.mark.long] if device == "cpu" and "training" in promise.__name__ else [],
+        marks=[pytest.mark.long]
+        if device == "cpu" and any(word in promise.__name__ for word in SHOWN_ELSEWHERE)
+        else [],
         id=f"{promise.__name__}-{device}",
     )
     for promise in PROMISES
