@@ -18,7 +18,9 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
-PEERS = ("litdata==0.2.76", "mosaicml-streaming==0.13.0")
+PEERS = (
+    "litdata==0.2.76", "mosaicml-streaming==0.13.0", "spdl-core==0.8.0", "spdl-io==0.8.0", "torchdata==0.11.0",
+)  # fmt: skip
 THEIRS = (  # what reading local files really takes
     "Brotli", "catalogue", "cramjam", "filelock", "lightning-utilities", "obstore", "python-snappy", "tifffile",
     "tqdm", "xxhash", "zstd",
@@ -28,15 +30,15 @@ STOOD_IN = ("azure", "google", "oci", "paramiko", "torchvision", "transformers")
 
 def make_environment(folder: Path) -> Path:
     """A virtual environment with the peers in it, made if need be; its Python. Raises CalledProcessError."""
-    python = folder / "bin" / "python"
-    if (folder / "complete").exists():
+    python, complete, wanted = folder / "bin" / "python", folder / "complete", "\n".join([*PEERS, *THEIRS])
+    if complete.exists() and complete.read_text() == wanted:
         return python
     venv.create(folder, with_pip=True, clear=True)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
     (packages / "zz-of-the-project.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *PEERS, *THEIRS]
     subprocess.run(install, check=True, stdout=sys.stderr)
-    (folder / "complete").touch()
+    complete.write_text(wanted)
     return python
 
 
