@@ -5,7 +5,8 @@ of the same batch. Each contender keeps its own recipe (objective, schedule, opt
 - ours: the digits preset;
 - diffusers: `train_unconditional` with --use_ema (its 500 steps of warm-up cut to a tenth of so short a training);
 - denoising_diffusion: the Trainer of denoising-diffusion-pytorch;
-- the last two again with our learning rate (`…_our_lr`), for theirs is meant for longer trainings.
+- the last two again with our learning rate (`…_our_lr`), for theirs is meant for longer trainings;
+- the digits preset with one setting of its training changed (`ours_…`, see `VARIANTS`).
 Judged is the Fréchet distance of as many samples as there are held-out images from these, over a classifier trained
 on the others; `floor` is that of the training images themselves.
 
@@ -18,6 +19,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +42,21 @@ from ddpm_pipeline.features.classifier import Classifier, accuracy, split_rows, 
 from ddpm_pipeline.features.distances import GaussianMoments, frechet_distance, moments_of
 from ddpm_pipeline.jobs.runner import preset_file
 
-RECIPES = ("ours", "diffusers", "denoising_diffusion", "diffusers_our_lr", "denoising_diffusion_our_lr")
+PEERS = ("diffusers", "denoising_diffusion", "diffusers_our_lr", "denoising_diffusion_our_lr")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours_eps": {"objective": {"target": "eps"}},
+    "ours_eps_min_snr": {"objective": {"target": "eps", "weighting": "min-snr"}},
+    "ours_x0": {"objective": {"target": "x0"}},
+    "ours_v_min_snr": {"objective": {"target": "v", "weighting": "min-snr"}},
+    "ours_power_average": {"ema": {"kind": "power"}},
+    "ours_twice_the_rate": {"optimizer": {"lr": 2e-3, "warmup_steps": 100, "decay": "cosine"}},
+    "ours_half_the_rate": {"optimizer": {"lr": 5e-4, "warmup_steps": 100, "decay": "cosine"}},
+    "ours_without_warmup": {"optimizer": {"lr": 1e-3, "decay": "cosine"}},
+    "ours_constant_rate": {"optimizer": {"lr": 1e-3, "warmup_steps": 100}},
+}
+"""Sections of `train` that replace those of the digits preset."""
+RECIPES = (*VARIANTS, *PEERS)
 SEEDS = (0, 1, 2)
 HELD_OUT = 1 / 3
 
@@ -60,7 +76,7 @@ def main() -> int:
     parser = plain_parser("quality", __doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for finished trainings")
     parser.add_argument("--peers", type=Path, help="folder made by: python -m benchmarks.trainers FOLDER")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["ours", *PEERS])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
@@ -70,7 +86,7 @@ def main() -> int:
     told = parser.parse_args()
     torch.set_num_threads(told.threads)
     if not use_peers(told.peers):
-        told.recipes = ["ours"]
+        told.recipes = [recipe for recipe in told.recipes if recipe in VARIANTS]
     told.work.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * told.minutes
     digits = load_parts()
@@ -114,8 +130,9 @@ def begin(told: argparse.Namespace, digits: Digits, recipe: str, seed: int) -> C
     """A training at its first step."""
     uri = pack_images(told.work.resolve() / "data", digits.train)
     preset = read_yaml(preset_file("digits"))
-    config = ours_of(preset["train"], uri, told.steps, told.batch, seed)
-    if recipe == "ours":
+    section = preset["train"] | VARIANTS.get(recipe, {})
+    config = ours_of(section, uri, told.steps, told.batch, seed)
+    if recipe in VARIANTS:
         sampler = preset["generate"]["sampler"] | {"guidance_scale": 1.0}  # guidance needs classes
         return Ours(config, type(config.grid.sampler).model_validate(sampler))
     setting = Setting(config.net, digits.train, told.batch, told.steps, seed)
@@ -166,7 +183,9 @@ def figures(told: argparse.Namespace, digits: Digits) -> dict[str, object]:
             found[f"{recipe}_distance"] = means[recipe]
             found[f"{recipe}_distances"] = [round(each, 3) for each in distances]
             found[f"{recipe}_train_cpu_seconds"] = statistics.mean(run["train_cpu_seconds"] for run in runs)
-    found |= {f"{peer}_over_ours": mean / means["ours"] for peer, mean in means.items() if "ours" in means}
+    found |= {
+        f"{recipe}_over_ours": mean / means["ours"] for recipe, mean in means.items() if "ours" in means
+    }
     return found
 
 
