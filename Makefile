@@ -6,7 +6,7 @@ BIN := .venv/bin
 STORE_OPTION := $(if $(STORE),--store $(STORE))
 
 .DEFAULT_GOAL := help
-.PHONY: help run install install-dev test test-fast test-stack lint up status down clean distclean lock wheel docs bench chaos fuzz mutants gpu-test
+.PHONY: help run install install-dev test test-fast test-stack lint up status down clean distclean lock wheel docs bench chaos fuzz mutants coverage gpu-test
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -75,6 +75,14 @@ fuzz: install-dev ## feed every reader of stored bytes with what a fuzzer thinks
 
 mutants: install-dev ## change the code that promises rest on, place by place, and see whether its tests notice (SAMPLE=20 of each module; MODULE=generate/plan.py)
 	@$(BIN)/python -m tests.mutants $(MODULE) --sample $(or $(SAMPLE),20)
+
+coverage: install-dev ## which lines and branches the tests run, as build/coverage/index.html (STACK=1: those on the real stack, too)
+	@rm -rf .coverage .coverage.* build/coverage
+	-@$(BIN)/coverage run -m pytest -q -m 'not stack' --numprocesses logical --maxprocesses 4 --dist worksteal
+	$(if $(STACK),-@$(BIN)/coverage run -m pytest -q -m stack)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage html --quiet
+	@$(BIN)/coverage report
 
 lock: install-dev ## write the lock files anew, with hashes (UPGRADE=1: newest versions; asks the package index)
 	@infra/lock.sh $(if $(UPGRADE),--upgrade)
