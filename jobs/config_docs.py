@@ -155,7 +155,7 @@ def _default(field: Mapping[str, Any]) -> str:
     if "default" not in field:
         return "its own defaults"
     value = field["default"]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return "its own defaults"
     return "none" if value is None else f"`{json.dumps(value)}`"
 

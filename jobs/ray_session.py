@@ -15,7 +15,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -227,20 +227,26 @@ def _environment(address: str) -> Generator[dict[str, Any] | None]:
         yield {"env_vars": shared_variables(), "py_modules": [str(stage_program(Path(folder)))]}
 
 
-def require_resources(num_workers: int, cpus_each: float, gpus_each: float, section: str) -> None:
-    """Refuse a request that exceeds the cluster's present size; an autoscaling one is trusted to grow, in a line."""
-    import ray
+def require_resources(
+    num_workers: int,
+    cpus_each: float,
+    gpus_each: float,
+    section: str,
+    labels: Mapping[str, str] | None = None,
+) -> None:
+    """Refuse a request that exceeds the present size of the cluster, or of its nodes with these labels; an autoscaling
+    one is trusted to grow, in a line.
+    """
+    from ddpm_pipeline.cluster import GROWS_VARIABLE, described, grows, living_nodes
 
-    from ddpm_pipeline.cluster import GROWS_VARIABLE, grows
-
-    have = ray.cluster_resources()
+    nodes = [node["Resources"] for node in living_nodes(labels)]
     for kind, each in (("CPU", cpus_each), ("GPU", gpus_each)):
-        need = num_workers * each
-        if need <= have.get(kind, 0.0):
+        need, have = num_workers * each, sum(node.get(kind, 0.0) for node in nodes)
+        if need <= have:
             continue
         fault = (
-            f"{section}.num_workers: {num_workers} workers need {need:g} {kind}s, the cluster has "
-            f"{have.get(kind, 0.0):g}"
+            f"{section}.num_workers: {num_workers} workers need {need:g} {kind}s, {described(labels or {})} has "
+            f"{have:g}"
         )
         if not grows():
             raise UserError(f"{fault}; request fewer, or set {GROWS_VARIABLE}=1 if it scales by itself")

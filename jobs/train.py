@@ -99,7 +99,7 @@ def _cluster(
                 workers = config.workers
                 if not joined_before:  # a node lost since then may come back
                     cpus, gpus = workers.cpus_per_worker, workers.gpus_per_worker
-                    require_resources(workers.fewest, cpus, gpus, "train.workers")
+                    require_resources(workers.fewest, cpus, gpus, "train.workers", workers.node_labels)
                 joined_before = True
             # Installed after Ray's own handler, which would end the process at once.
             stack.enter_context(on_stop_signal(stop.set, "saving a checkpoint, then ending"))

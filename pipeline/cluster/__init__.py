@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         unfit_message,
     )
     from ddpm_pipeline.cluster.node_plugins import require_plugins_on_nodes
+    from ddpm_pipeline.cluster.nodes import described, living_nodes
     from ddpm_pipeline.cluster.placement import on_node
     from ddpm_pipeline.cluster.ray_errors import cause_of, reason_line
 
@@ -32,8 +33,10 @@ __all__ = [
     "ask_nodes",
     "cause_of",
     "check_every_gpu",
+    "described",
     "draining_nodes",
     "grows",
+    "living_nodes",
     "on_node",
     "reason_line",
     "require_fit_workers",
@@ -57,6 +60,7 @@ __getattr__ = lazy_names(
             "unfit_message",
         ),
         "ddpm_pipeline.cluster.node_plugins": ("require_plugins_on_nodes",),
+        "ddpm_pipeline.cluster.nodes": ("described", "living_nodes"),
         "ddpm_pipeline.cluster.placement": ("on_node",),
         "ddpm_pipeline.cluster.ray_errors": ("cause_of", "reason_line"),
     },

@@ -9,12 +9,13 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from ddpm_pipeline.cluster.nodes import has_room, living_nodes
 from ddpm_pipeline.cluster.placement import on_node
 from ddpm_pipeline.config.device_kind import DeviceKind
 from ddpm_pipeline.devices.preflight import (
@@ -56,6 +57,8 @@ class Workers:
     """Several of them train together."""
     compile: bool = False
     """They compile the network."""
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Labels of the nodes on which they are placed."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def ask_nodes(
 
 def check_every_gpu(wait_seconds: float) -> tuple[list[NodeReport], list[str]]:
     """Reports of every GPU, and the addresses of nodes whose GPUs were not all free within `wait_seconds`."""
-    nodes = [node for node in _living_nodes() if node["Resources"].get("GPU", 0) >= 1]
+    nodes = [node for node in living_nodes() if node["Resources"].get("GPU", 0) >= 1]
     tasks = {
         _task(GpuNeeds(every=True), int(node["Resources"]["GPU"]), str(node["NodeID"])): node
         for node in nodes
@@ -176,7 +179,7 @@ class _Inquiry:
             if self._answered is None:
                 self._say_that_it_waits()
                 if self._needs_another_node(pending):
-                    pending[_task(self._needs, self._workers.gpus, None)] = {}
+                    pending[self._task_anywhere()] = {}
         for reference in pending:
             ray.cancel(reference)
         return list(reports.values())
@@ -184,12 +187,15 @@ class _Inquiry:
     def _start(self) -> dict[Any, Mapping[str, Any]]:
         workers = self._workers
         kinds: dict[object, Mapping[str, Any]] = {}
-        for node in _living_nodes():
-            if _has_room(node, workers):
+        for node in living_nodes(workers.labels):
+            if has_room(node, workers.cpus, workers.gpus):
                 kinds.setdefault(node["NodeID"] if self._every_node else _kind_of_node(node), node)
         if not kinds:  # placed wherever the cluster adds a node
-            return {_task(self._needs, workers.gpus, None): {}}
+            return {self._task_anywhere(): {}}
         return {_task(self._needs, workers.gpus, str(node["NodeID"])): node for node in kinds.values()}
+
+    def _task_anywhere(self) -> Any:
+        return _task(self._needs, self._workers.gpus, None, self._workers.labels)
 
     def _is_enough(self, found: NodeReport) -> bool:
         return not self._every_node or grows() or found.is_fit(self._kind)
@@ -213,10 +219,6 @@ class _Inquiry:
             log.warning("waiting for %s, to check it before work is placed there", what)
 
 
-def _living_nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
 def _address(node: Mapping[str, Any]) -> str:
     return str(node["NodeManagerAddress"])
 
@@ -225,25 +227,19 @@ def _addresses(nodes: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(sorted(_address(node) for node in nodes if node)) or "the cluster"
 
 
-def _has_room(node: Mapping[str, Any], workers: Workers) -> bool:
-    """Whether the node, were it idle, had room for one worker."""
-    resources = node["Resources"]
-    return resources.get("GPU", 0) >= workers.gpus and resources.get("CPU", 0) >= workers.cpus
-
-
 def _kind_of_node(node: Mapping[str, Any]) -> object:
     """Equal for nodes with the same type of GPU, as Ray names it, in the same group of the cluster's manifest."""
     types = frozenset(name for name in node["Resources"] if name.startswith("accelerator_type:"))
     return types, (node.get("Labels") or {}).get(_GROUP_LABEL)
 
 
-def _task(needs: GpuNeeds, gpus: float, node_id: str | None) -> Any:
-    """Start the check on a node, or on any; the result is for `_answer`."""
+def _task(needs: GpuNeeds, gpus: float, node_id: str | None, labels: Mapping[str, str] | None = None) -> Any:
+    """Start the check on a node, or on any that has the labels; the result is for `_answer`."""
     task: Any = ray.remote(_check if gpus else _check_compiler)
-    place = on_node(node_id) if node_id else "DEFAULT"
-    return task.options(
-        name="preflight", num_cpus=0, num_gpus=gpus, max_retries=0, scheduling_strategy=place
-    ).remote(needs)
+    place: dict[str, Any] = {"label_selector": dict(labels) if labels else None}
+    if node_id:
+        place = {"scheduling_strategy": on_node(node_id)}
+    return task.options(name="preflight", num_cpus=0, num_gpus=gpus, max_retries=0, **place).remote(needs)
 
 
 def _answer(reference: Any, node: Mapping[str, Any]) -> list[NodeReport]:
@@ -259,7 +255,7 @@ def _answer(reference: Any, node: Mapping[str, Any]) -> list[NodeReport]:
             type(error).__name__,
         )
         return []
-    node = node or next((one for one in _living_nodes() if one["NodeID"] == node_id), {})  # added since
+    node = node or next((one for one in living_nodes() if one["NodeID"] == node_id), {})  # added since
     gpus, label = node.get("Resources", {}).get("GPU", 0.0), (node.get("Labels") or {}).get(TYPE_LABEL)
     return [NodeReport(address, node_id, report, gpus, label) for report in reports]
 

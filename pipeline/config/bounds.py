@@ -12,6 +12,12 @@ MAX_IMAGES_A_SHARD = 1_000_000
 MAX_CLASSES = 1_000_000
 """The limit of a network's `num_classes`."""
 _MAX_NAME = 256
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+NodeLabels = dict[
+    Annotated[str, Field(pattern=rf"^({_LABEL}/)?{_LABEL}$", max_length=317)],
+    Annotated[str, Field(pattern=rf"^{_LABEL}$", max_length=63)],
+]
+"""Labels of Ray's nodes, by name: a name may begin with a domain, as in `ray.io/accelerator-type`."""
 
 
 def checked_name(text: str) -> str:

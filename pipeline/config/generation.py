@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ddpm_pipeline.config.base import Settings, refuse_idle
-from ddpm_pipeline.config.bounds import MAX_IMAGES, MAX_IMAGES_A_SHARD, MAX_SHARDS, Sha256
+from ddpm_pipeline.config.bounds import MAX_IMAGES, MAX_IMAGES_A_SHARD, MAX_SHARDS, NodeLabels, Sha256
 from ddpm_pipeline.config.cost import CostConfig
 from ddpm_pipeline.config.device_kind import Matmul
 from ddpm_pipeline.config.diffusion import SamplerConfig
@@ -107,6 +107,8 @@ class GenerateConfig(SpecSettings):
     """Logical CPUs a worker reserves. Beside a GPU one launches kernels, and the others encode images."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPU a worker reserves; 0.5 puts two workers on one GPU, which share its memory. 0 = sample on the CPU."""
+    node_labels: NodeLabels = Field(default={})
+    """Labels that a node of the cluster must have to get workers, such as `{ray.io/accelerator-type: H100}`."""
     max_attempts: int = Field(default=3, ge=1)
     """Attempts at a shard, each on another worker, before it is reported as failed."""
     drain_seconds: float = Field(default=20.0, ge=0)

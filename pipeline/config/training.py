@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import Field, field_validator, model_validator
 
 from ddpm_pipeline.config.base import Settings, refuse_idle
+from ddpm_pipeline.config.bounds import NodeLabels
 from ddpm_pipeline.config.data import DataConfig
 from ddpm_pipeline.config.device_kind import Matmul
 from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
@@ -113,6 +114,8 @@ class WorkerConfig(Settings):
     """Cores, and torch threads, of each."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs of each: 1, or 0 = train on the CPU. A single worker may take a part of a GPU and of its memory: 0.5."""
+    node_labels: NodeLabels = Field(default={})
+    """Labels that a node of the cluster must have to get workers, such as `{ray.io/accelerator-type: H100}`."""
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """What each worker holds. ddp: the whole state. fsdp: a part of weights, gradients, moments and averages, for
     networks whose state exceeds one device; slower. Checkpoints are the same, and a training may go on with the other.

@@ -143,7 +143,9 @@ def generate(
     stop = stop or threading.Event()
     with cluster():
         require_pool_resources(config)
-        require_plugins_on_nodes(config.cpus_per_worker, config.gpus_per_worker, model.card, spec, config)
+        require_plugins_on_nodes(
+            config.cpus_per_worker, config.gpus_per_worker, config.node_labels, model.card, spec, config
+        )
         workers = workers_of(config)
         nodes = ask_pool(workers, generation.spec.device_kind, stop)
         if spec.device == "cuda" and not nodes and stop.is_set():
@@ -308,7 +310,8 @@ class GenerationJob:
 
     def _selector(self) -> dict[str, str]:
         """Where workers are placed: on no node whose GPUs are known to be unfit or of another kind."""
-        return selector_of(self._generation.spec.device_kind, self._nodes, self._unfit)
+        fit = selector_of(self._generation.spec.device_kind, self._nodes, self._unfit)
+        return {**fit, **self._config.node_labels}
 
     def _has_fit_nodes(self) -> bool:
         """Whether a worker may still be placed somewhere, or on a node that the cluster adds."""

@@ -25,7 +25,11 @@ log = logging.getLogger(__name__)
 def workers_of(config: GenerateConfig) -> Workers:
     """What each worker takes from its node."""
     return Workers(
-        config.cpus_per_worker, config.gpus_per_worker, gpus_setting="gpus_per_worker", compile=config.compile
+        config.cpus_per_worker,
+        config.gpus_per_worker,
+        gpus_setting="gpus_per_worker",
+        compile=config.compile,
+        labels=config.node_labels,
     )
 
 

@@ -13,7 +13,7 @@ import ray
 import ray.data
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from ddpm_pipeline.cluster import GROWS_VARIABLE, grows, on_node, reason_line
+from ddpm_pipeline.cluster import GROWS_VARIABLE, described, grows, living_nodes, on_node, reason_line
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.generate.coordinator import Coordinator, ShardProgress
@@ -29,10 +29,11 @@ _MAP_OPERATOR = "ray.data._internal.execution.operators.map_operator"
 
 
 def require_pool_resources(config: GenerateConfig) -> None:
-    """UserError unless some node of the cluster is large enough for one worker, or the cluster may add one, which is
+    """UserError unless some node with the workers' labels is large enough for one, or the cluster may add one, which is
     said.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in living_nodes(config.node_labels)]
+    where = described(config.node_labels)
     for resource, setting, wanted in (
         ("CPU", "cpus_per_worker", config.cpus_per_worker),
         ("GPU", "gpus_per_worker", config.gpus_per_worker),
@@ -40,7 +41,7 @@ def require_pool_resources(config: GenerateConfig) -> None:
         largest = max((node.get(resource, 0) for node in nodes), default=0)
         if wanted <= largest:
             continue
-        fault = f"{setting}: a worker needs {wanted:g}, but the largest node of the cluster has {largest:g}"
+        fault = f"{setting}: a worker needs {wanted:g}, but the largest node of {where} has {largest:g}"
         if not grows():
             raise UserError(
                 f"{fault}; lower it, add a node, or set {GROWS_VARIABLE}=1 if the cluster scales by itself"

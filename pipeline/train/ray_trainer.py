@@ -165,6 +165,7 @@ def _trainer(task: TrainTask, coordinator: Any, scratch: str) -> TorchTrainer:
             elastic_resize_monitor_interval_s=workers.resize_seconds,
             use_gpu=workers.gpus_per_worker > 0,
             resources_per_worker=resources,
+            label_selector=dict(workers.node_labels) or None,
         ),
         # Ray's own bookkeeping; a new name each time, because our checkpoints do the resuming
         run_config=RunConfig(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.exceptions import NodeDiedError
 
-from ddpm_pipeline.cluster import Workers, ask_nodes, check_every_gpu, gpus, require_fit_workers
+from ddpm_pipeline.cluster import Workers, ask_nodes, check_every_gpu, gpus, nodes, require_fit_workers
 from ddpm_pipeline.config.device_kind import DeviceKind
 from ddpm_pipeline.devices.preflight import GpuNeeds, GpuReport
 from ddpm_pipeline.errors import UserError
@@ -40,14 +40,15 @@ def node(
 class FakeRay:
     """A cluster whose nodes answer, stay busy or are lost, and time that passes while one waits."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, Any]) -> None:
-        self._nodes = list(nodes)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *entries: dict[str, Any]) -> None:
+        self._nodes = list(entries)
         self.answers: dict[str, list[GpuReport] | Exception | None] = {}
         """None: busy for ever."""
         self.asked: list[tuple[str, float, GpuNeeds]] = []
         self.cancelled: list[str] = []
         self.seconds = 0.0
         monkeypatch.setattr(gpus, "ray", self)
+        monkeypatch.setattr(nodes, "ray", self)
         monkeypatch.setattr(gpus, "time", SimpleNamespace(monotonic=lambda: self.seconds))
         monkeypatch.setattr(gpus, "on_node", lambda name: SimpleNamespace(name=name))
 
@@ -55,8 +56,11 @@ class FakeRay:
         return self._nodes
 
     def remote(self, work: Any) -> Any:
-        def options(num_gpus: float, scheduling_strategy: Any, **_: Any) -> Any:
+        def options(
+            num_gpus: float, scheduling_strategy: Any = None, label_selector: Any = None, **_: Any
+        ) -> Any:
             name = getattr(scheduling_strategy, "name", "anywhere")
+            name += "".join(f" {label}={value}" for label, value in (label_selector or {}).items())
 
             def start(needs: GpuNeeds) -> str:
                 self.asked.append((name, num_gpus, needs))
@@ -138,6 +142,17 @@ def test_a_cluster_without_such_a_node_is_waited_for_as_the_work_would(
     assert "no free GPU to check" in caplog.text
     ray.answers["anywhere"] = [FIT]
     assert require_fit_workers(ONE_EACH, threading.Event()) == [FIT.kind]
+
+
+def test_only_nodes_with_the_labels_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Workers(2, 1, "gpus_per_worker", labels={"ray.io/node-group": "b"})
+    ray = FakeRay(monkeypatch, node("a", model="V100"), node("b", group="b"))
+    ray.answers["a"] = [UNFIT]
+    assert require_fit_workers(here, threading.Event()) == [FIT.kind]
+    assert names(ray) == ["b"]
+    ray = FakeRay(monkeypatch, node("a"))
+    assert require_fit_workers(here, threading.Event()) == [FIT.kind]
+    assert names(ray) == ["anywhere ray.io/node-group=b"]
 
 
 def test_a_request_to_stop_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,10 +291,11 @@ def test_shards_that_an_unfit_worker_gives_back_are_made_elsewhere_and_count_as_
     two_nodes: UnfitWorkers, model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
-    config = settings(model, f"file://{tmp_path}/out", gpus_per_worker=1, max_attempts=1)
+    labels = {"region": "eu"}
+    config = settings(model, f"file://{tmp_path}/out", gpus_per_worker=1, max_attempts=1, node_labels=labels)
     result = generate(config)
     assert (result.status, result.failed) == ("complete", {})
-    assert two_nodes.selectors == [{}, {"ray.io/node-id": "!in(other)"}]
+    assert two_nodes.selectors == [labels, {**labels, "ray.io/node-id": "!in(other)"}]
     assert two_nodes.rounds == [[0, 1, 2, 3, 4], [1, 3]]
     spec = read_spec(open_store(config.output))
     assert spec is not None

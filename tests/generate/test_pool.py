@@ -10,6 +10,7 @@ import ddpm_pipeline.generate.ray_pool
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.generate.ray_pool import WorkerPool, require_pool_resources
+from ddpm_pipeline.jobs.ray_session import require_resources
 from tests.generate.tiny import settings
 
 
@@ -81,6 +82,24 @@ def test_a_share_of_a_gpu_needs_a_node_that_has_one(monkeypatch: pytest.MonkeyPa
         require_pool_resources(config(gpus_per_worker=0.5))
     nodes.append({"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}})
     require_pool_resources(config(gpus_per_worker=0.5))
+
+
+def test_only_nodes_with_the_labels_are_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0}, "Labels": {}},
+        {"Alive": True, "Resources": {"CPU": 1.0}, "Labels": {"region": "eu", "disk": "fast"}},
+    ]
+    monkeypatch.setattr(ddpm_pipeline.generate.ray_pool.ray, "nodes", lambda: nodes)
+    labels = {"region": "eu"}
+    require_pool_resources(config(node_labels=labels))
+    with pytest.raises(UserError, match="of the part of the cluster that is labelled region=eu has 1; lower"):
+        require_pool_resources(config(node_labels=labels, cpus_per_worker=2))
+    require_resources(1, 1, 0, "train.workers", labels)
+    with pytest.raises(
+        UserError, match="need 2 CPUs, the part of the cluster that is labelled region=eu has 1;"
+    ):
+        require_resources(2, 1, 0, "train.workers", labels)
+    require_resources(5, 1, 0, "train.workers")
 
 
 def test_a_cluster_that_grows_is_trusted_to_get_a_large_node_and_the_job_says_that_it_waits(

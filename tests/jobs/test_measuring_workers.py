@@ -50,6 +50,7 @@ class Place:
         self._patch.setenv("RAY_ADDRESS", "127.0.0.1:1")
         self._patch.setattr(ray_map, "ray_cluster", joined)
         self._patch.setattr(ray, "cluster_resources", lambda: resources)
+        self._patch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": resources}])
         self._patch.setattr(ddpm_pipeline.cluster, "require_fit_workers", lambda workers, stop: kinds)
 
 

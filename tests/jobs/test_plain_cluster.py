@@ -12,7 +12,7 @@ from ddpm_pipeline.store import open_store
 from tests.built_wheel import build_wheel
 from tests.driving import ray_workers_of
 from tests.environments import Installed, install, make_environment
-from tests.plain_cluster import PlainCluster, plain_cluster, wait_until
+from tests.plain_cluster import PlainCluster, PlainNode, plain_cluster, wait_until
 
 pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(1200)]
 
@@ -25,6 +25,7 @@ train:
   log_every_steps: 10
   checkpoint: {every_steps: 10}
   grid: {every_steps: 30, count: 4}
+  workers: {num_workers: 1, node_labels: {region: eu}}
 generate:
   model: plain@champion
   output: "{root}/samples/plain"
@@ -70,7 +71,10 @@ def test_nodes_without_the_program_train_and_generate_and_one_that_is_lost_costs
     assert [node["labels"].get("region") for node in cluster.living()].count("eu") == 1
     assert "3 nodes alive" in laptop.ddpm("doctor")
     assert "packed: 1797 images" in laptop.ddpm("submit", "pack", "demo")
-    assert "plain/1" in laptop.ddpm("submit", "train", "--config", "work.yaml")
+    name = laptop.ddpm("submit", "train", "--config", "work.yaml", "--detach").split()[1]
+    wait_until(lambda: any(trainers(node) for node in cluster.nodes))
+    assert [trainers(node) for node in cluster.nodes] == [0, 1, 0]
+    assert "plain/1" in laptop.ddpm("logs", "-f", name)
 
     name = laptop.ddpm("submit", "generate", "--config", "work.yaml", "--detach").split()[1]
     store = open_store(f"{prefix}/samples/plain")
@@ -83,6 +87,11 @@ def test_nodes_without_the_program_train_and_generate_and_one_that_is_lost_costs
     said = laptop.ddpm("verify", f"{prefix}/samples/plain", "--regenerate", "2")
     assert "sound and complete" in said
     assert [path.name for path in laptop.folder.iterdir()] == ["work.yaml"]
+
+
+def trainers(node: PlainNode) -> int:
+    """Workers of a training on a node."""
+    return len(ray_workers_of(node.identity, "RayTrainWorker"))
 
 
 def has_the_program(python: Path) -> bool:

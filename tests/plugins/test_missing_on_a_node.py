@@ -16,10 +16,10 @@ def test_a_node_without_the_package_is_named_in_one_line(stack: LocalStack, inst
 
     ours, theirs = SamplerConfig(kind="ddim"), SamplerConfig(kind="second-order")
     with ray_cluster():
-        require_plugins_on_nodes(1, 0, ours)  # nothing to ask
+        require_plugins_on_nodes(1, 0, {}, ours)  # nothing to ask
         with pytest.raises(
             UserError, match=r"kind: 'second-order' is of tiny-dit 1\.0\.0, which is not installed here"
         ) as told:
-            require_plugins_on_nodes(1, 0, ours, theirs)
+            require_plugins_on_nodes(1, 0, {}, ours, theirs)
     assert "(on node 127.0.0.1)" in str(told.value)
     assert "\n" not in str(told.value)
