@@ -35,13 +35,18 @@ LIMIT_SECONDS = 1200
 """For tests without a change."""
 TOOLS = ("cosmic-ray==8.7.0", "parso==0.8.7", "stevedore==5.10.0", "exit-codes==1.3.0", "toml==0.10.2")
 
+SAMPLER_TESTS = (
+    "tests/diffusion/test_samplers.py",
+    "tests/diffusion/test_ideal.py",
+    "tests/diffusion/test_against_diffusers.py",
+)
 TARGETS: dict[str, tuple[str, ...]] = {
     "diffusion/schedule.py": ("tests/diffusion/test_schedule.py",),
     "diffusion/noise.py": ("tests/diffusion/test_noise.py",),
     "diffusion/targets.py": ("tests/diffusion/test_objective.py", "tests/diffusion/test_samplers.py"),
     "diffusion/objective.py": ("tests/diffusion/test_objective.py",),
-    "diffusion/samplers.py": ("tests/diffusion/test_samplers.py", "tests/diffusion/test_ideal.py"),
-    "diffusion/multistep.py": ("tests/diffusion/test_samplers.py", "tests/diffusion/test_ideal.py"),
+    "diffusion/samplers.py": (*SAMPLER_TESTS, "tests/diffusion/test_consistency.py"),
+    "diffusion/multistep.py": SAMPLER_TESTS,
     "diffusion/timesteps.py": ("tests/diffusion/test_samplers.py",),
     "diffusion/consistency.py": ("tests/diffusion/test_consistency.py",),
     "data/reading/order.py": ("tests/data/test_order.py",),

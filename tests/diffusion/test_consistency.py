@@ -84,6 +84,12 @@ def test_the_student_that_follows_noise_is_compared_with_the_image_itself_at_div
     assert terms.per_sample.tolist() == pytest.approx(expected, rel=1e-3)
     assert terms.squared_error.tolist() == pytest.approx([0.01] * 3, rel=1e-3)
 
+    # Pseudo-Huber, sqrt(|error|^2 + c^2) - c, with c = 0.1 sqrt(4) for four pixels.
+    config = ConsistencyLossConfig(huber=0.1)
+    terms = consistency_loss(SCHEDULE, config, V, off, teacher, x0, t, noise, torch.ones_like(t))
+    expected = [(math.hypot(0.2, 0.2) - 0.2) / float(each) for each in s.flatten()]
+    assert terms.per_sample.tolist() == pytest.approx(expected, rel=1e-3)
+
 
 def test_without_divisors_the_image_is_the_target_and_nothing_else_is_evaluated() -> None:
     t = torch.tensor([3, 500, 999])

@@ -130,6 +130,20 @@ def test_the_bound_teaches_the_variance_and_not_the_mean() -> None:
     assert torch.allclose(terms.per_sample, hybrid)
 
 
+def test_the_bound_is_that_of_all_steps_with_the_variance_of_the_outputs_second_half() -> None:
+    """A step is drawn at random, so its term stands for all T. Outputs of -1 and 1 are the ends of the range of
+    variances (improved DDPM, section 3.1, with the output's range of the published networks).
+    """
+    x0, t, noise = batch()
+    output = torch.randn(5, 6, 4, 4, generator=torch.Generator().manual_seed(2))
+    objective = ObjectiveConfig(target="x0", variance="learned")
+    terms = training_loss(SCHEDULE, objective, lambda x, t: output, x0, t, noise)
+    x_t, fraction = SCHEDULE.add_noise(x0, noise, t), (output[:, 3:] + 1) / 2
+    expected = 1000 * vlb_term(SCHEDULE, "learned", x0, x_t, t, output[:, :3], fraction)
+    assert terms.vlb_bits is not None
+    assert torch.allclose(terms.vlb_bits, expected, rtol=1e-4)
+
+
 def test_divergences_are_torchs() -> None:
     p = torch.distributions.Normal(torch.tensor([0.3, -1.0]), torch.tensor([0.5, 2.0]))
     q = torch.distributions.Normal(torch.tensor([0.1, 0.0]), torch.tensor([0.7, 2.0]))

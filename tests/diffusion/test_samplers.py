@@ -170,6 +170,12 @@ def test_karras_levels_are_even_in_the_root_and_tell_fractional_times() -> None:
     assert grid.alpha_bars[-1] == 1
 
 
+def test_a_single_karras_level_is_the_noisiest() -> None:
+    grid = karras_grid(SCHEDULE, 1)
+    assert grid.timesteps == pytest.approx((999,))
+    assert grid.alpha_bars == pytest.approx((float(SCHEDULE.alpha_bars[-1]), 1.0))
+
+
 def test_any_falling_subset_of_steps_can_be_sampled() -> None:
     grid = grid_at(SCHEDULE, [999, 123, 122, 5])
     assert ddim(lambda x, k: _known(x, k, grid), torch.randn(2, *SHAPE), grid).abs().max() < 1e-5
