@@ -40,6 +40,11 @@ SAMPLER_TESTS = (
     "tests/diffusion/test_ideal.py",
     "tests/diffusion/test_against_diffusers.py",
 )
+RECORD_TESTS = (
+    "tests/generate/test_ledger.py",
+    "tests/generate/test_cost.py",
+    "tests/generate/test_documents.py",
+)
 TARGETS: dict[str, tuple[str, ...]] = {
     "diffusion/schedule.py": ("tests/diffusion/test_schedule.py",),
     "diffusion/noise.py": ("tests/diffusion/test_noise.py",),
@@ -51,8 +56,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "diffusion/consistency.py": ("tests/diffusion/test_consistency.py",),
     "data/reading/order.py": ("tests/data/test_order.py",),
     "generate/plan.py": ("tests/generate/test_plan.py",),
-    "generate/done_records.py": ("tests/generate/test_ledger.py", "tests/generate/test_documents.py"),
-    "generate/manifest.py": ("tests/generate/test_ledger.py", "tests/generate/test_documents.py"),
+    "generate/done_records.py": RECORD_TESTS,
+    "generate/manifest.py": RECORD_TESTS,
     "train/checkpoint.py": ("tests/train/test_checkpoint.py",),
     "features/exact_sums.py": ("tests/evaluate/test_sums.py",),
     "evaluate/gate.py": ("tests/evaluate/test_gate.py",),

@@ -2,16 +2,18 @@
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from ddpm_pipeline.generate.coordinator import Coordinator, ShardProgress
-from ddpm_pipeline.generate.done_records import RecordAggregate
+from ddpm_pipeline.generate.done_records import UNKNOWN_TAG, RecordAggregate
 from ddpm_pipeline.generate.generation_status import generation_status
 from ddpm_pipeline.generate.heartbeat import make_heartbeat, new_job_id, write_heartbeat
-from ddpm_pipeline.generate.manifest import make_manifest
+from ddpm_pipeline.generate.manifest import Statistics, make_manifest
 from ddpm_pipeline.generate.plan import num_shards, shard
 from ddpm_pipeline.generate.spec import Spec, write_spec
 from ddpm_pipeline.generate.stored_generation import Generation
@@ -73,6 +75,37 @@ def test_records_count_a_shard_once_and_make_no_manifest_while_one_is_missing(
     assert records.images == 10
     with pytest.raises(ValueError, match="1 shards and 10 samples, the plan 2 and 20"):
         make_manifest(writer.generation.spec, records, None)
+
+
+def test_records_that_come_in_any_order_keep_the_size_and_hash_of_each_shard(
+    model: Path, tmp_path: Path
+) -> None:
+    config = settings(model, f"file://{tmp_path}/out", count=45)
+    writer = writer_of(config)
+    spec, records = writer.generation.spec, RecordAggregate()
+    written = {number: writer.write(shard(spec, number)).record for number in range(num_shards(spec))}
+    for number in (3, 0, 4, 1):
+        records.add(number, written[number], record_tag=100 + number)
+    assert list(records) == [0, 1, 3, 4]
+    assert 2 not in records
+    for number in records:
+        assert records.row(number) == (written[number].bytes, written[number].sha256)
+        assert records.tags(number)[1] == 100 + number
+    records.add(2, written[2])
+    assert records.tags(2)[1] == UNKNOWN_TAG
+    assert [records.row(number)[1] for number in range(5)] == [written[n].sha256 for n in range(5)]
+    statistics = make_manifest(spec, records, None).statistics
+    labels = sum((Counter(record.classes) for record in written.values()), Counter())
+    assert statistics.classes == labels
+    assert labels.total() == 45
+
+
+def test_levels_of_a_manifest_are_those_of_uint8() -> None:
+    found = {"channel_std": (0.0,), "constant": 0, "saturated": 0, "classes": None}
+    assert Statistics.model_validate({**found, "channel_mean": (255.0,)}).channel_mean == (255.0,)
+    for level in (-0.01, 255.01):
+        with pytest.raises(ValidationError, match="channel_mean"):
+            Statistics.model_validate({**found, "channel_mean": (level,)})
 
 
 class Vast(FileStore):

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddpm_pipeline.config.bounds import MAX_IMAGES, MAX_SHARDS
 from ddpm_pipeline.generate.class_labels import classes_of
-from ddpm_pipeline.generate.plan import batches, locate, num_shards, shard, shard_number, shards
+from ddpm_pipeline.generate.plan import batches, end_of, locate, num_shards, shard, shard_number, shards
 from ddpm_pipeline.generate.spec import ClassPlan, Spec
 from tests.effort import examples
 from tests.generate.tiny import plan_of, settings, tiny_model
@@ -80,6 +81,20 @@ def test_a_tail_is_named_by_its_count_and_a_full_shard_is_not(spec: Spec) -> Non
 )
 def test_only_names_of_shards_are_read_as_such(name: str, number: int | None) -> None:
     assert shard_number(name) == number
+
+
+def test_a_shards_name_says_at_which_count_the_plan_has_it(spec: Spec) -> None:
+    tens = sized(spec, 23, 10, 5)
+    assert [end_of(tens, name) for name in ("000000", "000007", "000007-0003")] == [10, 80, 73]
+    # A full shard has no count in its name, no tail is longer than a shard, or empty.
+    assert [end_of(tens, name) for name in ("000007-0010", "000007-0011", "000007-0000")] == [None] * 3
+    # A tail's count has as many digits as the program writes.
+    assert end_of(tens, "000007-3") is None
+    last = sized(spec, 10, 10, 5, first_index=MAX_IMAGES - 70)
+    assert [end_of(last, name) for name in ("000006", "000007", "000007-0001")] == [70, None, None]
+    single = sized(spec, 1, 1, 1)
+    assert end_of(single, f"{MAX_SHARDS - 1}") == MAX_SHARDS
+    assert end_of(single, f"{MAX_SHARDS}") is None
 
 
 def test_a_sample_outside_the_generation_is_refused_by_name(spec: Spec) -> None:
