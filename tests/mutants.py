@@ -58,7 +58,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "generate/plan.py": ("tests/generate/test_plan.py",),
     "generate/done_records.py": RECORD_TESTS,
     "generate/manifest.py": RECORD_TESTS,
-    "train/checkpoint.py": ("tests/train/test_checkpoint.py",),
+    "train/checkpoint.py": ("tests/train/test_checkpoint.py", "tests/train/test_checkpoint_eval.py"),
     "features/exact_sums.py": ("tests/evaluate/test_sums.py",),
     "evaluate/gate.py": ("tests/evaluate/test_gate.py",),
 }

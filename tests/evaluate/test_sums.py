@@ -71,3 +71,11 @@ def test_what_cannot_be_added_is_refused() -> None:
         _ = sums_of(vectors(5, 3)) + sums_of(vectors(5, 4))
     with pytest.raises(ValueError, match="two"):
         sums_of(vectors(1)).moments()
+
+
+@pytest.mark.parametrize(("count", "features"), [(0, 2), (-1, 2), (3, 0)])
+def test_sums_of_nothing_are_refused(count: int, features: int) -> None:
+    square = np.zeros((features, features), np.int64)
+    sums = Sums(count, np.zeros(features, np.int64), square, square, square)
+    with pytest.raises(DamageError, match="its numbers are out of range"):
+        Sums.from_text(sums.to_text())
