@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from ddpm_pipeline.config.data import PackConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
 from ddpm_pipeline.infra.local import LocalStack
 from tests.driving import Driver
 from tests.environments import make_environment
 from tests.generate.tiny import settings, tiny_model
 from tests.plain_cluster import PlainCluster, plain_cluster, wait_until
+from tests.train.tiny import tiny
 
 pytestmark = [pytest.mark.stack, pytest.mark.long, pytest.mark.timeout(1200)]
 GROWS = {"DDPM_CLUSTER_GROWS": "1"}
@@ -86,3 +89,17 @@ def test_a_generation_waits_for_the_first_node_says_so_and_completes(
     assert "complete: 50 images" in made.said
 
     wait_until(lambda: len(cluster.living()) == 1)
+
+
+def test_a_training_waits_for_the_first_node_says_so_and_completes(
+    cluster: PlainCluster, prefix: str, tmp_path: Path
+) -> None:
+    pack(PackConfig(source="digits", dest=f"{prefix}/data", channels=1), None)
+    workers = {"num_workers": 1, "cpus_per_worker": 2}
+    training = tiny(f"{prefix}/data", f"{prefix}/runs", name="grown", workers=workers)
+    where = {"RAY_JOB_ADDRESS": cluster.url, "RAY_API_SERVER_ADDRESS": cluster.url}
+    where |= {"RAY_AUTH_TOKEN_PATH": str(cluster.token)}
+    made = Driver("train", training, tmp_path, where | GROWS, command=("submit", "train"))
+    assert made.process.wait(400) == 0, made.said
+    assert "1 workers need 2 CPUs, the cluster has 0 now; waiting until it has added nodes" in made.said
+    assert "24/24 steps (100%)" in made.said
