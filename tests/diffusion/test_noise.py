@@ -28,6 +28,11 @@ KNOWN = [
     ),
 ]
 N = Stream.TRAIN_NOISE
+STREAMS = {
+    "TRAIN_NOISE": 1, "TRAIN_TIMESTEP": 2, "TRAIN_LABEL_DROP": 3, "TRAIN_DROPOUT": 4, "FLIP": 5, "CROP": 6,
+    "ORDER_SHARDS": 7, "ORDER_SAMPLES": 8, "SAMPLE_NOISE": 9, "SAMPLE_CLASS": 10, "GRID": 11, "EVALUATE_NOISE": 12,
+    "TRAIN_PAIR": 13,
+}  # fmt: skip
 PINNED_NORMALS = [
     "-0x1.3777600000000p-4",
     "-0x1.42cec80000000p-1",
@@ -83,6 +88,22 @@ def test_normals_of_a_name_never_change() -> None:
     assert [value.hex() for value in drawn.flatten().tolist()] == PINNED_NORMALS
     assert randint(1, Stream.TRAIN_TIMESTEP, torch.arange(6), 1000).tolist() == PINNED_INTEGERS
     assert permutation(2, Stream.ORDER_SAMPLES, 8, step=1).tolist() == PINNED_ORDER
+    assert {stream.name: stream.value for stream in Stream} == STREAMS
+
+
+def test_without_a_step_the_first_is_meant() -> None:
+    index = torch.arange(3)
+    assert torch.equal(normal(0, N, index, (2,)), normal(0, N, index, (2,), step=0))
+    assert torch.equal(randint(0, N, index, 99), randint(0, N, index, 99, step=0))
+    assert torch.equal(uniform(0, N, index), uniform(0, N, index, step=0))
+    assert torch.equal(permutation(0, N, 9), permutation(0, N, 9, step=0))
+
+
+def test_a_step_in_memory_names_the_same_numbers() -> None:
+    """As a captured graph has it."""
+    index = torch.arange(3)
+    assert torch.equal(normal(0, N, index, (2,), torch.tensor([4])), normal(0, N, index, (2,), step=4))
+    assert torch.equal(randint(0, N, index, 99, torch.tensor([4])), randint(0, N, index, 99, step=4))
 
 
 @given(
@@ -205,6 +226,9 @@ I3 = torch.arange(3)
         (lambda: normal(0, N, I3, (2, 0)), "shape"),
         (lambda: normal(0, N, I3, (2,), step=-1), "step"),
         (lambda: normal(0, N, I3, (2,), step=2**32), "step"),
+        (lambda: normal(0, N, I3, (2,), step=torch.tensor([1.0])), "step must be int64"),
+        (lambda: normal(0, N, I3, (2,), step=torch.tensor([1, 2])), "step must be int64"),
+        (lambda: normal(0, N, I3, (2,), step=torch.tensor([1], device="meta")), "step must be int64"),
         (lambda: randint(0, N, I3, 0), "high"),
         (lambda: permutation(0, N, -1), "n must"),
     ],
