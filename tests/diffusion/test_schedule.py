@@ -129,6 +129,13 @@ def test_noising_keeps_shape_and_never_computes_in_half_precision(
     assert noised.flatten()[0].item() == pytest.approx(expected, rel=1e-7)
 
 
+def test_one_timestep_stands_for_all_of_a_batch() -> None:
+    x0, noise = torch.full((3, 2), 0.5), torch.ones(3, 2)
+    expected = DDPM.add_noise(x0, noise, torch.full((3,), 7))
+    for t in (7, torch.tensor(7), torch.tensor([7])):
+        assert torch.equal(DDPM.add_noise(x0, noise, t), expected)
+
+
 @given(t=st.integers(0, 999), clip=st.booleans())
 @examples(30)
 def test_image_and_noise_are_recovered_from_x_t(t: int, clip: bool) -> None:
@@ -194,6 +201,7 @@ X = torch.zeros(2, 3)
         (lambda: DDPM.add_noise(X, X, 1000), "t must"),
         (lambda: DDPM.add_noise(X, X, -1), "t must"),
         (lambda: DDPM.add_noise(X, X, torch.zeros(3, dtype=torch.int64)), "t has"),
+        (lambda: DDPM.add_noise(X, X, torch.zeros(0, dtype=torch.int64)), "t has"),
         (lambda: DDPM.add_noise(X, X, torch.zeros(2)), "t must"),
         (lambda: DDPM.add_noise(X, X[:1], 0), "noise"),
         (lambda: DDPM.step(X, 5, X, noise=X[:1]), "noise"),
