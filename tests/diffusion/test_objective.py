@@ -108,6 +108,19 @@ def test_labels_and_dropout_reach_the_network_only_when_given() -> None:
     assert seen == [{}, {"class_labels": labels, "dropout": keys}]
 
 
+def test_the_network_is_given_the_noised_images_and_their_timesteps() -> None:
+    x0, t, noise = batch()
+    seen: list[Tensor] = []
+
+    def net(x: Tensor, at: Tensor, **_: object) -> Tensor:
+        seen.extend((x, at))
+        return x
+
+    training_loss(SCHEDULE, ObjectiveConfig(), net, x0, t, noise)
+    assert torch.allclose(seen[0], SCHEDULE.add_noise(x0, noise, t))
+    assert torch.equal(seen[1], t)
+
+
 def test_an_output_of_the_wrong_width_is_refused() -> None:
     x0, t, noise = batch()
     with pytest.raises(ValueError, match="output has 3 channels, expected 6"):
