@@ -230,6 +230,25 @@ def test_the_next_window_is_there_before_it_is_asked_for(uri: str, tmp_path: Pat
     assert not any(thread.name == "shard-prefetch" for thread in threading.enumerate())
 
 
+def test_shards_of_a_window_are_downloaded_at_the_same_time(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = small_set(uri, SHARDS)
+    _, cache = cache_of(uri, tmp_path / "cache")
+    both, met = threading.Barrier(2, timeout=20), threading.Event()
+
+    def open_with_another(shard: int) -> int:
+        both.wait()
+        met.set()
+        return os.open(os.devnull, os.O_RDONLY)
+
+    monkeypatch.setattr(cache, "open", open_with_another)
+    ahead = Prefetcher(cache, GlobalOrder(index.counts, 0, 2))
+    ahead.advance(0)
+    assert met.wait(30)
+    ahead.close()
+
+
 def test_a_limit_below_two_windows_is_refused_with_the_number_to_set(uri: str) -> None:
     index = small_set(uri, SHARDS)
     largest = max(shard.plain_bytes for shard in index.shards)

@@ -4,6 +4,7 @@ import gzip
 import multiprocessing
 import os
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from ddpm_pipeline.config.data import DataConfig
-from ddpm_pipeline.data.index import Index, load_index
+from ddpm_pipeline.data.index import Index, load_index, read_table
 from ddpm_pipeline.data.packing.build_index import build_index
+from ddpm_pipeline.data.reading import samples
 from ddpm_pipeline.data.reading.loader import Loader
 from ddpm_pipeline.data.reading.samples import SampleSource
 from ddpm_pipeline.data.reading.shard_cache import open_shard_access
@@ -162,6 +164,21 @@ def test_a_worker_process_holds_little_of_a_large_index(uri: str) -> None:
     assert source._reader is not None
     assert source._reader.table.cache_info().currsize <= 4
     assert len(source._reader.access.files.open) <= 4
+    source.close()
+
+
+def test_member_tables_that_a_batch_needs_are_read_at_the_same_time(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, both = small_set(uri, (10, 10)), threading.Barrier(2, timeout=20)
+
+    def read_with_another(of: Index, shard: int) -> np.ndarray:
+        both.wait()
+        return read_table(of, shard)
+
+    monkeypatch.setattr(samples, "read_table", read_with_another)
+    source = SampleSource(DataConfig(uri=uri, memory_bytes=0), index, 0)
+    assert sorted(source.get(np.arange(20)).rows.tolist()) == list(range(20))
     source.close()
 
 

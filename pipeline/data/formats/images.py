@@ -18,6 +18,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from ddpm_pipeline.data.formats import npy
 from ddpm_pipeline.data.formats.color_profiles import to_srgb
+from ddpm_pipeline.data.formats.jpeg import decode_jpeg
 from ddpm_pipeline.data.formats.npy import Pixels
 from ddpm_pipeline.data.formats.png import MAGIC, decode_png, header_shape, may_have_orientation, png_problem
 from ddpm_pipeline.data.formats.provenance import with_png_mark
@@ -150,6 +151,8 @@ def decode_image(data: bytes, shape: ArrayShape) -> Pixels:
     """
     height, width, channels = shape
     pixels = decode_png(data, channels, height, width)
+    if pixels is None:
+        pixels = decode_jpeg(data, channels, height, width)
     if pixels is not None:
         return pixels
     if data.startswith(npy.MAGIC):

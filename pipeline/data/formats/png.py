@@ -24,7 +24,9 @@ _COLOR_TYPES = {1: 0, 3: 2}  # channels to PNG's color type
 _MODES = {1: ("L", "L"), 3: ("RGB", "RGB;L")}
 """By channels: Pillow's mode, and the raw mode with separate colors in each line."""
 # Chunks that do not affect pixel values, or that Pillow ignores. A color profile (iCCP) does affect them.
-_HARMLESS = frozenset(b"gAMA cHRM sRGB sBIT bKGD pHYs tIME tEXt zTXt iTXt".split())
+_HARMLESS = frozenset(b"gAMA cHRM sRGB sBIT bKGD pHYs tIME".split())
+_TEXTS = frozenset(b"tEXt zTXt iTXt".split())
+"""Harmless too, unless they contain an orientation."""
 _ORIENTATION_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 _PLAIN_XMP = b"iTXtXML:com.adobe.xmp\0\0"  # not compressed
 _END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
@@ -84,11 +86,7 @@ def decode_png(data: bytes, channels: int, height: int, width: int) -> Pixels | 
 
     None for any other file, including damaged ones: Pillow then reads it or reports the problem.
     """
-    if (
-        channels not in _MODES
-        or not data.startswith(_head(channels, height, width))
-        or may_have_orientation(data)
-    ):
+    if channels not in _MODES or not data.startswith(_head(channels, height, width)):
         return None
     stream = _image_stream(data)
     if stream is None:
@@ -98,7 +96,7 @@ def decode_png(data: bytes, channels: int, height: int, width: int) -> Pixels | 
         and (pixels := _decode_uniform(stream, channels, height, width)) is not None
     ):
         return pixels
-    return _decode_by_pillow(stream, channels, height, width)
+    return decode_by_codec("zip", (), stream, channels, height, width)
 
 
 def _decode_uniform(stream: bytes, channels: int, height: int, width: int) -> Pixels | None:
@@ -119,10 +117,16 @@ def _decode_uniform(stream: bytes, channels: int, height: int, width: int) -> Pi
     return filtered if kind == _NONE else np.add.accumulate(filtered, int(kind == _SUB), np.uint8)
 
 
-def _decode_by_pillow(stream: bytes, channels: int, height: int, width: int) -> Pixels | None:
+def decode_by_codec(
+    codec: str, options: tuple[str, ...], data: bytes, channels: int, height: int, width: int
+) -> Pixels | None:
+    """Pixels, uint8 (height, width, channels), by one of Pillow's C decoders; None if it fails.
+
+    `options` are the decoder's own, after the mode.
+    """
     mode, by_line = _MODES[channels]
     try:
-        image = Image.frombytes(mode, (width, height), stream, "zip", mode)
+        image = Image.frombytes(mode, (width, height), data, codec, mode, *options)
     except (ValueError, OSError):
         return None
     # Separate colors within each line: batches are channel-first, so this copies long runs.
@@ -131,15 +135,20 @@ def _decode_by_pillow(stream: bytes, channels: int, height: int, width: int) -> 
 
 
 def _image_stream(data: bytes) -> bytes | None:
-    """The compressed lines of a file without other relevant chunks; None if it has any, or is incomplete."""
+    """The compressed lines of a file without other relevant chunks; None if it has any, is incomplete, or may have to
+    be turned."""
     parts: list[bytes] = []
+    has_text = False
     place, end = HEADER_BYTES, len(data)
     while place + 12 <= end:
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
         if kind == b"IDAT":
             parts.append(data[place + 8 : place + 8 + size])
         elif kind == b"IEND":
-            return b"".join(parts) if data[place:] == _END else None
+            turned = has_text and may_have_orientation(data)
+            return b"".join(parts) if data[place:] == _END and not turned else None
+        elif kind in _TEXTS:
+            has_text = True
         elif kind not in _HARMLESS:
             return None
         place += 12 + size

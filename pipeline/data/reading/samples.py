@@ -18,11 +18,12 @@ from ddpm_pipeline.config.data import DataConfig
 from ddpm_pipeline.data.formats.images import Pixels, PixelShape, decode_image
 from ddpm_pipeline.data.index import Index, MemberTable, read_table
 from ddpm_pipeline.data.reading.order import GlobalOrder, Int64
-from ddpm_pipeline.data.reading.range_reads import RangeAccess
+from ddpm_pipeline.data.reading.range_reads import MAX_CONCURRENT, RangeAccess
 from ddpm_pipeline.data.reading.shard_access import ShardAccess
 from ddpm_pipeline.data.reading.shard_cache import open_shard_access
 from ddpm_pipeline.diffusion import noise
 from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.parallel import thread_map
 from ddpm_pipeline.store import ObjectChanged
 
 MAX_SUBSTITUTES = 1000
@@ -120,7 +121,9 @@ class _SampleReader:
         limit_bytes = source.limit_bytes // 2 if source.fits_in_memory else source.limit_bytes
         self.access: ShardAccess = open_shard_access(source.config, source.index, limit_bytes)
         # Tables of two windows: a batch may cross a boundary.
-        self.table = lru_cache(maxsize=2 * self.order.window_shards)(partial(read_table, self.index))
+        self._max_tables = 2 * self.order.window_shards
+        self.table = lru_cache(maxsize=self._max_tables)(partial(read_table, self.index))
+        self._with_table = set[int]()
         self.decoded = (
             _DecodedSamples(source.index.num_samples, self.shape) if source.fits_in_memory else None
         )
@@ -147,7 +150,19 @@ class _SampleReader:
         self.access.prefetch(_by_offset(tables))
 
     def _by_shard(self, shards: Int64, members: Int64) -> list[tuple[int, MemberTable]]:
-        return [(shard, self.table(shard)[members[shards == shard]]) for shard in np.unique(shards).tolist()]
+        numbers: list[int] = np.unique(shards).tolist()
+        self._read_tables(numbers)
+        return [(shard, self.table(shard)[members[shards == shard]]) for shard in numbers]
+
+    def _read_tables(self, shards: list[int]) -> None:
+        """Read the tables that are missing at the same time: in S3 each takes a round trip."""
+        missing = [shard for shard in shards if shard not in self._with_table]
+        if not missing:
+            return
+        for _ in thread_map(MAX_CONCURRENT)(self.table, missing):
+            continue
+        kept = self._with_table if len(self._with_table) + len(missing) <= self._max_tables else set[int]()
+        self._with_table = kept.union(shards)
 
     def pixels(self, shards: Int64, members: Int64) -> tuple[Pixels, Int64, tuple[str, ...]]:
         """Pixels uint8 (n, C, H, W) and labels int64 (n,) of members of shards, int64 (n,) both."""
@@ -158,8 +173,11 @@ class _SampleReader:
         labels, damage = np.empty(len(rows), np.int64), list[str]()
         # Sorted by row: adjacent rows are adjacent on disk.
         order = np.argsort(rows, kind="stable")
-        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
-            self._fill(int(shards[part[0]]), members[part], part, out, labels, damage)
+        parts = np.split(order, np.flatnonzero(np.diff(shards[order])) + 1)
+        numbers = [int(shards[part[0]]) for part in parts]
+        self._read_tables(numbers)
+        for shard, part in zip(numbers, parts, strict=True):
+            self._fill(shard, members[part], part, out, labels, damage)
         if self.decoded is not None and not damage:
             self.decoded.store(rows, out, labels)
         return out, labels, tuple(damage)

@@ -36,6 +36,7 @@ from ddpm_pipeline.data.reading.shard_access import (
 )
 from ddpm_pipeline.disk_errors import disk_errors_at
 from ddpm_pipeline.errors import DamageError, UserError
+from ddpm_pipeline.parallel import thread_map
 from ddpm_pipeline.private_files import open_private, private_lock
 from ddpm_pipeline.store import FileStore
 from ddpm_pipeline.telemetry.counters import increment
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 
 ADMISSION_LOCK = "admission.lock"
 POLL_SECONDS = 0.05
+MAX_CONCURRENT = 4
+"""Shards that are prefetched at a time."""
 TOUCH_SECONDS = 5.0
 _OWN_NAME = re.compile(r"[0-9a-f]{32}\.(shard|part)")
 
@@ -198,7 +201,8 @@ class CacheAccess(DescriptorAccess):
 
 
 class Prefetcher:
-    """A thread that downloads the shards of the current and the next window, so that batches need not wait."""
+    """Downloads the shards of the current and the next window ahead of use, several at a time: each waits for the store
+    to answer."""
 
     def __init__(self, cache: ShardCache, order: GlobalOrder) -> None:
         self._cache, self._order = cache, order
@@ -215,7 +219,7 @@ class Prefetcher:
             self._changed.set()
 
     def close(self) -> None:
-        """Stop after the current shard."""
+        """Stop after the shards that are being downloaded."""
         self._closed.set()
         self._changed.set()
         self._thread.join()
@@ -227,12 +231,15 @@ class Prefetcher:
             window = self._wanted
             if window is None:
                 continue
-            for shard in [*window.shards.tolist(), *self._order.next_window(window).shards.tolist()]:
+            shards = [*window.shards.tolist(), *self._order.next_window(window).shards.tolist()]
+            for _ in thread_map(MAX_CONCURRENT)(self._fetch, shards):
                 if self._closed.is_set() or self._wanted is not window:
                     break
-                # The reader meets the same failure and reports it; a prefetch can ignore it.
-                with suppress(DamageError, UserError, OSError):
-                    os.close(self._cache.open(shard))
+
+    def _fetch(self, shard: int) -> None:
+        # The reader meets the same failure and reports it; a prefetch can ignore it.
+        with suppress(DamageError, UserError, OSError):
+            os.close(self._cache.open(shard))
 
 
 def require_cache_space(index: Index, window_shards: int, limit_bytes: int) -> None:
