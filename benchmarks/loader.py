@@ -1,10 +1,10 @@
 """How fast samples reach the trainer: `python -m benchmarks.loader [--json]`.
 
-Four cases (`CASES` in loader_contender.py), in each of which all contenders read the same pictures with the same
+Five cases (`CASES` in loader_contender.py), in each of which all contenders read the same pictures with the same
 decoder. The pictures are crops of scikit-learn's two photographs.
 - pillow, own: 32x32, halved, written as PNG by Pillow; decoded by Pillow, and by this project;
 - packed: the same as `ddpm pack` writes them, decoded by this project;
-- jpeg: 256x256, written as JPEG and decoded by Pillow, which is also this project's decoder for JPEG.
+- jpeg, jpeg_own: 256x256, JPEG by Pillow; decoded by Pillow, and by this project.
 
 Each contender has a process of its own and reads one epoch in each round, one after the other, in an order that turns;
 ratios are taken within a round, medians over rounds:
@@ -58,6 +58,8 @@ NUM_SHARDS = 8
 PEERS = ("litdata", "streaming", "spdl", "torchdata")
 """Those that have an environment of their own."""
 JPEG_QUALITY = 90
+OWN = {"pillow": "own", "jpeg": "jpeg_own"}
+"""The same files, decoded by Pillow and by this project."""
 LATENCIES_MS = (0, 20, 100)
 Round = dict[str, dict[str, float]]
 """Of each contender: images a second of CPU time (`cpu`) and of wall time (`wall`)."""
@@ -157,8 +159,8 @@ def line_up(with_peers: bool, remote: Sequence[Place]) -> Iterator[tuple[str, st
         others = ("webdataset", *(PEERS if with_peers else ())) if case != "packed" else ()
         for name in ("ours", "bare", *others):
             yield case, name, Place("")
-    for case, place in itertools.product(("pillow", "own", "jpeg"), remote):
-        if case == "pillow" and place.endpoint:
+    for case, place in itertools.product((*OWN, *OWN.values()), remote):
+        if case in OWN and place.endpoint:
             continue  # where the network is slow, the decoder matters less
         for name in ("ours", "webdataset", *(("spdl",) if with_peers else ())):
             yield case, name, place
@@ -199,8 +201,8 @@ def ratios(rounds: list[Round]) -> dict[str, Ratio]:
         if other == "ours":
             continue
         compared = {f"{ours}_over_{theirs.replace('.', '_')}": f"{ours}.{case}"}
-        if case == "pillow" and other != "bare":
-            compared[f"{ours}_own_over_{theirs.replace('.', '_')}"] = f"{ours}.own"
+        if case in OWN and other != "bare":
+            compared[f"{ours}_{OWN[case]}_over_{theirs.replace('.', '_')}"] = f"{ours}.{OWN[case]}"
         for (name, own), clock in itertools.product(compared.items(), ("cpu", "wall")):
             rates = [[each[side][clock] for each in rounds] for side in (own, theirs)]
             found[f"{name}_{clock}"] = ratio_of(*rates)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 MEGABYTES_PER_SECOND = 64.0
 CHUNK_BYTES = 64 << 10
+LATE_SECONDS = 0.02
 
 
 @contextlib.contextmanager
@@ -48,9 +49,10 @@ class Link:
 
     async def carry(self, num_bytes: int) -> None:
         """Return when so many bytes have passed."""
-        loop = asyncio.get_running_loop()
-        self._free_at = max(loop.time(), self._free_at) + num_bytes * self._seconds_per_byte
-        await asyncio.sleep(self._free_at - loop.time())
+        now = asyncio.get_running_loop().time()
+        # Waking up late must not lower the rate.
+        self._free_at = max(now - LATE_SECONDS, self._free_at) + num_bytes * self._seconds_per_byte
+        await asyncio.sleep(self._free_at - now)
 
 
 class Connection:

@@ -25,11 +25,13 @@ def test_every_contender_meets_ours_in_the_same_case_and_place(with_peers: bool)
     rates = {name: {"cpu": 2.0 if name.startswith("ours") else 1.0, "wall": 3.0} for name in every}
     found = ratios([rates, rates])
     peers = {"bare", "webdataset", *(PEERS if with_peers else ())}
-    for case in ("pillow", "own", "jpeg"):
+    for case in ("pillow", "own", "jpeg", "jpeg_own"):
         assert {f"ours_over_{peer}_{case}_cpu" for peer in peers} <= set(found)
-    assert {"ours_s3_20ms_over_webdataset_s3_20ms_jpeg_wall", "ours_own_over_webdataset_pillow_cpu"} <= set(
-        found
-    )
+    assert {
+        "ours_s3_20ms_over_webdataset_s3_20ms_own_wall",
+        "ours_own_over_webdataset_pillow_cpu",
+        "ours_s3_jpeg_own_over_webdataset_s3_jpeg_cpu",
+    } <= set(found)
     assert {ratio.median for name, ratio in found.items() if name.endswith("_cpu")} == {2.0}
     assert {ratio.median for name, ratio in found.items() if name.endswith("_wall")} == {1.0}
 
