@@ -23,7 +23,7 @@ cuda='^(nvidia-[^m]|cuda-)' # what a CUDA build of torch brings, but not nvidia-
 torch="^(torch==|triton==)|$cuda"
 head='# Written by `make lock`; do not edit.'
 compile runtime --extra stack "$@"
-compile dev --extra stack --extra dev --extra hf --constraint "$draft/runtime" "$@"
+compile dev --extra stack --extra dev --extra hf --extra c2pa --constraint "$draft/runtime" "$@"
 { echo "$head"; keep "$torch" "$draft/runtime"; } >"$draft/requirements.lock"
 names=$(sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' "$draft/requirements.lock" | paste -sd '|')
 {

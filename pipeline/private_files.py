@@ -127,6 +127,15 @@ def read_private(path: Path, most_bytes: int) -> bytes:
         return file.read()
 
 
+def read_secret(path: Path, most_bytes: int) -> bytes:
+    """As `read_private`, also through links, behind which Kubernetes mounts secrets. UserError where others than the
+    owner can read the file.
+    """
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UserError(f"{path}: others can read this private key; run chmod 600 {path}")
+    return read_private(path.resolve(), most_bytes)
+
+
 def _is_safe(path: Path) -> bool:
     """Whether the user has declared this location as trusted."""
     folders = [Path(text) for text in os.environ.get(SAFE_VARIABLE, "").split(os.pathsep) if text]

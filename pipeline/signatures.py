@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.bounds import Sha256
 from ddpm_pipeline.config.json_document import parse_document
 from ddpm_pipeline.errors import DamageError, UserError
-from ddpm_pipeline.private_files import open_private, read_private
+from ddpm_pipeline.private_files import open_private, read_secret
 
 KEY_FILE_VARIABLE = "DDPM_SIGNING_KEY_FILE"
 """The file of the private key, PEM."""
@@ -35,7 +34,6 @@ KEY_VARIABLE = "DDPM_SIGNING_KEY"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _MAX_KEY_BYTES = 16_384
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _BROKEN_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
 
 
@@ -109,9 +107,7 @@ class SigningKey:
     def from_file(cls, path: Path) -> SigningKey:
         """From a PEM file that only its owner can read. UserError for any other."""
         try:
-            if path.stat().st_mode & _OTHERS:
-                raise UserError(f"{path}: others can read this private key; run chmod 600 {path}")
-            data = read_private(path.resolve(), _MAX_KEY_BYTES)  # Kubernetes mounts secrets behind links
+            data = read_secret(path, _MAX_KEY_BYTES)
         except OSError as error:
             raise UserError(
                 f"{path}: {error.strerror}; {KEY_FILE_VARIABLE} names the private key's file, "

@@ -1,6 +1,7 @@
 """Commands that make, check and evaluate samples."""
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -88,6 +89,7 @@ def verify(
     epilog=examples(
         "ddpm download s3://ddpm/samples/digits ./digits --unpack",
         "ddpm download s3://ddpm/data/digits ./digits-data",
+        "ddpm download s3://ddpm/samples/digits ./digits --unpack --c2pa-key key.pem --c2pa-certificates chain.pem",
     ),
 )
 def download(
@@ -96,12 +98,18 @@ def download(
     unpack: Annotated[
         bool, typer.Option("--unpack", help="Also write the images as files, into FOLDER-images.")
     ] = False,
+    c2pa_key: Annotated[
+        Path | None, typer.Option(help="Private key, PEM: sign each unpacked image of a generation by C2PA.")
+    ] = None,
+    c2pa_certificates: Annotated[
+        Path | None, typer.Option(help="The key's certificate and its issuers, PEM.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Download a generation or a data set to a folder and check every shard. Fetches only what is missing."""
     from ddpm_pipeline.jobs.download import run
 
-    end(lambda: run(prefix, folder, unpack, json))
+    end(lambda: run(prefix, folder, unpack, json, c2pa_key, c2pa_certificates))
 
 
 @app.command(

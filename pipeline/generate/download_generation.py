@@ -15,6 +15,7 @@ from ddpm_pipeline.data.reading.unpack import ImageFolder
 from ddpm_pipeline.errors import DamageError, UserError
 from ddpm_pipeline.generate.class_labels import labels_of
 from ddpm_pipeline.generate.completeness import require_complete
+from ddpm_pipeline.generate.content_credentials import KINDS, ContentCredentials, SignedSample
 from ddpm_pipeline.generate.done_records import DoneRecord, check_record
 from ddpm_pipeline.generate.layout import (
     CONTACT_KEY,
@@ -36,18 +37,29 @@ from ddpm_pipeline.store.download_folder import Folder
 
 
 def download_generation(
-    generation: Generation, destination: str, unpack: bool, progress: Progress
+    generation: Generation,
+    destination: str,
+    unpack: bool,
+    progress: Progress,
+    credentials: ContentCredentials | None = None,
 ) -> tuple[Manifest, Download]:
-    """Download all objects of a generation to the folder `destination`.
+    """Download all objects of a generation to the folder `destination`. `credentials` sign the unpacked images.
 
     UserError while it is not complete, and for a folder that holds anything else; DamageError names a damaged object.
     """
     store, spec, uri = generation.store, generation.spec, generation.uri
+    if credentials is not None and spec.image_format not in KINDS:
+        raise UserError(
+            f"{uri}: its images are {spec.image_format}, which has no place for a C2PA manifest; download them without"
+        )
     root = local_folder(destination, store)
     manifest = require_complete(generation)
     _require_same(root, spec)
     folder = Folder(root)
-    images = image_folder(root, f"the generation {spec.digest}", manifest.class_names) if unpack else None
+    what = f"the generation {spec.digest}"
+    if credentials is not None:
+        what += f", signed with the certificate {credentials.fingerprint}"
+    images = image_folder(root, what, manifest.class_names) if unpack else None
     with tempfile.TemporaryDirectory(prefix="ddpm-manifest-") as scratch:
         # This copy of the manifest lists what to fetch, and is put in place at the end.
         snapshot = FileStore(Path(scratch))
@@ -58,7 +70,9 @@ def download_generation(
         download = Download(store, folder, total, progress, images=images)
         download.copy_document(SPEC_KEY)
         again = f"run ddpm verify {uri} --discard-damaged, the same ddpm generate, and this command again"
-        download.process_all(partial(_fetch_shard, download, spec), enumerate(read_entries(snapshot)), again)
+        download.process_all(
+            partial(_fetch_shard, download, spec, credentials), enumerate(read_entries(snapshot)), again
+        )
         download.copy_document(CONTACT_KEY)
         download.copy_document(REPORT_KEY)
         download.copy_document(SUMS_KEY)
@@ -93,14 +107,19 @@ def _require_same(root: Path, spec: Spec) -> None:
         )
 
 
-def _fetch_shard(download: Download, spec: Spec, numbered: tuple[int, ManifestShard]) -> None:
+def _fetch_shard(
+    download: Download,
+    spec: Spec,
+    credentials: ContentCredentials | None,
+    numbered: tuple[int, ManifestShard],
+) -> None:
     number, entry = numbered
     unit = shard(spec, number)
     if (entry.key, entry.first_index, entry.count) != (unit.key, unit.first, unit.count):
         raise DamageError(f"{MANIFEST_KEY}: its entry {number} is {entry.key}, the plan says {unit.key}")
     download.download(RemoteObject(unit.key, entry.bytes, entry.sha256))
     if download.images is not None:
-        _unpack(download.folder.path(unit.key), spec, unit, download.images)
+        _unpack(download.folder.path(unit.key), spec, unit, download.images, credentials)
     if not _has_record(download.folder, spec, unit, entry):
         data = download.store.read(unit.done_key)
         _check_record(data, spec, unit, entry, f"{download.store.uri}/{unit.done_key}")
@@ -126,8 +145,17 @@ def _check_record(data: bytes, spec: Spec, unit: Shard, entry: ManifestShard, wh
         raise DamageError(f"{where}: describes other bytes than the manifest's entry")
 
 
-def _unpack(path: Path, spec: Spec, unit: Shard, images: ImageFolder) -> None:
+def _unpack(
+    path: Path, spec: Spec, unit: Shard, images: ImageFolder, credentials: ContentCredentials | None
+) -> None:
     """The images of a shard as files, named by index. DamageError when it does not hold the planned ones in order."""
-    labels = labels_of(spec, unit.samples) or [-1] * unit.count
+    labels, kind = labels_of(spec, unit.samples) or [-1] * unit.count, spec.image_format
     for image in stored_images(path, spec, unit):
-        images.put(labels[image.index - unit.first], image.index, spec.image_format, image.data)
+        label, data = labels[image.index - unit.first], image.data
+        if credentials is not None:
+            sample = SignedSample.of(spec.digest, image.index, data)
+            present = images.get(label, image.index, kind)
+            if present is not None and credentials.is_signed(present, kind, sample):
+                continue  # signed again, it would be other bytes
+            data = credentials.sign(data, kind, sample)
+        images.put(label, image.index, kind, data)

@@ -25,11 +25,22 @@ class ImageFolder:
 
     def put(self, label: int, number: int, extension: str, data: bytes) -> None:
         """Write an image unless it exists. Without classes the label is -1."""
+        self.folder.keep(self._key(label, number, extension), data)
+
+    def get(self, label: int, number: int, extension: str) -> bytes | None:
+        """The bytes of an image that `put` wrote; None if there is none."""
+        found = self.folder.open(self._key(label, number, extension))
+        if found is None:
+            return None
+        with found:
+            return found.read()
+
+    def _key(self, label: int, number: int, extension: str) -> str:
         if label < 0:
             group = f"{number // MAX_IMAGES_PER_FOLDER:06d}"
         else:
             group = self._names[label] if label < len(self._names) else str(label)
-        self.folder.keep(f"{group}/{number:012d}.{extension}", data)
+        return f"{group}/{number:012d}.{extension}"
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
