@@ -74,6 +74,7 @@ def test_a_worker_with_half_a_gpu_is_charged_half_of_its_time(model: Path, tmp_p
         times = record.times.model_copy(update={"gpu": gpu, "seconds": 10.0})
         records.add(number, record.model_copy(update={"times": times}))
     assert (records.seconds, records.joules) == (15.0, 7.0)
+    assert (records.gpus.images, records.gpus.seconds) == (20, {"A": 15.0})
     found = cost_of_records(records, 3, CostConfig(per_device_hour=3600))
     assert found is not None
     assert (found.images_per_device_second, found.money_per_1000) == (20 / 15, 750.0)

@@ -1,5 +1,6 @@
 """What is done is read from listings: in little memory, and without believing half-done work."""
 
+import hashlib
 import resource
 import time
 from collections import Counter
@@ -13,7 +14,14 @@ from ddpm_pipeline.generate.coordinator import Coordinator, ShardProgress
 from ddpm_pipeline.generate.done_records import UNKNOWN_TAG, RecordAggregate
 from ddpm_pipeline.generate.generation_status import generation_status
 from ddpm_pipeline.generate.heartbeat import make_heartbeat, new_job_id, write_heartbeat
-from ddpm_pipeline.generate.manifest import Statistics, make_manifest
+from ddpm_pipeline.generate.manifest import (
+    Statistics,
+    make_entries,
+    make_manifest,
+    manifest_sha256,
+    read_entries,
+    write_manifest,
+)
 from ddpm_pipeline.generate.plan import num_shards, shard
 from ddpm_pipeline.generate.spec import Spec, write_spec
 from ddpm_pipeline.generate.stored_generation import Generation
@@ -95,6 +103,11 @@ def test_records_that_come_in_any_order_keep_the_size_and_hash_of_each_shard(
     assert records.tags(2)[1] == UNKNOWN_TAG
     assert [records.row(number)[1] for number in range(5)] == [written[n].sha256 for n in range(5)]
     statistics = make_manifest(spec, records, None).statistics
+    store, manifest = open_store(config.output), make_manifest(spec, records, None)
+    write_manifest(store, manifest, make_entries(spec, records))
+    written_sha256 = hashlib.sha256(store.read("manifest.json")).hexdigest()
+    assert manifest_sha256(manifest, make_entries(spec, records)) == written_sha256
+    assert [entry.sha256 for entry in read_entries(store)] == [written[n].sha256 for n in range(5)]
     labels = sum((Counter(record.classes) for record in written.values()), Counter())
     assert statistics.classes == labels
     assert labels.total() == 45

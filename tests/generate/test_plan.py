@@ -83,6 +83,18 @@ def test_only_names_of_shards_are_read_as_such(name: str, number: int | None) ->
     assert shard_number(name) == number
 
 
+def test_the_last_batch_of_a_shard_is_cut_by_its_size_and_not_by_the_count(spec: Spec) -> None:
+    plan = sized(spec, 23, 10, 4, first_index=100)
+    sizes = [
+        [(batch.first, batch.size, batch.keep) for batch in batches(plan, unit)] for unit in shards(plan)
+    ]
+    assert sizes == [
+        [(100, 4, 4), (104, 4, 4), (108, 2, 2)],
+        [(110, 4, 4), (114, 4, 4), (118, 2, 2)],
+        [(120, 4, 3)],
+    ]
+
+
 def test_a_shards_name_says_at_which_count_the_plan_has_it(spec: Spec) -> None:
     tens = sized(spec, 23, 10, 5)
     assert [end_of(tens, name) for name in ("000000", "000007", "000007-0003")] == [10, 80, 73]
@@ -102,6 +114,8 @@ def test_a_sample_outside_the_generation_is_refused_by_name(spec: Spec) -> None:
         locate(sized(spec, 10, 5, 5, first_index=7), 17)
     with pytest.raises(ValueError, match=r"number must be in 0\.\.1"):
         shard(sized(spec, 10, 5, 5), 2)
+    with pytest.raises(ValueError, match=r"number must be in 0\.\.1"):
+        shard(sized(spec, 10, 5, 5), -1)
 
 
 def test_classes_in_turn_follow_the_index_and_not_the_batch(spec: Spec) -> None:
