@@ -283,9 +283,9 @@ def main() -> int:
     add_output_options(parser)
     parser.add_argument("--s3", help="a prefix to write the tars to and read them from")
     parser.add_argument("--peers", type=Path, help="folder of the peers' environment, made if need be")
-    parser.add_argument("--samples", type=int, default=12_000, help="pictures of 32x32")
-    parser.add_argument("--photographs", type=int, default=1024, help="pictures of 256x256")
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--samples", type=int, default=6000, help="pictures of 32x32")
+    parser.add_argument("--photographs", type=int, default=512, help="pictures of 256x256")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rates-only", action="store_true", help="leave out memory and the cold seek")
     told = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as folder:

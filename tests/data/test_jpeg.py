@@ -61,9 +61,8 @@ def test_damage_is_decoded_as_pillow_does_or_not_at_all(monkeypatch: pytest.Monk
     whole, source, taken = jpeg(quality=90), random.Random(0), 0
     for _ in range(300):
         data = bytearray(whole[: source.choice((len(whole), source.randrange(len(whole))))])
-        for _ in range(source.randrange(3)):
-            if data:
-                data[source.randrange(len(data))] = source.randrange(256)
+        for _ in range(source.randrange(3) if data else 0):
+            data[source.randrange(len(data))] = source.randrange(256)
         found = decode_jpeg(bytes(data), 3, SIZE[1], SIZE[0])
         if found is not None:
             taken += 1

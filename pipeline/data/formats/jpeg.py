@@ -1,8 +1,8 @@
 """A short way to Pillow's JPEG decoder, for the common subset of JPEG.
 
-The same C decoder makes the same pixels, without Pillow's reading of the header in Python, which is a seventh of the
-time for 256x256. Only baseline files of one scan are taken whose segments do not affect pixel values other than in
-the decoder itself: anything else (orientation, profiles, CMYK, progressive files, damage) is left to Pillow.
+The same C decoder makes the same pixels, without Pillow's reading of the header in Python, which is a third of the
+time for 64x64 and a twentieth for 256x256. Only baseline files of one scan are taken whose segments affect pixels
+in the decoder alone: anything else (orientation, profiles, CMYK, progressive files, damage) is left to Pillow.
 """
 
 from __future__ import annotations
