@@ -60,7 +60,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "generate/manifest.py": RECORD_TESTS,
     "train/checkpoint.py": ("tests/train/test_checkpoint.py", "tests/train/test_checkpoint_eval.py"),
     "features/exact_sums.py": ("tests/evaluate/test_sums.py",),
-    "evaluate/gate.py": ("tests/evaluate/test_gate.py", "tests/evaluate/test_gate_cost.py"),
+    "evaluate/gate.py": (
+        "tests/evaluate/test_gate.py",
+        "tests/evaluate/test_gate_cost.py",
+        "tests/evaluate/test_membership.py",
+    ),
 }
 """Modules, and the tests that have to notice."""
 

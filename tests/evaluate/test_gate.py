@@ -25,6 +25,17 @@ def test_a_better_model_passes() -> None:
     assert "frechet" in reason
 
 
+def test_the_reason_names_what_improved_and_nothing_else() -> None:
+    judgements = apply_rules(measured(seed=1), measured(seed=2, shift=0.8), REAL, gate())
+    better = [name for name, one in judgements.items() if one.improvement_interval[0] > 0]
+    assert "frechet" in better
+    assert better != list(judgements)
+    assert verdict(judgements) == (True, f"better in {', '.join(better)}; worse in nothing")
+    one = measured(seed=1)
+    rules = {"frechet": Rule(better="lower", tolerance=0.1)}
+    assert verdict(apply_rules(one, one, REAL, gate(rules=rules))) == (True, "worse in nothing")
+
+
 def test_a_worse_model_is_refused_with_its_numbers() -> None:
     judgements = apply_rules(measured(seed=1, shift=0.8), measured(seed=2), REAL, gate())
     passes, reason = verdict(judgements)

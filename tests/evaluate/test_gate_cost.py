@@ -229,7 +229,17 @@ def test_a_student_is_judged_beside_its_teacher_each_with_its_sampler(
     assert any(
         line.startswith("sampler") and "ddim, 2 steps" in line and "ddim, 6 steps" in line for line in lines
     )
-    assert any(line.startswith("images_per_device_second") for line in lines)
+    frechet, (low, high) = decision.judgements["frechet"], decision.judgements["frechet"].challenger_interval
+    told = next(line for line in lines if line.startswith("frechet"))
+    assert f" {frechet.challenger:.4g} ({low:.4g} to {high:.4g}) " in told
+    assert told.endswith("ok" if frechet.passed else "FAILS")
+    speed = decision.challenger_cost.images_per_device_second
+    assert f" {speed:.4g}" in next(line for line in lines if line.startswith("images_per_device_second"))
+    untimed = decision.challenger_cost.model_copy(
+        update={"images_per_device_second": None, "images_per_device_second_interval": None}
+    )
+    lines = table(decision.model_copy(update={"challenger_cost": untimed}))
+    assert " not measured" in next(line for line in lines if line.startswith("images_per_device_second"))
 
 
 def test_a_baseline_without_a_model_is_the_champion_with_another_sampler(
