@@ -210,6 +210,7 @@ GATE_METRICS = (
     "precision",
     "recall",
     "near_copies",
+    "near_copies_features",
     "class_accuracy",
     "inception_score",
     "membership_auc",
@@ -271,10 +272,10 @@ class GateConfig(Settings):
     evaluate: EvaluateConfig
     """How samples are evaluated."""
     rules: dict[str, Rule] = Field(default_factory=_default_rules)
-    """Rules by metric: frechet, kernel, precision, recall, near_copies, class_accuracy, inception_score; of privacy:
-    membership_auc, which needs evaluate.membership; of cost: evaluations_per_image, images_per_device_second; and those
-    of other packages that evaluate.metrics names. A rule for a metric that the models do not have, such as the accuracy
-    of a model without classes, is skipped."""
+    """Rules by metric: frechet, kernel, precision, recall, near_copies, near_copies_features, class_accuracy,
+    inception_score; of privacy: membership_auc, which needs evaluate.membership; of cost: evaluations_per_image,
+    images_per_device_second; and those of other packages that evaluate.metrics names. A rule for a metric that the
+    models do not have, such as the accuracy of a model without classes, is skipped."""
     baseline: BaselineConfig | None = None
     """Another model to compare the challenger with, or another sampler for the champion. None = the champion, with
     `sampler`."""

@@ -67,8 +67,8 @@ def statistics(samples: FeatureSet, real: FeatureSet, config: EvaluateConfig) ->
     if len(samples) > config.neighbours:
         out["recall"] = _recall(samples.vectors, near, config.neighbours)
     thumbnails = real.thumbnails[: config.max_images]
-    limit = np.quantile(nearest_distances(thumbnails, thumbnails, same=True), config.copy_quantile)
-    out["near_copies"] = _share(nearest_distances(samples.thumbnails, thumbnails) < limit)
+    out["near_copies"] = _near_copies(samples.thumbnails, thumbnails, config.copy_quantile)
+    out["near_copies_features"] = _near_copies(samples.vectors, near, config.copy_quantile)
     if samples.logits is not None:
         out["inception_score"] = _inception_score(samples.logits)
     if samples.logits is not None and samples.labels is not None:
@@ -101,6 +101,12 @@ def _of_plugin(metric: MetricConfig, samples: FeatureSet, real: FeatureSet) -> S
         return measure_by_plugin(metric, samples.part(rows), real)
 
     return statistic
+
+
+def _near_copies(samples: Vectors, real: Vectors, quantile: float) -> Statistic:
+    """The share of samples that are nearer to a real image than this share of the real images is to another."""
+    limit = np.quantile(nearest_distances(real, real, same=True), quantile)
+    return _share(nearest_distances(samples, real) < limit)
 
 
 def _share(hits: npt.NDArray[np.bool_]) -> Statistic:

@@ -166,6 +166,8 @@ _READ_AS = {
     "inception_score": "higher is better",
     "kernel": "0 is as good as real data",
     "near_copies": "no more than near_copies_real",
+    "near_copies_features": "no more than near_copies_features_real",
+    "near_copies_features_real": "what held-out real images have",
     "near_copies_real": "what held-out real images have",
     "nearest_ratio": "1 is as far from the data as real images are",
     "precision": "share of samples that look real",

@@ -17,6 +17,7 @@ from ddpm_pipeline.features.distances import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    nearest_distances,
     precision_recall,
 )
 from ddpm_pipeline.features.exact_sums import sums_of
@@ -46,7 +47,7 @@ def compute_metrics(
         raise UserError("network: samples and reference have features of different networks; evaluate again")
     nearest = nearest or nearest_reference(samples, reference, config)
     out = _distances(samples, reference, config) | _pairwise(samples, reference, config)
-    out |= _near_duplicates(samples, reference, nearest)
+    out |= _near_duplicates(samples, reference, nearest) | _near_in_features(samples, reference, config)
     if samples.logits is not None:
         out["inception_score"] = Metric(value=inception_score(samples.logits), n=len(samples), n_reference=0)
         if samples.labels is not None:
@@ -130,6 +131,23 @@ def _pairwise(samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig
         out["precision"] = Metric(value=precision, **sizes)
         out["recall"] = Metric(value=recall, **sizes)
     return out
+
+
+def _near_in_features(
+    samples: FeatureSet, reference: FeatureSet, config: EvaluateConfig
+) -> dict[str, Metric]:
+    """The same as near copies of pixels, by features: they also find a copy that is moved, mirrored or recolored."""
+    x, y = samples.vectors[: config.max_images], reference.vectors[: config.max_images]
+    between_real = nearest_distances(y, y, same=True)
+    limit = np.quantile(between_real, config.copy_quantile)
+    return {
+        "near_copies_features": Metric(
+            value=float((nearest_distances(x, y) < limit).mean()), n=len(x), n_reference=len(y)
+        ),
+        "near_copies_features_real": Metric(
+            value=float((between_real < limit).mean()), n=0, n_reference=len(y)
+        ),
+    }
 
 
 def _near_duplicates(

@@ -92,7 +92,14 @@ def test_weights_count_samples_as_often_as_they_are_drawn() -> None:
     samples = measured(60, seed=3, shift=0.2, wrong=9)
     weights = next(draws(60, 1, seed=4))
     again = samples.part(np.repeat(np.arange(60), weights.astype(int)))
-    for name in ("frechet", "class_accuracy", "inception_score", "precision", "near_copies"):
+    for name in (
+        "frechet",
+        "class_accuracy",
+        "inception_score",
+        "precision",
+        "near_copies",
+        "near_copies_features",
+    ):
         weighted = statistics(samples, REAL, config())[name](weights)
         assert weighted == pytest.approx(statistics(again, REAL, config())[name](np.ones(60)), rel=1e-9), name
 
@@ -112,7 +119,8 @@ def test_every_metric_lies_in_its_interval_and_recall_detects_a_model_that_cover
     narrow, wide = measured(seed=1), measured(seed=2)
     narrow.vectors[:] = narrow.vectors.mean(0) + 0.3 * (narrow.vectors - narrow.vectors.mean(0))
     judgements = apply_rules(wide, narrow, REAL, gate(rules=rules))
-    assert {"frechet", "kernel", "precision", "recall", "near_copies", "class_accuracy"} < set(names)
+    expected = {"frechet", "kernel", "precision", "recall", "near_copies", "near_copies_features"}
+    assert expected | {"class_accuracy"} < set(names)
     for name, one in judgements.items():
         low, high = one.challenger_interval
         slack = 0.5 * (

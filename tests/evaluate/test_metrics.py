@@ -7,6 +7,7 @@ import torch
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
+from ddpm_pipeline.evaluate.metrics import compute_metrics
 from ddpm_pipeline.features.distances import (
     frechet_distance,
     inception_score,
@@ -15,7 +16,7 @@ from ddpm_pipeline.features.distances import (
     nearest_distances,
     precision_recall,
 )
-from tests.evaluate.made import vectors
+from tests.evaluate.made import config, measured, vectors
 
 
 @pytest.mark.parametrize("size", [3, 64])
@@ -91,3 +92,17 @@ def test_too_few_vectors_are_refused() -> None:
         kernel_distance(vectors(1), vectors(5))
     with pytest.raises(ValueError, match="neighbours"):
         precision_recall(vectors(3), vectors(5))
+
+
+def test_copies_that_look_different_are_near_by_their_features() -> None:
+    real, samples = measured(400, seed=50), measured(200, seed=1)
+    before = compute_metrics(samples, real, config())
+    limit = np.quantile(nearest_distances(real.vectors, real.vectors, same=True), config().copy_quantile)
+    were_near = nearest_distances(samples.vectors, real.vectors) < limit
+    samples.vectors[:60] = real.vectors[:60] + 1e-4
+    found = compute_metrics(samples, real, config())
+    assert before["near_copies_features"].value == were_near.mean() < 0.1
+    assert found["near_copies_features"].value == (60 + were_near[60:].sum()) / 200
+    assert found["near_copies_features_real"].value == config().copy_quantile
+    assert (found["near_copies_features"].n, found["near_copies_features"].n_reference) == (200, 400)
+    assert found["near_copies"] == before["near_copies"]
