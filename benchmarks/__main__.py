@@ -49,7 +49,7 @@ QUICK: dict[str, list[str]] = {
     "listings": ["--shards", "20000"],
     "scale": ["--shards", "10", "20"],
     "startup": ["--runs", "1"],
-    "quality": ["--steps", "120", "--seeds", "1"],
+    "quality": ["--steps", "120", "--seeds", "1", "--recipes", "ours", "diffusers"],
 }
 """What is added to `COMMANDS` for a quick run; a later option overrides an earlier one."""
 QUICK_PAGE = """# A quick run of the benchmarks
