@@ -52,7 +52,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "diffusion/objective.py": ("tests/diffusion/test_objective.py",),
     "diffusion/samplers.py": (*SAMPLER_TESTS, "tests/diffusion/test_consistency.py"),
     "diffusion/multistep.py": SAMPLER_TESTS,
-    "diffusion/timesteps.py": ("tests/diffusion/test_samplers.py",),
+    "diffusion/timesteps.py": SAMPLER_TESTS,
     "diffusion/consistency.py": ("tests/diffusion/test_consistency.py",),
     "data/reading/order.py": ("tests/data/test_order.py",),
     "generate/plan.py": ("tests/generate/test_plan.py",),

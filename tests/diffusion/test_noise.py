@@ -189,6 +189,13 @@ def test_integers_stay_in_range(high: int, seed: int) -> None:
         assert int(drawn.max()) > 2**29
 
 
+def test_integers_below_a_power_of_two_are_the_first_bits_of_the_largest() -> None:
+    index = torch.arange(500)
+    most = randint(4, N, index, 2**31)
+    for bits in range(31):
+        assert torch.equal(randint(4, N, index, 2**bits), most >> (31 - bits)), bits
+
+
 def test_integers_and_uniforms_are_uniform() -> None:
     index = torch.arange(100_000)
     counts = np.bincount(randint(0, Stream.TRAIN_TIMESTEP, index, 1000).numpy(), minlength=1000)

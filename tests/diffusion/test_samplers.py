@@ -181,6 +181,26 @@ def test_any_falling_subset_of_steps_can_be_sampled() -> None:
     assert ddim(lambda x, k: _known(x, k, grid), torch.randn(2, *SHAPE), grid).abs().max() < 1e-5
 
 
+def test_ddim_without_eta_never_asks_for_noise() -> None:
+    grid = grid_at(SCHEDULE, [999, 500, 5])
+
+    def refuse(k: int) -> Tensor:
+        raise AssertionError(f"asked for the noise of level {k}")
+
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        ddim(lambda x, k: _known(x, k, grid), x, grid, refuse), ddim(lambda x, k: _known(x, k, grid), x, grid)
+    )
+
+
+def test_half_the_log_of_the_signal_to_noise_ratio() -> None:
+    grid = grid_at(SCHEDULE, [999, 500, 5])
+    for k in range(3):
+        a, s = grid.coefficients(k)
+        assert grid.half_log_snr(k) == pytest.approx(math.log(a / s), rel=1e-9)
+    assert grid.half_log_snr(3) == math.inf
+
+
 def _known(x: Tensor, k: int, grid: SamplingGrid) -> Denoised:
     return Denoised(torch.zeros_like(x), x / grid.coefficients(k)[1])
 

@@ -32,6 +32,28 @@ def test_the_linear_schedule_has_the_published_numbers() -> None:
     assert DDPM.posterior_variances[1].item() == pytest.approx(5.4531877e-5, rel=1e-7)
 
 
+def test_one_forward_step_adds_noise_to_what_is_kept() -> None:
+    x, noise = torch.tensor([[0.5, -1.0]]), torch.tensor([[2.0, 3.0]])
+    keep, add = math.sqrt(1 - DDPM.betas[500].item()), math.sqrt(DDPM.betas[500].item())
+    expected = [keep * 0.5 + add * 2.0, -keep + add * 3.0]
+    assert DDPM.q_step(x, noise, 500)[0].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_variance_of_the_last_reverse_step_is_that_of_the_one_before_it_or_beta() -> None:
+    for T in (2, 3, 10):
+        schedule = NoiseSchedule.linear(T, 0.1, 0.3)
+        small, large = schedule.variances("fixed-small"), schedule.variances("fixed-large")
+        assert small[0] == small[1] == schedule.posterior_variances[1] == large[0]
+        assert torch.equal(large[1:], schedule.betas[1:])
+    alone = NoiseSchedule.linear(1, 0.1, 0.3)
+    assert torch.equal(alone.variances("fixed-small"), alone.betas)
+
+
+def test_schedules_have_a_thousand_steps_by_default() -> None:
+    found = (NoiseSchedule.linear(), NoiseSchedule.cosine(), NoiseSchedule.sigmoid())
+    assert [len(schedule.betas) for schedule in found] == [1000] * 3
+
+
 def test_a_float32_table_would_be_off_by_as_much_as_is_known() -> None:
     single = 1 - torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
     off = abs(single[0].item() / (1 - DDPM.alpha_bars[0].item()) - 1)

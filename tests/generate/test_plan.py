@@ -75,6 +75,7 @@ def test_a_tail_is_named_by_its_count_and_a_full_shard_is_not(spec: Spec) -> Non
         ("1234567", 1234567),
         ("000002-0003", 2),
         ("2", None),
+        ("00002", None),
         ("000002-", None),
         ("0000x2", None),
     ],
