@@ -194,6 +194,8 @@ def test_integers_below_a_power_of_two_are_the_first_bits_of_the_largest() -> No
     most = randint(4, N, index, 2**31)
     for bits in range(31):
         assert torch.equal(randint(4, N, index, 2**bits), most >> (31 - bits)), bits
+    index = torch.arange(20_000)  # the same word makes both
+    assert torch.equal(randint(4, N, index, 2**24), (uniform(4, N, index) * 2**24).long())
 
 
 def test_integers_and_uniforms_are_uniform() -> None:
