@@ -245,7 +245,7 @@ def require_resources(
         if need <= have:
             continue
         fault = (
-            f"{section}.num_workers: {num_workers} workers need {need:g} {kind}s, {described(labels or {})} has "
+            f"{section}.num_workers: {num_workers} workers need {need:g} {kind}s, {described(labels)} has "
             f"{have:g}"
         )
         if not grows():

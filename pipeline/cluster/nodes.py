@@ -18,7 +18,7 @@ def has_room(node: Mapping[str, Any], cpus: float, gpus: float) -> bool:
     return resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= gpus
 
 
-def described(labels: Mapping[str, str]) -> str:
+def described(labels: Mapping[str, str] | None) -> str:
     """The nodes with these labels, for messages; "the cluster" without labels."""
-    named = ", ".join(f"{name}={value}" for name, value in sorted(labels.items()))
+    named = ", ".join(f"{name}={value}" for name, value in sorted((labels or {}).items()))
     return f"the part of the cluster that is labelled {named}" if named else "the cluster"

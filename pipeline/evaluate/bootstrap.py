@@ -14,6 +14,7 @@ import torch
 from ddpm_pipeline.config.evaluation import EvaluateConfig, MetricConfig
 from ddpm_pipeline.diffusion.noise import Stream, randint
 from ddpm_pipeline.evaluate.metrics import measure_by_plugin
+from ddpm_pipeline.evaluate.nearest_reference import nearest_vectors
 from ddpm_pipeline.features.distances import (
     Array,
     GaussianMoments,
@@ -21,7 +22,6 @@ from ddpm_pipeline.features.distances import (
     frechet_distance,
     manifold_radii,
     moments_of,
-    nearest_distances,
     pair_kernel,
     square_distances,
     within,
@@ -105,8 +105,8 @@ def _of_plugin(metric: MetricConfig, samples: FeatureSet, real: FeatureSet) -> S
 
 def _near_copies(samples: Vectors, real: Vectors, quantile: float) -> Statistic:
     """The share of samples that are nearer to a real image than this share of the real images is to another."""
-    limit = np.quantile(nearest_distances(real, real, same=True), quantile)
-    return _share(nearest_distances(samples, real) < limit)
+    nearest = nearest_vectors(samples, real, quantile)
+    return _share(nearest.distances < nearest.limit)
 
 
 def _share(hits: npt.NDArray[np.bool_]) -> Statistic:

@@ -11,13 +11,12 @@ from ddpm_pipeline.config.plugins import require_plugin
 from ddpm_pipeline.diffusion.noise import Stream, permutation
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.evaluate.document import Metric
-from ddpm_pipeline.evaluate.nearest_reference import NearestReference, nearest_reference
+from ddpm_pipeline.evaluate.nearest_reference import NearestReference, nearest_reference, nearest_vectors
 from ddpm_pipeline.features.distances import (
     class_accuracy,
     frechet_distance,
     inception_score,
     kernel_distance,
-    nearest_distances,
     precision_recall,
 )
 from ddpm_pipeline.features.exact_sums import sums_of
@@ -138,14 +137,13 @@ def _near_in_features(
 ) -> dict[str, Metric]:
     """The same as near copies of pixels, by features: they also find a copy that is moved, mirrored or recolored."""
     x, y = samples.vectors[: config.max_images], reference.vectors[: config.max_images]
-    between_real = nearest_distances(y, y, same=True)
-    limit = np.quantile(between_real, config.copy_quantile)
+    nearest = nearest_vectors(x, y, config.copy_quantile)
     return {
         "near_copies_features": Metric(
-            value=float((nearest_distances(x, y) < limit).mean()), n=len(x), n_reference=len(y)
+            value=float((nearest.distances < nearest.limit).mean()), n=len(x), n_reference=len(y)
         ),
         "near_copies_features_real": Metric(
-            value=float((between_real < limit).mean()), n=0, n_reference=len(y)
+            value=float((nearest.between_real < nearest.limit).mean()), n=0, n_reference=len(y)
         ),
     }
 

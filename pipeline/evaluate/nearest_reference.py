@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from ddpm_pipeline.config.evaluation import EvaluateConfig
 from ddpm_pipeline.errors import UserError
-from ddpm_pipeline.features.distances import Array, nearest_distances, nearest_neighbours
+from ddpm_pipeline.features.distances import Array, Vectors, nearest_distances, nearest_neighbours
 from ddpm_pipeline.features.feature_set import FeatureSet
 
 
@@ -31,7 +31,12 @@ def nearest_reference(samples: FeatureSet, reference: FeatureSet, config: Evalua
         raise UserError("reference: its images have another shape than the samples; name the right data set")
     x = samples.thumbnails[: config.max_images].astype(np.float32)
     y = reference.thumbnails[: config.max_images].astype(np.float32)
+    return nearest_vectors(x, y, config.copy_quantile)
+
+
+def nearest_vectors(x: Vectors, y: Vectors, copy_quantile: float) -> NearestReference:
+    """The same for vectors (N, D) of samples and (M, D) of the reference, such as features, in their own units."""
     found = nearest_neighbours(x, y, 1)
     between_real = nearest_distances(y, y, same=True)
-    limit = float(np.quantile(between_real, config.copy_quantile))
+    limit = float(np.quantile(between_real, copy_quantile))
     return NearestReference(found.rows[:, 0], found.distances[:, 0], between_real, limit)
