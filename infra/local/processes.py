@@ -107,6 +107,8 @@ def family(identity: ProcessIdentity) -> list[psutil.Process]:
     # Some programs write their title over their environment: they are found by their session.
     running = [process for process in psutil.process_iter() if process.pid != os.getpid() and _runs(process)]
     marked = {process.pid for process in running if _mark(process) == identity.mark}
+    if is_alive(identity):  # it waits where the leader, within `exec`, has no environment yet
+        marked.add(identity.pid)
     in_session = {process.pid for process in running if _session(process.pid) == identity.pid}
     # While any member lives, the kernel does not reuse the session's number: a living process of
     # another birth under this pid therefore means that the session is gone.

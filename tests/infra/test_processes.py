@@ -157,3 +157,21 @@ def test_a_process_that_blanks_its_environment_holds_nobody_up(
         patch.setattr(processes, "_EXEC_SECONDS", 0.05)
         assert processes.is_alive(leader) == (blanked < 1)
     assert processes.end(leader, grace_seconds=1) == 1
+
+
+def test_a_process_is_ended_in_the_moment_in_which_it_has_no_environment_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader, read = spawn(SLEEP, tmp_path), Path.read_text
+    empty = ["", "", ""]
+
+    def text(path: Path, *_: object, **how: str) -> str:
+        if path == Path(f"/proc/{leader.pid}/environ") and empty:
+            return empty.pop()
+        return read(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", text)
+        patch.setattr(processes, "_EXEC_SECONDS", 60.0)
+        assert processes.end(leader, grace_seconds=1) == 1
+    assert not runs(leader.pid)
