@@ -174,7 +174,7 @@ class Fault:
         return self.strike.__name__.replace("_", " ")
 
 
-ON_RAY = frozenset({"training", "generation", "submission", "night"})
+ON_RAY = frozenset({"training", "distillation", "generation", "submission", "night"})
 """Jobs with Ray workers."""
 TRACKED = ON_RAY | {"promotion", "rollback", "cleanup"}
 """Jobs that MLflow has a part in."""
@@ -200,7 +200,7 @@ FAULTS = (
     Fault(cut_network, STORED),
     Fault(busy_store, STORED),
     Fault(lying_network, STORED),
-    Fault(full_disk, frozenset({"training"}), needs_disk=True),
+    Fault(full_disk, frozenset({"training", "distillation"}), needs_disk=True),
     Fault(jumping_clock, ALL - {"night"}),  # a night is named by a date
 )
 

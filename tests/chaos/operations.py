@@ -1,4 +1,4 @@
-"""The operations under attack besides the two long jobs: packing, promotion, rollback, nights, cleanup, submission."""
+"""The operations under attack besides the long jobs: packing, promotion, rollback, nights, cleanup, submission."""
 
 import hashlib
 import time
@@ -12,6 +12,7 @@ from PIL import Image
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.data import PackConfig
 from ddpm_pipeline.config.evaluation import FeaturesConfig, PromoteConfig
+from ddpm_pipeline.config.model_card import ImageShape, ModelCard
 from ddpm_pipeline.config.nights import NightlyConfig
 from ddpm_pipeline.data.index import load_index
 from ddpm_pipeline.evaluate.promotion import BEFORE_TAG, VERDICT_TAG, read_champion
@@ -24,6 +25,7 @@ from ddpm_pipeline.tracking.run import HEARTBEAT_TAG
 from tests.chaos.works import Fingerprint, Generation, Work
 from tests.driving import Driver
 from tests.generate.tiny import contents, settings, tiny_card, tiny_model
+from tests.train.tiny import tiny
 
 NIGHT = "2026-03-01"
 NIGHT_SHARDS, NIGHT_SHARD_SIZE = 24, 10
@@ -53,10 +55,24 @@ class Shared:
         train_features(FeaturesConfig(data=self.data, steps=20, channels=8, min_accuracy=0), lambda *_: None)
         return self.data
 
-    def versions(self, name: str, count: int) -> None:
+    @cached_property
+    def teacher(self) -> str:
+        """A network of the digits' classes to distil, registered."""
+        student = tiny(self.data, "")
+        card = ModelCard(
+            net=student.net,
+            schedule=student.schedule,
+            objective=student.objective,
+            image=ImageShape(channels=1, size=8),
+            class_names=load_index(self.data).class_names,
+        )
+        self.versions("chaos-teacher", 1, card)
+        return "chaos-teacher/1"
+
+    def versions(self, name: str, count: int, card: ModelCard | None = None) -> None:
         """Register `count` tiny models of different weights under `name`."""
         for number in range(count):
-            folder = tiny_model(self._folder / f"{name}-{number}", tiny_card(size=8), seed=number)
+            folder = tiny_model(self._folder / f"{name}-{number}", card or tiny_card(size=8), seed=number)
             run = open_run("chaos-models", f"{name}-{number}", key=name, params={}, tags={}, config_yaml="")
             register(name, folder, run.run_id, {}, "a tiny network")
 

@@ -16,13 +16,13 @@ from ddpm_pipeline.data.packing.pack_dataset import pack
 from ddpm_pipeline.infra.local import LocalStack
 from tests.chaos.faults import FAULTS, Fault, Scene
 from tests.chaos.operations import OPERATIONS, Shared
-from tests.chaos.works import Fingerprint, Generation, Training, Work, differences
+from tests.chaos.works import Fingerprint, Generation, Work, differences, distillation, training
 from tests.driving import ray_workers
 from tests.generate.tiny import tiny_model
 from tests.ray_nodes import add_node, remove_node
 from tests.relay import Relay
 
-KINDS = ("training", "generation", *OPERATIONS)
+KINDS = ("training", "distillation", "generation", *OPERATIONS)
 MOST_STARTS = 12
 PATIENCE_SECONDS = 240.0
 """Without progress for this long, a job counts as hung."""
@@ -129,7 +129,9 @@ class Arena:
     def _work(self, kind: str, name: str, cache: Path | None) -> Work:
         folder, place = self.folder / name, f"{self.place}/{name}"
         if kind == "training":
-            return Training(f"{self.place}/data", place, name, folder, cache)
+            return training(self._shared.data, place, name, folder, cache)
+        if kind == "distillation":
+            return distillation(self._shared.data, self._shared.teacher, place, name, folder, cache)
         if kind == "generation":
             return Generation(self.folder / "model", place, name, folder)
         return OPERATIONS[kind](self._shared, place, name, folder)

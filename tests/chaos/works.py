@@ -1,4 +1,4 @@
-"""The two long jobs under attack, and what must be the same however they were disturbed."""
+"""The long jobs under attack, and what must be the same however they were disturbed."""
 
 import hashlib
 import json
@@ -9,9 +9,12 @@ from typing import Protocol
 
 import boto3
 
+from ddpm_pipeline.config.distill_job import DistillConfig
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.distill.plan_distillation import plan_distillation
 from ddpm_pipeline.generate.verification import verify
+from ddpm_pipeline.progress import no_progress
 from ddpm_pipeline.store import open_store
 from ddpm_pipeline.tracking import find_run, resolve, tracking_client
 from ddpm_pipeline.train.checkpoint import finished_steps, latest_checkpoint
@@ -47,27 +50,16 @@ class Work(Protocol):
 class Training:
     """Two DDP workers, 480 steps on 8x8 digits, a checkpoint every 40."""
 
-    kind, actor = "training", "RayTrainWorker"
+    kind, actor, section = "training", "RayTrainWorker", "train"
     driver: Driver
 
-    def __init__(self, data: str, place: str, name: str, folder: Path, cache: Path | None) -> None:
-        self.config: TrainConfig = tiny(
-            data,
-            f"{place}/runs",
-            name=name,
-            data={"uri": data, "cache_dir": str(cache) if cache else None, "cache_bytes": 14_000_000},
-            steps=STEPS,
-            log_every_steps=20,
-            checkpoint={"every_steps": 40},
-            grid={"every_steps": 240, "count": 10, "sampler": {"kind": "ddim", "num_steps": 2}},
-            workers={"num_workers": 2, "max_failures": 10},
-            track={"experiment": f"chaos-{name}", "send_interval_seconds": 0.2},
-        )
-        self._folder = folder
-        self._plan = plan_training(self.config)
+    def __init__(self, config: TrainConfig | DistillConfig, folder: Path) -> None:
+        self._given, self._folder = config, folder
+        self._config = plan_distillation(config, no_progress) if isinstance(config, DistillConfig) else config
+        self._plan = plan_training(self._config)
 
     def start(self, variables: Mapping[str, str]) -> None:
-        self.driver = Driver("train", self.config, self._folder, variables)
+        self.driver = Driver(self.section, self._given, self._folder, variables)
 
     def done(self) -> float:
         return max(finished_steps(self._plan.store), default=0) / STEPS
@@ -76,22 +68,63 @@ class Training:
         checkpoint = latest_checkpoint(self._plan.store)
         assert checkpoint is not None
         found: dict[str, object] = {"step": checkpoint.record.step}
-        for name, tensor in checkpoint.tensors.items():
-            if name != UNDELIVERED:
-                found[f"tensor {name}"] = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
-        run = find_run(
-            self.config.track.experiment, f"train/{self.config.name}-{self._plan.identity}-{STEPS}"
-        )
+        for key, tensor in checkpoint.tensors.items():
+            if key != UNDELIVERED:
+                found[f"tensor {key}"] = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+        name = self._config.name
+        run = find_run(self._config.track.experiment, f"train/{name}-{self._plan.identity}-{STEPS}")
         assert run is not None
         found["run"] = run.status
         client = tracking_client()
-        for name in client.get_run(run.run_id).data.metrics:
-            if name.startswith("train/"):
-                points = client.get_metric_history(run.run_id, name)
-                found[f"metric {name}"] = sorted((point.step, point.value) for point in points)
-        version = resolve(f"{self.config.name}@champion")
+        for metric in client.get_run(run.run_id).data.metrics:
+            if metric.startswith("train/"):
+                points = client.get_metric_history(run.run_id, metric)
+                found[f"metric {metric}"] = sorted((point.step, point.value) for point in points)
+        version = resolve(f"{name}@champion")
         found["model"] = (version.version, version.tags.get("sha256"))
         return found
+
+
+class Distillation(Training):
+    """The same of a student."""
+
+    kind, section = "distillation", "distill"
+
+
+def training_settings(data: str, place: str, name: str, cache: Path | None) -> dict[str, object]:
+    """What a training and a distillation have in common."""
+    return {
+        "runs": f"{place}/runs",
+        "name": name,
+        "data": {"uri": data, "cache_dir": str(cache) if cache else None, "cache_bytes": 14_000_000},
+        "global_batch": 14,
+        "steps": STEPS,
+        "log_every_steps": 20,
+        "checkpoint": {"every_steps": 40, "eval_samples": 64},
+        "workers": {"num_workers": 2, "max_failures": 10},
+        "track": {"experiment": f"chaos-{name}", "send_interval_seconds": 0.2},
+    }
+
+
+def training(data: str, place: str, name: str, folder: Path, cache: Path | None) -> Training:
+    """The training of a tiny network."""
+    common = training_settings(data, place, name, cache)
+    grid = {"every_steps": 240, "count": 10, "sampler": {"kind": "ddim", "num_steps": 2}}
+    return Training(tiny(data, f"{place}/runs", **common, grid=grid), folder)
+
+
+def distillation(
+    data: str, teacher: str, place: str, name: str, folder: Path, cache: Path | None
+) -> Training:
+    """The distillation of that network, registered as `teacher`."""
+    own: dict[str, object] = {
+        "teacher": teacher,
+        "sampler": {"kind": "ddim", "num_steps": 4, "guidance_scale": 1.5},
+        "grid": {"every_steps": 240, "count": 10, "sampler": {"kind": "consistency", "num_steps": 2}},
+    }
+    return Distillation(
+        DistillConfig.model_validate(training_settings(data, place, name, cache) | own), folder
+    )
 
 
 class Generation:
