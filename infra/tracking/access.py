@@ -19,7 +19,7 @@ from ddpm_pipeline.errors import UserError
 
 Role = Literal["viewer", "logger", "registrar", "admin"]
 """viewer: reads. logger: also creates experiments and runs and logs to them. registrar: also registers models and
-moves their aliases. admin: also deletes."""
+moves their aliases, whose log is tags of the model. admin: also deletes."""
 
 
 class Right(IntEnum):
@@ -135,6 +135,8 @@ def right_for(method: str, path: str) -> Right | None:
     if method == "POST" and _LOGS.fullmatch(endpoint):
         return Right.LOG
     if method in ("POST", "PATCH") and _REGISTERS.fullmatch(endpoint):
+        return Right.REGISTER
+    if method == "DELETE" and endpoint == "mlflow/registered-models/delete-tag":
         return Right.REGISTER
     if method in ("PUT", "POST") and (upload := _UPLOADS.fullmatch(endpoint)):
         return _right_to_upload(upload["place"])

@@ -55,6 +55,8 @@ LEAST = {  # the least role that may make a request; None: nobody
     ("POST", f"{API}/registered-models/create"): "registrar",
     ("POST", f"{API}/registered-models/alias"): "registrar",
     ("POST", f"{API}/model-versions/set-tag"): "registrar",
+    ("DELETE", f"{API}/registered-models/delete-tag"): "registrar",
+    ("DELETE", f"{API}/model-versions/delete-tag"): "admin",
     ("POST", f"{API}/runs/delete"): "admin",
     ("POST", f"{API}/experiments/delete"): "admin",
     ("DELETE", f"{API}/registered-models/delete"): "admin",

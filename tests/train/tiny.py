@@ -1,6 +1,11 @@
 """Settings of a training small enough for a test: 8x8 digits, some thousand parameters."""
 
+import json
+from pathlib import Path
+
+from ddpm_pipeline.config.data import PackConfig
 from ddpm_pipeline.config.training import TrainConfig
+from ddpm_pipeline.data.packing.pack_dataset import pack
 
 
 def tiny(data: str, runs: str, /, **changes: object) -> TrainConfig:
@@ -33,3 +38,15 @@ def tiny(data: str, runs: str, /, **changes: object) -> TrainConfig:
         "grid": {"every_steps": 100, "count": 10, "sampler": {"kind": "ddim", "num_steps": 2}},
     }
     return TrainConfig.model_validate(settings | changes)
+
+
+def tiny_settings(folder: Path, **changes: object) -> Path:
+    """A settings file for `ddpm train` with such settings; packs the digits beside it, unless they are there."""
+    data, runs = folder / "data", folder / "runs"
+    if not data.exists():
+        pack(PackConfig(source="digits", dest=data.as_uri(), channels=1, shard_size=600), None)
+    runs.mkdir(exist_ok=True)
+    training = tiny(data.as_uri(), runs.as_uri(), **changes)
+    path = folder / f"{training.name}.json"
+    path.write_text(json.dumps({"train": training.model_dump(mode="json", exclude_unset=True)}))
+    return path
