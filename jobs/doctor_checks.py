@@ -28,7 +28,12 @@ from ddpm_pipeline.jobs.doctor_findings import Finding, refused
 from ddpm_pipeline.jobs.doctor_gpus import check_cluster_gpus, check_gpus
 from ddpm_pipeline.store import open_store
 from ddpm_pipeline.store.conditional_writes import heeds_conditions
-from ddpm_pipeline.tracking import require_server, server_version
+from ddpm_pipeline.tracking import (
+    artifact_location,
+    require_server,
+    server_version,
+    try_direct_artifacts,
+)
 
 MAX_SKEW_SECONDS = 60.0  # S3 refuses signatures 15 minutes off; charts and leases suffer long before
 MIN_FREE_BYTES = 2 * 2**30
@@ -132,6 +137,29 @@ def check_mlflow(environ: Environ = os.environ) -> Finding:
     return Finding("mlflow", True, f"{url} runs {server or 'an unknown version'}")
 
 
+def check_mlflow_artifacts(environ: Environ = os.environ, write: bool = False) -> Finding:
+    """Whether artifacts can be stored where this client would have to write them itself."""
+    name, url = "artifacts", environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
+    try:
+        location = artifact_location(url, TIMEOUT_SECONDS) if url else ""
+    except UserError:
+        return Finding(name, True, "not checked: MLflow does not answer")
+    if not location:
+        return Finding(name, True, "no experiment yet" if url else "no server to check")
+    place = urlsplit(location)
+    if place.scheme == "mlflow-artifacts":
+        return Finding(name, True, "through the server")
+    if place.scheme in ("", "file") and not _host(url).startswith(("127.", "localhost")):
+        remedy = "start the server with --serve-artifacts, and use a new experiment"
+        return Finding(name, False, f"{location} is a folder of each client's own machine", remedy)
+    if place.scheme == "s3":
+        try:
+            try_direct_artifacts(location, write)
+        except UserError as error:
+            return refused(name, error)
+    return Finding(name, True, f"clients store them themselves, at {location}")
+
+
 def check_mlflow_password(environ: Environ = os.environ) -> Finding:
     """MLflow's server has routes that run commands: it must require a password."""
     url = environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
@@ -227,6 +255,7 @@ def all_checks(write: bool = False) -> Iterator[Callable[[], Finding | list[Find
     yield check_credentials
     yield lambda: check_bucket(write=write)
     yield check_mlflow
+    yield lambda: check_mlflow_artifacts(write=write)
     yield check_mlflow_password
     yield check_ray_cluster
     yield check_ray_token

@@ -15,6 +15,7 @@ from ddpm_pipeline.tracking.connect import (
     tracking_client,
     tracking_uri,
 )
+from ddpm_pipeline.tracking.direct_artifacts import artifact_location, try_direct_artifacts
 from ddpm_pipeline.tracking.lineage import link_model, log_dataset, source_tags
 from ddpm_pipeline.tracking.model_metrics import MeasuredOn, log_model_metrics, tell_model_metrics
 from ddpm_pipeline.tracking.pinned_digests import Trusted, require_trusted, trust, trusted
@@ -24,6 +25,7 @@ from ddpm_pipeline.tracking.registry import (
     log_model,
     protected_model_sources,
     register,
+    require_registrable,
     resolve,
     set_alias,
     set_version_tags,
@@ -56,6 +58,7 @@ __all__ = [
     "SystemSampler",
     "TrackingError",
     "Trusted",
+    "artifact_location",
     "authorization",
     "close_stale_runs",
     "describe",
@@ -74,6 +77,7 @@ __all__ = [
     "register",
     "replay",
     "replay_all",
+    "require_registrable",
     "require_server",
     "require_trusted",
     "resolve",
@@ -90,5 +94,6 @@ __all__ = [
     "tracking_uri",
     "trust",
     "trusted",
+    "try_direct_artifacts",
     "versions",
 ]

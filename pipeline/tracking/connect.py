@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from ddpm_pipeline.errors import Outage, UserError
@@ -37,6 +37,10 @@ _CLIENT_ENVIRONMENT = {
 
 class TrackingError(Exception):
     """The tracking server was unreachable, or rejected a request, after work had started."""
+
+
+class ArtifactsDeniedError(UserError):
+    """The store of the server's artifacts, to which this process writes itself, refuses it."""
 
 
 def configure_client() -> None:
@@ -95,12 +99,18 @@ def server_version(uri: str, timeout_seconds: float = 5.0) -> str:
     return answer.text.strip()[:40] if answer.status_code == 200 else ""
 
 
-def _ask(uri: str, timeout_seconds: float) -> None:
-    _require_ok(uri, _get(f"{uri}/health", timeout_seconds).status_code, "/health")
+def experiments(uri: str, timeout_seconds: float) -> list[dict[str, Any]]:
+    """The experiment that changed last, if this user may see one. Raises UserError as `require_server` does."""
     answer = _get(f"{uri}/api/2.0/mlflow/experiments/search?max_results=1", timeout_seconds)
     _require_ok(uri, answer.status_code, "a search")
     if "json" not in answer.headers.get("Content-Type", ""):
         raise UserError(f"MLflow at {uri}: answers, but is no MLflow server; check MLFLOW_TRACKING_URI")
+    return answer.json().get("experiments", [])
+
+
+def _ask(uri: str, timeout_seconds: float) -> None:
+    _require_ok(uri, _get(f"{uri}/health", timeout_seconds).status_code, "/health")
+    experiments(uri, timeout_seconds)
 
 
 def _get(url: str, timeout_seconds: float) -> "requests.Response":
@@ -114,6 +124,10 @@ def _get(url: str, timeout_seconds: float) -> "requests.Response":
         raise UserError(
             f"MLflow at {server}: no trust in its certificate ({brief(error)}); "
             "set MLFLOW_TRACKING_SERVER_CERT_PATH to its CA"
+        ) from None
+    except requests.ReadTimeout:
+        raise Outage(
+            f"MLflow at {server}: no answer within {timeout_seconds:g} s, it is slow or hangs; look at the server's log"
         ) from None
     except requests.RequestException as error:
         if isinstance(error, ValueError):  # an invalid address
@@ -139,9 +153,11 @@ def tracking_client(uri: str | None = None) -> "MlflowClient":
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether a retry may help: the server is unreachable, overloaded or restarting."""
+    """Whether a retry may help: the server, or the store of its artifacts, is unreachable, overloaded or restarting."""
     import requests
 
+    if isinstance(error, Outage):
+        return True
     status = _status(error)
     if status is not None:
         return status in (408, 429) or status >= 500
@@ -149,8 +165,8 @@ def is_outage(error: BaseException) -> bool:
 
 
 def is_denied(error: BaseException) -> bool:
-    """Whether the server denies access (until somebody renews the credentials)."""
-    return _status(error) in (401, 403)
+    """Whether the server, or the store of its artifacts, denies access (until somebody renews the credentials)."""
+    return isinstance(error, ArtifactsDeniedError) or _status(error) in (401, 403)
 
 
 def retry_request(what: str, action: Callable[[], T], wait_seconds: float = 60.0) -> T:
@@ -161,9 +177,13 @@ def retry_request(what: str, action: Callable[[], T], wait_seconds: float = 60.0
     """
     try:
         return call_with_retries(action, is_outage, replace(REQUEST_POLICY, total_seconds=wait_seconds))
+    except Outage as error:
+        raise TrackingError(f"{what}: {error}") from error
+    except UserError:
+        raise
     except Exception as error:
         if is_denied(error):
-            raise UserError(f"{what}: MLflow refuses it ({brief(error)}); check MLFLOW_TRACKING_*") from error
+            raise UserError(f"{what}: {_denial(error)}") from error
         if is_outage(error):
             raise TrackingError(
                 f"{what}: MLflow stayed away for {wait_seconds:.0f} s ({brief(error)})"
@@ -209,6 +229,19 @@ def authorization(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
     token = environ.get("MLFLOW_TRACKING_TOKEN")
     return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _denial(error: BaseException) -> str:
+    """Who is refused what, and the remedy: another password, or a right that only the server's administrator gives."""
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    whom = f" to user {user!r}" if "Basic" in authorization().get("Authorization", "") else ""
+    remedy = (
+        "ask the server's administrator for the right to do this, or be another user by MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD"
+        if _status(error) == 403
+        else "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
+    )
+    return f"MLflow refuses it{whom} ({brief(error)}); {remedy}"
 
 
 def _status(error: BaseException) -> int | None:

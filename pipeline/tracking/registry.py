@@ -19,6 +19,7 @@ from ddpm_pipeline.errors import DamageError, UserError
 from ddpm_pipeline.telemetry.redaction import redact
 from ddpm_pipeline.tracking.alias_log import LoggedAlias
 from ddpm_pipeline.tracking.connect import (
+    is_denied,
     long_transfers,
     require_server,
     retry_request,
@@ -26,6 +27,7 @@ from ddpm_pipeline.tracking.connect import (
     tracking_client,
     tracking_uri,
 )
+from ddpm_pipeline.tracking.direct_artifacts import direct_artifacts
 from ddpm_pipeline.tracking.model_packaging import MODEL_FOLDER, package
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ CARD_TAG = "card_sha256"
 CHECKPOINT_TAG = "ddpm.checkpoint_uri"
 IDENTITY_TAG = "identity"
 """Digest of the training that a version came from, if the caller passes it."""
+LAST_TRAINING_TAG = "ddpm.last_training"
+"""Of a registered model: identity of the training that was started last."""
 _REFERENCE = re.compile(r"^(?:models:/)?(?P<name>[^@/:]+)(?:@(?P<alias>[\w\-]+)|/(?P<version>\d+))$")
 _UPLOAD_RETRY_SECONDS = 300.0
 _LOGGED_MODEL = "models:/"
@@ -66,6 +70,19 @@ class ModelVersion:
     def reference(self) -> str:
         """`name/version`, which `resolve` accepts and which never changes its meaning."""
         return f"{self.name}/{self.version}"
+
+
+def require_registrable(name: str, identity: str, uri: str | None = None) -> None:
+    """Make sure, before work starts, that this user may register versions of `name`: make the model if it is missing,
+    and note on it which training was started last. UserError where MLflow refuses either.
+    """
+    client = tracking_client(uri)
+
+    def attempt() -> None:
+        _make_registered_model(client, name)
+        client.set_registered_model_tag(name, LAST_TRAINING_TAG, identity)
+
+    retry_request(f"registering versions of model {name!r}", attempt)
 
 
 def register(
@@ -109,10 +126,7 @@ def register(
         # MLflow has no conditional create: a caller that finds a lower version deletes its own.
         first = _registered(client, name, training, sha256) or created
         if int(first.version) < int(created.version):
-            log.warning(
-                "%s/%s: registered at the same time as %s; deleted", name, created.version, first.version
-            )
-            client.delete_model_version(name, str(created.version))
+            _delete_twin(client, created, first)
         return _view(client, first)
 
     return retry_request(f"registering {name}", attempt, _UPLOAD_RETRY_SECONDS)
@@ -147,7 +161,8 @@ def log_model(
         )
         with tempfile.TemporaryDirectory() as folder, long_transfers():
             package(directory, Path(folder) / "package", str(created.model_id), run_id)
-            client.log_model_artifacts(created.model_id, str(Path(folder) / "package"))
+            with direct_artifacts(lambda: str(created.artifact_location)):
+                client.log_model_artifacts(created.model_id, str(Path(folder) / "package"))
         client.finalize_logged_model(created.model_id, "READY")
         _show_on_run(client, run_id, str(created.model_id), step)
         return str(created.model_id)
@@ -303,6 +318,18 @@ def _make_registered_model(client: "MlflowClient", name: str) -> None:
             raise
 
 
+def _delete_twin(client: "MlflowClient", twin: "MlflowVersion", first: "MlflowVersion") -> None:
+    """Delete a version of which there is a lower one; a user who may not delete leaves it, and says so."""
+    done = "deleted"
+    try:
+        client.delete_model_version(twin.name, str(twin.version))
+    except Exception as error:
+        if not is_denied(error):
+            raise
+        done = "stays, since this user may not delete it"
+    log.warning("%s/%s: registered at the same time as %s; %s", twin.name, twin.version, first.version, done)
+
+
 def _registered(
     client: "MlflowClient", name: str, training: tuple[str, str | None], sha256: str
 ) -> "MlflowVersion | None":
@@ -324,9 +351,10 @@ def _fetch(client: "MlflowClient", version: ModelVersion, name: str, folder: Pat
     def fetch() -> str:
         source = client.get_model_version_download_uri(version.name, str(version.version))
         place = f"{source}/artifacts/{MODEL_FOLDER}/{name}"
-        return download_artifacts(
-            artifact_uri=place, dst_path=str(folder / "raw"), tracking_uri=address, registry_uri=address
-        )
+        with direct_artifacts(lambda: place):
+            return download_artifacts(
+                artifact_uri=place, dst_path=str(folder / "raw"), tracking_uri=address, registry_uri=address
+            )
 
     try:
         downloaded = retry_request(f"downloading {version.reference}", fetch, _UPLOAD_RETRY_SECONDS)

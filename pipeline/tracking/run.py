@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.telemetry.redaction import redact
 from ddpm_pipeline.tracking.connect import (
+    ArtifactsDeniedError,
     TrackingError,
     require_server,
     retry_request,
@@ -20,6 +21,7 @@ from ddpm_pipeline.tracking.connect import (
     tracking_client,
     tracking_uri,
 )
+from ddpm_pipeline.tracking.direct_artifacts import direct_artifacts
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -101,10 +103,14 @@ def open_run(
         else:
             made = _resume(client, found, all_tags)
         _log_missing_params(client, made, params)
-        put_text(client, made.info.run_id, CONFIG_PATH, redact(config_yaml))
+        try:
+            put_text(client, made.info.run_id, CONFIG_PATH, redact(config_yaml))
+        except ArtifactsDeniedError as error:  # nothing of this run can be stored, so no job will ever end it
+            finish(made.info.run_id, "FAILED", str(error), uri=address)
+            raise
         return _view(made, address, key, status="RUNNING", resumed=found is not None)
 
-    return retry_request(f"opening run {name}", attempt)
+    return retry_request(f"opening run {name} in experiment {experiment!r}", attempt)
 
 
 @retry_requests("looking for a run")
@@ -191,7 +197,8 @@ def put_text(client: "MlflowClient", run_id: str, path: str, text: str) -> None:
         local = Path(folder) / Path(path).name
         local.write_text(text, encoding="utf-8")
         parent = str(Path(path).parent)
-        client.log_artifact(run_id, str(local), None if parent == "." else parent)
+        with direct_artifacts(lambda: str(client.get_run(run_id).info.artifact_uri)):
+            client.log_artifact(run_id, str(local), None if parent == "." else parent)
 
 
 def run_url(address: str, experiment_id: str, run_id: str) -> str:

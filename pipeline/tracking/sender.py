@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from ddpm_pipeline.private_files import read_private
 from ddpm_pipeline.telemetry.redaction import redact
 from ddpm_pipeline.tracking.connect import is_denied, is_outage
+from ddpm_pipeline.tracking.direct_artifacts import direct_artifacts
 from ddpm_pipeline.tracking.journal import Journal, JournalEntry
 from ddpm_pipeline.tracking.run import HEARTBEAT_TAG, reopen_if_closed_as_stale
 from ddpm_pipeline.tracking.spool_records import ArtifactRecord, ImageRecord, PointRecord, Record, TagsRecord
@@ -200,7 +201,9 @@ class Sender:
 
     def _known_images(self) -> set[tuple[str, int]]:
         if self._images is None:
-            found = (_IMAGE_NAME.search(f.path) for f in self._client.list_artifacts(self._run_id, "images"))
+            with direct_artifacts(self._place):
+                listed = self._client.list_artifacts(self._run_id, "images")
+            found = (_IMAGE_NAME.search(file.path) for file in listed)
             self._images = {(m["key"], int(m["step"])) for m in found if m and "+compressed" not in m[0]}
         return self._images
 
@@ -209,7 +212,11 @@ class Sender:
             for name, data in files.items():
                 local = Path(folder) / name
                 local.write_bytes(data)
-                self._client.log_artifact(self._run_id, str(local), None if parent == "." else parent)
+                with direct_artifacts(self._place):
+                    self._client.log_artifact(self._run_id, str(local), None if parent == "." else parent)
+
+    def _place(self) -> str:
+        return str(self._client.get_run(self._run_id).info.artifact_uri)
 
 
 def _next_batch(entries: list[JournalEntry]) -> list[JournalEntry]:

@@ -200,12 +200,18 @@ class Spool:
                 self._next_heartbeat = time.monotonic() + self._heartbeat
         except Exception as error:
             if is_outage(error) or is_denied(error):
-                state = "denies access" if is_denied(error) else "is unreachable"
-                log.warning("run %s: MLflow %s; points stay in %s", self.run_id, state, self.directory)
+                log.warning("run %s: %s; points stay in %s", self.run_id, _state(error), self.directory)
             else:
                 log.exception("run %s: delivery failed; points stay in %s", self.run_id, self.directory)
             return False
         return True
+
+
+def _state(error: Exception) -> str:
+    """Of what takes the points, or the artifacts beside them, and did not."""
+    if isinstance(error, UserError):
+        return str(error)
+    return "MLflow denies access" if is_denied(error) else f"MLflow is unreachable ({brief(error)})"
 
 
 def spool_folder() -> Path:

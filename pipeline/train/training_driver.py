@@ -32,6 +32,7 @@ from ddpm_pipeline.tracking import (
     open_run,
     protected_model_sources,
     register,
+    require_registrable,
     require_server,
     resolve,
     set_alias,
@@ -162,6 +163,7 @@ class TrainingDriver:
 
     def _open_run(self, plan: TrainPlan, key: str) -> Run:
         config = plan.config
+        require_registrable(config.name, plan.identity)
         run = open_run(
             config.track.experiment,
             config.name,

@@ -13,6 +13,7 @@ GIVEN = {
     "HTTPS_PROXY": "http://proxy.example:3128",
     "no_proxy": "localhost",
     "GLOO_SOCKET_IFNAME": "eth1",
+    "MLFLOW_S3_ENDPOINT_URL": "http://artifacts.example",
     "NCCL_SOCKET_IFNAME": "eth1",
     "DDPM_CLUSTER_GROWS": "1",
     "DDPM_START_WAIT_SECONDS": "5",

@@ -7,6 +7,8 @@ from types import SimpleNamespace as Made
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from ddpm_pipeline.tracking import register, registry
 
@@ -91,6 +93,23 @@ def test_of_registrations_at_once_all_return_the_lowest_version_and_it_is_the_on
         one.join()
     assert got == [1] * at_once
     assert list(server.versions) == [1]
+
+
+def test_a_user_who_may_not_delete_the_higher_version_gets_the_lower_one_all_the_same(
+    server: Registry, export: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(name: str, version: str) -> None:
+        raise MlflowException("not yours", PERMISSION_DENIED)
+
+    def another_comes_first() -> None:
+        server.before_create = lambda: None
+        register("unet", export, RUN, {"identity": "abc"})
+
+    monkeypatch.setattr(server, "delete_model_version", refuse)
+    server.before_create = another_comes_first
+    assert register("unet", export, RUN, {"identity": "abc"}).version == 1
+    assert list(server.versions) == [1, 2]
+    assert "unet/2: registered at the same time as 1; stays, since this user may not delete it" in caplog.text
 
 
 def test_two_runs_of_one_training_share_a_version(server: Registry, export: Path) -> None:

@@ -12,15 +12,12 @@ import pytest
 import torch
 
 from ddpm_pipeline import __version__
-from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
-from ddpm_pipeline.config.model_card import ImageShape, ModelCard
-from ddpm_pipeline.config.net import UNetConfig
+from ddpm_pipeline.config.diffusion import SamplerConfig
 from ddpm_pipeline.diffusion.image_scaling import to_uint8
 from ddpm_pipeline.diffusion.samplers import sample
 from ddpm_pipeline.diffusion.schedule import NoiseSchedule
 from ddpm_pipeline.errors import DamageError, UserError
-from ddpm_pipeline.nets.model_files import load_model, save_model
-from ddpm_pipeline.nets.unet import UNet
+from ddpm_pipeline.nets.model_files import load_model
 from ddpm_pipeline.tracking import (
     MeasuredOn,
     Run,
@@ -39,6 +36,7 @@ from ddpm_pipeline.tracking import (
 from ddpm_pipeline.tracking.registry import file_sha256
 from tests.effort import long
 from tests.relay import Relay
+from tests.track.exported_model import exported
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,33 +51,10 @@ def name() -> str:
     return f"m-{uuid.uuid4().hex[:12]}"
 
 
-def _export(folder: Path, seed: int = 0) -> Path:
-    """A small class-conditional network as training exports it."""
-    torch.manual_seed(seed)
-    net = UNetConfig(
-        image_size=8,
-        in_channels=1,
-        out_channels=1,
-        base_channels=8,
-        multipliers=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(),
-        mid_attention=False,
-        norm_groups=4,
-        num_classes=10,
-    )
-    card = ModelCard(
-        net=net, schedule=ScheduleConfig(), objective=ObjectiveConfig(), image=ImageShape(channels=1, size=8)
-    )
-    weights = {name: torch.randn_like(value) * 0.05 for name, value in UNet(net).state_dict().items()}
-    save_model(folder, weights, card)
-    return folder
-
-
 def test_what_was_registered_comes_back_byte_for_byte(
     server: str, name: str, new_run: NewRun, tmp_path: Path
 ) -> None:
-    run, source = new_run(), _export(tmp_path / "export")
+    run, source = new_run(), exported(tmp_path / "export")
     version = register(name, source, run.run_id, {"step": "12000"}, "the first", uri=server)
     assert (version.name, version.version, version.run_id) == (name, 1, run.run_id)
     assert version.sha256 == version.tags["sha256"] == file_sha256(source / "model.safetensors")
@@ -94,10 +69,10 @@ def test_what_was_registered_comes_back_byte_for_byte(
 def test_the_same_weights_of_the_same_run_are_one_version(
     server: str, client: "MlflowClient", name: str, new_run: NewRun, tmp_path: Path
 ) -> None:
-    run, source = new_run(), _export(tmp_path / "a")
+    run, source = new_run(), exported(tmp_path / "a")
     first = register(name, source, run.run_id, {}, logged_name="unet-ema-0012000", uri=server)
     assert register(name, source, run.run_id, {}, logged_name="unet-ema-0012000", uri=server) == first
-    second = register(name, _export(tmp_path / "b", seed=1), run.run_id, {}, uri=server)
+    second = register(name, exported(tmp_path / "b", seed=1), run.run_id, {}, uri=server)
     third = register(name, source, new_run("another").run_id, {}, uri=server)
     assert [v.version for v in versions(name, uri=server)] == [1, 2, 3]
     assert (second.version, third.version) == (2, 3)
@@ -112,7 +87,7 @@ def test_the_same_weights_of_the_same_run_are_one_version(
 def test_a_crash_between_upload_and_registration_uploads_nothing_twice(
     server: str, client: "MlflowClient", name: str, new_run: NewRun, tmp_path: Path
 ) -> None:
-    run, source = new_run(), _export(tmp_path / "a")
+    run, source = new_run(), exported(tmp_path / "a")
     version = register(name, source, run.run_id, {}, uri=server)
     client.delete_model_version(name, str(version.version))
     again = register(name, source, run.run_id, {}, uri=server)
@@ -124,7 +99,7 @@ def test_a_crash_between_upload_and_registration_uploads_nothing_twice(
 def test_a_registration_outlasts_an_outage_and_makes_one_version(
     mode: str, relay: Relay, server: str, name: str, new_run: NewRun, tmp_path: Path
 ) -> None:
-    run, source = new_run(), _export(tmp_path / "a")
+    run, source = new_run(), exported(tmp_path / "a")
     relay.switch(mode)  # type: ignore[arg-type]
     back = threading.Timer(1.5, relay.switch, ["open"])
     back.start()
@@ -137,8 +112,8 @@ def test_a_reference_may_be_an_alias_a_number_or_mlflows_own_spelling(
     server: str, name: str, new_run: NewRun, tmp_path: Path
 ) -> None:
     run = new_run()
-    register(name, _export(tmp_path / "a"), run.run_id, {}, uri=server)
-    register(name, _export(tmp_path / "b", seed=1), run.run_id, {}, uri=server)
+    register(name, exported(tmp_path / "a"), run.run_id, {}, uri=server)
+    register(name, exported(tmp_path / "b", seed=1), run.run_id, {}, uri=server)
     set_alias(name, "champion", 2, uri=server)
     for reference in (f"{name}@champion", f"{name}/2", f"models:/{name}@champion", f"models:/{name}/2"):
         found = resolve(reference, uri=server)
@@ -152,7 +127,7 @@ def test_a_reference_may_be_an_alias_a_number_or_mlflows_own_spelling(
 def test_a_reference_to_nothing_names_what_exists(
     server: str, name: str, new_run: NewRun, tmp_path: Path
 ) -> None:
-    register(name, _export(tmp_path / "a"), new_run().run_id, {}, uri=server)
+    register(name, exported(tmp_path / "a"), new_run().run_id, {}, uri=server)
     set_alias(name, "champion", 1, uri=server)
     refusals = {
         f"{name}@challenger": rf"alias 'challenger': not set; {name} has champion -> 1, versions 1",
@@ -170,7 +145,7 @@ def test_a_reference_to_nothing_names_what_exists(
 def test_tampered_weights_are_refused_and_not_left_behind(
     server: str, client: "MlflowClient", name: str, new_run: NewRun, tmp_path: Path
 ) -> None:
-    version = register(name, _export(tmp_path / "a"), new_run().run_id, {}, uri=server)
+    version = register(name, exported(tmp_path / "a"), new_run().run_id, {}, uri=server)
     forged = tmp_path / "forged" / "model.safetensors"
     forged.parent.mkdir()
     data = bytearray((tmp_path / "a" / "model.safetensors").read_bytes())
@@ -191,7 +166,7 @@ def test_a_card_that_was_changed_is_refused_and_one_without_a_recorded_hash_is_t
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    version = register(name, _export(tmp_path / "a"), new_run().run_id, {}, uri=server)
+    version = register(name, exported(tmp_path / "a"), new_run().run_id, {}, uri=server)
     assert version.tags["card_sha256"] == file_sha256(tmp_path / "a" / "model.json")
     download(version, tmp_path / "sound", uri=server)
     assert caplog.text == ""
@@ -211,7 +186,7 @@ def test_a_card_that_was_changed_is_refused_and_one_without_a_recorded_hash_is_t
 def test_a_download_keeps_what_is_right_and_replaces_what_is_not(
     server: str, name: str, new_run: NewRun, tmp_path: Path
 ) -> None:
-    version = register(name, _export(tmp_path / "a"), new_run().run_id, {}, uri=server)
+    version = register(name, exported(tmp_path / "a"), new_run().run_id, {}, uri=server)
     folder = download(version, tmp_path / "download", uri=server)
     weights = folder / "model.safetensors"
     before = weights.stat().st_mtime_ns
@@ -248,7 +223,7 @@ def test_everything_a_version_needs_is_protected(
 ) -> None:
     checkpoint = "s3://ddpm/runs/x/checkpoints/0012000"
     version = register(
-        name, _export(tmp_path / "a"), new_run().run_id, {}, checkpoint_uri=checkpoint, uri=server
+        name, exported(tmp_path / "a"), new_run().run_id, {}, checkpoint_uri=checkpoint, uri=server
     )
     places = protected_model_sources(uri=server)
     assert {version.source, checkpoint} <= places
@@ -259,7 +234,7 @@ def test_a_run_leads_to_the_model_it_used(
     server: str, client: "MlflowClient", name: str, new_run: NewRun, tmp_path: Path
 ) -> None:
     training, generation = new_run("training"), new_run("generation")
-    version = register(name, _export(tmp_path / "a"), training.run_id, {}, uri=server)
+    version = register(name, exported(tmp_path / "a"), training.run_id, {}, uri=server)
     link_model(generation.run_id, version, uri=server)
     seen = client.get_run(generation.run_id)
     assert seen.data.tags["ddpm.model"] == f"{name}/1"
@@ -279,7 +254,7 @@ def test_the_package_holds_no_pickle_no_path_of_this_machine_and_no_secret(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "zebra-crossing-secret")
     tags = {"note": "zebra-crossing-secret"}
     version = register(
-        name, _export(tmp_path / "a"), new_run().run_id, tags, "zebra-crossing-secret", uri=server
+        name, exported(tmp_path / "a"), new_run().run_id, tags, "zebra-crossing-secret", uri=server
     )
     assert "zebra" not in repr(version)
     from mlflow.artifacts import download_artifacts
@@ -307,7 +282,7 @@ def test_the_package_holds_no_pickle_no_path_of_this_machine_and_no_secret(
 def test_mlflow_itself_can_load_the_model_and_draw_the_same_images(
     server: str, name: str, new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = register(name, _export(tmp_path / "a"), new_run().run_id, {}, uri=server)
+    version = register(name, exported(tmp_path / "a"), new_run().run_id, {}, uri=server)
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
     import pandas as pd
@@ -350,7 +325,7 @@ def test_a_model_shows_what_was_measured_of_it_and_on_what(
     server: str, name: str, new_run: NewRun, client: "MlflowClient", tmp_path: Path
 ) -> None:
     run = new_run()
-    version = register(name, _export(tmp_path / "a"), run.run_id, {}, uri=server)
+    version = register(name, exported(tmp_path / "a"), run.run_id, {}, uri=server)
     assert version.model_id is not None
     for step, loss in ((4, 0.5), (8, 0.25), (12, 0.125)):
         client.log_metric(run.run_id, "eval/loss", loss, timestamp=1000 + step, step=step)
