@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,18 +129,19 @@ class Sender:
         if isinstance(records[0], (ImageRecord, ArtifactRecord)):
             self._send_file(records[0])
         else:
-            self._send_points(record for record in records if isinstance(record, PointRecord))
+            self._send_points([record for record in records if isinstance(record, PointRecord)])
             self._send_tags(record for record in records if isinstance(record, TagsRecord))
 
-    def _send_points(self, records: Iterable[PointRecord]) -> None:
+    def _send_points(self, records: Sequence[PointRecord]) -> None:
         from mlflow.entities import Metric
 
+        self._fetch_steps({name for record in records for name in record.m})
         new: list[Metric] = []
         taken: set[tuple[str, int]] = set()
         for record in records:
             for name, value in record.m.items():
                 point = (name, record.s)
-                if point not in taken and point[1] not in self._known_steps(name):
+                if point not in taken and record.s not in self._steps[name]:
                     taken.add(point)
                     new.append(Metric(name, value, record.t, record.s))
         for start in range(0, len(new), MAX_POINTS):
@@ -156,12 +157,16 @@ class Sender:
         if tags:
             self._client.log_batch(self._run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
-    def _known_steps(self, name: str) -> set[int]:
-        """Steps of this metric that the run has; fetched once, then cached (some 60 bytes per point)."""
-        if name not in self._steps:
-            history = self._client.get_metric_history(self._run_id, name)
+    def _fetch_steps(self, names: Set[str]) -> None:
+        """The steps that the run has of these metrics: fetched once, then cached (some 60 bytes per point).
+
+        The run itself says which metrics have any: a new run takes one request, and not one for each metric.
+        """
+        unknown = sorted(names - self._steps.keys())
+        logged = self._client.get_run(self._run_id).data.metrics if unknown else {}
+        for name in unknown:
+            history = self._client.get_metric_history(self._run_id, name) if name in logged else ()
             self._steps[name] = {point.step for point in history}
-        return self._steps[name]
 
     def _send_file(self, record: ImageRecord | ArtifactRecord) -> None:
         local = self._journal.files / record.f

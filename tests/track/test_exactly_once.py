@@ -23,8 +23,10 @@ class _Server:
         self.points: list[tuple[str, int, int, float]] = []
         self.tags: dict[str, str] = {}
         self.faults: list[str] = []
+        self.requests: list[str] = []
 
-    def _faulty(self, action: Callable[[], Any]) -> Any:
+    def _faulty(self, request: str, action: Callable[[], Any]) -> Any:
+        self.requests.append(request)
         fault = self.faults.pop() if self.faults else "none"
         if fault == "before":
             raise ConnectionError("lost the request")
@@ -33,14 +35,23 @@ class _Server:
             raise ConnectionError("lost the answer")
         return result
 
+    def get_run(self, run_id: str) -> SimpleNamespace:
+        metrics = {name: value for name, _, _, value in self.points}
+        run = SimpleNamespace(
+            info=SimpleNamespace(lifecycle_stage="active"), data=SimpleNamespace(metrics=metrics)
+        )
+        return self._faulty("get_run", lambda: run)
+
     def get_metric_history(self, run_id: str, name: str) -> list[SimpleNamespace]:
         found = [SimpleNamespace(step=p[2]) for p in self.points if p[0] == name]
-        return self._faulty(lambda: found)
+        return self._faulty("get_metric_history", lambda: found)
 
     def log_batch(self, run_id: str, metrics: Sequence[Any] = (), tags: Sequence[Any] = ()) -> None:
         self.tags |= {tag.key: tag.value for tag in tags}
         new = [(m.key, m.timestamp, m.step, m.value) for m in metrics]
-        self._faulty(lambda: self.points.extend(p for p in dict.fromkeys(new) if p not in self.points))
+        self._faulty(
+            "log_batch", lambda: self.points.extend(p for p in dict.fromkeys(new) if p not in self.points)
+        )
 
 
 class _Choosy(_Server):
@@ -48,9 +59,6 @@ class _Choosy(_Server):
 
     def log_artifact(self, run_id: str, local: str, folder: str | None) -> None:
         raise ValueError("no artifacts here")
-
-    def get_run(self, run_id: str) -> SimpleNamespace:
-        return SimpleNamespace(info=SimpleNamespace(lifecycle_stage="active"))
 
 
 class _Process:
@@ -97,6 +105,17 @@ def test_every_step_arrives_once_with_its_first_value(story: list[tuple[str, Any
         process.deliver()
         assert process.journal.undelivered() == 0
     assert sorted((step, value) for _, _, step, value in server.points) == sorted(first.items())
+
+
+def test_a_new_run_is_asked_once_for_what_it_has_of_all_metrics(tmp_path: Path) -> None:
+    server = _Server()
+    process = _Process(tmp_path, server)
+    process.journal.append({"t": 1, "s": 1, "m": {f"m{i}": float(i) for i in range(30)}})
+    process.deliver()
+    process.journal.append({"t": 2, "s": 2, "m": {f"m{i}": float(i) for i in range(30)}})
+    process.deliver()
+    assert server.requests == ["get_run", "log_batch", "log_batch"]
+    assert len(server.points) == 60
 
 
 def test_a_lost_answer_is_asked_about_before_more_is_sent(tmp_path: Path) -> None:
