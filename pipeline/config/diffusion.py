@@ -141,6 +141,17 @@ class ObjectiveConfig(Settings):
         return self
 
 
+class TimestepsConfig(Settings):
+    """Which timesteps a training draws."""
+
+    importance: bool = False
+    """Each as often as its weight in the objective says; the errors then count alike. The expected gradient is that of
+    equally likely timesteps, and varies less."""
+    stratified: bool = False
+    """The timesteps of a step lie evenly over the schedule, moved by one random number (Kingma et al. 2021, appendix
+    I), so the gradient varies less. They depend on global_batch then."""
+
+
 class SamplerConfig(WithPlugin):
     """How noise becomes an image: the reverse process."""
 
@@ -257,6 +268,11 @@ def check_together(
         raise UserError(
             'objective.target "eps" says nothing about the image once schedule.zero_terminal_snr leaves x_T '
             'without signal; use target "v" or "x0"'
+        )
+    if schedule.zero_terminal_snr and objective.weighting == "min-snr":
+        raise UserError(
+            'objective.weighting "min-snr" gives no weight to the pure noise that sampling begins with under '
+            'schedule.zero_terminal_snr; use weighting "uniform"'
         )
     if net is not None:
         _check_net(net, objective, sampler)

@@ -37,6 +37,8 @@ class DistillConfig(TrainingSettings):
     def _consistent(self) -> Self:
         if (self.data is None) == (self.pairs is None):
             raise ValueError("name the images to learn with: data, or pairs, and not both")
+        if self.timesteps.importance:
+            raise ValueError("timesteps.importance: all levels of a student have one weight; leave it out")
         if self.sampler.draws_noise:
             raise ValueError(
                 f'sampler of kind "{self.sampler.kind}" draws noise, so one noise has many images; use '

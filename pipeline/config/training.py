@@ -10,7 +10,7 @@ from ddpm_pipeline.config.base import Settings, refuse_idle
 from ddpm_pipeline.config.bounds import NodeLabels
 from ddpm_pipeline.config.data import DataConfig
 from ddpm_pipeline.config.device_kind import Matmul
-from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig
+from ddpm_pipeline.config.diffusion import ObjectiveConfig, SamplerConfig, ScheduleConfig, TimestepsConfig
 from ddpm_pipeline.config.distillation import DistillationConfig
 from ddpm_pipeline.config.evaluation import GateConfig
 from ddpm_pipeline.config.net import Net
@@ -189,6 +189,7 @@ class TrainingSettings(Settings):
     """Optimiser steps."""
     global_batch: int = Field(default=128, ge=1)
     """Samples a step, over all workers. Does not change with their number."""
+    timesteps: TimestepsConfig = TimestepsConfig()
     seed: int = Field(default=0, ge=0)
     """Names the initial weights, the order of the samples, timesteps, noise, flips and dropout."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -282,6 +283,21 @@ class TrainConfig(TrainingSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _draws_by_weights_that_differ(self) -> Self:
+        if not self.timesteps.importance:
+            return self
+        if self.objective.weighting == "uniform":
+            raise ValueError(
+                "timesteps.importance needs weights that differ; set objective.weighting=min-snr, or leave it out"
+            )
+        if self.objective.variance == "learned":
+            raise ValueError(
+                "timesteps.importance would hardly ever draw some timesteps, and a learned variance needs all; "
+                "leave it out"
+            )
+        return self
+
     def reading(self) -> DataConfig:
         """How a worker reads: `data`, with a number of loader processes."""
         if self.data.num_workers is not None:
@@ -309,6 +325,8 @@ class TrainConfig(TrainingSettings):
                 del fields["steps"]
         if self.matmul == "ieee":
             del fields["matmul"]  # trainings had names before there was the setting
+        if self.timesteps == TimestepsConfig():
+            del fields["timesteps"]  # likewise
         if self.workers.reduce_dtype != "float32":
             fields["reduce_dtype"] = self.workers.reduce_dtype
         return fields

@@ -10,7 +10,7 @@ import math
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,8 @@ from ddpm_pipeline.config.training import TrainConfig
 from ddpm_pipeline.data.reading.loader import Batch
 from ddpm_pipeline.diffusion import LossTerms, NoiseSchedule, from_uint8, training_loss
 from ddpm_pipeline.diffusion.consistency import Teacher
-from ddpm_pipeline.diffusion.noise import Stream, normal, randint, uniform
+from ddpm_pipeline.diffusion.noise import Stream, normal, uniform
+from ddpm_pipeline.diffusion.timestep_draw import TimestepDraw
 from ddpm_pipeline.errors import JobError
 from ddpm_pipeline.nets import DropoutKeys
 from ddpm_pipeline.train.captured_gradients import CapturedGradients
@@ -56,6 +57,12 @@ class Trainer:
     """Of a student; None for a training from images."""
     captured: CapturedGradients | None = None
     """Replays the forward and backward passes as a CUDA graph; None where they are launched kernel by kernel."""
+
+    @cached_property
+    def timesteps(self) -> TimestepDraw:
+        """How each position's timestep is drawn."""
+        config = self.config
+        return TimestepDraw.of(self.schedule, config.objective, config.timesteps, config.global_batch)
 
     def split(self, batch: Batch) -> list[Batch]:
         """This worker's share in micro-batches."""
@@ -205,7 +212,7 @@ def chunk_loss(trainer: Trainer, batch: Batch) -> tuple[LossTerms, Tensor]:
     positions = batch.positions.to(trainer.device)
     x0 = from_uint8(batch.images.to(trainer.device))  # 1. clean images, [-1, 1]
     x0 = x0.contiguous(memory_format=torch.channels_last)
-    t = randint(seed, Stream.TRAIN_TIMESTEP, positions, trainer.schedule.T)  # 2. a timestep each
+    t = trainer.timesteps.draw(seed, positions)  # 2. a timestep each
     noise = normal(seed, Stream.TRAIN_NOISE, positions, tuple(x0.shape[1:]))  # 3. Gaussian noise
     labels = _labels(config, batch, positions)
     dropout = DropoutKeys(seed, positions) if config.net.dropout else None
@@ -215,6 +222,7 @@ def chunk_loss(trainer: Trainer, batch: Batch) -> tuple[LossTerms, Tensor]:
             terms = training_loss(
                 trainer.schedule, config.objective, trainer.network, x0, t, noise, labels, dropout=dropout
             )
+            terms = trainer.timesteps.weigh(terms)
         else:
             terms = distillation_loss(
                 config,

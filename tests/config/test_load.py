@@ -111,6 +111,9 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert "global_batch 1 is less than workers.num_workers 2" in refusal("global_batch=1")
     assert "multiple of log_every_steps" in refusal("checkpoint.every_steps=75")
     assert "label_drop" in refusal("label_drop=0")
+    assert "needs weights that differ" in refusal("objective.weighting=uniform", "timesteps.importance=true")
+    learned = ("objective.weighting=min-snr", "objective.variance=learned", "net.out_channels=2")
+    assert "a learned variance needs all" in refusal(*learned, "timesteps.importance=true")
 
 
 def test_the_number_of_workers_is_one_number_or_the_fewest_and_the_most() -> None:

@@ -288,6 +288,7 @@ def test_objective_settings_without_effect_are_refused(settings: dict, field: st
     ("schedule", "objective", "sampler", "field"),
     [
         ({"zero_terminal_snr": True}, {}, {}, "objective.target"),
+        ({"zero_terminal_snr": True}, {"target": "v", "weighting": "min-snr"}, {}, "objective.weighting"),
         ({}, {}, {"num_steps": 1001}, "sampler.num_steps"),
         ({}, {}, {"num_steps": 2, "timesteps": [1000, 3]}, "sampler.timesteps"),
         ({}, {}, {"variance": "learned"}, "sampler.variance"),

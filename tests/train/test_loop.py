@@ -80,6 +80,26 @@ def test_shares_of_any_number_of_workers_average_to_the_gradient_of_the_whole_ba
     assert total == pytest.approx(float(torch.stack(window._losses).sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("stratified", [False, True])
+@pytest.mark.parametrize("importance", [False, True])
+def test_timesteps_do_not_depend_on_how_a_batch_is_cut_up(
+    digits: str, runs: str, stratified: bool, importance: bool
+) -> None:
+    config = tiny(
+        digits,
+        runs,
+        objective={"target": "v", "weighting": "min-snr"},
+        timesteps={"importance": importance, "stratified": stratified},
+    )
+    trainer, _ = trainer_of(config)
+    (batch,) = Loader(config.data, load_index(digits), 0, 14).batches(2, 3)
+    whole, t = chunk_loss(trainer, batch)
+    drawn = [chunk_loss(trainer, piece)[1] for piece in micro_batches(batch, 4)]
+    assert torch.equal(torch.cat(drawn), t)
+    alike = trainer.timesteps.mean_weight * whole.squared_error
+    assert torch.equal(whole.per_sample, alike) == importance
+
+
 def test_accumulating_micro_batches_gives_the_same_gradient(digits: str, runs: str) -> None:
     config = tiny(digits, runs, optimizer={"clip_norm": None})
     cut = config.model_copy(update={"workers": config.workers.model_copy(update={"micro_batch": 4})})
