@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import requests
     from mlflow import MlflowClient
 
+_REFUSED = re.compile(
+    r"API request to endpoint (\S+) failed with error code (\d+) != 200\. Response body: '(.*)'"
+)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -277,6 +281,7 @@ def _verify() -> bool | str:
 def brief(error: BaseException) -> str:
     """The innermost reason of a failed call, briefly, without addresses of Python objects."""
     text = redact(str(error)).splitlines()[0] if str(error) else type(error).__name__
+    text = _REFUSED.sub(r"\2 \3 for \1", text)
     for reason in ("Connection refused", "timed out", "Name or service not known", "Connection reset"):
         if reason.lower() in text.lower():
             return reason.lower()

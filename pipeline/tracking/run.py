@@ -113,18 +113,21 @@ def open_run(
     return retry_request(f"opening run {name} in experiment {experiment!r}", attempt)
 
 
-@retry_requests("looking for a run")
 def find_run(experiment: str, key: str, uri: str | None = None) -> Run | None:
     """The newest run with this key in any state, or None; a finished one takes precedence over later failures."""
     _check_key(key)
     client = tracking_client(uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is None or found.lifecycle_stage != "active":
-        return None
-    run = _search(client, found.experiment_id, key, finished_only=True) or _search(
-        client, found.experiment_id, key
-    )
-    return None if run is None else _view(run, tracking_uri(uri), key)
+
+    def attempt() -> Run | None:
+        found = client.get_experiment_by_name(experiment)
+        if found is None or found.lifecycle_stage != "active":
+            return None
+        run = _search(client, found.experiment_id, key, finished_only=True) or _search(
+            client, found.experiment_id, key
+        )
+        return None if run is None else _view(run, tracking_uri(uri), key)
+
+    return retry_request(f"looking for a run in experiment {experiment!r}", attempt)
 
 
 @retry_requests("looking for a run")

@@ -48,6 +48,7 @@ class Sender:
         self._run_id = run_id
         self._steps: dict[str, set[int]] = {}
         self._images: set[tuple[str, int]] | None = None
+        self._shows_images = False
         self._offset: int | None = None
         self._refused: set[str] = set()
         self.delivered = 0
@@ -201,7 +202,9 @@ class Sender:
         stem = f"{key}+step+{step}+timestamp+{record.t}+{unique}"
         png, preview = encode_image(data, record.f)
         self._upload({f"{stem}+compressed.webp": preview, f"{stem}.png": png}, "images")
-        self._client.set_tag(self._run_id, "mlflow.loggedImages", "True")
+        if not self._shows_images:
+            self._client.set_tag(self._run_id, "mlflow.loggedImages", "True")
+            self._shows_images = True
         self._known_images().add((key, step))
 
     def _known_images(self) -> set[tuple[str, int]]:

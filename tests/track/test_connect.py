@@ -25,9 +25,12 @@ from ddpm_pipeline.tracking.connect import (
 
 class _Answers(BaseHTTPRequestHandler):
     health, search, kind, seen = 200, 200, "application/json", ""
+    seconds = 0.0
 
     def do_GET(self) -> None:
         type(self).seen = self.headers.get("Authorization", "")
+        if self.seconds:
+            threading.Event().wait(self.seconds)  # `time.sleep` may be a test's
         self.send_response(self.health if self.path == "/health" else self.search)
         self.send_header("Content-Type", self.kind)
         self.end_headers()
@@ -95,6 +98,16 @@ def test_a_server_that_hangs_is_named_after_the_time_that_it_is_given() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         line = _refusal(f"http://127.0.0.1:{silent.getsockname()[1]}")
     assert line.endswith("no answer within 1 s, it is slow or hangs; look at the server's log")
+
+
+def test_a_server_that_is_slow_is_given_more_time_and_not_called_down(
+    answers: type[_Answers], pauses: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    answers.seconds = 0.4
+    assert require_server(answers.address, timeout_seconds=0.1, wait_seconds=30.0) == answers.address
+    assert "no answer within 0.1 s, it is slow or hangs" in caplog.text
+    assert "is the server up?" not in caplog.text
+    assert len(pauses) == 1
 
 
 def test_wrong_credentials_and_a_refused_host_are_told_apart_from_an_outage(answers: type[_Answers]) -> None:
