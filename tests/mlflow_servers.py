@@ -134,6 +134,7 @@ def basic_auth_server(folder: Path, database: str, default_permission: str) -> T
         "database_uri": f"sqlite:///{folder}/users.db",
         "admin_username": "admin",
         "admin_password": PASSWORD,
+        "auth_cache_ttl_seconds": "60",  # or each request computes a slow hash: a second on a small machine
         "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
     }
     settings.write_text("[mlflow]\n" + "".join(f"{name} = {value}\n" for name, value in lines.items()))
