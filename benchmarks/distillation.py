@@ -73,6 +73,8 @@ STUDENT = {
     "4": SamplerConfig(kind="consistency", num_steps=4),
 }
 """Samplers of a student, by evaluations of the network."""
+OWN = "own"
+"""Stands for a teacher's number of evaluations: as many as its preset takes."""
 METRICS = ("class_accuracy", "frechet_ratio", "near_copies", "precision", "recall")
 
 
@@ -129,7 +131,7 @@ def main() -> int:
         teacher = make_teacher(comparison, seed)
         for recipe in told.recipes:
             judge(comparison, make_student(comparison, teacher, recipe, seed, told.steps), STUDENT)
-        judge(comparison, teacher, {"40": comparison.teacher("generate", GenerateConfig).sampler})
+        judge(comparison, teacher, {OWN: comparison.teacher("generate", GenerateConfig).sampler})
     publish(figures(work, told.steps) | machine(), told)
     return 0
 
@@ -219,7 +221,7 @@ def figures(work: Path, steps: int) -> dict[str, object]:
     found: dict[str, object] = {"samples": COUNT}
     models = {"teacher": "teacher-{seed}"} | {recipe: f"{recipe}-{steps}-{{seed}}" for recipe in RECIPES}
     for name, pattern in models.items():
-        for evaluations in ("40",) if name == "teacher" else STUDENT:
+        for evaluations in (OWN,) if name == "teacher" else STUDENT:
             files = [work / f"{pattern.format(seed=seed)}.{evaluations}.json" for seed in SEEDS]
             runs = [json.loads(file.read_text()) for file in files if file.exists()]
             for metric in METRICS if runs else ():
