@@ -45,10 +45,12 @@ from ddpm_pipeline.jobs.runner import preset_file
 PEERS = ("diffusers", "denoising_diffusion", "diffusers_our_lr", "denoising_diffusion_our_lr")
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "ours_eps": {"objective": {"target": "eps"}},
-    "ours_eps_min_snr": {"objective": {"target": "eps", "weighting": "min-snr"}},
-    "ours_x0": {"objective": {"target": "x0"}},
-    "ours_v_min_snr": {"objective": {"target": "v", "weighting": "min-snr"}},
+    "ours_not_stratified": {"timesteps": {"importance": True}},
+    "ours_equally_likely": {"timesteps": {"stratified": True}},
+    "ours_plain_timesteps": {"timesteps": {}},
+    "ours_plain": {"objective": {"target": "v"}, "timesteps": {}},
+    "ours_eps": {"objective": {"target": "eps", "weighting": "min-snr"}},
+    "ours_x0": {"objective": {"target": "x0", "weighting": "min-snr"}},
     "ours_power_average": {"ema": {"kind": "power"}},
     "ours_twice_the_rate": {"optimizer": {"lr": 2e-3, "warmup_steps": 100, "decay": "cosine"}},
     "ours_half_the_rate": {"optimizer": {"lr": 5e-4, "warmup_steps": 100, "decay": "cosine"}},
