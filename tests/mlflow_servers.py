@@ -105,14 +105,19 @@ class TrackingServer:
             return False
 
 
-def own_server(folder: Path, database: str, users: Mapping[str, Role]) -> TrackingServer:
-    """As infra/docker starts it: users with roles, who all have `PASSWORD`, and artifacts through the server."""
+def own_server(
+    folder: Path, database: str, users: Mapping[str, Role], more: Sequence[str] = ()
+) -> TrackingServer:
+    """As infra/docker starts it: users with roles, who all have `PASSWORD`, and artifacts through the server.
+
+    `more`: options.
+    """
     file = folder / "users"
     file.write_text("".join(user_line(name, role, PASSWORD) for name, role in users.items()))
     file.chmod(0o600)
     options = ["--backend-store-uri", database, "--artifacts-destination", f"file://{folder}/artifacts"]
     return TrackingServer(
-        folder, ["-m", "ddpm_pipeline.infra.tracking"], options, {USERS_VARIABLE: str(file)}
+        folder, ["-m", "ddpm_pipeline.infra.tracking"], [*options, *more], {USERS_VARIABLE: str(file)}
     )
 
 

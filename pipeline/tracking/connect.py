@@ -282,7 +282,13 @@ def brief(error: BaseException) -> str:
     """The innermost reason of a failed call, briefly, without addresses of Python objects."""
     text = redact(str(error)).splitlines()[0] if str(error) else type(error).__name__
     text = _REFUSED.sub(r"\2 \3 for \1", text)
-    for reason in ("Connection refused", "timed out", "Name or service not known", "Connection reset"):
+    for reason in (
+        "Connection refused",
+        "timed out",
+        "Name or service not known",
+        "Connection reset",
+        "Remote end closed connection",
+    ):
         if reason.lower() in text.lower():
             return reason.lower()
     return text[:160]

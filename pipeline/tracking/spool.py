@@ -211,7 +211,7 @@ def _state(error: Exception) -> str:
     """Of what takes the points, or the artifacts beside them, and did not."""
     if isinstance(error, UserError):
         return str(error)
-    return "MLflow denies access" if is_denied(error) else f"MLflow is unreachable ({brief(error)})"
+    return "MLflow denies access" if is_denied(error) else f"a delivery to MLflow failed ({brief(error)})"
 
 
 def spool_folder() -> Path:

@@ -164,6 +164,24 @@ def test_a_data_root_in_files_is_tried_by_writing_to_it(tmp_path: Path) -> None:
     assert "DDPM_ROOT" in doctor_checks.check_bucket({}).remedy
 
 
+@pytest.mark.parametrize(
+    ("server", "location", "ok", "found"),
+    [
+        ("http://m", "mlflow-artifacts:/1", True, "through the server"),
+        ("http://m", "", True, "no experiment yet"),
+        ("http://127.0.0.1:5000", "/srv/mlruns/1", True, "clients store them themselves, at /srv/mlruns/1"),
+        ("http://m", "/srv/mlruns/1", False, "/srv/mlruns/1 is a folder of each client's own machine"),
+        ("http://m", "file:///srv/1", False, "file:///srv/1 is a folder of each client's own machine"),
+    ],
+)
+def test_artifacts_that_would_stay_on_a_clients_own_machine_are_reported(
+    server: str, location: str, ok: bool, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor_checks, "artifact_location", lambda url, seconds: location)
+    finding = doctor_checks.check_mlflow_artifacts({"MLFLOW_TRACKING_URI": server})
+    assert (finding.ok, finding.found) == (ok, found)
+
+
 def test_an_mlflow_that_does_not_answer_is_a_problem(closed_url: str) -> None:
     finding = doctor_checks.check_mlflow({"MLFLOW_TRACKING_URI": closed_url})
     assert not finding.ok

@@ -15,6 +15,7 @@ from ddpm_pipeline import retry
 from ddpm_pipeline.errors import Outage, UserError
 from ddpm_pipeline.tracking.connect import (
     TrackingError,
+    brief,
     long_transfers,
     require_server,
     retry_request,
@@ -213,6 +214,26 @@ def test_patience_is_not_for_mistakes(pauses: list[float]) -> None:
     with pytest.raises(ValueError, match="wrong"):
         retry_request("a call", mistaken, 60.0)
     assert pauses == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            "API request to http://m/a failed with exception ('Connection aborted.', RemoteDisconnected("
+            "'Remote end closed connection without response'))",
+            "remote end closed connection",
+        ),
+        (
+            "API request to endpoint /api/2.0/mlflow/runs/create failed with error code 403 != 200. "
+            "Response body: 'Permission denied'",
+            "403 Permission denied for /api/2.0/mlflow/runs/create",
+        ),
+        ("x" * 200, "x" * 160),
+    ],
+)
+def test_what_mlflows_client_says_is_told_in_few_words(error: str, reason: str) -> None:
+    assert brief(Exception(error)) == reason
 
 
 def test_importing_the_package_does_not_import_mlflow() -> None:
