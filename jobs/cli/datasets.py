@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from ddpm_pipeline.jobs.cli.options import DATA, AsJson, Config, DryRun, Words, end, end_job, examples
+from ddpm_pipeline.jobs.cli.options import (
+    DATA,
+    AsJson,
+    Config,
+    DryRun,
+    Words,
+    end,
+    end_job,
+    examples,
+    read_local_path,
+)
 
 app = typer.Typer()
 LabelField = Annotated[str | None, typer.Option(help="Field of a sample's json that holds its class.")]
@@ -82,7 +92,9 @@ def index(
 )
 def inspect(
     uri: Annotated[str, typer.Argument(help="Prefix or brace pattern of shards; or a .png or .webp file.")],
-    sheet: Annotated[Path, typer.Option(help="File for a contact sheet.")] = Path("inspection.png"),
+    sheet: Annotated[
+        Path, typer.Option(help="File for a contact sheet.", metavar="FILE", parser=read_local_path)
+    ] = Path("inspection.png"),
     label_field: LabelField = None,
     json: AsJson = False,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ddpm_pipeline.jobs.cli.options import MACHINE, AsJson, Store, end, examples
+from ddpm_pipeline.jobs.cli.options import MACHINE, AsJson, NewFolder, Store, end, examples, read_local_path
 from ddpm_pipeline.jobs.runner import DONE, LOCAL
 from ddpm_pipeline.telemetry.terminal import echo
 
@@ -121,7 +121,12 @@ def clean() -> None:
 
 @app.command(rich_help_panel=MACHINE, epilog=examples("ddpm schema .ddpm", "ddpm schema docs/schema"))
 def schema(
-    folder: Annotated[Path, typer.Argument(help="Folder for the schema; created if missing.")] = Path("."),
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder for the schema; created if missing.", metavar="FOLDER", parser=read_local_path
+        ),
+    ] = Path("."),
 ) -> None:
     """Write the JSON schema with which editors complete and check settings files."""
     from ddpm_pipeline.jobs.config_docs import write_schema
@@ -144,9 +149,7 @@ def config_diff(
 
 
 @app.command(rich_help_panel=MACHINE, epilog=examples("ddpm files ./deploy"))
-def files(
-    folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
-) -> None:
+def files(folder: NewFolder) -> None:
     """Write the files to deploy with: Kubernetes manifests, Docker files, dashboards, S3 policies, systemd units."""
     from ddpm_pipeline.jobs.deployment_files import write_files
 

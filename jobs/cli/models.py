@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from ddpm_pipeline.jobs.cli.options import MODELS, AsJson, Config, DryRun, Words, end, end_job, examples
+from ddpm_pipeline.jobs.cli.options import (
+    MODELS,
+    AsJson,
+    Config,
+    DryRun,
+    NewFolder,
+    Words,
+    end,
+    end_job,
+    examples,
+)
 
 app = typer.Typer()
 features_app = typer.Typer(help="Feature networks, with which images are evaluated.", no_args_is_help=True)
@@ -101,7 +111,7 @@ def features_trust(
 @app.command("export", rich_help_panel=MODELS, epilog=examples("ddpm export demo@champion ./demo-diffusers"))
 def export_model(
     model: Annotated[str, typer.Argument(help="name@alias, name/version, or a model folder.")],
-    folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    folder: NewFolder,
     form: Annotated[str, typer.Option("--format", help="Software to write for.")] = "diffusers",
 ) -> None:
     """Write a model as a folder that other software loads."""
@@ -119,7 +129,7 @@ def export_model(
 )
 def publish(
     model: Annotated[str, typer.Argument(help="name@alias, name/version, or a model folder.")],
-    folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    folder: NewFolder,
     samples: Annotated[
         str | None,
         typer.Option(
@@ -140,7 +150,7 @@ def publish(
 @app.command("import", rich_help_panel=MODELS, epilog=examples("ddpm import ./ddpm-cifar10-32 ./cifar10"))
 def import_model(
     source: Annotated[Path, typer.Argument(help="A diffusers directory: config JSON and safetensors.")],
-    folder: Annotated[Path, typer.Argument(help="Model folder to write; new or empty.")],
+    folder: NewFolder,
 ) -> None:
     """Read a diffusers directory into a model folder, which `model=` accepts."""
     from ddpm_pipeline.jobs.model_exchange import import_model

@@ -7,7 +7,9 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
+from ddpm_pipeline.config.bounds import local_path
 from ddpm_pipeline.config.load import setting_names
+from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.infra.local.stack_state import StoreKind
 from ddpm_pipeline.jobs.runner import SECTIONS, JobArguments, handle_errors, presets
 
@@ -68,6 +70,25 @@ def examples(*lines: str) -> str:
 def end(work: Callable[[], int]) -> NoReturn:
     """Run a command's work and exit with its code; a user's mistake becomes one line."""
     raise typer.Exit(handle_errors(work))
+
+
+def read_local_path(text: str | Path) -> Path:
+    """A path on this machine. The address of a bucket ends the command, with one line."""
+    try:
+        return Path(local_path(str(text)))
+    except ValueError as error:
+        mistake = UserError(str(error))
+
+    def refuse() -> int:
+        raise mistake
+
+    end(refuse)
+
+
+NewFolder = Annotated[
+    Path,
+    typer.Argument(help="Folder to write; new or empty.", metavar="FOLDER", parser=read_local_path),
+]
 
 
 def end_job(

@@ -17,6 +17,7 @@ from ddpm_pipeline.jobs.cli.options import (
     end,
     end_job,
     examples,
+    read_local_path,
 )
 from ddpm_pipeline.jobs.runner import JobArguments, run_job
 
@@ -94,7 +95,12 @@ def verify(
 )
 def download(
     prefix: Annotated[str, typer.Argument(help="A complete generation, or a data set with an index.")],
-    folder: Annotated[str, typer.Argument(help="Folder on this machine; created if missing.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder on this machine; created if missing.", metavar="FOLDER", parser=read_local_path
+        ),
+    ],
     unpack: Annotated[
         bool, typer.Option("--unpack", help="Also write the images as files, into FOLDER-images.")
     ] = False,
@@ -109,7 +115,7 @@ def download(
     """Download a generation or a data set to a folder and check every shard. Fetches only what is missing."""
     from ddpm_pipeline.jobs.download import run
 
-    end(lambda: run(prefix, folder, unpack, json, c2pa_key, c2pa_certificates))
+    end(lambda: run(prefix, str(folder), unpack, json, c2pa_key, c2pa_certificates))
 
 
 @app.command(

@@ -36,6 +36,19 @@ def checked_line(text: str) -> str:
     return text
 
 
+def local_path(text: str) -> str:
+    """The path on this machine that `text` is, or names as file:///path. ValueError for another URI."""
+    scheme, is_uri, rest = text.partition("://")
+    if not is_uri:
+        return text
+    if scheme == "file" and rest.startswith("/"):
+        return rest
+    raise ValueError(
+        f"{text} is no path on this machine; write one, such as ./{rest.rstrip('/').split('/')[-1]}"
+    )
+
+
+LocalPath = Annotated[str, AfterValidator(local_path)]
 Name = Annotated[str, AfterValidator(checked_name)]
 """A name for people to read: of a class, a model, a host."""
 Text = Annotated[str, Field(max_length=10_000)]

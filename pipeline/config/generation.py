@@ -5,7 +5,14 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ddpm_pipeline.config.base import Settings, refuse_idle
-from ddpm_pipeline.config.bounds import MAX_IMAGES, MAX_IMAGES_A_SHARD, MAX_SHARDS, NodeLabels, Sha256
+from ddpm_pipeline.config.bounds import (
+    MAX_IMAGES,
+    MAX_IMAGES_A_SHARD,
+    MAX_SHARDS,
+    LocalPath,
+    NodeLabels,
+    Sha256,
+)
 from ddpm_pipeline.config.cost import CostConfig
 from ddpm_pipeline.config.device_kind import Matmul
 from ddpm_pipeline.config.diffusion import SamplerConfig
@@ -147,7 +154,7 @@ class SampleConfig(Settings):
 
     model: str = Field(min_length=1)
     """`name@alias`, `name/version`, or a folder that holds model.safetensors and model.json."""
-    output: str = "samples"
+    output: LocalPath = "samples"
     """Folder for the images and grid.png; made if need be."""
     count: int = Field(default=16, ge=1, le=MAX_IMAGES_A_SHARD)
     """Number of images."""

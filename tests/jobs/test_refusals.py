@@ -56,6 +56,32 @@ def test_help_shows_every_command_with_what_it_does() -> None:
     assert "--dry-run" in CliRunner().invoke(app, ["train", "--help"]).output
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sample", "digits", "output=s3://bucket/look"),
+        ("download", "s3://bucket/samples", "s3://bucket/look"),
+        ("export", "digits@champion", "s3://bucket/look"),
+        ("publish", "digits@champion", "hf://me/look"),
+        ("import", "folder", "s3://bucket/look"),
+        ("inspect", NOWHERE, "--sheet", "s3://bucket/look"),
+        ("files", "https://example.org/look/"),
+        ("schema", "s3://bucket/look"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_address_is_refused_where_a_path_on_this_machine_is_wanted(
+    root: Path, words: tuple[str, ...]
+) -> None:
+    assert "is no path on this machine; write one, such as ./look" in refused(*words)
+
+
+def test_a_file_uri_is_a_path_on_this_machine(root: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["schema", (tmp_path / "made").as_uri()])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "made").is_dir()
+
+
 def test_a_contact_sheet_that_cannot_be_written_is_refused_before_reading(root: Path) -> None:
     assert "folder absent does not exist" in refused("inspect", NOWHERE, "--sheet", "absent/sheet.png")
     assert "is no kind of image" in refused("inspect", NOWHERE, "--sheet", "sheet.pgn")
