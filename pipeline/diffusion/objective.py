@@ -41,11 +41,13 @@ def training_loss(
     noise: Tensor,
     class_labels: Tensor | None = None,
     dropout: object | None = None,
+    weight: float | None = None,
 ) -> LossTerms:
     """Loss of a batch at given timesteps and noise (DDPM eq. 14; improved DDPM eq. 16 with a learned
     variance).
 
-    x0: float (B, C, H, W) in [-1, 1]; t: int64 (B,) in 0..T-1; noise: like x0; class_labels: int64 (B,).
+    x0: float (B, C, H, W) in [-1, 1]; t: int64 (B,) in 0..T-1; noise: like x0; class_labels: int64 (B,); weight: of
+    every error, in place of the objective's by timestep (see `TimestepDraw`).
     Raises: ValueError naming the argument, also for an output of the wrong number of channels.
     """
     if t.shape != x0.shape[:1]:
@@ -56,8 +58,8 @@ def training_loss(
     output = call_net(net, x_t, t, class_labels=class_labels, dropout=dropout)
     prediction, fraction = split_output(output, x0.shape[1], objective)
     error = (prediction - target_of(objective.target, x0, noise, a, s)).square().flatten(1).mean(1)
-    per_sample = error
-    if objective.weighting != "uniform":
+    per_sample = error if weight is None else weight * error
+    if weight is None and objective.weighting != "uniform":
         per_sample = loss_weight(schedule, objective, t).to(error.device) * error
     if fraction is None:
         return LossTerms(per_sample, error, None)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddpm_pipeline.config.diffusion import ObjectiveConfig, TimestepsConfig
 from ddpm_pipeline.diffusion.noise import Stream, randint
-from ddpm_pipeline.diffusion.objective import LossTerms, loss_weight
+from ddpm_pipeline.diffusion.objective import loss_weight
 from ddpm_pipeline.diffusion.schedule import NoiseSchedule
 
 _DRAWS = 2**31
@@ -25,7 +25,8 @@ class TimestepDraw:
     config: TimestepsConfig
     thresholds: Tensor
     """int64 (T,): 2^31 times the probability of a timestep up to this one."""
-    mean_weight: float
+    weight: float | None
+    """Of every error, with importance: the mean of the objective's. None = the objective's by timestep."""
     global_batch: int
 
     @classmethod
@@ -41,7 +42,8 @@ class TimestepDraw:
         if config.importance:
             weights = loss_weight(schedule.to("cpu"), objective, torch.arange(schedule.T)).double()
         thresholds = (weights.cumsum(0) / weights.sum() * _DRAWS).round().long()
-        return cls(config, thresholds.to(schedule.device), float(weights.mean()), global_batch)
+        weight = float(weights.mean()) if config.importance else None
+        return cls(config, thresholds.to(schedule.device), weight, global_batch)
 
     def draw(self, seed: int, positions: Tensor) -> Tensor:
         """The timestep of each position, int64 (B,) on its device, like the positions."""
@@ -53,12 +55,6 @@ class TimestepDraw:
         if self.config.importance:
             return self._timestep_of(randint(seed, Stream.TRAIN_TIMESTEP, positions, _DRAWS))
         return randint(seed, Stream.TRAIN_TIMESTEP, positions, len(self.thresholds))
-
-    def weigh(self, terms: LossTerms) -> LossTerms:
-        """The loss of timesteps that were drawn so. With importance the variance must not be learned."""
-        if not self.config.importance:
-            return terms
-        return terms._replace(per_sample=self.mean_weight * terms.squared_error)
 
     def _timestep_of(self, numbers: Tensor) -> Tensor:
         return torch.searchsorted(self.thresholds, numbers, right=True)

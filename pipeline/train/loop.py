@@ -220,9 +220,16 @@ def chunk_loss(trainer: Trainer, batch: Batch) -> tuple[LossTerms, Tensor]:
         # 4. noisy images by the closed form, 5. the network's prediction, 6. its squared error
         if trainer.teacher is None:
             terms = training_loss(
-                trainer.schedule, config.objective, trainer.network, x0, t, noise, labels, dropout=dropout
+                trainer.schedule,
+                config.objective,
+                trainer.network,
+                x0,
+                t,
+                noise,
+                labels,
+                dropout,
+                trainer.timesteps.weight,
             )
-            terms = trainer.timesteps.weigh(terms)
         else:
             terms = distillation_loss(
                 config,

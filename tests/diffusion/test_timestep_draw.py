@@ -7,7 +7,7 @@ from torch import Tensor
 from ddpm_pipeline.config.diffusion import ObjectiveConfig, Target, TimestepsConfig
 from ddpm_pipeline.diffusion import NoiseSchedule
 from ddpm_pipeline.diffusion.noise import Stream, randint
-from ddpm_pipeline.diffusion.objective import LossTerms, loss_weight
+from ddpm_pipeline.diffusion.objective import loss_weight
 from ddpm_pipeline.diffusion.timestep_draw import TimestepDraw
 
 SCHEDULE = NoiseSchedule.cosine(1000)
@@ -33,15 +33,9 @@ def test_importance_has_the_expectation_of_the_weighted_loss_over_equally_likely
 ) -> None:
     draw = draw_of(target, importance=True)
     weights = loss_weight(SCHEDULE, ObjectiveConfig(target=target, weighting="min-snr"), torch.arange(1000))
-    assert torch.allclose(1000 * probability(draw) * draw.mean_weight, weights.double(), rtol=0, atol=1e-5)
-    error = torch.tensor([2.0, 3.0])
-    weighed = draw.weigh(LossTerms(torch.zeros(2), error, None))
-    torch.testing.assert_close(weighed.per_sample, error * float(weights.double().mean()))
-
-
-def test_without_importance_the_loss_stays_as_it_is() -> None:
-    terms = LossTerms(torch.tensor([1.0]), torch.tensor([2.0]), None)
-    assert draw_of(stratified=True).weigh(terms) is terms
+    assert draw.weight is not None
+    assert torch.allclose(1000 * probability(draw) * draw.weight, weights.double(), rtol=0, atol=1e-5)
+    assert draw_of(target, stratified=True).weight is None
 
 
 @pytest.mark.parametrize("stratified", [False, True])
