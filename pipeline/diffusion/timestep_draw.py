@@ -1,7 +1,8 @@
 """Which timesteps a training draws, and how often."""
 
 from dataclasses import dataclass
-from typing import Self
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,27 +24,28 @@ class TimestepDraw:
     """
 
     config: TimestepsConfig
-    thresholds: Tensor
-    """int64 (T,): 2^31 times the probability of a timestep up to this one."""
-    weight: float | None
-    """Of every error, with importance: the mean of the objective's. None = the objective's by timestep."""
+    schedule: NoiseSchedule
+    objective: ObjectiveConfig
     global_batch: int
 
-    @classmethod
-    def of(
-        cls,
-        schedule: NoiseSchedule,
-        objective: ObjectiveConfig,
-        config: TimestepsConfig,
-        global_batch: int,
-    ) -> Self:
-        """For a training by these settings, on the schedule's device."""
-        weights = torch.ones(schedule.T, dtype=torch.float64)
-        if config.importance:
-            weights = loss_weight(schedule.to("cpu"), objective, torch.arange(schedule.T)).double()
-        thresholds = (weights.cumsum(0) / weights.sum() * _DRAWS).round().long()
-        weight = float(weights.mean()) if config.importance else None
-        return cls(config, thresholds.to(schedule.device), weight, global_batch)
+    @cached_property
+    def weight(self) -> float | None:
+        """Of every error, with importance: the mean of the objective's. None = the objective's by timestep."""
+        return sum(self._weights) / self.schedule.T if self.config.importance else None
+
+    @cached_property
+    def thresholds(self) -> Tensor:
+        """2^31 times the probability of a timestep up to this one, int64 (T,) on the schedule's device."""
+        sums = list(accumulate(self._weights))
+        found = torch.tensor([round(part / sums[-1] * _DRAWS) for part in sums])
+        return found.to(self.schedule.device)
+
+    @property
+    def _weights(self) -> list[float]:
+        if not self.config.importance:
+            return [1.0] * self.schedule.T
+        timesteps = torch.arange(self.schedule.T)
+        return loss_weight(self.schedule.to("cpu"), self.objective, timesteps).tolist()
 
     def draw(self, seed: int, positions: Tensor) -> Tensor:
         """The timestep of each position, int64 (B,) on its device, like the positions."""
@@ -54,7 +56,7 @@ class TimestepDraw:
             return self._timestep_of((shared + own) % _DRAWS)
         if self.config.importance:
             return self._timestep_of(randint(seed, Stream.TRAIN_TIMESTEP, positions, _DRAWS))
-        return randint(seed, Stream.TRAIN_TIMESTEP, positions, len(self.thresholds))
+        return randint(seed, Stream.TRAIN_TIMESTEP, positions, self.schedule.T)
 
     def _timestep_of(self, numbers: Tensor) -> Tensor:
         return torch.searchsorted(self.thresholds, numbers, right=True)

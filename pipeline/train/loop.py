@@ -62,7 +62,7 @@ class Trainer:
     def timesteps(self) -> TimestepDraw:
         """How each position's timestep is drawn."""
         config = self.config
-        return TimestepDraw.of(self.schedule, config.objective, config.timesteps, config.global_batch)
+        return TimestepDraw(config.timesteps, self.schedule, config.objective, config.global_batch)
 
     def split(self, batch: Batch) -> list[Batch]:
         """This worker's share in micro-batches."""

@@ -20,7 +20,7 @@ def draw_of(
 ) -> TimestepDraw:
     objective = ObjectiveConfig(target=target, weighting="min-snr")
     config = TimestepsConfig(importance=importance, stratified=stratified)
-    return TimestepDraw.of(NoiseSchedule.cosine(T), objective, config, BATCH)
+    return TimestepDraw(config, NoiseSchedule.cosine(T), objective, BATCH)
 
 
 def probability(draw: TimestepDraw) -> Tensor:
