@@ -43,14 +43,17 @@ from ddpm_pipeline.features.distances import GaussianMoments, frechet_distance, 
 from ddpm_pipeline.jobs.runner import preset_file
 
 PEERS = ("diffusers", "denoising_diffusion", "diffusers_our_lr", "denoising_diffusion_our_lr")
+_MIN_SNR = {"target": "v", "weighting": "min-snr"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "ours_not_stratified": {"timesteps": {"importance": True}},
-    "ours_equally_likely": {"timesteps": {"stratified": True}},
-    "ours_plain_timesteps": {"timesteps": {}},
-    "ours_plain": {"objective": {"target": "v"}, "timesteps": {}},
-    "ours_eps": {"objective": {"target": "eps", "weighting": "min-snr"}},
-    "ours_x0": {"objective": {"target": "x0", "weighting": "min-snr"}},
+    "ours_eps": {"objective": {"target": "eps"}},
+    "ours_eps_min_snr": {"objective": {"target": "eps", "weighting": "min-snr"}},
+    "ours_x0": {"objective": {"target": "x0"}},
+    "ours_v_min_snr": {"objective": _MIN_SNR},
+    "ours_v_min_snr_stratified": {"objective": _MIN_SNR, "timesteps": {"stratified": True}},
+    "ours_v_min_snr_importance": {"objective": _MIN_SNR, "timesteps": {"importance": True}},
+    "ours_v_min_snr_both": {"objective": _MIN_SNR, "timesteps": {"importance": True, "stratified": True}},
+    "ours_stratified": {"timesteps": {"stratified": True}},
     "ours_power_average": {"ema": {"kind": "power"}},
     "ours_twice_the_rate": {"optimizer": {"lr": 2e-3, "warmup_steps": 100, "decay": "cosine"}},
     "ours_half_the_rate": {"optimizer": {"lr": 5e-4, "warmup_steps": 100, "decay": "cosine"}},
