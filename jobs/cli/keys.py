@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ddpm_pipeline.jobs.cli.options import SAMPLES, AsJson, end, examples
+from ddpm_pipeline.jobs.cli.options import SAMPLES, AsJson, end, examples, read_local_path
 
 app = typer.Typer()
 keys_app = typer.Typer(
@@ -16,7 +16,14 @@ app.add_typer(keys_app, name="keys", rich_help_panel=SAMPLES)
 
 @keys_app.command("create", epilog=examples("ddpm keys create ~/.config/ddpm/signing.pem"))
 def keys_create(
-    file: Annotated[Path, typer.Argument(help="New file for the private key; the public one is FILE.pub.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="New file for the private key; the public one is FILE.pub.",
+            metavar="FILE",
+            parser=read_local_path,
+        ),
+    ],
 ) -> None:
     """Make a key pair; the private key's file has mode 0600."""
     from ddpm_pipeline.jobs.signing import create

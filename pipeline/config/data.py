@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ddpm_pipeline.config.base import Settings
+from ddpm_pipeline.config.bounds import LocalPath
 from ddpm_pipeline.config.plugins import SOURCES, Choice, PluginIdentity, WithPlugin, with_identity
 
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -34,7 +35,7 @@ class PackConfig(WithPlugin):
     """Most bytes that a source elsewhere (s3, http, hf) may have; larger ones are refused, before anything is fetched
     where their size is known. 200 GB hold ImageNet."""
 
-    fetch_dir: str | None = None
+    fetch_dir: LocalPath | None = None
     """Folder that keeps fetched archives, writable by this user only. None: `$XDG_CACHE_HOME/ddpm/sources`, else
     `~/.cache/ddpm/sources`."""
 
@@ -165,7 +166,7 @@ class DataConfig(Settings):
     prefetch: Annotated[int, Field(ge=1, le=64)] = 4
     """Batches made ahead of use, for each loader process."""
 
-    cache_dir: str | None = None
+    cache_dir: LocalPath | None = None
     """Directory of a shard cache shared by all processes of a machine. None: no cache; what fits
     `memory_bytes` is held in memory; of larger sets the samples of coming batches are brought together."""
 

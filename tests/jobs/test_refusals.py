@@ -60,6 +60,8 @@ def test_help_shows_every_command_with_what_it_does() -> None:
     "words",
     [
         ("sample", "digits", "output=s3://bucket/look"),
+        ("pack", "digits", "fetch_dir=s3://bucket/look"),
+        ("train", "digits", "data.cache_dir=s3://bucket/look"),
         ("download", "s3://bucket/samples", "s3://bucket/look"),
         ("export", "digits@champion", "s3://bucket/look"),
         ("publish", "digits@champion", "hf://me/look"),
@@ -67,6 +69,7 @@ def test_help_shows_every_command_with_what_it_does() -> None:
         ("inspect", NOWHERE, "--sheet", "s3://bucket/look"),
         ("files", "https://example.org/look/"),
         ("schema", "s3://bucket/look"),
+        ("keys", "create", "s3://bucket/look"),
     ],
     ids=lambda words: words[0],
 )
