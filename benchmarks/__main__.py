@@ -41,7 +41,7 @@ COMMANDS: dict[str, list[str]] = {
 }
 """What each is called with; {work} is where peers and half-done work are kept."""
 QUICK: dict[str, list[str]] = {
-    "loader": ["--rates-only", "--samples", "1500", "--photographs", "128", "--rounds", "3"],
+    "loader": ["--rates-only", "--samples", "1500", "--photographs", "128", "--starts", "1"],
     "pack": ["--pictures", "400", "--rounds", "2"],
     "train": ["--rounds", "3", "--windows", "4"],
     "generate": ["--steps", "4", "--rounds", "2"],

@@ -7,13 +7,15 @@ decoder. The pictures are crops of scikit-learn's two photographs.
 - jpeg, jpeg_own: 256x256, JPEG by Pillow; decoded by Pillow, and by this project.
 
 Each contender has a process of its own and reads one epoch in each round, one after the other, in an order that turns;
-ratios are taken within a round, medians over rounds:
+ratios are taken within a round, medians over rounds. A process can be fast or slow from its start to its end, so all
+are started more than once:
 - bare: the decoder alone, on bytes in memory;
 - ours: Loader over plain tars in its shuffled order, without holding decoded samples;
 - webdataset, spdl and torchdata on the same tars; litdata and streaming (MosaicML's), each on its own format; from
   warm local files;
 - with _s3 at the end: the same tars from S3, ours through an empty cache; with _s3_20ms: through a slow network, whose
-  answers come so much later, and which carries 64 MB/s (slow_network.py).
+  answers come so much later, and which carries 64 MB/s (slow_network.py); there the others decode by Pillow, as their
+  users do, and ours by this project.
 All deliver batches of uint8. Rates are images per second of CPU time, which neighbours on the machine disturb least,
 and of wall time. Further: memory of a process that reads 10 million samples in 1,000 shards, from files and from S3
 through a cache, and the time of a cold seek there.
@@ -159,11 +161,13 @@ def line_up(with_peers: bool, remote: Sequence[Place]) -> Iterator[tuple[str, st
         others = ("webdataset", *(PEERS if with_peers else ())) if case != "packed" else ()
         for name in ("ours", "bare", *others):
             yield case, name, Place("")
-    for case, place in itertools.product((*OWN, *OWN.values()), remote):
-        if case in OWN and place.endpoint:
-            continue  # where the network is slow, the decoder matters less
-        for name in ("ours", "webdataset", *(("spdl",) if with_peers else ())):
-            yield case, name, place
+    remote_peers = ("webdataset", *(("spdl",) if with_peers else ()))
+    for case, place in itertools.product(OWN, remote):
+        if place.endpoint:  # a slow network: only as users have them
+            yield OWN[case], "ours", place
+            yield from ((case, name, place) for name in remote_peers)
+        else:
+            yield from ((each, name, place) for each in (case, OWN[case]) for name in ("ours", *remote_peers))
 
 
 @contextlib.contextmanager
@@ -204,6 +208,8 @@ def ratios(rounds: list[Round]) -> dict[str, Ratio]:
         if case in OWN and other != "bare":
             compared[f"{ours}_{OWN[case]}_over_{theirs.replace('.', '_')}"] = f"{ours}.{OWN[case]}"
         for (name, own), clock in itertools.product(compared.items(), ("cpu", "wall")):
+            if own not in rounds[0]:
+                continue
             rates = [[each[side][clock] for each in rounds] for side in (own, theirs)]
             found[f"{name}_{clock}"] = ratio_of(*rates)
     return found
@@ -270,8 +276,10 @@ def run(folder: Path, told: argparse.Namespace) -> dict[str, object]:
             for latency in LATENCIES_MS:
                 slow = stack.enter_context(slow_network(endpoint, latency))
                 remote.append(Place(f"_s3_{latency}ms", s3, slow))
-        with contenders(folder, remote, peers_python) as crowd:
-            rounds = measure(crowd, told.rounds)
+        rounds: list[Round] = []
+        for _ in range(told.starts):
+            with contenders(folder, remote, peers_python) as crowd:
+                rounds += measure(crowd, told.rounds)
         memory = {} if told.rates_only else loader_memory.measure(folder, s3)
     return {**ratios(rounds), **memory, **medians(rounds)}
 
@@ -284,8 +292,9 @@ def main() -> int:
     parser.add_argument("--s3", help="a prefix to write the tars to and read them from")
     parser.add_argument("--peers", type=Path, help="folder of the peers' environment, made if need be")
     parser.add_argument("--samples", type=int, default=6000, help="pictures of 32x32")
-    parser.add_argument("--photographs", type=int, default=512, help="pictures of 256x256")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--photographs", type=int, default=1024, help="pictures of 256x256")
+    parser.add_argument("--starts", type=int, default=2, help="how often all processes are started anew")
+    parser.add_argument("--rounds", type=int, default=4, help="after each start")
     parser.add_argument("--rates-only", action="store_true", help="leave out memory and the cold seek")
     told = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as folder:

@@ -34,7 +34,7 @@ class Case(NamedTuple):
     """None: this project's."""
 
 
-def by_pillow(data: bytes, _: object = None) -> np.ndarray:
+def by_pillow(data: bytes, *_: object) -> np.ndarray:
     """As most programs decode: Pillow's way from bytes to an array."""
     from PIL import Image
 

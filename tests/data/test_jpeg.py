@@ -1,4 +1,4 @@
-"""The short way to Pillow's JPEG decoder gives Pillow's pixels, and leaves to Pillow what is not plain."""
+"""The fast JPEG decoder gives Pillow's pixels, and leaves to Pillow what is not plain."""
 
 import random
 
@@ -20,7 +20,7 @@ def jpeg(channels: int = 3, **options: object) -> bytes:
 
 
 def by_pillow(data: bytes, channels: int, monkeypatch: pytest.MonkeyPatch) -> np.ndarray | None:
-    """As without the short way; None for what is refused."""
+    """As without the fast decoder; None for what is refused."""
     with monkeypatch.context() as patched:
         patched.setattr(images, "decode_jpeg", lambda *_: None)
         try:
@@ -32,15 +32,28 @@ def by_pillow(data: bytes, channels: int, monkeypatch: pytest.MonkeyPatch) -> np
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
     "options",
-    [{"quality": 40}, {"quality": 95, "subsampling": 0}, {"optimize": True, "restart_marker_rows": 1}],
+    [
+        {"quality": 40},
+        {"quality": 95, "subsampling": "4:4:4"},
+        {"quality": 75, "subsampling": "4:2:2"},
+        {"quality": 90, "subsampling": "4:2:0"},
+        {"optimize": True, "restart_marker_rows": 1},
+    ],
 )
 def test_a_plain_file_has_pillows_pixels(
     channels: int, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = jpeg(channels, **options)
+    expected = by_pillow(data, channels, monkeypatch)
     found = decode_jpeg(data, channels, SIZE[1], SIZE[0])
     assert found is not None
-    assert np.array_equal(found, by_pillow(data, channels, monkeypatch))
+    assert np.array_equal(found, expected)
+    batch = np.zeros((3, SIZE[1], SIZE[0], channels), np.uint8)
+    placed = decode_jpeg(data, channels, SIZE[1], SIZE[0], batch[1])
+    assert placed is not None
+    assert placed.base is batch
+    assert np.array_equal(batch[1], expected)
+    assert not batch[::2].any()
 
 
 @pytest.mark.parametrize(

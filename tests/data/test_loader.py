@@ -55,6 +55,13 @@ def test_every_epoch_has_every_sample_once(uri: str) -> None:
         assert len(set(pixels)) == 60
 
 
+def test_images_are_in_channels_last_memory_without_a_copy(uri: str) -> None:
+    index = small_set(uri)
+    for settings in ({}, {"flip": True}, {"crop": 6}, {"memory_bytes": 0}):
+        for batch in batches(index, 0, 12, **settings)[0]:
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_labels_stay_with_their_images(uri: str) -> None:
     index = small_set(uri)
     label = {random_image(i).transpose(2, 0, 1).tobytes(): i % 10 for i in range(60)}

@@ -143,16 +143,18 @@ def encode_image(pixels: Pixels, image_format: ImageFormat, xmp: bytes | None = 
     )
 
 
-def decode_image(data: bytes, shape: ArrayShape) -> Pixels:
+def decode_image(data: bytes, shape: ArrayShape, out: Pixels | None = None) -> Pixels:
     """Upright pixels in sRGB, uint8 of `shape`, which is (height, width, channels).
 
+    They may be in `out`, contiguous and of this shape, or elsewhere, whichever is faster for this file; what else is in
+    `out` is lost.
     Grayscale is converted to color and color to grayscale as `shape` says; transparency is composited on white.
     Raises DamageError when the bytes do not decode or hold another size; the size is checked before decompression.
     """
     height, width, channels = shape
     pixels = decode_png(data, channels, height, width)
     if pixels is None:
-        pixels = decode_jpeg(data, channels, height, width)
+        pixels = decode_jpeg(data, channels, height, width, out)
     if pixels is not None:
         return pixels
     if data.startswith(npy.MAGIC):

@@ -1,16 +1,18 @@
-"""A short way to Pillow's JPEG decoder, for the common subset of JPEG.
+"""A fast decoder for the common subset of JPEG: libjpeg-turbo by way of simplejpeg.
 
-The same C decoder makes the same pixels, without Pillow's reading of the header in Python, which is a third of the
-time for 64x64 and a twentieth for 256x256. Only baseline files of one scan are taken whose segments affect pixels
-in the decoder alone: anything else (orientation, profiles, CMYK, progressive files, damage) is left to Pillow.
+Pillow uses the same library. The pixels are equal, but it reads the header in Python, keeps four bytes for each pixel
+and copies them twice: for 256x256 that takes 1.5 times as long. Only baseline files of one scan are taken whose
+segments affect pixels in the decoder alone: anything else (orientation, profiles, CMYK, progressive files, damage) is
+left to Pillow.
 """
 
 from __future__ import annotations
 
 import struct
 
+from simplejpeg import decode_jpeg as decode_by_turbo
+
 from ddpm_pipeline.data.formats.npy import Pixels
-from ddpm_pipeline.data.formats.png import decode_by_codec
 
 _START = b"\xff\xd8\xff"
 _FRAME, _SCAN, _DENSITY = 0xC0, 0xDA, 0xE0
@@ -19,14 +21,20 @@ _HARMLESS = frozenset((0xC4, 0xDB, 0xDD, 0xFE))
 _DENSITY_BYTES = 16
 
 
-def decode_jpeg(data: bytes, channels: int, height: int, width: int) -> Pixels | None:
-    """Pixels, uint8 (height, width, channels), of a plain JPEG of exactly this shape.
+def decode_jpeg(
+    data: bytes, channels: int, height: int, width: int, out: Pixels | None = None
+) -> Pixels | None:
+    """Pixels, uint8 (height, width, channels), of a plain JPEG of exactly this shape, in `out` if given.
 
     None for any other file, including damaged ones: Pillow then reads it or reports the problem.
     """
     if not (data.startswith(_START) and channels in (1, 3) and _is_plain(data, channels, height, width)):
         return None
-    return decode_by_codec("jpeg", ("",), data, channels, height, width)
+    try:
+        pixels = decode_by_turbo(data, "GRAY" if channels == 1 else "RGB", buffer=out)
+    except ValueError:
+        return None
+    return pixels if pixels.shape == (height, width, channels) else None
 
 
 def _is_plain(data: bytes, channels: int, height: int, width: int) -> bool:

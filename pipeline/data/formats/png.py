@@ -21,8 +21,8 @@ from ddpm_pipeline.data.formats.png_chunks import HEADER_BYTES, MAGIC, png_chunk
 
 _NONE, _SUB, _UP = range(3)
 _COLOR_TYPES = {1: 0, 3: 2}  # channels to PNG's color type
-_MODES = {1: ("L", "L"), 3: ("RGB", "RGB;L")}
-"""By channels: Pillow's mode, and the raw mode with separate colors in each line."""
+_MODES = {1: "L", 3: "RGB"}
+"""Pillow's modes by channels."""
 # Chunks that do not affect pixel values, or that Pillow ignores. A color profile (iCCP) does affect them.
 _HARMLESS = frozenset(b"gAMA cHRM sRGB sBIT bKGD pHYs tIME".split())
 _TEXTS = frozenset(b"tEXt zTXt iTXt".split())
@@ -96,7 +96,7 @@ def decode_png(data: bytes, channels: int, height: int, width: int) -> Pixels | 
         and (pixels := _decode_uniform(stream, channels, height, width)) is not None
     ):
         return pixels
-    return decode_by_codec("zip", (), stream, channels, height, width)
+    return _decode_by_pillow(stream, channels, height, width)
 
 
 def _decode_uniform(stream: bytes, channels: int, height: int, width: int) -> Pixels | None:
@@ -117,21 +117,14 @@ def _decode_uniform(stream: bytes, channels: int, height: int, width: int) -> Pi
     return filtered if kind == _NONE else np.add.accumulate(filtered, int(kind == _SUB), np.uint8)
 
 
-def decode_by_codec(
-    codec: str, options: tuple[str, ...], data: bytes, channels: int, height: int, width: int
-) -> Pixels | None:
-    """Pixels, uint8 (height, width, channels), by one of Pillow's C decoders; None if it fails.
-
-    `options` are the decoder's own, after the mode.
-    """
-    mode, by_line = _MODES[channels]
+def _decode_by_pillow(stream: bytes, channels: int, height: int, width: int) -> Pixels | None:
+    """Pixels of compressed lines, by Pillow's C decoder; None if it fails."""
+    mode = _MODES[channels]
     try:
-        image = Image.frombytes(mode, (width, height), data, codec, mode, *options)
+        image = Image.frombytes(mode, (width, height), stream, "zip", mode)
     except (ValueError, OSError):
         return None
-    # Separate colors within each line: batches are channel-first, so this copies long runs.
-    lines = np.frombuffer(image.tobytes("raw", by_line), np.uint8)
-    return lines.reshape(height, channels, width).transpose(0, 2, 1)
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, channels)
 
 
 def _image_stream(data: bytes) -> bytes | None:

@@ -35,7 +35,7 @@ class Batch:
     positions: Tensor
     """int64 (n,): positions in the global order, which also key the random numbers of these samples."""
     images: Tensor
-    """uint8 (n, C, H, W)."""
+    """uint8 (n, C, H, W), in channels-last memory."""
     labels: Tensor | None
     """int64 (n,), or None for a data set without labels."""
     wait_seconds: float
@@ -100,6 +100,8 @@ class Loader:
             else map(self._dataset.__getitem__, steps)
         )
         prefetcher = self._prefetcher()
+        if prefetcher is not None and steps:
+            prefetcher.advance(start_step * self.global_batch)
         try:
             started = time.perf_counter()
             for step, result in zip(steps, results, strict=True):

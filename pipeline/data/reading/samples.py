@@ -32,8 +32,8 @@ MAX_SUBSTITUTES = 1000
 
 @dataclass(frozen=True)
 class Samples:
-    """Images uint8 (n, C, H, W), labels int64 (n,) or None, one line for each replaced damaged sample, and rows int64
-    (n,): the numbers of the samples in the data set."""
+    """Images uint8 (n, C, H, W) in channels-last memory, as decoders write them, labels int64 (n,) or None, one line
+    for each replaced damaged sample, and rows int64 (n,): the numbers of the samples in the data set."""
 
     images: Tensor
     labels: Tensor | None
@@ -89,15 +89,23 @@ class SampleSource:
             edge, count = self.config.crop, len(positions)
             tops = noise.randint(self.seed, noise.Stream.CROP, positions, self.shape.height - edge + 1, 0)
             lefts = noise.randint(self.seed, noise.Stream.CROP, positions, self.shape.width - edge + 1, 1)
-            cropped = np.empty((count, self.shape.channels, edge, edge), np.uint8)
+            cropped = np.empty((count, edge, edge, self.shape.channels), np.uint8)
             for i, (top, left) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True)):
-                cropped[i] = pixels[i, :, top : top + edge, left : left + edge]
+                cropped[i] = pixels[i, top : top + edge, left : left + edge]
             pixels = cropped
-        images = torch.from_numpy(pixels)
+        images = _channels_first(pixels)
         if self.config.flip:
             mirrored = noise.uniform(self.seed, noise.Stream.FLIP, positions) < 0.5
             images[mirrored] = images[mirrored].flip(-1)
         return images
+
+
+def _channels_first(pixels: Pixels) -> Tensor:
+    """(n, H, W, C) as (n, C, H, W), without a copy."""
+    count, height, width, channels = pixels.shape
+    images = torch.from_numpy(pixels)
+    # One channel is both layouts at once. These strides are the usual ones, by which torch chooses its kernels.
+    return images.view(count, 1, height, width) if channels == 1 else images.permute(0, 3, 1, 2)
 
 
 class _SampleLocation(NamedTuple):
@@ -165,11 +173,11 @@ class _SampleReader:
         self._with_table = kept.union(shards)
 
     def pixels(self, shards: Int64, members: Int64) -> tuple[Pixels, Int64, tuple[str, ...]]:
-        """Pixels uint8 (n, C, H, W) and labels int64 (n,) of members of shards, int64 (n,) both."""
+        """Pixels uint8 (n, H, W, C) and labels int64 (n,) of members of shards, int64 (n,) both."""
         rows = self.index.starts[shards] + members
         if self.decoded is not None and self.decoded.known[rows].all():
             return self.decoded.pixels[rows], self.decoded.labels[rows], ()
-        out = np.empty((len(rows), self.shape.channels, self.shape.height, self.shape.width), np.uint8)
+        out = np.empty((len(rows), *self.array_shape), np.uint8)
         labels, damage = np.empty(len(rows), np.int64), list[str]()
         # Sorted by row: adjacent rows are adjacent on disk.
         order = np.argsort(rows, kind="stable")
@@ -195,13 +203,14 @@ class _SampleReader:
         for member, slot, data, crc in zip(
             members.tolist(), slots.tolist(), self._bytes(shard, entries), crcs, strict=True
         ):
-            pixels = self._decode(data) if crc32(data) == crc else None
+            pixels = self._decode(data, out[slot]) if crc32(data) == crc else None
             if pixels is None:
                 pixels, labels[slot], problems = self._read_or_substitute(
                     self._location(int(self.index.starts[shard]) + member)
                 )
                 damage += problems
-            out[slot] = pixels.transpose(2, 0, 1)
+            if pixels.base is not out:  # not decoded in its place
+                out[slot] = pixels
 
     def _bytes(self, shard: int, entries: MemberTable) -> Iterable[bytes]:
         try:
@@ -209,9 +218,9 @@ class _SampleReader:
         except DamageError:
             return [b""] * len(entries)  # no CRC matches; `_read_or_substitute` raises or reports each
 
-    def _decode(self, data: bytes) -> Pixels | None:
+    def _decode(self, data: bytes, out: Pixels) -> Pixels | None:
         try:
-            return decode_image(data, self.array_shape)
+            return decode_image(data, self.array_shape, out)
         except DamageError:
             return None  # `_read_or_substitute` raises it again with its location
 
@@ -281,7 +290,7 @@ class _DecodedSamples:
     """All samples of a small data set, each decoded once."""
 
     def __init__(self, num_samples: int, shape: PixelShape) -> None:
-        self.pixels: Pixels = np.empty((num_samples, shape.channels, shape.height, shape.width), np.uint8)
+        self.pixels: Pixels = np.empty((num_samples, *shape.array_shape), np.uint8)
         self.labels: Int64 = np.empty(num_samples, np.int64)
         self.known: npt.NDArray[np.bool_] = np.zeros(num_samples, np.bool_)
 
