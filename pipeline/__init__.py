@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ddpm_pipeline import api
 
 __all__ = ["__version__", "api"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -332,7 +332,7 @@ def test_in_a_queue_jobs_are_suspended_do_not_scale_and_the_nights_pattern_is_in
 
 
 VALUES = {
-    "registry.example/ddpm:0.1.0-cuda": "r.example:5000/ours:9",
+    "registry.example/ddpm:0.2.0-cuda": "r.example:5000/ours:9",
     "s3://your-bucket": "s3://ours",
     "region: eu-central-1": "region: us-west-2",
     "111122223333": "999988887777",
