@@ -85,6 +85,22 @@ def test_min_snr_is_one_weight_on_the_error_of_x0_whatever_the_target(target: Ta
     assert torch.allclose(loss.double(), expected, rtol=1e-5)
 
 
+def test_the_uniform_loss_of_v_is_edms_preconditioned_loss_for_data_of_unit_variance() -> None:
+    """Karras et al. 2022, table 1 and eq. 8, with sigma_data = 1 and sigma = s / a."""
+    x0, t, noise = (each.double() if each.is_floating_point() else each for each in batch())
+    a = SCHEDULE.alpha_bars[t].sqrt().reshape(-1, 1, 1, 1)
+    s = (1 - SCHEDULE.alpha_bars[t]).sqrt().reshape(-1, 1, 1, 1)
+    guess = torch.randn(x0.shape, generator=torch.Generator().manual_seed(9)).double()
+    sigma = s / a
+    scale_in, skip, out = (sigma**2 + 1) ** -0.5, 1 / (sigma**2 + 1), sigma * (sigma**2 + 1) ** -0.5
+    noised = x0 + sigma * noise
+    assert torch.allclose(scale_in * noised, a * x0 + s * noise)
+    denoised = skip * noised - out * guess  # EDM's network has the opposite sign of v
+    edm = ((sigma**2 + 1) / sigma**2 * (denoised - x0).square()).flatten(1).mean(1)
+    ours = training_loss(SCHEDULE, ObjectiveConfig(target="v"), lambda x, t, **_: guess, x0, t, noise)
+    assert torch.allclose(ours.per_sample.double(), edm, rtol=1e-5)
+
+
 def test_weights_stay_finite_without_terminal_signal() -> None:
     schedule = SCHEDULE.with_zero_terminal_snr()
     t = torch.arange(1000)
