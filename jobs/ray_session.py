@@ -26,14 +26,17 @@ import psutil
 
 from ddpm_pipeline.errors import JobError, Outage, UserError
 from ddpm_pipeline.infra.local import check_ray
+from ddpm_pipeline.infra.local.client_environment import cluster_variables
 from ddpm_pipeline.infra.local.ray import LOOPBACK_SETTINGS
 from ddpm_pipeline.infra.local.service import listens
 from ddpm_pipeline.jobs.cluster_address import DRIVER_VARIABLE, settle_token
+from ddpm_pipeline.jobs.runner import LOCAL
 from ddpm_pipeline.jobs.staging import stage_program
 from ddpm_pipeline.retry import START_VARIABLE, retry_during_outage, start_seconds
 from ddpm_pipeline.telemetry.logs import FORM_VARIABLE, as_json
 from ddpm_pipeline.telemetry.redaction import redact
 from ddpm_pipeline.telemetry.terminal import echo
+from ddpm_pipeline.tracking.connect import CLIENT_DEFAULTS
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,17 @@ SHARED_VARIABLES = (
     START_VARIABLE,
     *PROXY_VARIABLES,
 )
+S3_VARIABLES = {
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
+    "AWS_REGION",
+    "DDPM_S3_ADDRESSING_STYLE",
+}
+"""Those that say where S3 is."""
+AWS_FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
+"""Variables that name AWS's files, and where these are otherwise."""
 ANSWER_SECONDS = 10.0
 """For the cluster's control store to list its nodes."""
 _POLL_SECONDS = 3.0
@@ -201,30 +215,39 @@ def shared_variables() -> dict[str, str]:
     An address that holds a password is skipped with a warning.
     """
     found = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
-    with suppress(UserError):  # invalid S3 settings: reported where S3 is used
-        from ddpm_pipeline.store.s3_client import (
-            location_variables,  # boto3 takes a quarter of a second to import
-        )
+    if _names_s3():
+        with suppress(UserError):  # invalid S3 settings: reported where S3 is used
+            from ddpm_pipeline.store.s3_client import location_variables  # boto3 takes a third of a second
 
-        found |= location_variables()
+            found |= location_variables()
     for name in [name for name, value in found.items() if "@" in urlsplit(value).netloc]:
         log.warning("%s holds a password, which Ray would show: not passed on, so set it on the nodes", name)
         del found[name]
     return found
 
 
+def _names_s3() -> bool:
+    """Whether a variable or one of AWS's files may say where S3 is."""
+    files = [Path(os.environ.get(name, default)) for name, default in AWS_FILES.items()]
+    return bool(S3_VARIABLES & os.environ.keys()) or any(file.expanduser().exists() for file in files)
+
+
 @contextmanager
 def _environment(address: str) -> Generator[dict[str, Any] | None]:
     """What a driver's workers are given: where the services are, and the program, which their machines may lack.
 
-    None for a submitted job, which was given both already. The local stack's only machine has the program.
+    None for a submitted job, which was given both already. The local stack's only machine has the program, and the
+    variables with which its Ray was started.
     """
     if SUBMITTED in os.environ:
         yield None
         return
     alone = all(os.environ.get(name) == value for name, value in LOOPBACK_SETTINGS.items())
     if alone and address.startswith("127."):
-        yield {"env_vars": shared_variables()}
+        present = {**CLIENT_DEFAULTS, **cluster_variables(LOCAL, address)}
+        missing = {name: value for name, value in shared_variables().items() if present.get(name) != value}
+        # For a worker with variables of its own Ray starts a process that imports Ray and then becomes the worker.
+        yield {"env_vars": missing} if missing else None
         return
     with tempfile.TemporaryDirectory(prefix="ddpm-driver-") as folder:
         yield {"env_vars": shared_variables(), "py_modules": [str(stage_program(Path(folder)))]}

@@ -103,6 +103,15 @@ def client_variables(root: Path, state: State) -> dict[str, str]:
     return {**variables, "DDPM_ROOT": data_root(root, state)}
 
 
+def cluster_variables(root: Path, address: str) -> dict[str, str]:
+    """The variables that workers of the Ray at `address` have, if it is of the stack under `root`; else none."""
+    state = read_state(own_root(root))
+    record = None if state is None else state.services.get("ray")
+    if state is None or record is None or address != f"127.0.0.1:{state.ports.get('ray')}":
+        return {}
+    return processes.variables(record.identity)
+
+
 def sign_in(root: Path) -> list[str]:
     """A line for each of the stack's web pages that needs a login: its address, and the command that prints the
     password or token. Never a secret itself.

@@ -70,6 +70,14 @@ def is_alive(identity: ProcessIdentity) -> bool:
         return False
 
 
+def variables(identity: ProcessIdentity) -> dict[str, str]:
+    """The environment that the process was started with; empty if it has ended."""
+    try:
+        return _environ(identity.pid) if is_alive(identity) else {}
+    except (psutil.Error, OSError):
+        return {}
+
+
 def end(identity: ProcessIdentity, grace_seconds: float = 10.0) -> int:
     """End the process and all its descendants; return how many processes that were.
 

@@ -91,7 +91,7 @@ def cluster_settings(token: Path) -> dict[str, str]:
         # A job that is stopped saves first; Ray's default would kill it after 3 s.
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
         **LOOPBACK_SETTINGS,
-        # Jobs bring variables of their own, so none uses a worker that was started before it came.
+        # Jobs may bring variables of their own; such a job uses no worker that was started before it came.
         "RAY_prestart_worker_first_driver": "0",
         # So that metrics of a job of a few seconds are seen; by default a process reports them every 10 s.
         "RAY_metrics_report_interval_ms": "2000",

@@ -30,7 +30,7 @@ REQUEST_POLICY = RetryPolicy(attempts=None, first_pause_seconds=0.5, longest_pau
 
 # Retries are ours, where they can be bounded and logged, not inside one HTTP call (whose defaults block a caller for
 # minutes). The environment overrides all of these.
-_CLIENT_ENVIRONMENT = {
+CLIENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -49,7 +49,7 @@ class ArtifactsDeniedError(UserError):
 
 def configure_client() -> None:
     """Configure MLflow's client in this process; values already in the environment stay."""
-    for name, value in _CLIENT_ENVIRONMENT.items():
+    for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
 
 

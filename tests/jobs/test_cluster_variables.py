@@ -1,10 +1,20 @@
 """What a job on a cluster is told of the services: all that this machine knows, and no password."""
 
+# pyright: reportPrivateUsage=false
+
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from ddpm_pipeline.jobs.ray_session import shared_variables
+from ddpm_pipeline.infra.local import processes
+from ddpm_pipeline.infra.local.client_environment import cluster_variables
+from ddpm_pipeline.infra.local.ray import LOOPBACK_SETTINGS
+from ddpm_pipeline.infra.local.stack_state import ServiceRecord, State, write_state
+from ddpm_pipeline.jobs.ray_session import SUBMITTED, _environment, shared_variables
+from ddpm_pipeline.tracking.connect import CLIENT_DEFAULTS
 
 GIVEN = {
     "AWS_CA_BUNDLE": "/etc/ca.pem",
@@ -63,3 +73,40 @@ def test_aws_settings_that_cannot_be_used_keep_no_job_from_travelling(
     monkeypatch.setenv("AWS_PROFILE", "absent")
     monkeypatch.setenv("DDPM_ROOT", "file:///data")
     assert shared_variables()["DDPM_ROOT"] == "file:///data"
+
+
+def test_where_nothing_names_an_s3_service_boto3_is_not_loaded(tmp_path: Path) -> None:
+    code = "import sys, ddpm_pipeline.jobs.ray_session as r; r.shared_variables(); sys.exit('boto3' in sys.modules)"
+    environment = {"PYTHONPATH": str(Path.cwd()), "HOME": str(tmp_path), "PATH": ""}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_workers_of_the_local_stack_are_given_what_its_ray_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(SUBMITTED, raising=False)
+    monkeypatch.setenv("DDPM_ROOT", "file:///data")
+    for name, value in LOOPBACK_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    program = [sys.executable, "-c", "import time; time.sleep(60)"]
+    ray = processes.spawn(program, os.environ, tmp_path / "log", mark=f"mark-{tmp_path.name}")
+    try:
+        (tmp_path / ".local").mkdir(mode=0o700)
+        record = ServiceRecord(identity=ray, fingerprint="")
+        write_state(tmp_path / ".local", State(ports={"ray": 7}, services={"ray": record}))
+        assert cluster_variables(Path(".local"), "127.0.0.1:7")["DDPM_ROOT"] == "file:///data"
+        assert cluster_variables(Path(".local"), "127.0.0.1:8") == {}
+        for name, value in CLIENT_DEFAULTS.items():  # which workers set, too
+            monkeypatch.setenv(name, value)
+        with _environment("127.0.0.1:7") as given:
+            assert given is None
+        with _environment("127.0.0.1:8") as given:
+            assert given is not None
+            assert given["env_vars"]["DDPM_ROOT"] == "file:///data"
+        monkeypatch.setenv("DDPM_START_WAIT_SECONDS", "5")
+        with _environment("127.0.0.1:7") as given:
+            assert given == {"env_vars": {"DDPM_START_WAIT_SECONDS": "5"}}
+    finally:
+        processes.end(ray)
+    assert cluster_variables(Path(".local"), "127.0.0.1:7") == {}
