@@ -22,7 +22,6 @@ from ddpm_pipeline.errors import DamageError, JobError
 from ddpm_pipeline.progress import Progress
 from ddpm_pipeline.store import ObjectMissing, Store, open_store, retry_during_outage
 from ddpm_pipeline.telemetry.logs import name_process
-from ddpm_pipeline.train.absent_compiler import leave_out_compiler
 from ddpm_pipeline.train.captured_gradients import captured_gradients
 from ddpm_pipeline.train.checkpoint import (
     MAX_LISTINGS,
@@ -67,8 +66,6 @@ def train_worker(task: TrainTask, context: WorkerContext, driver: Driver | None)
     read, NonFiniteError for a diverged training.
     """
     name_process(run=task.config.name, rank=context.rank)
-    if not task.config.compile:
-        leave_out_compiler()
     require_plugins(task.config)
     limit_device_memory(task.config.workers, context.device)
     if task.config.precision == "bfloat16" and context.rank == 0:

@@ -32,37 +32,6 @@ tensors = {f"net/{name}": value for name, value in net.state_dict().items()}
 tensors |= {f"ema/{name}": value for name, value in ConstantEMA(net, 0.9).state_dict().items()}
 averaged_network(config, 1, tensors)
 """
-STEP = """
-import torch, torch.distributed as dist
-from ddpm_pipeline.train.absent_compiler import leave_out_compiler
-leave_out_compiler()
-from ddpm_pipeline.config.net import UNetConfig
-from ddpm_pipeline.config.training import OptimizerConfig, WorkerConfig
-from ddpm_pipeline.nets import build_net
-from ddpm_pipeline.train.data_parallel import wrap
-from ddpm_pipeline.train.memory import activation_bytes
-from ddpm_pipeline.train.state import make_optimizer
-config = UNetConfig(base_channels=8, norm_groups=4)
-assert activation_bytes(config, "float32") > 0
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-net = build_net(config)
-optimizer = make_optimizer(net, OptimizerConfig())
-network = wrap(net, WorkerConfig(), torch.device("cpu"), world=2)
-size = config.image_size
-for _ in range(2):
-    network(torch.ones(1, config.in_channels, size, size), torch.zeros(1, dtype=torch.int64)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-optimizer.load_state_dict(optimizer.state_dict())
-"""
-COMPILE = """
-kept = torch.optim.Optimizer.zero_grad.__wrapped__
-assert hasattr(kept, "__dynamo_disable")
-assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
-assert not hasattr(kept, "__dynamo_disable") and torch._dynamo.__file__
-optimizer.step()
-optimizer.zero_grad()
-"""
 
 
 def modules(code: str) -> set[str]:
@@ -89,13 +58,6 @@ def test_drivers_and_workers_load_neither_compiler_nor_fsdp_before_they_need_it(
         "import ddpm_pipeline.train.training_driver, ddpm_pipeline.train.worker, ddpm_pipeline.generate.sample_worker"
     )
     assert loaded & {*COMPILER, "torch.distributed.fsdp", "torch.distributed.tensor", "mlflow"} == set()
-
-
-def test_a_worker_that_compiles_nothing_loads_no_compiler_until_something_does() -> None:
-    loaded = modules(STEP)
-    assert "torch._dynamo" in loaded  # the module in its place
-    assert loaded & {"torch._dynamo.utils", "torch._inductor", "torch.distributed.tensor"} == set()
-    assert "torch._dynamo.utils" in modules(STEP + COMPILE)
 
 
 def test_ray_train_starts_no_actor_that_nothing_uses() -> None:
