@@ -90,9 +90,7 @@ def _print_where_to_look(call: JobArguments, seconds: float) -> None:
     echo(f"  training run    {find_latest_run(key_prefix='train/')}")
     for line in sign_in(LOCAL):
         echo(f"  {line}")
-    echo(
-        f"  few steps       ddpm distill {PRESET}-fast   (a student that samples with 2 evaluations, not 40)"
-    )
+    echo(f"  few steps       ddpm distill {PRESET}-fast   (a student that samples with 2 evaluations)")
     echo("  stop it all     ddpm down")
 
 
