@@ -1,5 +1,6 @@
 """Cleanup: close runs that a killed driver left RUNNING, and remove spools that are fully delivered."""
 
+import logging
 import shutil
 import time
 import uuid
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
 
+log = logging.getLogger(__name__)
+
+MAX_CLOCK_SKEW_SECONDS = 60.0
+"""How far in the future the last activity of a run may be before the clocks are said to differ."""
+
+
 @dataclass(frozen=True)
 class ClosedRun:
     """A run that was closed, and how long it had shown no activity."""
@@ -53,13 +60,22 @@ def close_stale_runs(
 
     Looks at one experiment, or at all. Activity is the opening of the run and every heartbeat of its spool. Runs of
     other programs are left alone. A closed run can still be resumed by its own driver, and the next heartbeat of a
-    job that is alive after all reopens it.
+    job that is alive after all reopens it. A run whose last activity is in the future stays open, with a warning: this
+    machine's clock is behind, or its job's was ahead.
     """
     client = tracking_client(require_server(uri))
     now = time.time() if now_seconds is None else now_seconds
     closed: list[ClosedRun] = []
     for run in _running(client, _experiment_ids(client, experiment)):
         idle = now - _last_active(run)
+        if idle < -MAX_CLOCK_SKEW_SECONDS:
+            log.warning(
+                "%s (%s) stays open: its last activity is %.0f minutes in the future; compare this machine's clock "
+                "with that of its job's machine, and run ddpm cleanup again",
+                run.info.run_name or run.info.run_id,
+                run.info.run_id,
+                -idle / 60,
+            )
         if idle >= idle_minutes * 60 and _close(client, run, idle, status):
             closed.append(ClosedRun(run.info.run_id, run.info.run_name or run.info.run_id, idle))
     return closed
