@@ -10,8 +10,6 @@ is here: wrapping, reading a checkpoint, writing one, and computing with the ave
 a state is divided only: they take most of a second.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -72,7 +70,10 @@ def wrap(net: nn.Module, workers: WorkerConfig, device: torch.device, world: int
 
 
 def _by_gloo(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """The same hook under a name that torch does not refuse on a CPU, where gloo can send bfloat16 too."""
+    """The same hook under a name that torch does not refuse on a CPU, where gloo can send bfloat16 too.
+
+    Torch compares these annotations with its own types, so this module does not postpone them to strings.
+    """
     return bf16_compress_hook(group, bucket)  # pyright: ignore[reportArgumentType]  (None is the default group)
 
 
@@ -97,7 +98,7 @@ def is_divided(net: nn.Module) -> bool:
     return fsdp is not None and isinstance(net, fsdp.FSDPModule)
 
 
-def _is_part(tensor: Tensor) -> TypeGuard[DTensor]:
+def _is_part(tensor: Tensor) -> TypeGuard["DTensor"]:
     parts = sys.modules.get("torch.distributed.tensor")
     return parts is not None and isinstance(tensor, parts.DTensor)
 

@@ -111,7 +111,10 @@ def test_a_clock_that_is_behind_closes_nothing_and_is_named(
 ) -> None:
     assert close_stale_runs(idle_minutes=0, now_seconds=1000 - 3600) == []
     assert server.status == "RUNNING"
-    assert "stays open: its last activity is 60 minutes in the future; compare this machine's clock" in caplog.text
+    assert (
+        "stays open: its last activity is 60 minutes in the future; compare this machine's clock"
+        in caplog.text
+    )
 
 
 def test_a_run_that_a_new_driver_opened_meanwhile_is_left_alone(server: Registry) -> None:

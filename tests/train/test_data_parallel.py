@@ -126,8 +126,7 @@ def test_workers_that_divide_a_diverging_training_end_together(digits: str, fold
     assert {step for step, _, _ in outcome.positions} < set(range(STEPS))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_gradients_sent_in_bfloat16_change_little_and_name_another_training(
     digits: str, folder: Path, ddp: Outcome, sharding: str
 ) -> None:
