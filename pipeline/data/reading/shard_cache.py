@@ -117,8 +117,8 @@ class ShardCache:
         self._reserve(part, self.index.shards[shard].plain_bytes)
         try:
             with open(open_private(part, os.O_RDWR), "r+b") as file:
-                # Not synced to disk, which takes longer than the download: if a power cut loses some of it, the
-                # samples' own CRCs show it, and the shard is downloaded again.
+                # Not synced to disk: if a power cut loses some of it, the samples' own CRCs show it, and the shard
+                # is downloaded again.
                 download_shard(self.index, shard, file, self.lenient)
             fd = open_private(part)
             with private_lock(
