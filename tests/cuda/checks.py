@@ -82,8 +82,9 @@ def a_training_on_a_gpu_takes_the_steps_of_the_cpu_and_skips_the_same_one() -> N
 
 def a_training_by_a_cuda_graph_has_the_bits_of_one_without() -> None:
     cases: list[dict[str, object]] = [{"precision": "bfloat16", "workers": _IN_PARTS}, _STUDENT]
+    whole: list[dict[str, object]] = [{}, {"precision": "bfloat16"}]  # of one micro-batch: half the launches
     if is_long():
-        cases += [{}, {"precision": "bfloat16"}, {"workers": _IN_PARTS}]
+        cases += [*whole, {"workers": _IN_PARTS}]
     for changes in cases:
         with simulated_device():
             expected = _end_of(_begun(GPU, **changes), steps=6)
@@ -92,7 +93,7 @@ def a_training_by_a_cuda_graph_has_the_bits_of_one_without() -> None:
             captured, found = _captured_training(6, partial(_add_launches, totals), changes)
             assert captured.is_captured
             eager, replayed = totals[2] - totals[1], totals[5] - totals[4]
-            assert replayed < min(40, eager / 5), (eager, replayed)
+            assert replayed < 40 < eager / (5 if changes in whole else 10), (eager, replayed)
             _require_equal(expected, found)
 
 
