@@ -20,8 +20,17 @@ from ddpm_pipeline.features.train_classifier import train_features
 from ddpm_pipeline.jobs.promote import run as promote
 from ddpm_pipeline.nightly.history import read_latest, read_nights
 from ddpm_pipeline.store import open_store
-from ddpm_pipeline.tracking import find_run, open_run, register, set_alias, set_tags, versions
-from ddpm_pipeline.tracking.run import HEARTBEAT_TAG
+from ddpm_pipeline.tracking import (
+    Run,
+    find_run,
+    open_run,
+    register,
+    set_alias,
+    set_tags,
+    tracking_client,
+    versions,
+)
+from ddpm_pipeline.tracking.run import HEARTBEAT_TAG, KEY_TAG
 from tests.chaos.works import Fingerprint, Generation, Work
 from tests.driving import Driver
 from tests.generate.tiny import contents, settings, tiny_card, tiny_model
@@ -30,7 +39,7 @@ from tests.train.tiny import tiny
 NIGHT = "2026-03-01"
 NIGHT_SHARDS, NIGHT_SHARD_SIZE = 24, 10
 PICTURES, PACKED_SHARD_SIZE = 3_000, 60
-AHEAD_SECONDS = 3 * 3600.0  # more than the clock of a driver under attack jumps
+APART_SECONDS = 3 * 3600.0  # more than the clock of a driver under attack jumps
 
 
 class Shared:
@@ -221,20 +230,27 @@ class Night(_Operation):
 
 
 class Cleanup(_Operation):
-    """One run whose job is dead and one whose job is alive; the first is closed."""
+    """One run whose job is long dead and one whose job is alive; by any clock of the attack the first is closed."""
 
     typical_seconds = 4.0
 
     def __init__(self, shared: Shared, place: str, name: str, folder: Path) -> None:
         super().__init__("cleanup", place, name, folder)
         self.experiment = f"chaos-{name}"
-        for key in ("dead", "alive"):
-            run = open_run(self.experiment, key, key=key, params={}, tags={}, config_yaml="")
-            if key == "alive":
-                set_tags(run.run_id, {HEARTBEAT_TAG: str(time.time() + AHEAD_SECONDS)})
+        alive = self._open("alive")
+        set_tags(alive.run_id, {HEARTBEAT_TAG: str(time.time() + APART_SECONDS)})
+        last_active = time.time() - APART_SECONDS
+        # Only the client that creates a run can say when it started.
+        tracking_client().create_run(
+            alive.experiment_id, start_time=int(last_active * 1000), tags={KEY_TAG: "dead"}, run_name="dead"
+        )
+        set_tags(self._open("dead").run_id, {HEARTBEAT_TAG: str(last_active)})
+
+    def _open(self, key: str) -> Run:
+        return open_run(self.experiment, key, key=key, params={}, tags={}, config_yaml="")
 
     def start(self, variables: Mapping[str, str]) -> None:
-        self.run("cleanup", None, variables, ("cleanup", "--idle-minutes", "0"))
+        self.run("cleanup", None, variables, ("cleanup", "--idle-minutes", "30"))
 
     def fingerprint(self) -> Fingerprint:
         return {key: run.status for key in ("dead", "alive") if (run := find_run(self.experiment, key))}
