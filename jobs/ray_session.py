@@ -33,6 +33,7 @@ from ddpm_pipeline.jobs.cluster_address import DRIVER_VARIABLE, settle_token
 from ddpm_pipeline.jobs.runner import LOCAL
 from ddpm_pipeline.jobs.staging import stage_program
 from ddpm_pipeline.retry import START_VARIABLE, retry_during_outage, start_seconds
+from ddpm_pipeline.store.s3_settings import may_name_s3
 from ddpm_pipeline.telemetry.logs import FORM_VARIABLE, as_json
 from ddpm_pipeline.telemetry.redaction import redact
 from ddpm_pipeline.telemetry.terminal import echo
@@ -69,17 +70,6 @@ SHARED_VARIABLES = (
     START_VARIABLE,
     *PROXY_VARIABLES,
 )
-S3_VARIABLES = {
-    "AWS_DEFAULT_REGION",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_PROFILE",
-    "AWS_REGION",
-    "DDPM_S3_ADDRESSING_STYLE",
-}
-"""Those that say where S3 is."""
-AWS_FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
-"""Variables that name AWS's files, and where these are otherwise."""
 ANSWER_SECONDS = 10.0
 """For the cluster's control store to list its nodes."""
 _POLL_SECONDS = 3.0
@@ -215,7 +205,7 @@ def shared_variables() -> dict[str, str]:
     An address that holds a password is skipped with a warning.
     """
     found = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
-    if _names_s3():
+    if may_name_s3():
         with suppress(UserError):  # invalid S3 settings: reported where S3 is used
             from ddpm_pipeline.store.s3_client import location_variables  # boto3 takes a third of a second
 
@@ -224,12 +214,6 @@ def shared_variables() -> dict[str, str]:
         log.warning("%s holds a password, which Ray would show: not passed on, so set it on the nodes", name)
         del found[name]
     return found
-
-
-def _names_s3() -> bool:
-    """Whether a variable or one of AWS's files may say where S3 is."""
-    files = [Path(os.environ.get(name, default)) for name, default in AWS_FILES.items()]
-    return bool(S3_VARIABLES & os.environ.keys()) or any(file.expanduser().exists() for file in files)
 
 
 @contextmanager

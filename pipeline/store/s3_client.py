@@ -17,6 +17,7 @@ from botocore.handlers import add_expect_header
 from botocore.parsers import ResponseParserError, ResponseParserFactory, RestXMLParser
 
 from ddpm_pipeline.store.s3_errors import NotS3Answer, settings_error
+from ddpm_pipeline.store.s3_settings import ADDRESSING_VARIABLE, CLIENT_VARIABLES
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -25,15 +26,6 @@ else:
 
 CONNECT_SECONDS, READ_SECONDS = 5, 60
 WHEN_REQUIRED = "when_required"
-ADDRESSING_VARIABLE = "DDPM_S3_ADDRESSING_STYLE"
-"""`path`, `virtual` or `auto`; before `addressing_style` of the AWS config, for which AWS has no variable."""
-
-_WHERE_AND_WHO = (
-    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE",
-    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_CONFIG_FILE",
-    "AWS_SHARED_CREDENTIALS_FILE", "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION",
-    ADDRESSING_VARIABLE,
-)  # fmt: skip
 _ROOTS = {
     "ListObjectsV2Output": "ListBucketResult",
     "CreateMultipartUploadOutput": "InitiateMultipartUploadResult",
@@ -113,7 +105,7 @@ def sends_own_checksums() -> bool:
 
 
 def _identity() -> tuple[int, str]:
-    return os.getpid(), repr([os.environ.get(name) for name in _WHERE_AND_WHO])
+    return os.getpid(), repr([os.environ.get(name) for name in CLIENT_VARIABLES])
 
 
 def _session() -> boto3.session.Session:

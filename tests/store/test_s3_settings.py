@@ -66,7 +66,6 @@ def test_an_endpoint_of_the_profile_is_the_one_that_is_asked_and_named(
     monkeypatch.setenv("NO_PROXY", "")
     assert endpoint() == "http://127.0.0.1:9 (through the proxy http://proxy.example:3128)"
     monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
-    monkeypatch.setenv("AWS_REGION", "eu-west-1")
     assert (custom_endpoint(), endpoint()) == ("", "AWS S3")
 
 
