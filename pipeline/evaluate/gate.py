@@ -176,8 +176,11 @@ def verdict(judgements: dict[str, Judgement]) -> tuple[bool, str]:
     failed = [name for name, one in judgements.items() if not one.passed]
     if failed:
         return False, "; ".join(_complaint(name, judgements[name]) for name in failed)
-    improved = [name for name, one in judgements.items() if one.improvement_interval[0] > 0]
-    return True, f"better in {', '.join(improved)}; worse in nothing" if improved else "worse in nothing"
+    better = [name for name, one in judgements.items() if one.improvement_interval[0] > 0]
+    worse = [name for name, one in judgements.items() if one.improvement_interval[1] < 0]
+    gains = [f"better in {', '.join(better)}"] if better else []
+    losses = f"worse in {', '.join(worse)}, within tolerance" if worse else "worse in nothing"
+    return True, "; ".join([*gains, losses])
 
 
 def _apply(

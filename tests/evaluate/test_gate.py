@@ -36,6 +36,12 @@ def test_the_reason_names_what_improved_and_nothing_else() -> None:
     assert verdict(apply_rules(one, one, REAL, gate(rules=rules))) == (True, "worse in nothing")
 
 
+def test_what_is_worse_within_its_tolerance_is_named() -> None:
+    rules = {"frechet": Rule(better="lower", tolerance=1e9)}
+    judgements = apply_rules(measured(seed=1, shift=0.8), measured(seed=2), REAL, gate(rules=rules))
+    assert verdict(judgements) == (True, "worse in frechet, within tolerance")
+
+
 def test_a_worse_model_is_refused_with_its_numbers() -> None:
     judgements = apply_rules(measured(seed=1, shift=0.8), measured(seed=2), REAL, gate())
     passes, reason = verdict(judgements)
