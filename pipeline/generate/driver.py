@@ -120,27 +120,13 @@ def generate(
     is_new = check_prefix(generation) is None
     proof = Completeness() if is_new else check_complete(generation)
     if proof.complete:
-        raise_count(generation)
-        clean_up(generation, proof)
-        signature = None if signer is None else _state_of_signature(generation, signer)
+        result = _already_complete(generation, proof, config, signer)
         progress(spec.count, spec.count, "already complete")
-        return GenerationResult(
-            "already complete",
-            config.output,
-            generation.spec.digest,
-            spec.count,
-            generation.num_shards,
-            0,
-            0,
-            0.0,
-            cost=None if proof.manifest is None else cost_of_generation(proof.manifest, config.cost),
-            signature=signature,
-        )
+        return result
     for fault in proof.faults:
         _log.warning("%s contradicts the manifest, which is written again", fault)
     require_tracking(config)
     config = with_feature_network(config, None if model.version is None else model.name)
-    stop = stop or threading.Event()
     with cluster():
         require_pool_resources(config)
         require_plugins_on_nodes(
@@ -149,9 +135,7 @@ def generate(
         workers = workers_of(config)
         nodes = ask_pool(workers, generation.spec.device_kind, stop)
         if spec.device == "cuda" and not nodes and stop.is_set():
-            return GenerationResult(
-                "drained", config.output, spec.digest, spec.count, generation.num_shards, 0, 0, 0.0
-            )
+            return _made_nothing("drained", generation, config)
         if is_new:
             generation = _claim(generation, nodes, config, workers.gpus_setting)
         if spec.device == "cuda":
@@ -162,6 +146,33 @@ def generate(
         require_extension(generation.uri, raise_count(generation).spec, generation.spec)
         reporter = JobReporter(config, generation, progress, began)
         return GenerationJob(config, generation, model, reporter, stop, began, nodes, signer).run()
+
+
+def _already_complete(
+    generation: Generation, proof: Completeness, config: GenerateConfig, signer: SigningKey | None
+) -> GenerationResult:
+    """Finish what a job may have left undone after its manifest. UserError where a signature does not hold."""
+    raise_count(generation)
+    clean_up(generation, proof)
+    return replace(
+        _made_nothing("already complete", generation, config),
+        cost=None if proof.manifest is None else cost_of_generation(proof.manifest, config.cost),
+        signature=None if signer is None else _state_of_signature(generation, signer),
+    )
+
+
+def _made_nothing(status: Status, generation: Generation, config: GenerateConfig) -> GenerationResult:
+    spec = generation.spec
+    return GenerationResult(
+        status,
+        config.output,
+        spec.digest,
+        spec.count,
+        generation.num_shards,
+        shards_made=0,
+        images_made=0,
+        seconds=0.0,
+    )
 
 
 def _state_of_signature(generation: Generation, signer: SigningKey) -> str:
