@@ -19,8 +19,8 @@ from ddpm_pipeline.progress import Progress
 from ddpm_pipeline.telemetry.terminal import echo, echo_json
 
 if TYPE_CHECKING:
-    from ddpm_pipeline.generate.driver import GenerationResult
     from ddpm_pipeline.generate.dry_run import GenerationEstimate
+    from ddpm_pipeline.generate.generation_job import GenerationResult
 
 _EXIT_CODES: dict[str, int] = {
     "complete": DONE,

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from ddpm_pipeline.data.packing.pack_dataset import PackReport
     from ddpm_pipeline.evaluate.document import Evaluation
     from ddpm_pipeline.evaluate.gate import Decision
-    from ddpm_pipeline.generate.driver import GenerationResult
     from ddpm_pipeline.generate.generated_images import GeneratedImages
+    from ddpm_pipeline.generate.generation_job import GenerationResult
     from ddpm_pipeline.generate.loaded_model import LoadedModel
     from ddpm_pipeline.generate.verification import VerifyReport
     from ddpm_pipeline.train.training_driver import TrainingResult

@@ -20,7 +20,7 @@ from ddpm_pipeline.evaluate.signed_decision import require_signed
 from ddpm_pipeline.features.networks import open_network
 from ddpm_pipeline.features.reference_set import data_root
 from ddpm_pipeline.features.trust import require_trusted_network
-from ddpm_pipeline.generate.driver import GenerationResult
+from ddpm_pipeline.generate.generation_job import GenerationResult
 from ddpm_pipeline.generate.layout import CONTACT_KEY
 from ddpm_pipeline.generate.model_source import registered_name
 from ddpm_pipeline.nightly.history import (

@@ -23,7 +23,7 @@ from ddpm_pipeline.config.nights import NightlyConfig
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.evaluate.measure import evaluate_generation
 from ddpm_pipeline.generate.completeness import check_complete
-from ddpm_pipeline.generate.driver import GenerationResult
+from ddpm_pipeline.generate.generation_job import GenerationResult
 from ddpm_pipeline.generate.manifest import read_manifest
 from ddpm_pipeline.generate.spec import read_spec
 from ddpm_pipeline.generate.stored_generation import Generation

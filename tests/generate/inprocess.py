@@ -15,13 +15,15 @@ import pytest
 import torch
 
 import ddpm_pipeline.generate.driver as driver_module
+import ddpm_pipeline.generate.generation_job as job_module
 import ddpm_pipeline.generate.sharing as sharing
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.diffusion.sampler_protocol import OnStep
 from ddpm_pipeline.errors import UserError
 from ddpm_pipeline.generate.coordinator import Coordinator, ShardProgress
-from ddpm_pipeline.generate.driver import GenerationResult, generate
+from ddpm_pipeline.generate.driver import generate
 from ddpm_pipeline.generate.engine import Engine
+from ddpm_pipeline.generate.generation_job import GenerationResult
 from ddpm_pipeline.generate.launched_images import LaunchedImages
 from ddpm_pipeline.generate.sample_worker import Outcome, SampleWorkerConfig
 from ddpm_pipeline.generate.shard_writer import ShardWriter
@@ -238,8 +240,8 @@ def without_cluster() -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver_module, "open_store", _store)
         patch.setattr(driver_module, "require_pool_resources", _accept)
-        patch.setattr(driver_module, "start_pool", Pool)
-        patch.setattr(driver_module, "OutcomeStream", Stream)
+        patch.setattr(job_module, "start_pool", Pool)
+        patch.setattr(job_module, "OutcomeStream", Stream)
         patch.setattr(sharing, "CLAIM_SECONDS", 0.0)  # who stands still here is not waited for
         yield
 

@@ -230,6 +230,7 @@ class UnfitWorkers:
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> UnfitWorkers:
     """A pool of an H100 and of a node that says so too, but whose workers find an A100."""
     import ddpm_pipeline.generate.driver as driver
+    import ddpm_pipeline.generate.generation_job as generation_job
 
     found = UnfitWorkers()
 
@@ -282,8 +283,8 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> UnfitWorkers:
 
     monkeypatch.setattr(driver, "require_pool_resources", lambda config: None)
     answer(monkeypatch, node("one", H100), node("other", H100))
-    monkeypatch.setattr(driver, "start_pool", start)
-    monkeypatch.setattr(driver, "OutcomeStream", Stream)
+    monkeypatch.setattr(generation_job, "start_pool", start)
+    monkeypatch.setattr(generation_job, "OutcomeStream", Stream)
     return found
 
 

@@ -9,8 +9,8 @@ import pytest
 from ddpm_pipeline.config.diffusion import SamplerConfig
 from ddpm_pipeline.generate import gpu_meter
 from ddpm_pipeline.generate.done_records import DoneRecord, GpuTotals, GpuUse, RecordAggregate
-from ddpm_pipeline.generate.driver import GenerationResult
 from ddpm_pipeline.generate.efficiency import EfficiencyCalculator
+from ddpm_pipeline.generate.generation_job import GenerationResult
 from ddpm_pipeline.generate.gpu_meter import GpuMeter
 from ddpm_pipeline.generate.plan import shard
 from ddpm_pipeline.generate.shard_writer import ShardWriter

@@ -8,7 +8,7 @@ import pytest
 
 from ddpm_pipeline.config.generation import GenerateConfig
 from ddpm_pipeline.generate.coordinator import ShardProgress
-from ddpm_pipeline.generate.driver import GenerationJob, GenerationResult
+from ddpm_pipeline.generate.generation_job import GenerationJob, GenerationResult
 from ddpm_pipeline.generate.job_reporter import JobReporter, stall_reason
 from ddpm_pipeline.generate.layout import MANIFEST_KEY
 from ddpm_pipeline.generate.manifest import read_manifest

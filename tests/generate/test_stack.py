@@ -16,7 +16,8 @@ import ddpm_pipeline.generate.driver
 from ddpm_pipeline.config.generation import GenerateConfig, GuardConfig
 from ddpm_pipeline.config.model_card import TrainingData
 from ddpm_pipeline.errors import UserError
-from ddpm_pipeline.generate.driver import GenerationJob, GenerationResult, generate
+from ddpm_pipeline.generate.driver import generate
+from ddpm_pipeline.generate.generation_job import GenerationJob, GenerationResult
 from ddpm_pipeline.generate.generation_status import generation_status
 from ddpm_pipeline.generate.manifest import read_manifest
 from ddpm_pipeline.generate.plan import shards

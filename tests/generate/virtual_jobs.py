@@ -14,11 +14,12 @@ from typing import cast
 
 import pytest
 
-import ddpm_pipeline.generate.driver as driver_module
+import ddpm_pipeline.generate.generation_job as job_module
 import ddpm_pipeline.generate.heartbeat as heartbeat_module
 import ddpm_pipeline.generate.sharing as sharing
 from ddpm_pipeline.config.generation import GenerateConfig
-from ddpm_pipeline.generate.driver import GenerationResult, generate
+from ddpm_pipeline.generate.driver import generate
+from ddpm_pipeline.generate.generation_job import GenerationResult
 from ddpm_pipeline.generate.sample_worker import Outcome
 from ddpm_pipeline.generate.shard_writer import ShardWriter
 from tests.generate.inprocess import Killed, MemoryStore, Pool, Stream, here, without_cluster
@@ -180,8 +181,8 @@ def in_virtual_time() -> Generator[World]:
     numbers = itertools.count(90, -1)  # a later job has the name that decides for it
     with without_cluster(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(heartbeat_module, "new_job_id", lambda: f"job-{next(numbers)}")
-        patch.setattr(driver_module, "OutcomeStream", _Stream)
-        patch.setattr(driver_module, "pause", _pause)
+        patch.setattr(job_module, "OutcomeStream", _Stream)
+        patch.setattr(job_module, "pause", _pause)
         patch.setattr(sharing, "CLAIM_SECONDS", claim_seconds)
         for module in (sharing, heartbeat_module):
             patch.setattr(module, "time", clock)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import ddpm_pipeline.generate.driver
+import ddpm_pipeline.generate.generation_job
 import ddpm_pipeline.train.ray_trainer
 from ddpm_pipeline.config.base import Settings
 from ddpm_pipeline.config.data import PackConfig
@@ -78,7 +78,9 @@ def test_a_generation_ends_before_any_worker_is_started(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     started: list[object] = []
-    monkeypatch.setattr(ddpm_pipeline.generate.driver, "start_pool", lambda *words: started.append(words))
+    monkeypatch.setattr(
+        ddpm_pipeline.generate.generation_job, "start_pool", lambda *words: started.append(words)
+    )
     config = settings(tiny_model(tmp_path / "model"), f"{prefix}/out", gpus_per_worker=0.5, num_workers=2)
     capfd.readouterr()
     assert call("generate", config, tmp_path) == REFUSED
