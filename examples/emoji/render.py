@@ -2,8 +2,9 @@
 
     python examples/emoji/render.py FOLDER [--font FILE] [--list FILE] [--size 72] [--limit N]
 
-On Debian and Ubuntu the defaults are there after `apt install fonts-noto-color-emoji unicode-data`. The font is Noto
-Color Emoji (SIL Open Font License 1.1), the list is Unicode's emoji-test.txt, whose groups become the classes.
+On Debian and Ubuntu `apt install fonts-noto-color-emoji unicode-data libfribidi0` installs what this needs. The font is
+Noto Color Emoji (SIL Open Font License 1.1), the list is Unicode's emoji-test.txt, whose groups become the classes;
+Pillow uses FriBiDi to join characters into one emoji.
 """
 
 import argparse
@@ -64,6 +65,16 @@ def draw(text: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image | No
     return canvas.resize((size, size), Image.Resampling.LANCZOS)
 
 
+def missing(font: Path = FONT, emoji_test: Path = LIST) -> str | None:
+    """What has to be installed first; None where nothing is missing."""
+    for path, package in ((font, "fonts-noto-color-emoji"), (emoji_test, "unicode-data")):
+        if not path.is_file():
+            return f"{path} is missing: install {package}, or name another file"
+    if not features.check("raqm"):  # Pillow's wheels bring Raqm, which loads FriBiDi from the system
+        return "Pillow cannot join characters into one emoji without FriBiDi: install libfribidi0"
+    return None
+
+
 def main() -> None:
     """Write FOLDER/GROUP/NUMBER-NAME.png for each emoji."""
     parser = argparse.ArgumentParser(description="Render the emoji of a color font to a folder of images.")
@@ -73,20 +84,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=72, help="height and width of an image")
     parser.add_argument("--limit", type=int, help="at most this many of each group")
     wanted = parser.parse_args()
-    for path, package in ((wanted.font, "fonts-noto-color-emoji"), (wanted.list, "unicode-data")):
-        if not path.is_file():
-            sys.exit(f"error: {path} is missing: install {package}, or name another file")
-    if not features.check("raqm"):
-        sys.exit("error: this build of Pillow lacks Raqm, which joins sequences of characters into one emoji")
+    if (fault := missing(wanted.font, wanted.list)) is not None:
+        sys.exit(f"error: {fault}")
     font = ImageFont.truetype(wanted.font, STRIKE)
     counts: dict[str, int] = {}
-    missing = 0
+    left_out = 0
     for emoji in read_list(wanted.list):
         if wanted.limit is not None and counts.get(emoji.group, 0) >= wanted.limit:
             continue
         image = draw(emoji.text, font, wanted.size)
         if image is None:
-            missing += 1
+            left_out += 1
             continue
         path = wanted.folder / emoji.group / f"{emoji.number:04d}-{emoji.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +103,7 @@ def main() -> None:
     for group, count in sorted(counts.items()):
         print(f"{count:6,} {group}")
     print(
-        f"{sum(counts.values()):6,} images in {wanted.folder}; the font has no picture for {missing} of the list"
+        f"{sum(counts.values()):6,} images in {wanted.folder}; the font has no picture for {left_out} of the list"
     )
 
 

@@ -13,7 +13,7 @@ from ddpm_pipeline.infra.local import LocalStack
 from tests.docs.lines import REPOSITORY
 
 SCRIPT = REPOSITORY / "examples/emoji/run.sh"
-RENDER = runpy.run_path(str(SCRIPT.with_name("render.py")))
+MISSING = runpy.run_path(str(SCRIPT.with_name("render.py")))["missing"]()
 TRIAL = (
     "steps=4",
     "global_batch=16",
@@ -29,10 +29,7 @@ pytestmark = [
     pytest.mark.stack,
     pytest.mark.long,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        not (RENDER["FONT"].is_file() and RENDER["LIST"].is_file()),
-        reason="needs the Debian packages fonts-noto-color-emoji and unicode-data",
-    ),
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
 ]
 
 

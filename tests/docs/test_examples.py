@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image, ImageFont, features
 
 from ddpm_pipeline.config.data import PackConfig
 from ddpm_pipeline.config.training import TrainConfig
@@ -78,10 +78,10 @@ def test_a_look_at_a_generation_counts_averages_and_shows_its_classes(
 
 @pytest.fixture
 def emoji() -> dict[str, Any]:
-    """The functions of examples/emoji/render.py, where the font and the list are installed."""
+    """The functions of examples/emoji/render.py, where what it needs is installed."""
     render = runpy.run_path(str(EXAMPLES / "emoji" / "render.py"))
-    if not (render["FONT"].is_file() and render["LIST"].is_file()):
-        pytest.skip("needs the Debian packages fonts-noto-color-emoji and unicode-data")
+    if (fault := render["missing"]()) is not None:
+        pytest.skip(fault)
     return render
 
 
@@ -101,6 +101,22 @@ def test_emoji_are_packed_as_a_color_data_set_whose_classes_are_their_groups(
     # The preset's network knows as many classes as there are groups.
     network = settings_of(TrainConfig, "train", JobArguments(preset="emoji-32")).net
     assert (network.num_classes, network.image_size) == (len(index.class_names), 32)
+
+
+def test_what_rendering_emoji_needs_is_named_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = runpy.run_path(str(EXAMPLES / "emoji" / "render.py"))["missing"]
+    font, emoji_test = tmp_path / "font.ttf", tmp_path / "emoji-test.txt"
+    assert (
+        missing(font, emoji_test)
+        == f"{font} is missing: install fonts-noto-color-emoji, or name another file"
+    )
+    font.touch()
+    assert missing(font, emoji_test) == f"{emoji_test} is missing: install unicode-data, or name another file"
+    emoji_test.touch()
+    monkeypatch.setattr(features, "check", lambda feature: False)
+    assert missing(font, emoji_test).endswith("install libfribidi0")
 
 
 def test_an_emoji_is_drawn_on_a_transparent_background_and_only_if_the_font_has_one_picture_for_it(
