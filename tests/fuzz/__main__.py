@@ -15,13 +15,14 @@ from pathlib import Path
 
 import atheris
 
+import ddpm_pipeline
 from tests.fuzz.readers import NAMES
 
 CORPUS = Path(__file__).parent / "corpus"
 MOST_MEGABYTES = 3000
 SLOWEST_SECONDS = 20
 
-INSTRUMENTED = ["pipeline", "tarfile", "yaml", "PIL", "json"]
+INSTRUMENTED = [ddpm_pipeline.__name__, "tarfile", "yaml", "PIL", "json"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
