@@ -46,7 +46,7 @@ named() { # named LOCK PIN...: these packages and what they need
 }
 named infra/docker/mlflow.lock psycopg2-binary==2.9.11                                  # the driver of a team's database
 # the tools of infra/supply.sh
-named infra/supply.lock cyclonedx-bom==7.5.0 mkdocs-material==9.8.2 pip-audit==2.10.1 pip-licenses==5.5.5
+named infra/supply.lock cyclonedx-bom==7.5.0 latex2mathml==3.81.1 mkdocs-material==9.8.2 pip-audit==2.10.1 pip-licenses==5.5.5
 for lock in infra/docker/mlflow.lock infra/supply.lock requirements.lock requirements-dev.lock requirements-torch.lock; do
     cp "$draft/$lock" "$lock"
     echo "$lock: $(grep -c '^[a-z].*==' "$lock") packages"
