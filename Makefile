@@ -6,7 +6,7 @@ BIN := .venv/bin
 STORE_OPTION := $(if $(STORE),--store $(STORE))
 
 .DEFAULT_GOAL := help
-.PHONY: help run install install-dev test test-fast test-stack lint up status down clean distclean lock wheel docs bench chaos fuzz mutants coverage gpu-test
+.PHONY: help run install install-dev test test-fast test-stack lint up status down clean distclean lock wheel docs bench chaos fuzz mutants coverage gpu-test sbom licenses audit lint-manifests
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -100,8 +100,8 @@ docs: install ## write the reference pages and images anew, then build the site:
 sbom: install ## bill of materials of what is shipped: build/sbom.cdx.json (CycloneDX)
 	@infra/supply.sh sbom
 
-licences: install ## docs/licences.md anew
-	@infra/supply.sh licences
+licenses: install ## docs/licenses.md anew
+	@infra/supply.sh licenses
 
 audit: install ## known weaknesses of the pinned packages; asks the package index
 	@infra/supply.sh audit

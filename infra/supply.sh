@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the program is made of:  infra/supply.sh sbom|licences|audit|site
-# sbom: build/sbom.cdx.json (CycloneDX).  licences: docs/licences.md.  audit: known weaknesses of what the lock pins.
+# What the program is made of:  infra/supply.sh sbom|licenses|audit|site
+# sbom: build/sbom.cdx.json (CycloneDX).  licenses: docs/licenses.md.  audit: known weaknesses of what the lock pins.
 # site: the documentation as HTML, build/site.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,21 +27,21 @@ sbom() {
     echo "sbom     build/sbom.cdx.json"
 }
 
-licences() {
+licenses() {
     local names
     # shellcheck disable=SC2086
     names=$(sed -n 's/^\([a-z][^=]*\)==.*/\1/p' $locks)
     {
-        echo "# Licences of what is installed"
+        echo "# Licenses of what is installed"
         echo
-        echo "*Written by \`make licences\` from the packages that \`requirements.lock\` and \`requirements-torch.lock\` pin, as their own metadata tell it (UNKNOWN: it"
+        echo "*Written by \`make licenses\` from the packages that \`requirements.lock\` and \`requirements-torch.lock\` pin, as their own metadata tell it (UNKNOWN: it"
         echo "tells none). This program's own Debian and CUDA layers, in containers, come under their own.*"
         echo
         # shellcheck disable=SC2086  (one argument per package)
         $tools/bin/pip-licenses --python=.venv/bin/python --format=markdown --from=mixed --with-system --packages $names |
             sed -E 's/ +\|/ |/g; s/\|-+/|---/g'
-    } >docs/licences.md
-    echo "licences docs/licences.md"
+    } >docs/licenses.md
+    echo "licenses docs/licenses.md"
 }
 
 audit() {
@@ -58,6 +58,6 @@ site() {
 }
 
 case ${1:-} in
-sbom | licences | audit | site) install_tools && "$1" ;;
-*) echo "usage: infra/supply.sh sbom|licences|audit|site" >&2 && exit 2 ;;
+sbom | licenses | audit | site) install_tools && "$1" ;;
+*) echo "usage: infra/supply.sh sbom|licenses|audit|site" >&2 && exit 2 ;;
 esac

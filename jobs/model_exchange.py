@@ -63,7 +63,7 @@ def import_model(source: Path, folder: Path) -> int:
 
 
 def publish_model(
-    model: str, folder: Path, title: str | None, licence: str | None, samples: str | None
+    model: str, folder: Path, title: str | None, license: str | None, samples: str | None
 ) -> int:
     """Write `model` as a folder in the layout of a Hugging Face model repository, and print how to upload it.
 
@@ -77,14 +77,14 @@ def publish_model(
             load_model(model),
             folder,
             title=title or registered_name(model) or Path(model).resolve().name,
-            licence=licence,
+            license=license,
             samples=samples,
             progress=progress,
         )
     echo(f"written  {folder}: README.md, preview.png, weights as safetensors")
     if made.without_diffusers is not None:
         echo(f"note     without a diffusers pipeline: {made.without_diffusers}")
-    if licence is None:
+    if license is None:
         echo("note     README.md names no license; --license adds one")
     echo(f"next     read README.md, then: hf upload OWNER/NAME {shlex.quote(str(folder))}")
     return DONE

@@ -63,7 +63,7 @@ def list_datasets() -> int:
     """Print the data sets that are packed by their names."""
     for name, dataset in KNOWN_DATASETS.items():
         echo(f"{name:14} {dataset.title}: {dataset.summary}")
-        echo(f"{'':14} licence: {dataset.licence}", f"{'':14} {dataset.citation}; {dataset.page}")
+        echo(f"{'':14} license: {dataset.license}", f"{'':14} {dataset.citation}; {dataset.page}")
     echo("next     ddpm pack NAME   (or a preset that names it)")
     return DONE
 

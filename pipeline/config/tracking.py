@@ -34,7 +34,7 @@ class TrackConfig(Settings):
     """MLflow experiment that holds the run; made when it is missing."""
 
     color: str | None = Field(default=None, pattern=r"^#[0-9a-fA-F]{6}$")
-    """Colour of the run in charts as #rrggbb; None lets MLflow choose."""
+    """Color of the run in charts as #rrggbb; None lets MLflow choose."""
 
     send_interval_seconds: float = Field(default=2.0, ge=0.05, le=300.0)
     """Pause between two deliveries from the spool; short enough to watch a run live, and far under 1% of a

@@ -63,20 +63,20 @@ def publish(
     folder: Path,
     *,
     title: str,
-    licence: str | None,
+    license: str | None,
     samples: str | None,
     progress: Progress,
 ) -> Publication:
     """Write the folder, which is new or empty; the card last. `progress` counts images of the preview.
 
     `samples` is a complete generation of this very model, whose contact sheet and metrics the card shows; None draws a
-    few images. `licence` is the identifier under which the Hub lists the model. UserError for another generation.
+    few images. `license` is the identifier under which the Hub lists the model. UserError for another generation.
     """
     shown = _drawn(model, progress) if samples is None else _generated(model.card, samples)
     save_model(folder, model.net.state_dict(), model.card)
     reason = _write_diffusers(model, folder)
     (folder / PREVIEW).write_bytes(shown.preview)
-    (folder / README).write_bytes(_card(model, title, licence, shown, diffusers=reason is None))
+    (folder / README).write_bytes(_card(model, title, license, shown, diffusers=reason is None))
     return Publication(folder, reason)
 
 
@@ -123,11 +123,11 @@ def preview_sampler(card: ModelCard) -> SamplerConfig:
     return SamplerConfig(kind="ddim", num_steps=min(_PREVIEW_STEPS, card.schedule.num_steps))
 
 
-def _card(model: LoadedModel, title: str, licence: str | None, shown: Shown, *, diffusers: bool) -> bytes:
+def _card(model: LoadedModel, title: str, license: str | None, shown: Shown, *, diffusers: bool) -> bytes:
     card = model.card
     head: dict[str, object] = {"library_name": "diffusers" if diffusers else "ddpm-pipeline"}
-    if licence is not None:
-        head["license"] = licence
+    if license is not None:
+        head["license"] = license
     head["pipeline_tag"] = "unconditional-image-generation"
     head["tags"] = ["ddpm", "ddpm-pipeline", *(["class-conditional"] if card.net.num_classes else [])]
     names = card.class_names or ()

@@ -158,7 +158,7 @@ def test_every_file_has_a_hash_an_address_and_a_name_of_its_own(dataset: KnownDa
         assert re.fullmatch("[0-9a-f]{64}", file.sha256)
         assert file.urls
         assert all(url.startswith(("https://", "http://fashion-mnist.s3-website.")) for url in file.urls)
-    assert dataset.licence
+    assert dataset.license
     assert dataset.citation
 
 

@@ -1,4 +1,4 @@
-"""Well-known data sets by name: where their files are, their hashes, licence and citation.
+"""Well-known data sets by name: where their files are, their hashes, license and citation.
 
 Addresses are those of the authors or of the mirrors that torchvision and TensorFlow Datasets use. The SHA-256 of each
 file is the one that Keras (CIFAR) and TensorFlow Datasets (the others) publish.
@@ -39,7 +39,7 @@ class KnownDataset:
     summary: str
     """Images, their size, classes, and bytes to fetch for the training split."""
     page: str
-    licence: str
+    license: str
     citation: str
     files: tuple[KnownFile, ...]
     splits: tuple[str, ...] = ("train", "test")
