@@ -110,3 +110,10 @@ def test_the_settings_files_in_the_documents_are_there_to_be_checked(tmp_path: P
     assert (tmp_path / "photos.yaml").exists()
     assert sum(len(fences(document, "yaml")) for document in DOCUMENTS) >= 2
     assert len(COMMANDS) > 60
+
+
+def test_every_command_that_can_be_submitted_is_named() -> None:
+    text = (REPOSITORY / "docs" / "how-to.md").read_text()
+    sentence = re.search(r"`ddpm submit` takes (.*?), each with", text, re.DOTALL)
+    assert sentence is not None
+    assert set(re.findall(r"`([a-z-]+)`", sentence[1])) == set(ROOT.commands["submit"].commands)
