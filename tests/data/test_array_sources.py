@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import tarfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,10 @@ class Runs:
              "train-labels-idx1-ubyte": idx(np.zeros(3, np.uint8))},
             "holds 2 images, train-labels-idx1-ubyte holds 3 labels",
         ),
+        (
+            {"train-images-idx3-ubyte": bytes([0, 0, 8, 3, 255, 0, 0, 0, 0, 0, 0, 28, 0, 0, 0, 0])},
+            r"says \(4278190080, 28, 0\): 4278190080 images without pixels",
+        ),
     ],
 )  # fmt: skip
 def test_a_damaged_or_hostile_file_is_named_in_one_line(
@@ -247,6 +252,7 @@ def test_a_damaged_or_hostile_file_is_named_in_one_line(
         ({"images": np.array([{}], dtype=object)}, "is no npz that can be read"),
         ({"pictures": np.zeros((2, 4, 4), np.uint8)}, "holds no array of a known name"),
         ({"images": np.zeros((0, 4, 4), np.uint8)}, "holds no images"),
+        ({"images": np.zeros((10**12, 0, 4), np.uint8)}, "1000000000000 images without pixels"),
         (
             {"images": np.zeros((1, 4, 4), np.uint8), "labels": np.array([[1, 1]])},
             "one class an image is expected",
@@ -258,6 +264,17 @@ def test_an_npz_that_cannot_be_packed_is_refused_in_one_line(
 ) -> None:
     np.savez(tmp_path / "set.npz", **arrays)
     with pytest.raises(UserError, match=said) as error:
+        opened(tmp_path / "set.npz")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", ["(1 << 60, 4, 4)", f"({1 << 60}, 4, 4)", "(2, ", "(" * 500])
+def test_an_npz_whose_header_numpy_cannot_parse_or_hold_is_refused(tmp_path: Path, shape: str) -> None:
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}".encode() + b", }\n"
+    array = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        archive.writestr("images.npy", array)
+    with pytest.raises(UserError, match="is no npz that can be read") as error:
         opened(tmp_path / "set.npz")
     assert "\n" not in str(error.value)
 

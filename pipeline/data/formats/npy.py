@@ -28,7 +28,7 @@ MAX_HEADER_BYTES = 10_000
 _MAX_DIMENSIONS = 32
 _LENGTH_BYTES = {1: 2, 2: 4, 3: 4}  # major version to the size of the field that holds the header's length
 _PARSER_LOCK = threading.Lock()
-_UNPARSABLE = (
+UNPARSABLE = (
     *(ValueError, SyntaxError, TypeError, LookupError, AttributeError, ArithmeticError),
     *(MemoryError, RecursionError, tokenize.TokenError),
 )
@@ -93,7 +93,7 @@ def _parse(header: bytes) -> tuple[int, ...]:
                 else np.lib.format.read_array_header_2_0
             )
             shape, fortran_order, dtype = read(file, max_header_size=MAX_HEADER_BYTES)
-    except _UNPARSABLE as error:
+    except UNPARSABLE as error:
         raise DamageError(f"damaged npy header: {_excerpt(error)}") from None
     if dtype != np.uint8 or fortran_order:
         order = "Fortran" if fortran_order else "C"

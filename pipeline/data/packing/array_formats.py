@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_pipeline.data.formats.npy import Pixels
+from ddpm_pipeline.data.formats.npy import UNPARSABLE, Pixels
 from ddpm_pipeline.data.packing.folder_layout import split_word
 from ddpm_pipeline.errors import DamageError
 
@@ -55,7 +55,14 @@ def read_idx(data: bytes, num_dimensions: int) -> Pixels:
     shape = [int.from_bytes(data[i : i + 4]) for i in range(4, start, 4)]
     if math.prod(shape) != len(data) - start:
         raise DamageError(f"its header says {shape}, but {len(data) - start} values follow")
+    _require_pixels(shape)
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def _require_pixels(shape: Sequence[int]) -> None:
+    """Raises DamageError for images of no pixels: no bytes bound how many of them a header may claim."""
+    if 0 in shape[1:]:
+        raise DamageError(f"its header says {tuple(shape)}: {shape[0]} images without pixels")
 
 
 def _gunzipped(data: bytes) -> bytes:
@@ -199,15 +206,7 @@ def read_npz(path: Path) -> Iterator[ImageArray]:
                 )
         with np.load(path, allow_pickle=False) as arrays:
             yield from _pairs(arrays)
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-        RuntimeError,
-    ) as error:
+    except (*UNPARSABLE, OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         # zipfile raises RuntimeError for encryption, and a kind of it for unknown compression.
         raise DamageError(f"is no npz that can be read ({error})") from None
 
@@ -236,6 +235,7 @@ def _as_images(array: Any, name: str) -> Pixels:
     """uint8 (N, height, width, channels) from an array with or without channels, which may come first."""
     if array.dtype != np.uint8:
         raise DamageError(f"{name} holds {array.dtype}; images are bytes (uint8, 0..255)")
+    _require_pixels(array.shape)
     if array.ndim == 3:
         return array[..., None]
     if array.ndim == 4 and array.shape[-1] in (1, 3):
