@@ -5,7 +5,6 @@ tests find it from then on. Needs the extra `fuzz` (atheris; Linux).
 """
 
 import argparse
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -63,10 +62,11 @@ def _fuzz(name: str, seconds: int) -> None:
             try:
                 target.refuses_or_takes(data)
             except Exception:
-                keep(name, data)
                 traceback.print_exc()
                 raise
 
+        findings = CORPUS / name.replace(" ", "_")
+        findings.mkdir(parents=True, exist_ok=True)
         limits = [
             f"-max_total_time={seconds}",
             f"-timeout={SLOWEST_SECONDS}",
@@ -78,19 +78,12 @@ def _fuzz(name: str, seconds: int) -> None:
                 seeds,
                 *limits,
                 "-print_final_stats=1",
-                f"-artifact_prefix={seeds}/",
+                f"-artifact_prefix={findings}/",
                 "-max_len=65536",
             ],
             one,
         )
         atheris.Fuzz()
-
-
-def keep(name: str, data: bytes) -> None:
-    """Add bytes to the corpus that the tests replay."""
-    folder = CORPUS / name.replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
 
 
 if __name__ == "__main__":

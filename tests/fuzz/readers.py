@@ -7,6 +7,7 @@ NAMES = (
     "CIFAR batch",
     "npz",
     "image mark",
+    "image parquet",
     "metadata.csv",
     "metadata.parquet",
     "CelebA table",

@@ -87,6 +87,7 @@ def all_targets() -> Generator[dict[str, Target]]:
             *_data_targets(Path(folder) / "data"),
             *_array_targets(Path(folder) / "arrays"),
             _mark_target(),
+            _parquet_target(Path(folder)),
             *_label_targets(Path(folder) / "labels"),
             *_generation_targets(Path(folder) / "generation"),
             *_training_targets(Path(folder) / "training"),
@@ -141,6 +142,22 @@ def _array_targets(folder: Path) -> Iterator[Target]:
     npz = io.BytesIO()
     np.savez(npz, images=images.reshape(2, 6, 8), labels=labels)
     yield Target("npz", reader("set.npz"), npz.getvalue(), is_json=False)
+
+
+def _parquet_target(folder: Path) -> Target:
+    """Images with their classes, as Hugging Face keeps them."""
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4), (10, 200, 30)).save(picture, "PNG")
+    rows = io.BytesIO()
+    pq.write_table(pa.table({"image": [{"bytes": picture.getvalue()}] * 2, "label": [0, 1]}), rows)
+    file = folder / "train.parquet"
+
+    def read(data: bytes) -> object:
+        file.write_bytes(data)
+        opened = open_source(PackConfig(source=str(file), dest="unused"))
+        return [opened.read(number) for number in range(len(opened.items))]
+
+    return Target("image parquet", read, rows.getvalue(), is_json=False)
 
 
 def _label_targets(folder: Path) -> Iterator[Target]:

@@ -25,6 +25,7 @@ BINARY = (
     "CIFAR batch",
     "npz",
     "image mark",
+    "image parquet",
     "metadata.parquet",
     "checkpoint state",
     *TEXT,

@@ -14,6 +14,7 @@ from pydantic_core import from_json
 from ddpm_pipeline.data.formats.shards import split_name
 from ddpm_pipeline.data.packing.celeba import attributes
 from ddpm_pipeline.data.packing.labels import choose_field, flatten, is_label_field
+from ddpm_pipeline.data.packing.parquet_file import open_parquet, read_rows
 from ddpm_pipeline.data.packing.source_files import FileName
 from ddpm_pipeline.errors import DamageError, UserError
 
@@ -243,19 +244,11 @@ def _rows(file: FileName, data: bytes, search: _Search) -> Iterator[dict[str, An
 
 
 def _parquet_rows(data: bytes, where: str, max_rows: int) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa  # imported only when needed: 60 ms and 40 MB
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(pa.BufferReader(data))
-        if table.metadata.num_rows > max_rows:
-            raise UserError(
-                f"source: {where} has {table.metadata.num_rows:,} rows; the limit is {max_rows:,}"
-            )
-        for batch in table.iter_batches(batch_size=1024):
-            yield from (flatten(row) for row in batch.to_pylist())
-    except (OSError, ValueError) as error:  # Arrow's own errors are both
-        raise UserError(f"source: {where}: damaged ({str(error).splitlines()[0]}); write it again") from None
+    table = open_parquet(data, where)
+    if table.metadata.num_rows > max_rows:
+        raise UserError(f"source: {where} has {table.metadata.num_rows:,} rows; the limit is {max_rows:,}")
+    for row in read_rows(table, where, 1024):
+        yield flatten(row)
 
 
 def _short_text(data: bytes, where: str) -> str:

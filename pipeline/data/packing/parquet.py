@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ddpm_pipeline.data.packing.labels import (
     is_label_field,
     to_class_numbers,
 )
+from ddpm_pipeline.data.packing.parquet_file import one_line_errors, open_parquet, read_rows
 from ddpm_pipeline.data.packing.source_files import MAX_FILE_BYTES
 from ddpm_pipeline.data.packing.sources import Item, Source
 from ddpm_pipeline.errors import UserError
@@ -68,14 +69,15 @@ class ParquetSource(Source):
         top = Path(where) if Path(where).is_dir() else _common_folder(files)
         card = read_card(top)
         for file in files:
-            table = open_parquet(file)
+            table = open_parquet(file, str(file))
             of_card = class_features(card, file.relative_to(top).parts)
             found[file], new_notes = find_columns(table.schema_arrow, config, file, of_card)
             notes += [note for note in new_notes if note not in notes]
-            needed_bytes += _image_bytes(table.metadata, found[file])
+            with one_line_errors(str(file)):
+                needed_bytes += _image_bytes(table.metadata, found[file])
         require_temp_space(where, needed_bytes)
         for file in files:
-            self._add(open_parquet(file), found[file], file, rows)
+            self._add(open_parquet(file, str(file)), found[file], file, rows)
         if not rows.names:
             raise UserError(f"source: {where} holds no rows; check the path")
         if config.split:
@@ -98,7 +100,7 @@ class ParquetSource(Source):
     def _add(self, table: Any, columns: Columns, file: Path, rows: _Rows) -> None:
         image, label = columns.image, columns.label
         wanted = [image] if label is None else [image, label]
-        for row, record in enumerate(_records(table, wanted, file)):
+        for row, record in enumerate(read_rows(table, str(file), 256, wanted)):
             name = f"{file.name}#{row:09d}"
             leaves = record if label is None or label in record else {**record, **flatten(record)}
             value = record[image]
@@ -132,20 +134,10 @@ class ParquetSource(Source):
         self.notes = tuple(notes)
 
 
-def open_parquet(file: Path) -> Any:
-    """The parquet file, its schema read. Raises UserError."""
-    import pyarrow.parquet as pq  # imported only when needed: 60 ms and 40 MB
-
-    try:
-        return pq.ParquetFile(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"source: {file}: not parquet ({str(error).splitlines()[0]})") from None
-
-
 def has_image_column(file: Path) -> bool:
     """Whether a column may hold image bytes; False for tables about images, and for files that are no parquet."""
     try:
-        return bool(_byte_columns(open_parquet(file).schema_arrow))
+        return bool(_byte_columns(open_parquet(file, str(file)).schema_arrow))
     except UserError:
         return False
 
@@ -246,22 +238,13 @@ def _class_names(features: dict[str, Any], column: str) -> tuple[str, ...] | Non
 
 
 def _image_bytes(metadata: Any, columns: Columns) -> int:
-    """Bytes of the images in a file; an image shared by several rows may count once."""
+    """Bytes of a file's columns, nearly all of which are its images; an image shared by several rows may count once.
+
+    Not of the column alone: where its metadata is damaged, pyarrow ends the process instead of raising.
+    """
     if not columns.embedded:
         return 0
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == columns.image)
-
-
-def _records(table: Any, columns: list[str], file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        for batch in table.iter_batches(batch_size=256, columns=columns):
-            yield from batch.to_pylist()
-    except (OSError, ValueError) as error:  # Arrow's own errors are both
-        raise UserError(
-            f"source: {file}: damaged ({str(error).splitlines()[0]}); get the file again"
-        ) from None
+    return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
 
 
 def _image_path(path: Any, file: Path, name: str, root: str | None) -> Path:
