@@ -160,6 +160,12 @@ def test_mnist_and_its_copies_are_read_from_idx_files(tmp_path: Path, between: s
     assert {item.label for item in none.items} == {-1}
 
 
+def test_a_file_of_no_images_has_none_whatever_their_size_would_be(tmp_path: Path) -> None:
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 0, *[255] * 8]))
+    with pytest.raises(UserError, match="holds no images"):
+        opened(tmp_path)
+
+
 def test_the_images_of_emnist_are_turned_upright(tmp_path: Path) -> None:
     gray = RNG.integers(0, 256, (2, 28, 28), dtype=np.uint8)
     (tmp_path / "emnist-letters-train-images-idx3-ubyte").write_bytes(idx(gray.transpose(0, 2, 1)))
