@@ -17,7 +17,9 @@ def open_parquet(source: Path | bytes, where: str) -> Any:
 
     with one_line_errors(where, "not parquet"):
         table = pq.ParquetFile(source if isinstance(source, Path) else pa.BufferReader(source))
-        _ = table.schema_arrow  # Arrow converts it now, and may refuse to
+        _decode_names(
+            table.schema_arrow
+        )  # what Arrow cannot convert, and names that are no text, are refused now
         return table
 
 
@@ -28,6 +30,15 @@ def read_rows(
     with one_line_errors(where):
         for batch in table.iter_batches(batch_size=batch_size, columns=columns):
             yield from batch.to_pylist()
+
+
+def _decode_names(fields: Any) -> None:
+    import pyarrow.types as kinds
+
+    for field in fields:
+        _ = field.name  # decodes it
+        if kinds.is_struct(field.type):
+            _decode_names(field.type)
 
 
 @contextmanager
