@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-LONG_VARIABLE = "DDPM_TEST_LONG"
-"""Set by tests/conftest.py where pytest runs with --long, before a test module is imported."""
+LONG_VARIABLE = "PYTEST_LONG"
+"""Set by tests/conftest.py where pytest runs with --long, before a test module is imported. No variable of the program:
+tests on the stack run without those of their caller.
+"""
 
 
 def is_long() -> bool:

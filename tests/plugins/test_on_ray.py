@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,33 +50,32 @@ SETTINGS = {
 }
 
 
+Command = Callable[..., str]
+
+
 @pytest.fixture
-def folder(tmp_path: Path, bare_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where a stack runs whose processes all find the package."""
+def ddpm(tmp_path: Path, bare_environ: dict[str, str]) -> Iterator[Command]:
+    """What a command prints, which must succeed, in a folder with a stack whose processes all find the package."""
     installed = [str(write_metadata(tmp_path / "site", "1.0.0")), str(PACKAGE), str(REPOSITORY)]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(installed))
-    environ = {**bare_environ, "PYTHONPATH": os.environ["PYTHONPATH"]}
+    environ = {**bare_environ, "PYTHONPATH": os.pathsep.join(installed)}
     local = LocalStack(tmp_path / ".local", "file", num_cpus=4, environ=environ)
     with ended_after(local):
         local.up()
-        yield tmp_path
+        yield lambda *words: output_of([sys.executable, *PROGRAM, *words], tmp_path, environ)
 
 
-def ddpm(folder: Path, *words: str) -> str:
-    """What the command prints, which must succeed."""
-    return output_of([sys.executable, *PROGRAM, *words], folder)
-
-
-def test_it_is_trained_by_two_workers_registered_and_its_samples_are_made_again(folder: Path) -> None:
-    uris = {name: f"file://{folder}/{name}" for name in ("data", "runs", "samples")}
+def test_it_is_trained_by_two_workers_registered_and_its_samples_are_made_again(
+    ddpm: Command, tmp_path: Path
+) -> None:
+    uris = {name: f"file://{tmp_path}/{name}" for name in ("data", "runs", "samples")}
     for path in ("runs", "samples"):
-        (folder / path).mkdir()
+        (tmp_path / path).mkdir()
     settings = {
         "pack": SETTINGS["pack"] | {"dest": uris["data"]},
         "train": SETTINGS["train"] | {"data": {"uri": uris["data"]}, "runs": uris["runs"]},
         "generate": SETTINGS["generate"] | {"output": uris["samples"]},
     }
-    (folder / "blobs.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "blobs.yaml").write_text(yaml.safe_dump(settings))
     for job, said in (("pack", "24 images"), ("train", "blobs/1"), ("generate", "20 images in 4 shards")):
-        assert said in ddpm(folder, job, "--config", "blobs.yaml")
-    assert "sound and complete" in ddpm(folder, "verify", uris["samples"], "--regenerate", "4")
+        assert said in ddpm(job, "--config", "blobs.yaml")
+    assert "sound and complete" in ddpm("verify", uris["samples"], "--regenerate", "4")

@@ -129,10 +129,12 @@ def test_a_reference_to_nothing_names_what_exists(
 ) -> None:
     register(name, exported(tmp_path / "a"), new_run().run_id, {}, uri=server)
     set_alias(name, "champion", 1, uri=server)
+    # Another test may have registered more models than the line names.
+    listed = rf"(?:.*{name}|.* \.\.\.)"
     refusals = {
         f"{name}@challenger": rf"alias 'challenger': not set; {name} has champion -> 1, versions 1",
         f"{name}/7": rf"version 7: not registered; {name} has versions 1",
-        "no-such-model@champion": rf"model 'no-such-model': not in the registry; it has .*{name}",
+        "no-such-model@champion": rf"model 'no-such-model': not in the registry; it has {listed}",
         "just-a-name": "not a reference; write name@alias or name/version",
     }
     for reference, message in refusals.items():
