@@ -127,14 +127,13 @@ def test_a_reference_may_be_an_alias_a_number_or_mlflows_own_spelling(
 def test_a_reference_to_nothing_names_what_exists(
     server: str, name: str, new_run: NewRun, tmp_path: Path
 ) -> None:
+    name = f"0-{name}"  # the line names the first twenty, and other tests may have registered more
     register(name, exported(tmp_path / "a"), new_run().run_id, {}, uri=server)
     set_alias(name, "champion", 1, uri=server)
-    # Another test may have registered more models than the line names.
-    listed = rf"(?:.*{name}|.* \.\.\.)"
     refusals = {
         f"{name}@challenger": rf"alias 'challenger': not set; {name} has champion -> 1, versions 1",
         f"{name}/7": rf"version 7: not registered; {name} has versions 1",
-        "no-such-model@champion": rf"model 'no-such-model': not in the registry; it has {listed}",
+        "no-such-model@champion": rf"model 'no-such-model': not in the registry; it has .*{name}",
         "just-a-name": "not a reference; write name@alias or name/version",
     }
     for reference, message in refusals.items():
