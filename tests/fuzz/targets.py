@@ -87,7 +87,7 @@ def all_targets() -> Generator[dict[str, Target]]:
             *_data_targets(Path(folder) / "data"),
             *_array_targets(Path(folder) / "arrays"),
             _mark_target(),
-            _parquet_target(Path(folder)),
+            _parquet_target(Path(folder) / "parquet"),
             *_label_targets(Path(folder) / "labels"),
             *_generation_targets(Path(folder) / "generation"),
             *_training_targets(Path(folder) / "training"),
@@ -120,28 +120,31 @@ def _mark_target() -> Target:
     return Target("image mark", read_mark, marked, is_json=False)
 
 
+def _image_reader(folder: Path, name: str) -> Callable[[bytes], object]:
+    """Opens the bytes as a data set in one file of this name, and reads all of its images."""
+    file = folder / name.replace(".", "-") / name
+    file.parent.mkdir(parents=True)
+    source = str(file if file.suffix else file.parent)
+
+    def read(data: bytes) -> object:
+        file.write_bytes(data)
+        opened = open_source(PackConfig(source=source, dest="unused"))
+        return [opened.read(number) for number in range(len(opened.items))]
+
+    return read
+
+
 def _array_targets(folder: Path) -> Iterator[Target]:
     images, labels = np.arange(96, dtype=np.uint8).reshape(2, 48), [1, 0]
-
-    def reader(name: str) -> Callable[[bytes], object]:
-        file = folder / name.replace(".", "-") / name
-        file.parent.mkdir(parents=True)
-        source = str(file if file.suffix == ".npz" else file.parent)
-
-        def read(data: bytes) -> object:
-            file.write_bytes(data)
-            opened = open_source(PackConfig(source=source, dest="unused"))
-            return [opened.read(number) for number in range(len(opened.items))]
-
-        return read
-
     idx = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 6, 0, 0, 0, 8]) + images.tobytes()
-    yield Target("idx", reader("train-images-idx3-ubyte"), idx, is_json=False)
+    yield Target("idx", _image_reader(folder, "train-images-idx3-ubyte"), idx, is_json=False)
     batch = {b"data": np.zeros((2, 3072), np.uint8), b"labels": labels}
-    yield Target("CIFAR batch", reader("data_batch_1"), pickle.dumps(batch, protocol=2), is_json=False)
+    yield Target(
+        "CIFAR batch", _image_reader(folder, "data_batch_1"), pickle.dumps(batch, protocol=2), is_json=False
+    )
     npz = io.BytesIO()
     np.savez(npz, images=images.reshape(2, 6, 8), labels=labels)
-    yield Target("npz", reader("set.npz"), npz.getvalue(), is_json=False)
+    yield Target("npz", _image_reader(folder, "set.npz"), npz.getvalue(), is_json=False)
 
 
 def _parquet_target(folder: Path) -> Target:
@@ -150,14 +153,7 @@ def _parquet_target(folder: Path) -> Target:
     Image.new("RGB", (4, 4), (10, 200, 30)).save(picture, "PNG")
     rows = io.BytesIO()
     pq.write_table(pa.table({"image": [{"bytes": picture.getvalue()}] * 2, "label": [0, 1]}), rows)
-    file = folder / "train.parquet"
-
-    def read(data: bytes) -> object:
-        file.write_bytes(data)
-        opened = open_source(PackConfig(source=str(file), dest="unused"))
-        return [opened.read(number) for number in range(len(opened.items))]
-
-    return Target("image parquet", read, rows.getvalue(), is_json=False)
+    return Target("image parquet", _image_reader(folder, "train.parquet"), rows.getvalue(), is_json=False)
 
 
 def _label_targets(folder: Path) -> Iterator[Target]:

@@ -21,7 +21,7 @@ from ddpm_pipeline.data.packing.labels import (
     is_label_field,
     to_class_numbers,
 )
-from ddpm_pipeline.data.packing.parquet_file import one_line_errors, open_parquet, read_rows
+from ddpm_pipeline.data.packing.parquet_file import leaf_names, open_parquet, read_rows
 from ddpm_pipeline.data.packing.source_files import MAX_FILE_BYTES
 from ddpm_pipeline.data.packing.sources import Item, Source
 from ddpm_pipeline.errors import UserError
@@ -73,8 +73,7 @@ class ParquetSource(Source):
             of_card = class_features(card, file.relative_to(top).parts)
             found[file], new_notes = find_columns(table.schema_arrow, config, file, of_card)
             notes += [note for note in new_notes if note not in notes]
-            with one_line_errors(str(file)):
-                needed_bytes += _image_bytes(table.metadata, found[file])
+            needed_bytes += _image_bytes(table.metadata, found[file])
         require_temp_space(where, needed_bytes)
         for file in files:
             self._add(open_parquet(file, str(file)), found[file], file, rows)
@@ -156,7 +155,7 @@ def find_columns(
     notes = [f"column {c} also holds bytes and is skipped" for c in bytes_columns if c != image]
     label = names = None
     if config.labels != "none":
-        fields = {name for c in schema for name in _leaves(c) if c.name != image}
+        fields = {name for c in schema for name in leaf_names(c) if c.name != image}
         candidates = [f for f in fields if is_label_field(f) or _class_names(features, f) is not None]
         label = choose_field(config.label_column, candidates, fields, str(file))
         others = sorted(set(candidates) - {label})
@@ -204,16 +203,6 @@ def _byte_columns(schema: Any) -> list[str]:
         return kinds.is_binary(kind) or kinds.is_large_binary(kind)
 
     return [column.name for column in schema if holds_bytes(column.type)]
-
-
-def _leaves(column: Any, prefix: str = "") -> list[str]:
-    """Dotted names of a column and of the fields inside it."""
-    import pyarrow.types as kinds
-
-    name = f"{prefix}{column.name}"
-    if not kinds.is_struct(column.type):
-        return [name]
-    return [leaf for i in range(column.type.num_fields) for leaf in _leaves(column.type.field(i), f"{name}.")]
 
 
 def _hugging_face_features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:

@@ -15,11 +15,11 @@ def open_parquet(source: Path | bytes, where: str) -> Any:
     import pyarrow as pa  # imported only when needed: 60 ms and 40 MB
     import pyarrow.parquet as pq
 
-    with one_line_errors(where, "not parquet"):
+    with _one_line_errors(where, "not parquet"):
         table = pq.ParquetFile(source if isinstance(source, Path) else pa.BufferReader(source))
-        _decode_names(
-            table.schema_arrow
-        )  # what Arrow cannot convert, and names that are no text, are refused now
+        # What Arrow cannot convert, and names that are no text, are refused now.
+        for column in table.schema_arrow:
+            leaf_names(column)
         return table
 
 
@@ -27,22 +27,25 @@ def read_rows(
     table: Any, where: str, batch_size: int, columns: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """The rows in stored order, `batch_size` of them in memory. Raises UserError."""
-    with one_line_errors(where):
+    with _one_line_errors(where):
         for batch in table.iter_batches(batch_size=batch_size, columns=columns):
             yield from batch.to_pylist()
 
 
-def _decode_names(fields: Any) -> None:
+def leaf_names(column: Any, prefix: str = "") -> list[str]:
+    """Dotted names of a column and of the fields inside it."""
     import pyarrow.types as kinds
 
-    for field in fields:
-        _ = field.name  # decodes it
-        if kinds.is_struct(field.type):
-            _decode_names(field.type)
+    name = f"{prefix}{column.name}"
+    if not kinds.is_struct(column.type):
+        return [name]
+    return [
+        leaf for i in range(column.type.num_fields) for leaf in leaf_names(column.type.field(i), f"{name}.")
+    ]
 
 
 @contextmanager
-def one_line_errors(where: str, fault: str = "damaged") -> Generator[None]:
+def _one_line_errors(where: str, fault: str = "damaged") -> Generator[None]:
     """Whatever Arrow says of a damaged file as a UserError."""
     import pyarrow as pa
 
