@@ -29,13 +29,13 @@ from ddpm_pipeline.jobs.doctor_gpus import check_cluster_gpus, check_gpus
 from ddpm_pipeline.store import open_store
 from ddpm_pipeline.store.conditional_writes import heeds_conditions
 from ddpm_pipeline.tracking import (
+    MAX_CLOCK_SKEW_SECONDS,
     artifact_location,
     require_server,
     server_version,
     try_direct_artifacts,
 )
 
-MAX_SKEW_SECONDS = 60.0  # S3 refuses signatures 15 minutes off; charts and leases suffer long before
 MIN_FREE_BYTES = 2 * 2**30
 MAX_USED_SHARE = 0.95  # Ray gives no more work to a node whose disk is fuller
 MIN_SHM_BYTES = 2**30  # Docker gives 64 MiB, in which Ray's object store and NCCL do not fit
@@ -215,7 +215,7 @@ def check_clock(environ: Environ = os.environ) -> Finding:
         if theirs is None:
             continue
         skew = time.time() - theirs
-        if abs(skew) > MAX_SKEW_SECONDS:
+        if abs(skew) > MAX_CLOCK_SKEW_SECONDS:
             late = "ahead of" if skew > 0 else "behind"
             remedy = "switch time synchronisation on (timedatectl set-ntp true)"
             return Finding("clock", False, f"{abs(skew):.0f} s {late} {_host(url or '')}", remedy)

@@ -6,7 +6,7 @@ it.
 
 from ddpm_pipeline.telemetry.redaction import redact
 from ddpm_pipeline.tracking.alias_log import AliasHistory, LoggedAlias, Move, MoveConflictError
-from ddpm_pipeline.tracking.cleanup import ClosedRun, close_stale_runs, sweep_spools
+from ddpm_pipeline.tracking.cleanup import MAX_CLOCK_SKEW_SECONDS, ClosedRun, close_stale_runs, sweep_spools
 from ddpm_pipeline.tracking.connect import (
     TrackingError,
     authorization,
@@ -45,6 +45,7 @@ from ddpm_pipeline.tracking.spool import Replayed, Spool, replay, replay_all, sp
 from ddpm_pipeline.tracking.system_metrics import SystemSampler
 
 __all__ = [
+    "MAX_CLOCK_SKEW_SECONDS",
     "AliasHistory",
     "ClosedRun",
     "LoggedAlias",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_CLOCK_SKEW_SECONDS = 60.0
-"""How far in the future the last activity of a run may be before the clocks are said to differ."""
+"""How far clocks may differ. S3 refuses signatures 15 minutes off; charts and leases suffer long before."""
 
 
 @dataclass(frozen=True)

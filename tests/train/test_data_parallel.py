@@ -13,6 +13,7 @@ from ddpm_pipeline.store import open_store
 from ddpm_pipeline.train.checkpoint import Checkpoint, finished_steps
 from ddpm_pipeline.train.dry_run import estimate
 from ddpm_pipeline.train.memory import state_memory
+from tests.effort import long
 from tests.train.group import Outcome, run_group
 from tests.train.tiny import tiny
 
@@ -126,7 +127,7 @@ def test_workers_that_divide_a_diverging_training_end_together(digits: str, fold
     assert {step for step, _, _ in outcome.positions} < set(range(STEPS))
 
 
-@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
+@pytest.mark.parametrize("sharding", ["ddp", long("fsdp")])
 def test_gradients_sent_in_bfloat16_change_little_and_name_another_training(
     digits: str, folder: Path, ddp: Outcome, sharding: str
 ) -> None:
